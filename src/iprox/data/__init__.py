@@ -1,0 +1,22 @@
+"""Reading examples, turning them into labelled tokens, and grouping these into batches."""
+
+from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
+from iprox.data.chat import IGNORE, ChatEncoder, Encoded
+from iprox.data.formats import Example, Message
+from iprox.data.sources import Pool, PoolSummary
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "ChatEncoder",
+    "Encoded",
+    "Example",
+    "Message",
+    "Pool",
+    "PoolSummary",
+    "collate",
+    "example_batches",
+    "iter_batches",
+    "on_device",
+    "token_budget_batches",
+]

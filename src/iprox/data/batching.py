@@ -1,0 +1,129 @@
+"""Length-sorted batches under a token budget, so that little of a batch is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from iprox.data.chat import IGNORE, Encoded
+from iprox.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples of like length, padded on the right.
+
+    Attributes:
+        input_ids: int64 [B, L], padded with the pad id.
+        labels: int64 [B, L], -100 where there is no loss; not shifted.
+        lengths: int64 [B], tokens of each row without padding.
+        indices: Position of each row in the caller's list.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    lengths: torch.Tensor
+    indices: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on another device."""
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device), self.indices)
+
+
+def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group positions by length so that each group, padded, holds at most `batch_tokens` tokens.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_tokens: Largest rows × longest row of a batch. A single example that is longer gets a batch of
+            its own.
+
+    Returns:
+        Batches of positions; each position is in exactly one. The longest come first, so that too large a
+        budget shows at once; equal lengths keep their order.
+
+    Raises:
+        InputError: `batch_tokens` is below 1.
+    """
+    if batch_tokens < 1:
+        raise InputError(f"batch tokens must be at least 1, not {batch_tokens}")
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable").tolist()
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        rows = max(1, batch_tokens // max(1, int(sizes[order[start]])))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int) -> Batch:
+    """Pad some examples on the right to one batch.
+
+    Args:
+        encoded: The caller's list.
+        indices: Positions in it of the rows of the batch.
+        pad_id: Token id that fills the padding; it carries no loss.
+
+    Returns:
+        The batch.
+    """
+    rows = [encoded[index] for index in indices]
+    lengths = [len(row.input_ids) for row in rows]
+    shape = (len(rows), max(lengths, default=0))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    for position, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[position, :length] = row.input_ids
+        labels[position, :length] = row.labels
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        torch.tensor(lengths, dtype=torch.int64),
+        list(indices),
+    )
+
+
+def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> Iterator[Batch]:
+    """Yield all examples that have a supervised token, in length-sorted batches, longest first.
+
+    Args:
+        encoded: Examples; those with no supervised token are left out.
+        batch_tokens: Largest rows × longest row of a batch.
+        pad_id: Token id that fills the padding.
+
+    Yields:
+        Batches whose `indices` are positions in `encoded`.
+
+    Raises:
+        InputError: `batch_tokens` is below 1.
+    """
+    kept = [index for index, row in enumerate(encoded) if row.supervised]
+    for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
+        yield collate(encoded, [kept[position] for position in batch], pad_id)
+
+
+def example_batches(encoded: Sequence[Encoded], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Yield all examples that have a supervised token, in length-sorted batches of `batch_size` examples.
+
+    For training, where the number of examples a step matters; `iter_batches` is for everything else.
+
+    Args:
+        encoded: Examples; those with no supervised token are left out.
+        batch_size: Examples a batch; the last batch holds the rest.
+        pad_id: Token id that fills the padding.
+    """
+    kept = [index for index, row in enumerate(encoded) if row.supervised]
+    kept.sort(key=lambda index: -len(encoded[index].input_ids))
+    for start in range(0, len(kept), batch_size):
+        yield collate(encoded, kept[start : start + batch_size], pad_id)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """The same batches, moved to a device one at a time."""
+    for batch in batches:
+        yield batch.to(device)

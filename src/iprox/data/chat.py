@@ -1,0 +1,305 @@
+"""Tokenise examples and label the tokens that training would learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from iprox.data.formats import Example, Message
+from iprox.data.templates import choose_template
+from iprox.errors import InputError
+
+_CHUNK = 1024
+
+IGNORE = -100
+"""The label of a token that carries no loss (Hugging Face's convention)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of one example.
+
+    Attributes:
+        input_ids: int32 [L].
+        labels: int32 [L]; the token id where it is supervised, -100 elsewhere. Not shifted.
+        truncated: Whether tokens were cut to fit the longest length.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    truncated: bool
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens with a loss. Position 0 has none: nothing comes before it to predict it."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+
+
+class ChatEncoder:
+    """Turns examples into tokens and labels, the same that TRL's `SFTTrainer` trains on.
+
+    Chat examples follow `assistant_only_loss=True`; plain prompt and completion follow
+    `completion_only_loss=True`; of plain text every token is supervised. Plain ones end with the EOS token.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        max_length: Longest length in tokens. Of longer examples the answer is kept and the prompt is cut from
+            the left (see `fit`).
+        chat_template: Instead of the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
+
+    Attributes:
+        chat_template: The template in use (Jinja source), None if there is none.
+        mode: The rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
+        describe: The rule in a sentence, for `run.json`.
+        warnings: What the user should know about the labels.
+
+    Raises:
+        InputError: The tokenizer is a slow one, `max_length` is below 2, or the template cannot be read.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, chat_template: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise InputError(
+                f"{type(tokenizer).__name__} is a slow tokenizer and cannot say which characters a token covers; "
+                "save the model with a fast one (tokenizer.json)"
+            )
+        if max_length < 2:
+            raise InputError(f"max length must be at least 2 tokens, not {max_length}")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        choice = choose_template(tokenizer, chat_template)
+        self.chat_template = choice.template
+        self.mode = choice.rule
+        self.describe = choice.describe
+        self.warnings = choice.warnings
+
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Tokenise and label.
+
+        Args:
+            examples: Any mix of chat, prompt and completion, and text.
+
+        Returns:
+            One `Encoded` per example, in order. One that has no supervised token after cutting is legal.
+
+        Raises:
+            InputError: Messages without a chat template, a template that refuses a row or whose turns cannot be
+                told apart, or plain text with a tokenizer that has no EOS token.
+        """
+        # Chunks bound the memory of the tokenizer's own results, which are far larger than ours.
+        chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
+        return [row for chunk in chunks for row in self._encode_chunk(chunk)]
+
+    def _encode_chunk(self, examples: Sequence[Example]) -> list[Encoded]:
+        out: dict[int, Encoded] = {}
+        chats: list[int] = []
+        plain: list[int] = []
+        for index, example in enumerate(examples):
+            (plain if example.messages is None else chats).append(index)
+        for group, encode in ((chats, self._encode_chats), (plain, self._encode_plain)):
+            if group:
+                rows = encode([examples[index] for index in group])
+                for index, (ids, mask) in zip(group, rows, strict=True):
+                    out[index] = fit(ids, np.where(mask, ids, IGNORE).astype(np.int32), self.max_length)
+        return [out[index] for index in range(len(examples))]
+
+    def _encode_chats(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if self.chat_template is None:
+            raise InputError(
+                f"{examples[0].origin}: the row has messages, but the tokenizer has no chat template; "
+                "name one: --chat-template chatml (or a Jinja file)"
+            )
+        rows = self._by_boundary(examples) if self.mode == "boundary" else self._by_mask(examples)
+        # A conversational prompt may hold assistant turns of its own: TRL supervises only after the prompt.
+        with_prompt = [index for index, example in enumerate(examples) if example.supervised_from]
+        if with_prompt:
+            prompts = [list(_turns(examples[i])[: examples[i].supervised_from]) for i in with_prompt]
+            named = [examples[index] for index in with_prompt]
+            prompt_ids = self._apply(prompts, named, tokenize=True, return_dict=True, add_generation_prompt=True)
+            for index, prompt in zip(with_prompt, prompt_ids["input_ids"], strict=True):
+                ids, mask = rows[index]
+                mask[: _common_prefix(np.asarray(prompt, dtype=np.int32), ids)] = False
+        return rows
+
+    def _by_mask(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        chats = [_turns(example) for example in examples]
+        out = self._apply(chats, examples, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        rows = []
+        for example, ids, marks in zip(examples, out["input_ids"], out["assistant_masks"], strict=True):
+            mask = np.asarray(marks, dtype=bool)
+            if not mask.any():
+                raise InputError(
+                    f"{example.origin}: the chat template marks no assistant token in this row; "
+                    "put {% generation %} and {% endgeneration %} around what the assistant says"
+                )
+            rows.append((np.asarray(ids, dtype=np.int32), mask))
+        return rows
+
+    def _by_boundary(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        texts: list[str] = self._apply([_turns(example) for example in examples], examples, tokenize=False)
+        out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        spans = self._spans(examples, texts)
+        rows = []
+        for index, ids in enumerate(out["input_ids"]):
+            mask = np.zeros(len(ids), dtype=bool)
+            for start, end in spans[index]:
+                # A character may have no token of its own (trimmed white space): take the next inside the span.
+                tokens = (out.char_to_token(index, char) for char in range(start, end))
+                first = next((token for token in tokens if token is not None), None)
+                tokens = (out.char_to_token(index, char) for char in range(end - 1, start - 1, -1))
+                last = next((token for token in tokens if token is not None), None)
+                if first is None or last is None:
+                    continue
+                while last + 1 < len(ids) and self._starts_before(out, index, last + 1, end):
+                    last += 1  # the last character may have several tokens (bytes)
+                mask[first : last + 1] = True
+            rows.append((np.asarray(ids, dtype=np.int32), mask))
+        return rows
+
+    @staticmethod
+    def _starts_before(out: Any, index: int, token: int, end: int) -> bool:
+        span = out.token_to_chars(index, token)
+        return span is not None and span.start < end
+
+    def _spans(self, examples: Sequence[Example], texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Character spans [start, end) of the assistant turns, from renderings up to and through each turn."""
+        before: list[tuple[int, list[Message]]] = []
+        through: list[tuple[int, list[Message]]] = []
+        for index, example in enumerate(examples):
+            turns = _turns(example)
+            for position, turn in enumerate(turns):
+                if turn["role"] == "assistant":
+                    before.append((index, turns[:position]))
+                    through.append((index, turns[: position + 1]))
+        heads = iter(
+            self._apply(
+                [turns for _, turns in before if turns],
+                [examples[index] for index, turns in before if turns],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+        wholes = self._apply([turns for _, turns in through], [examples[index] for index, _ in through], tokenize=False)
+        spans: list[list[tuple[int, int]]] = [[] for _ in examples]
+        for (index, turns), whole in zip(before, wholes, strict=True):
+            text, origin = texts[index], examples[index].origin
+            head = next(heads) if turns else self._first_head(whole, origin)
+            if not (whole.startswith(head) and text.startswith(whole)):
+                raise InputError(
+                    f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
+                    "so the assistant's tokens cannot be told; use a template that marks them with "
+                    "{% generation %} (--chat-template FILE)"
+                )
+            spans[index].append((len(head), self._turn_end(whole, len(head))))
+        return spans
+
+    def _first_head(self, whole: str, origin: str) -> str:
+        """What comes before an assistant turn that opens the conversation: templates refuse to render no turn."""
+        probe = [{"role": "user", "content": "x"}]
+        render = self.tokenizer.apply_chat_template
+        plain = render(probe, chat_template=self.chat_template, tokenize=False)
+        asked = render(probe, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True)
+        opening = asked[len(plain) :] if asked.startswith(plain) else ""
+        at = whole.find(opening)
+        if not opening or at < 0:
+            raise InputError(
+                f"{origin}: the conversation opens with an assistant turn, and the chat template does not show "
+                "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
+            )
+        return whole[: at + len(opening)]
+
+    def _turn_end(self, whole: str, start: int) -> int:
+        # White space after the end-of-turn token is the template's, not the assistant's: generation has stopped.
+        end = len(whole.rstrip())
+        closed = any(whole.endswith(token, start, end) for token in self._added_tokens())
+        return end if closed and end > start else len(whole)
+
+    def _added_tokens(self) -> tuple[str, ...]:
+        if not hasattr(self, "_added"):
+            self._added = tuple(token for token in self.tokenizer.get_added_vocab() if token.strip())
+        return self._added
+
+    def _encode_plain(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        eos = self.tokenizer.eos_token
+        if not eos:
+            raise InputError(
+                f"{examples[0].origin}: plain text is closed with the EOS token, but the tokenizer has none; "
+                "set eos_token in tokenizer_config.json"
+            )
+        texts = []
+        for example in examples:
+            text = example.text if example.text is not None else (example.prompt or "") + (example.completion or "")
+            texts.append(text if text.endswith(eos) else text + eos)
+        all_ids = self._tokenise(texts)
+        prompts = iter(self._tokenise([example.prompt for example in examples if example.prompt is not None]))
+        rows = []
+        for example, ids in zip(examples, all_ids, strict=True):
+            mask = np.ones(len(ids), dtype=bool)
+            if example.prompt is not None:
+                mask[: _common_prefix(next(prompts), ids)] = False
+            rows.append((ids, mask))
+        return rows
+
+    def _tokenise(self, texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        out = self.tokenizer(texts, padding=False, truncation=False, verbose=False)
+        return [np.asarray(ids, dtype=np.int32) for ids in out["input_ids"]]
+
+    def _apply(self, chats: list[list[Message]], examples: Sequence[Example], **kwargs: Any) -> Any:
+        """Apply the template to many conversations at once; if it refuses, name the row."""
+        if not chats:
+            return []
+        if kwargs["tokenize"]:
+            kwargs["tokenizer_kwargs"] = {"verbose": False}  # long rows are cut here; no warning per row
+        apply: Callable[..., Any] = self.tokenizer.apply_chat_template
+        try:
+            return apply(chats, chat_template=self.chat_template, **kwargs)
+        except (TemplateError, TypeError, ValueError) as error:
+            for chat, example in zip(chats, examples, strict=True):
+                try:
+                    apply([chat], chat_template=self.chat_template, **kwargs)
+                except (TemplateError, TypeError, ValueError) as refusal:
+                    raise InputError(f"{example.origin}: the chat template refuses this row: {refusal}") from refusal
+            raise InputError(f"the chat template cannot be used: {error}") from error
+
+
+def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
+    """Cut an example to `max_length` tokens, keeping the answer.
+
+    First the unsupervised tokens after the last supervised one go, then tokens from the left. If the last answer
+    (the last run of supervised tokens) is itself too long, its first `max_length` tokens are kept.
+
+    Args:
+        ids: int32 [L].
+        labels: int32 [L], -100 where not supervised.
+        max_length: Longest length in tokens.
+
+    Returns:
+        The example, at most `max_length` long.
+    """
+    if len(ids) <= max_length:
+        return Encoded(ids, labels, False)
+    places = np.flatnonzero(labels != IGNORE)
+    last = int(places[-1]) if places.size else len(ids) - 1
+    start = max(last + 1, max_length) - max_length
+    if places.size:
+        gaps = np.flatnonzero(np.diff(places) > 1)
+        answer = int(places[gaps[-1] + 1]) if gaps.size else int(places[0])
+        start = min(start, answer)
+    return Encoded(ids[start : start + max_length].copy(), labels[start : start + max_length].copy(), True)
+
+
+def _turns(example: Example) -> list[Message]:
+    return list(example.messages or ())
+
+
+def _common_prefix(prompt: np.ndarray, ids: np.ndarray) -> int:
+    """Leading tokens that the prompt alone and the whole share; where they part the completion starts (as TRL)."""
+    length = min(len(prompt), len(ids))
+    different = np.flatnonzero(prompt[:length] != ids[:length])
+    return int(different[0]) if different.size else length

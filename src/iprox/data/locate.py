@@ -1,0 +1,125 @@
+"""Find the files that a user's paths, patterns and folders mean."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from iprox.errors import InputError
+
+EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+HUB_PREFIX = "hf://datasets/"
+_SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of `datasets.save_to_disk`
+
+
+def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
+    """Expand paths, patterns and folders to what is to be read.
+
+    Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two
+    patterns match is read once.
+
+    Args:
+        patterns: Paths, glob patterns, folders, or `hf://datasets/...` addresses.
+        name: What the files are for ("pool"), for messages.
+
+    Returns:
+        Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
+
+    Raises:
+        InputError: Nothing is found, or a file has an extension that is not known.
+    """
+    found: dict[str, str | Path] = {}
+    for pattern in patterns:
+        if str(pattern).startswith(HUB_PREFIX):
+            found[str(pattern)] = str(pattern)
+            continue
+        for path in _expand(str(pattern), name):
+            found.setdefault(os.path.realpath(path), path)
+    if not found:
+        raise InputError(f"{name}: no file is given; name at least one file, pattern or folder")
+    return list(found.values())
+
+
+def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    """Short names that tell the files of one pool apart.
+
+    Args:
+        paths: The files of the pool.
+
+    Returns:
+        For each file the name to show (`pool.jsonl`) and the stem of the ids of rows without one (`pool`).
+        Files that share a name get as many parent folders in front as tell them apart.
+    """
+    shown = _unique([[path.name] for path in paths], paths)
+    stems = _unique([[path.stem, path.name] for path in paths], paths)
+    return list(zip(shown, stems, strict=True))
+
+
+def _unique(choices: list[list[str]], paths: Sequence[Path]) -> list[str]:
+    deepest = max((len(path.parts) for path in paths), default=0)
+    for level in range(len(choices[0]) if choices else 0):
+        names = [choice[level] for choice in choices]
+        if len(set(names)) == len(names):
+            return names
+    for depth in range(2, deepest + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _expand(pattern: str, name: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return _folder(path, name)
+    if path.exists():  # before globbing: a file name may hold brackets
+        return [_known(path, name)]
+    matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern) else []
+    if not matches:
+        raise InputError(f"{name}: {_not_found(path)}")
+    return [file for match in matches for file in _expand(match, name)]
+
+
+def _folder(folder: Path, name: str) -> list[Path]:
+    if (folder / _SAVED_DATASET).is_file():
+        return [folder]
+    if (folder / _SAVED_DICT).is_file():
+        splits = sorted(child.name for child in folder.iterdir() if (child / _SAVED_DATASET).is_file())
+        raise InputError(f"{name}: {folder} holds several splits; name one: {_join(folder, splits)}")
+    files = sorted(child for child in folder.iterdir() if child.suffix.lower() in EXTENSIONS and child.is_file())
+    if files:
+        return files
+    below = sorted({file.parent for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS})[:5]
+    hint = f"; there are some in {', '.join(map(str, below))}" if below else ""
+    raise InputError(f"{name}: no {', '.join(EXTENSIONS)} file in the folder {folder}{hint}")
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a path is a folder written by `datasets.save_to_disk`."""
+    return (path / _SAVED_DATASET).is_file()
+
+
+def _known(path: Path, name: str) -> Path:
+    if path.suffix.lower() not in EXTENSIONS:
+        what = f"the extension {path.suffix!r}" if path.suffix else "a name without extension"
+        raise InputError(f"{name}: {path} has {what}; known are {', '.join(EXTENSIONS)}")
+    return path
+
+
+def _not_found(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    wanted = path.relative_to(parent).parts[0] if parent != path else path.name
+    names = sorted(child.name for child in parent.iterdir()) if os.access(parent, os.R_OK) else []
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
+    hint = f"; the nearest names there: {', '.join(near)}" if near else ""
+    what = "no file matches" if glob.has_magic(str(path)) else "there is no file"
+    return f"{what} {path} (looked in {parent.resolve()}){hint}"
+
+
+def _join(folder: Path, splits: Sequence[str]) -> str:
+    return ", ".join(str(folder / split) for split in splits)

@@ -1,0 +1,308 @@
+"""Read the raw rows of one input as a stream: JSON lines, JSON, Parquet, CSV, a hub dataset, rows in memory."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iprox.data.locate import HUB_PREFIX
+from iprox.errors import InputError
+
+_CHUNK = 1 << 20
+_PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One raw row.
+
+    Attributes:
+        row: 1-based row; the line in JSON lines, the data row (header not counted) in CSV.
+        data: The row as read; None when it could not be read.
+        error: Why it could not be read.
+        offset: Byte offset of the line in its file; -1 where the input has no lines of JSON.
+        length: Bytes of the line with its line end.
+    """
+
+    row: int
+    data: Any
+    error: str | None = None
+    offset: int = -1
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One re-readable input.
+
+    Attributes:
+        label: The name to show in messages.
+        stem: Start of the ids of rows that have none.
+        file: The path or address, as recorded; None for rows in memory.
+        path: The local file whose bytes are the fingerprint; None where the rows are fingerprinted.
+        records: Starts a new pass over the rows.
+    """
+
+    label: str
+    stem: str
+    file: str | None
+    path: Path | None
+    records: Callable[[], Iterator[Record]]
+
+
+def open_file(path: Path, label: str, stem: str) -> Reader:
+    """Make the reader of one local file, by its extension.
+
+    Args:
+        path: The file.
+        label: Name for messages.
+        stem: Start of generated ids.
+
+    Returns:
+        The reader. The file is opened when `records()` is iterated.
+    """
+    read = {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(path.suffix.lower(), _jsonl)
+    return Reader(label, stem, str(path), path, lambda: _guarded(read(path), path))
+
+
+def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None) -> Reader:
+    """Make the reader of rows that are in memory or come from `datasets`.
+
+    Args:
+        rows: Something that can be iterated more than once.
+        label: Name for messages.
+        stem: Start of generated ids.
+        file: The path or address, where there is one.
+
+    Returns:
+        The reader.
+    """
+
+    def records() -> Iterator[Record]:
+        for row, data in enumerate(rows, start=1):
+            yield Record(row, data)
+
+    return Reader(label, stem, file, None, records)
+
+
+def open_hub(address: str) -> Reader:
+    """Make the reader of a dataset on the Hugging Face Hub, streamed.
+
+    Args:
+        address: `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`; the split is `train` unless given.
+
+    Returns:
+        The reader.
+
+    Raises:
+        InputError: The address is malformed, or the dataset cannot be opened.
+    """
+    import datasets
+
+    body, _, split = address[len(HUB_PREFIX) :].partition(":")
+    parts = body.strip("/").split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(f"{address}: a hub dataset is written {HUB_PREFIX}OWNER/NAME[/CONFIG][:SPLIT]")
+    config = parts[2] if len(parts) == 3 else None
+    split = split or "train"
+    try:
+        rows = datasets.load_dataset("/".join(parts[:2]), config, split=split, streaming=True)
+    except Exception as error:  # the hub client raises its own, requests', httpx' and fsspec's errors
+        raise InputError(f"{address}: cannot be opened: {_first_line(error)}") from error
+    stem = "-".join([*parts, split])
+    return open_rows(rows, address, stem, address)
+
+
+def open_saved(folder: Path, label: str, stem: str) -> Reader:
+    """Make the reader of a folder written by `datasets.save_to_disk`; its rows stay on disk.
+
+    Args:
+        folder: The folder.
+        label: Name for messages.
+        stem: Start of generated ids.
+
+    Returns:
+        The reader.
+
+    Raises:
+        InputError: `datasets` cannot read the folder.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise InputError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
+    return open_rows(rows.with_format(None), label, stem, str(folder))
+
+
+def hash_file(digest: hashlib.blake2b, path: Path) -> None:
+    """Add a file's name and bytes to a hash.
+
+    Args:
+        digest: The hash to update.
+        path: The file.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    try:
+        digest.update(f"{path.name}\0{os.path.getsize(path)}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def json_line(data: Mapping[str, Any], origin: str) -> bytes:
+    """Write one row as a line of JSON.
+
+    Args:
+        data: The row.
+        origin: File and row for messages.
+
+    Returns:
+        UTF-8 bytes that end with a newline.
+
+    Raises:
+        InputError: A column holds what JSON cannot (bytes, images).
+    """
+
+    def other(value: Any) -> Any:
+        if hasattr(value, "isoformat"):  # dates and times
+            return value.isoformat()
+        raise TypeError(type(value).__name__)
+
+    try:
+        return json.dumps(data, ensure_ascii=False, default=other).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate in a column that is not read
+        return json.dumps(data, default=other).encode() + b"\n"
+    except TypeError as error:
+        raise InputError(f"{origin}: a column holds {error}, which JSON cannot; remove the column") from error
+
+
+def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
+    try:
+        yield from records
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except pa.ArrowException as error:
+        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    offset = 0
+    with path.open("rb") as file:
+        # Bytes, not text: `write_rows` copies lines byte for byte, and only "\n" ends a line of JSON.
+        for row, line in enumerate(file, start=1):
+            start, offset = offset, offset + len(line)
+            if line.isspace():
+                continue
+            try:
+                data = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                yield Record(row, None, f"not UTF-8 (byte {error.start + 1} of the line)", start, len(line))
+            except (ValueError, RecursionError) as error:
+                yield Record(row, None, f"not JSON: {_json_fault(error)}", start, len(line))
+            else:
+                yield Record(row, data, None, start, len(line))
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """A JSON array read object by object; a `.json` file that starts with an object holds JSON lines."""
+    with path.open("rb") as file:
+        head = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"{"):
+        yield from _jsonl(path)
+        return
+    if head and not head.startswith(b"["):
+        raise InputError(f"{path}: not JSON: expected an array of objects or one object per line")
+    if head:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            yield from _json_array(file, path)
+
+
+def _json_array(file: Any, path: Path) -> Iterator[Record]:
+    decode = json.JSONDecoder().raw_decode
+    buffer, row, separator, size = "", 0, "[", _CHUNK
+
+    while True:
+        buffer = buffer.lstrip()
+        if buffer[:1] == "]" and separator == ",":
+            break
+        # One value needs its separator, the value, and the character after it: without that last one a number
+        # or an object cut at the end of the buffer could look whole.
+        try:
+            if not buffer.startswith(separator):
+                if buffer:
+                    raise InputError(f"{path}: not JSON: expected {separator!r} before element {row + 1}")
+                raise ValueError("the file ends inside the array")
+            body = buffer[1:].lstrip()
+            if separator == "[" and body.startswith("]"):
+                buffer = body
+                break
+            data, end = decode(body) if body else (None, 0)
+            if not body[end:].lstrip():
+                raise ValueError("the file ends inside the array")
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            chunk = file.read(size)
+            if not chunk:
+                # The decoder counts from the buffer, so its position would mislead.
+                fault = error.msg if isinstance(error, json.JSONDecodeError) else _json_fault(error)
+                raise InputError(f"{path}: not JSON at element {row + 1}: {fault}") from error
+            buffer += chunk
+            size *= 2  # a long element is parsed again after each read: doubling keeps the total linear
+            continue
+        row, buffer, separator, size = row + 1, body[end:], ",", _CHUNK
+        yield Record(row, data)
+    if (buffer[1:] + file.read(_CHUNK)).strip():
+        raise InputError(f"{path}: not JSON: there is more after the end of the array")
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    row = 0
+    # Streams the column chunks; without both settings a whole row group is read at once.
+    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            for data in batch.to_pylist():
+                row += 1
+                yield Record(row, data)
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long document
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        row = 0
+        while True:
+            row += 1
+            try:
+                data = next(reader, None)
+            except csv.Error as error:
+                yield Record(row, None, f"not CSV: {error}")
+                continue
+            if data is None:
+                return
+            yield Record(row, data)
+
+
+def _json_fault(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deep" if isinstance(error, RecursionError) else _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

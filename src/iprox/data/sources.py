@@ -1,0 +1,283 @@
+"""A pool: the examples of files, folders, hub datasets or rows in memory, as one re-iterable stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iprox.data.formats import BadRowError, Example, to_example
+from iprox.data.locate import is_saved_dataset, labels, locate
+from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
+from iprox.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
+
+_KEPT_MESSAGES = 10
+
+
+@dataclass(frozen=True)
+class PoolSummary:
+    """What one pass over a pool found.
+
+    Attributes:
+        rows: Good rows.
+        bad_rows: Rows left out (only with `on_bad_row="skip"`).
+        sources: Good rows by their `source`; rows without one are not counted here.
+        fingerprint: blake2b (hex) of the names and bytes of the files, or of the rows where there is no file.
+        files: Paths and addresses, in reading order; empty for rows in memory.
+        bad_row_messages: `file:row: reason` of the first ten bad rows.
+    """
+
+    rows: int
+    bad_rows: int
+    sources: dict[str, int]
+    fingerprint: str
+    files: tuple[str, ...]
+    bad_row_messages: tuple[str, ...] = field(default=())
+
+
+class Pool:
+    """A re-iterable stream of the examples of one or more inputs; it never holds them all.
+
+    Formats are recognised row by row (see `iprox.data.formats`). Rows without `id` get one from the file's name
+    and the row's number, so it is the same in every run.
+
+    Args:
+        patterns: A path, glob pattern, folder or `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`, or a list of
+            them; or a list of dicts; or a `datasets.Dataset`.
+        name: What the examples are for, in messages.
+        on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
+
+    Raises:
+        InputError: A file is missing or of an unknown kind, or `on_bad_row` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        patterns: str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]] | datasets.Dataset,
+        *,
+        name: str = "pool",
+        on_bad_row: str = "stop",
+    ) -> None:
+        if on_bad_row not in ("stop", "skip"):
+            raise InputError(f"{name}: on_bad_row must be 'stop' or 'skip', not {on_bad_row!r}")
+        self.name = name
+        self.on_bad_row = on_bad_row
+        self._readers = _open(patterns, name)
+        self._summary: PoolSummary | None = None
+
+    def __iter__(self) -> Iterator[Example]:
+        """Yield the good rows in order. With `on_bad_row="stop"` the first bad row raises InputError."""
+        for example, _, _ in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
+            yield example
+
+    def scan(self) -> PoolSummary:
+        """Read everything once, check it, and count. The result is kept.
+
+        Returns:
+            The summary.
+
+        Raises:
+            InputError: There are bad rows (and `on_bad_row="stop"`), two rows have the same id, or no row is good.
+        """
+        if self._summary is None:
+            self._summary = self._scan()
+        return self._summary
+
+    def take(self, rows: Iterable[int]) -> list[Example]:
+        """Fetch some rows in one pass.
+
+        Args:
+            rows: 0-based positions among the good rows; any order, repeats allowed.
+
+        Returns:
+            The examples in the order asked.
+
+        Raises:
+            InputError: The pool has no such row.
+        """
+        wanted = [int(row) for row in rows]
+        found = {example.row: example for example, _, _ in self._chosen(wanted)}
+        return [found[row] for row in wanted]
+
+    def write_rows(self, rows: Sequence[int], path: Path) -> None:
+        """Write chosen rows as JSON lines, in the order given.
+
+        Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other
+        formats are written with the same columns. Memory holds two numbers per chosen row.
+
+        Args:
+            rows: 0-based positions among the good rows.
+            path: The file to write; it is replaced whole or not at all.
+
+        Raises:
+            InputError: The pool has no such row, or a column holds what JSON cannot.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [int(row) for row in rows]
+        places: dict[int, tuple[Reader | None, int, int]] = {}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            # Rows of other formats go to a spool file first, because they are met in another order.
+            with temporary.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
+                for example, record, reader in self._chosen(wanted):
+                    if record.offset >= 0:
+                        places[example.row] = (reader, record.offset, record.length)
+                    else:
+                        line = json_line(record.data, example.origin)
+                        places[example.row] = (None, spool.tell(), len(line))
+                        spool.write(line)
+                opened = {reader: reader.path.open("rb") for reader, _, _ in places.values() if reader and reader.path}
+                try:
+                    for row in wanted:
+                        reader, offset, length = places[row]
+                        file = opened[reader] if reader else spool
+                        file.seek(offset)
+                        line = file.read(length)
+                        # A byte order mark belongs to the file's start, not to the row.
+                        line = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
+                        out.write(line if line.endswith(b"\n") else line + b"\n")
+                finally:
+                    for file in opened.values():
+                        file.close()
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _good_rows(self, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[Example, Record, Reader]]:
+        """Every good row with its raw record; `on_bad(origin, reason)` hears of the others."""
+        row = 0
+        for reader in self._readers:
+            for record in reader.records():
+                origin = f"{reader.label}:{record.row}"
+                try:
+                    if record.error is not None:
+                        raise BadRowError(record.error)
+                    default_id = f"{reader.stem}-{record.row:08d}"
+                    example = to_example(record.data, row=row, origin=origin, default_id=default_id)
+                except BadRowError as error:
+                    if on_bad is not None:
+                        on_bad(origin, str(error))
+                    continue
+                row += 1
+                yield example, record, reader
+
+    def _chosen(self, wanted: Sequence[int]) -> Iterator[tuple[Example, Record, Reader]]:
+        if not wanted:
+            return
+        chosen, last, seen = set(wanted), max(wanted), 0
+        if min(chosen) < 0:
+            raise InputError(f"{self.name}: rows are counted from 0; {min(chosen)} was asked for")
+        for example, record, reader in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
+            seen = example.row + 1
+            if example.row in chosen:
+                yield example, record, reader
+            if example.row == last:
+                return
+        raise InputError(f"{self.name}: row {last} was asked for, but there are only {seen} good rows")
+
+    def _refuse(self, origin: str, reason: str) -> None:
+        raise InputError(f"{self.name}: {origin}: {reason} (--on-bad-row skip leaves such rows out)")
+
+    def _scan(self) -> PoolSummary:
+        bad, first_bad = 0, []
+
+        def note(origin: str, reason: str) -> None:
+            nonlocal bad
+            bad += 1
+            if len(first_bad) < _KEPT_MESSAGES:
+                first_bad.append(f"{origin}: {reason}")
+
+        digest = hashlib.blake2b(digest_size=16)
+        for reader in self._readers:
+            if reader.path is not None:
+                hash_file(digest, reader.path)
+        sources: Counter[str] = Counter()
+        hashes = array("Q")
+        for example, record, reader in self._good_rows(note):
+            hashes.append(_hash64(example.id))
+            if example.source is not None:
+                sources[example.source] += 1
+            if reader.path is None:
+                digest.update(json.dumps(record.data, sort_keys=True, default=str).encode() + b"\n")
+
+        rows = len(hashes)
+        files = tuple(reader.file for reader in self._readers if reader.file is not None)
+        if bad and self.on_bad_row == "stop":
+            more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""
+            raise InputError(
+                f"{self.name}: {bad} of {bad + rows} rows are bad; mend them, or leave them out with "
+                f"--on-bad-row skip:\n  " + "\n  ".join(first_bad) + more
+            )
+        if rows == 0:
+            where = ", ".join(files) or "the list given"
+            why = f"; all {bad} rows are bad, the first: {first_bad[0]}" if bad else ""
+            raise InputError(f"{self.name}: no examples in {where}{why}")
+        self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
+        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))
+
+    def _check_ids(self, hashes: np.ndarray) -> None:
+        hashes.sort()
+        repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if not repeated.size:
+            return
+        # Two hashes may agree by chance; only a second pass can tell, and it keeps only the suspects.
+        suspects = set(repeated.tolist())
+        first: dict[str, str] = {}
+        pair, duplicates = "", 0
+        for example, _, _ in self._good_rows(None):
+            if _hash64(example.id) not in suspects:
+                continue
+            if example.id in first:
+                duplicates += 1
+                pair = pair or f"{first[example.id]} and {example.origin} have the same id {example.id!r}"
+            else:
+                first[example.id] = example.origin
+        if duplicates:
+            more = f" ({duplicates} rows repeat an earlier id)" if duplicates > 1 else ""
+            raise InputError(f"{self.name}: {pair}{more}; make ids unique, or remove `id` and rows are numbered")
+
+
+def _open(patterns: Any, name: str) -> list[Reader]:
+    if isinstance(patterns, str | os.PathLike):
+        patterns = [patterns]
+    elif hasattr(patterns, "with_format"):  # datasets.Dataset, IterableDataset or DatasetDict
+        if hasattr(patterns, "keys"):
+            raise InputError(f"{name}: a DatasetDict is given; pass one split of it: {', '.join(patterns)}")
+        return [open_rows(patterns.with_format(None), "row", "row")]
+    if not isinstance(patterns, Sequence):
+        raise InputError(f"{name}: expected paths, a list of dicts or a Dataset, not {type(patterns).__name__}")
+    if patterns and all(isinstance(item, Mapping) for item in patterns):
+        return [open_rows(patterns, "row", "row")]
+    wrong = next((item for item in patterns if not isinstance(item, str | os.PathLike)), None)
+    if wrong is not None:
+        raise InputError(f"{name}: expected paths or dicts in the list, not {type(wrong).__name__}")
+
+    places = locate(patterns, name)
+    named = iter(labels([place for place in places if isinstance(place, Path)]))
+    readers = []
+    for place in places:
+        if isinstance(place, str):
+            readers.append(open_hub(place))
+            continue
+        label, stem = next(named)
+        open_place = open_saved if is_saved_dataset(place) else open_file
+        readers.append(open_place(place, label, stem))
+    return readers
+
+
+def _hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,159 @@
+"""Choose the chat template, and with it the rule that says which tokens are supervised."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from trl.chat_template_utils import get_training_chat_template
+
+from iprox.errors import InputError
+
+_LOG = logging.getLogger(__name__)
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The named default that `--chat-template chatml` asks for."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class TemplateChoice:
+    """The chat template in use and the rule for labels that it allows.
+
+    Attributes:
+        template: Jinja source; None if the tokenizer has none.
+        rule: `"generation"` (the template marks what the assistant generates), `"trl"` (TRL's training variant
+            of the tokenizer's template, which marks it too), `"boundary"` (exact text boundaries of the
+            assistant turns) or `"none"` (no template; only plain text can be encoded).
+        describe: One sentence for people and for `run.json`.
+        warnings: What the user should know about these labels.
+    """
+
+    template: str | None
+    rule: str
+    describe: str
+    warnings: tuple[str, ...] = ()
+
+
+def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice:
+    """Choose the template and the rule for labels, as TRL's `SFTTrainer(assistant_only_loss=True)` does.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        chat_template: Overrides the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
+
+    Returns:
+        The choice. Where TRL knows no training template it would refuse; then the rule is `"boundary"`.
+
+    Raises:
+        InputError: `chat_template` is none of the three, the tokenizer has named templates without a default,
+            or the template loses the messages' text.
+    """
+    template, origin = _given(tokenizer, chat_template)
+    warnings: list[str] = []
+    if template is None:
+        return TemplateChoice(None, "none", "no chat template: plain text only")
+    if chat_template == "chatml" and len(_ids(tokenizer, "<|im_end|>")) > 1:
+        warnings.append(
+            "the ChatML end-of-turn mark <|im_end|> is not one token of this tokenizer; it is written with several"
+        )
+    if _GENERATION.search(template):
+        rule, describe = "generation", f"assistant tokens as marked by the generation blocks of {origin}"
+    elif (training := _training_template(tokenizer, template)) is not None:
+        template, rule = training, "trl"
+        describe = f"assistant tokens as marked by TRL's training variant of {origin}"
+    else:
+        rule, describe = "boundary", f"assistant tokens by the exact boundaries of the turns in {origin}"
+    _require_content(tokenizer, template, origin)
+    if rule != "boundary" and not _stop_is_supervised(tokenizer, template):
+        warnings.append(
+            "the chat template leaves the end-of-turn token out of the assistant's tokens, "
+            "so stopping is not supervised; put it inside {% generation %}"
+        )
+    for warning in warnings:
+        _LOG.warning("%s", warning)
+    return TemplateChoice(template, rule, describe, tuple(warnings))
+
+
+def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
+    if chat_template is None:
+        if not tokenizer.chat_template:
+            return None, ""
+        try:
+            return tokenizer.get_chat_template(), "the tokenizer's chat template"
+        except ValueError as error:
+            raise InputError(
+                "the tokenizer has several named chat templates and none is the default; name a template file "
+                "with --chat-template FILE"
+            ) from error
+    if chat_template == "chatml":
+        return CHATML, "iprox's ChatML template"
+    if "{{" in chat_template or "{%" in chat_template:
+        return chat_template, "the chat template given"
+    try:
+        return Path(chat_template).expanduser().read_text(encoding="utf-8"), f"the chat template {chat_template}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"chat template {chat_template!r} is neither 'chatml' nor Jinja source nor a readable file"
+        ) from error
+
+
+def _training_template(tokenizer: Any, template: str) -> str | None:
+    if tokenizer.chat_template != template:
+        tokenizer = copy.copy(tokenizer)  # TRL reads the template from the tokenizer; the caller's stays as it is
+        tokenizer.chat_template = template
+    try:
+        return get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, KeyError, TemplateError):
+        # ValueError is TRL's "not known"; the others come from the template that refuses TRL's probe messages.
+        return None
+
+
+def _require_content(tokenizer: Any, template: str, origin: str) -> None:
+    # Templates of multimodal processors go through the parts of a content and render nothing for a string.
+    # Digits, because a template may change letters (upper case) but not these.
+    asked, answered = "31415926", "27182818"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except (TemplateError, TypeError, ValueError):
+        return  # `encode` names the row if the template refuses real ones too
+    if asked not in text or answered not in text:
+        raise InputError(
+            f"{origin} leaves out the text of messages (is it made for images?); "
+            "give one for text: --chat-template chatml (or a Jinja file)"
+        )
+
+
+def _stop_is_supervised(tokenizer: Any, template: str) -> bool:
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        out = tokenizer.apply_chat_template(
+            turns,
+            chat_template=template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+    except (TemplateError, TypeError, ValueError):
+        return True  # the template refuses the probe; `encode` names the row if it refuses real ones too
+    kept = [token for token, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
+    return len(tokenizer.decode(kept).strip()) > 1  # more than the "x"
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,327 @@
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trl
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from iprox.data import IGNORE, ChatEncoder, Pool
+from iprox.data.chat import fit
+from iprox.data.templates import CHATML
+from iprox.errors import InputError
+
+MARKED = CHATML
+UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TEXTS = ["What is two plus two? It is four.", "Name a colour: blue, green or red.", "Answer the question, please."]
+
+
+def make_tokenizer(template: Any = MARKED):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    core.decoder = decoders.ByteLevel()  # pyright: ignore
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([*TEXTS, "system\nuser\nassistant\n\n\n"] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<|endoftext|>", chat_template=template
+    )
+
+
+TOKENIZER = make_tokenizer()
+BY_MARK = ChatEncoder(TOKENIZER, 10_000)
+BY_BOUNDARY = ChatEncoder(TOKENIZER, 10_000, UNMARKED)
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def encode(encoder, *rows):
+    return encoder.encode(list(Pool(list(rows))))
+
+
+def supervised_text(row):
+    return str(TOKENIZER.decode(row.input_ids[row.labels != IGNORE]))
+
+
+def same(one, other):
+    return np.array_equal(one.input_ids, other.input_ids) and np.array_equal(one.labels, other.labels)
+
+
+TWO_TURNS = chat(
+    ("system", "Be short."), ("user", "2+2?"), ("assistant", "4"), ("user", "3+3?"), ("assistant", "Six 🙂")
+)
+
+
+def test_rules_are_named():
+    assert (BY_MARK.mode, BY_BOUNDARY.mode) == ("generation", "boundary")
+    assert "generation blocks of the tokenizer's chat template" in BY_MARK.describe
+    assert "exact boundaries of the turns in the chat template given" in BY_BOUNDARY.describe
+    assert BY_MARK.warnings == BY_BOUNDARY.warnings == ()
+    assert TOKENIZER.chat_template == MARKED  # the caller's tokenizer is untouched
+
+
+@pytest.mark.parametrize("encoder", [BY_MARK, BY_BOUNDARY], ids=["marks", "boundaries"])
+def test_only_assistant_turns_and_their_ends_are_supervised(encoder):
+    (row,) = encode(encoder, TWO_TURNS)
+    assert supervised_text(row) == "4<|im_end|>Six 🙂<|im_end|>"
+    assert str(TOKENIZER.decode(row.input_ids)).endswith("Six 🙂<|im_end|>\n")
+    assert row.input_ids.dtype == row.labels.dtype == np.int32
+    kept = row.labels != IGNORE
+    assert (row.labels[kept] == row.input_ids[kept]).all()
+    assert row.supervised == kept.sum()
+    assert not row.truncated
+
+
+unicode_text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda s: not s.isspace())
+conversations = st.lists(st.tuples(unicode_text, unicode_text), min_size=1, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pairs=conversations, system=st.none() | unicode_text)
+def test_supervised_tokens_decode_to_the_assistant_turns(pairs, system):
+    turns = [("system", system)] if system else []
+    for user, assistant in pairs:
+        turns += [("user", user), ("assistant", assistant)]
+    (by_mark,), (by_boundary,) = encode(BY_MARK, chat(*turns)), encode(BY_BOUNDARY, chat(*turns))
+    assert same(by_mark, by_boundary)
+    # A token that merges the template's "\n" with line breaks that open the answer is supervised whole.
+    expected = "".join(a + "<|im_end|>" for _, a in pairs)
+    if any(a[0].isspace() for _, a in pairs):
+        assert supervised_text(by_mark).replace("\n", "") == expected.replace("\n", "")
+    else:
+        assert supervised_text(by_mark) == expected
+
+
+def test_a_conversation_that_opens_with_the_assistant():
+    turns = chat(("assistant", "Hello"), ("user", "Hi"), ("assistant", "Bye"))
+    (by_mark,), (by_boundary,) = encode(BY_MARK, turns), encode(BY_BOUNDARY, turns)
+    assert same(by_mark, by_boundary)
+    assert supervised_text(by_mark) == "Hello<|im_end|>Bye<|im_end|>"
+
+
+@pytest.mark.parametrize("encoder", [BY_MARK, BY_BOUNDARY], ids=["marks", "boundaries"])
+def test_of_a_conversational_prompt_nothing_is_supervised(encoder):
+    turns = TWO_TURNS["messages"]
+    (row,) = encode(encoder, {"prompt": turns[:4], "completion": turns[4:]})
+    assert supervised_text(row) == "Six 🙂<|im_end|>"
+
+
+def test_a_turn_without_end_token_keeps_all_bytes_of_its_last_character():
+    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
+    bare += "{% endfor %}{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    (row,) = encode(ChatEncoder(TOKENIZER, 100, bare), chat(("user", "Hi"), ("assistant", "ok 🙂")))
+    assert supervised_text(row).strip() == "ok 🙂"
+
+
+def test_order_and_mixture_are_kept():
+    rows = [
+        {"text": "four"},
+        TWO_TURNS,
+        {"prompt": "two ", "completion": "plus"},
+        chat(("user", "Q"), ("assistant", "A")),
+    ]
+    together = encode(BY_MARK, *rows * 400)  # more than one chunk
+    alone = [encode(BY_MARK, row)[0] for row in rows]
+    assert len(together) == 1600
+    assert all(same(row, alone[index % 4]) for index, row in enumerate(together))
+
+
+def test_plain_text_ends_with_one_eos():
+    text, closed = encode(BY_MARK, {"text": "It is four."}, {"text": "It is four.<|endoftext|>"})
+    assert same(text, closed)
+    assert text.input_ids[-1] == TOKENIZER.eos_token_id
+    assert (text.labels == text.input_ids).all()
+    assert text.supervised == len(text.labels) - 1
+
+
+def test_plain_prompt_completion_supervises_the_completion():
+    (row,) = encode(BY_MARK, {"prompt": "What is two plus two?", "completion": " It is four."})
+    assert supervised_text(row) == " It is four.<|endoftext|>"
+    assert TOKENIZER.decode(row.input_ids) == "What is two plus two? It is four.<|endoftext|>"
+
+
+ROWS = {
+    "messages": [TWO_TURNS, chat(("user", "Name a colour"), ("assistant", "\n\nblue"))],
+    "prompt and completion": [
+        {"prompt": "What is two", "completion": " plus two?"},
+        {"prompt": "Answer the ques", "completion": "tion, please."},  # a token may merge across the boundary
+    ],
+    "conversational prompt and completion": [
+        {"prompt": TWO_TURNS["messages"][:4], "completion": TWO_TURNS["messages"][4:]},
+        {"prompt": TWO_TURNS["messages"][1:2], "completion": TWO_TURNS["messages"][2:]},
+    ],
+    "text": [{"text": TEXTS[0]}, {"text": "red"}],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_labels_are_those_of_trl(kind, tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(TOKENIZER), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    chats = kind in ("messages", "conversational prompt and completion")
+    config = SFTConfig(
+        output_dir=str(tmp_path), assistant_only_loss=chats, max_length=None, report_to=[], use_cpu=True, bf16=False
+    )
+    trainer = SFTTrainer(
+        model, args=config, train_dataset=Dataset.from_list(ROWS[kind]), processing_class=copy.deepcopy(TOKENIZER)
+    )
+    prepared: Any = trainer.train_dataset
+    for theirs, ours in zip(prepared, encode(BY_MARK, *ROWS[kind]), strict=True):
+        assert theirs["input_ids"] == ours.input_ids.tolist()
+        assert theirs["labels"] == ours.labels.tolist()
+
+
+def test_trl_knows_a_training_template_for_qwen3():
+    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    encoder = ChatEncoder(make_tokenizer(template), 1000)
+    assert encoder.mode == "trl"
+    assert "TRL's training variant of the tokenizer's chat template" in encoder.describe
+    (row,) = encode(encoder, chat(("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")))
+    think = "<think>\n\n</think>\n\n"
+    assert supervised_text(row) == f"{think}A<|im_end|>\n{think}B<|im_end|>\n"
+
+
+def test_a_template_that_rewrites_history_is_refused():
+    rewriting = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{{ m['content'] if loop.last else m['content'] | upper }}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    encoder = ChatEncoder(TOKENIZER, 100, rewriting)
+    assert encoder.mode == "boundary"
+    with pytest.raises(InputError, match=r"row:1: the chat template renders turn 2 otherwise .*generation"):
+        encode(encoder, chat(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")))
+
+
+def test_a_template_for_images_is_refused():
+    template = UNMARKED.replace("message['content']", "(message['content'] | selectattr('text') | join)")
+    with pytest.raises(InputError, match="the chat template given leaves out the text of messages"):
+        ChatEncoder(TOKENIZER, 100, template)
+
+
+def test_a_row_that_the_template_refuses_is_named():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user goes first') }}{% endif %}" + MARKED
+    good = chat(("user", "Q"), ("assistant", "A"))
+    with pytest.raises(InputError, match="row:2: the chat template refuses this row: user goes first"):
+        encode(ChatEncoder(TOKENIZER, 100, strict), good, TWO_TURNS)
+
+
+def test_marks_that_mark_nothing_are_refused():
+    useless = UNMARKED + "{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
+    with pytest.raises(InputError, match="row:1: the chat template marks no assistant token"):
+        encode(ChatEncoder(TOKENIZER, 100, useless), TWO_TURNS)
+
+
+def test_an_end_of_turn_outside_the_marks_is_warned_of():
+    outside = MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}{{ '<|im_end|>' }}")
+    encoder = ChatEncoder(TOKENIZER, 100, outside)
+    assert len(encoder.warnings) == 1
+    assert "stopping is not supervised" in encoder.warnings[0]
+    (row,) = encode(encoder, chat(("user", "Q"), ("assistant", "A")))
+    assert supervised_text(row) == "A"
+
+
+def test_without_a_template_messages_are_refused_and_a_default_is_offered(tmp_path):
+    bare = make_tokenizer(None)
+    encoder = ChatEncoder(bare, 100)
+    assert (encoder.mode, encoder.chat_template) == ("none", None)
+    assert len(encode(encoder, {"text": "plain"})) == 1
+    with pytest.raises(InputError, match=r"row:1: .*no chat template; name one: --chat-template chatml"):
+        encode(encoder, TWO_TURNS)
+
+    file = tmp_path / "t.jinja"
+    file.write_text(MARKED)
+    expected = encode(BY_MARK, TWO_TURNS)[0]
+    for given_template in ("chatml", MARKED, str(file)):
+        assert same(encode(ChatEncoder(bare, 100, given_template), TWO_TURNS)[0], expected)
+    assert bare.chat_template is None
+    with pytest.raises(InputError, match="'chatlm' is neither 'chatml' nor"):
+        ChatEncoder(bare, 100, "chatlm")
+
+
+def test_chatml_without_its_tokens_is_warned_of():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    core.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    )
+    encoder = ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=core), 100, "chatml")
+    assert "<|im_end|> is not one token" in encoder.warnings[0]
+
+
+def test_named_templates_without_a_default_are_refused():
+    tokenizer = make_tokenizer({"tools": MARKED, "rag": MARKED})
+    with pytest.raises(InputError, match="none is the default"):
+        ChatEncoder(tokenizer, 100)
+    assert ChatEncoder(make_tokenizer({"default": MARKED, "rag": "x"}), 100).mode == "generation"
+
+
+def test_what_cannot_encode():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(InputError, match="Slow is a slow tokenizer"):
+        ChatEncoder(Slow(), 100)
+    with pytest.raises(InputError, match="at least 2 tokens, not 1"):
+        ChatEncoder(TOKENIZER, 1)
+    without_eos = copy.deepcopy(TOKENIZER)
+    without_eos.eos_token = None
+    with pytest.raises(InputError, match=r"row:1: .*EOS token, but the tokenizer has none"):
+        encode(ChatEncoder(without_eos, 100), {"text": "a"})
+
+
+@pytest.mark.parametrize(
+    ("mask", "length", "kept"),
+    [
+        ("..aa", 4, "0123"),  # fits
+        ("..aa.", 4, "0123"),  # the unsupervised end goes first
+        ("....aa..", 4, "2345"),  # then the prompt, from the left
+        ("..aaaaaa", 4, "2345"),  # the answer alone is too long: its start is kept
+        (".aaaa.", 4, "1234"),
+        ("..aaaa..a", 4, "5678"),  # several answers: the last one, with what came before it
+        (".a..aaaaa", 4, "4567"),
+        ("......", 4, "2345"),  # nothing supervised
+    ],
+)
+def test_cutting_keeps_the_answer(mask, length, kept):
+    ids = np.arange(len(mask), dtype=np.int32)
+    labels = np.where([c == "a" for c in mask], ids, IGNORE).astype(np.int32)
+    row = fit(ids, labels, length)
+    assert "".join(map(str, row.input_ids)) == kept
+    assert row.truncated == (len(mask) > length)
+    np.testing.assert_array_equal(row.labels, labels[row.input_ids])
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(2, 20))
+def test_cutting_always_fits_and_keeps_a_window(mask, length):
+    ids = np.arange(len(mask), dtype=np.int32)
+    labels = np.where(mask, ids, IGNORE).astype(np.int32)
+    row = fit(ids, labels, length)
+    assert len(row.input_ids) == min(length, len(mask))
+    np.testing.assert_array_equal(row.input_ids, np.arange(row.input_ids[0], row.input_ids[0] + len(row.input_ids)))
+    np.testing.assert_array_equal(row.labels, labels[row.input_ids])
+    if any(mask):
+        assert (row.labels != IGNORE).any()
+
+
+def test_a_long_conversation_is_cut_to_its_answer():
+    encoder = ChatEncoder(TOKENIZER, 8)
+    (row,) = encode(encoder, chat(("user", "Name a colour: " * 20), ("assistant", "red")))
+    assert row.truncated
+    assert len(row.input_ids) == 8
+    assert supervised_text(row) == "red<|im_end|>"

@@ -1,0 +1,92 @@
+import pytest
+
+from iprox.data.formats import BadRowError, to_example
+
+
+def read(data):
+    return to_example(data, row=0, origin="pool.jsonl:1", default_id="pool-00000001")
+
+
+USER = {"role": "user", "content": "Q"}
+ASSISTANT = {"role": "assistant", "content": "A"}
+
+
+def test_messages_with_labels():
+    example = read({"id": 7, "source": "gsm8k", "task": "math", "messages": [USER, ASSISTANT]})
+    assert (example.id, example.source, example.task) == ("7", "gsm8k", "math")
+    assert example.messages == (USER, ASSISTANT)
+    assert example.supervised_from == 0
+    assert example.text is example.prompt is example.completion is None
+
+
+def test_content_parts_are_joined():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    example = read({"messages": [{"role": "user", "content": parts}, ASSISTANT]})
+    assert example.messages is not None
+    assert example.messages[0]["content"] == "a b"
+
+
+def test_sharegpt_roles():
+    turns = [("system", "S"), ("human", "Q"), ("gpt", "A"), ("user", "R"), ("assistant", "B"), ("tool", "T")]
+    example = read({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert example.messages is not None
+    assert [m["role"] for m in example.messages] == ["system", "user", "assistant", "user", "assistant", "tool"]
+    assert [m["content"] for m in example.messages] == ["S", "Q", "A", "R", "B", "T"]
+
+
+@pytest.mark.parametrize(("extra", "user"), [({}, "I"), ({"input": ""}, "I"), ({"input": "X"}, "I\n\nX")])
+def test_alpaca(extra, user):
+    # The original Alpaca set has a ready-made `text` column too; the turns win.
+    example = read({"instruction": "I", "output": "O", "text": "Below is ...", **extra})
+    assert example.messages == ({"role": "user", "content": user}, {"role": "assistant", "content": "O"})
+
+
+def test_plain_prompt_completion():
+    example = read({"prompt": "2+2=", "completion": "4"})
+    assert (example.prompt, example.completion, example.messages) == ("2+2=", "4", None)
+
+
+def test_conversational_prompt_completion_supervises_only_the_completion():
+    example = read({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
+    assert example.messages == (USER, ASSISTANT, USER, ASSISTANT)
+    assert example.supervised_from == 3
+
+
+def test_a_filled_format_wins_over_an_empty_column():
+    assert read({"messages": None, "prompt": "", "completion": "x", "text": "T"}).text == "T"
+    assert read({"messages": [], "text": "T", "id": None}).id == "pool-00000001"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ([1], "not an object but a list"),
+        ({"question": "Q", "answer": "A"}, "no known format: it has 'question', 'answer'; known are messages"),
+        ({}, "it has no keys"),
+        ({"prompt": "only"}, "no known format: it has 'prompt'"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": "hello"}, "messages must be a list of messages, not text"),
+        ({"messages": ["hello"]}, r"messages\[0\] must be an object"),
+        ({"messages": [USER]}, r"no assistant turn in messages \(roles: user\)"),
+        ({"messages": [{"content": "Q"}, ASSISTANT]}, r"messages\[0\] has no role"),
+        ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, r"content of messages\[1\] .* is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"content of messages\[1\] .* is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": 4}]}, "must be text, not a number"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "not text: image"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"x": 1}]}]}, "'tool_calls', which iprox does not read"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, "'tools', which iprox does not read"),
+        ({"instruction": "I", "output": ""}, "output is empty"),
+        ({"instruction": " ", "output": "O"}, "instruction is empty"),
+        ({"prompt": "p", "completion": ""}, "completion is empty"),
+        ({"prompt": "p", "completion": [ASSISTANT]}, "prompt must be a list of messages, not text"),
+        ({"prompt": [USER], "completion": [USER]}, "no assistant turn in completion"),
+        ({"text": "  "}, "text is empty"),
+        ({"text": "a\udc80"}, "text is not valid UTF-8"),
+        ({"text": "a", "id": 1.5}, "id must be text or a whole number"),
+        ({"text": "a", "source": ["x"]}, "source must be text"),
+        ({"text": "a", None: ["x"]}, "more fields than the header"),
+    ],
+)
+def test_bad_rows_say_why(data, reason):
+    with pytest.raises(BadRowError, match=reason):
+        read(data)

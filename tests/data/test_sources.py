@@ -1,0 +1,380 @@
+import csv
+import json
+import tracemalloc
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import iprox.data.readers
+import iprox.data.sources
+from iprox.data import Pool
+from iprox.errors import InputError
+
+
+def row(index, **extra):
+    turns = [{"role": "user", "content": f"Q{index} é"}, {"role": "assistant", "content": f"A{index}"}]
+    return {"id": f"r{index}", "source": "even" if index % 2 == 0 else "odd", "messages": turns, **extra}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_every_format_gives_the_same_examples(tmp_path):
+    rows = [row(i) for i in range(600)]  # more than one Parquet batch
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_jsonl(tmp_path / "lines.json", rows)
+    write_parquet(tmp_path / "a.parquet", rows)
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    pools = [Pool(tmp_path / name) for name in ("a.jsonl", "a.json", "lines.json", "a.parquet", "saved")]
+    pools += [Pool(rows), Pool(datasets.Dataset.from_list(rows))]
+    for pool in pools:
+        examples = list(pool)
+        assert [e.id for e in examples] == [r["id"] for r in rows]
+        assert [e.row for e in examples] == list(range(600))
+        assert [e.messages for e in examples] == [tuple(r["messages"]) for r in rows]
+        assert pool.scan().sources == {"even": 300, "odd": 300}
+    assert list(pools[0])[4].origin == "a.jsonl:5"
+    assert list(pools[-1])[4].origin == "row:5"
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "instruction", "input", "output"])
+        writer.writerow(["", 'say "a,b"\nplease', "", "é" * 200_000])  # longer than csv's own field limit
+        writer.writerow(["x", "add", "1 2", "3"])
+    first, second = Pool(path)
+    assert first.id == "a-00000001"
+    assert first.messages is not None
+    assert first.messages[0]["content"] == 'say "a,b"\nplease'
+    assert len(first.messages[1]["content"]) == 200_000
+    assert second.messages is not None
+    assert second.messages[0]["content"] == "add\n\n1 2"
+
+
+def test_csv_faults_are_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text\nok\n"caf\xe9"\na,b\n"x"y\nfine\n')
+    pool = Pool(path, on_bad_row="skip")
+    summary = pool.scan()
+    assert [e.text for e in pool] == ["ok", "fine"]
+    assert summary.bad_rows == 3
+    assert "a.csv:2: text is not valid UTF-8" in summary.bad_row_messages[0]
+    assert "a.csv:3: more fields than the header" in summary.bad_row_messages[1]
+    assert "a.csv:4: not CSV" in summary.bad_row_messages[2]
+
+
+def test_ids_are_made_from_file_and_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('\n{"text": "a"}\n\n  \n{"text": "b", "id": 12}\n{"text": "c"}')
+    pool = Pool(tmp_path / "p.jsonl")
+    assert [(e.id, e.origin) for e in pool] == [
+        ("p-00000002", "p.jsonl:2"),
+        ("12", "p.jsonl:5"),
+        ("p-00000006", "p.jsonl:6"),
+    ]
+    assert pool.scan().rows == 3
+    assert [e.id for e in Pool([{"text": "a"}, {"text": "b"}])] == ["row-00000001", "row-00000002"]
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "train.jsonl", [{"text": folder}])
+    write_jsonl(tmp_path / "a" / "train.json", [{"text": "third"}])
+    pool = Pool([tmp_path / "a", tmp_path / "b"])
+    assert pool.scan().rows == 3
+    assert [e.origin for e in pool] == ["a/train.json:1", "a/train.jsonl:1", "b/train.jsonl:1"]
+    assert len({e.id for e in pool}) == 3
+
+
+def test_globs_folders_and_repeats(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "[x].jsonl"):
+        write_jsonl(tmp_path / name, [{"text": name}])
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / "sub").mkdir()
+    write_jsonl(tmp_path / "sub" / "c.jsonl", [{"text": "c"}])
+    assert [e.text for e in Pool([tmp_path / "b.jsonl", str(tmp_path / "*.jsonl")])] == [
+        "b.jsonl",
+        "[x].jsonl",
+        "a.jsonl",
+    ]
+    assert [e.text for e in Pool(tmp_path)] == ["[x].jsonl", "a.jsonl", "b.jsonl"]
+    assert [e.text for e in Pool(tmp_path / "[x].jsonl")] == ["[x].jsonl"]
+    assert [e.text for e in Pool(str(tmp_path / "**" / "c.jsonl"))] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("pol.jsonl", r"pool: there is no file .*pol\.jsonl .*nearest names there: pool\.jsonl"),
+        ("q/*.csv", r"pool: no file matches .*q/\*\.csv \(looked in "),
+        ("notes.txt", r"extension '.txt'; known are \.jsonl"),
+        ("empty", r"no \.jsonl.* file in the folder .*empty; there are some in .*data"),
+        ("splits", r"holds several splits; name one: .*splits/train"),
+        ("hf://datasets/onlyname", r"is written hf://datasets/OWNER/NAME"),
+        ([], "no file is given"),
+        (7, "expected paths, a list of dicts or a Dataset, not int"),
+        ([{"text": "a"}, 3], "expected paths or dicts in the list, not dict"),
+    ],
+)
+def test_what_cannot_be_opened(tmp_path, pattern, message):
+    write_jsonl(tmp_path / "pool.jsonl", [row(0)])
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty" / "data").mkdir(parents=True)
+    write_jsonl(tmp_path / "empty" / "data" / "x.jsonl", [row(0)])
+    one = datasets.Dataset.from_list([row(0)])
+    datasets.DatasetDict({"train": one}).save_to_disk(str(tmp_path / "splits"))
+    if isinstance(pattern, str) and not pattern.startswith("hf:"):
+        pattern = str(tmp_path / pattern)
+    with pytest.raises(InputError, match=message):
+        Pool(pattern)
+
+
+def test_a_dataset_dict_asks_for_a_split():
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list([row(0)])})
+    with pytest.raises(InputError, match="pass one split of it: train"):
+        Pool(splits)  # pyright: ignore[reportArgumentType]
+
+
+def test_hub_address(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name, *, split, streaming):
+        asked.append((path, name, split, streaming))
+        return datasets.Dataset.from_list([{"text": "a"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    pool = Pool(["hf://datasets/own/set", "hf://datasets/own/set/main:test"])
+    assert asked == [("own/set", None, "train", True), ("own/set", "main", "test", True)]
+    assert [e.id for e in pool] == ["own-set-train-00000001", "own-set-main-test-00000001"]
+    assert pool.scan().files == ("hf://datasets/own/set", "hf://datasets/own/set/main:test")
+
+    def refuse(*args, **kwargs):
+        raise ConnectionError("no route\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match=r"own/set: cannot be opened: no route$"):
+        Pool("hf://datasets/own/set")
+
+
+def test_bad_rows_stop_lists_ten_and_the_count(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = [json.dumps(row(0)).encode(), b"{nope", b'{"text": "\xff"}', b'["list"]', *[b'{"q": 1}'] * 9]
+    path.write_bytes(b"\n".join(lines))
+    pool = Pool(path)
+    with pytest.raises(InputError) as caught:
+        pool.scan()
+    text = str(caught.value)
+    assert "12 of 13 rows are bad" in text
+    assert "--on-bad-row skip" in text
+    assert "p.jsonl:2: not JSON: Expecting property name enclosed in double quotes at column 2" in text
+    assert "p.jsonl:3: not UTF-8 (byte 11 of the line)" in text
+    assert "p.jsonl:11:" in text
+    assert "p.jsonl:12:" not in text
+    assert "and 2 more" in text
+    with pytest.raises(InputError, match=r"p\.jsonl:2: not JSON"):
+        list(pool)
+
+
+def test_bad_rows_skipped_are_left_out_everywhere(tmp_path):
+    path = tmp_path / "p.jsonl"
+    lines = [json.dumps(row(0)), "oops", json.dumps(row(1)), "[" * 100_000, json.dumps(row(2))]
+    path.write_text("\n".join(lines))
+    pool = Pool(path, on_bad_row="skip")
+    summary = pool.scan()
+    assert (summary.rows, summary.bad_rows, len(summary.bad_row_messages)) == (3, 2, 2)
+    assert [e.id for e in pool] == ["r0", "r1", "r2"]
+    assert [e.id for e in pool.take([2, 1])] == ["r2", "r1"]
+    pool.write_rows([1], tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == lines[2] + "\n"
+
+
+def test_empty_pools(tmp_path):
+    for name, content in (("a.jsonl", ""), ("b.jsonl", "\n\n"), ("c.json", "[]"), ("d.csv", "text\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=f"pool: no examples in .*{name}"):
+            Pool(tmp_path / name).scan()
+    (tmp_path / "e.jsonl").write_text("x\n")
+    with pytest.raises(InputError, match=r"all 1 rows are bad, the first: e\.jsonl:1: not JSON"):
+        Pool(tmp_path / "e.jsonl", on_bad_row="skip").scan()
+
+
+def test_duplicate_ids_name_both_rows(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row(0), row(1), row(2)])
+    write_jsonl(tmp_path / "b.jsonl", [row(3), row(1), row(2)])
+    with pytest.raises(InputError, match=r"a\.jsonl:2 and b\.jsonl:2 have the same id 'r1' \(2 rows repeat"):
+        Pool(tmp_path, on_bad_row="skip").scan()
+
+
+def test_ids_whose_hashes_agree_by_chance_are_not_duplicates(monkeypatch):
+    monkeypatch.setattr(iprox.data.sources, "_hash64", len)
+    assert Pool([{"text": "a", "id": "x"}, {"text": "a", "id": "y"}]).scan().rows == 2
+    with pytest.raises(InputError, match="row:1 and row:3 have the same id 'x'"):
+        Pool([{"text": "a", "id": i} for i in "xyx"]).scan()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a"}', "the file ends inside the array"),
+        ('[{"text": "a"} {"text": "b"}]', "expected ',' before element 2"),
+        ('[{"text": "a"},]', "not JSON at element 2"),
+        ('[{"text": "a"}] x', "more after the end"),
+        ("12", "expected an array"),
+        ("[", "ends inside the array"),
+        ("[,]", "not JSON at element 1"),
+    ],
+)
+def test_broken_json_arrays(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        list(Pool(tmp_path / "a.json"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.fixed_dictionaries({"text": st.text(st.characters(codec="utf-8"), min_size=1)}), min_size=1),
+    indent=st.sampled_from([None, 2]),
+    chunk=st.integers(1, 40),
+)
+def test_json_arrays_read_in_chunks(tmp_path_factory, rows, indent, chunk):
+    path = tmp_path_factory.mktemp("j") / "a.json"
+    path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iprox.data.readers, "_CHUNK", chunk)
+        read = [record.data for record in iprox.data.readers.open_file(path, "a", "a").records()]
+    assert read == rows
+
+
+def test_rows_that_are_not_objects_in_json(tmp_path):
+    (tmp_path / "a.json").write_text('[1, {"text": "ok"}, null]')
+    pool = Pool(tmp_path / "a.json", on_bad_row="skip")
+    assert pool.scan().bad_row_messages == (
+        "a.json:1: not an object but a number",
+        "a.json:3: not an object but null",
+    )
+
+
+def test_broken_parquet(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable Parquet file"):
+        list(Pool(tmp_path / "a.parquet"))
+
+
+def test_take():
+    pool = Pool([{"text": str(i)} for i in range(5)])
+    assert [e.text for e in pool.take([3, 0, 3])] == ["3", "0", "3"]
+    assert pool.take([]) == []
+    with pytest.raises(InputError, match="row 9 was asked for, but there are only 5 good rows"):
+        pool.take([1, 9])
+    with pytest.raises(InputError, match="counted from 0"):
+        pool.take([-1])
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_write_rows_copies_byte_for_byte(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("w")
+    text = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda s: not s.isspace())
+    texts = data.draw(st.lists(text, min_size=1, max_size=8))
+    spacing = st.sampled_from(["", " ", "\r", "\t "])
+    lines = []
+    for index, content in enumerate(texts):
+        body = json.dumps({"id": index, "text": content, "x": 1.50}, ensure_ascii=data.draw(st.booleans()))
+        lines.append((data.draw(st.sampled_from(["", " "])) + body + data.draw(spacing)).encode())
+    cut = data.draw(st.integers(0, len(lines)))
+    ends = data.draw(st.booleans())
+    parts = [lines[:cut], lines[cut:]]
+    for name, part in zip("ab", parts, strict=True):
+        content = b"\n".join(part) + (b"\n" if ends and part else b"")
+        (folder / f"{name}.jsonl").write_bytes(content)
+    rows = data.draw(st.lists(st.integers(0, len(lines) - 1), max_size=10))
+    Pool([folder / "a.jsonl", folder / "b.jsonl"]).write_rows(rows, folder / "out" / "s.jsonl")
+    assert (folder / "out" / "s.jsonl").read_bytes() == b"".join(lines[r] + b"\n" for r in rows)
+    assert [p.name for p in (folder / "out").iterdir()] == ["s.jsonl"]
+
+
+def test_write_rows_of_other_formats_keeps_the_columns(tmp_path):
+    rows = [row(i, score=i / 3, note=None) for i in range(4)]
+    write_parquet(tmp_path / "p.parquet", rows)
+    write_jsonl(tmp_path / "q.jsonl", [row(9)])
+    pool = Pool([tmp_path / "p.parquet", tmp_path / "q.jsonl"])
+    pool.write_rows([4, 3, 0], tmp_path / "out.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert written == [row(9), rows[3], rows[0]]
+    assert [e.id for e in Pool(tmp_path / "out.jsonl")] == ["r9", "r3", "r0"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    with pytest.raises(InputError, match="row 5"):
+        Pool([{"text": "a"}]).write_rows([0, 5], out)
+    with pytest.raises(InputError, match="row:1: a column holds bytes"):
+        Pool([{"text": "a", "image": b"x"}]).write_rows([0], out)
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_fingerprint_is_of_names_and_bytes(tmp_path):
+    def scan(folder, name, rows):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return Pool(write_jsonl(tmp_path / folder / name, rows)).scan().fingerprint
+
+    base = scan("a", "p.jsonl", [row(0)])
+    assert scan("b", "p.jsonl", [row(0)]) == base
+    assert scan("b", "q.jsonl", [row(0)]) != base
+    assert scan("b", "p.jsonl", [row(1)]) != base
+    memory = Pool([row(0)]).scan().fingerprint
+    assert memory == Pool(datasets.Dataset.from_list([row(0)])).scan().fingerprint
+    assert memory != Pool([row(1)]).scan().fingerprint
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_memory_does_not_grow_with_the_pool(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(iprox.data.readers, "_CHUNK", 1 << 14)
+
+    def peak(count):
+        rows = [{"id": f"row number {i}", "text": "word " * 40} for i in range(count)]
+        path = tmp_path / f"p{count}.{kind}"
+        if kind == "parquet":
+            write_parquet(path, rows)
+        elif kind == "json":
+            path.write_text(json.dumps(rows))
+        else:
+            write_jsonl(path, rows)
+        pool = Pool(path)
+        tracemalloc.start()
+        pool.scan()
+        top = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return top
+
+    peak(500)  # imports and caches
+    # 8 bytes a row and the array's slack; one row held would be 200 bytes of text alone.
+    assert peak(6500) - peak(1500) < 5000 * 40
+
+
+def test_a_parquet_row_group_is_not_held_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(iprox.data.readers, "_CHUNK", 1 << 14)
+    rng = np.random.default_rng(0)
+    table = pa.table({"text": [rng.bytes(1000).hex() for _ in range(8000)]})  # 16 MB, not compressible to nothing
+    pq.write_table(table, tmp_path / "p.parquet", row_group_size=8000)
+    del table
+    before = pa.total_allocated_bytes()
+    peak = max(pa.total_allocated_bytes() for _ in Pool(tmp_path / "p.parquet"))
+    assert peak - before < 6e6
