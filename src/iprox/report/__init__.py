@@ -1,0 +1,5 @@
+"""The report: one self-contained HTML page about one run."""
+
+from iprox.report.build import build_report
+
+__all__ = ["build_report"]

@@ -1,0 +1,215 @@
+"""Reads a run folder, column by column, into plain arrays. Stages that were switched off give None."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iprox.errors import InputError
+
+TASK_PREFIX = "influence/"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The columns of scores.parquet; N rows, row i is the i-th good row of the pool.
+
+    Attributes:
+        influence: float64 [N], the aggregate used to select; NaN where a row has no score.
+        tasks: task name to float64 [N].
+        tokens: int [N], tokens of each row.
+        source_codes: int [N], index into `source_names`.
+        source_names: the distinct sources; None stands for rows that name no source.
+        ids: string column of N rows.
+    """
+
+    influence: np.ndarray
+    tasks: dict[str, np.ndarray]
+    tokens: np.ndarray
+    source_codes: np.ndarray
+    source_names: list[str | None]
+    ids: pa.ChunkedArray
+
+    @property
+    def rows(self) -> int:
+        """Number of rows N."""
+        return len(self.influence)
+
+    def id(self, row: int) -> str:
+        """Returns the id of one row."""
+        return str(self.ids[row].as_py())
+
+    def source(self, row: int) -> str | None:
+        """Returns the source of one row, or None where it names none."""
+        return self.source_names[self.source_codes[row]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """selection.json: the chosen rows, best first, and how they were chosen."""
+
+    rows: np.ndarray
+    strategy: str
+    threshold: float | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """audit.json and audit.parquet: agreement of proxy and target on S sampled rows.
+
+    Attributes:
+        summary: audit.json as read.
+        ids: S ids.
+        sources: S sources.
+        proxy: task name to float64 [S].
+        target: task name to float64 [S].
+    """
+
+    summary: dict[str, Any]
+    ids: list[str]
+    sources: list[str | None]
+    proxy: dict[str, np.ndarray]
+    target: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run left behind. A stage that was switched off, or has not run, is None (recipe: empty)."""
+
+    path: Path
+    run: dict[str, Any]
+    recipe: str
+    scores: Scores
+    selection: Selection | None
+    audit: Audit | None
+    compression: dict[str, Any] | None
+    checkpoints: list[dict[str, Any]] | None
+    warmup_history: list[dict[str, Any]] | None
+    alignment: dict[str, Any] | None
+
+
+def read_run_folder(path: Path) -> RunFolder:
+    """Reads a run folder.
+
+    Args:
+        path: the folder `iprox run` wrote.
+
+    Returns:
+        Its content; nothing of the pool itself.
+
+    Raises:
+        InputError: the folder, run.json or scores.parquet is missing, or a file in it cannot be read.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give the output folder of `iprox run`")
+    run = _read_json(path / "run.json", dict)
+    if run is None:
+        raise InputError(f"{path / 'run.json'}: missing; run `iprox run RECIPE.yaml` with this output folder first")
+    scores_path = path / "scores.parquet"
+    if not scores_path.is_file():
+        raise InputError(
+            f"{scores_path}: missing, the score stage has not finished; "
+            f"run `iprox run {path / 'recipe.yaml'}` to run it"
+        )
+    scores = _read_scores(scores_path)
+    recipe = path / "recipe.yaml"
+    return RunFolder(
+        path=path,
+        run=run,
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        scores=scores,
+        selection=_read_selection(path / "selection.json", scores.rows),
+        audit=_read_audit(path / "audit"),
+        compression=_read_json(path / "proxy" / "compression.json", dict),
+        checkpoints=_read_json(path / "warmup" / "checkpoints.json", list),
+        warmup_history=_read_json(path / "warmup" / "history.json", list),
+        alignment=_read_json(path / "aligned" / "alignment.json", dict),
+    )
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); run its stage again") from None
+    if not isinstance(value, kind):
+        shape = "an object" if kind is dict else "a list"
+        raise InputError(f"{path}: {shape} is expected at the top; run its stage again")
+    return value
+
+
+def _open_parquet(path: Path, required: Sequence[str], stage: str) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run the {stage} stage again") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: not a readable Parquet file ({reason}); run the {stage} stage again") from None
+    absent = [name for name in required if name not in file.schema_arrow.names]
+    if absent:
+        raise InputError(f"{path}: no column {absent[0]!r}; run the {stage} stage again")
+    return file
+
+
+def _column(file: pq.ParquetFile, name: str) -> pa.ChunkedArray:
+    return file.read(columns=[name]).column(name)
+
+
+def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
+    # Nulls become NaN here.
+    return np.asarray(_column(file, name).cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _read_scores(path: Path) -> Scores:
+    file = _open_parquet(path, ("id", "source", "tokens", "influence"), "score")
+    names = file.schema_arrow.names
+    source = _column(file, "source").cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
+    if isinstance(source, pa.ChunkedArray):
+        source = source.combine_chunks()
+    scores = Scores(
+        influence=_floats(file, "influence"),
+        tasks={n[len(TASK_PREFIX) :]: _floats(file, n) for n in names if n.startswith(TASK_PREFIX)},
+        tokens=_column(file, "tokens").to_numpy(),
+        source_codes=source.indices.to_numpy(zero_copy_only=False),
+        source_names=source.dictionary.to_pylist(),
+        ids=_column(file, "id"),
+    )
+    if scores.rows == 0:
+        raise InputError(f"{path}: holds no rows; run the score stage again on a pool that is not empty")
+    return scores
+
+
+def _read_selection(path: Path, pool_rows: int) -> Selection | None:
+    content = _read_json(path, dict)
+    if content is None:
+        return None
+    rows = np.asarray(content.get("rows", []), dtype=np.int64)
+    if len(rows) and (rows.min() < 0 or rows.max() >= pool_rows):
+        raise InputError(
+            f"{path}: names a row outside the {pool_rows:,} rows of scores.parquet; run the select stage again"
+        )
+    return Selection(rows, str(content.get("strategy", "unknown")), content.get("threshold"))
+
+
+def _read_audit(folder: Path) -> Audit | None:
+    summary = _read_json(folder / "audit.json", dict)
+    if summary is None:
+        return None
+    tasks = list(summary.get("tasks", {}))
+    columns = [f"{side}/{task}" for task in tasks for side in ("proxy", "target")]
+    file = _open_parquet(folder / "audit.parquet", ["id", "source", *columns], "audit")
+    return Audit(
+        summary=summary,
+        ids=[str(i) for i in _column(file, "id").to_pylist()],
+        sources=_column(file, "source").to_pylist(),
+        proxy={task: _floats(file, f"proxy/{task}") for task in tasks},
+        target={task: _floats(file, f"target/{task}") for task in tasks},
+    )
