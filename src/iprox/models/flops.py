@@ -1,0 +1,63 @@
+"""What each kind of work costs in FLOPs: 2 per multiply-add of the linear layers and the head.
+
+Attention's own products, norms and activations are left out: at the lengths of chat examples they are a few per
+cent of a model of useful size. P below is the number of parameters of the layers touched per token.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from iprox.models.layers import (
+    GradientSpace,
+    compressible_layers,
+    influence_layers,
+    low_rank_layers,
+    output_head,
+    weight_shape,
+)
+
+
+def forward_flops(model: nn.Module) -> float:
+    """One token through the compressible layers, dense or low-rank: 2P."""
+    dense = sum(layer.in_features * layer.out_features for layer in compressible_layers(model).values())
+    low_rank = sum(layer.rank * (layer.in_features + layer.out_features) for layer in low_rank_layers(model).values())
+    return 2.0 * (dense + low_rank)
+
+
+def head_flops(model: nn.Module) -> float:
+    """One token through the output head: 2·V·d; 0 for a model without."""
+    weight = getattr(output_head(model), "weight", None)
+    return 0.0 if weight is None else 2.0 * weight.numel()
+
+
+def contraction_flops(model: nn.Module, gradient: GradientSpace) -> float:
+    """Contracting one token's δ and h with one task's gradient: 2mn a layer, of the gradient space chosen."""
+    return sum(2.0 * m * n for m, n in (weight_shape(layer) for layer in influence_layers(model, gradient).values()))
+
+
+def scoring_flops(model: nn.Module, tokens: int, supervised: int, tasks: int, gradient: GradientSpace) -> float:
+    """Scoring: forward and backward to the activations, one contraction a task, the head on supervised tokens."""
+    per_token = 2 * forward_flops(model) + tasks * contraction_flops(model, gradient)
+    return tokens * per_token + supervised * 2 * head_flops(model)
+
+
+def training_flops(model: nn.Module, tokens: int, supervised: int) -> float:
+    """Training every weight, the head on supervised tokens: 6P a token."""
+    return 3 * (tokens * forward_flops(model) + supervised * head_flops(model))
+
+
+def compression_flops(model: nn.Module, tokens: int, supervised: int) -> float:
+    """The probe pass: forward, backward to the activations, 2n² + 2m² a layer; then Cholesky and SVD."""
+    layers = compressible_layers(model).values()
+    moments = sum(2.0 * (layer.in_features**2 + layer.out_features**2) for layer in layers)
+    factorise = sum(
+        (m**3 + n**3) / 3 + 14 * m * n * min(m, n) for m, n in ((x.out_features, x.in_features) for x in layers)
+    )
+    return tokens * (2 * forward_flops(model) + moments) + supervised * 2 * head_flops(model) + factorise
+
+
+def alignment_flops(model: nn.Module, proxy: nn.Module, tokens: int, supervised: int) -> float:
+    """Alignment: the target's weight gradients (6P), the proxy's and the backward of both (about 16P′)."""
+    target = 3 * forward_flops(model) + 8 * forward_flops(proxy)
+    return tokens * target + supervised * (2 + 6) * head_flops(model)

@@ -1,0 +1,139 @@
+"""Linear layers: which ones may be compressed, what replaces them, which ones carry influence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from iprox.errors import InputError
+
+GradientSpace = Literal["factors", "weight"]
+
+
+class LowRankLinear(nn.Module):
+    """y = A(B(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
+
+    `B` maps n inputs to r, `A` maps r to m outputs and carries the bias, so that any tool that hooks
+    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications a
+    token where the dense layer costs mn.
+
+    Args:
+        in_features: n.
+        out_features: m.
+        rank: r, at least 1.
+        bias: whether `A` has a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.B = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.A = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @classmethod
+    def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
+        """Build a layer from A [m, r], B [r, n] and an optional bias [m], stored as `dtype`."""
+        layer = cls(B.shape[1], A.shape[0], A.shape[1], bias is not None, device=A.device, dtype=dtype)
+        with torch.no_grad():
+            layer.A.weight.copy_(A)
+            layer.B.weight.copy_(B)
+            if bias is not None:
+                layer.A.bias.copy_(bias)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight [m, n] that the factors stand for (some model code reads `layer.weight`)."""
+        return self.A.weight @ self.B.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [m], if any."""
+        return self.A.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., n] to [..., m]."""
+        return self.A(self.B(x))
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def compressible_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The dense linear layers that may be compressed, in model order, by module name.
+
+    Embeddings and the output head are left out: the head decides the loss directly, and in small models it
+    is tied to the embedding.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    head = output_head(model)
+    inside = {
+        id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
+    }
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside
+    }
+    if not layers and not low_rank_layers(model):
+        raise InputError(
+            f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, the output head left out)"
+        )
+    return layers
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The low-rank layers of a proxy, in model order, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> dict[str, nn.Linear | LowRankLinear]:
+    """The modules whose weight gradients make up influence (design 2, "which gradient of the proxy").
+
+    Every dense compressible layer counts as itself. A low-rank layer counts as its two factors (`factors`),
+    or as one layer with the gradient it would have if it were dense (`weight`).
+
+    Args:
+        model: any model, dense or low-rank.
+        gradient: `factors` or `weight`; the same thing on a model without low-rank layers.
+    """
+    layers: dict[str, nn.Linear | LowRankLinear] = dict(compressible_layers(model))
+    for name, layer in low_rank_layers(model).items():
+        if gradient == "weight":
+            layers[name] = layer
+        else:
+            layers[f"{name}.A"] = layer.A
+            layers[f"{name}.B"] = layer.B
+    return layers
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The module that maps hidden states to logits, or None where the model has none."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    return get_head() if get_head is not None else None
+
+
+def weight_shape(layer: nn.Linear | LowRankLinear) -> tuple[int, int]:
+    """(m, n) of a layer's weight, as if dense."""
+    return layer.out_features, layer.in_features
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` was."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

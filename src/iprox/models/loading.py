@@ -1,0 +1,142 @@
+"""Models and tokenizers from a folder or the hub, with the refusals of design 12."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from iprox.errors import InputError
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model, or a proxy of one, from a folder or the hub, in eval mode.
+
+    Raises:
+        InputError: no such model, no config, pickled weights only, or weights that are not finite (named).
+    """
+    _check_folder(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    check_finite(model, str(path))
+    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: no tokenizer can be loaded from it: {_first_line(error)}") from error
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """Refuse NaN or infinite weights, naming the tensor.
+
+    Raises:
+        InputError: a parameter is not finite.
+    """
+    for parameter_name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{name}: the weight {parameter_name} holds NaN or infinity; the checkpoint is broken")
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """A short fingerprint of a model's shape and weights, the same whatever dtype it was loaded in.
+
+    Each parameter counts as the sum of its bfloat16 bit patterns: an integer, so exact in any order, and enough
+    to tell checkpoints apart.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in sorted(model.named_parameters()):
+        bits = parameter.detach().to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}{int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()
+
+
+def checkpoint_fingerprint(path: str | Path) -> str:
+    """A fingerprint of a model's files, without loading it: of their bytes, or of a hub model its commit."""
+    _check_folder(path)
+    folder = Path(path)
+    digest = hashlib.blake2b(digest_size=8)
+    if folder.exists():
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".safetensors", ".json", ".jinja") and file.is_file():
+                digest.update(file.name.encode())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 24):
+                        digest.update(block)
+    else:
+        digest.update(f"{path}@{load_config(path)._commit_hash}".encode())
+    return digest.hexdigest()
+
+
+def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model folder or hub id.
+
+    Raises:
+        InputError: there is none.
+    """
+    _check_folder(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no model config can be loaded from it: {_first_line(error)}") from error
+
+
+def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
+    """The number format a checkpoint is stored in, as its config says; float32 where it does not."""
+    dtype = load_config(path, trust_remote_code=trust_remote_code).dtype
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
+
+
+def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules without their weights (on the meta device), to count what it costs."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _check_folder(path: str | Path) -> None:
+    folder = Path(path)
+    if not folder.exists():
+        if str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~")):
+            return  # a hub id
+        raise InputError(f"{path}: no such model folder")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{path}: no config.json in it; give a transformers model folder or a hub id")
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            raise InputError(
+                f"{path}: holds pickled weights only ({pickled[0]}); iprox reads safetensors. "
+                "Convert with model.save_pretrained(folder), which writes safetensors"
+            )
+        raise InputError(f"{path}: holds no *.safetensors weights")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,67 @@
+"""Per-example losses: mean cross-entropy over the supervised tokens, as fine-tuning uses it (design 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iprox.data.batching import Batch
+from iprox.models.layers import output_head
+from iprox.models.precision import accumulation_dtype
+
+# What a model that is no language model brings instead: (model, batch) -> losses [B].
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits where a supervised token is predicted, and only there.
+
+    Prompts are often most of the tokens and the head a large share of a small model, so the hidden states are
+    gathered before the head rather than the logits after it. The gather is a hook on the head: whatever the
+    model does to its logits afterwards (scaling, soft-capping) still happens, whichever model it is.
+
+    No attention mask is passed: rows are right-padded and attention is causal, so no real token sees a pad,
+    and attention takes its faster unmasked kernel.
+
+    Returns:
+        logits [N, V] in the model's dtype, targets [N] and example numbers [N], N supervised tokens in all.
+    """
+    head = output_head(model)
+    if head is None:
+        raise TypeError(f"{type(model).__name__} has no output head; pass loss_fn for such a model")
+    targets = batch.labels[:, 1:]
+    supervised = targets != -100
+    rows = supervised.nonzero(as_tuple=True)[0]
+
+    def gather(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][:, :-1][supervised].unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
+    finally:
+        handle.remove()
+    return logits, targets[supervised], rows
+
+
+def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
+
+    Returns:
+        Losses [B]; 0 for an example without a supervised token.
+    """
+    logits, targets, rows = causal_lm_logits(model, batch)
+    logits = logits.to(accumulation_dtype(logits))
+    token_losses = F.cross_entropy(logits, targets, reduction="none")
+    return mean_by_row(token_losses, rows, batch.input_ids.shape[0])
+
+
+def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Mean of values [N] over each of `count` rows [count]; 0 where a row has none."""
+    sums = values.new_zeros(count).index_add(0, rows, values)
+    numbers = torch.bincount(rows, minlength=count).clamp(min=1)
+    return sums / numbers

@@ -1,0 +1,82 @@
+"""Tiny models in float64 and random batches: what the oracle tests compare on."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    set_seed,
+)
+
+from iprox.data import Batch
+from iprox.models.precision import cast_parameters
+
+# gpt-neox is the one whose norms stay in float64 (RMSNorm goes through float32), so finite differences are exact.
+CONFIGS = {"gpt-neox": GPTNeoXConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+}
+
+
+def make_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
+    """A random causal language model; weights large enough that nothing is near linear."""
+    set_seed(seed)
+    config = CONFIGS[family](**{**SHAPE, "tie_word_embeddings": True, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    cast_parameters(model, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def make_batch(lengths: Sequence[int], seed: int = 0, vocabulary: int = 64, padding: int = 0) -> Batch:
+    """Random tokens; a random half of the positions from the second on is supervised, at least the last."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths) + padding
+    input_ids = torch.zeros(len(lengths), width, dtype=torch.int64)
+    labels = torch.full_like(input_ids, -100)
+    for row, length in enumerate(lengths):
+        tokens = torch.randint(1, vocabulary, (length,), generator=generator)
+        supervised = torch.rand(length, generator=generator) < 0.5
+        supervised[-1] = True
+        supervised[0] = False
+        input_ids[row, :length] = tokens
+        labels[row, :length] = torch.where(supervised, tokens, -100)
+    return Batch(input_ids, labels, torch.tensor(lengths), list(range(len(lengths))))
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """Each example as a batch of its own, without padding."""
+    return [
+        Batch(batch.input_ids[i : i + 1, :n], batch.labels[i : i + 1, :n], batch.lengths[i : i + 1], [i])
+        for i, n in enumerate(batch.lengths.tolist())
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The makers, for tests that need several models or batches."""
+
+    class Tiny:
+        model = staticmethod(make_model)
+        batch = staticmethod(make_batch)
+        rows = staticmethod(rows_of)
+
+    return Tiny

@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from iprox.errors import InputError
+from iprox.models.loading import (
+    checkpoint_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    skeleton,
+    stored_dtype,
+)
+from iprox.models.precision import cast_parameters, resolve_dtype
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_model_loads_in_the_dtype_asked_for(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_model(folder, dtype=dtype)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        assert not model.training
+    assert stored_dtype(folder) == torch.bfloat16
+
+
+def test_the_fingerprint_is_of_the_weights_whatever_their_dtype(folder, tiny):
+    one, two = load_model(folder, dtype=torch.float32), load_model(folder, dtype=torch.bfloat16)
+    assert model_fingerprint(one) == model_fingerprint(two)
+    with torch.no_grad():
+        two.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    assert model_fingerprint(one) != model_fingerprint(two)
+    assert model_fingerprint(one) != model_fingerprint(tiny.model(seed=1))
+
+
+def test_the_checkpoint_fingerprint_is_of_the_files(folder):
+    before = checkpoint_fingerprint(folder)
+    assert before == checkpoint_fingerprint(folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert before != checkpoint_fingerprint(folder)
+
+
+def test_a_skeleton_has_every_parameter_and_no_weights(folder, tiny):
+    shapes = {name: parameter.shape for name, parameter in skeleton(folder).named_parameters()}
+    assert shapes == {name: parameter.shape for name, parameter in tiny.model().named_parameters()}
+    assert all(parameter.is_meta for parameter in skeleton(folder).parameters())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "pickled weights only"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no \\*.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot be loaded|no model config"),
+    ],
+)
+def test_a_broken_folder_is_refused(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[2, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_model(tmp_path)
+
+
+def test_what_is_not_there_is_said_to_be_missing(tmp_path):
+    with pytest.raises(InputError, match="no such model folder"):
+        load_model(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(InputError, match="no such model folder"):
+        load_config("./nothing/here/at/all")
+
+
+def test_casting_leaves_buffers_alone(tiny):
+    model = tiny.model()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    cast_parameters(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert buffers
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_a_dtype_that_is_asked_for_is_taken():
+    assert resolve_dtype("float32", torch.device("cpu")) == torch.float32
+    assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)

@@ -1,0 +1,51 @@
+import torch
+import torch.nn.functional as F
+
+from iprox.models.loss import causal_lm_logits, causal_lm_losses, mean_by_row
+
+
+def test_losses_are_the_mean_over_each_examples_supervised_tokens(tiny):
+    model, batch = tiny.model(), tiny.batch([9, 3, 7], padding=4)
+    losses = causal_lm_losses(model, batch)
+    for row, loss in zip(tiny.rows(batch), losses, strict=True):
+        logits = model(input_ids=row.input_ids).logits[0, :-1]
+        expected = F.cross_entropy(logits, row.labels[0, 1:], ignore_index=-100)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_they_are_transformers_own_loss(tiny):
+    model, batch = tiny.model(), tiny.batch([8])
+    expected = model(input_ids=batch.input_ids, labels=batch.labels).loss
+    torch.testing.assert_close(causal_lm_losses(model, batch)[0], expected, check_dtype=False)
+
+
+def test_padding_changes_nothing(tiny):
+    model = tiny.model()
+    together = causal_lm_losses(model, tiny.batch([9, 3, 7], padding=6))
+    apart = torch.cat([causal_lm_losses(model, row) for row in tiny.rows(tiny.batch([9, 3, 7]))])
+    torch.testing.assert_close(together, apart)
+
+
+def test_logits_are_made_only_where_supervised(tiny):
+    model, batch = tiny.model(), tiny.batch([9, 3])
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    logits, targets, rows = causal_lm_logits(model, batch)
+    handle.remove()
+    count = int((batch.labels[:, 1:] != -100).sum())
+    assert [tuple(shape) for shape in seen] == [(1, count, 64)]
+    assert len(logits) == len(targets) == len(rows) == count
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_an_example_without_supervised_tokens_has_no_loss(tiny):
+    model, batch = tiny.model(), tiny.batch([9, 3])
+    batch.labels[0] = -100
+    losses = causal_lm_losses(model, batch)
+    assert losses[0] == 0
+    assert losses[1] > 0
+
+
+def test_mean_by_row():
+    values, rows = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
+    assert mean_by_row(values, rows, 3).tolist() == [2.0, 0.0, 5.0]
