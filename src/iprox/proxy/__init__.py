@@ -1,0 +1,1 @@
+"""Proxies: moments, the closed form, rank budgets, compression, alignment."""

@@ -1,0 +1,94 @@
+"""IPSVD, the closed form (pure maths): the best rank-r factors under K-FAC-weighted error.
+
+Source: arXiv:2602.17835, section 4 and Prop. 4.1; design 2. A change E of a weight W [m, n] moves an example's
+loss by Σ_t δ_tᵀ E h_t to first order. With the K-FAC approximation its mean square is
+
+    ‖C_δ^{1/2} E C_h^{1/2}‖_F²,   C_h = E[h hᵀ] [n, n],  C_δ = E[δ δᵀ] [m, m].
+
+The best E = W - AB of rank r under this norm comes from the SVD of S = C_δ^{1/2} W C_h^{1/2}.
+
+Any square root will do: with Cholesky factors C = L Lᵀ the norm is ‖L_δᵀ E L_h‖_F, the singular values of
+L_δᵀ W L_h are those of S, and A = L_δ^{-ᵀ} U_r Σ_r^{1/2}, B = Σ_r^{1/2} V_rᵀ L_h^{-1} are the very same factors
+(the roots differ by rotations that cancel). Cholesky costs n³/3 where an eigendecomposition costs about 9n³.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """One layer's SVD in its weighted space, from which factors of any rank are cut.
+
+    Attributes:
+        left: L_δ^{-ᵀ} U [m, k], k = min(m, n).
+        singular_values: σ [k], descending; the weighted squared error of rank r is Σ_{i≥r} σ_i².
+        right: Vᵀ L_h^{-1} [k, n].
+    """
+
+    left: Tensor
+    singular_values: Tensor
+    right: Tensor
+
+    def tail(self, rank: int) -> float:
+        """Share of the weighted squared norm lost at this rank, 0 to 1."""
+        squares = self.singular_values.double().square()
+        return float(squares[rank:].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """A [m, rank] and B [rank, n], balanced: each carries half of Σ, then both the same Frobenius norm.
+
+        The paper's Σ^{1/2} on either side is only balanced in the weighted space, where the scale of C_δ (the
+        loss's units, squared) is arbitrary; in the plain space it would make ∂ℓ/∂A or ∂ℓ/∂B vanish beside the
+        other. One scalar, which leaves AB alone, evens that out.
+        """
+        root = self.singular_values[:rank].sqrt()
+        A = self.left[:, :rank] * root
+        B = root[:, None] * self.right[:rank]
+        norm_A, norm_B = A.norm(), B.norm()
+        if norm_A > 0 and norm_B > 0:  # an all-zero weight has all-zero factors
+            scale = (norm_B / norm_A).sqrt()
+            A, B = A * scale, B / scale
+        return A, B
+
+
+def ridged(moment: Tensor, ridge: float) -> Tensor:
+    """C + ridge · mean(eigenvalue) · I, over the whole space.
+
+    A direction that no probe excited keeps some weight, so it is compressed last, not thrown away, and the
+    full-rank factors give W back exactly.
+    """
+    level = moment.diagonal().mean()
+    # An all-zero moment (a layer that no probe reached) says nothing: fall to the plain norm, whatever the scale.
+    level = torch.where(level > 0, level * ridge, torch.ones_like(level))
+    return moment + level * torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
+
+
+def weighted_svd(weight: Tensor, root_out: Tensor | None, root_in: Tensor | None) -> Spectrum:
+    """SVD of a weight in the space weighted by C_δ = L_δ L_δᵀ on the left and C_h = L_h L_hᵀ on the right.
+
+    Args:
+        weight: W [m, n].
+        root_out: L_δ [m, m], lower triangular, or None for the identity.
+        root_in: L_h [n, n], lower triangular, or None for the identity.
+    """
+    S = weight
+    if root_out is not None:
+        S = root_out.mT @ S
+    if root_in is not None:
+        S = S @ root_in
+    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    if root_out is not None:
+        U = torch.linalg.solve_triangular(root_out.mT, U, upper=True)
+    if root_in is not None:
+        Vh = torch.linalg.solve_triangular(root_in, Vh, upper=False, left=False)
+    return Spectrum(U, sigma, Vh)
+
+
+def weighted_error(error: Tensor, moment_out: Tensor, moment_in: Tensor) -> Tensor:
+    """‖C_δ^{1/2} E C_h^{1/2}‖_F² = tr(C_δ E C_h Eᵀ), for E [m, n]."""
+    return ((moment_out @ error @ moment_in) * error).sum()

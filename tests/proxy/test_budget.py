@@ -1,0 +1,99 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iprox.proxy.budget import LayerSpectrum, global_ranks, kept_parameters, largest_sparsity, uniform_ranks
+
+
+def random_layers(seed: int, count: int = 5, low: int = 8, high: int = 64) -> dict[str, LayerSpectrum]:
+    rng = np.random.default_rng(seed)
+    layers = {}
+    for number in range(count):
+        m, n = rng.integers(low, high, 2)
+        values = np.sort(rng.exponential(size=min(m, n)) * 10 ** rng.uniform(-2, 2))[::-1]
+        layers[f"layer{number}"] = LayerSpectrum((int(m), int(n)), values)
+    return layers
+
+
+def error(layers, ranks) -> float:
+    return sum(
+        0.0 if ranks[name] is None else float((layer.singular_values[ranks[name] :] ** 2).sum())
+        for name, layer in layers.items()
+    )
+
+
+@given(seed=st.integers(0, 500), sparsity=st.floats(0.05, 0.75))
+@settings(max_examples=60, deadline=None)
+def test_global_ranks_keep_the_budget_and_spend_it(seed, sparsity):
+    layers = random_layers(seed)
+    dense = sum(layer.dense_cost for layer in layers.values())
+    ranks = global_ranks(layers, sparsity)
+    kept = kept_parameters(layers, ranks)
+    assert kept <= (1 - sparsity) * dense
+    # What is left buys no further rank of any layer.
+    for name, layer in layers.items():
+        rank = ranks[name]
+        if rank is not None:
+            price = layer.rank_cost if rank < layer.largest_rank else layer.dense_cost - rank * layer.rank_cost
+            assert kept + price > (1 - sparsity) * dense
+            assert 1 <= rank <= layer.largest_rank
+
+
+@given(seed=st.integers(0, 200))
+@settings(max_examples=25, deadline=None)
+def test_global_ranks_are_near_the_best_by_brute_force(seed):
+    """All rank choices of two small layers: greedy is within one singular value of the optimum."""
+    layers = random_layers(seed, count=2, low=8, high=12)
+    sparsity = 0.4
+    budget = (1 - sparsity) * sum(layer.dense_cost for layer in layers.values())
+    choices = [[*range(1, layer.largest_rank + 1), None] for layer in layers.values()]
+    best = min(
+        error(layers, ranks)
+        for pair in itertools.product(*choices)
+        if kept_parameters(layers, ranks := dict(zip(layers, pair, strict=True))) <= budget
+    )
+    ranks = global_ranks(layers, sparsity)
+    largest_skipped = max(
+        (float(layer.singular_values[ranks[name]] ** 2) for name, layer in layers.items() if ranks[name] is not None),
+        default=0.0,
+    )
+    # A dense layer's price is a lump, which greedy may not see coming: allow what the lump could hold.
+    lump = max(float((layer.singular_values[layer.largest_rank :] ** 2).sum()) for layer in layers.values())
+    assert error(layers, ranks) <= best + largest_skipped + lump + 1e-12
+
+
+def test_global_beats_uniform_on_the_error_it_is_about():
+    layers = random_layers(1, count=8)
+    assert error(layers, global_ranks(layers, 0.5)) < error(layers, uniform_ranks(layers, 0.5))
+
+
+def test_a_layer_whose_factors_cost_too_much_stays_dense():
+    """One layer holds nearly all the error, so its every direction is worth keeping: then dense is cheaper."""
+    layers = {
+        "heavy": LayerSpectrum((16, 16), np.full(16, 100.0)),
+        "light": LayerSpectrum((16, 16), np.full(16, 0.01)),
+    }
+    ranks = global_ranks(layers, 0.4)
+    assert ranks["heavy"] is None
+    assert ranks["light"] == 1
+    assert kept_parameters(layers, ranks) == 256 + 32
+
+
+@given(seed=st.integers(0, 100), sparsity=st.floats(0.05, 0.7))
+@settings(max_examples=30, deadline=None)
+def test_uniform_ranks_take_the_same_share_of_every_layer(seed, sparsity):
+    layers = random_layers(seed)
+    for name, rank in uniform_ranks(layers, sparsity).items():
+        layer = layers[name]
+        assert rank is not None
+        assert rank == 1 or rank * layer.rank_cost <= (1 - sparsity) * layer.dense_cost
+        assert rank >= layer.largest_rank or (rank + 1) * layer.rank_cost > (1 - sparsity) * layer.dense_cost
+
+
+def test_a_budget_below_one_rank_a_layer_is_refused():
+    layers = random_layers(0)
+    with pytest.raises(ValueError, match=f"{largest_sparsity(layers):.4f}"):
+        global_ranks(layers, 0.99)
