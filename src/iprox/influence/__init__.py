@@ -1,0 +1,1 @@
+"""Influence: per-example gradients contracted with validation gradients, streamed over a pool."""

@@ -1,0 +1,85 @@
+"""Contractions of per-example gradients (pure maths): nothing here forms a per-example weight gradient.
+
+An example's gradient of a linear layer is G = Σ_t δ_t h_tᵀ [m, n] (and Σ_t δ_t for the bias). Everything scoring
+needs is a contraction of it with something, and a contraction never needs G itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iprox.models.precision import accumulation_dtype
+
+
+@dataclass(slots=True)
+class LayerGradient:
+    """A gradient of one linear layer: weight [m, n] and bias [m] (None for a layer without)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> LayerGradient:
+        """The same gradient in another dtype."""
+        return LayerGradient(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def squared_norm(self) -> Tensor:
+        """‖weight‖² + ‖bias‖², a scalar."""
+        total = self.weight.square().sum()
+        return total if self.bias is None else total + self.bias.square().sum()
+
+
+def summed_gradient(h: Tensor, delta: Tensor, bias: bool) -> LayerGradient:
+    """The gradient summed over a whole batch. 2·T·m·n FLOPs for T tokens.
+
+    Args:
+        h: inputs [B, L, n].
+        delta: output gradients [B, L, m], zero on padding.
+        bias: whether the layer has one.
+    """
+    dtype = accumulation_dtype(h)
+    rows, gradients = h.reshape(-1, h.shape[-1]).to(dtype), delta.reshape(-1, delta.shape[-1]).to(dtype)
+    return LayerGradient(gradients.mT @ rows, gradients.sum(0) if bias else None)
+
+
+def contract(h: Tensor, delta: Tensor, query: LayerGradient) -> Tensor:
+    """⟨G(z), query⟩ for every example z of a batch: Σ_t δ_tᵀ Q h_t, plus the bias term. Returns [B].
+
+    2·T·m·n FLOPs, the same as a forward pass of the layer, and T·min(m, n) numbers of memory: the product is
+    taken on the narrower side. Products are in the inputs' dtype, the sum in float32 or better.
+
+    Args:
+        h: inputs [B, L, n].
+        delta: output gradients [B, L, m], zero on padding.
+        query: what to contract with, in the dtype of h.
+    """
+    m, n = query.weight.shape
+    dtype = accumulation_dtype(h)
+    product = (delta @ query.weight) * h if n < m else (h @ query.weight.mT) * delta
+    scores = product.sum((1, 2), dtype=dtype)
+    if query.bias is not None:
+        scores = scores + (delta.sum(1, dtype=dtype) @ query.bias.to(dtype))
+    return scores
+
+
+def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
+    """‖G(z)‖² for every example of a batch, without G where that is cheaper. Returns [B].
+
+    ‖Σ_t δ_t h_tᵀ‖² = Σ_{s,t} (δ_s·δ_t)(h_s·h_t): two Gram matrices, 2L²(m+n) FLOPs an example, against 2Lmn for
+    G itself; short examples (L < mn/(m+n)) take the first way, long ones the second, one example at a time.
+
+    Args:
+        h: inputs [B, L, n].
+        delta: output gradients [B, L, m], zero on padding.
+        bias: whether the layer has one (adds ‖Σ_t δ_t‖²).
+    """
+    dtype = accumulation_dtype(h)
+    h, delta = h.to(dtype), delta.to(dtype)
+    length, n, m = h.shape[1], h.shape[2], delta.shape[2]
+    if length * (m + n) < m * n:
+        norms = ((h @ h.mT) * (delta @ delta.mT)).sum((1, 2))
+    else:
+        norms = torch.stack([(d.mT @ x).square().sum() for x, d in zip(h, delta, strict=True)])
+    return norms + delta.sum(1).square().sum(-1) if bias else norms

@@ -1,0 +1,116 @@
+"""The scores table: its columns, its file, its shards (design 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iprox.errors import InputError
+
+TASK_PREFIX = "influence/"
+AGGREGATE = "influence"
+
+
+def scores_table(
+    ids: Sequence[str],
+    sources: Sequence[str | None],
+    tokens: Sequence[int],
+    scores: np.ndarray,
+    tasks: Sequence[str],
+    metadata: Mapping[str, object] | None = None,
+    weights: np.ndarray | None = None,
+) -> pa.Table:
+    """A table with one row an example, in pool order.
+
+    Args:
+        ids: example ids.
+        sources: where each comes from, if known.
+        tokens: length of each in tokens.
+        scores: float64 [N, tasks]; NaN (no supervised token, so no score) becomes null.
+        tasks: names of the columns of `scores`.
+        metadata: what made the scores, kept in the file as JSON under the key `iprox`.
+        weights: of each task in the aggregate [tasks]; 1 if None.
+
+    Returns:
+        Columns `id`, `source`, `tokens`, `influence/<task>`..., and `influence`: the weighted mean over tasks. With
+        weights of 1 it is the influence on the mean of the tasks' validation losses.
+    """
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(ids, pa.string()),
+        "source": pa.array(sources, pa.string()),
+        "tokens": pa.array(tokens, pa.int32()),
+    }
+    for position, task in enumerate(tasks):
+        columns[TASK_PREFIX + task] = pa.array(scores[:, position], pa.float64(), from_pandas=True)
+    columns[AGGREGATE] = pa.array(
+        (scores if weights is None else scores * weights).mean(axis=1), pa.float64(), from_pandas=True
+    )
+    table = pa.table(columns)
+    return table.replace_schema_metadata({"iprox": json.dumps(metadata, sort_keys=True)} if metadata else None)
+
+
+def task_names(table: pa.Table) -> list[str]:
+    """The tasks a scores table has columns for, in order."""
+    return [name.removeprefix(TASK_PREFIX) for name in table.column_names if name.startswith(TASK_PREFIX)]
+
+
+def score_matrix(table: pa.Table) -> np.ndarray:
+    """The task columns as float64 [N, tasks], NaN where null."""
+    columns = [table[TASK_PREFIX + task].to_numpy(zero_copy_only=False) for task in task_names(table)]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def scores_metadata(table: pa.Table) -> dict[str, object]:
+    """What made the scores, as written by `scores_table`."""
+    return json.loads((table.schema.metadata or {}).get(b"iprox", b"{}"))
+
+
+def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
+    """Write tables of one schema as the row groups of one Parquet file, which appears only when whole.
+
+    Returns:
+        The number of rows.
+    """
+    partial = path.with_name(path.name + ".partial")
+    rows = 0
+    writer: pq.ParquetWriter | None = None
+    try:
+        for part in parts:
+            if writer is None:
+                writer = pq.ParquetWriter(partial, part.schema, compression="zstd")
+            writer.write_table(part)
+            rows += part.num_rows
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is None:
+        raise ValueError("no scores to write")
+    os.replace(partial, path)
+    return rows
+
+
+def read_scores(path: str | Path) -> pa.Table:
+    """Read a scores table from `scores.parquet` or a folder that holds it.
+
+    Raises:
+        InputError: there is none, or it is no scores table.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "scores.parquet"
+    if not file.is_file():
+        raise InputError(f"{file}: no such scores file; `iprox score` or `iprox run` writes it")
+    try:
+        table = pq.read_table(file)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file}: not a Parquet file: {error}") from error
+    missing = [name for name in ("id", AGGREGATE) if name not in table.column_names]
+    if missing:
+        raise InputError(f"{file}: has no column {missing[0]!r}, so it is no scores table")
+    return table

@@ -1,0 +1,134 @@
+"""Scores against autograd, one example at a time, in float64."""
+
+import pytest
+import torch
+
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.models.layers import influence_layers
+from iprox.models.loss import causal_lm_losses
+from iprox.proxy.compress import derive_proxy
+
+CASES = {
+    "tied, grouped heads": ("qwen3", {}),
+    "biases": ("qwen2", {}),
+    "untied, plain heads": ("llama", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
+    "fused attention, layer norm": ("gpt-neox", {}),
+    "biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
+}
+
+
+def autograd_gradient(model, batch, layers, weight_of=None):
+    """The example's gradient of every watched parameter, flat, from autograd."""
+    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    gradients = torch.autograd.grad(causal_lm_losses(model, batch).sum(), parameters)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("padding", [0, 5])
+def test_scores_equal_autograd_dot_products(tiny, case, padding):
+    family, changes = CASES[case]
+    model = tiny.model(family, **changes)
+    pool, validation = tiny.batch([9, 3, 7, 12], padding=padding), tiny.batch([8, 5], seed=1)
+    layers = influence_layers(model)
+    query = torch.stack([autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
+    rows = torch.stack([autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
+    gradient, count = mean_gradient(model, [validation])
+    assert count == 2
+    scores, losses = BatchScorer(model, {"task": gradient})(pool)
+    torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
+    cosine, _ = BatchScorer(model, {"task": gradient}, normalise="cosine")(pool)
+    expected = torch.nn.functional.cosine_similarity(rows, query[None])
+    torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_scores_do_not_depend_on_the_batch(tiny):
+    model, pool = tiny.model(), tiny.batch([9, 3, 7, 12], padding=4)
+    gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    scorer = BatchScorer(model, {"task": gradient})
+    together, _ = scorer(pool)
+    apart = torch.cat([scorer(row)[0] for row in tiny.rows(pool)])
+    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-12)
+
+
+def test_several_tasks_are_scored_as_each_alone(tiny):
+    model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
+    queries = {name: mean_gradient(model, [tiny.batch([8, 5], seed=seed)])[0] for name, seed in (("a", 1), ("b", 2))}
+    both, _ = BatchScorer(model, queries)(pool)
+    for column, (name, query) in enumerate(queries.items()):
+        alone, _ = BatchScorer(model, {name: query})(pool)
+        torch.testing.assert_close(both[:, column], alone[:, 0])
+
+
+def test_factor_gradients_of_a_proxy_equal_autograd(tiny):
+    pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
+    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], sparsity=0.5)
+    layers = influence_layers(proxy, "factors")
+    query = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(validation)]).mean(0)
+    rows = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(pool)])
+    gradient, _ = mean_gradient(proxy, [validation], "factors")
+    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="factors")(pool)
+    torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
+
+
+def test_weight_gradients_of_a_proxy_are_those_of_the_dense_model_it_stands_for(tiny):
+    """`weight`: the same scores as the exported dense checkpoint, without ever forming its layers."""
+    from iprox.proxy.export import to_dense
+
+    pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
+    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], sparsity=0.5)
+    dense = to_dense(proxy)
+    gradient, _ = mean_gradient(proxy, [validation], "weight")
+    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="weight", normalise="cosine")(pool)
+    reference, _ = mean_gradient(dense, [validation])
+    expected, _ = BatchScorer(dense, {"task": reference}, normalise="cosine")(pool)
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_small_sgd_step_changes_the_validation_loss_by_minus_the_influence(tiny):
+    """The first-order claim itself; the error must shrink with the square of the step."""
+    model = tiny.model("gpt-neox")
+    pool, validation = tiny.batch([9]), tiny.batch([8, 5], seed=1)
+    gradient, _ = mean_gradient(model, [validation])
+    influence = BatchScorer(model, {"task": gradient})(pool)[0].item()
+    layers = influence_layers(model)
+    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias)]
+    gradients = torch.autograd.grad(causal_lm_losses(model, pool).sum(), parameters)
+    before = causal_lm_losses(model, validation).mean().item()
+    errors = []
+    for rate in (1e-3, 1e-4):
+        with torch.no_grad():
+            for parameter, part in zip(parameters, gradients, strict=True):
+                parameter -= rate * part
+            change = causal_lm_losses(model, validation).mean().item() - before
+            for parameter, part in zip(parameters, gradients, strict=True):
+                parameter += rate * part
+        errors.append(abs(change + rate * influence))
+    assert errors[0] < 0.2 * 1e-3 * abs(influence)
+    assert errors[1] == pytest.approx(errors[0] / 100, rel=0.1)
+
+
+def test_the_model_is_left_as_it_was(tiny):
+    model = tiny.model().train()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
+    BatchScorer(model, {"task": gradient})(tiny.batch([6]))
+    assert model.training
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert [name for name, flag in flags.items() if not flag] == ["model.layers.0.mlp.up_proj.weight"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_example_is_refused(tiny):
+    with pytest.raises(ValueError, match="no example"):
+        mean_gradient(tiny.model(), [])
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer(tiny):
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"model\.layers"):
+        mean_gradient(model, [tiny.batch([6])])

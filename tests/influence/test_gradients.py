@@ -1,0 +1,55 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
+
+
+def tensors(B, L, m, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(B, L, n, generator=generator, dtype=torch.float64)
+    delta = torch.randn(B, L, m, generator=generator, dtype=torch.float64)
+    query = LayerGradient(
+        torch.randn(m, n, generator=generator, dtype=torch.float64),
+        torch.randn(m, generator=generator, dtype=torch.float64),
+    )
+    return h, delta, query, torch.einsum("btm,btn->bmn", delta, h)
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 999))
+
+
+@given(sizes)
+@settings(max_examples=50, deadline=None)
+def test_contractions_equal_those_of_the_dense_gradients(size):
+    """Short and long examples, wide and narrow layers: every branch against the gradient itself."""
+    h, delta, query, G = tensors(*size)
+    bias = delta.sum(1)
+    torch.testing.assert_close(contract(h, delta, query), (G * query.weight).sum((1, 2)) + bias @ query.bias)
+    torch.testing.assert_close(contract(h, delta, LayerGradient(query.weight, None)), (G * query.weight).sum((1, 2)))
+    torch.testing.assert_close(squared_norms(h, delta, bias=True), G.square().sum((1, 2)) + bias.square().sum(-1))
+    torch.testing.assert_close(squared_norms(h, delta, bias=False), G.square().sum((1, 2)))
+    total = summed_gradient(h, delta, bias=True)
+    torch.testing.assert_close(total.weight, G.sum(0))
+    torch.testing.assert_close(total.bias, bias.sum(0))
+    assert summed_gradient(h, delta, bias=False).bias is None
+
+
+def test_bfloat16_sums_are_kept_in_float32():
+    h, delta, query, _ = tensors(2, 4000, 8, 8, 0)
+    low = [tensor.bfloat16() for tensor in (h, delta)]
+    scores = contract(*low, query.to(torch.bfloat16))
+    assert scores.dtype == torch.float32
+    rounded = LayerGradient(query.weight.bfloat16().double(), query.bias.bfloat16().double())
+    exact = contract(low[0].double(), low[1].double(), rounded)
+    # A sum kept in bfloat16 would be off by per cents after 4,000 tokens.
+    scale = (h.norm(dim=(1, 2)) * delta.norm(dim=(1, 2))).max()
+    assert ((scores.double() - exact).abs() / scale).max() < 1e-3
+    assert summed_gradient(*low, bias=True).weight.dtype == torch.float32
+
+
+def test_squared_norm_counts_the_bias():
+    gradient = LayerGradient(torch.full((2, 2), 2.0), torch.full((2,), 3.0))
+    assert gradient.squared_norm().item() == pytest.approx(16 + 18)
+    assert LayerGradient(gradient.weight, None).squared_norm().item() == pytest.approx(16)

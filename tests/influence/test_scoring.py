@@ -1,0 +1,232 @@
+"""The stream: windows, shards, resuming, several checkpoints."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iprox.data import Encoded, Pool
+from iprox.errors import InputError
+from iprox.influence import scoring
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
+from iprox.influence.scoring import (
+    ScoringCheckpoint,
+    ScoringSettings,
+    ScoringStats,
+    TaskSpread,
+    build_scorer,
+    score_to_file,
+    score_windows,
+)
+from iprox.models.loss import causal_lm_losses
+
+SETTINGS = ScoringSettings(batch_tokens=64, window=4)
+
+
+class Letters:
+    """Encodes a text as its letters, all supervised; one word has no supervised token."""
+
+    def encode(self, examples):
+        rows = []
+        for example in examples:
+            tokens = np.array([1 + ord(letter) % 60 for letter in example.text], dtype=np.int32)
+            labels = np.full_like(tokens, -100) if example.text.startswith("nothing") else tokens
+            rows.append(Encoded(tokens, labels, truncated=False))
+        return rows
+
+
+TEXTS = [f"{'abcdefghij'[: 2 + i % 8]} {i}" for i in range(9)] + ["nothing here", "last one"]
+
+
+@pytest.fixture
+def setup(tiny):
+    pool = Pool([{"text": text, "source": "even" if i % 2 == 0 else None} for i, text in enumerate(TEXTS)])
+    validation = {
+        "one": Letters().encode(Pool([{"text": "hello"}, {"text": "world!"}])),
+        "two": Letters().encode(Pool([{"text": "other"}])),
+    }
+    return tiny.model("gpt-neox"), pool, validation
+
+
+def run(path, models, pool, validation, rates=None, settings=SETTINGS, identity=None):
+    rates = rates or [1.0] * len(models)
+    checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
+    return score_to_file(checkpoints, pool, validation, Letters(), 0, path, settings, identity=identity or {"run": 1})
+
+
+def by_hand(model, validation):
+    """Every text by itself, with the estimator that its own tests check against autograd."""
+    columns = []
+    for encoded in validation.values():
+        queries = mean_gradient(model, list(scoring.iter_batches(encoded, 64, 0)))[0]
+        scorer = BatchScorer(model, {"task": queries})
+        scores = np.full(len(TEXTS), np.nan)
+        for i, row in enumerate(Letters().encode(Pool([{"text": text} for text in TEXTS]))):
+            for batch in scoring.iter_batches([row], 64, 0):
+                scores[i] = scorer(batch)[0].item()
+        columns.append(scores)
+    return np.stack(columns, axis=1)
+
+
+def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
+    model, pool, validation = setup
+    stats = run(tmp_path / "scores.parquet", [model], pool, validation)
+    table = read_scores(tmp_path)
+    assert table.column_names == ["id", "source", "tokens", "influence/one", "influence/two", "influence"]
+    assert [str(table.schema.field(name).type) for name in table.column_names] == ["string", "string", "int32"] + [
+        "double"
+    ] * 3
+    assert table["id"].to_pylist() == [example.id for example in pool]
+    assert table["source"].to_pylist() == [example.source for example in pool]
+    assert table["tokens"].to_pylist() == [len(text) for text in TEXTS]
+    np.testing.assert_allclose(score_matrix(table), by_hand(model, validation), rtol=1e-9)
+    assert stats == ScoringStats(rows=11, unscored=1, tokens=sum(map(len, TEXTS)), supervised=stats.supervised)
+    assert stats.supervised == sum(len(text) - 1 for text in TEXTS if not text.startswith("nothing"))
+    assert scores_metadata(table) == {"run": 1}
+    assert not (tmp_path / "scores.parquet.shards").exists()
+
+
+def test_an_example_without_supervised_tokens_has_a_null_score(setup, tmp_path):
+    model, pool, validation = setup
+    run(tmp_path / "scores.parquet", [model], pool, validation)
+    table = read_scores(tmp_path)
+    for name in ("influence/one", "influence/two", "influence"):
+        assert [i for i, value in enumerate(table[name].to_pylist()) if value is None] == [9]
+
+
+def test_checkpoints_add_up_with_their_learning_rates(setup, tiny, tmp_path):
+    model, pool, validation = setup
+    other = tiny.model("gpt-neox", seed=5)
+    run(tmp_path / "both.parquet", [model, other], pool, validation, rates=[0.3, 0.07])
+    expected = 0.3 * by_hand(model, validation) + 0.07 * by_hand(other, validation)
+    np.testing.assert_allclose(score_matrix(read_scores(tmp_path / "both.parquet")), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 4])
+def test_killed_and_started_again_it_gives_the_same_bytes(setup, tiny, tmp_path, monkeypatch, killed_after):
+    model, pool, validation = setup
+    models, rates = [model, tiny.model("gpt-neox", seed=5)], [0.3, 0.07]
+    whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
+    expected = run(whole, models, pool, validation, rates)
+    real, calls = scoring.write_parts, []
+
+    def dies(path, parts):
+        if len(calls) == killed_after:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return real(path, parts)
+
+    monkeypatch.setattr(scoring, "write_parts", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(resumed, models, pool, validation, rates)
+    assert not resumed.exists()
+    monkeypatch.setattr(scoring, "write_parts", real)
+    assert run(resumed, models, pool, validation, rates) == expected
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_shards_of_other_scores_are_thrown_away(setup, tmp_path, monkeypatch):
+    model, pool, validation = setup
+    path = tmp_path / "scores.parquet"
+    real = scoring.write_parts
+
+    def dies_at_the_end(target, parts):
+        if target == path:
+            raise KeyboardInterrupt
+        return real(target, parts)
+
+    monkeypatch.setattr(scoring, "write_parts", dies_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, [model], pool, validation, identity={"run": 1})
+    monkeypatch.setattr(scoring, "write_parts", real)
+    cosine = dataclasses.replace(SETTINGS, normalise="cosine")
+    run(path, [model], pool, validation, settings=cosine, identity={"run": 2})
+    assert np.nanmax(np.abs(score_matrix(read_scores(path)))) <= 1 + 1e-9
+
+
+def test_windows_do_not_change_the_scores(setup):
+    model, pool, validation = setup
+    tables = []
+    for window in (3, 100):
+        settings = dataclasses.replace(SETTINGS, window=window)
+        scorer = build_scorer(model, validation, 0, settings)
+        parts = [table for table, _ in score_windows(scorer, pool, Letters(), 0, settings)]
+        tables.append(np.concatenate([score_matrix(part) for part in parts]))
+    np.testing.assert_allclose(tables[0], tables[1], rtol=1e-9)
+
+
+def test_the_aggregate_counts_every_task_alike(setup, tmp_path):
+    model, pool, validation = setup
+    run(tmp_path / "a.parquet", [model], pool, validation)
+    table = read_scores(tmp_path / "a.parquet")
+    scores = score_matrix(table)
+    expected = (scores / np.nanstd(scores, axis=0)).mean(axis=1)
+    np.testing.assert_allclose(table["influence"].to_numpy(zero_copy_only=False), expected, rtol=1e-9)
+    run(tmp_path / "b.parquet", [model], pool, validation, settings=dataclasses.replace(SETTINGS, aggregate="mean"))
+    plain = read_scores(tmp_path / "b.parquet")["influence"].to_numpy(zero_copy_only=False)
+    np.testing.assert_allclose(plain, scores.mean(axis=1), rtol=1e-9)
+
+
+def test_of_one_task_the_aggregate_is_its_score(setup, tmp_path):
+    model, pool, validation = setup
+    run(tmp_path / "scores.parquet", [model], pool, {"one": validation["one"]})
+    table = read_scores(tmp_path)
+    assert table["influence"].equals(table["influence/one"])
+    assert task_names(table) == ["one"]
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=5), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_running_spread_equals_the_spread_of_the_whole(sizes, seed):
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(size=(size, 3)) * [1, 100, 1e-6] for size in sizes]
+    spread = TaskSpread()
+    for part in parts:
+        spread.add(np.concatenate([part, np.full((1, 3), np.nan)]))
+    whole = np.concatenate(parts)
+    deviation = whole.std(axis=0)
+    np.testing.assert_allclose(spread.weights("standardised"), 1 / np.where(deviation > 0, deviation, 1), rtol=1e-6)
+    assert spread.weights("mean") is None
+
+
+def test_a_score_that_is_not_finite_names_the_example(setup):
+    model, pool, validation = setup
+    scorer = build_scorer(model, validation, 0, SETTINGS)
+    scorer.loss_fn = lambda model, batch: causal_lm_losses(model, batch) * float("nan")
+    with pytest.raises(FloatingPointError, match="row"):
+        list(score_windows(scorer, pool, Letters(), 0, SETTINGS))
+
+
+def test_a_task_without_supervised_tokens_is_refused(setup):
+    model, _, _ = setup
+    with pytest.raises(InputError, match="'empty'"):
+        build_scorer(model, {"empty": Letters().encode(Pool([{"text": "nothing"}]))}, 0, SETTINGS)
+
+
+def test_what_is_no_scores_table_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such scores file"):
+        read_scores(tmp_path)
+    (tmp_path / "scores.parquet").write_text("hello")
+    with pytest.raises(InputError, match="not a Parquet file"):
+        read_scores(tmp_path)
+    table = scores_table(["a"], [None], [1], np.zeros((1, 1)), ["t"])
+    pq.write_table(table.drop_columns(["influence"]), tmp_path / "scores.parquet")
+    with pytest.raises(InputError, match="'influence'"):
+        read_scores(tmp_path)
+
+
+def test_bfloat16_ranks_as_float32_does(tiny, setup):
+    _, pool, validation = setup
+    columns = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny.model("qwen3", dtype, hidden_size=64, head_dim=16)
+        scorer = build_scorer(model, validation, 0, SETTINGS)
+        parts = [score_matrix(table) for table, _ in score_windows(scorer, pool, Letters(), 0, SETTINGS)]
+        columns.append(np.concatenate(parts)[:, 0])
+    scored = np.isfinite(columns[0])
+    assert np.corrcoef(columns[0][scored], columns[1][scored])[0, 1] > 0.99
