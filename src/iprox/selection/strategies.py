@@ -1,0 +1,98 @@
+"""Selection strategies: which rows of a scores table to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from iprox.errors import InputError
+from iprox.influence.scores import AGGREGATE
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chosen rows of a scores table.
+
+    Attributes:
+        rows: int64 [K], row numbers, best first.
+        strategy: how they were chosen.
+        fraction: the share asked for, if a share was.
+        threshold: the score of the last row chosen.
+    """
+
+    rows: np.ndarray
+    strategy: str
+    fraction: float | None
+    threshold: float
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for JSON."""
+        return {
+            "strategy": self.strategy,
+            "count": len(self.rows),
+            "fraction": self.fraction,
+            "threshold": self.threshold,
+            "rows": self.rows.tolist(),
+        }
+
+
+def select_rows(
+    scores: pa.Table, *, fraction: float | None = None, count: int | None = None, strategy: str = "top"
+) -> Selection:
+    """Choose rows of a scores table, best first.
+
+    Ties go to the earlier row. A row without a score is never chosen.
+
+    Args:
+        scores: a scores table.
+        fraction: share of all rows to choose, in (0, 1]; rounded to the nearest row, at least one.
+        count: number of rows to choose. Exactly one of `fraction` and `count`.
+        strategy: `top`: the highest `influence`.
+
+    Raises:
+        InputError: not exactly one of fraction and count, out of range, unknown strategy, or more rows asked for
+            than have a score.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
+    if (fraction is None) == (count is None):
+        raise InputError("give exactly one of fraction and count")
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise InputError(f"the fraction to select is {fraction}; it must be above 0 and at most 1")
+        count = max(1, round(fraction * scores.num_rows))
+    assert count is not None
+    if count < 1:
+        raise InputError(f"the number of rows to select is {count}; it must be at least 1")
+    influence = scores[AGGREGATE].to_numpy(zero_copy_only=False).astype(np.float64)
+    scored = int(np.isfinite(influence).sum())
+    if count > scored:
+        raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
+    rows = STRATEGIES[strategy](influence, count)
+    return Selection(rows, strategy, fraction, float(influence[rows[-1]]))
+
+
+def top(influence: np.ndarray, count: int) -> np.ndarray:
+    """The `count` highest scores, best first, ties to the earlier row; NaN last. O(n + k log k).
+
+    Args:
+        influence: float64 [N], NaN where there is no score.
+        count: at most the number of scores that are not NaN.
+
+    Returns:
+        int64 [count] row numbers.
+    """
+    loss = np.where(np.isnan(influence), np.inf, -influence)
+    if count < len(loss):
+        cut = np.partition(loss, count - 1)[count - 1]
+        better = np.flatnonzero(loss < cut)
+        equal = np.flatnonzero(loss == cut)[: count - len(better)]
+        candidates = np.sort(np.concatenate([better, equal]))
+    else:
+        candidates = np.arange(len(loss))
+    return candidates[np.argsort(loss[candidates], kind="stable")]
+
+
+STRATEGIES = {"top": top}

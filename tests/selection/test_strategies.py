@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iprox.errors import InputError
+from iprox.influence.scores import scores_table
+from iprox.selection import select_rows
+
+scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
+
+
+def table(values):
+    matrix = np.array(values, dtype=np.float64)[:, None]
+    return scores_table([str(i) for i in range(len(values))], [None] * len(values), [1] * len(values), matrix, ["t"])
+
+
+@given(scores, st.data())
+def test_top_is_a_stable_sort(values, data):
+    """Few distinct values, so ties are everywhere: they go to the earlier row."""
+    ranked = sorted((i for i, v in enumerate(values) if v == v), key=lambda i: (-values[i], i))
+    if not ranked:
+        return
+    count = data.draw(st.integers(1, len(ranked)))
+    selection = select_rows(table(values), count=count)
+    assert selection.rows.tolist() == ranked[:count]
+    assert selection.threshold == values[ranked[count - 1]]
+
+
+def test_a_fraction_is_of_all_rows():
+    values = [float(i) for i in range(40)]
+    assert select_rows(table(values), fraction=0.05).rows.tolist() == [39, 38]
+    assert select_rows(table(values), fraction=1e-9).rows.tolist() == [39]
+    assert select_rows(table(values), fraction=1.0).rows.tolist() == list(range(39, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one"),
+        ({"fraction": 0.5, "count": 1}, "exactly one"),
+        ({"fraction": 0.0}, "above 0"),
+        ({"fraction": 1.5}, "at most 1"),
+        ({"count": 0}, "at least 1"),
+        ({"count": 3}, "only 2 of 3 have a score"),
+        ({"count": 1, "strategy": "tpo"}, "known: top"),
+    ],
+)
+def test_bad_requests_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        select_rows(table([1.0, float("nan"), 2.0]), **arguments)
+
+
+def test_ten_million_scores_take_seconds():
+    """O(n): a partition, not a sort of everything. The bound is loose; it catches quadratic slips."""
+    import time
+
+    rng = np.random.default_rng(0)
+    from iprox.selection.strategies import top
+
+    values = rng.normal(size=10_000_000)
+    started = time.process_time()
+    rows = top(values, 500_000)
+    assert time.process_time() - started < 30
+    assert values[rows[-1]] >= np.partition(values, -500_000)[-500_000]
