@@ -14,7 +14,7 @@ def moments_by_hand(model, batch, rows):
         kept, handles = {}, []
         for name, layer in layers.items():
 
-            def hook(module, inputs, output, name=name):
+            def hook(module, inputs, output, name=name, kept=kept):
                 output.retain_grad()
                 kept[name] = (inputs[0].detach(), output)
 

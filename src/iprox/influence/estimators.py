@@ -112,18 +112,21 @@ class BatchScorer:
         Returns:
             Scores [B, tasks] and losses [B], in float32 or better, on the model's device.
         """
-        columns: list[Tensor] = []
+        columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             if name in self._queries:
-                columns.append(torch.stack([contract(h, delta, query) for query in self._queries[name]], dim=1))
+                columns[name] = torch.stack([contract(h, delta, query) for query in self._queries[name]], dim=1)
             if self.normalise == "cosine":
                 norms.append(squared_norms(h, delta, has_bias(self.layers[name])))
 
         with frozen(self.model):
             losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
-        scores = torch.stack(columns).sum(0)
+        for name, column in columns.items():
+            if column.shape[0] != losses.shape[0]:
+                raise TypeError(f"{name} does not see one row an example, so its gradients cannot be told apart")
+        scores = torch.stack(list(columns.values())).sum(0)
         if self.normalise == "cosine":
             length = torch.stack(norms).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
             # A zero gradient has no direction: its cosine is 0, not NaN.

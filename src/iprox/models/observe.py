@@ -22,10 +22,12 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:
+            if not torch.is_grad_enabled():
                 return
-            h = inputs[0].detach()
-            output.register_hook(lambda delta: sink(name, h, delta))
+            if not output.requires_grad:
+                output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
+            h = _with_positions(inputs[0].detach())
+            output.register_hook(lambda delta: sink(name, h, _with_positions(delta)))
 
         return hook
 
@@ -35,28 +37,28 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
         yield
 
 
+def _with_positions(x: Tensor) -> Tensor:
+    """[B, n] of a model without positions as [B, 1, n]."""
+    return x.unsqueeze(1) if x.ndim == 2 else x
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, dropout is off, and gradients still flow from the embeddings on.
+    """No parameter asks for a gradient, and dropout is off.
 
     Restores every `requires_grad` flag and the training mode afterwards.
     """
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
-    with ExitStack() as stack:
-        if embeddings is not None:
-            # The embedding's output is a leaf now; asking it for a gradient starts the graph there.
-            stack.callback(embeddings.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)).remove)
-        try:
-            yield
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-            model.train(was_training)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(was_training)
 
 
 def watched_backward(

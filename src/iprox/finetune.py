@@ -1,0 +1,256 @@
+"""Fine-tuning through TRL's SFTTrainer: the warm-up before scoring, and the final SFT on the selection."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from iprox.data import Encoded, iter_batches
+from iprox.errors import InputError
+from iprox.models.loss import causal_lm_logits
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A saved model and the learning rate TracIn weights it with: the mean over the steps of its epoch."""
+
+    path: str
+    step: int
+    epoch: float
+    learning_rate: float
+    loss: float
+
+
+@dataclass(slots=True)
+class TrainingResult:
+    """What a training run did. `history` has one entry an optimiser step: step, epoch, loss, learning_rate."""
+
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Encoded],
+    output: Path,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 16,
+    bf16: bool = False,
+    every_epoch: bool = True,
+    seed: int = 0,
+    store_dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TrainingResult:
+    """Fine-tune a model on the supervised tokens, as TRL does, and save checkpoints.
+
+    AdamW, 3 % linear warm-up, cosine decay, batches of like length. Checkpoints are safetensors in
+    `output/checkpoint-STEP`; the optimiser's state is not kept. TRL replaces the model's forward while it
+    trains, so load a checkpoint rather than use `model` afterwards.
+
+    Args:
+        model: in float32: these are the master weights; bfloat16 is used for the products only.
+        tokenizer: saved with each checkpoint; its pad token pads.
+        encoded: what to train on; examples without a supervised token are left out.
+        output: folder for the checkpoints, made if missing.
+        epochs: passes over the examples.
+        learning_rate: peak.
+        batch_size: examples an optimiser step.
+        bf16: multiply in bfloat16.
+        every_epoch: keep a checkpoint at the end of every epoch, else the last only.
+        seed: of the order.
+        store_dtype: what checkpoints are stored in; the model's own dtype if None.
+        progress: called with 1 after each optimiser step.
+
+    Raises:
+        InputError: nothing to train on.
+        FloatingPointError: the loss is not finite (the step is named).
+    """
+    started = time.perf_counter()
+    rows = [example for example in encoded if example.supervised > 0]
+    if not rows:
+        raise InputError("no example with a supervised token to train on")
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [row.input_ids.tolist() for row in rows],
+            "labels": [row.labels.tolist() for row in rows],
+            "length": [len(row.input_ids) for row in rows],
+        }
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    steps = epochs * math.ceil(len(rows) / batch_size)
+    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns of the old name.
+    names = {entry.name for entry in fields(SFTConfig)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    arguments = SFTConfig(
+        output_dir=str(output),
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(0.03 * steps),
+        bf16=bf16,
+        use_cpu=model.device.type == "cpu",
+        # Recomputing activations pays on a GPU, where memory is short, and only costs time on a CPU.
+        **{checkpointing: model.device.type == "cuda"},  # pyright: ignore[reportArgumentType]
+        train_sampling_strategy="group_by_length",
+        max_length=None,  # already cut, from the left of the prompt
+        packing=False,
+        logging_steps=1,
+        logging_strategy="steps",
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, and stops the training
+        save_strategy="no",  # Trainer's own checkpoints hold pickles; `_Recorder` saves safetensors
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+        data_seed=seed,
+    )
+    recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, progress)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
+    _silence(trainer)
+    trainer.train()
+    result = recorder.result
+    result.tokens = epochs * sum(len(row.input_ids) for row in rows)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> dict[str, float]:
+    """Loss on a set, without training on it.
+
+    Returns:
+        `loss`: mean over examples of the mean loss over their supervised tokens, nats (what influence is about);
+        `token_loss`: mean over all supervised tokens; `examples`; `tokens` (supervised).
+    """
+    example_sum = token_sum = 0.0
+    examples = tokens = 0
+    with torch.no_grad():
+        for batch in iter_batches(encoded, batch_tokens, pad_id):
+            logits, targets, rows = causal_lm_logits(model, batch.to(model.device))
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+            count = batch.input_ids.shape[0]
+            numbers = torch.bincount(rows, minlength=count)
+            sums = losses.new_zeros(count).index_add(0, rows, losses)
+            example_sum += float((sums / numbers).sum())
+            token_sum += float(sums.sum())
+            examples += count
+            tokens += int(numbers.sum())
+    if examples == 0:
+        raise InputError("no example with a supervised token to evaluate on")
+    return {
+        "loss": example_sum / examples,
+        "token_loss": token_sum / tokens,
+        "examples": examples,
+        "tokens": tokens,
+    }
+
+
+class _Recorder(TrainerCallback):
+    """Notes the loss and learning rate of each step and saves safetensors at the end of epochs."""
+
+    def __init__(
+        self,
+        output: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        every_epoch: bool,
+        store_dtype: torch.dtype | None,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.output, self.tokenizer, self.every_epoch = output, tokenizer, every_epoch
+        self.store_dtype, self.progress = store_dtype, progress
+        self.result = TrainingResult()
+        self.rate = 0.0
+        self.epoch_start = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rate = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss = float(logs["loss"])
+        if loss != loss or abs(loss) == float("inf"):
+            raise FloatingPointError(
+                f"the training loss is {loss} at step {state.global_step}; lower the learning rate"
+            )
+        self.result.history.append(
+            {"step": state.global_step, "epoch": float(state.epoch), "loss": loss, "learning_rate": self.rate}
+        )
+        if self.progress is not None:
+            self.progress(1)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = False
+        last = state.global_step >= state.max_steps
+        steps = self.result.history[self.epoch_start :]
+        self.epoch_start = len(self.result.history)
+        if not steps or not (self.every_epoch or last):
+            return
+        name = f"checkpoint-{state.global_step}"
+        save_model(kwargs["model"], self.tokenizer, self.output / name, self.store_dtype)
+        mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("learning_rate", "loss")}
+        self.result.checkpoints.append(
+            Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])
+        )
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Save model and tokenizer to a folder that appears only when it is whole.
+
+    Args:
+        model: what to save.
+        tokenizer: saved beside it.
+        folder: an older one of that name is replaced.
+        dtype: cast floating weights to this for storage; None keeps theirs.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if dtype is None:
+        model.save_pretrained(partial)
+    else:
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        model.save_pretrained(partial, state_dict=state)
+        config = partial / "config.json"  # transformers writes the dtype of the module, not of the state given
+        stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
+        config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors writes weights that only their owner can read
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def _silence(trainer: SFTTrainer) -> None:
+    """Leave the terminal to our own progress bar."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)

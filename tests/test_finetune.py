@@ -1,0 +1,134 @@
+"""Training through TRL: what is trained on, what is kept, and what evaluation says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from iprox.data import Encoded, iter_batches
+from iprox.errors import InputError
+from iprox.finetune import evaluate, save_model, train
+from iprox.models.loss import causal_lm_losses
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", eos_token="w1")
+
+
+@pytest.fixture
+def encoded():
+    """Examples that all follow one rule: the second half repeats the first; only the second half is supervised."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(24):
+        half = rng.integers(2, 60, 4).astype(np.int32)
+        tokens = np.concatenate([half, half])
+        labels = tokens.copy()
+        labels[:4] = -100
+        rows.append(Encoded(tokens, labels, truncated=False))
+    return rows
+
+
+def test_training_lowers_the_loss_and_keeps_every_epoch(tiny, tokenizer, encoded, tmp_path):
+    model = tiny.model(dtype=torch.float32)
+    before = evaluate(model, encoded, 256, 0)["loss"]
+    done = []
+    result = train(
+        model,
+        tokenizer,
+        encoded,
+        tmp_path,
+        epochs=3,
+        learning_rate=3e-3,
+        batch_size=8,
+        store_dtype=torch.bfloat16,
+        progress=done.append,
+    )
+    assert sum(done) == len(result.history) == 9
+    assert result.tokens == 3 * 24 * 8
+    assert [checkpoint.step for checkpoint in result.checkpoints] == [3, 6, 9]
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / result.checkpoints[-1].path, dtype=torch.float32)
+    assert evaluate(after, encoded, 256, 0)["loss"] < before - 0.3
+    # Safetensors only, stored as asked, and nothing of the trainer's own.
+    names = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
+    assert names <= {".json", ".safetensors", ".jinja"}
+    assert json.loads((tmp_path / "checkpoint-9" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_checkpoints_learning_rate_is_the_mean_of_its_epoch(tiny, tokenizer, encoded, tmp_path):
+    result = train(
+        tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path, epochs=2, learning_rate=1e-3, batch_size=8
+    )
+    for number, checkpoint in enumerate(result.checkpoints):
+        steps = result.history[3 * number : 3 * number + 3]
+        assert checkpoint.learning_rate == pytest.approx(np.mean([step["learning_rate"] for step in steps]))
+        assert checkpoint.loss == pytest.approx(np.mean([step["loss"] for step in steps]))
+    assert result.checkpoints[0].learning_rate > result.checkpoints[1].learning_rate > 0
+    assert max(step["learning_rate"] for step in result.history) <= 1e-3
+
+
+def test_it_trains_on_the_supervised_tokens(tiny, tokenizer, encoded, tmp_path):
+    """The first step's loss, before any update, is the mean over the supervised tokens of the batch."""
+    model = tiny.model(dtype=torch.float32)
+    expected = evaluate(model, encoded, 256, 0)["token_loss"]
+    result = train(model, tokenizer, encoded, tmp_path, epochs=1, learning_rate=1e-9, batch_size=24)
+    assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_last_checkpoint_is_kept_if_asked(tiny, tokenizer, encoded, tmp_path):
+    model = tiny.model(dtype=torch.float32)
+    result = train(model, tokenizer, encoded, tmp_path, epochs=2, learning_rate=1e-3, batch_size=8, every_epoch=False)
+    assert [checkpoint.path for checkpoint in result.checkpoints] == ["checkpoint-6"]
+    assert [folder.name for folder in tmp_path.iterdir() if folder.is_dir()] == ["checkpoint-6"]
+
+
+def test_the_same_seed_trains_the_same_weights(tiny, tokenizer, encoded, tmp_path):
+    for name in ("one", "two"):
+        model = tiny.model(dtype=torch.float32)
+        train(model, tokenizer, encoded, tmp_path / name, epochs=1, learning_rate=1e-3, batch_size=8, seed=3)
+    one, two = ((tmp_path / name / "checkpoint-3" / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_evaluation_is_the_mean_of_the_examples_losses(tiny, encoded):
+    model = tiny.model(dtype=torch.float32)
+    result = evaluate(model, encoded, 40, 0)
+    with torch.no_grad():
+        losses = [causal_lm_losses(model, batch) for batch in iter_batches(encoded, 10_000, 0)]
+    assert result["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert (result["examples"], result["tokens"]) == (24, 96)
+
+
+def test_nothing_supervised_is_refused(tiny, tokenizer, tmp_path):
+    empty = [Encoded(np.arange(5, dtype=np.int32), np.full(5, -100, dtype=np.int32), truncated=False)]
+    with pytest.raises(InputError, match="to train on"):
+        train(tiny.model(dtype=torch.float32), tokenizer, empty, tmp_path, epochs=1, learning_rate=1e-3)
+    with pytest.raises(InputError, match="to evaluate on"):
+        evaluate(tiny.model(), empty, 64, 0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(tiny, tokenizer, encoded, tmp_path):
+    with pytest.raises(FloatingPointError, match="step"):
+        train(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path, epochs=3, learning_rate=1e20, batch_size=8)
+
+
+def test_a_saved_folder_appears_only_when_whole(tiny, tokenizer, tmp_path, monkeypatch):
+    model = tiny.model()
+    save_model(model, tokenizer, tmp_path / "model")
+    whole = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", fails)
+    with pytest.raises(OSError, match="No space"):
+        save_model(tiny.model(seed=1), tokenizer, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == whole
+    with pytest.raises(OSError, match="No space"):
+        save_model(model, tokenizer, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
