@@ -1,0 +1,118 @@
+"""Does the selection help? Test loss of the target fine-tuned on the proxy-selected share against a random share.
+
+One proxy pipeline (warm-up, compress, align, score) scores the whole pool for all tasks at once; then, for every seed,
+the original target is fine-tuned on a random share and on each task's top share, in the same way, and evaluated on
+each task's test set. Cells are cached in the work folder, so a stopped benchmark goes on where it was.
+
+    python benchmarks/downstream.py                       # shared model and data, 3 seeds
+    python benchmarks/downstream.py --seeds 1 --epochs 2  # quicker
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from iprox.data import Pool
+from iprox.influence.scores import TASK_PREFIX, read_scores
+from iprox.pipeline import run_recipe
+from iprox.progress import Reporter
+from iprox.recipe import FinetuneSection, parse_recipe
+from iprox.run_folder import environment, write_json
+from iprox.selection.strategies import top
+from iprox.session import Session, draw_rows
+from iprox.stages import finetune
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
+    parser.add_argument("--pool", nargs="+", default=[str(SHARED / "data/pool.jsonl")])
+    parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val/test.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "science", "summarization"])
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--fraction", type=float, default=0.05)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("runs/downstream"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/downstream.json")
+    parser.add_argument("--fresh", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.fresh:
+        shutil.rmtree(arguments.work, ignore_errors=True)
+
+    tests = {task: str(arguments.targets / f"{task}.test.jsonl") for task in arguments.tasks}
+    recipe = parse_recipe(
+        {
+            "model": arguments.model,
+            "data": {
+                "pool": arguments.pool,
+                "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
+                "max_length": 512,
+            },
+            "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
+            "proxy": {"sparsity": arguments.sparsity, "probe": {"fraction": 0.01}, "align": {"fraction": 0.01}},
+            "audit": False,
+            "output": str(arguments.work / "run"),
+        }
+    )
+    reporter = Reporter()
+    run = run_recipe(recipe, reporter=reporter, stop_after="score", command="benchmarks/downstream.py")
+    scores = read_scores(run.folder.scores)
+    pool = Pool(arguments.pool)
+    count = round(arguments.fraction * pool.scan().rows)
+    settings = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate, test=tests)
+
+    def losses(name: str, rows: list[int], seed: int) -> dict[str, float]:
+        """Test loss of every task after fine-tuning on these rows; cached."""
+        cell = arguments.work / f"cells/{name}-{seed}.json"
+        if cell.is_file():
+            return json.loads(cell.read_text())
+        session = Session.create(max_length=512, seed=seed, reporter=reporter)
+        folder = arguments.work / f"cells/{name}-{seed}"
+        reporter.say(f"fine-tuning on {name}, seed {seed}")
+        record = finetune(
+            session, arguments.model, pool.take(rows), folder, settings, {task: Pool(f) for task, f in tests.items()}
+        )
+        shutil.rmtree(folder)
+        after = {task: entry["after"] for task, entry in record["test"].items()}
+        write_json(cell, after)
+        return after
+
+    table: dict[str, dict[str, list[float]]] = {task: {"selected": [], "random": []} for task in arguments.tasks}
+    for seed in range(arguments.seeds):
+        random_losses = losses("random", draw_rows("random", seed, scores.num_rows, count), seed)
+        for task in arguments.tasks:
+            influence = scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False)
+            table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed)[task])
+            table[task]["random"].append(random_losses[task])
+
+    write_json(
+        arguments.output,
+        {
+            **environment(),
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+            "test_loss": table,
+        },
+    )
+    print(f"{'task':<15}{'selected':>18}{'random':>18}{'difference':>12}  lower in")
+    for task, entry in table.items():
+        chosen, drawn = np.array(entry["selected"]), np.array(entry["random"])
+        wins = int((chosen < drawn).sum())
+        print(
+            f"{task:<15}{chosen.mean():>9.4f} ± {chosen.std(ddof=min(1, len(chosen) - 1)):.4f}"
+            f"{drawn.mean():>9.4f} ± {drawn.std(ddof=min(1, len(drawn) - 1)):.4f}"
+            f"{(chosen - drawn).mean():>12.4f}  {wins} of {len(chosen)} seeds"
+        )
+
+
+if __name__ == "__main__":
+    main()
