@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scores", type=Path, help="scores.parquet of an earlier run, instead of scoring anew")
     parser.add_argument("--work", type=Path, default=Path("runs/downstream"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/downstream.json")
     parser.add_argument("--fresh", action="store_true")
@@ -50,23 +51,8 @@ def main() -> None:
         shutil.rmtree(arguments.work, ignore_errors=True)
 
     tests = {task: str(arguments.targets / f"{task}.test.jsonl") for task in arguments.tasks}
-    recipe = parse_recipe(
-        {
-            "model": arguments.model,
-            "data": {
-                "pool": arguments.pool,
-                "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
-                "max_length": 512,
-            },
-            "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
-            "proxy": {"sparsity": arguments.sparsity, "probe": {"fraction": 0.01}, "align": {"fraction": 0.01}},
-            "audit": False,
-            "output": str(arguments.work / "run"),
-        }
-    )
     reporter = Reporter()
-    run = run_recipe(recipe, reporter=reporter, stop_after="score", command="benchmarks/downstream.py")
-    scores = read_scores(run.folder.scores)
+    scores = read_scores(arguments.scores or make_scores(arguments, reporter))
     pool = Pool(arguments.pool)
     count = round(arguments.fraction * pool.scan().rows)
     settings = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate, test=tests)
@@ -112,6 +98,26 @@ def main() -> None:
             f"{drawn.mean():>9.4f} ± {drawn.std(ddof=min(1, len(drawn) - 1)):.4f}"
             f"{(chosen - drawn).mean():>12.4f}  {wins} of {len(chosen)} seeds"
         )
+
+
+def make_scores(arguments: argparse.Namespace, reporter: Reporter) -> Path:
+    """Run the pipeline up to the scores; goes on where it stopped."""
+    recipe = parse_recipe(
+        {
+            "model": arguments.model,
+            "data": {
+                "pool": arguments.pool,
+                "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
+                "max_length": 512,
+            },
+            "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
+            "proxy": {"sparsity": arguments.sparsity, "probe": {"fraction": 0.01}, "align": {"fraction": 0.01}},
+            "audit": False,
+            "output": str(arguments.work / "run"),
+        }
+    )
+    run = run_recipe(recipe, reporter=reporter, stop_after="score", command="benchmarks/downstream.py")
+    return run.folder.scores
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.models.loss import causal_lm_logits
+from iprox.models.memory import RELEASE_EVERY, release_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,8 @@ class _Recorder(TrainerCallback):
         )
         if self.progress is not None:
             self.progress(1)
+        if state.global_step % RELEASE_EVERY == 0:
+            release_memory()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = False

@@ -378,3 +378,18 @@ def test_a_parquet_row_group_is_not_held_whole(tmp_path, monkeypatch):
     before = pa.total_allocated_bytes()
     peak = max(pa.total_allocated_bytes() for _ in Pool(tmp_path / "p.parquet"))
     assert peak - before < 6e6
+
+
+def test_rows_with_other_ids_than_expected_are_not_written(tmp_path):
+    pool = Pool([{"id": f"r{i}", "text": "a"} for i in range(5)])
+    pool.write_rows([3, 1], tmp_path / "out.jsonl", ids=["r3", "r1"])
+    written = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(InputError, match="'r2' was expected"):
+        pool.write_rows([3, 1], tmp_path / "out.jsonl", ids=["r3", "r2"])
+    assert (tmp_path / "out.jsonl").read_bytes() == written
+
+
+def test_scanning_says_how_far_it_is():
+    seen = []
+    Pool([{"text": "a"} for _ in range(2500)]).scan(seen.append)
+    assert seen == [1000, 1000]

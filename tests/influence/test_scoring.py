@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 
 from iprox.data import Encoded, Pool
 from iprox.errors import InputError
-from iprox.influence import scoring
+from iprox.influence import scoring, shards
+from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import (
-    ScoringCheckpoint,
-    ScoringSettings,
-    ScoringStats,
-    TaskSpread,
-    build_scorer,
-    score_to_file,
-    score_windows,
-)
+from iprox.influence.scoring import ScoringSettings, ScoringStats, build_scorer, score_windows
+from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models.loss import causal_lm_losses
 
 SETTINGS = ScoringSettings(batch_tokens=64, window=4)
@@ -113,7 +107,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(setup, tiny, tmp_path,
     models, rates = [model, tiny.model("gpt-neox", seed=5)], [0.3, 0.07]
     whole, resumed = tmp_path / "whole.parquet", tmp_path / "resumed.parquet"
     expected = run(whole, models, pool, validation, rates)
-    real, calls = scoring.write_parts, []
+    real, calls = shards.write_parts, []
 
     def dies(path, parts):
         if len(calls) == killed_after:
@@ -121,11 +115,11 @@ def test_killed_and_started_again_it_gives_the_same_bytes(setup, tiny, tmp_path,
         calls.append(path)
         return real(path, parts)
 
-    monkeypatch.setattr(scoring, "write_parts", dies)
+    monkeypatch.setattr(shards, "write_parts", dies)
     with pytest.raises(KeyboardInterrupt):
         run(resumed, models, pool, validation, rates)
     assert not resumed.exists()
-    monkeypatch.setattr(scoring, "write_parts", real)
+    monkeypatch.setattr(shards, "write_parts", real)
     assert run(resumed, models, pool, validation, rates) == expected
     assert resumed.read_bytes() == whole.read_bytes()
 
@@ -133,17 +127,17 @@ def test_killed_and_started_again_it_gives_the_same_bytes(setup, tiny, tmp_path,
 def test_shards_of_other_scores_are_thrown_away(setup, tmp_path, monkeypatch):
     model, pool, validation = setup
     path = tmp_path / "scores.parquet"
-    real = scoring.write_parts
+    real = shards.write_parts
 
     def dies_at_the_end(target, parts):
         if target == path:
             raise KeyboardInterrupt
         return real(target, parts)
 
-    monkeypatch.setattr(scoring, "write_parts", dies_at_the_end)
+    monkeypatch.setattr(shards, "write_parts", dies_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         run(path, [model], pool, validation, identity={"run": 1})
-    monkeypatch.setattr(scoring, "write_parts", real)
+    monkeypatch.setattr(shards, "write_parts", real)
     cosine = dataclasses.replace(SETTINGS, normalise="cosine")
     run(path, [model], pool, validation, settings=cosine, identity={"run": 2})
     assert np.nanmax(np.abs(score_matrix(read_scores(path)))) <= 1 + 1e-9

@@ -23,6 +23,7 @@ from iprox.errors import InputError
 if TYPE_CHECKING:
     import datasets
 
+_PROGRESS_ROWS = 1000
 _KEPT_MESSAGES = 10
 
 
@@ -82,8 +83,11 @@ class Pool:
         for example, _, _ in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
             yield example
 
-    def scan(self) -> PoolSummary:
+    def scan(self, progress: Callable[[int], None] | None = None) -> PoolSummary:
         """Read everything once, check it, and count. The result is kept.
+
+        Args:
+            progress: Called with a number of rows as they are read.
 
         Returns:
             The summary.
@@ -92,7 +96,7 @@ class Pool:
             InputError: There are bad rows (and `on_bad_row="stop"`), two rows have the same id, or no row is good.
         """
         if self._summary is None:
-            self._summary = self._scan()
+            self._summary = self._scan(progress)
         return self._summary
 
     def take(self, rows: Iterable[int]) -> list[Example]:
@@ -111,7 +115,7 @@ class Pool:
         found = {example.row: example for example, _, _ in self._chosen(wanted)}
         return [found[row] for row in wanted]
 
-    def write_rows(self, rows: Sequence[int], path: Path) -> None:
+    def write_rows(self, rows: Sequence[int], path: Path, ids: Sequence[str] | None = None) -> None:
         """Write chosen rows as JSON lines, in the order given.
 
         Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other
@@ -120,19 +124,26 @@ class Pool:
         Args:
             rows: 0-based positions among the good rows.
             path: The file to write; it is replaced whole or not at all.
+            ids: The ids that the rows should have, if they are known.
 
         Raises:
-            InputError: The pool has no such row, or a column holds what JSON cannot.
+            InputError: The pool has no such row, a row has another id, or a column holds what JSON cannot.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         wanted = [int(row) for row in rows]
+        expected = dict(zip(wanted, ids, strict=True)) if ids is not None else {}
         places: dict[int, tuple[Reader | None, int, int]] = {}
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             # Rows of other formats go to a spool file first, because they are met in another order.
             with temporary.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
                 for example, record, reader in self._chosen(wanted):
+                    if expected and expected[example.row] != example.id:
+                        raise InputError(
+                            f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
+                            "the scores are of another pool, or of the same files in another order"
+                        )
                     if record.offset >= 0:
                         places[example.row] = (reader, record.offset, record.length)
                     else:
@@ -192,7 +203,7 @@ class Pool:
     def _refuse(self, origin: str, reason: str) -> None:
         raise InputError(f"{self.name}: {origin}: {reason} (--on-bad-row skip leaves such rows out)")
 
-    def _scan(self) -> PoolSummary:
+    def _scan(self, progress: Callable[[int], None] | None) -> PoolSummary:
         bad, first_bad = 0, []
 
         def note(origin: str, reason: str) -> None:
@@ -209,6 +220,8 @@ class Pool:
         hashes = array("Q")
         for example, record, reader in self._good_rows(note):
             hashes.append(_hash64(example.id))
+            if progress is not None and len(hashes) % _PROGRESS_ROWS == 0:
+                progress(_PROGRESS_ROWS)
             if example.source is not None:
                 sources[example.source] += 1
             if reader.path is None:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches, on_device
 from iprox.errors import InputError
+from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient
-from iprox.influence.scores import score_matrix, scores_metadata, scores_table, task_names, write_parts
+from iprox.influence.scores import scores_table
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
-
-Aggregate = Literal["standardised", "mean"]
+from iprox.models.memory import RELEASE_EVERY, release_memory
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
-# that a window's tokens are nothing beside a model; also the unit of resuming.
+# that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
 WINDOW = 4096
+
+Window = list[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +63,7 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-@dataclass(frozen=True, slots=True)
-class ScoringCheckpoint:
-    """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores."""
-
-    load: Callable[[], nn.Module]
-    learning_rate: float = 1.0
+ScoredWindow = tuple[pa.Table, ScoringStats]
 
 
 def build_scorer(
@@ -97,37 +88,42 @@ def build_scorer(
     return BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
 
 
-def score_windows(
-    scorer: BatchScorer,
-    pool: Iterable[Example],
-    encoder: ChatEncoder,
-    pad_id: int,
-    settings: ScoringSettings,
-    *,
-    skip_windows: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[pa.Table, ScoringStats]]:
-    """Scores of a pool, one table a window with what was read for it, in pool order.
+@dataclass(frozen=True, slots=True)
+class WindowScorer:
+    """Scores windows of examples: what one worker holds.
 
-    Args:
+    Attributes:
         scorer: from `build_scorer`.
-        pool: examples, read once.
         encoder: makes tokens and labels.
         pad_id: token id of the padding.
         settings: how to score.
-        skip_windows: leave out this many windows at the start (already done).
-        progress: called with the number of rows done.
-
-    Raises:
-        FloatingPointError: a score is not finite (the example is named).
     """
-    device = next(scorer.model.parameters()).device
-    rows = itertools.islice(iter(pool), skip_windows * settings.window, None)
-    while window := list(itertools.islice(rows, settings.window)):
-        encoded = encoder.encode(window)
-        scores = np.full((len(window), len(scorer.tasks)), np.nan)
-        for batch in iter_batches(encoded, settings.batch_tokens, pad_id):
-            values, _ = scorer(batch.to(device))
+
+    scorer: BatchScorer
+    encoder: ChatEncoder
+    pad_id: int
+    settings: ScoringSettings
+
+    def __call__(self, window: Window, progress: Callable[[int], None] | None = None) -> ScoredWindow:
+        """Score a window.
+
+        Args:
+            window: examples.
+            progress: called with the number of rows done.
+
+        Returns:
+            A scores table with one row an example, in order, and what was read.
+
+        Raises:
+            FloatingPointError: a score is not finite (the example is named).
+        """
+        device = next(self.scorer.model.parameters()).device
+        encoded = self.encoder.encode(window)
+        scores = np.full((len(window), len(self.scorer.tasks)), np.nan)
+        for number, batch in enumerate(iter_batches(encoded, self.settings.batch_tokens, self.pad_id)):
+            if number % RELEASE_EVERY == 0:
+                release_memory()
+            values, _ = self.scorer(batch.to(device))
             scores[batch.indices] = values.double().cpu().numpy()
             bad = ~np.isfinite(scores[batch.indices]).all(axis=1)
             if bad.any():
@@ -139,141 +135,45 @@ def score_windows(
         if progress is not None and empty:
             progress(empty)
         lengths = [len(example.input_ids) for example in encoded]
-        table = scores_table(
-            [example.id for example in window], [example.source for example in window], lengths, scores, scorer.tasks
+        ids, sources = [example.id for example in window], [example.source for example in window]
+        stats = ScoringStats(
+            rows=len(window),
+            unscored=empty,
+            tokens=sum(lengths),
+            supervised=sum(example.supervised for example in encoded),
+            truncated=sum(example.truncated for example in encoded),
         )
-        yield (
-            table,
-            ScoringStats(
-                rows=len(window),
-                unscored=empty,
-                tokens=sum(lengths),
-                supervised=sum(example.supervised for example in encoded),
-                truncated=sum(example.truncated for example in encoded),
-            ),
-        )
+        return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
 
 
-def over_checkpoints(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> np.ndarray:
-    """TracIn over checkpoints: Σ_c η_c · scores_c of the same rows, float64 [N, tasks]."""
-    return sum(rate * score_matrix(table) for table, rate in zip(tables, learning_rates, strict=True))  # pyright: ignore
+def windows_of(pool: Iterable[Example], size: int, skip: int = 0) -> Iterator[Window]:
+    """Cut a stream of examples into windows, leaving out the first `skip` windows."""
+    rows = itertools.islice(iter(pool), skip * size, None)
+    while window := list(itertools.islice(rows, size)):
+        yield window
 
 
-class TaskSpread:
-    """Running mean and variance of each task's scores (Chan's update), to weigh tasks against each other."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def add(self, scores: np.ndarray) -> None:
-        """Count scores [N, tasks] in; rows without a score are left out."""
-        scores = scores[np.isfinite(scores).all(axis=1)]
-        if not len(scores):
-            return
-        count, mean = len(scores), scores.mean(axis=0)
-        shift, total = mean - self.mean, self.count + count
-        self.squares = self.squares + ((scores - mean) ** 2).sum(axis=0) + shift**2 * self.count * count / total
-        self.mean = self.mean + shift * count / total
-        self.count = total
-
-    def weights(self, aggregate: Aggregate) -> np.ndarray | None:
-        """Weights of the tasks in the aggregate: 1 over the standard deviation, or none (`mean`, or one task)."""
-        deviation = np.sqrt(np.atleast_1d(self.squares) / max(self.count, 1))
-        if aggregate == "mean" or len(deviation) == 1:
-            return None
-        return 1 / np.where(deviation > 0, deviation, 1.0)
+# Scores windows, in order: (make a worker's scorer, windows, progress) -> scored windows.
+Engine = Callable[[Callable[[], WindowScorer], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
 
 
-def combine(
-    tables: Sequence[pa.Table],
-    learning_rates: Sequence[float],
-    metadata: Mapping | None = None,
-    weights: np.ndarray | None = None,
-) -> pa.Table:
-    """One scores table of the scores of the same rows at several checkpoints."""
-    first = tables[0]
-    total = over_checkpoints(tables, learning_rates)
-    ids, sources, tokens = (first[name].to_pylist() for name in ("id", "source", "tokens"))
-    return scores_table(ids, sources, tokens, total, task_names(first), metadata, weights)
+def local_engine(
+    make: Callable[[], WindowScorer], windows: Iterator[Window], progress: Callable[[int], None] | None = None
+) -> Iterator[ScoredWindow]:
+    """Score in this process, one window after the other."""
+    scorer = make()
+    for window in windows:
+        yield scorer(window, progress)
 
 
-def score_to_file(
-    checkpoints: Sequence[ScoringCheckpoint],
+def score_windows(
+    scorer: BatchScorer,
     pool: Iterable[Example],
-    validation: Mapping[str, Sequence[Encoded]],
     encoder: ChatEncoder,
     pad_id: int,
-    path: Path,
     settings: ScoringSettings,
-    *,
-    identity: Mapping[str, object],
     progress: Callable[[int], None] | None = None,
-) -> ScoringStats:
-    """Score a pool at every checkpoint and write `scores.parquet`.
-
-    Every window of every checkpoint is a shard, written atomically beside the result. Stopped at any point and
-    started again with the same `identity`, it goes on after the last shard and writes the same bytes. One
-    checkpoint is in memory at a time.
-
-    Args:
-        checkpoints: where to score, with learning rates.
-        pool: examples; iterated once a checkpoint.
-        validation: encoded validation examples by task.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
-        path: the file to write.
-        settings: how to score.
-        identity: fingerprints of everything the scores depend on; shards of another identity are thrown away.
-            Also kept in the file.
-        progress: called with the number of rows done at a checkpoint.
-    """
-    shards = path.with_name(path.name + ".shards")
-    _claim(shards, identity)
-    for number, checkpoint in enumerate(checkpoints):
-        folder = shards / f"checkpoint-{number:03d}"
-        folder.mkdir(exist_ok=True)
-        if (folder / "done").exists():
-            continue
-        done = len(list(folder.glob("*.parquet")))
-        if progress is not None and done:
-            progress(done * settings.window)
-        scorer = build_scorer(checkpoint.load(), validation, pad_id, settings)
-        windows = score_windows(scorer, pool, encoder, pad_id, settings, skip_windows=done, progress=progress)
-        for index, (table, counted) in enumerate(windows, start=done):
-            # The shard carries its own counts, so that a resumed run reports the whole.
-            shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
-            write_parts(folder / f"{index:06d}.parquet", [shard])
-        (folder / "done").touch()
-
-    stats, spread = ScoringStats(), TaskSpread()
-    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
-
-    def windows_done() -> Iterator[list[pa.Table]]:
-        for name in sorted(file.name for file in (shards / "checkpoint-000").glob("*.parquet")):
-            yield [pq.read_table(shards / f"checkpoint-{c:03d}" / name) for c in range(len(checkpoints))]
-
-    for tables in windows_done():
-        spread.add(over_checkpoints(tables, rates))
-    weights = spread.weights(settings.aggregate)
-
-    def parts() -> Iterator[pa.Table]:
-        for tables in windows_done():
-            stats.add(ScoringStats(**scores_metadata(tables[0])))  # pyright: ignore[reportArgumentType]
-            yield combine(tables, rates, identity, weights)
-
-    write_parts(path, parts())
-    shutil.rmtree(shards)
-    return stats
-
-
-def _claim(shards: Path, identity: Mapping[str, object]) -> None:
-    """Make the shard folder ours: keep shards of the same identity, drop those of another."""
-    written = json.dumps(identity, sort_keys=True)
-    marker = shards / "identity.json"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == written:
-        return
-    shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir(parents=True)
-    partial = marker.with_suffix(".partial")
-    partial.write_text(written, encoding="utf-8")
-    os.replace(partial, marker)
+) -> Iterator[ScoredWindow]:
+    """Scores of a pool in this process, one table a window with what was read for it, in pool order."""
+    worker = WindowScorer(scorer, encoder, pad_id, settings)
+    return local_engine(lambda: worker, windows_of(pool, settings.window), progress)

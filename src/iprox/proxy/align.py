@@ -27,6 +27,7 @@ from iprox.data.batching import Batch
 from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.loss import causal_lm_logits, mean_by_row
+from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype, cast_parameters
 
@@ -200,6 +201,8 @@ def align(
     try:
         for step, index in enumerate(order, start=1):
             batch = batches[index]
+            if step % RELEASE_EVERY == 0:
+                release_memory()
             gradients, logits = target_signals(target, list(layers), batch)
             loss, gradient, kl = alignment_loss(
                 proxy, layers, batch, gradients, logits, kl_weight=kl_weight, temperature=temperature

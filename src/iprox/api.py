@@ -1,0 +1,274 @@
+"""The Python API (design 7): the stages on models and data in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from iprox.audit.fidelity import AuditReport, compare_scores
+from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
+from iprox.errors import InputError
+from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
+from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient
+from iprox.influence.scores import scores_table
+from iprox.influence.scoring import ScoringSettings, build_scorer, score_windows
+from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
+from iprox.models.layers import GradientSpace
+from iprox.models.loading import load_model
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.proxy.align import AlignmentHistory
+from iprox.proxy.align import align as align_factors
+from iprox.proxy.compress import Method, RankRule, derive_proxy
+from iprox.selection.strategies import select_rows
+
+# A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
+Examples = Any
+
+
+def compress(
+    model: PreTrainedModel,
+    probe: Examples,
+    *,
+    sparsity: float,
+    method: Method = "ipsvd",
+    ranks: RankRule = "global",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+    loss_fn: LossFn = causal_lm_losses,
+) -> PreTrainedModel:
+    """Derive a low-rank proxy from a model (stage 1). The model is left as it was.
+
+    Args:
+        model: the target.
+        probe: examples that second moments are measured on.
+        sparsity: share of the linear parameters to remove, in (0, 1).
+        method: `ipsvd` or `svd`.
+        ranks: `global` or `uniform`.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+        loss_fn: (model, batch) -> losses [B], for models that are no language models; `probe` is then a DataLoader.
+
+    Returns:
+        The proxy; `proxy.save_pretrained(path)` saves it.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
+    """
+    reader = _Reader(model, tokenizer, max_length, batch_tokens)
+    proxy, _ = derive_proxy(
+        model, reader.batches(probe, "probe"), sparsity=sparsity, method=method, ranks=ranks, loss_fn=loss_fn
+    )
+    return proxy
+
+
+def align(
+    proxy: PreTrainedModel,
+    model: PreTrainedModel,
+    data: Examples,
+    *,
+    epochs: int = 5,
+    learning_rate: float = 1e-4,
+    kl_weight: float = 0.1,
+    temperature: float = 2.0,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_size: int = 8,
+) -> AlignmentHistory:
+    """Tune a proxy in place until its gradients match the target's (stage 2).
+
+    Args:
+        proxy: from `compress`.
+        model: its target.
+        data: examples to align on.
+        epochs: passes over them.
+        learning_rate: peak.
+        kl_weight: weight of the KL anchor.
+        temperature: of the KL anchor.
+        seed: of the order.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_size: examples a step.
+
+    Returns:
+        Losses by step.
+    """
+    reader = _Reader(model, tokenizer, max_length, batch_tokens=0)
+    if isinstance(data, DataLoader):
+        batches = list(data)
+    else:
+        batches = list(on_device(example_batches(reader.encode(data, "data"), batch_size, 0), reader.device))
+    return align_factors(
+        proxy,
+        model,
+        batches,
+        steps=epochs * len(batches),
+        learning_rate=learning_rate,
+        kl_weight=kl_weight,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+def score(
+    model: nn.Module | Sequence[nn.Module],
+    pool: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    estimator: str = "tracin",
+    gradient: GradientSpace = "factors",
+    normalise: Normalise = "none",
+    aggregate: Aggregate = "standardised",
+    learning_rates: Sequence[float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+    loss_fn: LossFn = causal_lm_losses,
+) -> pa.Table:
+    """Influence of every pool example on every task. Positive: training on it lowers the validation loss.
+
+    Args:
+        model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
+        pool: candidates.
+        validation: validation examples by task.
+        estimator: `tracin`.
+        gradient: of a proxy: `factors` or `weight`.
+        normalise: `none` or `cosine`.
+        aggregate: how `influence` is made of several tasks (see `iprox.influence.scoring.ScoringSettings`).
+        learning_rates: one a checkpoint; 1 for a single model if None.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+        loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
+
+    Returns:
+        The scores table (design 6), one row an example in pool order.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
+    """
+    if estimator != "tracin":
+        raise InputError(f"unknown estimator {estimator!r}; known: tracin")
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    if learning_rates is None:
+        if len(models) != 1:
+            raise InputError("several checkpoints need their learning_rates")
+        learning_rates = [1.0]
+    if len(learning_rates) != len(models):
+        raise InputError(f"{len(models)} models but {len(learning_rates)} learning rates")
+    settings = ScoringSettings(gradient, normalise, aggregate, batch_tokens)
+    tables = []
+    for checkpoint in models:
+        if isinstance(pool, DataLoader):
+            tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn))
+            continue
+        reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
+        encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
+        scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn)
+        source = reader.pool(pool, "pool")
+        source.scan()
+        parts = score_windows(scorer, source, reader.encoder, 0, settings)
+        tables.append(pa.concat_tables([table for table, _ in parts]))
+    spread = TaskSpread()
+    spread.add(over_checkpoints(tables, learning_rates))
+    return combine(tables, learning_rates, weights=spread.weights(aggregate))
+
+
+def select(
+    scores: pa.Table, *, fraction: float | None = None, count: int | None = None, strategy: str = "top"
+) -> np.ndarray:
+    """The chosen rows of a scores table: int64 row numbers, best first.
+
+    Args:
+        scores: from `score`.
+        fraction: share of the rows; exactly one of this and `count`.
+        count: number of rows.
+        strategy: `top`.
+    """
+    return select_rows(scores, fraction=fraction, count=count, strategy=strategy).rows
+
+
+def audit(
+    model: nn.Module, proxy: nn.Module, sample: Examples, validation: Mapping[str, Examples], **settings: Any
+) -> AuditReport:
+    """How faithfully a proxy ranks a sample: its scores against the target's.
+
+    Args:
+        model: the target.
+        proxy: its proxy.
+        sample: examples to compare on.
+        validation: validation examples by task.
+        **settings: as for `score`.
+    """
+    return compare_scores(score(proxy, sample, validation, **settings), score(model, sample, validation, **settings))
+
+
+def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """Load a proxy or model folder.
+
+    Raises:
+        InputError: it holds none.
+    """
+    return load_model(path, dtype=dtype, device=device)
+
+
+class _Reader:
+    """Turns what a caller gives as examples into batches on the model's device."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int, batch_tokens: int
+    ) -> None:
+        self.model, self.max_length, self.batch_tokens = model, max_length, batch_tokens
+        self.device = next(model.parameters()).device
+        self._tokenizer = tokenizer
+        self._encoder: ChatEncoder | None = None
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        if self._encoder is None:
+            tokenizer = self._tokenizer
+            if tokenizer is None:
+                name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+                if not name:
+                    raise InputError("the model does not say where it was loaded from; pass tokenizer=")
+                tokenizer = AutoTokenizer.from_pretrained(name)
+            self._encoder = ChatEncoder(tokenizer, self.max_length)
+        return self._encoder
+
+    def pool(self, examples: Examples, name: str) -> Pool:
+        return examples if isinstance(examples, Pool) else Pool(examples, name=name)
+
+    def encode(self, examples: Examples, name: str) -> list[Encoded]:
+        source = self.pool(examples, name)
+        source.scan()
+        return self.encoder.encode(list(source))
+
+    def batches(self, examples: Examples, name: str) -> Iterable[Any]:
+        if isinstance(examples, DataLoader):
+            return examples
+        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens, 0), self.device)
+
+
+def _score_batches(
+    model: nn.Module,
+    pool: DataLoader,
+    validation: Mapping[str, DataLoader],
+    settings: ScoringSettings,
+    loss_fn: LossFn,
+) -> pa.Table:
+    """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
+    queries = {task: mean_gradient(model, loader, settings.gradient, loss_fn)[0] for task, loader in validation.items()}
+    scorer = BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
+    scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
+    count = len(scores)
+    return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

@@ -1,0 +1,378 @@
+"""The command line: parse, call, print, exit codes (design 4)."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import json
+import logging
+import os
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from iprox.errors import InputError
+
+DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# Commands that go on where they stopped; the others start anew.
+RESUMABLE = ("run", "quickstart", "score")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0 done, 2 bad input or usage, 1 a fault of ours, 130 interrupted.
+
+    Raises:
+        SystemExit: what argparse raises, for `--help` (0) and usage errors (2).
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    arguments = parser.parse_args(given)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+    arguments.started_as = shlex.join(["iprox", *given])
+    try:
+        _quieten_libraries()
+        # After parsing: --help and usage errors should not wait for the seconds that torch and transformers take.
+        module = importlib.import_module(f"iprox.{arguments.module}")
+        result = getattr(module, arguments.command)(arguments)
+    except (InputError, FloatingPointError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        resumes = "the same command (without --fresh) goes on from here"
+        print(
+            f"iprox: interrupted; {resumes if arguments.command in RESUMABLE else 'nothing is kept'}", file=sys.stderr
+        )
+        return INTERRUPTED
+    except PermissionError as error:
+        return _refuse(f"{error.filename or 'output'}: permission denied; choose another place or change its rights")
+    except Exception as error:
+        if _disk_is_full(error):
+            place = getattr(error, "filename", None) or getattr(arguments, "output", None) or "the output folder"
+            return _refuse(f"{place}: no space left on the disk; free some and run the same command")
+        traceback.print_exc()
+        print(f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)", file=sys.stderr)
+        return OUR_FAULT
+    if arguments.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return DONE
+
+
+def _refuse(message: str) -> int:
+    print(f"iprox: {message}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors and Arrow raise errors of their own that only quote the system's.
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _quieten_libraries() -> None:
+    """Our own progress is enough; errors of the libraries still come through.
+
+    By environment, because importing the libraries to tell them would cost every command seconds.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("iprox", "trl"):  # what iprox logs for users of its API, the command line reports itself
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate)\b")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    from iprox import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="iprox",
+        description="Select the training data that helps your task, with influence scored on a low-rank proxy of your "
+        "own model.",
+        epilog="Start with:  iprox quickstart\nHelp of a command:  iprox COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"iprox {__version__}")
+    # Without a command, the help says more than "COMMAND is required".
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (
+        _add_quickstart,
+        _add_run,
+        _add_plan,
+        _add_warmup,
+        _add_compress,
+        _add_align,
+        _add_score,
+        _add_select,
+        _add_audit,
+        _add_finetune,
+        _add_report,
+        _add_export,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """One command, with the options that every command has."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole_runs = ("quickstart", "run", "plan", "report")
+    parser.set_defaults(command=name, module="commands" if name in whole_runs else "stage_commands")
+    common = parser.add_argument_group("options of every command")
+    common.add_argument("--seed", type=int, default=None, help="seed of every draw and order (default 0)")
+    common.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default=None,
+        help="of the products; auto is bfloat16 where the device has it natively (default auto)",
+    )
+    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default auto)")
+    common.add_argument(
+        "--batch-tokens", type=_positive, default=None, help="largest rows × longest row (default 4096)"
+    )
+    common.add_argument("--max-length", type=_positive, default=None, help="longest example in tokens (default 2048)")
+    common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
+    common.add_argument("--json", action="store_true", help="one machine-readable line on standard output at the end")
+    return parser
+
+
+def _reading_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chat-template", help="instead of the tokenizer's own: chatml, or a Jinja file")
+    parser.add_argument(
+        "--on-bad-row", choices=("stop", "skip"), default="stop", help="bad rows: stop (default) or leave them out"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _add_quickstart(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "quickstart",
+        "Run the whole pipeline on a bundled model and pool, in under two minutes on two cores.",
+        "iprox quickstart --output runs/quickstart",
+    )
+    parser.add_argument("--output", default="runs/quickstart", help="run folder (default runs/quickstart)")
+    parser.add_argument("--fresh", action="store_true", help="replace what an earlier run left there")
+
+
+def _add_run(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "run",
+        "Run a recipe, or go on with it where it stopped.",
+        "iprox run recipe.yaml --set proxy.sparsity=0.5 --stop-after score",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key of the recipe, e.g. proxy.sparsity=0.5",
+    )
+    parser.add_argument("--fresh", action="store_true", help="replace what an earlier run left in the output folder")
+    parser.add_argument("--stop-after", metavar="STAGE", help="last stage to do (data, warmup, compress, align, ...)")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "Say what a recipe would cost, stage by stage: tokens, FLOPs, memory, time. Runs nothing.",
+        "iprox plan recipe.yaml",
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--tflops", type=float, help="GEMM rate to assume in TFLOP/s (default: measured here)")
+
+
+def _add_warmup(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "warmup",
+        "Fine-tune a model briefly on a random share of the pool, keeping each epoch's checkpoint and learning rate.",
+        "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm --fraction 0.05",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="files, globs or hf://datasets/...")
+    parser.add_argument("--output", required=True, help="folder for the checkpoints")
+    parser.add_argument("--fraction", type=float, default=0.05, help="share of the pool (default 0.05)")
+    _training_options(parser)
+    _reading_options(parser)
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=_positive, default=4, help="default 4")
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="peak (default 2e-5)")
+    parser.add_argument("--batch-size", type=_positive, default=16, help="examples an optimiser step (default 16)")
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compress",
+        "Derive a low-rank proxy from a model.",
+        "iprox compress --model warm/checkpoint-44 --probe pool/*.jsonl --output proxy --sparsity 0.7",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--probe", required=True, nargs="+", metavar="FILE", help="what moments are measured on")
+    parser.add_argument("--output", required=True, help="folder for the proxy")
+    parser.add_argument(
+        "--sparsity", type=float, required=True, help="share of the linear parameters to remove, in (0, 1)"
+    )
+    parser.add_argument("--method", choices=("ipsvd", "svd"), default="ipsvd", help="default ipsvd")
+    parser.add_argument("--ranks", choices=("global", "uniform"), default="global", help="default global")
+    parser.add_argument("--probe-size", type=_positive, help="random sample of this many probe examples (default: all)")
+    _reading_options(parser)
+
+
+def _add_align(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "align",
+        "Tune a proxy's factors until its gradients match the target's.",
+        "iprox align --model warm/checkpoint-44 --proxy proxy --data align.jsonl --output aligned",
+    )
+    parser.add_argument("--model", required=True, help="the proxy's target")
+    parser.add_argument("--proxy", required=True, help="proxy folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="examples to align on")
+    parser.add_argument("--output", required=True, help="folder for the aligned proxy")
+    parser.add_argument("--steps", type=_positive, help="optimiser steps (default: 5 epochs)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="default 1e-4")
+    parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL anchor (default 0.1)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL anchor (default 2)")
+    _reading_options(parser)
+
+
+def _add_score(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "score",
+        "Score a pool against validation tasks, on a proxy or on any causal language model.",
+        "iprox score --model aligned --pool pool/*.jsonl --validation gsm8k=gsm8k.val.jsonl --output scores",
+    )
+    parser.add_argument(
+        "--model", required=True, nargs="+", help="model or proxy folder; several are checkpoints of TracIn"
+    )
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="learning rate of each checkpoint (default: from the checkpoints.json beside them)",
+    )
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet")
+    _influence_options(parser)
+    _reading_options(parser)
+
+
+def _influence_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--estimator", choices=("tracin",), default="tracin", help="default tracin")
+    parser.add_argument(
+        "--gradient",
+        choices=("factors", "weight"),
+        default=None,
+        help="of a proxy: its factors' gradients, or those of its layers as if dense",
+    )
+    parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
+    parser.add_argument(
+        "--aggregate",
+        choices=("standardised", "mean"),
+        default="standardised",
+        help="how several tasks make one score: each divided by its standard deviation first (default), or as is",
+    )
+
+
+def _add_select(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "select",
+        "Write the best rows of the pool, byte for byte, best first.",
+        "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05",
+    )
+    parser.add_argument("--scores", required=True, help="scores.parquet or its folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
+    parser.add_argument("--output", required=True, help="file to write")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--fraction", type=float, help="share of the pool")
+    size.add_argument("--count", type=int, help="number of rows")
+    parser.add_argument("--strategy", choices=("top",), default="top", help="default top")
+    _reading_options(parser)
+
+
+def _add_audit(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "audit",
+        "Score a sample on the target itself and say how faithfully the proxy ranks it.",
+        "iprox audit --model warm/checkpoint-44 --proxy aligned --pool pool/*.jsonl --validation gsm8k=val.jsonl "
+        "--output audit",
+    )
+    parser.add_argument("--model", required=True, help="the proxy's target")
+    parser.add_argument("--proxy", required=True, help="proxy folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--sample", type=_positive, default=500, help="examples to compare (default 500)")
+    parser.add_argument("--output", required=True, help="folder for audit.json")
+    _influence_options(parser)
+    _reading_options(parser)
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "finetune",
+        "Fine-tune a model on a selection, with the loss on test sets before and after.",
+        "iprox finetune --model Qwen/Qwen3-4B --data selected.jsonl --output tuned --validation gsm8k=gsm8k.test.jsonl",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the selection")
+    parser.add_argument("--output", required=True, help="folder; the model is in its sub-folder model")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="sets to measure the loss on")
+    _training_options(parser)
+    _reading_options(parser)
+
+
+def _add_report(commands: Any) -> None:
+    parser = _command(commands, "report", "Write report.html of a run folder anew.", "iprox report runs/quickstart")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox.",
+        "iprox export runs/quickstart/aligned --output dense-proxy",
+    )
+    parser.add_argument("proxy", metavar="PROXY_DIR")
+    parser.add_argument("--output", required=True, help="folder for the dense checkpoint")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

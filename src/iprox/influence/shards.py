@@ -1,0 +1,131 @@
+"""Scores on disk: a shard a window and checkpoint, so that a stopped run goes on and gives the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from iprox.data import ChatEncoder, Encoded, Example
+from iprox.influence.aggregate import TaskSpread, combine, over_checkpoints
+from iprox.influence.scores import scores_metadata, write_parts
+from iprox.influence.scoring import (
+    Engine,
+    ScoringSettings,
+    ScoringStats,
+    WindowScorer,
+    build_scorer,
+    local_engine,
+    windows_of,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringCheckpoint:
+    """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores."""
+
+    load: Callable[[], nn.Module]
+    learning_rate: float = 1.0
+
+
+def score_to_file(
+    checkpoints: Sequence[ScoringCheckpoint],
+    pool: Iterable[Example],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+    pad_id: int,
+    path: Path,
+    settings: ScoringSettings,
+    *,
+    identity: Mapping[str, object],
+    progress: Callable[[int], None] | None = None,
+    engine: Engine = local_engine,
+) -> ScoringStats:
+    """Score a pool at every checkpoint and write `scores.parquet`.
+
+    Every window of every checkpoint is a shard, written atomically beside the result. Stopped at any point and
+    started again with the same `identity`, it goes on after the last shard and writes the same bytes. One
+    checkpoint is in memory at a time.
+
+    Args:
+        checkpoints: where to score, with learning rates.
+        pool: examples; iterated once a checkpoint.
+        validation: encoded validation examples by task.
+        encoder: makes tokens and labels.
+        pad_id: token id of the padding.
+        path: the file to write.
+        settings: how to score.
+        identity: fingerprints of everything the scores depend on; shards of another identity are thrown away.
+            Also kept in the file.
+        progress: called with the number of rows done at a checkpoint.
+        engine: where windows are scored.
+    """
+    shards = path.with_name(path.name + ".shards")
+    _claim(shards, identity)
+    for number, checkpoint in enumerate(checkpoints):
+        folder = shards / f"checkpoint-{number:03d}"
+        folder.mkdir(exist_ok=True)
+        done = len(list(folder.glob("*.parquet")))
+        if progress is not None and done:
+            progress(done * settings.window)
+        if (folder / "done").exists():
+            continue
+        make = functools.partial(_window_scorer, checkpoint.load, validation, encoder, pad_id, settings)
+        windows = windows_of(pool, settings.window, skip=done)
+        for index, (table, counted) in enumerate(engine(make, windows, progress), start=done):
+            # The shard carries its own counts, so that a resumed run reports the whole.
+            shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
+            write_parts(folder / f"{index:06d}.parquet", [shard])
+        (folder / "done").touch()
+
+    stats, spread = ScoringStats(), TaskSpread()
+    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
+
+    def windows_done() -> Iterator[list[pa.Table]]:
+        for name in sorted(file.name for file in (shards / "checkpoint-000").glob("*.parquet")):
+            yield [pq.read_table(shards / f"checkpoint-{c:03d}" / name) for c in range(len(checkpoints))]
+
+    for tables in windows_done():
+        spread.add(over_checkpoints(tables, rates))
+    weights = spread.weights(settings.aggregate)
+
+    def parts() -> Iterator[pa.Table]:
+        for tables in windows_done():
+            stats.add(ScoringStats(**scores_metadata(tables[0])))  # pyright: ignore[reportArgumentType]
+            yield combine(tables, rates, identity, weights)
+
+    write_parts(path, parts())
+    shutil.rmtree(shards)
+    return stats
+
+
+def _window_scorer(
+    load: Callable[[], nn.Module],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+    pad_id: int,
+    settings: ScoringSettings,
+) -> WindowScorer:
+    """What a worker makes for itself (at module level, so that it can be sent to another process)."""
+    return WindowScorer(build_scorer(load(), validation, pad_id, settings), encoder, pad_id, settings)
+
+
+def _claim(shards: Path, identity: Mapping[str, object]) -> None:
+    """Make the shard folder ours: keep shards of the same identity, drop those of another."""
+    written = json.dumps(identity, sort_keys=True)
+    marker = shards / "identity.json"
+    if marker.is_file() and marker.read_text(encoding="utf-8") == written:
+        return
+    shutil.rmtree(shards, ignore_errors=True)
+    shards.mkdir(parents=True)
+    partial = marker.with_suffix(".partial")
+    partial.write_text(written, encoding="utf-8")
+    os.replace(partial, marker)

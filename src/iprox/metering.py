@@ -1,0 +1,61 @@
+"""What a stage cost: wall time and peak memory."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from iprox.models.memory import release_memory
+
+
+@dataclass(slots=True)
+class Usage:
+    """Seconds of wall time and the peak memory in bytes: of the accelerator where one is used, else resident."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+@contextmanager
+def metered(device: torch.device) -> Iterator[Usage]:
+    """Measure the block. Where the system cannot reset its peak (not Linux), the peak is the process's so far."""
+    usage = Usage()
+    # What the stage before left (trainers sit in reference cycles) is not this stage's.
+    gc.collect()
+    release_memory()
+    _reset_peak(device)
+    started = time.perf_counter()
+    try:
+        yield usage
+    finally:
+        usage.seconds = time.perf_counter() - started
+        usage.peak_memory_bytes = _peak(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            return  # some containers forbid it; the peak is then the process's, which is still an upper bound
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

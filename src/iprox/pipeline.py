@@ -1,0 +1,419 @@
+"""The whole method, stage by stage: each reads and writes the run folder and is skipped when it is done (design 3).
+
+data → warm-up → compress → align → audit → score → select → fine-tune → report. A stage is done when `run.json` has
+its key (its settings, its inputs' fingerprints and the keys of the stages it reads) and its output is there. Keys hold
+no paths, so a run folder can be moved.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iprox import stages
+from iprox.data import Pool
+from iprox.models import flops
+from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.progress import Reporter
+from iprox.recipe import STAGES, Recipe
+from iprox.report import build_report
+from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
+from iprox.session import Session, draw_rows, encode_validation, share
+
+# Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
+AT_LEAST = 64
+
+
+@dataclass(slots=True)
+class Run:
+    """A run in progress: its recipe, its folder, and what is known so far.
+
+    `earlier` holds what earlier starts say of stages that this one has not reached, or that are switched off now.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    session: Session
+    pool: Pool
+    validation: dict[str, Pool]
+    command: str
+    earlier: dict[str, Any]
+    template: str | None
+    record: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rows of the pool."""
+        return self.pool.scan().rows
+
+    def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], stages.StageRecord]) -> str:
+        """Do a stage, or skip it when it is done. Returns the stage's key for the stages that read it."""
+        key = key_of([name, key])
+        before = self.earlier.pop(name, None)
+        if before is not None and before["key"] == key and all(output.exists() for output in outputs):
+            self.session.reporter.take_warnings()  # the entry has them from when the stage was done
+            entry = {**before, "skipped": True}
+            self.session.reporter.say(f"✓ {name}: done already")
+        else:
+            self.save()  # without the stage: from here on its output is neither the earlier one nor the new one
+            try:
+                with self.session.metered() as usage:
+                    entry = {"tokens": 0, "flops": 0.0, **work()}
+            except BaseException:
+                self.folder.remove_partial()
+                raise
+            entry |= {
+                "seconds": usage.seconds,
+                "peak_memory_bytes": usage.peak_memory_bytes,
+                "warnings": self.session.reporter.take_warnings(),
+                "skipped": False,
+                "key": key,
+            }
+        self.record["stages"][name] = entry
+        self.save()
+        return key
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        seconds = sum(stage["seconds"] for stage in self.record["stages"].values())
+        write_json(self.folder.run, {**self.record, "seconds": seconds, "earlier": self.earlier})
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    fresh: bool = False,
+    stop_after: str | None = None,
+    command: str = "iprox run",
+) -> Run:
+    """Run a recipe, or go on with it where it stopped.
+
+    Args:
+        recipe: validated.
+        reporter: where progress goes.
+        fresh: forget what an earlier run left in the output folder.
+        stop_after: last stage to do, one of `STAGES`.
+        command: how it was started, for `run.json`.
+
+    Returns:
+        The run; `run.record` is what `run.json` holds.
+
+    Raises:
+        InputError: bad input, before any long work.
+    """
+    recipe = recipe.resolved()
+    run = _open(recipe, reporter, fresh, command)
+    steps = (_warmup, _compress, _align, _audit, _score, _select, _finetune, _report)
+    context = _Context()
+    if stop_after == "data":
+        return run
+    for name, step in zip(STAGES[1:], steps, strict=True):
+        step(run, context)
+        if name == stop_after:
+            break
+    return run
+
+
+@dataclass(slots=True)
+class _Context:
+    """What later stages need of earlier ones: model folders with learning rates, and stage keys."""
+
+    targets: list[tuple[str, float]] = field(default_factory=list)
+    proxies: list[str] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def _open(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
+    """Check every input, claim the folder, write the resolved recipe."""
+    session = Session.of_recipe(recipe, reporter)
+    pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
+    validation = _tasks(recipe.data.validation, recipe)
+    with session.metered() as usage:
+        reporter.say(f"reading {', '.join(recipe.data.pool)}")
+        fingerprint = checkpoint_fingerprint(recipe.model)
+        summary = pool.scan()
+        encoder = session.encoder(session.tokenizer(recipe.model))
+        encode_validation(encoder, validation)
+        encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
+        flops.compressible_layers(skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code))
+        if recipe.finetune:
+            encode_validation(encoder, _tasks(recipe.finetune.test, recipe))
+        if summary.bad_rows:
+            reporter.warn(f"{summary.bad_rows} bad rows left out (first: {summary.bad_row_messages[0]})")
+    inputs = {
+        "pool": {"files": list(summary.files), "rows": summary.rows, "fingerprint": summary.fingerprint},
+        "validation": {
+            task: {"rows": source.scan().rows, "fingerprint": source.scan().fingerprint}
+            for task, source in validation.items()
+        },
+    }
+    identity = {
+        "model": fingerprint,
+        "pool": summary.fingerprint,
+        "validation": {task: entry["fingerprint"] for task, entry in inputs["validation"].items()},
+    }
+    folder = RunFolder(recipe.output)
+    earlier = folder.claim(identity, fresh)
+    done_before = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
+    run = Run(recipe, folder, session, pool, validation, command, done_before, encoder.chat_template)
+    run.record = {
+        **environment(),
+        "command": command,
+        "identity": identity,
+        "seed": recipe.seed,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "model": recipe.model,
+        "inputs": inputs,
+        "stages": {},
+    }
+    run.record["stages"]["data"] = {
+        "tokens": 0,
+        "flops": 0.0,
+        "seconds": usage.seconds,
+        "peak_memory_bytes": usage.peak_memory_bytes,
+        "warnings": reporter.take_warnings(),
+        "skipped": False,
+        "key": key_of([identity, encoder.describe]),
+        "sources": summary.sources,
+        "labels": encoder.describe,
+    }
+    run.earlier.pop("data", None)
+    run.save()
+    write_text(folder.recipe, recipe.to_yaml())
+    return run
+
+
+def _tasks(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
+    """The examples of each task, validation or test."""
+    return {task: Pool(names, name=task, on_bad_row=recipe.data.on_bad_row) for task, names in files.items()}
+
+
+def _common(run: Run) -> list[Any]:
+    """What every stage depends on beside its own settings."""
+    recipe = run.recipe
+    data = recipe.data
+    return [
+        run.record["identity"],
+        run.record["dtype"],
+        recipe.seed,
+        data.max_length,
+        run.template,
+        data.on_bad_row,
+    ]
+
+
+def _draw(run: Run, name: str, count: int) -> list[int]:
+    """Rows for a stage: a seeded sample that no earlier stage has used, or, where the pool is too small, has."""
+    used = [row for rows in run.rows.values() for row in rows]
+    rows = draw_rows(name, run.recipe.seed, run.total, count, used)
+    shared = draw_rows(name, run.recipe.seed, run.total, min(count, AT_LEAST) - len(rows), rows)
+    if shared:
+        run.session.reporter.warn(
+            f"{name}: the pool is small, so {len(shared)} of its {len(rows) + len(shared)} examples "
+            f"are ones that {', '.join(run.rows)} use too"
+        )
+    elif len(rows) < count:
+        run.session.reporter.warn(f"{name}: {count} examples asked for, {len(rows)} are left of the pool")
+    run.rows[name] = sorted(rows + shared)
+    return run.rows[name]
+
+
+def _warmup(run: Run, context: _Context) -> None:
+    settings = run.recipe.warmup
+    if not settings:
+        context.targets = [(run.recipe.model, 1.0)]
+        context.keys["warmup"] = "off"
+        return
+    rows = _draw(run, "warmup", max(1, round(run.total * settings.fraction)))
+    folder = run.folder.warmup
+    context.keys["warmup"] = run.stage(
+        "warmup",
+        [_common(run), settings.model_dump()],
+        [folder / "checkpoints.json", *(folder / entry["path"] for entry in _checkpoints(run))],
+        lambda: stages.warm_up(run.session, run.recipe.model, run.pool.take(rows), folder, settings),
+    )
+    context.targets = [(str(folder / entry["path"]), entry["learning_rate"]) for entry in _checkpoints(run)]
+
+
+def _checkpoints(run: Run) -> list[dict[str, Any]]:
+    """The checkpoints of the warm-up that influence is taken at; none before it is done."""
+    listing = run.folder.warmup / "checkpoints.json"
+    known = read_json(listing) if listing.is_file() else []
+    return known if run.recipe.influence.checkpoints == "all" else known[-1:]
+
+
+def _variants(base: Path, context: _Context) -> list[Path]:
+    """One folder for one checkpoint; with several, one below it for each."""
+    if len(context.targets) == 1:
+        return [base]
+    return [base / Path(path).name for path, _ in context.targets]
+
+
+def _afresh(base: Path, folders: list[Path], description: str, records: Iterator[stages.StageRecord]) -> Any:
+    """Make the variants of a proxy in an empty folder, with the last one's description where a single one's is."""
+    shutil.rmtree(base, ignore_errors=True)
+    record = _total(records)
+    if folders != [base]:
+        shutil.copyfile(folders[-1] / description, base / description)
+    return record
+
+
+def _compress(run: Run, context: _Context) -> None:
+    settings = run.recipe.proxy
+    if not settings:
+        return
+    rows = _draw(run, "probe", share(run.total, settings.probe.fraction))
+    folders = _variants(run.folder.proxy, context)
+
+    def work() -> stages.StageRecord:
+        examples = run.pool.take(rows)
+        made = (
+            stages.compress(run.session, path, examples, folder, settings)
+            for (path, _), folder in zip(context.targets, folders, strict=True)
+        )
+        return _afresh(run.folder.proxy, folders, "compression.json", made)
+
+    context.keys["compress"] = run.stage(
+        "compress",
+        [
+            _common(run),
+            context.keys["warmup"],
+            len(context.targets),
+            settings.model_dump(exclude={"align"}),
+        ],
+        [folder / "compression.json" for folder in folders],
+        work,
+    )
+    context.proxies = [str(folder) for folder in folders]
+
+
+def _align(run: Run, context: _Context) -> None:
+    settings = run.recipe.proxy and run.recipe.proxy.align
+    if not settings:
+        return
+    rows = _draw(run, "align", share(run.total, settings.fraction))
+    folders = _variants(run.folder.aligned, context)
+    proxies = context.proxies
+
+    def work() -> stages.StageRecord:
+        examples = run.pool.take(rows)
+        made = (
+            stages.align_proxy(run.session, path, proxy, examples, folder, settings)
+            for (path, _), proxy, folder in zip(context.targets, proxies, folders, strict=True)
+        )
+        return _afresh(run.folder.aligned, folders, "alignment.json", made)
+
+    context.keys["align"] = run.stage(
+        "align",
+        [_common(run), context.keys["compress"], settings.model_dump()],
+        [folder / "alignment.json" for folder in folders],
+        work,
+    )
+    context.proxies = [str(folder) for folder in folders]
+
+
+def _audit(run: Run, context: _Context) -> None:
+    settings = run.recipe.audit
+    if not settings or not context.proxies:
+        return
+    rows = _draw(run, "audit", settings.sample)
+    pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
+    run.stage(
+        "audit",
+        [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump()],
+        [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
+        lambda: stages.audit(
+            run.session, pairs, run.pool.take(rows), run.validation, run.folder.audit, run.recipe.influence
+        )[0],
+    )
+
+
+def _score(run: Run, context: _Context) -> None:
+    models = context.proxies or [path for path, _ in context.targets]
+    rated = [(model, rate) for model, (_, rate) in zip(models, context.targets, strict=True)]
+    identity = {"inputs": run.record["identity"], "stages": key_of([_common(run), context.keys])}
+    context.keys["score"] = run.stage(
+        "score",
+        [_common(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
+        [run.folder.scores],
+        lambda: stages.score(
+            run.session, rated, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity
+        ),
+    )
+    _cost(run)
+
+
+def _cost(run: Run) -> None:
+    """What scoring cost on the proxy, and what it would have cost on the target, with all construction counted."""
+    entry = run.record["stages"]["score"]
+    target = skeleton(run.recipe.model, trust_remote_code=run.recipe.trust_remote_code)
+    gradient = run.recipe.influence.gradient
+    on_target = flops.scoring_flops(
+        target, entry["tokens"], entry["supervised"] * entry["checkpoints"], len(entry["tasks"]), gradient
+    )
+    construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
+    run.record["cost"] = {
+        "proxy_flops_per_token": entry["flops_per_token"],
+        "target_flops_per_token": flops.forward_flops(target),
+        "proxy_parameters": entry["parameters"],
+        "target_parameters": sum(p.numel() for p in target.parameters()),
+        "score_flops": entry["flops"],
+        "construction_flops": construction,
+        "target_score_flops": on_target,
+    }
+    run.save()
+
+
+def _select(run: Run, context: _Context) -> None:
+    settings = run.recipe.select
+    context.keys["select"] = run.stage(
+        "select",
+        [context.keys["score"], settings.model_dump()],
+        [run.folder.selected, run.folder.selection],
+        lambda: stages.select(run.folder.scores, run.pool, run.folder.selected, run.folder.selection, settings),
+    )
+
+
+def _finetune(run: Run, context: _Context) -> None:
+    settings = run.recipe.finetune
+    if not settings:
+        return
+    tests = _tasks(settings.test, run.recipe)
+    fingerprints = {task: source.scan().fingerprint for task, source in tests.items()}
+    context.keys["finetune"] = run.stage(
+        "finetune",
+        [_common(run), context.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
+        [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
+        lambda: stages.finetune(
+            run.session,
+            run.recipe.model,
+            list(Pool([run.folder.selected], name="selection")),
+            run.folder.finetune,
+            settings,
+            tests,
+        ),
+    )
+
+
+def _report(run: Run, context: _Context) -> None:
+    def work() -> stages.StageRecord:
+        build_report(run.folder.path, run.pool)
+        return {}
+
+    run.stage("report", [stage["key"] for stage in run.record["stages"].values()], [run.folder.report], work)
+
+
+def _total(records: Any) -> stages.StageRecord:
+    """Records of the same stage at several checkpoints as one: work adds up, the rest is the last one's."""
+    total: stages.StageRecord = {}
+    for record in records:
+        for name in ("tokens", "flops"):
+            record[name] = total.get(name, 0) + record[name]
+        total = record
+    return total

@@ -1,0 +1,136 @@
+"""What a recipe would cost, before anything runs: tokens, FLOPs, memory and time of each stage."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from iprox.data import Pool
+from iprox.models import flops
+from iprox.models.loading import skeleton
+from iprox.recipe import Recipe
+from iprox.session import Session, encode_validation, share, tokens_of
+
+# Share of the machine's GEMM rate that a stage reaches; benchmarks/ measures it. Attention, norms, activations,
+# padding and Python take the rest.
+EFFICIENCY = 0.4
+SAMPLE = 512
+
+
+def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine."""
+    x = torch.randn(4096, 1024, device=device).to(dtype)
+    w = torch.randn(1024, 1024, device=device).to(dtype)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(3):
+        nn.functional.linear(x, w)
+    wait()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        nn.functional.linear(x, w)
+        wait()
+        count += 1
+    return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / (time.perf_counter() - started)
+
+
+def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]:
+    """Plan a recipe.
+
+    The pool is read once (counted and checked); a sample of it is tokenised to know the mean length.
+
+    Args:
+        recipe: resolved.
+        session: for the tokenizer and dtype.
+        rate: FLOP/s of the machine's matrix products.
+
+    Returns:
+        `rows`, `tokens_per_row`, `supervised_per_row`, `gemm_rate`, `parameters` of target and proxy, `stages`: by
+        name `tokens`, `flops`, `seconds`, `memory_bytes`; and `total_seconds`, `relative_score_cost`: making and
+        scoring the proxy over scoring the target.
+    """
+    pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
+    total = pool.scan().rows
+    encoder = session.encoder(session.tokenizer(recipe.model))
+    validation = {
+        task: Pool(files, name=task, on_bad_row=recipe.data.on_bad_row)
+        for task, files in recipe.data.validation.items()
+    }
+    encode_validation(encoder, validation)
+    step = max(1, total // SAMPLE)
+    tokens, supervised = tokens_of(encoder.encode(pool.take(range(0, total, step))))
+    read = len(range(0, total, step))
+    mean, mean_supervised = tokens / read, supervised / read
+    model = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    tasks = len(recipe.data.validation)
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = flops.forward_flops(model) / 2
+    bytes_per = 2 if session.dtype == torch.bfloat16 else 4
+    # What a batch keeps for its backward pass: about 16 numbers of the hidden size a layer and token.
+    config = model.config.get_text_config()
+    activations = 16 * bytes_per * recipe.batch_tokens * config.hidden_size * config.num_hidden_layers
+    gradient = recipe.influence.gradient
+    stages: dict[str, dict[str, float]] = {}
+
+    def add(name: str, rows: float, cost: float, memory: float) -> None:
+        stages[name] = {
+            "tokens": rows * mean,
+            "flops": cost,
+            "seconds": cost / (rate * EFFICIENCY),
+            "memory_bytes": memory,
+        }
+
+    checkpoints = 1
+    if recipe.warmup:
+        rows = recipe.warmup.epochs * max(1, round(total * recipe.warmup.fraction))
+        checkpoints = recipe.warmup.epochs if recipe.influence.checkpoints == "all" else 1
+        cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
+        add("warmup", rows, cost, 16 * parameters + 2 * activations)  # weights, gradients, Adam's two, in float32
+    scored = total * checkpoints
+    on_target = flops.scoring_flops(model, round(scored * mean), round(scored * mean_supervised), tasks, gradient)
+    kept = 1.0
+    construction = 0.0
+    if recipe.proxy:
+        kept = 1 - recipe.proxy.sparsity
+        rows = checkpoints * share(total, recipe.proxy.probe.fraction)
+        cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
+        construction += cost
+        add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
+        if recipe.proxy.align:
+            rows = checkpoints * recipe.proxy.align.epochs * share(total, recipe.proxy.align.fraction)
+            per_token = (3 + 8 * kept) * flops.forward_flops(model)
+            cost = rows * (mean * per_token + mean_supervised * 8 * flops.head_flops(model))
+            construction += cost
+            add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
+        contraction = flops.contraction_flops(model, gradient) * (kept if gradient == "factors" else 1)
+    else:
+        contraction = flops.contraction_flops(model, gradient)
+    per_token = 2 * kept * flops.forward_flops(model) + tasks * contraction
+    per_row = mean * per_token + mean_supervised * 2 * flops.head_flops(model)
+    if recipe.proxy and recipe.audit:
+        rows = min(recipe.audit.sample, total) * checkpoints
+        cost = rows * (per_row + on_target / scored)
+        add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
+    memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
+    add("score", scored, scored * per_row, memory)
+    if recipe.finetune:
+        size = recipe.select.count or round((recipe.select.fraction or 0) * total)
+        rows = recipe.finetune.epochs * size
+        cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
+        add("finetune", rows, cost, 16 * parameters + 2 * activations)
+    return {
+        "rows": total,
+        "tokens_per_row": mean,
+        "supervised_per_row": mean_supervised,
+        "gemm_rate": rate,
+        "parameters": {"target": parameters, "proxy": round(parameters - (1 - kept) * linear)},
+        "stages": stages,
+        "total_seconds": sum(stage["seconds"] for stage in stages.values()),
+        "relative_score_cost": (construction + stages["score"]["flops"]) / on_target,
+    }

@@ -1,0 +1,270 @@
+"""The recipe: everything a run depends on, validated whole before any work starts (design 5)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from iprox.errors import InputError
+
+# In the order they are done.
+STAGES = ("data", "warmup", "compress", "align", "audit", "score", "select", "finetune", "report")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataSection(_Section):
+    """The pool, the validation set of each task, and how they are read."""
+
+    pool: list[str] = Field(min_length=1)
+    validation: dict[str, str | list[str]] = Field(min_length=1)
+    max_length: int = Field(2048, ge=8)
+    chat_template: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WarmupSection(_Section):
+    """Brief SFT of the target on a random share of the pool before anything is scored."""
+
+    fraction: float = Field(0.05, gt=0, le=1)
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+
+
+class ProbeSection(_Section):
+    """Share of the pool that second moments are measured on; at least 64 examples."""
+
+    fraction: float = Field(0.001, gt=0, le=1)
+
+
+class AlignSection(_Section):
+    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples."""
+
+    fraction: float = Field(0.01, gt=0, le=1)
+    epochs: int = Field(5, ge=1)
+    batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    kl_weight: float = Field(0.1, ge=0)
+    temperature: float = Field(2.0, gt=0)
+
+
+class ProxySection(_Section):
+    """How the proxy is made."""
+
+    method: Literal["ipsvd", "svd"] = "ipsvd"
+    sparsity: float = Field(0.7, gt=0, lt=1)
+    ranks: Literal["global", "uniform"] = "global"
+    probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
+    align: AlignSection | Literal[False] = AlignSection()  # pyright: ignore[reportCallIssue]
+
+
+class InfluenceSection(_Section):
+    """What is scored, and at which of the warm-up's checkpoints."""
+
+    estimator: Literal["tracin"] = "tracin"
+    gradient: Literal["factors", "weight"] = "factors"
+    normalise: Literal["none", "cosine"] = "none"
+    aggregate: Literal["standardised", "mean"] = "standardised"
+    checkpoints: Literal["last", "all"] = "last"
+
+
+class SelectSection(_Section):
+    """What is chosen."""
+
+    fraction: float | None = Field(None, gt=0, le=1)
+    count: int | None = Field(None, ge=1)
+    strategy: Literal["top"] = "top"
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SelectSection:
+        if self.fraction is not None and self.count is not None:
+            raise ValueError("give exactly one of fraction and count, and leave the other out or null")
+        if self.fraction is None and self.count is None:
+            # Past the validate_assignment machinery, which would run this validator again.
+            object.__setattr__(self, "fraction", 0.05)
+        return self
+
+
+class AuditSection(_Section):
+    """Scores of a random sample on the target itself, to compare the proxy's with."""
+
+    sample: int = Field(500, ge=10)
+
+
+class FinetuneSection(_Section):
+    """SFT of the original target on the selection, evaluated on `test` before and after."""
+
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+    test: dict[str, str | list[str]] = {}
+
+
+class Recipe(_Section):
+    """A whole run. Paths are relative to the working directory, as on the command line."""
+
+    model: str
+    data: DataSection
+    warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
+    proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
+    influence: InfluenceSection = InfluenceSection()
+    select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
+    audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
+    finetune: FinetuneSection | Literal[False] = False
+    engine: Literal["local"] = "local"
+    output: str
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    batch_tokens: int = Field(4096, ge=1)
+    trust_remote_code: bool = False
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every local path absolute, so that it runs from anywhere."""
+        copy = self.model_copy(deep=True)
+        if Path(copy.model).exists():
+            copy.model = str(Path(copy.model).resolve())
+        template = copy.data.chat_template
+        if template and len(template) < 4096 and Path(template).is_file():
+            copy.data.chat_template = str(Path(template).resolve())
+        copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
+        copy.data.validation = _absolute_tasks(copy.data.validation)
+        if copy.finetune:
+            copy.finetune.test = _absolute_tasks(copy.finetune.test)
+        copy.output = str(Path(copy.output).resolve())
+        return copy
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that gives the same run again."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` strings, values in YAML.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key (the nearest known one is named), or a bad value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such recipe file")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: a recipe is a mapping of sections (model, data, ...), not {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(file))
+
+
+def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Validate a recipe given as plain data.
+
+    Raises:
+        InputError: an unknown key or a bad value; one line that names them all.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
+        problems = [problem for problem in error.errors() if not str(problem["loc"][-1]).startswith("literal[False")]
+        raise InputError(f"{name}: " + "; ".join(_explain(problem) for problem in problems)) from error
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def validate_section(section: type[Section], **values: Any) -> Section:
+    """One section of a recipe from the options of a command.
+
+    Raises:
+        InputError: a bad value; the option is named.
+    """
+    try:
+        return section(**values)
+    except ValidationError as error:
+        clauses = []
+        for problem in error.errors():
+            option = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-") if problem["loc"] else ""
+            clauses.append(
+                f"{option} {problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}".strip()
+            )
+        raise InputError("; ".join(clauses)) from error
+
+
+def absolute_pattern(pattern: str) -> str:
+    """A local path or glob made absolute; hub addresses stay."""
+    return pattern if "://" in pattern else str(Path.cwd() / Path(pattern).expanduser())
+
+
+def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+    return {
+        task: absolute_pattern(files) if isinstance(files, str) else [absolute_pattern(file) for file in files]
+        for task, files in tasks.items()
+    }
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _explain(problem: Any) -> str:
+    """One clause for one of pydantic's problems."""
+    path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key {where!r}{hint}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing"
+    if problem["type"] == "model_type":
+        return f"{where}: give a section of keys (or false where the recipe allows it), not {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]} (given: {problem['input']!r})"
+
+
+def _is_union_tag(part: str) -> bool:
+    # For `Section | False` pydantic puts the branch it tried into the path.
+    return part.endswith("Section") or part.startswith("literal[")
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,146 @@
+"""The run folder: where each stage puts what it makes, what is done already, and `run.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from iprox.errors import InputError
+
+LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; made by `claim`.
+    """
+
+    CONTENT = (
+        "warmup",
+        "proxy",
+        "aligned",
+        "audit",
+        "scores.parquet",
+        "scores.parquet.shards",
+        "selected.jsonl",
+        "selection.json",
+        "finetune",
+        "report.html",
+        "recipe.yaml",
+        "run.json",  # last: with it goes the sign that the folder is ours
+    )
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.warmup = self.path / "warmup"
+        self.proxy = self.path / "proxy"
+        self.aligned = self.path / "aligned"
+        self.audit = self.path / "audit"
+        self.scores = self.path / "scores.parquet"
+        self.selected = self.path / "selected.jsonl"
+        self.selection = self.path / "selection.json"
+        self.finetune = self.path / "finetune"
+        self.report = self.path / "report.html"
+        self.recipe = self.path / "recipe.yaml"
+        self.run = self.path / "run.json"
+
+    def claim(self, identity: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
+        """Make the folder ours and return what `run.json` knows of an earlier start of the same run.
+
+        Args:
+            identity: what makes it the same run (model and data); settings may change, stages notice.
+            fresh: forget an earlier run. Only files that a run writes are removed, and only from a run's folder.
+
+        Raises:
+            InputError: the folder holds another run, or something that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: is a file; choose a folder as output")
+        self.remove_partial()
+        earlier: dict[str, Any] = {}
+        if self.run.is_file():
+            earlier = read_json(self.run)
+            if "identity" not in earlier:
+                raise InputError(f"{self.path}: its run.json is of a single command; choose another output folder")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise InputError(f"{self.path}: not empty and no iprox run; choose another output folder")
+        if fresh:
+            earlier = {}
+            for name in self.CONTENT:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        elif earlier and earlier["identity"] != dict(identity):
+            changed = [key for key in identity if earlier["identity"].get(key) != identity[key]]
+            raise InputError(
+                f"{self.path}: holds another run ({', '.join(changed) or 'inputs'} differ); "
+                "choose another output, or --fresh to replace it"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        return earlier
+
+    def remove_partial(self) -> None:
+        """Remove what an interrupted write left; whole files appear under their own names only."""
+        for name in self.CONTENT:
+            for left in (self.path / f"{name}.partial", *(self.path / name).glob("**/*.partial")):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears only when whole."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def key_of(value: Any) -> str:
+    """A short key of plain data: the same data, the same key."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: versions, machine, git revision of the working directory, time."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = None
+    return {
+        "iprox": version("iprox"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git": revision,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+    }

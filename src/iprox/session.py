@@ -1,0 +1,167 @@
+"""What every command shares: where and how to compute, how to read examples, where to report."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, iter_batches, on_device
+from iprox.errors import InputError
+from iprox.metering import Usage, metered
+from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.precision import resolve_device, resolve_dtype
+from iprox.progress import Reporter
+from iprox.recipe import Recipe
+
+
+@dataclass(slots=True)
+class Session:
+    """How a command computes.
+
+    Attributes:
+        device: where.
+        dtype: of the products; sums are in float32 or better.
+        batch_tokens: largest rows × longest row of a batch.
+        max_length: longest example in tokens.
+        seed: of every draw and order.
+        trust_remote_code: whether a model's own code may run.
+        chat_template: instead of the tokenizer's own.
+        reporter: where progress and warnings go.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    batch_tokens: int = 4096
+    max_length: int = 2048
+    seed: int = 0
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+    reporter: Reporter = field(default_factory=Reporter)
+
+    @classmethod
+    def create(cls, device: str = "auto", dtype: str = "auto", **settings: object) -> Session:
+        """Resolve `auto` for this machine.
+
+        Raises:
+            InputError: there is no such device.
+        """
+        try:
+            where = resolve_device(device)
+            torch.empty(0, device=where)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
+        return cls(where, resolve_dtype(dtype, where), **settings)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, reporter: Reporter) -> Session:
+        """The session that a recipe describes.
+
+        Raises:
+            InputError: there is no such device.
+        """
+        return cls.create(
+            recipe.device,
+            recipe.dtype,
+            batch_tokens=recipe.batch_tokens,
+            max_length=recipe.data.max_length,
+            seed=recipe.seed,
+            trust_remote_code=recipe.trust_remote_code,
+            chat_template=recipe.data.chat_template,
+            reporter=reporter,
+        )
+
+    @contextmanager
+    def metered(self) -> Iterator[Usage]:
+        """Measure a stage, and say what would fit where its memory does not.
+
+        Raises:
+            InputError: not enough memory.
+        """
+        try:
+            with metered(self.device) as usage:
+                yield usage
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise InputError(
+                f"not enough memory on {self.device} ({str(error).strip().splitlines()[0]}); --batch-tokens "
+                f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}), and iprox plan "
+                "says what each stage needs"
+            ) from error
+
+    def model(self, path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """A model or proxy on the session's device, in its dtype or another."""
+        return load_model(path, dtype=dtype or self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+
+    def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model; one without a pad token pads with its end token."""
+        tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+        """The encoder of a tokenizer; its warnings are reported."""
+        encoder = ChatEncoder(tokenizer, self.max_length, self.chat_template)
+        for warning in encoder.warnings:
+            self.reporter.warn(warning)
+        return encoder
+
+    def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
+        """Length-sorted batches on the session's device."""
+        return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills padding. Any will do where attention is causal and padding is on the right."""
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else 0
+
+
+def draw_rows(name: str, seed: int, total: int, count: int, exclude: Iterable[int] = ()) -> list[int]:
+    """A seeded random sample of row numbers, none of them in `exclude`, in pool order.
+
+    Each `name` has its own stream, so changing one stage's sample leaves the others alone.
+    """
+    taken = set(exclude)
+    count = min(count, total - len(taken))
+    drawn = random.Random(f"{seed}:{name}").sample(range(total), min(total, count + len(taken)))
+    return sorted([row for row in drawn if row not in taken][:count])
+
+
+def share(total: int, fraction: float, at_least: int = 64) -> int:
+    """Number of rows in a share of the pool, but never fewer than `at_least` (a pool that small is taken whole)."""
+    return max(round(total * fraction), min(at_least, total))
+
+
+def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:
+    """Tokens and supervised tokens of some examples."""
+    return sum(len(row.input_ids) for row in encoded), sum(row.supervised for row in encoded)
+
+
+def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str, list[Encoded]]:
+    """Every task's validation set, encoded.
+
+    Raises:
+        InputError: a task without an example that has a supervised token.
+    """
+    encoded: dict[str, list[Encoded]] = {}
+    for task, pool in pools.items():
+        pool.scan()
+        examples: list[Example] = list(pool)
+        encoded[task] = encoder.encode(examples)
+        if not any(example.supervised for example in encoded[task]):
+            raise InputError(f"validation task {task!r}: no example has a supervised token within the maximum length")
+    return encoded

@@ -1,0 +1,303 @@
+"""The commands for single stages; each returns plain data for `--json`."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iprox import stages, summary
+from iprox.data import Pool
+from iprox.errors import InputError
+from iprox.finetune import save_model
+from iprox.models.checkpoint import proxy_config
+from iprox.models.loading import checkpoint_fingerprint, stored_dtype
+from iprox.progress import Reporter
+from iprox.proxy.export import to_dense
+from iprox.recipe import (
+    AlignSection,
+    FinetuneSection,
+    InfluenceSection,
+    ProxySection,
+    SelectSection,
+    WarmupSection,
+    validate_section,
+)
+from iprox.run_folder import environment, read_json, write_json
+from iprox.session import Session, draw_rows
+
+SHARDS = "scores.parquet.shards"
+
+
+def warmup(arguments: Namespace) -> dict[str, Any]:
+    """`iprox warmup`."""
+    settings = validate_section(
+        WarmupSection,
+        fraction=arguments.fraction,
+        epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+    )
+    session, pool = _session(arguments), _pool(arguments.pool, arguments)
+    output = _new_folder(arguments.output)
+    total = pool.scan().rows
+    rows = draw_rows("warmup", session.seed, total, max(1, round(total * settings.fraction)))
+    return _single(
+        session,
+        "warmup",
+        output,
+        arguments,
+        lambda: stages.warm_up(session, arguments.model, pool.take(rows), output, settings),
+    )
+
+
+def compress(arguments: Namespace) -> dict[str, Any]:
+    """`iprox compress`."""
+    settings = validate_section(
+        ProxySection, sparsity=arguments.sparsity, method=arguments.method, ranks=arguments.ranks
+    )
+    session, pool = _session(arguments), _pool(arguments.probe, arguments, "probe")
+    output = _new_folder(arguments.output)
+    examples = _sample(pool, session, "probe", arguments.probe_size)
+    return _single(
+        session,
+        "compress",
+        output,
+        arguments,
+        lambda: stages.compress(session, arguments.model, examples, output, settings),
+    )
+
+
+def align(arguments: Namespace) -> dict[str, Any]:
+    """`iprox align`."""
+    settings = validate_section(
+        AlignSection,
+        learning_rate=arguments.learning_rate,
+        kl_weight=arguments.kl_weight,
+        temperature=arguments.temperature,
+    )
+    session, pool = _session(arguments), _pool(arguments.data, arguments, "data")
+    output = _new_folder(arguments.output)
+    pool.scan()
+    examples = list(pool)
+    return _single(
+        session,
+        "align",
+        output,
+        arguments,
+        lambda: stages.align_proxy(
+            session, arguments.model, arguments.proxy, examples, output, settings, arguments.steps
+        ),
+    )
+
+
+def score(arguments: Namespace) -> dict[str, Any]:
+    """`iprox score`."""
+    settings = _influence(arguments)
+    session, pool = _session(arguments), _pool(arguments.pool, arguments)
+    validation = _tasks(arguments.validation, arguments)
+    rates = _learning_rates(arguments.model, arguments.learning_rates)
+    output = _scores_folder(arguments.output)
+    identity = {
+        "models": [checkpoint_fingerprint(model) for model in arguments.model],
+        "pool": pool.scan().fingerprint,
+        "validation": {task: source.scan().fingerprint for task, source in validation.items()},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    models = list(zip(arguments.model, rates, strict=True))
+    return _single(
+        session,
+        "score",
+        output,
+        arguments,
+        lambda: stages.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
+    )
+
+
+def select(arguments: Namespace) -> dict[str, Any]:
+    """`iprox select`."""
+    settings = validate_section(
+        SelectSection, fraction=arguments.fraction, count=arguments.count, strategy=arguments.strategy
+    )
+    output = Path(arguments.output)
+    # Named after the output, so that several selections in one folder keep theirs apart.
+    description = output.with_name(f"{output.stem}.selection.json")
+    pool = _pool(arguments.pool, arguments)
+    record = stages.select(Path(arguments.scores), pool, output, description, settings)
+    if not arguments.json:
+        print(f"{record['count']:,} rows, best first: {output}")
+    return {**record, "output": str(output)}
+
+
+def audit(arguments: Namespace) -> dict[str, Any]:
+    """`iprox audit`."""
+    settings = _influence(arguments)
+    session, pool = _session(arguments), _pool(arguments.pool, arguments)
+    validation = _tasks(arguments.validation, arguments)
+    output = _new_folder(arguments.output)
+    examples = _sample(pool, session, "audit", arguments.sample)
+    pairs = [(arguments.model, arguments.proxy, 1.0)]
+    record = _single(
+        session,
+        "audit",
+        output,
+        arguments,
+        lambda: stages.audit(session, pairs, examples, validation, output, settings)[0],
+    )
+    if not arguments.json:
+        summary.print_fidelity(read_json(output / "audit.json"))
+    return {**record, **read_json(output / "audit.json")}
+
+
+def finetune(arguments: Namespace) -> dict[str, Any]:
+    """`iprox finetune`."""
+    settings = validate_section(
+        FinetuneSection,
+        epochs=arguments.epochs,
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+    )
+    session, pool = _session(arguments), _pool(arguments.data, arguments, "data")
+    tests = _tasks(arguments.validation, arguments)
+    output = _new_folder(arguments.output)
+    pool.scan()
+    examples = list(pool)
+    record = _single(
+        session,
+        "finetune",
+        output,
+        arguments,
+        lambda: stages.finetune(session, arguments.model, examples, output, settings, tests),
+    )
+    if not arguments.json:
+        summary.print_test_losses(record)
+    return record
+
+
+def export(arguments: Namespace) -> dict[str, Any]:
+    """`iprox export`."""
+    session = _session(arguments)
+    output = _new_folder(arguments.output)
+    # Keep the proxy's own number format unless asked for another: exporting should not round.
+    dtype = session.dtype if arguments.dtype not in (None, "auto") else stored_dtype(arguments.proxy)
+    proxy = session.model(arguments.proxy, dtype)
+    if proxy_config(proxy) is None:
+        raise InputError(f"{arguments.proxy}: is no iprox proxy, so there is nothing to multiply out")
+    save_model(to_dense(proxy), session.tokenizer(arguments.proxy), output)
+    if not arguments.json:
+        print(f"dense checkpoint, loads without iprox: {output}")
+    return {"output": str(output)}
+
+
+def _session(arguments: Namespace) -> Session:
+    given = {name: getattr(arguments, name) for name in ("batch_tokens", "max_length", "seed")}
+    return Session.create(
+        arguments.device or "auto",
+        arguments.dtype or "auto",
+        trust_remote_code=getattr(arguments, "trust_remote_code", False),
+        chat_template=getattr(arguments, "chat_template", None),
+        reporter=Reporter(arguments.quiet),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _pool(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
+    return Pool(files, name=name, on_bad_row=arguments.on_bad_row)
+
+
+def _tasks(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
+    files: dict[str, list[str]] = {}
+    for pair in pairs:
+        task, equals, file = pair.partition("=")
+        if not equals or not task or not file:
+            raise InputError(f"--validation {pair}: write it as TASK=FILE, e.g. gsm8k=gsm8k.val.jsonl")
+        files.setdefault(task, []).append(file)
+    return {task: _pool(names, arguments, task) for task, names in files.items()}
+
+
+def _influence(arguments: Namespace) -> InfluenceSection:
+    given = {name: getattr(arguments, name) for name in ("estimator", "gradient", "normalise", "aggregate")}
+    return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
+
+
+def _sample(pool: Pool, session: Session, name: str, size: int | None) -> list[Any]:
+    total = pool.scan().rows
+    if size is None:
+        return list(pool)
+    if size > total:
+        session.reporter.warn(f"{name}: {size} examples asked for, the files hold only {total}; all are used")
+    return pool.take(draw_rows(name, session.seed, total, size))
+
+
+def _learning_rates(models: list[str], given: list[float] | None) -> list[float]:
+    """As given, else from the `checkpoints.json` that the warm-up wrote beside them; 1 for a single model."""
+    if given is not None:
+        if len(given) != len(models):
+            raise InputError(f"{len(models)} models but {len(given)} learning rates")
+        return given
+    if len(models) == 1:
+        return [1.0]
+    rates = []
+    for model in models:
+        listing = Path(model).parent / "checkpoints.json"
+        known = {entry["path"]: entry["learning_rate"] for entry in read_json(listing)} if listing.is_file() else {}
+        if Path(model).name not in known:
+            raise InputError(f"{model}: its learning rate is not in {listing}; give --learning-rates")
+        rates.append(known[Path(model).name])
+    return rates
+
+
+def _new_folder(path: str) -> Path:
+    """An output folder that holds nothing yet.
+
+    Raises:
+        InputError: it holds something.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; choose another output or remove it")
+    return folder
+
+
+def _scores_folder(path: str) -> Path:
+    """An output folder that holds nothing, or the shards of an interrupted scoring."""
+    folder = Path(path)
+    if folder.is_dir() and [file.name for file in folder.iterdir()] == [SHARDS]:
+        return folder
+    return _new_folder(path)
+
+
+def _single(
+    session: Session, name: str, output: Path, arguments: Namespace, work: Callable[[], stages.StageRecord]
+) -> dict[str, Any]:
+    """Do one stage by itself and write its `run.json` beside its output; what it left half-made goes."""
+    existed = output.exists()
+    try:
+        with session.metered() as usage:
+            record = work()
+        record = {**record, **asdict(usage), "warnings": session.reporter.take_warnings(), "skipped": False}
+        write_json(
+            output / "run.json",
+            {
+                **environment(),
+                "command": arguments.started_as,
+                "seed": session.seed,
+                "device": str(session.device),
+                "dtype": str(session.dtype).removeprefix("torch."),
+                "stages": {name: record},
+            },
+        )
+    except BaseException:
+        # Whole shards of scores are kept: the same command goes on after them.
+        if not any((output / SHARDS).rglob("*.parquet")):
+            shutil.rmtree(output, ignore_errors=True)
+            if existed:
+                output.mkdir()
+        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+        raise
+    if not arguments.json:
+        print(f"{name}: {record['seconds']:.1f} s, {output}")
+    return {**record, "output": str(output)}

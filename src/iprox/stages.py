@@ -1,0 +1,363 @@
+"""The stages, one function each: read what it needs, do it with progress, write what it made, say what it cost.
+
+Both `iprox run` (pipeline.py) and the commands for single stages (cli.py) call these.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel
+
+from iprox.audit import AuditReport, compare_scores
+from iprox.data import ChatEncoder, Encoded, Example, Pool, example_batches, on_device
+from iprox.errors import InputError
+from iprox.finetune import evaluate, save_model, train
+from iprox.influence.aggregate import combine
+from iprox.influence.scores import read_scores
+from iprox.influence.scoring import ScoringSettings, build_scorer, score_windows
+from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.models import flops
+from iprox.models.checkpoint import proxy_config
+from iprox.models.loading import model_fingerprint, stored_dtype
+from iprox.proxy.align import align
+from iprox.proxy.compress import derive_proxy
+from iprox.recipe import AlignSection, FinetuneSection, InfluenceSection, ProxySection, SelectSection, WarmupSection
+from iprox.run_folder import read_json, write_json
+from iprox.selection import select_rows
+from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+
+# What a stage says of itself in run.json: tokens, flops, and anything particular to it.
+StageRecord = dict[str, Any]
+
+
+def warm_up(
+    session: Session, model: str, examples: Sequence[Example], output: Path, settings: WarmupSection
+) -> StageRecord:
+    """Brief SFT of the target; writes `checkpoint-*`, `checkpoints.json` and `history.json`."""
+    return _sft(session, model, examples, output, settings, every_epoch=True)
+
+
+def compress(
+    session: Session, model: str, examples: Sequence[Example], output: Path, settings: ProxySection
+) -> StageRecord:
+    """Derive a proxy from a model; writes a checkpoint folder with `compression.json`."""
+    tokenizer = session.tokenizer(model)
+    encoded = session.encoder(tokenizer).encode(examples)
+    target = session.model(model)
+    layers = len(flops.compressible_layers(target))
+    batches = session.batches(encoded, pad_id_of(tokenizer))
+    with session.reporter.bar("compress", layers, "layers") as progress:
+        proxy, report = derive_proxy(
+            target,
+            batches,
+            sparsity=settings.sparsity,
+            method=settings.method,
+            ranks=settings.ranks,
+            target=model,
+            progress=progress,
+        )
+    save_model(proxy, tokenizer, output)
+    write_json(output / "compression.json", report.as_dict())
+    tokens, supervised = tokens_of(encoded)
+    return {
+        "tokens": tokens,
+        "flops": flops.compression_flops(target, tokens, supervised),
+        "examples": len(examples),
+        "labels": session.encoder(tokenizer).describe,
+        "sparsity": report.achieved_sparsity,
+        "parameters": sum(p.numel() for p in proxy.parameters()),
+        "target_parameters": sum(p.numel() for p in target.parameters()),
+    }
+
+
+def align_proxy(
+    session: Session,
+    model: str,
+    proxy_path: str,
+    examples: Sequence[Example],
+    output: Path,
+    settings: AlignSection,
+    max_steps: int | None = None,
+) -> StageRecord:
+    """Align a proxy with its target; writes a proxy folder with `alignment.json`.
+
+    `max_steps`, if given, takes the place of the number of epochs.
+    """
+    tokenizer = session.tokenizer(model)
+    encoded = session.encoder(tokenizer).encode(examples)
+    target = session.model(model)
+    proxy = session.model(proxy_path)
+    check_belongs(proxy, proxy_path, target, model)
+    batches = list(on_device(example_batches(encoded, settings.batch_size, pad_id_of(tokenizer)), session.device))
+    steps = max_steps or settings.epochs * len(batches)
+    with session.reporter.bar("align", steps, "steps") as progress:
+        history = align(
+            proxy,
+            target,
+            batches,
+            steps=steps,
+            learning_rate=settings.learning_rate,
+            kl_weight=settings.kl_weight,
+            temperature=settings.temperature,
+            seed=session.seed,
+            progress=progress,
+        )
+    save_model(proxy, tokenizer, output)
+    write_json(output / "alignment.json", history.as_dict())
+    compression = Path(proxy_path) / "compression.json"
+    if compression.is_file():
+        shutil.copyfile(compression, output / "compression.json")
+    tokens, supervised = tokens_of(encoded)
+    return {
+        "tokens": history.tokens,
+        "flops": flops.alignment_flops(target, proxy, history.tokens, round(supervised * history.tokens / tokens)),
+        "examples": len(examples),
+        "steps": steps,
+        "first_loss": history.steps[0].loss,
+        "last_loss": history.steps[-1].loss,
+    }
+
+
+def score(
+    session: Session,
+    models: Sequence[tuple[str, float]],
+    pool: Pool,
+    validation: Mapping[str, Pool],
+    output: Path,
+    settings: InfluenceSection,
+    identity: Mapping[str, Any],
+) -> StageRecord:
+    """Score a pool at one or more checkpoints, given with their learning rates; writes `scores.parquet`."""
+    summary = pool.scan()
+    first = models[0][0]
+    tokenizer = session.tokenizer(first)
+    encoder = session.encoder(tokenizer)
+    encoded = encode_validation(encoder, dict(validation))
+    scoring = scoring_settings(session, settings)
+    loaded: list[PreTrainedModel] = []
+
+    def load(path: str) -> PreTrainedModel:
+        loaded[:] = [session.model(path)]  # the last one goes before the next comes
+        return loaded[0]
+
+    checkpoints = [ScoringCheckpoint(lambda path=path: load(path), rate) for path, rate in models]
+    with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
+        stats = score_to_file(
+            checkpoints,
+            pool,
+            encoded,
+            encoder,
+            pad_id_of(tokenizer),
+            output,
+            scoring,
+            identity={
+                **identity,
+                "estimator": settings.estimator,
+                "gradient": settings.gradient,
+                "normalise": settings.normalise,
+                "aggregate": settings.aggregate,
+                "learning_rates": [rate for _, rate in models],
+                "dtype": str(session.dtype).removeprefix("torch."),
+                "max_length": session.max_length,
+                "batch_tokens": session.batch_tokens,
+            },
+            progress=progress,
+        )
+    if stats.unscored:
+        session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
+    if stats.truncated:
+        session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
+    model = loaded[0] if loaded else load(first)
+    tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
+    return {
+        "tokens": tokens,
+        "flops": flops.scoring_flops(model, tokens, supervised, len(encoded), settings.gradient),
+        **{k: v for k, v in asdict(stats).items() if k != "tokens"},
+        "pool_tokens": stats.tokens,
+        "checkpoints": len(models),
+        "tasks": list(encoded),
+        "labels": encoder.describe,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": flops.forward_flops(model),
+    }
+
+
+def audit(
+    session: Session,
+    pairs: Sequence[tuple[str, str, float]],
+    examples: Sequence[Example],
+    validation: Mapping[str, Pool],
+    output: Path,
+    settings: InfluenceSection,
+) -> tuple[StageRecord, AuditReport]:
+    """Score a sample on proxies and on their targets and compare; writes `audit.json` and `audit.parquet`.
+
+    Args:
+        session: how to compute.
+        pairs: (target, proxy, learning rate) of each checkpoint.
+        examples: the sample.
+        validation: validation sets by task.
+        output: folder.
+        settings: how influence is scored.
+    """
+    tokenizer = session.tokenizer(pairs[0][0])
+    encoder = session.encoder(tokenizer)
+    encoded = encode_validation(encoder, dict(validation))
+    rates = [rate for _, _, rate in pairs]
+    tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
+    total = 0.0
+    tokens = 0
+    with session.reporter.bar("audit", 2 * len(pairs) * len(examples), "rows") as progress:
+        for target_path, proxy_path, _ in pairs:
+            target, proxy = session.model(target_path), session.model(proxy_path)
+            check_belongs(proxy, proxy_path, target, target_path)
+            for kind, model in (("target", target), ("proxy", proxy)):
+                table, stats = score_examples(session, model, examples, encoded, encoder, settings, progress)
+                tables[kind].append(table)
+                tokens += stats[0]
+                total += flops.scoring_flops(model, *stats, len(encoded), settings.gradient)
+    report = compare_scores(combine(tables["proxy"], rates), combine(tables["target"], rates))
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / "audit.parquet.partial"
+    pq.write_table(report.scores, partial)
+    partial.replace(output / "audit.parquet")
+    write_json(output / "audit.json", report.as_dict())
+    return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
+
+
+def score_examples(
+    session: Session,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+    settings: InfluenceSection,
+    progress: Any = None,
+) -> tuple[pa.Table, tuple[int, int]]:
+    """Score a list of examples on one model, in memory.
+
+    Returns:
+        The scores table, and (tokens, supervised tokens) read.
+    """
+    scoring = scoring_settings(session, settings)
+    scorer = build_scorer(model, validation, 0, scoring)
+    parts = list(score_windows(scorer, examples, encoder, 0, scoring, progress=progress))
+    counts = (sum(stats.tokens for _, stats in parts), sum(stats.supervised for _, stats in parts))
+    return pa.concat_tables([table for table, _ in parts]), counts
+
+
+def select(scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection) -> StageRecord:
+    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
+    table = read_scores(scores)
+    selection = select_rows(table, fraction=settings.fraction, count=settings.count, strategy=settings.strategy)
+    rows = selection.rows.tolist()
+    ids = table["id"].take(pa.array(rows)).to_pylist()
+    pool.write_rows(rows, output, ids)
+    chosen = selection.as_dict()
+    write_json(description, chosen)
+    return {key: chosen[key] for key in ("strategy", "count", "fraction", "threshold")}
+
+
+def finetune(
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    output: Path,
+    settings: FinetuneSection,
+    tests: Mapping[str, Pool],
+) -> StageRecord:
+    """SFT of a model; writes the last checkpoint to `output/model`, and `finetune.json` with the test losses."""
+    encoder = session.encoder(session.tokenizer(model))
+    encoded = encode_validation(encoder, dict(tests))
+    before = _test_losses(session, model, encoded)
+    record = _sft(session, model, examples, output, settings, every_epoch=False)
+    (last,) = read_json(output / "checkpoints.json")
+    final = output / "model"
+    (output / last["path"]).replace(final)
+    write_json(output / "checkpoints.json", [{**last, "path": final.name}])
+    after = _test_losses(session, str(final), encoded)
+    record["test"] = {task: {"before": before[task], "after": after[task]} for task in encoded}
+    write_json(output / "finetune.json", record)
+    return record
+
+
+def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
+    """Refuse a proxy offered with another target.
+
+    Raises:
+        InputError: it is no proxy, or one of another model.
+    """
+    config = proxy_config(proxy)
+    if config is None:
+        raise InputError(f"{proxy_path}: is no iprox proxy; make one with iprox compress")
+    if config.target_fingerprint and config.target_fingerprint != model_fingerprint(target):
+        raise InputError(
+            f"{proxy_path}: is a proxy of {config.target or 'another model'}, not of {target_path} (the weights differ)"
+        )
+
+
+def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
+    """The scoring settings that a recipe and a session give."""
+    return ScoringSettings(settings.gradient, settings.normalise, settings.aggregate, session.batch_tokens)
+
+
+def _test_losses(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, float]:
+    loaded = session.model(model)
+    return {task: evaluate(loaded, rows, session.batch_tokens, 0)["loss"] for task, rows in encoded.items()}
+
+
+def _sft(
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    output: Path,
+    settings: WarmupSection | FinetuneSection,
+    *,
+    every_epoch: bool,
+) -> StageRecord:
+    """Train, and write the checkpoints' list and the history beside them."""
+    tokenizer = session.tokenizer(model)
+    encoder = session.encoder(tokenizer)
+    encoded = encoder.encode(examples)
+    shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
+    # Master weights in float32; the checkpoints are stored as the model was.
+    target = session.model(model, torch.float32)
+    stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
+    kept = sum(row.supervised > 0 for row in encoded)
+    steps = settings.epochs * math.ceil(kept / settings.batch_size)
+    name = "warm-up" if every_epoch else "finetune"
+    with session.reporter.bar(name, steps, "steps") as progress:
+        result = train(
+            target,
+            tokenizer,
+            encoded,
+            output,
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            bf16=session.dtype == torch.bfloat16,
+            every_epoch=every_epoch,
+            seed=session.seed,
+            store_dtype=stored,
+            progress=progress,
+        )
+    write_json(output / "history.json", result.history)
+    write_json(output / "checkpoints.json", [asdict(checkpoint) for checkpoint in result.checkpoints])
+    _, supervised = tokens_of(encoded)
+    return {
+        "tokens": result.tokens,
+        "flops": flops.training_flops(target, result.tokens, supervised * settings.epochs),
+        "examples": kept,
+        "labels": encoder.describe,
+        "first_loss": result.history[0]["loss"],
+        "last_loss": result.history[-1]["loss"],
+    }

@@ -1,0 +1,147 @@
+"""What the commands print at the end: for people on standard output, as data for `--json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from iprox.report import formats
+from iprox.run_folder import RunFolder, read_json
+
+console = Console(highlight=False)
+
+
+def run_summary(folder: RunFolder) -> dict[str, Any]:
+    """The result of a run as plain data."""
+    record = read_json(folder.run)
+    done = record["stages"]
+    summary: dict[str, Any] = {
+        "output": str(folder.path),
+        "stages": {name: entry["seconds"] for name, entry in done.items()},
+        "warnings": [warning for entry in done.values() for warning in entry["warnings"]],
+    }
+    if "select" in done:
+        summary["selected"] = {"rows": done["select"]["count"], "of": record["inputs"]["pool"]["rows"]}
+        summary["selected"]["file"] = str(folder.selected)
+    if "audit" in done:
+        summary["fidelity"] = done["audit"]["fidelity"]
+    if "cost" in record:
+        cost = record["cost"]
+        summary["relative_cost"] = (cost["construction_flops"] + cost["score_flops"]) / cost["target_score_flops"]
+    if "finetune" in done:
+        summary["test"] = done["finetune"]["test"]
+    if "report" in done:
+        summary["report"] = str(folder.report)
+    return summary
+
+
+def print_run(folder: RunFolder) -> None:
+    """What was selected, how faithful the proxy is, what it cost, where the report is."""
+    record = read_json(folder.run)
+    done = record["stages"]
+    table = Table("stage", "time", "tokens", "FLOPs", "peak memory", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, entry in done.items():
+        label = f"{name} (done before)" if entry["skipped"] else name
+        table.add_row(
+            label,
+            formats.duration(entry["seconds"]),
+            formats.count(entry["tokens"]) if entry["tokens"] else "",
+            formats.flops(entry["flops"]) if entry["flops"] else "",
+            formats.size(entry["peak_memory_bytes"]),
+        )
+    console.print()
+    console.print(table)
+    console.print()
+    summary = run_summary(folder)
+    lines: list[tuple[str, str]] = []
+    if "selected" in summary:
+        lines.append(("selected", _selected(folder, record)))
+    if "fidelity" in summary:
+        fidelity = summary["fidelity"]
+        lines.append(
+            (
+                "fidelity",
+                f"Spearman {fidelity['spearman']:.2f} with the target's own scores, "
+                f"{fidelity['overlap']['0.05']:.0%} of its top 5 % shared ({done['audit']['examples']} audited)",
+            )
+        )
+    if "relative_cost" in summary:
+        cost = record["cost"]
+        text = f"{summary['relative_cost']:.0%} of the FLOPs of scoring on the target"
+        if cost["construction_flops"]:
+            text += f", making the proxy included ({cost['score_flops'] / cost['target_score_flops']:.0%} without)"
+        lines.append(("cost", text))
+    for task, losses in summary.get("test", {}).items():
+        lines.append(("test loss", f"{task}: {losses['before']:.3f} before, {losses['after']:.3f} after fine-tuning"))
+    if "report" in summary:
+        lines.append(("report", summary["report"]))
+    for name, text in lines:
+        console.print(f"[bold]{name:<10}[/bold]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
+    chosen = read_json(folder.selection)
+    table = pq.read_table(folder.scores, columns=["source"])
+    counts: dict[str, int] = {}
+    for source in table["source"].take(chosen["rows"]).to_pylist():
+        if source is not None:
+            counts[source] = counts.get(source, 0) + 1
+    text = f"{chosen['count']:,} of {record['inputs']['pool']['rows']:,} rows → {folder.selected}"
+    if counts:
+        top = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        share = ", ".join(f"{name} {count / chosen['count']:.0%}" for name, count in top[:5])
+        text += f"\n{'':<10}{share}{', ...' if len(top) > 5 else ''}"
+    return text
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """A plan as a table."""
+    table = Table("stage", "tokens", "FLOPs", "memory", "time", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, stage in plan["stages"].items():
+        table.add_row(
+            name,
+            formats.count(stage["tokens"]),
+            formats.flops(stage["flops"]),
+            formats.size(stage["memory_bytes"]),
+            formats.duration(stage["seconds"]),
+        )
+    console.print(table)
+    parameters = plan["parameters"]
+    console.print(
+        f"\n{plan['rows']:,} rows of {plan['tokens_per_row']:.0f} tokens, {plan['supervised_per_row']:.0f} supervised; "
+        f"parameters: target {formats.parameters(parameters['target'])}, "
+        f"proxy {formats.parameters(parameters['proxy'])}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"GEMM rate {plan['gemm_rate'] / 1e12:.2f} TFLOP/s; about {formats.duration(plan['total_seconds'])} in all; "
+        f"making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
+        soft_wrap=True,
+    )
+
+
+def print_fidelity(audit: dict[str, Any]) -> None:
+    """An audit as a table."""
+    table = Table("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for task, entry in [*audit["tasks"].items(), ("mean", audit["mean"])]:
+        overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
+        table.add_row(task, f"{entry['spearman']:.3f}", f"{entry['kendall']:.3f}", *overlaps)
+    console.print(table)
+
+
+def print_test_losses(record: dict[str, Any]) -> None:
+    """Test losses before and after a fine-tuning, and where the model is."""
+    for task, losses in record["test"].items():
+        console.print(f"{task}: test loss {losses['before']:.4f} before, {losses['after']:.4f} after", markup=False)
+    console.print(f"model: {Path(record['output']) / 'model'}", markup=False, soft_wrap=True)

@@ -1,0 +1,312 @@
+"""Bad input (design 12): one clear line on standard error, exit code 2, nothing half-made left behind."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from iprox import run_folder
+from iprox.data import Pool
+from iprox.models import loading
+
+OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
+
+
+def rows(place):
+    return [json.loads(line) for line in place.pool.read_text().splitlines()]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture
+def run(place, refused):
+    """Run the recipe, which must be refused in one line and leave no run behind."""
+
+    def call(*arguments, lines=1):
+        before = place.files()
+        said = refused("run", place.recipe, "--quiet", *arguments)
+        assert len(said.splitlines()) == lines, said
+        assert place.files() == before
+        return said
+
+    return call
+
+
+def test_missing_pool(place, run):
+    place.pool.rename(place.path / "pol.jsonl")
+    assert "pool: there is no file" in (said := run())
+    assert "pol.jsonl" in said
+
+
+def test_empty_pool(place, run):
+    place.pool.write_text("")
+    assert "pool: no examples in" in run()
+
+
+def test_bad_rows_stop_and_are_listed(place, run):
+    place.pool.write_text('{"text": ""}\nnot json\n' + place.pool.read_text() + '{"no": "format"}\n')
+    said = run(lines=4)
+    assert "3 of 203 rows are bad" in said
+    assert "--on-bad-row skip" in said
+    for row in (1, 2, 203):
+        assert f"pool.jsonl:{row}: " in said
+
+
+def test_duplicate_ids(place, run):
+    write(place.pool, [{**row, "id": "same"} for row in rows(place)[:3]])
+    said = run()
+    assert "pool.jsonl:1 and pool.jsonl:2 have the same id 'same'" in said
+
+
+def test_empty_validation(place, run):
+    (place.path / "spelling.jsonl").write_text("")
+    assert "spelling: no examples in" in run()
+
+
+def test_template_that_marks_no_assistant_token(place, run):
+    template = place.path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}")
+    said = run("--set", f"data.chat_template={template}", lines=2)
+    assert "arithmetic.jsonl:1: the chat template marks no assistant token" in said
+
+
+def test_no_such_model(place, run):
+    assert f"{place.path / 'nothing'}: no such model folder" in run("--set", f"model={place.path / 'nothing'}")
+
+
+@pytest.fixture
+def broken(place, model):
+    """A copy of the model to break, named in the recipe."""
+    folder = place.path / "broken"
+    shutil.copytree(model, folder)
+    place.set(model=str(folder))
+    return folder
+
+
+def test_model_without_config(broken, run):
+    (broken / "config.json").unlink()
+    assert f"{broken}: no config.json in it" in run()
+
+
+def test_model_with_pickled_weights_only(broken, run):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    said = run()
+    assert "pickled weights only (pytorch_model.bin)" in said
+    assert "save_pretrained" in said
+
+
+def test_tokenizer_without_chat_template(broken, run, place):
+    (broken / "chat_template.jinja").unlink()
+    assert "--chat-template chatml" in run()
+    assert place.run(*OFF, "data.chat_template=chatml") == 0
+    assert "ChatML" in place.record()["stages"]["data"]["labels"]
+
+
+def test_nan_weights_are_named(broken, place, refused):
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    for stage in ("warmup", "compress", "score"):
+        off = [] if stage == "warmup" else ["--set", "warmup=false"] if stage == "compress" else OFF
+        said = refused("run", place.recipe, "--quiet", "--fresh", *off)
+        assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in said
+        assert len(said.splitlines()) == 1
+        assert sorted(file.name for file in place.output.iterdir() if not file.is_dir()) == ["recipe.yaml", "run.json"]
+
+
+def test_model_without_compressible_layer(place, run, monkeypatch):
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_config", lambda *_, **__: torch.nn.Embedding(3, 3))
+    assert "has no linear layer to compress" in run()
+
+
+@pytest.mark.parametrize("sparsity", ["0", "1", "-0.5", "1.5", "most"])
+def test_sparsity_out_of_range(run, sparsity):
+    assert "proxy.sparsity: " in run("--set", f"proxy.sparsity={sparsity}")
+
+
+def test_unknown_stage(run):
+    assert "no such stage; stages: data, warmup, compress" in run("--stop-after", "scoring")
+
+
+def test_unknown_device(run):
+    assert "--device cuda" in run("--device", "cuda")
+    assert "--device nonsense" in run("--device", "nonsense")
+
+
+def test_more_selected_than_scored(place, refused):
+    said = refused("run", place.recipe, "--quiet", *OFF, "select.count=500", "select.fraction=null")
+    assert "500 rows asked for, but only 200 of 200 have a score" in said
+    assert not (place.output / "selected.jsonl").exists()
+
+
+def test_output_of_another_run(copied, refused):
+    write(copied.pool, rows(copied)[:-1])
+    before = (copied.output / "run.json").read_bytes()
+    said = refused("run", copied.recipe, "--quiet")
+    assert f"{copied.output}: holds another run (pool differ); choose another output, or --fresh" in said
+    assert (copied.output / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("fresh", [[], ["--fresh"]])
+def test_foreign_folder_is_left_alone(place, refused, fresh):
+    place.output.mkdir()
+    for name in ("recipe.yaml", "thesis.tex"):
+        (place.output / name).write_text("years of work")
+    said = refused("run", place.recipe, "--quiet", *fresh)
+    assert f"{place.output}: not empty and no iprox run" in said
+    assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "thesis.tex"]
+
+
+def test_output_that_is_a_file(place, run):
+    place.output.write_text("x")
+    assert f"{place.output}: is a file" in run()
+
+
+def test_a_full_disk(place, refused, monkeypatch):
+    real = os.replace
+
+    def full(source, target):
+        if str(target).endswith("scores.parquet"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        said = refused("run", place.recipe, "--quiet", *OFF)
+    place_said, _, reason = said.partition(": no space left on the disk; free some")
+    assert place_said == f"iprox: {place.output / 'scores.parquet'}"
+    assert reason
+    assert not list(place.output.rglob("*.partial"))
+    assert not (place.output / "scores.parquet").exists()
+    assert place.run(*OFF) == 0
+
+
+def test_a_disk_full_from_the_start(place, refused, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder.os, "replace", full)
+        assert "no space left on the disk" in refused("run", place.recipe, "--quiet", *OFF)
+    assert list(place.output.iterdir()) == []
+    assert place.run(*OFF, "--stop-after", "data") == 0
+
+
+def test_not_enough_memory_says_what_to_halve(place, refused, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("iprox.stages.score_to_file", out_of_memory)
+    said = refused("run", place.recipe, "--quiet", *OFF)
+    assert "not enough memory on cpu" in said
+    assert "--batch-tokens 2048" in said
+    assert len(said.splitlines()) == 1
+
+
+def single(place, command, *arguments):
+    tasks = [f"{task}={place.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    inputs = {
+        "compress": ["--probe", place.pool],
+        "align": ["--data", place.pool],
+        "audit": ["--pool", place.pool, "--validation", *tasks],
+        "score": ["--pool", place.pool, "--validation", *tasks],
+        "finetune": ["--data", place.pool],
+        "warmup": ["--pool", place.pool],
+    }
+    return [command, *inputs[command], "--quiet", "--max-length=48", *arguments]
+
+
+@pytest.mark.parametrize("command", ["align", "audit"])
+def test_a_proxy_with_another_target(finished, model, tmp_path, refused, command):
+    options = ["--model", model, "--proxy", finished.output / "proxy", "--output", tmp_path / "out"]
+    said = refused(*single(finished, command, *options))
+    assert f"{finished.output / 'proxy'}: is a proxy of " in said
+    assert f"not of {model}" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["align", "audit"])
+def test_a_model_offered_as_proxy(finished, model, tmp_path, refused, command):
+    options = ["--model", model, "--proxy", model, "--output", tmp_path / "out"]
+    assert f"{model}: is no iprox proxy" in refused(*single(finished, command, *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_exporting_a_model_that_is_no_proxy(model, tmp_path, refused):
+    assert "is no iprox proxy" in refused("export", model, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_compressing_a_proxy(finished, tmp_path, refused):
+    options = ["--model", finished.output / "proxy", "--sparsity=0.5", "--output", tmp_path / "out"]
+    assert "is an iprox proxy already" in refused(*single(finished, "compress", *options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_out_of_range_are_named(finished, model, tmp_path, refused):
+    options = ["--model", model, "--output", tmp_path / "out"]
+    assert "--sparsity 1.5: " in refused(*single(finished, "compress", *options, "--sparsity=1.5"))
+    assert "--fraction 0.0: " in refused(*single(finished, "warmup", *options, "--fraction=0"))
+    assert "--learning-rate -1.0: " in refused(*single(finished, "finetune", *options, "--learning-rate=-1"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_folders_of_commands_must_be_new(finished, model, tmp_path, refused):
+    (tmp_path / "mine.txt").write_text("x")
+    for command, extra in (("compress", ["--sparsity=0.5"]), ("score", []), ("warmup", []), ("finetune", [])):
+        said = refused(*single(finished, command, "--model", model, "--output", tmp_path, *extra))
+        assert f"{tmp_path}: exists already" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_scores_of_another_pool(finished, tmp_path, refused):
+    shuffled = tmp_path / "pool.jsonl"
+    write(shuffled, [{**row, "id": f"other-{number}"} for number, row in enumerate(rows(finished))])
+    arguments = ["--scores", finished.output, "--pool", shuffled, "--count=5", "--output", tmp_path / "out.jsonl"]
+    said = refused("select", *arguments)
+    assert "the scores are of another pool" in said
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pool.jsonl"]
+
+
+def test_scores_of_a_longer_pool(finished, tmp_path, refused):
+    short = tmp_path / "pool.jsonl"
+    short.write_bytes(b"".join(finished.pool.read_bytes().splitlines(keepends=True)[:5]))
+    said = refused(
+        "select", "--scores", finished.output, "--pool", short, "--count=5", "--output", tmp_path / "out.jsonl"
+    )
+    assert "there are only 5 good rows" in said
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_scores(finished, tmp_path, refused):
+    said = refused("select", "--scores", tmp_path, "--pool", finished.pool, "--count=5", "--output", tmp_path / "o")
+    assert "no such scores file" in said
+
+
+def test_checkpoints_without_known_learning_rates(finished, model, tmp_path, refused):
+    said = refused(*single(finished, "score", "--model", model, model, "--output", tmp_path / "out"))
+    assert "give --learning-rates" in said
+    said = refused(
+        *single(finished, "score", "--model", model, "--learning-rates", "1", "2", "--output", tmp_path / "out")
+    )
+    assert "1 models but 2 learning rates" in said
+
+
+def test_validation_that_is_no_pair(finished, model, tmp_path, refused):
+    arguments = ["score", "--model", model, "--pool", finished.pool, "--output", tmp_path / "out"]
+    assert "write it as TASK=FILE" in refused(*arguments, "--validation", "spelling.jsonl")
+
+
+def test_report_of_a_folder_that_is_no_run(tmp_path, refused):
+    assert "missing; run `iprox run" in refused("report", tmp_path)
+
+
+def test_the_recipe_is_checked_before_anything_is_read(place, refused, monkeypatch):
+    monkeypatch.setattr(Pool, "scan", lambda _: pytest.fail("read too early"))
+    assert "unknown key 'proxy.sparsty'" in refused("run", place.recipe, "--set", "proxy.sparsty=0.5")

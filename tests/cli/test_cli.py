@@ -1,0 +1,180 @@
+"""The command line itself: help, usage, exit codes, and how long one waits for them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from iprox import commands
+from iprox.cli import main
+
+COMMANDS = [
+    "quickstart",
+    "run",
+    "plan",
+    "warmup",
+    "compress",
+    "align",
+    "score",
+    "select",
+    "audit",
+    "finetune",
+    "report",
+    "export",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"example:\n  iprox {command} " in said
+    for option in ("--seed", "--dtype", "--device", "--batch-tokens", "--max-length", "--quiet", "--json"):
+        assert option in said
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")}
+    assert named >= set(COMMANDS)
+
+
+def test_no_command_shows_the_help(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert "iprox quickstart" in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["run"], ["select", "--scores", "s"], ["warmup", "--epochs", "0"], ["plan", "r", "--seed", "x"]],
+)
+def test_usage_errors_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: iprox" in capsys.readouterr().err
+
+
+def test_help_and_a_bad_recipe_import_neither_torch_nor_transformers(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("modle: x\n")
+    script = (
+        "import sys; from iprox.cli import main\n"
+        f"code = main(['run', {str(recipe)!r}])\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'trl', 'pyarrow'} & set(sys.modules)\n"
+        "assert (code, heavy) == (2, set()), (code, heavy)\n"
+        "main(['run', '--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "unknown key 'modle'" in done.stderr
+
+
+def fails_with(monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(commands, "report", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "iprox: interrupted"),
+        (OSError(28, "No space left on device", "/data/x"), 2, "iprox: /data/x: no space left on the disk"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 2, "no space left on the disk"),
+        (PermissionError(13, "Permission denied", "/data/x"), 2, "iprox: /data/x: permission denied"),
+        (FloatingPointError("p.jsonl:3: the score is not finite"), 2, "iprox: p.jsonl:3: the score is not finite"),
+    ],
+)
+def test_exit_codes_of_what_is_not_our_fault(monkeypatch, capsys, error, code, said):
+    fails_with(monkeypatch, error)
+    assert main(["report", "x"]) == code
+    message = capsys.readouterr().err
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+def test_our_own_faults_show_a_traceback_and_exit_with_1(monkeypatch, capsys):
+    fails_with(monkeypatch, ZeroDivisionError("oops"))
+    assert main(["report", "x"]) == 1
+    message = capsys.readouterr().err
+    assert "Traceback" in message
+    assert message.splitlines()[-1].startswith("iprox: ZeroDivisionError: oops")
+
+
+def test_plan_runs_nothing(place, capsys):
+    assert main(["plan", str(place.recipe), "--quiet", "--json", "--tflops", "0.05"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert list(planned["stages"]) == ["warmup", "compress", "align", "audit", "score"]
+    assert planned["rows"] == 200
+    for stage in planned["stages"].values():
+        assert stage["flops"] > 0
+        assert stage["memory_bytes"] > 0
+        assert stage["seconds"] > 0
+    assert not place.output.exists()
+
+
+def test_plan_agrees_with_what_the_run_counted(finished, capsys):
+    assert main(["plan", str(finished.recipe), "--quiet", "--json", "--tflops", "1"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    done = finished.record()["stages"]
+    for name, stage in planned["stages"].items():
+        assert stage["tokens"] == pytest.approx(done[name]["tokens"], rel=0.1), name
+        assert stage["flops"] == pytest.approx(done[name]["flops"], rel=0.15), name
+    cost = finished.record()["cost"]
+    counted = (cost["construction_flops"] + cost["score_flops"]) / cost["target_score_flops"]
+    assert planned["relative_score_cost"] == pytest.approx(counted, rel=0.1)
+
+
+def test_plan_for_people(place, capsys):
+    assert main(["plan", str(place.recipe), "--quiet", "--tflops", "0.05"]) == 0
+    said = capsys.readouterr().out
+    assert "200 rows of" in said
+    assert "score" in said
+
+
+def test_a_signal_in_training_exits_with_130_and_the_run_goes_on(place):
+    place.set(warmup={"fraction": 0.5, "epochs": 200, "batch_size": 8})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "iprox.cli", "run", str(place.recipe)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith("warm-up:"):
+                break
+        deadline = time.monotonic() + 60
+        while not list((place.output / "warmup").glob("checkpoint-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(2)
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    assert "Traceback" not in rest
+    assert rest.splitlines()[-1] == "iprox: interrupted; the same command (without --fresh) goes on from here"
+    place.set(warmup={"fraction": 0.02, "epochs": 1})
+    assert place.run("--stop-after", "warmup") == 0
+    assert place.done() == ["warmup"]
+    assert len(list((place.output / "warmup").glob("checkpoint-*"))) == 1
+
+
+def test_the_quickstart_recipe_is_valid_and_has_its_files(tmp_path):
+    from iprox.quickstart import quickstart_recipe
+
+    recipe = quickstart_recipe(str(tmp_path / "out"), ["seed=3"])
+    assert recipe.seed == 3
+    for file in [recipe.model, *recipe.data.pool, *recipe.data.validation.values()]:
+        assert os.path.exists(file)

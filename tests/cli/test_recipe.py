@@ -1,0 +1,135 @@
+"""The recipe: defaults, refusals that name the key and the mend, overrides, and a round trip."""
+
+import pytest
+import yaml
+
+from iprox.errors import InputError
+from iprox.recipe import STAGES, Recipe, SelectSection, load_recipe, parse_recipe, validate_section
+
+SMALLEST = {"model": "m", "data": {"pool": "p.jsonl", "validation": {"t": "v.jsonl"}}, "output": "o"}
+
+
+def with_section(**sections):
+    return {**SMALLEST, **sections}
+
+
+def test_defaults_are_those_of_the_design():
+    recipe = parse_recipe(SMALLEST)
+    assert recipe.proxy.sparsity == 0.7
+    assert recipe.proxy.align.kl_weight == 0.1
+    assert recipe.warmup.epochs == 4
+    assert recipe.select.fraction == 0.05
+    assert recipe.audit.sample == 500
+    assert recipe.finetune is False
+    assert recipe.data.pool == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (with_section(modle="x"), "unknown key 'modle'; did you mean 'model'?"),
+        (with_section(proxy={"sparsty": 0.5}), "unknown key 'proxy.sparsty'; did you mean 'sparsity'?"),
+        (with_section(proxy={"align": {"step": 3}}), "unknown key 'proxy.align.step'"),
+        (with_section(warmup={"zzzzzz": 1}), "known here: fraction, epochs, learning_rate, batch_size"),
+        (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
+        (with_section(proxy={"sparsity": 0}), "(given: 0)"),
+        (with_section(select={"fraction": 0.1, "count": 5}), "select: give exactly one of fraction and count"),
+        (with_section(data={"pool": "p.jsonl"}), "the key 'data.validation' is missing"),
+        (with_section(data={"pool": [], "validation": {"t": "v"}}), "data.pool: "),
+        (with_section(data={"pool": "p", "validation": {}}), "data.validation: "),
+        (with_section(warmup=True), "warmup: give a section of keys (or false"),
+        (with_section(influence={"estimator": "tracinn"}), "influence.estimator: "),
+        (with_section(audit={"sample": "many"}), "audit.sample: "),
+        ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
+    ],
+)
+def test_refusals_name_the_key(raw, said):
+    with pytest.raises(InputError) as refusal:
+        parse_recipe(raw, "r.yaml")
+    message = str(refusal.value)
+    assert message.startswith("r.yaml: ")
+    assert said in message
+    assert "\n" not in message
+    assert "literal[" not in message
+
+
+def test_every_fault_is_named_at_once():
+    with pytest.raises(InputError, match=r"proxy\.sparsity: .*unknown key 'outptu'"):
+        parse_recipe(with_section(proxy={"sparsity": 3}, outptu="x"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+def test_overrides_reach_sections_that_the_file_does_not_have(file):
+    recipe = load_recipe(file, ["proxy.align.epochs=2", "warmup=false", "select.count=7", "data.validation.u=u.jsonl"])
+    assert recipe.proxy.align.epochs == 2
+    assert recipe.warmup is False
+    assert (recipe.select.count, recipe.select.fraction) == (7, None)
+    assert recipe.data.validation == {"t": "v.jsonl", "u": "u.jsonl"}
+
+
+def test_null_takes_a_value_of_the_file_away(file):
+    raw = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**raw, "select": {"fraction": 0.1}}))
+    recipe = load_recipe(file, ["select.count=7", "select.fraction=null"])
+    assert (recipe.select.count, recipe.select.fraction) == (7, None)
+
+
+@pytest.mark.parametrize("override", ["proxy.sparsity", "=3", "proxy..sparsity=0.5", "seed=[1", "model.name=x", "."])
+def test_nonsense_overrides_are_refused(file, override):
+    with pytest.raises(InputError) as refusal:
+        load_recipe(file, [override])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("- a\n- b\n", "a recipe is a mapping"), ("a: [1\n", "not valid YAML"), ("", "a recipe is a mapping")],
+)
+def test_files_that_are_no_recipe(tmp_path, text, said):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        load_recipe(path)
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(InputError, match="no such recipe file"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_yaml_of_a_recipe_is_the_recipe(file):
+    recipe = load_recipe(file, ["finetune={epochs: 2}", "proxy=false"]).resolved()
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_resolving_makes_local_paths_absolute_and_leaves_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    data = {"pool": ["a/*.jsonl", "hf://datasets/x/y"], "validation": {"t": ["v.jsonl"]}, "chat_template": "t.jinja"}
+    recipe = parse_recipe(with_section(model="mine", data=data)).resolved()
+    assert recipe.model == str(tmp_path / "mine")
+    assert recipe.data.pool == [str(tmp_path / "a/*.jsonl"), "hf://datasets/x/y"]
+    assert recipe.data.validation == {"t": [str(tmp_path / "v.jsonl")]}
+    assert recipe.data.chat_template == str(tmp_path / "t.jinja")
+    assert parse_recipe(with_section(model="Qwen/Qwen3-4B")).resolved().model == "Qwen/Qwen3-4B"
+    assert (
+        parse_recipe(with_section(data={**data, "chat_template": "chatml"})).resolved().data.chat_template == "chatml"
+    )
+
+
+def test_options_of_commands_are_named_in_refusals():
+    with pytest.raises(InputError, match=r"--fraction 2\.0: .*less than or equal to 1"):
+        validate_section(SelectSection, fraction=2.0)
+
+
+def test_the_stages_are_named_as_in_run_json():
+    assert STAGES[0] == "data"
+    assert STAGES[-1] == "report"
+    assert set(Recipe.model_fields) >= {"warmup", "audit", "select", "finetune"}

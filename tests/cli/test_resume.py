@@ -1,0 +1,182 @@
+"""Going on with a run: what is skipped, what is done again, and that the bytes are those of a run without a stop."""
+
+import json
+
+import pytest
+import yaml
+
+from iprox import pipeline, stages
+from iprox.cli import main
+from iprox.influence import scoring, shards
+
+CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
+
+
+def test_a_moved_run_folder_is_done_already(copied, finished):
+    assert copied.run() == 0
+    assert copied.done() == []
+    assert copied.result() == finished.result()
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("select.fraction=0.2", ["select", "report"]),
+        ("influence.aggregate=mean", ["audit", "score", "select", "report"]),
+        ("proxy.sparsity=0.6", ["compress", "align", "audit", "score", "select", "report"]),
+        ("audit=false", ["report"]),
+    ],
+)
+def test_a_changed_setting_redoes_what_depends_on_it(copied, change, again):
+    assert copied.run("--set", change) == 0
+    assert copied.done() == again
+
+
+@pytest.mark.parametrize(
+    ("output", "again"),
+    [
+        ("selection.json", ["select"]),
+        ("audit/audit.parquet", ["audit"]),
+        ("scores.parquet", ["score"]),
+        ("aligned/alignment.json", ["align"]),
+        ("report.html", ["report"]),
+    ],
+)
+def test_a_deleted_output_is_made_again(copied, finished, output, again):
+    (copied.output / output).unlink()
+    assert copied.run() == 0
+    assert copied.done() == again
+    assert copied.result() == finished.result()
+
+
+def test_a_stage_switched_off_and_on_again_is_still_done(copied, finished):
+    assert copied.run("--set", "audit=false") == 0
+    assert "audit" not in copied.record()["stages"]
+    assert copied.run() == 0
+    assert copied.done() == ["report"]
+    assert copied.result() == finished.result()
+
+
+def test_stop_after_an_early_stage_forgets_nothing(copied, finished):
+    assert copied.run("--stop-after", "warmup") == 0
+    assert list(copied.record()["stages"]) == ["data", "warmup"]
+    assert copied.run() == 0
+    assert copied.done() == []
+    assert copied.result() == finished.result()
+
+
+def test_stop_after_leaves_the_rest_undone(place):
+    assert place.run("--set", "warmup=false", "proxy=false", "audit=false", "--stop-after", "score") == 0
+    assert list(place.record()["stages"]) == ["data", "score"]
+    assert not (place.output / "selected.jsonl").exists()
+
+
+def test_stop_after_data_only_reads(place):
+    assert place.run("--stop-after", "data") == 0
+    assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "run.json"]
+
+
+def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkeypatch, capfd):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "align_proxy", interrupt)
+        assert place.run() == 130
+    assert "interrupted" in capfd.readouterr().err
+    assert list(place.record()["stages"]) == ["data", "warmup", "compress"]
+    assert place.run() == 0
+    assert place.done() == ["align", "audit", "score", "select", "report"]
+    assert place.result() == finished.result()
+
+
+def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, monkeypatch):
+    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    (copied.output / "scores.parquet").unlink()
+    write, written = shards.write_parts, []
+
+    def write_one(path, parts):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_parts", write_one)
+        assert copied.run() == 130
+    kept = list((copied.output / "scores.parquet.shards").rglob("*.parquet"))
+    assert kept == written
+
+    def write_rest(path, parts):
+        assert path not in kept
+        return write(path, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_parts", write_rest)
+        assert copied.run() == 0
+    resumed = copied.result()
+    (copied.output / "scores.parquet").unlink()
+    assert copied.run() == 0
+    assert copied.result() == resumed
+    assert not (copied.output / "scores.parquet.shards").exists()
+
+
+def windows_of_100(init):
+    def patched(self, *arguments, **settings):
+        init(self, *arguments, **{**settings, "window": 100})
+
+    return patched
+
+
+def test_a_stage_stopped_half_way_is_not_taken_for_the_earlier_one(copied, monkeypatch):
+    """Sparsity changed, stopped after the proxy was replaced, sparsity changed back: the proxy must be made again."""
+    make = stages.compress
+
+    def make_and_stop(*arguments, **settings):
+        make(*arguments, **settings)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "compress", make_and_stop)
+        assert copied.run("--set", "proxy.sparsity=0.8") == 130
+    assert copied.run("--stop-after", "compress") == 0
+    assert copied.done() == ["compress"]
+    made = json.loads((copied.output / "proxy/compression.json").read_text())
+    assert made["sparsity"] == 0.5
+
+
+def test_fresh_starts_anew(copied, finished):
+    assert copied.run("--fresh", *CHEAP, "--stop-after", "data") == 0
+    assert sorted(file.name for file in copied.output.iterdir()) == ["recipe.yaml", "run.json"]
+
+
+def test_the_resolved_recipe_gives_the_same_selection_from_anywhere(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = finished.output / "recipe.yaml"
+    assert main(["run", str(recipe), "--quiet", "--set", f"output={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again/selected.jsonl").read_bytes() == finished.result()["selected.jsonl"]
+    assert (tmp_path / "again/scores.parquet").read_bytes() == finished.result()["scores.parquet"]
+
+
+def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
+    resolved = yaml.safe_load((finished.output / "recipe.yaml").read_text())
+    assert resolved["data"]["pool"] == [str(finished.pool)]
+    assert resolved["output"] == str(finished.output)
+    assert resolved["seed"] == 0
+    assert resolved["influence"]["estimator"] == "tracin"
+
+
+def test_warnings_of_drawing_rows_belong_to_their_stage(copied):
+    assert copied.run("--set", "audit.sample=90") == 0
+    warned = {name: entry["warnings"] for name, entry in copied.record()["stages"].items() if entry["warnings"]}
+    assert list(warned) == ["audit"]
+    assert "4 of its 64" in warned["audit"][0]
+    assert copied.run("--set", "audit.sample=90", "select.fraction=0.2") == 0
+    kept = {name: entry["warnings"] for name, entry in copied.record()["stages"].items() if entry["warnings"]}
+    assert kept == warned
+
+
+def test_seed_changes_every_draw(place):
+    assert place.run("--seed", "1", "--stop-after", "data") == 0
+    assert place.record()["seed"] == 1
+    assert pipeline.draw_rows("audit", 0, 1000, 20) != pipeline.draw_rows("audit", 1, 1000, 20)

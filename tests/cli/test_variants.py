@@ -1,0 +1,146 @@
+"""Recipes with stages switched off or more of them: what each leaves behind."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from iprox.cli import main
+
+NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
+
+
+def test_proxy_off_scores_on_the_target(place):
+    assert place.run("--set", "proxy=false") == 0
+    assert list(place.record()["stages"]) == ["data", "warmup", "score", "select", "report"]
+    cost = place.record()["cost"]
+    assert cost["score_flops"] == cost["target_score_flops"]
+    assert cost["construction_flops"] == 0
+    assert not (place.output / "proxy").exists()
+
+
+def test_warm_up_align_and_audit_off(place):
+    assert place.run("--set", "warmup=false", "proxy.align=false", "audit=false") == 0
+    assert list(place.record()["stages"]) == ["data", "compress", "score", "select", "report"]
+    config = json.loads((place.output / "proxy/config.json").read_text())
+    assert config["quantization_config"]["target"] == place.record()["model"]
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, make_place):
+    place = make_place(tmp_path_factory.mktemp("several") / "place")
+    assert place.run("--set", "influence.checkpoints=all", "audit.sample=12") == 0
+    return place
+
+
+def test_all_checkpoints_have_a_proxy_each(several):
+    names = [entry["path"] for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())]
+    assert len(names) == 2
+    for name in names:
+        assert (several.output / "proxy" / name / "model.safetensors").is_file()
+        assert (several.output / "aligned" / name / "alignment.json").is_file()
+    assert several.record()["stages"]["score"]["checkpoints"] == 2
+    # What the report reads is where it is for one checkpoint.
+    assert (several.output / "proxy/compression.json").is_file()
+    assert (several.output / "aligned/alignment.json").is_file()
+
+
+def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several, tmp_path):
+    listed = json.loads((several.output / "warmup/checkpoints.json").read_text())
+    singles = []
+    for entry in listed:
+        output = tmp_path / entry["path"]
+        score(several, [several.output / "aligned" / entry["path"]], output)
+        singles.append(pq.read_table(output / "scores.parquet")["influence/spelling"].to_numpy())
+    total = sum(entry["learning_rate"] * scores for entry, scores in zip(listed, singles, strict=True))
+    table = pq.read_table(several.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert table == pytest.approx(total, rel=1e-9, abs=0)
+
+
+def score(place, models, output):
+    code = main(
+        [
+            "score",
+            "--model",
+            *map(str, models),
+            "--pool",
+            str(place.pool),
+            "--validation",
+            *(f"{task}={place.path}/{task}.jsonl" for task in ("arithmetic", "spelling")),
+            "--max-length=48",
+            "--quiet",
+            f"--output={output}",
+        ]
+    )
+    assert code == 0
+
+
+def test_from_all_checkpoints_to_the_last_leaves_no_proxy_of_another(several):
+    assert several.run("--set", "audit=false", "--stop-after", "compress") == 0
+    assert not list((several.output / "proxy").glob("checkpoint-*"))
+    assert (several.output / "proxy/model.safetensors").is_file()
+
+
+def test_finetune_reports_test_losses_before_and_after(place, capfd):
+    settings = {"epochs": 1, "learning_rate": 1e-3, "test": {"spelling": str(place.path / "spelling.jsonl")}}
+    place.set(finetune=settings)
+    assert place.run(*NO_PROXY) == 0
+    assert "test loss" in capfd.readouterr().out
+    assert list(place.record()["stages"]) == ["data", "score", "select", "finetune", "report"]
+    losses = place.record()["stages"]["finetune"]["test"]["spelling"]
+    assert losses["after"] < losses["before"]
+    assert (place.output / "finetune/model/model.safetensors").is_file()
+    (listed,) = json.loads((place.output / "finetune/checkpoints.json").read_text())
+    assert (place.output / "finetune" / listed["path"]).is_dir()
+
+
+def test_another_test_set_redoes_the_fine_tuning_only(place):
+    tests = place.path / "spelling.jsonl"
+    place.set(
+        finetune={"epochs": 1, "test": {"spelling": str(tests)}}, data={**data(place), "validation": arithmetic(place)}
+    )
+    assert place.run(*NO_PROXY) == 0
+    tests.write_bytes(tests.read_bytes().split(b"\n", 1)[1])
+    assert place.run(*NO_PROXY) == 0
+    assert place.done() == ["finetune", "report"]
+
+
+def data(place):
+    return {"pool": [str(place.pool)], "max_length": 48}
+
+
+def arithmetic(place):
+    return {"arithmetic": str(place.path / "arithmetic.jsonl")}
+
+
+def test_a_task_of_several_files_and_a_pool_of_several_files(place):
+    lines = place.pool.read_bytes().splitlines(keepends=True)
+    parts = [place.path / "a.jsonl", place.path / "b.jsonl"]
+    parts[0].write_bytes(b"".join(lines[:30]))
+    parts[1].write_bytes(b"".join(lines[30:60]))
+    files = [str(place.path / f"{task}.jsonl") for task in ("arithmetic", "spelling")]
+    place.set(data={"pool": [str(place.path / "[ab].jsonl")], "validation": {"both": files}, "max_length": 48})
+    assert place.run(*NO_PROXY) == 0
+    inputs = place.record()["inputs"]
+    assert inputs["pool"]["rows"] == 60
+    assert [file.rsplit("/", 1)[1] for file in inputs["pool"]["files"]] == ["a.jsonl", "b.jsonl"]
+    assert inputs["validation"]["both"]["rows"] == 16
+    assert "influence/both" in pq.read_table(place.output / "scores.parquet").column_names
+
+
+def test_a_pool_smaller_than_the_samples_runs_with_warnings(place):
+    place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:40]))
+    assert place.run() == 0
+    warned = {name: entry["warnings"] for name, entry in place.record()["stages"].items() if entry["warnings"]}
+    assert list(warned) == ["compress", "align", "audit"]
+    assert "the pool is small" in warned["audit"][0]
+
+
+def test_bad_rows_left_out_are_said_and_recorded(place):
+    lines = place.pool.read_bytes().splitlines(keepends=True)[:50]
+    place.pool.write_bytes(b"".join([*lines[:10], b"{broken\n", *lines[10:]]))
+    place.set(data={**data(place), "validation": arithmetic(place), "on_bad_row": "skip"})
+    assert place.run(*NO_PROXY) == 0
+    assert "1 bad rows left out" in place.record()["stages"]["data"]["warnings"][0].replace("row ", "rows ")
+    selected = (place.output / "selected.jsonl").read_bytes().splitlines(keepends=True)
+    assert set(selected) <= set(lines)

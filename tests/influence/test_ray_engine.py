@@ -1,0 +1,65 @@
+"""The Ray engine gives what the local one gives. Slow to start, so one cluster serves all tests."""
+
+import functools
+import sys
+
+import pytest
+
+from iprox.data import Pool
+from iprox.errors import InputError
+from iprox.influence.ray_engine import ray_engine
+from iprox.influence.scoring import ScoringStats, local_engine, windows_of
+from iprox.influence.scores import scores_table
+
+ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+class LengthScorer:
+    """Stands in for a WindowScorer: a model is not needed to see that windows come back whole and in order."""
+
+    def __call__(self, window, progress=None):
+        import numpy as np
+
+        scores = np.array([[float(len(example.text))] for example in window])
+        if progress is not None:
+            progress(len(window))
+        table = scores_table([example.id for example in window], [None] * len(window), [1] * len(window), scores, ["t"])
+        return table, ScoringStats(rows=len(window))
+
+
+def make(scorer=LengthScorer):
+    return scorer()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_windows_come_back_whole_and_in_order(workers):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pool = Pool([{"text": "x" * (1 + i % 7)} for i in range(53)])
+    done = []
+    spread = list(ray_engine(workers, "cpu")(make, windows_of(pool, 4), done.append))
+    here = list(local_engine(make, windows_of(pool, 4)))
+    assert len(spread) == len(here) == 14
+    for (table, stats), (expected, counted) in zip(spread, here, strict=True):
+        assert table.equals(expected)
+        assert stats == counted
+    assert sum(done) == 53
+
+
+def test_a_worker_that_fails_stops_the_run():
+    def broken():
+        raise FloatingPointError("the gradient of x is not finite")
+
+    with pytest.raises(Exception, match="not finite"):
+        list(ray_engine(1, "cpu")(functools.partial(broken), windows_of(Pool([{"text": "a"}]), 4)))
+
+
+def test_more_workers_than_there_is_room_for_are_refused():
+    with pytest.raises(InputError, match="64 workers asked for"):
+        list(ray_engine(64, "cpu")(make, windows_of(Pool([{"text": "a"}]), 4)))

@@ -1,0 +1,126 @@
+"""The Python API of design 7, on the bundled quickstart model and on a model that is no language model."""
+
+import json
+from importlib.resources import files
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModelForCausalLM
+
+import iprox
+
+QUICKSTART = files("iprox.quickstart")
+
+
+def rows(name: str, count: int) -> list[dict]:
+    with (QUICKSTART / "data" / name).open(encoding="utf-8") as stream:
+        return [json.loads(line) for _, line in zip(range(count), stream, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32)
+
+
+def test_the_whole_method_in_memory(model, tmp_path):
+    pool, validation = rows("pool.jsonl", 40), {"arithmetic": rows("arithmetic.val.jsonl", 8)}
+    proxy = iprox.compress(model, pool[:16], sparsity=0.5, ranks="global")
+    history = iprox.align(proxy, model, pool[:16], epochs=1)
+    assert len(history.steps) == 2
+    scores = iprox.score(proxy, pool, validation, estimator="tracin")
+    assert isinstance(scores, pa.Table)
+    assert scores["id"].to_pylist() == [row["id"] for row in pool]
+    chosen = iprox.select(scores, fraction=0.1)
+    influence = scores["influence"].to_numpy()
+    assert chosen.tolist() == np.argsort(-influence, kind="stable")[:4].tolist()
+    report = iprox.audit(model, proxy, pool, validation)
+    assert report.sample == 40
+    assert 0.3 < report.mean["spearman"] <= 1
+    proxy.save_pretrained(tmp_path / "proxy")
+    loaded = iprox.load(tmp_path / "proxy")
+    again = iprox.score(loaded, pool, validation, tokenizer=AutoTokenizerOf())
+    np.testing.assert_allclose(again["influence"].to_numpy(), influence, rtol=1e-4)
+
+
+def AutoTokenizerOf():  # noqa: N802  a saved proxy made in memory has no tokenizer of its own
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(QUICKSTART / "model"))
+
+
+def test_a_dataset_and_a_list_are_the_same(model):
+    listed, validation = rows("pool.jsonl", 6), {"t": rows("spelling.val.jsonl", 4)}
+    one = iprox.score(model, listed, validation)
+    two = iprox.score(model, datasets.Dataset.from_list(listed), validation)
+    assert one.equals(two)
+
+
+def test_several_checkpoints_need_their_learning_rates(model):
+    listed, validation = rows("pool.jsonl", 3), {"t": rows("spelling.val.jsonl", 2)}
+    one = iprox.score(model, listed, validation)["influence"].to_numpy()
+    both = iprox.score([model, model], listed, validation, learning_rates=[0.5, 0.25])
+    np.testing.assert_allclose(both["influence"].to_numpy(), 0.75 * one, rtol=1e-6)
+    with pytest.raises(iprox.InputError, match="learning_rates"):
+        iprox.score([model, model], listed, validation)
+    with pytest.raises(iprox.InputError, match="1 learning rates"):
+        iprox.score([model, model], listed, validation, learning_rates=[1.0])
+
+
+def test_an_unknown_estimator_names_the_known(model):
+    with pytest.raises(iprox.InputError, match="known: tracin"):
+        iprox.score(model, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)}, estimator="magic")
+
+
+def test_a_model_without_a_name_needs_a_tokenizer(model):
+    nameless = AutoModelForCausalLM.from_config(model.config)
+    nameless.config._name_or_path = ""
+    with pytest.raises(iprox.InputError, match="tokenizer="):
+        iprox.score(nameless, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)})
+
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.out(self.body(x))
+
+
+def classification_losses(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def test_a_model_that_is_no_language_model():
+    """loss_fn in place of a language model's loss: scores against autograd, and a proxy of it."""
+    torch.manual_seed(0)
+    classifier = Classifier().double()
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(0, 3, (20,))
+    pool, validation = TensorDataset(x[:14], y[:14]), TensorDataset(x[14:], y[14:])
+    scores = iprox.score(
+        classifier,
+        DataLoader(pool, batch_size=5),
+        {"task": DataLoader(validation, batch_size=4)},
+        loss_fn=classification_losses,
+    )
+
+    def gradient(data):
+        losses = classification_losses(classifier, data)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(losses.mean(), list(classifier.parameters()))])
+
+    query = gradient((x[14:], y[14:]))
+    expected = [(gradient((x[i : i + 1], y[i : i + 1])) @ query).item() for i in range(14)]
+    np.testing.assert_allclose(scores["influence"].to_numpy(), expected, rtol=1e-9)
+    proxy = iprox.compress(classifier, DataLoader(pool, batch_size=7), sparsity=0.3, loss_fn=classification_losses)
+    size = sum(parameter.numel() for parameter in classifier.parameters())
+    assert sum(parameter.numel() for parameter in proxy.parameters()) < size
+    approximate = iprox.score(
+        proxy, DataLoader(pool, batch_size=5), {"task": DataLoader(validation)}, loss_fn=classification_losses
+    )
+    assert np.corrcoef(approximate["influence"].to_numpy(), expected)[0, 1] > 0.5
