@@ -55,19 +55,18 @@ def main() -> None:
     scores = read_scores(arguments.scores or make_scores(arguments, reporter))
     pool = Pool(arguments.pool)
     count = round(arguments.fraction * pool.scan().rows)
-    settings = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate, test=tests)
+    settings = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
 
-    def losses(name: str, rows: list[int], seed: int) -> dict[str, float]:
-        """Test loss of every task after fine-tuning on these rows; cached."""
+    def losses(name: str, rows: list[int], seed: int, tasks: list[str]) -> dict[str, float]:
+        """Test loss of some tasks after fine-tuning on these rows; cached."""
         cell = arguments.work / f"cells/{name}-{seed}.json"
         if cell.is_file():
             return json.loads(cell.read_text())
         session = Session.create(max_length=512, seed=seed, reporter=reporter)
         folder = arguments.work / f"cells/{name}-{seed}"
         reporter.say(f"fine-tuning on {name}, seed {seed}")
-        record = finetune(
-            session, arguments.model, pool.take(rows), folder, settings, {task: Pool(f) for task, f in tests.items()}
-        )
+        sets = {task: Pool(tests[task]) for task in tasks}
+        record = finetune(session, arguments.model, pool.take(rows), folder, settings, sets)
         shutil.rmtree(folder)
         after = {task: entry["after"] for task, entry in record["test"].items()}
         write_json(cell, after)
@@ -75,10 +74,10 @@ def main() -> None:
 
     table: dict[str, dict[str, list[float]]] = {task: {"selected": [], "random": []} for task in arguments.tasks}
     for seed in range(arguments.seeds):
-        random_losses = losses("random", draw_rows("random", seed, scores.num_rows, count), seed)
+        random_losses = losses("random", draw_rows("random", seed, scores.num_rows, count), seed, arguments.tasks)
         for task in arguments.tasks:
             influence = scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False)
-            table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed)[task])
+            table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed, [task])[task])
             table[task]["random"].append(random_losses[task])
 
     write_json(

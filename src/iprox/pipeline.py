@@ -15,6 +15,8 @@ from typing import Any
 
 from iprox import stages
 from iprox.data import Pool
+from iprox.influence.ray_engine import ray_engine
+from iprox.influence.scoring import local_engine
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter
@@ -338,12 +340,15 @@ def _score(run: Run, context: _Context) -> None:
     models = context.proxies or [path for path, _ in context.targets]
     rated = [(model, rate) for model, (_, rate) in zip(models, context.targets, strict=True)]
     identity = {"inputs": run.record["identity"], "stages": key_of([_common(run), context.keys])}
+    chosen = run.recipe.engine
+    # Where windows are scored does not change the scores, so the engine is in no key.
+    engine = local_engine if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
     context.keys["score"] = run.stage(
         "score",
         [_common(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
         [run.folder.scores],
         lambda: stages.score(
-            run.session, rated, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity
+            run.session, rated, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )
     _cost(run)

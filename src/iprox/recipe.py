@@ -113,6 +113,18 @@ class FinetuneSection(_Section):
     test: dict[str, str | list[str]] = {}
 
 
+class RaySection(_Section):
+    """How many Ray actors score, each with a copy of the model."""
+
+    workers: int = Field(ge=1)
+
+
+class EngineSection(_Section):
+    """Where scoring runs, if not in this process."""
+
+    ray: RaySection
+
+
 class Recipe(_Section):
     """A whole run. Paths are relative to the working directory, as on the command line."""
 
@@ -124,7 +136,7 @@ class Recipe(_Section):
     select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
     audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneSection | Literal[False] = False
-    engine: Literal["local"] = "local"
+    engine: Literal["local"] | EngineSection = "local"
     output: str
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -186,7 +198,7 @@ def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
-        problems = [problem for problem in error.errors() if not str(problem["loc"][-1]).startswith("literal[False")]
+        problems = [problem for problem in error.errors() if not str(problem["loc"][-1]).startswith("literal[")]
         raise InputError(f"{name}: " + "; ".join(_explain(problem) for problem in problems)) from error
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,12 @@ class Session:
     def model(self, path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model or proxy on the session's device, in its dtype or another."""
         return load_model(path, dtype=dtype or self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+
+    def loader(self, path: str | Path) -> Callable[[], PreTrainedModel]:
+        """What loads that model later, also in another process."""
+        return functools.partial(
+            load_model, path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """The tokenizer of a model; one without a pad token pads with its end token."""

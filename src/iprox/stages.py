@@ -23,11 +23,11 @@ from iprox.errors import InputError
 from iprox.finetune import evaluate, save_model, train
 from iprox.influence.aggregate import combine
 from iprox.influence.scores import read_scores
-from iprox.influence.scoring import ScoringSettings, build_scorer, score_windows
+from iprox.influence.scoring import Engine, ScoringSettings, build_scorer, local_engine, score_windows
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import model_fingerprint, stored_dtype
+from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
 from iprox.proxy.align import align
 from iprox.proxy.compress import derive_proxy
 from iprox.recipe import AlignSection, FinetuneSection, InfluenceSection, ProxySection, SelectSection, WarmupSection
@@ -135,6 +135,7 @@ def score(
     output: Path,
     settings: InfluenceSection,
     identity: Mapping[str, Any],
+    engine: Engine = local_engine,
 ) -> StageRecord:
     """Score a pool at one or more checkpoints, given with their learning rates; writes `scores.parquet`."""
     summary = pool.scan()
@@ -143,13 +144,7 @@ def score(
     encoder = session.encoder(tokenizer)
     encoded = encode_validation(encoder, dict(validation))
     scoring = scoring_settings(session, settings)
-    loaded: list[PreTrainedModel] = []
-
-    def load(path: str) -> PreTrainedModel:
-        loaded[:] = [session.model(path)]  # the last one goes before the next comes
-        return loaded[0]
-
-    checkpoints = [ScoringCheckpoint(lambda path=path: load(path), rate) for path, rate in models]
+    checkpoints = [ScoringCheckpoint(session.loader(path), rate) for path, rate in models]
     with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
         stats = score_to_file(
             checkpoints,
@@ -171,12 +166,13 @@ def score(
                 "batch_tokens": session.batch_tokens,
             },
             progress=progress,
+            engine=engine,
         )
     if stats.unscored:
         session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
     if stats.truncated:
         session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
-    model = loaded[0] if loaded else load(first)
+    model = skeleton(first, trust_remote_code=session.trust_remote_code)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     return {
         "tokens": tokens,

@@ -1,6 +1,7 @@
 """The Ray engine gives what the local one gives. Slow to start, so one cluster serves all tests."""
 
 import functools
+import logging
 import sys
 
 import pytest
@@ -8,15 +9,15 @@ import pytest
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence.ray_engine import ray_engine
-from iprox.influence.scoring import ScoringStats, local_engine, windows_of
 from iprox.influence.scores import scores_table
+from iprox.influence.scoring import ScoringStats, local_engine, windows_of
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

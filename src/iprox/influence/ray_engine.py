@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,7 +48,7 @@ def ray_engine(workers: int, device: str) -> Engine:
     ) -> Iterator[ScoredWindow]:
         started = not ray.is_initialized()
         if started:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             resources = ray.cluster_resources()
             need = "GPU" if device.startswith("cuda") else "CPU"
@@ -70,7 +71,7 @@ def ray_engine(workers: int, device: str) -> Engine:
             while pending:
                 yield _result(ray.get(pending.popleft()), progress)
             for each in actors:
-                ray.kill(each)
+                ray.kill(each)  # pyright: ignore[reportArgumentType]
         finally:
             if started:
                 ray.shutdown()

@@ -27,6 +27,8 @@ from iprox.influence.scoring import (
     windows_of,
 )
 
+IDENTITY = "identity.json"
+
 
 @dataclass(frozen=True, slots=True)
 class ScoringCheckpoint:
@@ -73,9 +75,10 @@ def score_to_file(
     for number, checkpoint in enumerate(checkpoints):
         folder = shards / f"checkpoint-{number:03d}"
         folder.mkdir(exist_ok=True)
-        done = len(list(folder.glob("*.parquet")))
+        ready = sorted(folder.glob("*.parquet"))
+        done = len(ready)
         if progress is not None and done:
-            progress(done * settings.window)
+            progress(sum(pq.read_metadata(file).num_rows for file in ready))
         if (folder / "done").exists():
             continue
         make = functools.partial(_window_scorer, checkpoint.load, validation, encoder, pad_id, settings)
@@ -103,6 +106,8 @@ def score_to_file(
             yield combine(tables, rates, identity, weights)
 
     write_parts(path, parts())
+    # Without its identity a half-removed folder is nobody's; the next start drops it.
+    (shards / IDENTITY).unlink()
     shutil.rmtree(shards)
     return stats
 
@@ -121,7 +126,7 @@ def _window_scorer(
 def _claim(shards: Path, identity: Mapping[str, object]) -> None:
     """Make the shard folder ours: keep shards of the same identity, drop those of another."""
     written = json.dumps(identity, sort_keys=True)
-    marker = shards / "identity.json"
+    marker = shards / IDENTITY
     if marker.is_file() and marker.read_text(encoding="utf-8") == written:
         return
     shutil.rmtree(shards, ignore_errors=True)

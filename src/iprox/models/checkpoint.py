@@ -6,6 +6,7 @@ proxy needs, so after `import iprox` a proxy folder loads with `AutoModelForCaus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -53,23 +54,7 @@ class IproxQuantizer(HfQuantizer):
     quantization_config: IproxConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        layers = compressible_layers(model)
-        for name, rank in self.quantization_config.ranks.items():
-            dense = layers.get(name)
-            if dense is None:
-                raise InputError(f"proxy names the layer {name}, which {type(model).__name__} does not have")
-            replace_module(
-                model,
-                name,
-                LowRankLinear(
-                    dense.in_features,
-                    dense.out_features,
-                    rank,
-                    dense.bias is not None,
-                    device=dense.weight.device,
-                    dtype=dense.weight.dtype,
-                ),
-            )
+        make_low_rank(model, self.quantization_config.ranks)
         return model
 
     def is_serializable(self) -> bool:
@@ -80,6 +65,22 @@ class IproxQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Factors are ordinary parameters."""
         return True
+
+
+def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Put empty low-rank layers of these ranks where the dense ones are, by module name.
+
+    Raises:
+        InputError: the model has no such layer.
+    """
+    layers = compressible_layers(model)
+    for name, rank in ranks.items():
+        dense = layers.get(name)
+        if dense is None:
+            raise InputError(f"the proxy names the layer {name}, which {type(model).__name__} does not have")
+        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        layer = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, **like)
+        replace_module(model, name, layer)
 
 
 register_quantization_config("iprox")(IproxConfig)

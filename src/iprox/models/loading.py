@@ -16,6 +16,11 @@ from transformers import (
 )
 
 from iprox.errors import InputError
+from iprox.models.checkpoint import make_low_rank
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What decides a model's scores beside its weights and templates; not what was written beside it (`run.json`, ...).
+MODEL_FILES = ("config.json", "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
 
 
 def load_model(
@@ -47,6 +52,11 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         InputError: there is none.
     """
+    folder = Path(path)
+    if folder.exists() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(
+            f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the tokenizer files of the model there"
+        )
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -84,7 +94,7 @@ def checkpoint_fingerprint(path: str | Path) -> str:
     digest = hashlib.blake2b(digest_size=8)
     if folder.exists():
         for file in sorted(folder.iterdir()):
-            if file.suffix in (".safetensors", ".json", ".jinja") and file.is_file():
+            if file.suffix in (".safetensors", ".jinja") or file.name in MODEL_FILES:
                 digest.update(file.name.encode())
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
@@ -114,10 +124,14 @@ def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.
 
 
 def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules without their weights (on the meta device), to count what it costs."""
+    """The model's modules, a proxy's low-rank ones among them, without weights (on the meta device), to count costs."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    proxy = getattr(config, "quantization_config", None)
+    if isinstance(proxy, dict) and proxy.get("quant_method") == "iprox":
+        make_low_rank(model, proxy["ranks"])
+    return model
 
 
 def _check_folder(path: str | Path) -> None:

@@ -118,17 +118,19 @@ def read_run_folder(path: Path) -> RunFolder:
         )
     scores = _read_scores(scores_path)
     recipe = path / "recipe.yaml"
+    # A stage switched off since an earlier start leaves its files behind; only what run.json lists is of this run.
+    done = run.get("stages", {})
     return RunFolder(
         path=path,
         run=run,
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         scores=scores,
         selection=_read_selection(path / "selection.json", scores.rows),
-        audit=_read_audit(path / "audit"),
-        compression=_read_json(path / "proxy" / "compression.json", dict),
-        checkpoints=_read_json(path / "warmup" / "checkpoints.json", list),
-        warmup_history=_read_json(path / "warmup" / "history.json", list),
-        alignment=_read_json(path / "aligned" / "alignment.json", dict),
+        audit=_read_audit(path / "audit") if "audit" in done else None,
+        compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,
+        checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,
+        warmup_history=_read_json(path / "warmup" / "history.json", list) if "warmup" in done else None,
+        alignment=_read_json(path / "aligned" / "alignment.json", dict) if "align" in done else None,
     )
 
 
