@@ -246,7 +246,7 @@ def _add_compress(commands: Any) -> None:
     )
     parser.add_argument("--method", choices=("ipsvd", "svd"), default="ipsvd", help="default ipsvd")
     parser.add_argument("--ranks", choices=("global", "uniform"), default="global", help="default global")
-    parser.add_argument("--probe-size", type=_positive, help="random sample of this many probe examples (default: all)")
+    parser.add_argument("--probe-size", type=_positive, help="random sample of this many examples (default 512)")
     _reading_options(parser)
 
 

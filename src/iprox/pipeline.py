@@ -23,10 +23,7 @@ from iprox.progress import Reporter
 from iprox.recipe import STAGES, Recipe
 from iprox.report import build_report
 from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
-from iprox.session import Session, draw_rows, encode_validation, share
-
-# Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
-AT_LEAST = 64
+from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, share
 
 
 @dataclass(slots=True)
@@ -136,9 +133,8 @@ def _open(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
     validation = _tasks(recipe.data.validation, recipe)
     with session.metered() as usage:
-        reporter.say(f"reading {', '.join(recipe.data.pool)}")
         fingerprint = checkpoint_fingerprint(recipe.model)
-        summary = pool.scan()
+        summary = session.read(pool)
         encoder = session.encoder(session.tokenizer(recipe.model))
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now

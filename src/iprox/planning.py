@@ -56,7 +56,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         scoring the proxy over scoring the target.
     """
     pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
-    total = pool.scan().rows
+    total = session.read(pool).rows
     encoder = session.encoder(session.tokenizer(recipe.model))
     validation = {
         task: Pool(files, name=task, on_bad_row=recipe.data.on_bad_row)

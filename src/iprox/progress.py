@@ -67,8 +67,11 @@ class Reporter:
         return taken
 
     @contextmanager
-    def bar(self, description: str, total: int, unit: str) -> Iterator[Advance]:
-        """A progress bar with count, rate, elapsed time and ETA; yields a function to advance it by n."""
+    def bar(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """A progress bar with count, rate, elapsed time and ETA; yields a function to advance it by n.
+
+        A total of None is not known yet: count and rate only.
+        """
         if self.quiet:
             yield lambda n: None
             return
@@ -90,7 +93,7 @@ class Reporter:
             yield lambda n: progress.update(task, advance=n)
 
     @contextmanager
-    def _lines(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+    def _lines(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
         """Progress for a log file: a line at the start, one a minute, one at the end."""
         started = last = time.monotonic()
         done = 0
@@ -98,19 +101,22 @@ class Reporter:
         def state() -> str:
             seconds = time.monotonic() - started
             rate = done / seconds if seconds > 0 else 0.0
-            return (
-                f"{description}: {done:,}/{total:,} {unit}, {rate:,.1f} {unit}/s, {timedelta(seconds=round(seconds))}"
-            )
+            count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+            return f"{description}: {count} {unit}, {rate:,.1f} {unit}/s, {timedelta(seconds=round(seconds))}"
 
         def advance(count: int) -> None:
             nonlocal done, last
             done += count
             now = time.monotonic()
-            if now - last >= LOG_INTERVAL and done < total:
-                last = now
+            if now - last < LOG_INTERVAL or (total is not None and done >= total):
+                return
+            last = now
+            if total is None:
+                self.say(state())
+            else:
                 left = timedelta(seconds=round((now - started) / done * (total - done)))
                 self.say(f"{state()}, about {left} left")
 
-        self.say(f"{description}: {total:,} {unit}")
+        self.say(description if total is None else f"{description}: {total:,} {unit}")
         yield advance
         self.say(f"{state()}, done")

@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, iter_batches, on_device
+from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, PoolSummary, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.metering import Usage, metered
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
+
+# Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
+AT_LEAST = 64
 
 
 @dataclass(slots=True)
@@ -97,6 +100,11 @@ class Session:
                 "says what each stage needs"
             ) from error
 
+    def read(self, pool: Pool) -> PoolSummary:
+        """Check and count a pool, with progress."""
+        with self.reporter.bar("read", None, "rows") as progress:
+            return pool.scan(progress)
+
     def model(self, path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """A model or proxy on the session's device, in its dtype or another."""
         return load_model(path, dtype=dtype or self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
@@ -148,9 +156,9 @@ def draw_rows(name: str, seed: int, total: int, count: int, exclude: Iterable[in
     return sorted([row for row in drawn if row not in taken][:count])
 
 
-def share(total: int, fraction: float, at_least: int = 64) -> int:
-    """Number of rows in a share of the pool, but never fewer than `at_least` (a pool that small is taken whole)."""
-    return max(round(total * fraction), min(at_least, total))
+def share(total: int, fraction: float) -> int:
+    """Number of rows in a share of the pool, but never fewer than `AT_LEAST` (a pool that small is taken whole)."""
+    return max(round(total * fraction), min(AT_LEAST, total))
 
 
 def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:

@@ -29,6 +29,9 @@ from iprox.recipe import (
 from iprox.run_folder import environment, read_json, write_json
 from iprox.session import Session, draw_rows
 
+# Probe examples unless asked otherwise: past some hundreds the moments hardly change.
+PROBE_SIZE = 512
+
 SHARDS = "scores.parquet.shards"
 
 
@@ -43,7 +46,7 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
     )
     session, pool = _session(arguments), _pool(arguments.pool, arguments)
     output = _new_folder(arguments.output)
-    total = pool.scan().rows
+    total = session.read(pool).rows
     rows = draw_rows("warmup", session.seed, total, max(1, round(total * settings.fraction)))
     return _single(
         session,
@@ -81,7 +84,7 @@ def align(arguments: Namespace) -> dict[str, Any]:
     )
     session, pool = _session(arguments), _pool(arguments.data, arguments, "data")
     output = _new_folder(arguments.output)
-    pool.scan()
+    session.read(pool)
     examples = list(pool)
     return _single(
         session,
@@ -103,7 +106,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     output = _scores_folder(arguments.output)
     identity = {
         "models": [checkpoint_fingerprint(model) for model in arguments.model],
-        "pool": pool.scan().fingerprint,
+        "pool": session.read(pool).fingerprint,
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -163,7 +166,7 @@ def finetune(arguments: Namespace) -> dict[str, Any]:
     session, pool = _session(arguments), _pool(arguments.data, arguments, "data")
     tests = _tasks(arguments.validation, arguments)
     output = _new_folder(arguments.output)
-    pool.scan()
+    session.read(pool)
     examples = list(pool)
     record = _single(
         session,
@@ -224,10 +227,10 @@ def _influence(arguments: Namespace) -> InfluenceSection:
 
 
 def _sample(pool: Pool, session: Session, name: str, size: int | None) -> list[Any]:
-    total = pool.scan().rows
+    total = session.read(pool).rows
     if size is None:
-        return list(pool)
-    if size > total:
+        size = min(PROBE_SIZE, total)
+    elif size > total:
         session.reporter.warn(f"{name}: {size} examples asked for, the files hold only {total}; all are used")
     return pool.take(draw_rows(name, session.seed, total, size))
 

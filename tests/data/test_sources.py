@@ -392,4 +392,4 @@ def test_rows_with_other_ids_than_expected_are_not_written(tmp_path):
 def test_scanning_says_how_far_it_is():
     seen = []
     Pool([{"text": "a"} for _ in range(2500)]).scan(seen.append)
-    assert seen == [1000, 1000]
+    assert seen == [1000, 1000, 500]

@@ -228,6 +228,8 @@ class Pool:
                 digest.update(json.dumps(record.data, sort_keys=True, default=str).encode() + b"\n")
 
         rows = len(hashes)
+        if progress is not None:
+            progress(rows % _PROGRESS_ROWS)
         files = tuple(reader.file for reader in self._readers if reader.file is not None)
         if bad and self.on_bad_row == "stop":
             more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""
