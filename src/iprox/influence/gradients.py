@@ -68,7 +68,8 @@ def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
     """‖G(z)‖² for every example of a batch, without G where that is cheaper. Returns [B].
 
     ‖Σ_t δ_t h_tᵀ‖² = Σ_{s,t} (δ_s·δ_t)(h_s·h_t): two Gram matrices, 2L²(m+n) FLOPs an example, against 2Lmn for
-    G itself; short examples (L < mn/(m+n)) take the first way, long ones the second, one example at a time.
+    G itself; short examples (L < mn/(m+n)) take the first way, long ones the second, a few examples at a time.
+    Products are in the inputs' dtype, sums in float32 or better.
 
     Args:
         h: inputs [B, L, n].
@@ -76,10 +77,15 @@ def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
         bias: whether the layer has one (adds ‖Σ_t δ_t‖²).
     """
     dtype = accumulation_dtype(h)
-    h, delta = h.to(dtype), delta.to(dtype)
-    length, n, m = h.shape[1], h.shape[2], delta.shape[2]
+    count, length, n = h.shape
+    m = delta.shape[2]
     if length * (m + n) < m * n:
-        norms = ((h @ h.mT) * (delta @ delta.mT)).sum((1, 2))
+        norms = ((h @ h.mT) * (delta @ delta.mT)).sum((1, 2), dtype=dtype)
     else:
-        norms = torch.stack([(d.mT @ x).square().sum() for x, d in zip(h, delta, strict=True)])
-    return norms + delta.sum(1).square().sum(-1) if bias else norms
+        at_once = max(1, count * length * max(m, n) // (m * n))  # no more numbers than the inputs themselves
+        parts = [
+            torch.linalg.vector_norm(d.mT @ x, dim=(1, 2), dtype=dtype).square()
+            for x, d in zip(h.split(at_once), delta.split(at_once), strict=True)
+        ]
+        norms = torch.cat(parts)
+    return norms + delta.sum(1, dtype=dtype).square().sum(-1) if bias else norms
