@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
 import json
 import logging
 import os
@@ -15,6 +14,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import datasets
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+from iprox import commands as run_commands
+from iprox import stage_commands
 from iprox.errors import InputError
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -37,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     arguments.started_as = shlex.join(["iprox", *given])
     try:
-        _quieten_libraries()
-        # After parsing: --help and usage errors should not wait for the seconds that torch and transformers take.
-        module = importlib.import_module(f"iprox.{arguments.module}")
-        result = getattr(module, arguments.command)(arguments)
+        _quieten_libraries(arguments.quiet)
+        result = arguments.run(arguments)
     except (InputError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -75,14 +78,14 @@ def _disk_is_full(error: Exception) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _quieten_libraries() -> None:
-    """Our own progress is enough; errors of the libraries still come through.
-
-    By environment, because importing the libraries to tell them would cost every command seconds.
-    """
+def _quieten_libraries(quiet: bool) -> None:
+    """Our own progress is enough; errors of the libraries still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    if not quiet:
+        enable_progress_bars()  # of the hub, which transformers switched off with its own: gigabytes are worth a bar
+    transformers_logging.set_verbosity_error()
     for name in ("iprox", "trl"):  # what iprox logs for users of its API, the command line reports itself
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
@@ -132,7 +135,8 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole_runs = ("quickstart", "run", "plan", "report")
-    parser.set_defaults(command=name, module="commands" if name in whole_runs else "stage_commands")
+    module = run_commands if name in whole_runs else stage_commands
+    parser.set_defaults(command=name, run=getattr(module, name))
     common = parser.add_argument_group("options of every command")
     common.add_argument("--seed", type=int, default=None, help="seed of every draw and order (default 0)")
     common.add_argument(

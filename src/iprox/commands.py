@@ -1,7 +1,4 @@
-"""The commands for whole runs; each returns plain data for `--json`.
-
-Nothing heavy is imported before the recipe is read, so that a fault in it is said at once.
-"""
+"""The commands for whole runs; each returns plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -10,10 +7,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from iprox import summary
 from iprox.errors import InputError
+from iprox.pipeline import run_recipe
+from iprox.planning import measured_gemm_rate, plan_recipe
 from iprox.progress import Reporter
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import STAGES, Recipe, load_recipe
+from iprox.report import build_report
+from iprox.session import Session
 
 # The recipe keys that the options of every command stand for.
 COMMON_OPTIONS = {
@@ -41,12 +43,9 @@ def run(arguments: Namespace) -> dict[str, Any]:
 def plan(arguments: Namespace) -> dict[str, Any]:
     """`iprox plan`."""
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *_common_overrides(arguments)]).resolved()
-    from iprox import planning, summary
-    from iprox.session import Session
-
     session = Session.of_recipe(recipe, Reporter(arguments.quiet))
-    rate = arguments.tflops * 1e12 if arguments.tflops else planning.measured_gemm_rate(session.device, session.dtype)
-    planned = planning.plan_recipe(recipe, session, rate)
+    rate = arguments.tflops * 1e12 if arguments.tflops else measured_gemm_rate(session.device, session.dtype)
+    planned = plan_recipe(recipe, session, rate)
     if not arguments.json:
         summary.print_plan(planned)
     return planned
@@ -54,8 +53,6 @@ def plan(arguments: Namespace) -> dict[str, Any]:
 
 def report(arguments: Namespace) -> dict[str, Any]:
     """`iprox report`."""
-    from iprox.report import build_report
-
     path = build_report(Path(arguments.run_dir))
     if not arguments.json:
         print(path)
@@ -63,9 +60,6 @@ def report(arguments: Namespace) -> dict[str, Any]:
 
 
 def _run(recipe: Recipe, arguments: Namespace, stop_after: str | None) -> dict[str, Any]:
-    from iprox import summary
-    from iprox.pipeline import run_recipe
-
     done = run_recipe(
         recipe,
         reporter=Reporter(arguments.quiet),

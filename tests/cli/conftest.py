@@ -139,7 +139,7 @@ def copied(finished: Place, tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_bars_of_libraries() -> None:
-    """As in a process of its own, where the command line says so before the libraries are imported."""
+    """As the command line has it, also for what the tests themselves load."""
     disable_progress_bar()
 
 

@@ -1,0 +1,18 @@
+"""Scoring on Ray workers gives the scores of scoring here (to rounding: a worker may use other threads)."""
+
+import numpy as np
+import pytest
+
+from iprox.influence.scores import read_scores, score_matrix
+
+pytest.importorskip("ray", reason="the ray extra is not installed")
+
+
+def test_a_run_on_ray_scores_the_same(copied):
+    before = read_scores(copied.output)
+    (copied.output / "scores.parquet").unlink()
+    assert copied.run("--set", "engine.ray.workers=1") == 0
+    after = read_scores(copied.output)
+    assert after["id"].equals(before["id"])
+    scale = np.nanstd(score_matrix(before), axis=0)
+    np.testing.assert_allclose(score_matrix(after) / scale, score_matrix(before) / scale, atol=1e-3)
