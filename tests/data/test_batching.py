@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iprox.data import IGNORE, Encoded, collate, iter_batches, token_budget_batches
+from iprox.data import IGNORE, Encoded, collate, example_batches, iter_batches, token_budget_batches
 from iprox.errors import InputError
 
 
@@ -71,3 +71,15 @@ def test_a_lone_first_token_has_no_prediction():
     assert encoded(1).supervised == 0
     assert encoded(4, 4).supervised == 3
     assert list(iter_batches([encoded(1)], 10, 0)) == []
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 8), st.integers(10, 200))
+def test_example_batches_hold_so_many_examples_unless_they_are_long(lengths, size, budget):
+    rows = [encoded(n) for n in lengths]
+    batches = list(example_batches(rows, size, 0, budget))
+    assert sorted(i for batch in batches for i in batch.indices) == list(range(len(rows)))
+    for batch in batches[:-1]:
+        assert len(batch.indices) <= size
+        assert batch.input_ids.numel() <= budget or len(batch.indices) == 1
+    unlimited = [len(batch.indices) for batch in example_batches(rows, size, 0)]
+    assert all(count == size for count in unlimited[:-1])

@@ -107,7 +107,9 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> 
         yield collate(encoded, [kept[position] for position in batch], pad_id)
 
 
-def example_batches(encoded: Sequence[Encoded], batch_size: int, pad_id: int) -> Iterator[Batch]:
+def example_batches(
+    encoded: Sequence[Encoded], batch_size: int, pad_id: int, batch_tokens: int | None = None
+) -> Iterator[Batch]:
     """Yield all examples that have a supervised token, in length-sorted batches of `batch_size` examples.
 
     For training, where the number of examples a step matters; `iter_batches` is for everything else.
@@ -116,11 +118,17 @@ def example_batches(encoded: Sequence[Encoded], batch_size: int, pad_id: int) ->
         encoded: Examples; those with no supervised token are left out.
         batch_size: Examples a batch; the last batch holds the rest.
         pad_id: Token id that fills the padding.
+        batch_tokens: Largest rows × longest row; where examples are long, batches hold fewer. None: no limit.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     kept.sort(key=lambda index: -len(encoded[index].input_ids))
-    for start in range(0, len(kept), batch_size):
-        yield collate(encoded, kept[start : start + batch_size], pad_id)
+    start = 0
+    while start < len(kept):
+        size = batch_size
+        if batch_tokens is not None:
+            size = min(size, max(1, batch_tokens // len(encoded[kept[start]].input_ids)))
+        yield collate(encoded, kept[start : start + size], pad_id)
+        start += size
 
 
 def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
