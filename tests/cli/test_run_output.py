@@ -137,7 +137,8 @@ def test_progress_goes_to_standard_error_and_the_summary_to_standard_output(copi
     done = subprocess.run(command_line(copied), capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     progress = done.stderr.splitlines()
-    assert progress[1] == "✓ warmup: done already"
+    assert progress[1].startswith("read: 200 rows, ")
+    assert progress[2] == "✓ warmup: done already"
     assert "score: 200 rows" in progress
     assert any(line.startswith("score: 200/200 rows, ") and line.endswith("done") for line in progress)
     assert "\x1b" not in done.stderr + done.stdout
