@@ -14,9 +14,9 @@ from iprox.models.loading import skeleton
 from iprox.recipe import Recipe
 from iprox.session import Session, encode_validation, share, tokens_of
 
-# Share of the machine's GEMM rate that a stage reaches; benchmarks/ measures it. Attention, norms, activations,
-# padding and Python take the rest.
-EFFICIENCY = 0.4
+# Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
+# 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
+EFFICIENCY = 0.25
 SAMPLE = 512
 
 

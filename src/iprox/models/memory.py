@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-# Batches between two calls of `release_memory` in a loop. Measured on the quickstart: every batch costs 20 %, every
-# eighth nothing, and the peak grows with the number between.
+# Batches between two calls of `release_memory` in a loop. Calling it after every batch costs time on a tiny model, and
+# the peak grows with the number between.
 RELEASE_EVERY = 4
 
 
