@@ -14,6 +14,7 @@ crowd out the others (`--normalise none` shows it).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -61,9 +62,9 @@ def main() -> None:
         arguments.pool = [str(part)]
     tests = {task: str(arguments.targets / f"{task}.test.jsonl") for task in arguments.tasks}
     reporter = Reporter()
-    scores = read_scores(arguments.scores or make_scores(arguments, reporter))
     pool = Pool(arguments.pool)
-    count = round(arguments.fraction * pool.scan().rows)
+    total = pool.scan().rows
+    count = round(arguments.fraction * total)
     settings = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
 
     def losses(name: str, rows: list[int], seed: int, tasks: list[str]) -> dict[str, float]:
@@ -81,13 +82,17 @@ def main() -> None:
         write_json(cell, after)
         return after
 
+    # The random shares need no scores, so they come first.
+    drawn = [
+        losses("random", draw_rows("random", seed, total, count), seed, arguments.tasks)
+        for seed in range(arguments.seeds)
+    ]
+    scores = read_scores(arguments.scores or make_scores(arguments, reporter))
     table: dict[str, dict[str, list[float]]] = {task: {"selected": [], "random": []} for task in arguments.tasks}
-    for seed in range(arguments.seeds):
-        random_losses = losses("random", draw_rows("random", seed, scores.num_rows, count), seed, arguments.tasks)
-        for task in arguments.tasks:
-            influence = scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False)
-            table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed, [task])[task])
-            table[task]["random"].append(random_losses[task])
+    for seed, task in itertools.product(range(arguments.seeds), arguments.tasks):
+        influence = scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False)
+        table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed, [task])[task])
+        table[task]["random"].append(drawn[seed][task])
 
     write_json(
         arguments.output,
@@ -99,12 +104,12 @@ def main() -> None:
     )
     print(f"{'task':<15}{'selected':>18}{'random':>18}{'difference':>12}  lower in")
     for task, entry in table.items():
-        chosen, drawn = np.array(entry["selected"]), np.array(entry["random"])
-        wins = int((chosen < drawn).sum())
+        chosen, plain = np.array(entry["selected"]), np.array(entry["random"])
+        wins = int((chosen < plain).sum())
         print(
             f"{task:<15}{chosen.mean():>9.4f} ± {chosen.std(ddof=min(1, len(chosen) - 1)):.4f}"
-            f"{drawn.mean():>9.4f} ± {drawn.std(ddof=min(1, len(drawn) - 1)):.4f}"
-            f"{(chosen - drawn).mean():>12.4f}  {wins} of {len(chosen)} seeds"
+            f"{plain.mean():>9.4f} ± {plain.std(ddof=min(1, len(plain) - 1)):.4f}"
+            f"{(chosen - plain).mean():>12.4f}  {wins} of {len(chosen)} seeds"
         )
 
 
