@@ -17,16 +17,20 @@ from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
-from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient
+from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import ScoringSettings, build_scorer, score_windows
+from iprox.influence.scoring import QUERY_NORM, Query, ScoringSettings, build_scorer, score_windows
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
-from iprox.models.layers import GradientSpace
+from iprox.models.layers import GradientSpace, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy.align import AlignmentHistory
 from iprox.proxy.align import align as align_factors
-from iprox.proxy.compress import Method, RankRule, derive_proxy
+from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
+from iprox.proxy.factorise import FactorSettings, RankRule
+from iprox.proxy.methods import PROBED, Ridge
+from iprox.proxy.moments import Labels, MomentSettings, Tokens
+from iprox.proxy.size import Size
 from iprox.selection.strategies import select_rows
 
 # A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
@@ -35,24 +39,41 @@ Examples = Any
 
 def compress(
     model: PreTrainedModel,
-    probe: Examples,
+    probe: Examples = (),
     *,
-    sparsity: float,
+    sparsity: float | None = None,
+    parameters: int | None = None,
+    flops: float | None = None,
     method: Method = "ipsvd",
     ranks: RankRule = "global",
+    ridge: Ridge = "auto",
+    other: PreTrainedModel | None = None,
+    labels: Labels = "data",
+    tokens: Tokens = "all",
+    seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
     batch_tokens: int = 4096,
     loss_fn: LossFn = causal_lm_losses,
 ) -> PreTrainedModel:
-    """Derive a low-rank proxy from a model (stage 1). The model is left as it was.
+    """Derive a proxy from a model (stage 1). The model is left as it was.
+
+    Give exactly one of `sparsity`, `parameters` and `flops` (none with `off-the-shelf`).
 
     Args:
         model: the target.
-        probe: examples that second moments are measured on.
+        probe: examples that second moments are measured on; `svd`, `random`, `layers` and `off-the-shelf` need none.
         sparsity: share of the linear parameters to remove, in (0, 1).
-        method: `ipsvd` or `svd`.
+        parameters: of the whole proxy, embeddings and head included.
+        flops: of a token's forward pass, as a share of the target's, in (0, 1).
+        method: `ipsvd`, or a baseline: `svd`, `svd-llm`, `asvd`, `fwsvd`, `random`, `layers` (the first few decoder
+            layers), `off-the-shelf` (`other` as it is).
         ranks: `global` or `uniform`.
+        ridge: share of the mean eigenvalue added to the moments, or `auto` (Ledoit and Wolf).
+        other: the proxy itself, for `off-the-shelf`.
+        labels: `data`, or `sampled` from the model (true Fisher).
+        tokens: probe tokens that count, `all` or `supervised`.
+        seed: of sampled labels and random factors.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
@@ -64,11 +85,16 @@ def compress(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    reader = _Reader(model, tokenizer, max_length, batch_tokens)
-    proxy, _ = derive_proxy(
-        model, reader.batches(probe, "probe"), sparsity=sparsity, method=method, ranks=ranks, loss_fn=loss_fn
-    )
-    return proxy
+    if (method == "off-the-shelf") != (other is not None):
+        raise InputError("method='off-the-shelf' takes other=, the model to use as the proxy; no other method does")
+    if other is not None:
+        return adopt(model, other)[0]
+    size = Size(sparsity, parameters, flops)
+    if method == "layers":
+        return extract_layers(model, size)[0]
+    settings = FactorSettings(method, ranks, ridge, MomentSettings(labels, tokens, seed=seed), seed=seed)  # pyright: ignore
+    batches = _Reader(model, tokenizer, max_length, batch_tokens).batches(probe, "probe") if method in PROBED else []
+    return derive_proxy(model, batches, size, settings, loss_fn=loss_fn)[0]
 
 
 def align(
@@ -126,7 +152,9 @@ def score(
     validation: Mapping[str, Examples],
     *,
     estimator: str = "tracin",
-    gradient: GradientSpace = "factors",
+    target: nn.Module | None = None,
+    gradient: GradientSpace = "weight",
+    query_norm: float = QUERY_NORM,
     normalise: Normalise = "none",
     aggregate: Aggregate = "standardised",
     learning_rates: Sequence[float] | None = None,
@@ -142,7 +170,10 @@ def score(
         pool: candidates.
         validation: validation examples by task.
         estimator: `tracin`.
+        target: the target of a proxy: validation gradients are then taken on it, which is more faithful and costs next
+            to nothing, as they are few. None takes them on `model`.
         gradient: of a proxy: `factors` or `weight`.
+        query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
         normalise: `none` or `cosine`.
         aggregate: how `influence` is made of several tasks (see `iprox.influence.scoring.ScoringSettings`).
         learning_rates: one a checkpoint; 1 for a single model if None.
@@ -166,15 +197,17 @@ def score(
         learning_rates = [1.0]
     if len(learning_rates) != len(models):
         raise InputError(f"{len(models)} models but {len(learning_rates)} learning rates")
-    settings = ScoringSettings(gradient, normalise, aggregate, batch_tokens)
+    if target is not None and len(models) > 1:
+        raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
+    settings = ScoringSettings(gradient, normalise, aggregate, query_norm, batch_tokens)
     tables = []
     for checkpoint in models:
         if isinstance(pool, DataLoader):
-            tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn))
+            tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target))
             continue
         reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
         encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
-        scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn)
+        scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target)
         source = reader.pool(pool, "pool")
         source.scan()
         parts = score_windows(scorer, source, reader.encoder, 0, settings)
@@ -199,7 +232,13 @@ def select(
 
 
 def audit(
-    model: nn.Module, proxy: nn.Module, sample: Examples, validation: Mapping[str, Examples], **settings: Any
+    model: nn.Module,
+    proxy: nn.Module,
+    sample: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    query: Query = "target",
+    **settings: Any,
 ) -> AuditReport:
     """How faithfully a proxy ranks a sample: its scores against the target's.
 
@@ -208,9 +247,13 @@ def audit(
         proxy: its proxy.
         sample: examples to compare on.
         validation: validation examples by task.
+        query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
+            are not factorised take their own.
         **settings: as for `score`.
     """
-    return compare_scores(score(proxy, sample, validation, **settings), score(model, sample, validation, **settings))
+    target = model if query == "target" and low_rank_layers(proxy) else None
+    on_proxy = score(proxy, sample, validation, target=target, **settings)
+    return compare_scores(on_proxy, score(model, sample, validation, **settings))
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -265,10 +308,21 @@ def _score_batches(
     validation: Mapping[str, DataLoader],
     settings: ScoringSettings,
     loss_fn: LossFn,
+    target: nn.Module | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
-    queries = {task: mean_gradient(model, loader, settings.gradient, loss_fn)[0] for task, loader in validation.items()}
-    scorer = BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
+    source, space = (model, settings.gradient) if target is None else (target, "weight")
+    queries = {task: mean_gradient(source, loader, space, loss_fn)[0] for task, loader in validation.items()}
+    if target is not None:
+        queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
+    scorer = BatchScorer(
+        model,
+        queries,
+        gradient=settings.gradient,
+        normalise=settings.normalise,
+        keep=settings.query_norm,
+        loss_fn=loss_fn,
+    )
     scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
     count = len(scores)
     return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

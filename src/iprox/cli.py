@@ -170,6 +170,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _number_or_auto(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def _add_quickstart(commands: Any) -> None:
     parser = _command(
         commands,
@@ -245,11 +249,32 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="hub id or folder")
     parser.add_argument("--probe", required=True, nargs="+", metavar="FILE", help="what moments are measured on")
     parser.add_argument("--output", required=True, help="folder for the proxy")
-    parser.add_argument(
-        "--sparsity", type=float, required=True, help="share of the linear parameters to remove, in (0, 1)"
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--sparsity", type=float, help="share of the linear parameters to remove, in (0, 1) (default 0.7)"
     )
-    parser.add_argument("--method", choices=("ipsvd", "svd"), default="ipsvd", help="default ipsvd")
+    size.add_argument("--parameters", type=_positive, help="parameters of the whole proxy, embeddings included")
+    size.add_argument("--flops", type=float, help="FLOPs per token as a share of the target's, in (0, 1)")
+    parser.add_argument(
+        "--method",
+        choices=("ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"),
+        default="ipsvd",
+        help="default ipsvd; the others are baselines",
+    )
+    parser.add_argument("--proxy-model", metavar="MODEL", help="the proxy itself, with --method off-the-shelf")
     parser.add_argument("--ranks", choices=("global", "uniform"), default="global", help="default global")
+    parser.add_argument(
+        "--ridge", type=_number_or_auto, default="auto", help="share of the mean eigenvalue (default auto: Ledoit-Wolf)"
+    )
+    parser.add_argument(
+        "--probe-labels",
+        choices=("data", "sampled"),
+        default="data",
+        help="labels whose gradients count: the data's (default), or sampled from the model (true Fisher)",
+    )
+    parser.add_argument(
+        "--probe-tokens", choices=("all", "supervised"), default="all", help="tokens that count (default all)"
+    )
     parser.add_argument("--probe-size", type=_positive, help="random sample of this many examples (default 512)")
     _reading_options(parser)
 
@@ -288,6 +313,7 @@ def _add_score(commands: Any) -> None:
         nargs="+",
         help="learning rate of each checkpoint (default: from the checkpoints.json beside them)",
     )
+    parser.add_argument("--target", help="target of a proxy, for its validation gradients (default: the one it names)")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--output", required=True, help="folder for scores.parquet")
@@ -301,7 +327,20 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
         "--gradient",
         choices=("factors", "weight"),
         default=None,
-        help="of a proxy: its factors' gradients, or those of its layers as if dense",
+        help="of a proxy: those of its layers as if dense (weight, default), or of its factors",
+    )
+    parser.add_argument(
+        "--query",
+        choices=("target", "proxy"),
+        default="target",
+        help="where a proxy's validation gradients are taken: on its target (default; a few examples, more faithful) "
+        "or on the proxy itself",
+    )
+    parser.add_argument(
+        "--query-norm",
+        type=float,
+        default=None,
+        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.95)",
     )
     parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
     parser.add_argument(

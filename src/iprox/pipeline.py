@@ -292,7 +292,8 @@ def _compress(run: Run, context: _Context) -> None:
 
 
 def _align(run: Run, context: _Context) -> None:
-    settings = run.recipe.proxy and run.recipe.proxy.align
+    proxy = run.recipe.proxy
+    settings = proxy and proxy.factorised and proxy.align
     if not settings:
         return
     rows = _draw(run, "align", share(run.total, settings.fraction))
@@ -333,8 +334,14 @@ def _audit(run: Run, context: _Context) -> None:
 
 
 def _score(run: Run, context: _Context) -> None:
-    models = context.proxies or [path for path, _ in context.targets]
-    rated = [(model, rate) for model, (_, rate) in zip(models, context.targets, strict=True)]
+    proxy = run.recipe.proxy
+    from_target = proxy and proxy.factorised and run.recipe.influence.query == "target"
+    models = [
+        stages.ScoredModel(model, rate, path if from_target else None)
+        for model, (path, rate) in zip(
+            context.proxies or [path for path, _ in context.targets], context.targets, strict=True
+        )
+    ]
     identity = {"inputs": run.record["identity"], "stages": key_of([_common(run), context.keys])}
     chosen = run.recipe.engine
     # Where windows are scored does not change the scores, so the engine is in no key.
@@ -344,7 +351,7 @@ def _score(run: Run, context: _Context) -> None:
         [_common(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
         [run.folder.scores],
         lambda: stages.score(
-            run.session, rated, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
+            run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )
     _cost(run)
@@ -354,9 +361,10 @@ def _cost(run: Run) -> None:
     """What scoring cost on the proxy, and what it would have cost on the target, with all construction counted."""
     entry = run.record["stages"]["score"]
     target = skeleton(run.recipe.model, trust_remote_code=run.recipe.trust_remote_code)
-    gradient = run.recipe.influence.gradient
+    checkpoints = entry["checkpoints"]
+    # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank.
     on_target = flops.scoring_flops(
-        target, entry["tokens"], entry["supervised"] * entry["checkpoints"], len(entry["tasks"]), gradient
+        target, entry["tokens"], entry["supervised"] * checkpoints, entry["contraction_flops"] * checkpoints
     )
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {

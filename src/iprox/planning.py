@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from iprox.data import Pool
 from iprox.models import flops
 from iprox.models.loading import skeleton
+from iprox.proxy.size import Size
 from iprox.recipe import Recipe
 from iprox.session import Session, encode_validation, share, tokens_of
 
@@ -18,6 +20,8 @@ from iprox.session import Session, encode_validation, share, tokens_of
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
 EFFICIENCY = 0.25
 SAMPLE = 512
+# What low-rank validation gradients cost beside whole ones: an estimate, their ranks are known only once they are made.
+LOW_RANK_QUERY = 0.25
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -38,6 +42,17 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float 
         wait()
         count += 1
     return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / (time.perf_counter() - started)
+
+
+def kept_share(recipe: Recipe, model: PreTrainedModel) -> float:
+    """Share of the target's linear parameters that the proxy of a recipe keeps."""
+    settings = recipe.proxy
+    assert settings
+    if settings.method == "off-the-shelf":
+        other = skeleton(str(settings.model), trust_remote_code=recipe.trust_remote_code)
+        return flops.forward_flops(other) / flops.forward_flops(model)
+    dense = flops.linear_parameters(model)
+    return Size(settings.sparsity, settings.parameters, settings.flops).budget(model, dense) / dense
 
 
 def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]:
@@ -65,8 +80,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     encode_validation(encoder, validation)
     step = max(1, total // SAMPLE)
     tokens, supervised = tokens_of(encoder.encode(pool.take(range(0, total, step))))
-    read = len(range(0, total, step))
-    mean, mean_supervised = tokens / read, supervised / read
+    sampled = len(range(0, total, step))
+    mean, mean_supervised = tokens / sampled, supervised / sampled
     model = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
     tasks = len(recipe.data.validation)
     parameters = sum(p.numel() for p in model.parameters())
@@ -93,25 +108,27 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
         add("warmup", rows, cost, 16 * parameters + 2 * activations)  # weights, gradients, Adam's two, in float32
     scored = total * checkpoints
-    on_target = flops.scoring_flops(model, round(scored * mean), round(scored * mean_supervised), tasks, gradient)
+    whole = tasks * flops.contraction_flops(model, gradient)
+    contraction = whole * (1 if recipe.influence.query_norm == 1 else LOW_RANK_QUERY)
+    read = round(scored * mean), round(scored * mean_supervised)
+    on_target = flops.scoring_flops(model, *read, read[0] * contraction)
     kept = 1.0
     construction = 0.0
     if recipe.proxy:
-        kept = 1 - recipe.proxy.sparsity
+        kept = kept_share(recipe, model)
         rows = checkpoints * share(total, recipe.proxy.probe.fraction)
         cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
         construction += cost
         add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
-        if recipe.proxy.align:
+        if recipe.proxy.factorised and recipe.proxy.align:
             rows = checkpoints * recipe.proxy.align.epochs * share(total, recipe.proxy.align.fraction)
             per_token = (3 + 8 * kept) * flops.forward_flops(model)
             cost = rows * (mean * per_token + mean_supervised * 8 * flops.head_flops(model))
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
-        contraction = flops.contraction_flops(model, gradient) * (kept if gradient == "factors" else 1)
-    else:
-        contraction = flops.contraction_flops(model, gradient)
-    per_token = 2 * kept * flops.forward_flops(model) + tasks * contraction
+        if gradient == "factors":
+            contraction *= kept
+    per_token = 2 * kept * flops.forward_flops(model) + contraction
     per_row = mean * per_token + mean_supervised * 2 * flops.head_flops(model)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,6 +14,10 @@ from iprox.errors import InputError
 
 # In the order they are done.
 STAGES = ("data", "warmup", "compress", "align", "audit", "score", "select", "finetune", "report")
+
+
+# How large a proxy may be, in the order they are documented.
+SIZES = ("sparsity", "parameters", "flops")
 
 
 class _Section(BaseModel):
@@ -45,9 +49,15 @@ class WarmupSection(_Section):
 
 
 class ProbeSection(_Section):
-    """Share of the pool that second moments are measured on; at least 64 examples."""
+    """What second moments are measured on: a share of the pool, at least 64 examples.
+
+    `labels` are those of the data, or `sampled` from the model (true Fisher); `tokens` all, or only those at which a
+    supervised token is predicted.
+    """
 
     fraction: float = Field(0.001, gt=0, le=1)
+    labels: Literal["data", "sampled"] = "data"
+    tokens: Literal["all", "supervised"] = "all"
 
 
 class AlignSection(_Section):
@@ -62,20 +72,51 @@ class AlignSection(_Section):
 
 
 class ProxySection(_Section):
-    """How the proxy is made."""
+    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`."""
 
-    method: Literal["ipsvd", "svd"] = "ipsvd"
-    sparsity: float = Field(0.7, gt=0, lt=1)
+    method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    parameters: int | None = Field(None, ge=1)
+    flops: float | None = Field(None, gt=0, lt=1)
+    model: str | None = None
     ranks: Literal["global", "uniform"] = "global"
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
     align: AlignSection | Literal[False] = AlignSection()  # pyright: ignore[reportCallIssue]
 
+    @model_validator(mode="after")
+    def _one_size(self) -> ProxySection:
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if self.method == "off-the-shelf":
+            if self.model is None or given:
+                raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
+            return self
+        if self.model is not None:
+            raise ValueError("`model` goes with the method off-the-shelf only")
+        if len(given) > 1:
+            raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "sparsity", 0.7)
+        return self
+
+    @property
+    def factorised(self) -> bool:
+        """Whether the proxy has low-rank factors, which is what alignment tunes."""
+        return self.method not in ("layers", "off-the-shelf")
+
 
 class InfluenceSection(_Section):
-    """What is scored, and at which of the warm-up's checkpoints."""
+    """What is scored, and at which of the warm-up's checkpoints.
+
+    `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
+    examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
+    are made low-rank; 1 keeps them whole.
+    """
 
     estimator: Literal["tracin"] = "tracin"
-    gradient: Literal["factors", "weight"] = "factors"
+    gradient: Literal["factors", "weight"] = "weight"
+    query: Literal["target", "proxy"] = "target"
+    query_norm: float = Field(0.95, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "none"
     aggregate: Literal["standardised", "mean"] = "standardised"
     checkpoints: Literal["last", "all"] = "last"
@@ -132,7 +173,7 @@ class Recipe(_Section):
     data: DataSection
     warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
     proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
-    influence: InfluenceSection = InfluenceSection()
+    influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
     select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
     audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
     finetune: FinetuneSection | Literal[False] = False
@@ -149,6 +190,8 @@ class Recipe(_Section):
         copy = self.model_copy(deep=True)
         if Path(copy.model).exists():
             copy.model = str(Path(copy.model).resolve())
+        if copy.proxy and copy.proxy.model and Path(copy.proxy.model).exists():
+            copy.proxy.model = str(Path(copy.proxy.model).resolve())
         template = copy.data.chat_template
         if template and len(template) < 4096 and Path(template).is_file():
             copy.data.chat_template = str(Path(template).resolve())

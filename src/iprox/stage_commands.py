@@ -14,13 +14,15 @@ from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import checkpoint_fingerprint, stored_dtype
+from iprox.models.loading import checkpoint_fingerprint, load_config, model_fingerprint, stored_dtype
 from iprox.progress import Reporter
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
+    SIZES,
     AlignSection,
     FinetuneSection,
     InfluenceSection,
+    ProbeSection,
     ProxySection,
     SelectSection,
     WarmupSection,
@@ -60,7 +62,11 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
 def compress(arguments: Namespace) -> dict[str, Any]:
     """`iprox compress`."""
     settings = validate_section(
-        ProxySection, sparsity=arguments.sparsity, method=arguments.method, ranks=arguments.ranks
+        ProxySection,
+        **{name: getattr(arguments, name) for name in (*SIZES, "method", "ranks")},
+        ridge=arguments.ridge,
+        model=arguments.proxy_model,
+        probe=validate_section(ProbeSection, labels=arguments.probe_labels, tokens=arguments.probe_tokens),
     )
     session, pool = _session(arguments), _pool(arguments.probe, arguments, "probe")
     output = _new_folder(arguments.output)
@@ -110,7 +116,12 @@ def score(arguments: Namespace) -> dict[str, Any]:
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
-    models = list(zip(arguments.model, rates, strict=True))
+    targets = [_query_target(model, arguments, settings, session) for model in arguments.model]
+    identity["targets"] = [target and checkpoint_fingerprint(target) for target in targets]
+    models = [
+        stages.ScoredModel(model, rate, target)
+        for model, rate, target in zip(arguments.model, rates, targets, strict=True)
+    ]
     return _single(
         session,
         "score",
@@ -222,8 +233,43 @@ def _tasks(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
 
 
 def _influence(arguments: Namespace) -> InfluenceSection:
-    given = {name: getattr(arguments, name) for name in ("estimator", "gradient", "normalise", "aggregate")}
+    names = ("estimator", "gradient", "query", "query_norm", "normalise", "aggregate")
+    given = {name: getattr(arguments, name) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
+
+
+def _query_target(model: str, arguments: Namespace, settings: InfluenceSection, session: Session) -> str | None:
+    """Where the validation gradients of a scored model are taken: the target, given or named by a proxy; None: on it.
+
+    A proxy whose target is not to be found is scored with its own, and that is said.
+
+    Raises:
+        InputError: --target with a model that is no factorised proxy, or the target is not the proxy's.
+    """
+    config = load_config(model, trust_remote_code=session.trust_remote_code)
+    proxy = getattr(config, "quantization_config", None) or {}
+    if proxy.get("quant_method") != "iprox" or not proxy["ranks"]:
+        if arguments.target:
+            raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
+        return None
+    if settings.query == "proxy":
+        return None
+    target = arguments.target or proxy["target"]
+    try:
+        loaded = session.model(str(target))
+    except InputError as error:
+        if arguments.target:
+            raise
+        session.reporter.warn(
+            f"the target of {model} cannot be read ({error}); validation gradients are taken on the proxy, which is "
+            "less faithful: give --target"
+        )
+        return None
+    if proxy["target_fingerprint"] not in (None, model_fingerprint(loaded)):
+        raise InputError(
+            f"{target}: is not the target of {model} (the weights differ); give the right --target, or --query proxy"
+        )
+    return str(target)
 
 
 def _sample(pool: Pool, session: Session, name: str, size: int | None) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,46 @@ import torch
 from transformers import PreTrainedModel
 
 from iprox.audit import AuditReport, compare_scores
-from iprox.data import ChatEncoder, Encoded, Example, Pool, example_batches, on_device
+from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, example_batches, on_device
 from iprox.errors import InputError
 from iprox.finetune import evaluate, save_model, train
 from iprox.influence.aggregate import combine
 from iprox.influence.scores import read_scores
-from iprox.influence.scoring import Engine, ScoringSettings, build_scorer, local_engine, score_windows
+from iprox.influence.scoring import (
+    Engine,
+    ScoringSettings,
+    ScoringStats,
+    build_scorer,
+    local_engine,
+    score_windows,
+)
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
+from iprox.models.layers import low_rank_layers
 from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
 from iprox.proxy.align import align
-from iprox.proxy.compress import derive_proxy
+from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers
+from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.moments import MomentSettings
+from iprox.proxy.size import Size
 from iprox.recipe import AlignSection, FinetuneSection, InfluenceSection, ProxySection, SelectSection, WarmupSection
 from iprox.run_folder import read_json, write_json
 from iprox.selection import select_rows
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredModel:
+    """A checkpoint to score on: its folder, its learning rate η, and the target its validation gradients come from.
+
+    `target` is None for a model that is scored with its own.
+    """
+
+    path: str
+    learning_rate: float = 1.0
+    target: str | None = None
+
 
 # What a stage says of itself in run.json: tokens, flops, and anything particular to it.
 StageRecord = dict[str, Any]
@@ -53,30 +77,51 @@ def compress(
     tokenizer = session.tokenizer(model)
     encoded = session.encoder(tokenizer).encode(examples)
     target = session.model(model)
-    layers = len(flops.compressible_layers(target))
-    batches = session.batches(encoded, pad_id_of(tokenizer))
-    with session.reporter.bar("compress", layers, "layers") as progress:
-        proxy, report = derive_proxy(
-            target,
-            batches,
-            sparsity=settings.sparsity,
-            method=settings.method,
-            ranks=settings.ranks,
-            target=model,
-            progress=progress,
-        )
+    batches = list(session.batches(encoded, pad_id_of(tokenizer)))
+    proxy, report = make_proxy(session, target, model, batches, settings)
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", report.as_dict())
+    if report.unreached:
+        session.reporter.warn(
+            f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
+            "compressed by the plain norm; give more probe examples"
+        )
     tokens, supervised = tokens_of(encoded)
     return {
         "tokens": tokens,
-        "flops": flops.compression_flops(target, tokens, supervised),
+        "flops": report.passes * flops.compression_flops(target, tokens, supervised),
         "examples": len(examples),
         "labels": session.encoder(tokenizer).describe,
+        "method": report.method,
         "sparsity": report.achieved_sparsity,
+        "relative_flops": report.relative_flops,
         "parameters": sum(p.numel() for p in proxy.parameters()),
         "target_parameters": sum(p.numel() for p in target.parameters()),
     }
+
+
+def make_proxy(
+    session: Session, target: PreTrainedModel, name: str, batches: Sequence[Batch], settings: ProxySection
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """A proxy of a loaded target by the method that a recipe names.
+
+    Args:
+        session: how to compute.
+        target: the model.
+        name: where it was loaded from.
+        batches: the probe.
+        settings: of the recipe.
+    """
+    if settings.method == "off-the-shelf":
+        assert settings.model is not None
+        return adopt(target, session.model(settings.model), name)
+    size = Size(settings.sparsity, settings.parameters, settings.flops)
+    if settings.method == "layers":
+        return extract_layers(target, size, name)
+    moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
+    how = FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)
+    with session.reporter.bar("compress", len(flops.compressible_layers(target)), "layers") as progress:
+        return derive_proxy(target, batches, size, how, target=name, progress=progress)
 
 
 def align_proxy(
@@ -131,7 +176,7 @@ def align_proxy(
 
 def score(
     session: Session,
-    models: Sequence[tuple[str, float]],
+    models: Sequence[ScoredModel],
     pool: Pool,
     validation: Mapping[str, Pool],
     output: Path,
@@ -139,14 +184,19 @@ def score(
     identity: Mapping[str, Any],
     engine: Engine = local_engine,
 ) -> StageRecord:
-    """Score a pool at one or more checkpoints, given with their learning rates; writes `scores.parquet`."""
+    """Score a pool at one or more checkpoints; writes `scores.parquet`."""
     summary = pool.scan()
-    first = models[0][0]
+    first = models[0].path
     tokenizer = session.tokenizer(first)
     encoder = session.encoder(tokenizer)
     encoded = encode_validation(encoder, dict(validation))
     scoring = scoring_settings(session, settings)
-    checkpoints = [ScoringCheckpoint(session.loader(path), rate) for path, rate in models]
+    checkpoints = [
+        ScoringCheckpoint(
+            session.loader(model.path), model.learning_rate, session.loader(model.target) if model.target else None
+        )
+        for model in models
+    ]
     with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
         stats = score_to_file(
             checkpoints,
@@ -162,7 +212,9 @@ def score(
                 "gradient": settings.gradient,
                 "normalise": settings.normalise,
                 "aggregate": settings.aggregate,
-                "learning_rates": [rate for _, rate in models],
+                "query": "target" if models[0].target else "own",
+                "query_norm": settings.query_norm,
+                "learning_rates": [model.learning_rate for model in models],
                 "dtype": str(session.dtype).removeprefix("torch."),
                 "max_length": session.max_length,
                 "batch_tokens": session.batch_tokens,
@@ -178,7 +230,8 @@ def score(
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     return {
         "tokens": tokens,
-        "flops": flops.scoring_flops(model, tokens, supervised, len(encoded), settings.gradient),
+        "flops": flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)),
+        "query": "target" if models[0].target else "own",
         **{k: v for k, v in asdict(stats).items() if k != "tokens"},
         "pool_tokens": stats.tokens,
         "checkpoints": len(models),
@@ -219,10 +272,11 @@ def audit(
             target, proxy = session.model(target_path), session.model(proxy_path)
             check_belongs(proxy, proxy_path, target, target_path)
             for kind, model in (("target", target), ("proxy", proxy)):
-                table, stats = score_examples(session, model, examples, encoded, encoder, settings, progress)
+                query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
+                table, stats = score_examples(session, model, examples, encoded, encoder, settings, query, progress)
                 tables[kind].append(table)
-                tokens += stats[0]
-                total += flops.scoring_flops(model, *stats, len(encoded), settings.gradient)
+                tokens += stats.tokens
+                total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
     report = compare_scores(combine(tables["proxy"], rates), combine(tables["target"], rates))
     output.mkdir(parents=True, exist_ok=True)
     partial = output / "audit.parquet.partial"
@@ -232,6 +286,15 @@ def audit(
     return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
 
 
+def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
+    """Whether candidates on this model are to meet validation gradients of its target.
+
+    Only the layers of a factorised proxy stand for the target's layers one by one; those of a shorter or another
+    model do not, and take their own.
+    """
+    return settings.query == "target" and bool(low_rank_layers(proxy))
+
+
 def score_examples(
     session: Session,
     model: PreTrainedModel,
@@ -239,18 +302,32 @@ def score_examples(
     validation: Mapping[str, Sequence[Encoded]],
     encoder: ChatEncoder,
     settings: InfluenceSection,
+    target: PreTrainedModel | None = None,
     progress: Any = None,
-) -> tuple[pa.Table, tuple[int, int]]:
+) -> tuple[pa.Table, ScoringStats]:
     """Score a list of examples on one model, in memory.
 
+    Args:
+        session: how to compute.
+        model: what candidates are scored on.
+        examples: the candidates.
+        validation: encoded validation examples by task.
+        encoder: makes tokens and labels.
+        settings: how influence is scored.
+        target: where validation gradients are taken, if not on `model`.
+        progress: called with the number of rows done.
+
     Returns:
-        The scores table, and (tokens, supervised tokens) read.
+        The scores table, and what was read.
     """
     scoring = scoring_settings(session, settings)
-    scorer = build_scorer(model, validation, 0, scoring)
-    parts = list(score_windows(scorer, examples, encoder, 0, scoring, progress=progress))
-    counts = (sum(stats.tokens for _, stats in parts), sum(stats.supervised for _, stats in parts))
-    return pa.concat_tables([table for table, _ in parts]), counts
+    scorer = build_scorer(model, validation, 0, scoring, target=target)
+    total = ScoringStats()
+    tables = []
+    for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
+        tables.append(table)
+        total.add(stats)
+    return pa.concat_tables(tables), total
 
 
 def select(scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection) -> StageRecord:
@@ -305,7 +382,9 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
     """The scoring settings that a recipe and a session give."""
-    return ScoringSettings(settings.gradient, settings.normalise, settings.aggregate, session.batch_tokens)
+    return ScoringSettings(
+        settings.gradient, settings.normalise, settings.aggregate, settings.query_norm, session.batch_tokens
+    )
 
 
 def _test_losses(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, float]:

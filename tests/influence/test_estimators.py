@@ -7,6 +7,7 @@ from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
 
 CASES = {
     "tied, grouped heads": ("qwen3", {}),
@@ -63,7 +64,7 @@ def test_several_tasks_are_scored_as_each_alone(tiny):
 
 def test_factor_gradients_of_a_proxy_equal_autograd(tiny):
     pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
-    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], sparsity=0.5)
+    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     layers = influence_layers(proxy, "factors")
     query = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(validation)]).mean(0)
     rows = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(pool)])
@@ -77,7 +78,7 @@ def test_weight_gradients_of_a_proxy_are_those_of_the_dense_model_it_stands_for(
     from iprox.proxy.export import to_dense
 
     pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
-    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], sparsity=0.5)
+    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     dense = to_dense(proxy)
     gradient, _ = mean_gradient(proxy, [validation], "weight")
     scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="weight", normalise="cosine")(pool)

@@ -79,7 +79,13 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
     assert table["source"].to_pylist() == [example.source for example in pool]
     assert table["tokens"].to_pylist() == [len(text) for text in TEXTS]
     np.testing.assert_allclose(score_matrix(table), by_hand(model, validation), rtol=1e-9)
-    assert stats == ScoringStats(rows=11, unscored=1, tokens=sum(map(len, TEXTS)), supervised=stats.supervised)
+    assert stats == ScoringStats(
+        rows=11,
+        unscored=1,
+        tokens=sum(map(len, TEXTS)),
+        supervised=stats.supervised,
+        contraction_flops=stats.contraction_flops,
+    )
     assert stats.supervised == sum(len(text) - 1 for text in TEXTS if not text.startswith("nothing"))
     assert scores_metadata(table) == {"run": 1}
     assert not (tmp_path / "scores.parquet.shards").exists()

@@ -6,6 +6,7 @@ from iprox.models.layers import low_rank_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.align import align, alignment_loss, kl_divergence, schedule, target_signals
 from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def pair(tiny):
     """A target, its proxy and two batches, in float64."""
     model = tiny.model("gpt-neox")
     batches = [tiny.batch([9, 6]), tiny.batch([8, 7], seed=1)]
-    proxy, _ = derive_proxy(model, batches, sparsity=0.4)
+    proxy, _ = derive_proxy(model, batches, Size(0.4))
     return model, proxy, batches
 
 
@@ -59,12 +60,17 @@ def test_target_signals_are_the_gradient_of_the_mean_loss(pair):
 
 def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     from iprox.models.layers import compressible_layers
-    from iprox.proxy.compress import layer_spectra, with_factors
+    from iprox.proxy.factorise import with_factors
+    from iprox.proxy.ipsvd import weighted_svd
+    from iprox.proxy.spectra import SpectrumStore
 
     model, batch = tiny.model(), tiny.batch([9, 6])
     layers = compressible_layers(model)
     full = {name: min(layer.weight.shape) for name, layer in layers.items()}
-    proxy = with_factors(model, layers, layer_spectra(layers, None, 0.0), full)
+    spectra = SpectrumStore()
+    for name, layer in layers.items():
+        spectra.put(name, weighted_svd(layer.weight.detach(), None, None))
+    proxy = with_factors(model, layers, spectra, full)
     loss, gradient, kl = loss_of(proxy, model, batch)
     assert loss.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
     assert gradient.item() >= -1e-12
@@ -108,7 +114,7 @@ def test_the_same_seed_gives_the_same_factors(pair, tiny):
 def test_a_bfloat16_proxy_stays_bfloat16_and_keeps_its_rotary_frequencies(tiny):
     model = tiny.model(dtype=torch.bfloat16)
     batch = tiny.batch([9, 6])
-    proxy, _ = derive_proxy(model, [batch], sparsity=0.4)
+    proxy, _ = derive_proxy(model, [batch], Size(0.4))
     buffers = {name: buffer.clone() for name, buffer in proxy.named_buffers()}
     align(proxy, model, [batch], steps=2)
     assert {parameter.dtype for parameter in proxy.parameters()} == {torch.bfloat16}

@@ -1,11 +1,10 @@
 import itertools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.proxy.budget import LayerSpectrum, global_ranks, kept_parameters, largest_sparsity, uniform_ranks
+from iprox.proxy.budget import LayerSpectrum, global_ranks, kept_cost, least_cost, total_cost, uniform_ranks
 
 
 def random_layers(seed: int, count: int = 5, low: int = 8, high: int = 64) -> dict[str, LayerSpectrum]:
@@ -30,8 +29,8 @@ def error(layers, ranks) -> float:
 def test_global_ranks_keep_the_budget_and_spend_it(seed, sparsity):
     layers = random_layers(seed)
     dense = sum(layer.dense_cost for layer in layers.values())
-    ranks = global_ranks(layers, sparsity)
-    kept = kept_parameters(layers, ranks)
+    ranks = global_ranks(layers, (1 - sparsity) * total_cost(layers))
+    kept = kept_cost(layers, ranks)
     assert kept <= (1 - sparsity) * dense
     # What is left buys no further rank of any layer.
     for name, layer in layers.items():
@@ -53,9 +52,9 @@ def test_global_ranks_are_near_the_best_by_brute_force(seed):
     best = min(
         error(layers, ranks)
         for pair in itertools.product(*choices)
-        if kept_parameters(layers, ranks := dict(zip(layers, pair, strict=True))) <= budget
+        if kept_cost(layers, ranks := dict(zip(layers, pair, strict=True))) <= budget
     )
-    ranks = global_ranks(layers, sparsity)
+    ranks = global_ranks(layers, (1 - sparsity) * total_cost(layers))
     largest_skipped = max(
         (float(layer.singular_values[ranks[name]] ** 2) for name, layer in layers.items() if ranks[name] is not None),
         default=0.0,
@@ -67,7 +66,9 @@ def test_global_ranks_are_near_the_best_by_brute_force(seed):
 
 def test_global_beats_uniform_on_the_error_it_is_about():
     layers = random_layers(1, count=8)
-    assert error(layers, global_ranks(layers, 0.5)) < error(layers, uniform_ranks(layers, 0.5))
+    assert error(layers, global_ranks(layers, 0.5 * total_cost(layers))) < error(
+        layers, uniform_ranks(layers, 0.5 * total_cost(layers))
+    )
 
 
 def test_a_layer_whose_factors_cost_too_much_stays_dense():
@@ -76,24 +77,48 @@ def test_a_layer_whose_factors_cost_too_much_stays_dense():
         "heavy": LayerSpectrum((16, 16), np.full(16, 100.0)),
         "light": LayerSpectrum((16, 16), np.full(16, 0.01)),
     }
-    ranks = global_ranks(layers, 0.4)
+    ranks = global_ranks(layers, 0.6 * total_cost(layers))
     assert ranks["heavy"] is None
     assert ranks["light"] == 1
-    assert kept_parameters(layers, ranks) == 256 + 32
+    assert kept_cost(layers, ranks) == 256 + 32
 
 
 @given(seed=st.integers(0, 100), sparsity=st.floats(0.05, 0.7))
 @settings(max_examples=30, deadline=None)
-def test_uniform_ranks_take_the_same_share_of_every_layer(seed, sparsity):
+def test_uniform_ranks_take_the_same_share_of_every_layer_and_spend_the_budget(seed, sparsity):
     layers = random_layers(seed)
-    for name, rank in uniform_ranks(layers, sparsity).items():
+    budget = (1 - sparsity) * total_cost(layers)
+    ranks = uniform_ranks(layers, budget)
+    for name, rank in ranks.items():
         layer = layers[name]
+        exact = (1 - sparsity) * layer.dense_cost / layer.rank_cost
         assert rank is not None
-        assert rank == 1 or rank * layer.rank_cost <= (1 - sparsity) * layer.dense_cost
-        assert rank >= layer.largest_rank or (rank + 1) * layer.rank_cost > (1 - sparsity) * layer.dense_cost
+        assert 1 <= rank <= layer.largest_rank
+        assert rank == 1 or rank == layer.largest_rank or abs(rank - exact) < 1
+    if all(1 < rank < layers[name].largest_rank for name, rank in ranks.items()):
+        assert budget - max(layer.rank_cost for layer in layers.values()) < kept_cost(layers, ranks) <= budget
 
 
-def test_a_budget_below_one_rank_a_layer_is_refused():
+def test_a_jump_to_dense_is_taken_where_its_tail_is_worth_it():
+    """A square layer with a flat spectrum: at half its ranks, factors cost what it does and save half the error."""
+    layers = {
+        "flat": LayerSpectrum((16, 16), np.full(16, 1.0)),
+        "steep": LayerSpectrum((16, 16), np.logspace(0.3, -3, 16)),
+    }
+    # 256 for the flat layer dense and 3 ranks of the steep one; single ranks by σ² would not get there.
+    ranks = global_ranks(layers, 256 + 3 * 32)
+    assert ranks == {"flat": None, "steep": 3}
+
+
+def test_what_a_token_pays_counts_not_what_is_stored():
+    """Two layers alike, one of them an expert that a quarter of the tokens use: its ranks cost a quarter."""
+    values = np.logspace(0, -1, 16)
+    layers = {"all": LayerSpectrum((16, 16), values), "expert": LayerSpectrum((16, 16), values, 0.25)}
+    ranks = global_ranks(layers, 0.5 * total_cost(layers))
+    assert kept_cost(layers, ranks) <= 0.5 * total_cost(layers)
+    assert (ranks["expert"] or 16) > (ranks["all"] or 16)
+
+
+def test_the_least_is_one_rank_a_layer():
     layers = random_layers(0)
-    with pytest.raises(ValueError, match=f"{largest_sparsity(layers):.4f}"):
-        global_ranks(layers, 0.99)
+    assert kept_cost(layers, global_ranks(layers, least_cost(layers))) == least_cost(layers)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from iprox.models.layers import compressible_layers
-from iprox.models.loss import causal_lm_losses
-from iprox.proxy.moments import collect_moments
+from iprox.models.loss import causal_lm_logits, causal_lm_losses
+from iprox.proxy.moments import MomentSettings, collect_moments, sampled_labels
 
 
 def moments_by_hand(model, batch, rows):
@@ -35,24 +35,25 @@ def moments_by_hand(model, batch, rows):
 def test_moments_equal_those_taken_by_hand(tiny, family):
     model = tiny.model(family)
     batch = tiny.batch([9, 5, 7], padding=3)
-    moments, tokens = collect_moments(model, [batch])
+    moments, tokens = collect_moments(model, compressible_layers(model), [batch])
     assert tokens == 21
     for name, (inputs, gradients) in moments_by_hand(model, batch, tiny.rows).items():
-        torch.testing.assert_close(moments[name].inputs, inputs)
-        torch.testing.assert_close(moments[name].gradients, gradients)
+        torch.testing.assert_close(moments[name].inputs.matrix, inputs)
+        torch.testing.assert_close(moments[name].gradients.matrix, gradients)
 
 
 def test_batches_add_up(tiny):
     model, batch = tiny.model(), tiny.batch([9, 5, 7, 4])
-    whole, _ = collect_moments(model, [batch])
-    split, _ = collect_moments(model, tiny.rows(batch))
+    whole, _ = collect_moments(model, compressible_layers(model), [batch])
+    split, _ = collect_moments(model, compressible_layers(model), tiny.rows(batch))
     for name in whole:
-        torch.testing.assert_close(whole[name].inputs, split[name].inputs)
-        torch.testing.assert_close(whole[name].gradients, split[name].gradients)
+        torch.testing.assert_close(whole[name].inputs.matrix, split[name].inputs.matrix)
+        torch.testing.assert_close(whole[name].gradients.matrix, split[name].gradients.matrix)
 
 
 def test_layers_that_read_the_same_input_share_its_moment(tiny):
-    moments, _ = collect_moments(tiny.model(), [tiny.batch([6, 8]), tiny.batch([5, 3], seed=1)])
+    model = tiny.model()
+    moments, _ = collect_moments(model, compressible_layers(model), [tiny.batch([6, 8]), tiny.batch([5, 3], seed=1)])
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     assert moments[f"{attention}.q_proj"].inputs is moments[f"{attention}.v_proj"].inputs
     assert moments[f"{mlp}.gate_proj"].inputs is moments[f"{mlp}.up_proj"].inputs
@@ -62,7 +63,7 @@ def test_layers_that_read_the_same_input_share_its_moment(tiny):
 def test_the_model_is_left_as_it_was(tiny):
     model = tiny.model().train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    collect_moments(model, [tiny.batch([6])])
+    collect_moments(model, compressible_layers(model), [tiny.batch([6])])
     assert model.training
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad
@@ -72,7 +73,7 @@ def test_the_model_is_left_as_it_was(tiny):
 
 def test_no_probe_is_refused(tiny):
     with pytest.raises(ValueError, match="probe"):
-        collect_moments(tiny.model(), [])
+        collect_moments(model := tiny.model(), compressible_layers(model), [])
 
 
 def test_a_moment_that_is_not_finite_names_its_layer(tiny):
@@ -80,4 +81,52 @@ def test_a_moment_that_is_not_finite_names_its_layer(tiny):
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] = float("inf")
     with pytest.raises(FloatingPointError, match=r"model\.layers\.1"):
-        collect_moments(model, [tiny.batch([6])])
+        collect_moments(model, compressible_layers(model), [tiny.batch([6])])
+
+
+def test_supervised_tokens_only(tiny):
+    """The moments of the positions whose next token is supervised, and of no other."""
+    model, batch = tiny.model(), tiny.batch([9, 5, 7], padding=2)
+    layers = compressible_layers(model)
+    moments, tokens = collect_moments(model, layers, [batch], MomentSettings(tokens="supervised"))
+    assert tokens == int((batch.labels[:, 1:] != -100).sum())
+    name = "model.layers.1.mlp.up_proj"
+    kept = {}
+    handle = layers[name].register_forward_hook(lambda module, inputs, output: kept.update(h=inputs[0]))
+    with torch.no_grad():
+        model(input_ids=batch.input_ids)
+    handle.remove()
+    rows = kept["h"][:, :-1][batch.labels[:, 1:] != -100]
+    torch.testing.assert_close(moments[name].inputs.matrix, rows.mT @ rows / len(rows))
+
+
+def test_sampled_labels_are_the_models_own(tiny):
+    """At the supervised positions only, seeded, and as likely as the model says: its mean loss is its entropy."""
+    model, batch = tiny.model(), tiny.batch([40] * 30)
+    sampled = sampled_labels(model, batch, torch.Generator().manual_seed(0))
+    again = sampled_labels(model, batch, torch.Generator().manual_seed(0))
+    assert torch.equal(sampled.labels, again.labels)
+    assert torch.equal(sampled.labels == -100, batch.labels == -100)
+    with torch.no_grad():
+        logits, _, _ = causal_lm_logits(model, batch)
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+        drawn = sampled.labels[:, 1:][sampled.labels[:, 1:] != -100]
+        loss = torch.nn.functional.cross_entropy(logits, drawn)
+    assert loss.item() == pytest.approx(entropy.item(), rel=0.05)
+    layers = compressible_layers(model)
+    moments, _ = collect_moments(model, layers, [batch], MomentSettings(labels="sampled"))
+    expected, _ = collect_moments(model, layers, [sampled])
+    name = "model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(moments[name].gradients.matrix, expected[name].gradients.matrix)
+
+
+def test_settings_that_need_a_language_model_are_refused_without_one(tiny):
+    model = tiny.model()
+    with pytest.raises(ValueError, match="language model"):
+        collect_moments(
+            model,
+            compressible_layers(model),
+            [tiny.batch([6])],
+            MomentSettings(labels="sampled"),
+            lambda model, batch: causal_lm_losses(model, batch),
+        )

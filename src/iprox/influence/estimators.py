@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
-from iprox.models.layers import GradientSpace, influence_layers
+from iprox.influence.gradients import LayerGradient, squared_norms, summed_gradient
+from iprox.influence.queries import layer_query
+from iprox.models.layers import GradientSpace, influence_layers, low_rank_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 
@@ -69,18 +70,47 @@ def mean_gradient(
     return total, count
 
 
+def seen_from(gradient: ModelGradient, proxy: nn.Module, space: GradientSpace) -> ModelGradient:
+    """A target's gradient as its proxy's layers see it, so that candidates on the proxy meet the target's own query.
+
+    `weight`: the layer's gradient as it is. `factors`: by the chain rule of W = AB, ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W
+    (the bias belongs to A). Layers that the proxy does not have are left out.
+
+    Args:
+        gradient: of the target, by layer name.
+        proxy: whose layers have the target's names and shapes.
+        space: which gradient of the proxy's low-rank layers is scored.
+    """
+    seen: ModelGradient = {}
+    low_rank = low_rank_layers(proxy)
+    for name in influence_layers(proxy, "weight"):
+        part = gradient[name]
+        if name in low_rank and space == "factors":
+            A, B = (factor.weight.detach().to(part.weight.dtype) for factor in (low_rank[name].A, low_rank[name].B))
+            seen[f"{name}.A"] = LayerGradient(part.weight @ B.mT, part.bias)
+            seen[f"{name}.B"] = LayerGradient(A.mT @ part.weight, None)
+        else:
+            seen[name] = part
+    return seen
+
+
 class BatchScorer:
     """Scores batches of candidates against the mean gradients of several tasks, at one checkpoint.
 
-    Forward 2P, backward to the activations 2P, one contraction per task 2P FLOPs a token. The memory is the
-    batch's activations and one copy of each task's gradient.
+    Forward 2P, backward to the activations 2P, and the contraction (see `queries`). The memory is the batch's
+    activations and the tasks' gradients.
 
     Args:
         model: a proxy or any model.
-        queries: mean validation gradient by task, from `mean_gradient` with the same `gradient`.
+        queries: mean validation gradient by task, from `mean_gradient` with the same `gradient`, or from `seen_from`.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
+        keep: share of the norm of each layer's validation gradient that is kept when it is made low-rank; 1 is exact.
         loss_fn: per-example losses of a model that is no language model.
+
+    Attributes:
+        contraction_flops: FLOPs a token of contracting with all tasks.
+        kept: share of each task's gradient norm that its low-rank form kept, over all layers.
     """
 
     def __init__(
@@ -90,6 +120,7 @@ class BatchScorer:
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
+        keep: float = 1.0,
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model = model
@@ -97,14 +128,21 @@ class BatchScorer:
         self.normalise = normalise
         self.loss_fn = loss_fn
         self.layers = influence_layers(model, gradient)
-        # One copy in the compute dtype, so that the contraction is a plain GEMM of it.
-        self._queries = {
-            name: [queries[task][name].to(layer.weight.dtype) for task in self.tasks]  # pyright: ignore
-            for name, layer in self.layers.items()
-            if all(name in queries[task] for task in self.tasks)
-        }
-        norms = [sum(part.squared_norm() for part in queries[task].values()) for task in self.tasks]
-        self._query_norms = torch.stack([torch.as_tensor(norm).sqrt() for norm in norms])
+        norms = torch.stack(
+            [torch.stack([part.squared_norm() for part in queries[task].values()]).sum() for task in self.tasks]
+        )
+        self._queries = {}
+        lost = torch.zeros_like(norms)
+        for name, layer in self.layers.items():
+            if all(name in queries[task] for task in self.tasks):
+                # In the compute dtype, so that the contraction is plain GEMMs.
+                dtype = layer.weight.dtype
+                self._queries[name], dropped = layer_query([queries[task][name] for task in self.tasks], keep, dtype)  # pyright: ignore
+                lost += dropped
+        self._query_norms = norms.sqrt()
+        self.contraction_flops = sum(query.flops for query in self._queries.values())
+        shares = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
+        self.kept: dict[str, float] = dict(zip(self.tasks, shares.tolist(), strict=True))
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -117,7 +155,7 @@ class BatchScorer:
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             if name in self._queries:
-                columns[name] = torch.stack([contract(h, delta, query) for query in self._queries[name]], dim=1)
+                columns[name] = self._queries[name].contract(h, delta)
             if self.normalise == "cosine":
                 norms.append(squared_norms(h, delta, has_bias(self.layers[name])))
 

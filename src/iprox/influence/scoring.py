@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from torch import nn
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate
-from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient
+from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.scores import scores_table
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -22,6 +23,12 @@ from iprox.models.memory import RELEASE_EVERY, release_memory
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
 WINDOW = 4096
+
+# Share of the validation gradients' norm that users' scores keep unless asked otherwise.
+QUERY_NORM = 0.95
+
+# Where the validation gradients of a proxy are taken.
+Query = Literal["target", "proxy"]
 
 Window = list[Example]
 
@@ -36,6 +43,8 @@ class ScoringSettings:
         aggregate: how `influence` is made of several tasks: `standardised` (the mean of scores divided by their
             standard deviation over the pool, so that every task counts alike, whatever the size of its gradients)
             or `mean` (of the scores as they are).
+        query_norm: share of the norm of each layer's validation gradient that is kept when it is made low-rank, so that
+            many tasks cost little more than one; 1 scores with the whole gradient.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
     """
@@ -43,24 +52,38 @@ class ScoringSettings:
     gradient: GradientSpace = "factors"
     normalise: Normalise = "none"
     aggregate: Aggregate = "standardised"
+    query_norm: float = 1.0
     batch_tokens: int = 4096
     window: int = WINDOW
 
 
 @dataclass(slots=True)
 class ScoringStats:
-    """What was read: rows, rows without a score, tokens, supervised tokens, over-long examples that were cut."""
+    """What was read and done.
+
+    Attributes:
+        rows: rows read.
+        unscored: rows without a score.
+        tokens: tokens read.
+        supervised: supervised tokens among them.
+        truncated: over-long examples that were cut.
+        contraction_flops: spent on contracting with the validation gradients.
+        query_kept: share of the validation gradients' norm that was kept: of the task that lost most.
+    """
 
     rows: int = 0
     unscored: int = 0
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    contraction_flops: float = 0.0
+    query_kept: float = 1.0
 
     def add(self, other: ScoringStats) -> None:
         """Count another's rows and tokens into this one."""
-        for name in self.__slots__:
+        for name in ("rows", "unscored", "tokens", "supervised", "truncated", "contraction_flops"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.query_kept = min(self.query_kept, other.query_kept)
 
 
 ScoredWindow = tuple[pa.Table, ScoringStats]
@@ -72,20 +95,40 @@ def build_scorer(
     pad_id: int,
     settings: ScoringSettings,
     loss_fn: LossFn = causal_lm_losses,
+    target: nn.Module | None = None,
 ) -> BatchScorer:
     """A scorer of candidates against each task's mean validation gradient at one checkpoint.
+
+    Args:
+        model: what candidates are scored on.
+        validation: encoded validation examples by task.
+        pad_id: token id of the padding.
+        settings: how to score.
+        loss_fn: per-example losses of a model that is no language model.
+        target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
+            next to nothing, and only the candidates' side of the dot product is approximate.
 
     Raises:
         InputError: a task has no example with a supervised token.
     """
-    device = next(model.parameters()).device
+    source, space = (model, settings.gradient) if target is None else (target, "weight")
+    device = next(source.parameters()).device
     queries = {}
     for task, encoded in validation.items():
         if not any(example.supervised for example in encoded):
             raise InputError(f"validation task {task!r} has no example with a supervised token")
         batches = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
-        queries[task], _ = mean_gradient(model, batches, settings.gradient, loss_fn)
-    return BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
+        queries[task], _ = mean_gradient(source, batches, space, loss_fn)
+        if target is not None:
+            queries[task] = seen_from(queries[task], model, settings.gradient)
+    return BatchScorer(
+        model,
+        queries,
+        gradient=settings.gradient,
+        normalise=settings.normalise,
+        keep=settings.query_norm,
+        loss_fn=loss_fn,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +179,15 @@ class WindowScorer:
             progress(empty)
         lengths = [len(example.input_ids) for example in encoded]
         ids, sources = [example.id for example in window], [example.source for example in window]
+        scored = sum(length for length, example in zip(lengths, encoded, strict=True) if example.supervised)
         stats = ScoringStats(
             rows=len(window),
             unscored=empty,
             tokens=sum(lengths),
             supervised=sum(example.supervised for example in encoded),
             truncated=sum(example.truncated for example in encoded),
+            contraction_flops=scored * self.scorer.contraction_flops,
+            query_kept=min(self.scorer.kept.values()),
         )
         return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
 

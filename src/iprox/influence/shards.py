@@ -32,10 +32,14 @@ IDENTITY = "identity.json"
 
 @dataclass(frozen=True, slots=True)
 class ScoringCheckpoint:
-    """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores."""
+    """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores.
+
+    `load_target`, for a proxy, loads the model that validation gradients are taken on; it is dropped after that.
+    """
 
     load: Callable[[], nn.Module]
     learning_rate: float = 1.0
+    load_target: Callable[[], nn.Module] | None = None
 
 
 def score_to_file(
@@ -81,7 +85,7 @@ def score_to_file(
             progress(sum(pq.read_metadata(file).num_rows for file in ready))
         if (folder / "done").exists():
             continue
-        make = functools.partial(_window_scorer, checkpoint.load, validation, encoder, pad_id, settings)
+        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings)
         windows = windows_of(pool, settings.window, skip=done)
         for index, (table, counted) in enumerate(engine(make, windows, progress), start=done):
             # The shard carries its own counts, so that a resumed run reports the whole.
@@ -113,14 +117,16 @@ def score_to_file(
 
 
 def _window_scorer(
-    load: Callable[[], nn.Module],
+    checkpoint: ScoringCheckpoint,
     validation: Mapping[str, Sequence[Encoded]],
     encoder: ChatEncoder,
     pad_id: int,
     settings: ScoringSettings,
 ) -> WindowScorer:
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
-    return WindowScorer(build_scorer(load(), validation, pad_id, settings), encoder, pad_id, settings)
+    target = None if checkpoint.load_target is None else checkpoint.load_target()
+    scorer = build_scorer(checkpoint.load(), validation, pad_id, settings, target=target)
+    return WindowScorer(scorer, encoder, pad_id, settings)
 
 
 def _claim(shards: Path, identity: Mapping[str, object]) -> None:

@@ -16,7 +16,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iprox.errors import InputError
-from iprox.models.layers import LowRankLinear, compressible_layers, replace_module
+from iprox.models.layers import (
+    LowRankLinear,
+    compressible_layers,
+    dense_weight,
+    layer_bias,
+    replace_module,
+    weight_shape,
+)
 
 
 class IproxConfig(QuantizationConfigMixin):
@@ -78,8 +85,10 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
         dense = layers.get(name)
         if dense is None:
             raise InputError(f"the proxy names the layer {name}, which {type(model).__name__} does not have")
-        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        layer = LowRankLinear(dense.in_features, dense.out_features, rank, dense.bias is not None, **like)
+        weight = dense_weight(dense)
+        m, n = weight_shape(dense)
+        biased = layer_bias(dense) is not None
+        layer = LowRankLinear(n, m, rank, biased, device=weight.device, dtype=weight.dtype)
         replace_module(model, name, layer)
 
 

@@ -20,9 +20,7 @@ from iprox.models.layers import (
 
 def forward_flops(model: nn.Module) -> float:
     """One token through the compressible layers, dense or low-rank: 2P."""
-    dense = sum(layer.in_features * layer.out_features for layer in compressible_layers(model).values())
-    low_rank = sum(layer.rank * (layer.in_features + layer.out_features) for layer in low_rank_layers(model).values())
-    return 2.0 * (dense + low_rank)
+    return 2.0 * linear_parameters(model)
 
 
 def head_flops(model: nn.Module) -> float:
@@ -36,10 +34,23 @@ def contraction_flops(model: nn.Module, gradient: GradientSpace) -> float:
     return sum(2.0 * m * n for m, n in (weight_shape(layer) for layer in influence_layers(model, gradient).values()))
 
 
-def scoring_flops(model: nn.Module, tokens: int, supervised: int, tasks: int, gradient: GradientSpace) -> float:
-    """Scoring: forward and backward to the activations, one contraction a task, the head on supervised tokens."""
-    per_token = 2 * forward_flops(model) + tasks * contraction_flops(model, gradient)
-    return tokens * per_token + supervised * 2 * head_flops(model)
+def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+    """Scoring: forward and backward to the activations, the head on supervised tokens, and the contraction.
+
+    Args:
+        model: what candidates are scored on.
+        tokens: of the candidates.
+        supervised: tokens among them.
+        contraction: FLOPs of contracting with all tasks, over all tokens: measured, as queries are of low rank, or
+            `tokens * tasks * contraction_flops(...)` where they are whole.
+    """
+    return tokens * 2 * forward_flops(model) + supervised * 2 * head_flops(model) + contraction
+
+
+def linear_parameters(model: nn.Module) -> int:
+    """Parameters of the compressible layers, dense or low-rank."""
+    dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))
+    return dense + sum(x.rank * (x.in_features + x.out_features) for x in low_rank_layers(model).values())
 
 
 def training_flops(model: nn.Module, tokens: int, supervised: int) -> float:
@@ -49,11 +60,9 @@ def training_flops(model: nn.Module, tokens: int, supervised: int) -> float:
 
 def compression_flops(model: nn.Module, tokens: int, supervised: int) -> float:
     """The probe pass: forward, backward to the activations, 2n² + 2m² a layer; then Cholesky and SVD."""
-    layers = compressible_layers(model).values()
-    moments = sum(2.0 * (layer.in_features**2 + layer.out_features**2) for layer in layers)
-    factorise = sum(
-        (m**3 + n**3) / 3 + 14 * m * n * min(m, n) for m, n in ((x.out_features, x.in_features) for x in layers)
-    )
+    shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
+    moments = sum(2.0 * (m**2 + n**2) for m, n in shapes)
+    factorise = sum((m**3 + n**3) / 3 + 14 * m * n * min(m, n) for m, n in shapes)
     return tokens * (2 * forward_flops(model) + moments) + supervised * 2 * head_flops(model) + factorise
 
 

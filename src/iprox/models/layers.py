@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
 
@@ -72,7 +73,7 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
-def compressible_layers(model: nn.Module) -> dict[str, nn.Linear]:
+def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The dense linear layers that may be compressed, in model order, by module name.
 
     Embeddings and the output head are left out: the head decides the loss directly, and in small models it
@@ -85,10 +86,10 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Linear]:
     inside = {
         id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
     }
-    layers = {
+    layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and id(module) not in inside
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module) not in inside
     }
     if not layers and not low_rank_layers(model):
         raise InputError(
@@ -102,7 +103,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
-def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> dict[str, nn.Linear | LowRankLinear]:
+def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> dict[str, nn.Module]:
     """The modules whose weight gradients make up influence (design 2, "which gradient of the proxy").
 
     Every dense compressible layer counts as itself. A low-rank layer counts as its two factors (`factors`),
@@ -112,7 +113,7 @@ def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> d
         model: any model, dense or low-rank.
         gradient: `factors` or `weight`; the same thing on a model without low-rank layers.
     """
-    layers: dict[str, nn.Linear | LowRankLinear] = dict(compressible_layers(model))
+    layers = compressible_layers(model)
     for name, layer in low_rank_layers(model).items():
         if gradient == "weight":
             layers[name] = layer
@@ -128,9 +129,26 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return get_head() if get_head is not None else None
 
 
-def weight_shape(layer: nn.Linear | LowRankLinear) -> tuple[int, int]:
+def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """(m, n) of a layer's weight, as if dense."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    assert isinstance(layer, nn.Linear | LowRankLinear)
     return layer.out_features, layer.in_features
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """W [m, n] of a layer: a view of its parameter, or the product of its factors."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.mT if isinstance(layer, Conv1D) else weight
+
+
+def layer_bias(layer: nn.Module) -> Tensor | None:
+    """The bias [m] of a layer, if it has one."""
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

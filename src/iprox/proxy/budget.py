@@ -1,4 +1,8 @@
-"""Rank budgets (pure maths): how many singular values each layer may keep."""
+"""Rank budgets (pure maths): how many singular values each layer may keep.
+
+A budget is a cost: parameters, or FLOPs a token (twice the parameters that a token touches). The two differ where a
+token touches only some of the parameters (experts), which is what `LayerSpectrum.weight` is for.
+"""
 
 from __future__ import annotations
 
@@ -10,87 +14,129 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class LayerSpectrum:
-    """What the budget needs of one layer: its shape (m, n) and its singular values, descending [min(m, n)]."""
+    """What the budget needs of one layer.
+
+    Attributes:
+        shape: (m, n).
+        singular_values: σ [min(m, n)], descending; σ² is the error that keeping a direction saves.
+        weight: cost of one parameter.
+    """
 
     shape: tuple[int, int]
     singular_values: np.ndarray
+    weight: float = 1.0
 
     @property
-    def dense_cost(self) -> int:
-        """Parameters of the dense layer, mn."""
-        return self.shape[0] * self.shape[1]
+    def dense_cost(self) -> float:
+        """Cost of the dense layer: mn parameters."""
+        return self.shape[0] * self.shape[1] * self.weight
 
     @property
-    def rank_cost(self) -> int:
-        """Parameters of one rank, m + n."""
-        return self.shape[0] + self.shape[1]
+    def rank_cost(self) -> float:
+        """Cost of one rank: m + n parameters."""
+        return (self.shape[0] + self.shape[1]) * self.weight
 
     @property
     def largest_rank(self) -> int:
         """The last rank whose factors cost less than the dense layer; at least 1."""
-        return max(1, min(min(self.shape), (self.dense_cost - 1) // self.rank_cost))
+        return largest_rank(self.shape)
 
 
-def kept_parameters(layers: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | None]) -> int:
-    """Parameters of the compressible layers at these ranks; None is a layer left dense."""
-    total = 0
-    for name, layer in layers.items():
-        rank = ranks[name]
-        total += layer.dense_cost if rank is None else rank * layer.rank_cost
-    return total
+def largest_rank(shape: tuple[int, int]) -> int:
+    """The last rank whose factors have fewer parameters than the dense layer; at least 1."""
+    m, n = shape
+    return max(1, min(m, n, (m * n - 1) // (m + n)))
 
 
-def uniform_ranks(layers: Mapping[str, LayerSpectrum], sparsity: float) -> dict[str, int | None]:
-    """Every layer loses the same share of its parameters (the paper's rule): r = (1-ρ)·mn/(m+n), at least 1."""
-    return {
-        name: max(1, min(layer.largest_rank, int((1 - sparsity) * layer.dense_cost / layer.rank_cost)))
-        for name, layer in layers.items()
-    }
+Ranks = dict[str, int | None]
 
 
-def global_ranks(layers: Mapping[str, LayerSpectrum], sparsity: float) -> dict[str, int | None]:
-    """Keep the singular values that save the most error per parameter, over all layers at once.
+def total_cost(layers: Mapping[str, LayerSpectrum]) -> float:
+    """Cost of all layers, dense."""
+    return sum(layer.dense_cost for layer in layers.values())
+
+
+def least_cost(layers: Mapping[str, LayerSpectrum]) -> float:
+    """Cost of all layers at rank 1."""
+    return sum(layer.rank_cost for layer in layers.values())
+
+
+def kept_cost(layers: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | None]) -> float:
+    """Cost of the layers at these ranks; None is a layer left dense."""
+    return sum(
+        layer.dense_cost if (rank := ranks[name]) is None else rank * layer.rank_cost for name, layer in layers.items()
+    )
+
+
+def uniform_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
+    """Every layer loses the same share of its parameters (the paper's rule): r = share · mn/(m+n), at least 1.
+
+    Ranks are whole numbers, so each layer is rounded down and what is left of the budget goes to the layers that
+    lost most by it. The result costs at most `budget` and less than one rank of the largest layer below it, unless
+    every layer is at its largest rank.
+    """
+    share = budget / total_cost(layers)
+    exact = {name: share * layer.dense_cost / layer.rank_cost for name, layer in layers.items()}
+    ranks = {name: max(1, min(layer.largest_rank, int(exact[name]))) for name, layer in layers.items()}
+    left = budget - kept_cost(layers, ranks)
+    for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):
+        layer = layers[name]
+        if ranks[name] < layer.largest_rank and layer.rank_cost <= left:
+            ranks[name] += 1
+            left -= layer.rank_cost
+    return dict(ranks)
+
+
+def global_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
+    """Spend the budget where it saves the most error per cost, over all layers at once.
 
     The weighted squares σ² of every layer estimate the same thing, a squared change of the loss, so they compare
-    across layers. Values are taken by σ²/(m+n), largest first, until the budget is spent. A layer that would
-    pass the rank at which its factors cost as much as the dense layer stays dense: no error at that price.
-    Every layer keeps rank 1 at least. O(K log K) for K singular values.
-
-    Raises:
-        ValueError: the budget is below one rank per layer.
+    across layers. A layer's error against its cost falls by σ²_{r+1} a rank, and drops to nothing at the cost of the
+    dense layer, which for a square layer is reached at half its ranks already. Steps along the lower convex hull of
+    that curve (single ranks, then one jump to dense) are taken by error saved per cost, largest first; what does not
+    fit any more gives way to what does. Every layer keeps rank 1 at least. O(K log K) for K singular values.
     """
     names = list(layers)
-    budget = (1 - sparsity) * sum(layer.dense_cost for layer in layers.values())
-    spent = sum(layer.rank_cost for layer in layers.values())
-    if spent > budget:
-        raise ValueError(
-            f"sparsity {sparsity} leaves less than one rank per layer; the most is {largest_sparsity(layers):.4f}"
-        )
-    owner = np.concatenate([np.full(len(layers[n].singular_values) - 1, i) for i, n in enumerate(names)])
-    worth = np.concatenate([layers[n].singular_values[1:].astype(np.float64) ** 2 / layers[n].rank_cost for n in names])
     ranks: list[int | None] = [1] * len(names)
-    # Stable, so ties go to the earlier layer and the result is the same on every machine.
-    for k in np.argsort(-worth, kind="stable"):
-        i = int(owner[k])
-        layer, rank = layers[names[i]], ranks[i]
-        if rank is None:
-            continue
-        grown = rank + 1
-        if grown > layer.largest_rank:
-            price = layer.dense_cost - rank * layer.rank_cost
-            grown = None
-        else:
-            price = layer.rank_cost
-        if spent + price <= budget:
-            ranks[i] = grown
-            spent += price
+    spent = least_cost(layers)
+    hulls = [_hull(layers[name]) for name in names]
+    for worth, past_hull in ((_hull_worth, False), (_rank_worth, True)):
+        steps = [(-value, i, grown) for i, name in enumerate(names) for value, grown in worth(layers[name], hulls[i])]
+        # Ties go to the earlier layer, so the result is the same on every machine.
+        for _, i, grown in sorted(steps, key=lambda step: step[:2]):
+            layer, rank = layers[names[i]], ranks[i]
+            if rank is None or (past_hull and grown != rank + 1):
+                continue
+            price = layer.dense_cost - rank * layer.rank_cost if grown is None else layer.rank_cost
+            if spent + price <= budget and (grown is None or grown == rank + 1):
+                ranks[i] = grown
+                spent += price
     return dict(zip(names, ranks, strict=True))
 
 
-def largest_sparsity(layers: Mapping[str, LayerSpectrum]) -> float:
-    """The sparsity at rank 1 everywhere."""
-    dense = sum(layer.dense_cost for layer in layers.values())
-    return 1 - sum(layer.rank_cost for layer in layers.values()) / dense
+def _hull(layer: LayerSpectrum) -> int:
+    """The rank from which the jump to dense saves more error per cost than one more rank does."""
+    squares = layer.singular_values.astype(np.float64) ** 2
+    ranks = np.arange(1, layer.largest_rank + 1)
+    tails = np.cumsum(squares[::-1])[::-1]
+    tails = np.append(tails, 0.0)[ranks]
+    gains = np.append(squares, 0.0)[ranks]
+    gains[-1] = 0.0  # past the largest rank there is only the dense layer
+    jump = tails / (layer.dense_cost - ranks * layer.rank_cost)
+    return int(ranks[np.argmax(jump >= gains / layer.rank_cost)])
+
+
+def _hull_worth(layer: LayerSpectrum, hull: int) -> list[tuple[float, int | None]]:
+    """Steps along the hull: (error saved per cost, rank reached; None is dense)."""
+    squares = layer.singular_values.astype(np.float64) ** 2
+    steps: list[tuple[float, int | None]] = [(squares[r] / layer.rank_cost, r + 1) for r in range(1, hull)]
+    return [*steps, (squares[hull:].sum() / (layer.dense_cost - hull * layer.rank_cost), None)]
+
+
+def _rank_worth(layer: LayerSpectrum, hull: int) -> list[tuple[float, int | None]]:
+    """Single ranks past the hull, for a layer whose jump to dense did not fit."""
+    squares = layer.singular_values.astype(np.float64) ** 2
+    return [(squares[r] / layer.rank_cost, r + 1) for r in range(hull, layer.largest_rank)]
 
 
 RULES = {"uniform": uniform_ranks, "global": global_ranks}

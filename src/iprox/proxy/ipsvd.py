@@ -7,9 +7,9 @@ loss by Σ_t δ_tᵀ E h_t to first order. With the K-FAC approximation its mean
 
 The best E = W - AB of rank r under this norm comes from the SVD of S = C_δ^{1/2} W C_h^{1/2}.
 
-Any square root will do: with Cholesky factors C = L Lᵀ the norm is ‖L_δᵀ E L_h‖_F, the singular values of
-L_δᵀ W L_h are those of S, and A = L_δ^{-ᵀ} U_r Σ_r^{1/2}, B = Σ_r^{1/2} V_rᵀ L_h^{-1} are the very same factors
-(the roots differ by rotations that cancel). Cholesky costs n³/3 where an eigendecomposition costs about 9n³.
+Any square root will do: with C = R Rᵀ the norm is ‖R_δᵀ E R_h‖_F, the singular values of R_δᵀ W R_h are those of S,
+and A = R_δ^{-ᵀ} U_r Σ_r^{1/2}, B = Σ_r^{1/2} V_rᵀ R_h^{-1} are the very same factors (the roots differ by rotations
+that cancel). Roots, and the ridge that makes them invertible over the whole space, are in `second_moment.py`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iprox.proxy.second_moment import Root
+
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """One layer's SVD in its weighted space, from which factors of any rank are cut.
 
     Attributes:
-        left: L_δ^{-ᵀ} U [m, k], k = min(m, n).
+        left: R_δ^{-ᵀ} U [m, k], k = min(m, n).
         singular_values: σ [k], descending; the weighted squared error of rank r is Σ_{i≥r} σ_i².
-        right: Vᵀ L_h^{-1} [k, n].
+        right: Vᵀ R_h^{-1} [k, n].
     """
 
     left: Tensor
@@ -38,6 +40,10 @@ class Spectrum:
         """Share of the weighted squared norm lost at this rank, 0 to 1."""
         squares = self.singular_values.double().square()
         return float(squares[rank:].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+    def cut(self, rank: int) -> Spectrum:
+        """The first `rank` directions with all singular values, stored as float32."""
+        return Spectrum(self.left[:, :rank].float(), self.singular_values, self.right[:rank].float())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """A [m, rank] and B [rank, n], balanced: each carries half of Σ, then both the same Frobenius norm.
@@ -56,36 +62,24 @@ class Spectrum:
         return A, B
 
 
-def ridged(moment: Tensor, ridge: float) -> Tensor:
-    """C + ridge · mean(eigenvalue) · I, over the whole space.
-
-    A direction that no probe excited keeps some weight, so it is compressed last, not thrown away, and the
-    full-rank factors give W back exactly.
-    """
-    level = moment.diagonal().mean()
-    # An all-zero moment (a layer that no probe reached) says nothing: fall to the plain norm, whatever the scale.
-    level = torch.where(level > 0, level * ridge, torch.ones_like(level))
-    return moment + level * torch.eye(moment.shape[0], dtype=moment.dtype, device=moment.device)
-
-
-def weighted_svd(weight: Tensor, root_out: Tensor | None, root_in: Tensor | None) -> Spectrum:
-    """SVD of a weight in the space weighted by C_δ = L_δ L_δᵀ on the left and C_h = L_h L_hᵀ on the right.
+def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) -> Spectrum:
+    """SVD of a weight in the space weighted by C_δ = R_δ R_δᵀ on the left and C_h = R_h R_hᵀ on the right.
 
     Args:
         weight: W [m, n].
-        root_out: L_δ [m, m], lower triangular, or None for the identity.
-        root_in: L_h [n, n], lower triangular, or None for the identity.
+        root_out: R_δ, or None for the identity.
+        root_in: R_h, or None for the identity.
     """
     S = weight
     if root_out is not None:
-        S = root_out.mT @ S
+        S = root_out.weigh(S)
     if root_in is not None:
-        S = S @ root_in
+        S = root_in.weigh(S.mT).mT
     U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
     if root_out is not None:
-        U = torch.linalg.solve_triangular(root_out.mT, U, upper=True)
+        U = root_out.unweigh(U)
     if root_in is not None:
-        Vh = torch.linalg.solve_triangular(root_in, Vh, upper=False, left=False)
+        Vh = root_in.unweigh(Vh.mT).mT
     return Spectrum(U, sigma, Vh)
 
 

@@ -2,96 +2,182 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from iprox.models.layers import compressible_layers
-from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.data.batching import Batch
+from iprox.models.layers import weight_shape
+from iprox.models.loss import LossFn, causal_lm_logits, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
-from iprox.models.precision import accumulation_dtype
+from iprox.proxy.second_moment import ExactMoment, SecondMoment, SketchedMoment
+
+Labels = Literal["data", "sampled"]
+Tokens = Literal["all", "supervised"]
+
+# Wider layers than this are sketched: at 4,096 an exact moment is 64 MiB.
+EXACT_WIDTH = 4096
+# Directions of a sketch. Moments of gradients are of much lower rank than this.
+SKETCH_DIRECTIONS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Second moments of one layer over probe tokens, in float32.
+    """Second moments of one layer.
 
     Attributes:
-        inputs: C_h = E[h hᵀ] [n, n]; the same tensor object for layers that read the same input.
+        inputs: C_h = E[h hᵀ] [n, n]; the same object for layers that read the same input.
         gradients: C_δ = E[δ δᵀ] [m, m], δ the gradient of the example's own mean loss.
     """
 
-    inputs: Tensor
-    gradients: Tensor
+    inputs: SecondMoment
+    gradients: SecondMoment
+
+    @property
+    def reached(self) -> bool:
+        """Whether any probe token moved this layer."""
+        return self.inputs.trace > 0 and self.gradients.trace > 0
+
+
+@dataclass(frozen=True, slots=True)
+class MomentSettings:
+    """How moments are measured.
+
+    Attributes:
+        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own
+            predictions at the same tokens (true Fisher).
+        tokens: `all`, or only those at which a supervised token is predicted.
+        exact_width: widest layer whose moments are exact; wider ones are sketched.
+        directions: of a sketch.
+        seed: of sampled labels.
+    """
+
+    labels: Labels = "data"
+    tokens: Tokens = "all"
+    exact_width: int = EXACT_WIDTH
+    directions: int = SKETCH_DIRECTIONS
+    seed: int = 0
+
+    def numbers(self, width: int) -> int:
+        """Floats that one moment of this width takes."""
+        return width**2 if width <= self.exact_width else 2 * self.directions * width
 
 
 def collect_moments(
-    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn = causal_lm_losses
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    settings: MomentSettings | None = None,
+    loss_fn: LossFn = causal_lm_losses,
 ) -> tuple[dict[str, Moments], int]:
-    """Moments of every compressible layer over the probe set.
+    """Moments of some layers over the probe set, in float32 or better.
 
-    Per token and layer 2n² + 2m² FLOPs on top of a backward pass without weight gradients; C_h is made once
-    where layers share an input (q/k/v, gate/up). Memory: n² + m² floats a layer. Padding has δ = 0 and
-    h ≠ 0, so it is left out of C_h by the batch's lengths.
+    Per token and layer 2n² + 2m² FLOPs on top of a backward pass without weight gradients, and about as much
+    again in Gram matrices of long examples; C_h is made once where layers share an input (q/k/v, gate/up). Memory:
+    n² + m² floats a layer (see `MomentSettings.numbers`). Padding has δ = 0 and h ≠ 0, so it is left out of C_h by
+    the batch's lengths.
 
     Args:
         model: the target; left as it was.
+        layers: the layers wanted, from `compressible_layers(model)`.
         batches: probe batches; their labels should be the training labels.
+        settings: how.
         loss_fn: per-example losses of a model that is no language model.
 
     Returns:
-        Moments by layer name, and the number of probe tokens.
+        Moments by layer name, and the number of probe tokens counted.
 
     Raises:
         FloatingPointError: a moment is not finite (the layer is named).
-        ValueError: no probe tokens.
+        ValueError: no probe tokens, or settings that need a language model without one.
     """
-    layers = compressible_layers(model)
-    sums_in: dict[str, Tensor] = {}
-    sums_out: dict[str, Tensor] = {}
+    settings = settings or MomentSettings()
+    if loss_fn is not causal_lm_losses and (settings.labels, settings.tokens) != ("data", "all"):
+        raise ValueError("sampled labels and supervised tokens need a language model, not a loss_fn")
+    inputs: dict[str, SecondMoment] = {}
+    gradients: dict[str, SecondMoment] = {}
     shared: dict[str, str] = {}  # layer -> the layer whose C_h it shares
     seen: dict[int, tuple[str, Tensor]] = {}  # storage address of an input in this batch -> its first layer
+    generator = torch.Generator().manual_seed(settings.seed)
     tokens = 0
-    real: Tensor | None = None
+    counted: Tensor | None = None
+
+    def moment(width: int, like: Tensor) -> SecondMoment:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if width <= settings.exact_width:
+            return ExactMoment(width, like.device, dtype)
+        return SketchedMoment(width, settings.directions, like.device, dtype)
+
+    def add(moments: dict[str, SecondMoment], name: str, x: Tensor) -> None:
+        if counted is not None and x.shape[:2] == counted.shape:
+            x = x * counted[..., None]
+        if name not in moments:
+            moments[name] = moment(x.shape[-1], x)
+        moments[name].add(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
-        add_second_moment(sums_out, name, delta.reshape(-1, delta.shape[-1]))
+        add(gradients, name, delta)
         first = seen.setdefault(h.data_ptr(), (name, h))
         if first[0] != name and first[1].shape == h.shape and shared.setdefault(name, first[0]) == first[0]:
             return
-        rows = h[real] if real is not None and h.shape[:2] == real.shape else h.reshape(-1, h.shape[-1])
-        add_second_moment(sums_in, name, rows)
+        add(inputs, name, h)
 
     with frozen(model):
         for batch in batches:
-            lengths = getattr(batch, "lengths", None)
-            if lengths is not None:
-                width = batch.input_ids.shape[1]
-                real = torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
-                tokens += int(lengths.sum())
+            if isinstance(batch, Batch):
+                if settings.labels == "sampled":
+                    batch = sampled_labels(model, batch, generator)
+                counted = counted_tokens(batch, settings.tokens)
+                tokens += int(counted.sum())
             else:
                 tokens += len(batch[0])
             # Holding every input until the batch ends keeps its address its own.
             seen.clear()
-            watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink)
+            watched_backward(model, layers, _losses(model, batch, loss_fn), sink)
     seen.clear()
     if tokens == 0:
         raise ValueError("the probe set holds no supervised example")
-    for sums in (sums_in, sums_out):
-        for name, total in sums.items():
-            total /= tokens
-            if not torch.isfinite(total).all():
+    result: dict[str, Moments] = {}
+    for name, layer in layers.items():
+        m, n = weight_shape(layer)
+        like = next(layer.parameters())
+        # A layer that no token reached (an expert never routed to) has moments of zero.
+        own = inputs.get(shared.get(name, name)) or moment(n, like)
+        result[name] = Moments(own, gradients.get(name) or moment(m, like))
+    # Inputs first: a fault of the forward pass shows at the layer after it, and spoils the gradients of all.
+    for side in ("inputs", "gradients"):
+        for name, moments in result.items():
+            each: SecondMoment = getattr(moments, side)
+            each.finish(tokens)
+            if not math.isfinite(each.squared_norm()):
                 raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
-    return {name: Moments(sums_in[shared.get(name, name)], sums_out[name]) for name in layers}, tokens
+    return result, tokens
 
 
-def add_second_moment(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
-    """sums[name] += rowsᵀ rows, for rows [T, d], in float32 or better."""
-    rows = rows.to(accumulation_dtype(rows))
-    if name in sums:
-        sums[name].addmm_(rows.mT, rows)
-    else:
-        sums[name] = rows.mT @ rows
+def _losses(model: nn.Module, batch: Any, loss_fn: LossFn) -> Callable[[], Tensor]:
+    return lambda: loss_fn(model, batch)
+
+
+def counted_tokens(batch: Batch, tokens: Tokens) -> Tensor:
+    """Which positions of a batch count, bool [B, L]: all but padding, or those that predict a supervised token."""
+    if tokens == "supervised":
+        following = torch.roll(batch.labels, -1, dims=1) != -100
+        following[:, -1] = False
+        return following
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
+    return positions[None, :] < batch.lengths[:, None]
+
+
+@torch.no_grad()
+def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """The batch with every supervised label drawn from the model's own prediction (Martens 2020: the true Fisher)."""
+    logits, _, _ = causal_lm_logits(model, batch)
+    probabilities = torch.softmax(logits.float(), dim=-1).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(batch.labels.device)
+    labels = batch.labels.clone()
+    labels[:, 1:][labels[:, 1:] != -100] = drawn
+    return replace(batch, labels=labels)

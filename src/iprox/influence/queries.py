@@ -1,0 +1,131 @@
+"""Validation gradients in the form that contracts cheapest (pure maths): low-rank where that pays, else dense.
+
+The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs a token
+where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iprox.influence.gradients import LayerGradient, contract
+from iprox.models.precision import accumulation_dtype
+
+# Up to this width a whole SVD is cheap beside reading a pool; above it the leading directions are found by sketching.
+WHOLE_SVD = 1024
+FIRST_SKETCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class LayerQuery:
+    """All tasks' gradients of one layer, ready to contract with.
+
+    Attributes:
+        dense: one gradient a task, where low rank would not be cheaper; else None.
+        left: [m, K], the tasks' left factors side by side, K = Σ ranks.
+        right: [n, K].
+        ranks: of each task.
+        biases: [T, m], or None for a layer without a bias; never truncated.
+        flops: of one token: 2K(m+n), or 2Tmn.
+    """
+
+    dense: list[LayerGradient] | None
+    left: Tensor | None
+    right: Tensor | None
+    ranks: tuple[int, ...]
+    biases: Tensor | None
+    flops: float
+
+    def contract(self, h: Tensor, delta: Tensor) -> Tensor:
+        """⟨G(z), Ḡ_task⟩ for every example z of a batch. Returns [B, T].
+
+        Args:
+            h: inputs [B, L, n].
+            delta: output gradients [B, L, m], zero on padding.
+        """
+        if self.dense is not None:
+            return torch.stack([contract(h, delta, gradient) for gradient in self.dense], dim=1)
+        assert self.left is not None
+        assert self.right is not None
+        dtype = accumulation_dtype(h)
+        products = ((delta @ self.left) * (h @ self.right)).sum(1, dtype=dtype)
+        scores = torch.stack([part.sum(1) for part in products.split(self.ranks, dim=1)], dim=1)
+        if self.biases is not None:
+            scores = scores + delta.sum(1, dtype=dtype) @ self.biases.mT.to(dtype)
+        return scores
+
+
+def layer_query(gradients: Sequence[LayerGradient], keep: float, dtype: torch.dtype) -> tuple[LayerQuery, Tensor]:
+    """The query of one layer for several tasks.
+
+    Args:
+        gradients: each task's mean gradient of the layer, in float32 or better.
+        keep: share of each gradient's Frobenius norm that its truncation keeps at least, in (0, 1]; 1 keeps it whole.
+        dtype: of the products.
+
+    Returns:
+        The query, and the squared norm dropped of each task's gradient [T].
+    """
+    m, n = gradients[0].weight.shape
+    dense_cost = len(gradients) * m * n
+    exact = gradients[0].weight.new_zeros(len(gradients))
+    if keep < 1:
+        factors = [truncated(gradient.weight, keep) for gradient in gradients]
+        ranks = tuple(left.shape[1] for left, _, _ in factors)
+        if sum(ranks) * (m + n) < dense_cost:
+            biases = [gradient.bias for gradient in gradients if gradient.bias is not None]
+            query = LayerQuery(
+                None,
+                torch.cat([left for left, _, _ in factors], dim=1).to(dtype),
+                torch.cat([right for _, right, _ in factors], dim=1).to(dtype),
+                ranks,
+                torch.stack(biases) if biases else None,
+                2.0 * sum(ranks) * (m + n),
+            )
+            return query, torch.stack([dropped for _, _, dropped in factors])
+    dense = [gradient.to(dtype) for gradient in gradients]
+    return LayerQuery(dense, None, None, (min(m, n),) * len(gradients), None, 2.0 * dense_cost), exact
+
+
+def truncated(weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular directions of a matrix that hold `keep` of its Frobenius norm.
+
+    Args:
+        weight: [m, n].
+        keep: in (0, 1).
+
+    Returns:
+        left [m, k] and right [n, k] with left rightᵀ ≈ weight, and the squared norm that is lost. k ≥ 1.
+    """
+    total = weight.square().sum(dtype=torch.float64)
+    size = min(weight.shape)
+    sketched = size if size <= WHOLE_SVD else FIRST_SKETCH
+    while True:
+        U, sigma, Vh = leading_directions(weight, sketched)
+        lost = (total - sigma.double().square().cumsum(0)).clamp(min=0)
+        enough = (lost <= (1 - keep**2) * total).nonzero()
+        if len(enough) or sketched == size:
+            rank = int(enough[0]) + 1 if len(enough) else len(sigma)
+            return U[:, :rank] * sigma[:rank], Vh[:rank].mT, lost[rank - 1].to(weight.dtype)
+        sketched = min(size, 2 * sketched)
+
+
+def leading_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading `count` singular triplets of a matrix: U [m, count], σ [count], Vᵀ [count, n].
+
+    Exact for all of them; else by a range finder with two power iterations (Halko, Martinsson and Tropp 2011,
+    algorithm 4.4), 12·m·n·count FLOPs, seeded, so that the same gradient always gives the same query.
+    """
+    if count >= min(weight.shape):
+        return torch.linalg.svd(weight, full_matrices=False)
+    noise = torch.randn(weight.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+    basis, _ = torch.linalg.qr(weight @ noise.to(weight.device))
+    for _ in range(2):
+        basis, _ = torch.linalg.qr(weight.mT @ basis)
+        basis, _ = torch.linalg.qr(weight @ basis)
+    U, sigma, Vh = torch.linalg.svd(basis.mT @ weight, full_matrices=False)
+    return basis @ U, sigma, Vh

@@ -1,0 +1,84 @@
+"""Low-rank validation gradients: what they keep, and that they contract as the truncated gradient does."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iprox.influence import queries
+from iprox.influence.gradients import LayerGradient, contract
+from iprox.influence.queries import layer_query, leading_directions, truncated
+
+
+def gradient(m: int, n: int, decay: float, seed: int = 0, bias: bool = False) -> LayerGradient:
+    generator = torch.Generator().manual_seed(seed)
+    U, _ = torch.linalg.qr(torch.randn(m, min(m, n), generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(n, min(m, n), generator=generator, dtype=torch.float64))
+    sigma = torch.logspace(0, -decay, min(m, n), dtype=torch.float64)
+    return LayerGradient((U * sigma) @ V.mT, torch.randn(m, generator=generator, dtype=torch.float64) if bias else None)
+
+
+@given(
+    m=st.integers(2, 20),
+    n=st.integers(2, 20),
+    decay=st.floats(0, 6),
+    keep=st.floats(0.3, 0.999),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_is_kept_is_at_least_what_was_asked_and_no_more_ranks_than_that(m, n, decay, keep, seed):
+    weight = gradient(m, n, decay, seed).weight
+    left, right, lost = truncated(weight, keep)
+    rest = (weight - left @ right.mT).square().sum().item()
+    total = weight.square().sum().item()
+    assert lost.item() == pytest.approx(rest, abs=1e-9)
+    assert rest <= (1 - keep**2) * total + 1e-9
+    sigma = torch.linalg.svdvals(weight)
+    rank = left.shape[1]
+    if rank > 1:  # one rank fewer would not do
+        assert sigma[rank - 1 :].square().sum() > (1 - keep**2) * total - 1e-9
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_contracting_equals_the_truncated_gradient(shape, bias):
+    m, n = shape
+    tasks = [gradient(m, n, 3, seed, bias) for seed in (0, 1, 2)]
+    query, lost = layer_query(tasks, 0.9, torch.float64)
+    assert query.dense is None
+    assert query.flops == 2 * sum(query.ranks) * (m + n) < 2 * 3 * m * n
+    h, delta = torch.randn(5, 7, n, dtype=torch.float64), torch.randn(5, 7, m, dtype=torch.float64)
+    scores = query.contract(h, delta)
+    for column, task in enumerate(tasks):
+        left, right, dropped = truncated(task.weight, 0.9)
+        expected = contract(h, delta, LayerGradient(left @ right.mT, task.bias))
+        torch.testing.assert_close(scores[:, column], expected, rtol=1e-9, atol=1e-9)
+        assert lost[column] == dropped
+
+
+@pytest.mark.parametrize(("keep", "decay"), [(1.0, 3), (0.99, 0)])
+def test_a_gradient_stays_whole_where_that_is_asked_or_cheaper(keep, decay):
+    tasks = [gradient(12, 10, decay, seed) for seed in (0, 1)]
+    query, lost = layer_query(tasks, keep, torch.float64)
+    assert query.dense is not None
+    assert query.flops == 2 * 2 * 12 * 10
+    assert (lost == 0).all()
+    h, delta = torch.randn(3, 4, 10, dtype=torch.float64), torch.randn(3, 4, 12, dtype=torch.float64)
+    torch.testing.assert_close(query.contract(h, delta)[:, 1], contract(h, delta, tasks[1]))
+
+
+def test_wide_gradients_are_sketched_until_enough_is_kept(monkeypatch):
+    weight = gradient(60, 50, 1.5).weight
+    exact, _, _ = truncated(weight, 0.97)
+    monkeypatch.setattr(queries, "WHOLE_SVD", 10)
+    monkeypatch.setattr(queries, "FIRST_SKETCH", 4)
+    left, right, lost = truncated(weight, 0.97)
+    assert (weight - left @ right.mT).square().sum().item() == pytest.approx(lost.item(), rel=1e-6)
+    assert lost <= (1 - 0.97**2) * weight.square().sum()
+    assert exact.shape[1] <= left.shape[1] <= exact.shape[1] + 2
+    state = torch.get_rng_state()
+    again, _, _ = truncated(weight, 0.97)
+    assert torch.equal(again, left)
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are not touched
+    _, sigma, _ = leading_directions(weight, 8)
+    torch.testing.assert_close(sigma[:4], torch.linalg.svdvals(weight)[:4], rtol=5e-2, atol=0)
