@@ -6,11 +6,18 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
     set_seed,
 )
 
@@ -18,7 +25,26 @@ from iprox.data import Batch
 from iprox.models.precision import cast_parameters
 
 # gpt-neox is the one whose norms stay in float64 (RMSNorm goes through float32), so finite differences are exact.
-CONFIGS = {"gpt-neox": GPTNeoXConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+CONFIGS = {
+    "gpt-neox": GPTNeoXConfig,
+    "gpt2": GPT2Config,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3-moe": Qwen3MoeConfig,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "gemma3": Gemma3TextConfig,
+    "phi3": Phi3Config,
+    "olmo2": Olmo2Config,
+    "smollm3": SmolLM3Config,
+}
+# Names of their own, and special tokens within the tiny vocabulary.
+OWN = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64},
+    "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
+}
 SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -34,12 +60,13 @@ SHAPE = {
 def make_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> PreTrainedModel:
     """A random causal language model; weights large enough that nothing is near linear."""
     set_seed(seed)
-    config = CONFIGS[family](**{**SHAPE, "tie_word_embeddings": True, **changes})
+    config = CONFIGS[family](**{**SHAPE, **OWN.get(family, {}), "tie_word_embeddings": True, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_experts_implementation("eager")  # the others have no float64 kernel
     cast_parameters(model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.normal_(std=0.2)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)

@@ -21,6 +21,7 @@ from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, se
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import QUERY_NORM, Query, ScoringSettings, build_scorer, score_windows
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
+from iprox.models.experts import experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -88,13 +89,16 @@ def compress(
     if (method == "off-the-shelf") != (other is not None):
         raise InputError("method='off-the-shelf' takes other=, the model to use as the proxy; no other method does")
     if other is not None:
-        return adopt(model, other)[0]
+        with experts_split(model, other):
+            return adopt(model, other)[0]
     size = Size(sparsity, parameters, flops)
     if method == "layers":
-        return extract_layers(model, size)[0]
+        with experts_split(model):
+            return extract_layers(model, size)[0]
     settings = FactorSettings(method, ranks, ridge, MomentSettings(labels, tokens, seed=seed), seed=seed)  # pyright: ignore
     batches = _Reader(model, tokenizer, max_length, batch_tokens).batches(probe, "probe") if method in PROBED else []
-    return derive_proxy(model, batches, size, settings, loss_fn=loss_fn)[0]
+    with experts_split(model):
+        return derive_proxy(model, batches, size, settings, loss_fn=loss_fn)[0]
 
 
 def align(
@@ -134,16 +138,17 @@ def align(
         batches = list(data)
     else:
         batches = list(on_device(example_batches(reader.encode(data, "data"), batch_size, 0), reader.device))
-    return align_factors(
-        proxy,
-        model,
-        batches,
-        steps=epochs * len(batches),
-        learning_rate=learning_rate,
-        kl_weight=kl_weight,
-        temperature=temperature,
-        seed=seed,
-    )
+    with experts_split(model):
+        return align_factors(
+            proxy,
+            model,
+            batches,
+            steps=epochs * len(batches),
+            learning_rate=learning_rate,
+            kl_weight=kl_weight,
+            temperature=temperature,
+            seed=seed,
+        )
 
 
 def score(
@@ -201,17 +206,18 @@ def score(
         raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
     settings = ScoringSettings(gradient, normalise, aggregate, query_norm, batch_tokens)
     tables = []
-    for checkpoint in models:
-        if isinstance(pool, DataLoader):
-            tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target))
-            continue
-        reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
-        encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
-        scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target)
-        source = reader.pool(pool, "pool")
-        source.scan()
-        parts = score_windows(scorer, source, reader.encoder, 0, settings)
-        tables.append(pa.concat_tables([table for table, _ in parts]))
+    with experts_split(*models, *([] if target is None else [target])):
+        for checkpoint in models:
+            if isinstance(pool, DataLoader):
+                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target))
+                continue
+            reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
+            encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
+            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target)
+            source = reader.pool(pool, "pool")
+            source.scan()
+            parts = score_windows(scorer, source, reader.encoder, 0, settings)
+            tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
     spread.add(over_checkpoints(tables, learning_rates))
     return combine(tables, learning_rates, weights=spread.weights(aggregate))

@@ -105,9 +105,15 @@ class Session:
         with self.reporter.bar("read", None, "rows") as progress:
             return pool.scan(progress)
 
-    def model(self, path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """A model or proxy on the session's device, in its dtype or another."""
-        return load_model(path, dtype=dtype or self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
+    def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
+        """A model or proxy on the session's device, in its dtype or another (see `load_model`)."""
+        return load_model(
+            path,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            fused=fused,
+        )
 
     def loader(self, path: str | Path) -> Callable[[], PreTrainedModel]:
         """What loads that model later, also in another process."""

@@ -407,7 +407,7 @@ def _sft(
     encoded = encoder.encode(examples)
     shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
     # Master weights in float32; the checkpoints are stored as the model was.
-    target = session.model(model, torch.float32)
+    target = session.model(model, torch.float32, fused=True)
     stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * math.ceil(kept / settings.batch_size)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from iprox.influence.gradients import LayerGradient, squared_norms, summed_gradient
 from iprox.influence.queries import layer_query
-from iprox.models.layers import GradientSpace, influence_layers, low_rank_layers
+from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
+from iprox.models.precision import accumulation_dtype
 
 Normalise = Literal["none", "cosine"]
 
@@ -61,6 +62,13 @@ def mean_gradient(
             count += losses.shape[0]
     if count == 0:
         raise ValueError("no example with a supervised token")
+    for name, layer in layers.items():
+        if name not in total:  # an expert that no token was routed to
+            weight, bias = dense_weight(layer), layer_bias(layer)
+            dtype = accumulation_dtype(weight)
+            total[name] = LayerGradient(
+                torch.zeros_like(weight, dtype=dtype), None if bias is None else torch.zeros_like(bias, dtype=dtype)
+            )
     for name, part in total.items():
         part.weight /= count
         if part.bias is not None:

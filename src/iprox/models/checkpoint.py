@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iprox.errors import InputError
+from iprox.models.experts import split_experts
 from iprox.models.layers import (
     LowRankLinear,
     compressible_layers,
@@ -61,6 +62,7 @@ class IproxQuantizer(HfQuantizer):
     quantization_config: IproxConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        split_experts(model)
         make_low_rank(model, self.quantization_config.ranks)
         return model
 

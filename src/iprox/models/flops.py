@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from iprox.models.experts import SplitExperts
 from iprox.models.layers import (
     GradientSpace,
     compressible_layers,
@@ -19,8 +20,27 @@ from iprox.models.layers import (
 
 
 def forward_flops(model: nn.Module) -> float:
-    """One token through the compressible layers, dense or low-rank: 2P."""
-    return 2.0 * linear_parameters(model)
+    """One token through the compressible layers, dense or low-rank: 2P, of experts the share that a token uses."""
+    shares = active_shares(model)
+    total = 0.0
+    for name, layer in compressible_layers(model).items():
+        m, n = weight_shape(layer)
+        total += m * n * shares.get(name, 1.0)
+    for name, layer in low_rank_layers(model).items():
+        total += layer.rank * (layer.in_features + layer.out_features) * shares.get(name, 1.0)
+    return 2.0 * total
+
+
+def active_shares(model: nn.Module) -> dict[str, float]:
+    """Of each expert's layers, by name, the share of tokens that use it if all experts are used alike: k/E."""
+    shares: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SplitExperts):
+            config = model.config.get_text_config()  # pyright: ignore
+            share = config.num_experts_per_tok / len(module.gate_up)
+            for child in ("gate_up", "down"):
+                shares.update({f"{name}.{child}.{i}": share for i in range(len(module.gate_up))})
+    return shares
 
 
 def head_flops(model: nn.Module) -> float:

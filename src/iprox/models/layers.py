@@ -80,14 +80,14 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     is tied to the embedding.
 
     Raises:
-        InputError: the model has no such layer.
+        InputError: the model has no such layer, or one whose weights are packed.
     """
     head = output_head(model)
     inside = {
         id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
     }
     layers: dict[str, nn.Module] = {
-        name: module
+        name: _readable(name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module) not in inside
     }
@@ -96,6 +96,17 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
             f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, the output head left out)"
         )
     return layers
+
+
+def _readable(name: str, layer: nn.Module) -> nn.Module:
+    """The layer, if its weight holds one number an entry, which subclasses of nn.Linear need not (bitsandbytes)."""
+    weight = layer.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise InputError(
+            f"{name}: its weights are quantised ({type(layer).__name__}), which iprox cannot read; load the model "
+            "without quantisation (e.g. in bfloat16)"
+        )
+    return layer
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:

@@ -17,6 +17,7 @@ from transformers import (
 
 from iprox.errors import InputError
 from iprox.models.checkpoint import make_low_rank
+from iprox.models.experts import split_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What decides a model's scores beside its weights and templates; not what was written beside it (`run.json`, ...).
@@ -29,8 +30,17 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    fused: bool = False,
 ) -> PreTrainedModel:
     """A causal language model, or a proxy of one, from a folder or the hub, in eval mode.
+
+    Args:
+        path: folder or hub id.
+        dtype: of the weights.
+        device: where.
+        trust_remote_code: let the model's own code run.
+        fused: leave fused experts as they are stored, for training and saving; otherwise they are split into linear
+            layers (`iprox.models.experts`).
 
     Raises:
         InputError: no such model, no config, pickled weights only, or weights that are not finite (named).
@@ -43,6 +53,8 @@ def load_model(
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     check_finite(model, str(path))
+    if not fused:
+        split_experts(model)
     return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
 
 
@@ -129,6 +141,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     proxy = getattr(config, "quantization_config", None)
+    split_experts(model)
     if isinstance(proxy, dict) and proxy.get("quant_method") == "iprox":
         make_low_rank(model, proxy["ranks"])
     return model

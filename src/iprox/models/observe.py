@@ -4,20 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-# (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m])
+# (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that sees only some tokens (an
+# expert), L is the most that any one example sent it, and shorter examples are filled with zeros.
 Sink = Callable[[str, Tensor, Tensor], None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Routing:
+    """Which tokens a layer is being given.
+
+    Attributes:
+        tokens: their positions among all tokens of the batch, ascending [T].
+        total: tokens in the batch, B·L.
+        tokens_per_row: L.
+    """
+
+    tokens: Tensor
+    total: int
+    tokens_per_row: int
+
+
+_routing: ContextVar[_Routing | None] = ContextVar("iprox_routing", default=None)
+
+
 @contextmanager
-def observe(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
+def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[None]:
+    """Say that layers called inside see only these tokens of the batch (see `_Routing`)."""
+    before = _routing.set(_Routing(tokens, total, tokens_per_row))
+    try:
+        yield
+    finally:
+        _routing.reset(before)
+
+
+@contextmanager
+def observe(layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None = None) -> Iterator[None]:
     """Call `sink(name, h, delta)` for each layer as the backward pass reaches it.
 
     The layer's input is kept alive until then and freed right after. No weight gradient is formed: with
     frozen weights (see `frozen`) autograd itself skips every weight GEMM, a third of a backward pass.
+
+    Args:
+        layers: what to watch, by name.
+        sink: what to call.
+        counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
     """
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -26,8 +62,10 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
                 return
             if not output.requires_grad:
                 output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
-            h = _with_positions(inputs[0].detach())
-            output.register_hook(lambda delta: sink(name, h, _with_positions(delta)))
+            h, routing = inputs[0].detach(), _routing.get()
+            output.register_hook(
+                lambda delta: sink(name, _by_example(h, routing, counted), _by_example(delta, routing, counted))
+            )
 
         return hook
 
@@ -37,9 +75,26 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink) -> Iterator[None]:
         yield
 
 
-def _with_positions(x: Tensor) -> Tensor:
-    """[B, n] of a model without positions as [B, 1, n]."""
-    return x.unsqueeze(1) if x.ndim == 2 else x
+def _by_example(x: Tensor, routing: _Routing | None, counted: Tensor | None) -> Tensor:
+    """Rows of a layer as [B, L, n], those that do not count zero."""
+    if routing is not None:
+        if counted is not None:
+            x = x * counted.flatten()[routing.tokens, None]
+        return _padded(x, routing)
+    if x.ndim == 2:
+        return x.unsqueeze(1)  # a model without positions
+    return x if counted is None else x * counted[..., None]
+
+
+def _padded(x: Tensor, routing: _Routing) -> Tensor:
+    """Rows [T, n] of some tokens as [B, most of one example, n], filled up with zeros."""
+    rows = routing.tokens // routing.tokens_per_row
+    counts = torch.bincount(rows, minlength=routing.total // routing.tokens_per_row)
+    starts = counts.cumsum(0) - counts
+    slots = torch.arange(len(rows), device=rows.device) - starts[rows]
+    padded = x.new_zeros(len(counts), int(counts.max()), x.shape[-1])
+    padded[rows, slots] = x
+    return padded
 
 
 @contextmanager
@@ -62,7 +117,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def watched_backward(
-    model: nn.Module, layers: Mapping[str, nn.Module], losses: Callable[[], Tensor], sink: Sink
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    losses: Callable[[], Tensor],
+    sink: Sink,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Run `losses()` and the backward pass of its sum, feeding `sink`. Call inside `frozen(model)`.
 
@@ -71,7 +130,7 @@ def watched_backward(
     Returns:
         The per-example losses [B], detached.
     """
-    with torch.enable_grad(), observe(layers, sink):
+    with torch.enable_grad(), observe(layers, sink, counted):
         per_example = losses()
         per_example.sum().backward()
     return per_example.detach()

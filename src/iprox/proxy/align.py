@@ -79,9 +79,11 @@ def gradient_distance(layers: dict[str, LowRankLinear], loss: Tensor, target: di
     """
     names = list(layers)
     factors = [weight for name in names for weight in (layers[name].A.weight, layers[name].B.weight)]
-    gradients = torch.autograd.grad(loss, factors, create_graph=True)
+    gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
     distances = []
     for name, grad_A, grad_B in zip(names, gradients[::2], gradients[1::2], strict=True):
+        if grad_A is None or grad_B is None or name not in target:
+            continue  # an expert that no token of the batch was routed to, on the proxy or on the target
         A, B = layers[name].A.weight, layers[name].B.weight
         G = target[name].to(A.dtype)
         distances.append(cosine_distance(grad_A, G @ B.mT) + cosine_distance(grad_B, A.mT @ G))

@@ -109,7 +109,9 @@ def derive_proxy(
     settings = settings or FactorSettings()
     _refuse_proxy(model)
     layers = compressible_layers(model)
-    prices = dict.fromkeys(layers, 1.0)
+    # A budget of FLOPs charges a parameter for the share of tokens that use it; the others for what is stored.
+    shares = flops.active_shares(model) if size.flops is not None else {}
+    prices = {name: shares.get(name, 1.0) for name in layers}
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     dense = sum(m * n * prices[name] for name, (m, n) in shapes.items())
     least = sum((m + n) * prices[name] for name, (m, n) in shapes.items())

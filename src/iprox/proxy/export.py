@@ -7,9 +7,11 @@ import copy
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
-from iprox.models.layers import low_rank_layers, replace_module
+from iprox.models.experts import fuse_experts, split_experts
+from iprox.models.layers import LowRankLinear, compressible_layers, low_rank_layers, replace_module
 from iprox.models.precision import accumulation_dtype
 
 
@@ -24,18 +26,31 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
     if not low_rank_layers(proxy):
         raise InputError("the model has no low-rank layer: it is no proxy")
     dense = copy.deepcopy(proxy)
+    with torch.device("meta"):
+        bare = type(proxy)(proxy.config)  # says what each layer was before it was factorised
+    split_experts(bare)
+    originals = compressible_layers(bare)
     for name, layer in low_rank_layers(dense).items():
-        A, B = layer.A.weight.detach(), layer.B.weight.detach()
-        dtype = accumulation_dtype(A)
-        plain = nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device=A.device, dtype=A.dtype
-        )
         with torch.no_grad():
-            plain.weight.copy_(A.to(dtype) @ B.to(dtype))
-            if plain.bias is not None and layer.bias is not None:
-                plain.bias.copy_(layer.bias)
-        replace_module(dense, name, plain)
+            replace_module(dense, name, _multiplied_out(layer, originals[name]))
+    fuse_experts(dense, dense.config)
     quantizer = getattr(dense, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(dense)
     return dense
+
+
+def _multiplied_out(layer: LowRankLinear, original: nn.Module) -> nn.Module:
+    """A dense layer of the original's kind with the weight AB."""
+    A, B = layer.A.weight, layer.B.weight
+    dtype = accumulation_dtype(A)
+    weight = (A.to(dtype) @ B.to(dtype)).to(A.dtype)
+    if isinstance(original, Conv1D):
+        plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.mT.contiguous()
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
+    return plain

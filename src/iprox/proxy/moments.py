@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -100,8 +101,7 @@ def collect_moments(
         raise ValueError("sampled labels and supervised tokens need a language model, not a loss_fn")
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
-    shared: dict[str, str] = {}  # layer -> the layer whose C_h it shares
-    seen: dict[int, tuple[str, Tensor]] = {}  # storage address of an input in this batch -> its first layer
+    owner: dict[str, str] = {}  # layer -> the layer whose C_h it shares, itself if none
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = 0
     counted: Tensor | None = None
@@ -113,18 +113,14 @@ def collect_moments(
         return SketchedMoment(width, settings.directions, like.device, dtype)
 
     def add(moments: dict[str, SecondMoment], name: str, x: Tensor) -> None:
-        if counted is not None and x.shape[:2] == counted.shape:
-            x = x * counted[..., None]
         if name not in moments:
             moments[name] = moment(x.shape[-1], x)
         moments[name].add(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
         add(gradients, name, delta)
-        first = seen.setdefault(h.data_ptr(), (name, h))
-        if first[0] != name and first[1].shape == h.shape and shared.setdefault(name, first[0]) == first[0]:
-            return
-        add(inputs, name, h)
+        if owner[name] == name:
+            add(inputs, name, h)
 
     with frozen(model):
         for batch in batches:
@@ -135,10 +131,8 @@ def collect_moments(
                 tokens += int(counted.sum())
             else:
                 tokens += len(batch[0])
-            # Holding every input until the batch ends keeps its address its own.
-            seen.clear()
-            watched_backward(model, layers, _losses(model, batch, loss_fn), sink)
-    seen.clear()
+            with _noting_owners(layers, owner):
+                watched_backward(model, layers, _losses(model, batch, loss_fn), sink, counted)
     if tokens == 0:
         raise ValueError("the probe set holds no supervised example")
     result: dict[str, Moments] = {}
@@ -146,7 +140,7 @@ def collect_moments(
         m, n = weight_shape(layer)
         like = next(layer.parameters())
         # A layer that no token reached (an expert never routed to) has moments of zero.
-        own = inputs.get(shared.get(name, name)) or moment(n, like)
+        own = inputs.get(owner.get(name, name)) or moment(n, like)
         result[name] = Moments(own, gradients.get(name) or moment(m, like))
     # Inputs first: a fault of the forward pass shows at the layer after it, and spoils the gradients of all.
     for side in ("inputs", "gradients"):
@@ -156,6 +150,25 @@ def collect_moments(
             if not math.isfinite(each.squared_norm()):
                 raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
     return result, tokens
+
+
+@contextmanager
+def _noting_owners(layers: Mapping[str, nn.Module], owner: dict[str, str]) -> Iterator[None]:
+    """Note, in a forward pass, which layers are given the very same tensor: the first of them owns its moment."""
+    # Holding every input until the pass is over keeps its address its own.
+    seen: dict[int, tuple[str, Tensor]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
+            owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(note(name)).remove)
+        yield
 
 
 def _losses(model: nn.Module, batch: Any, loss_fn: LossFn) -> Callable[[], Tensor]:

@@ -1,0 +1,157 @@
+"""Mixture-of-experts models: fused expert tensors seen as ordinary linear layers, one pair an expert.
+
+transformers keeps all experts of a block in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]. What
+compresses, watches or adapts linear layers (ours, PEFT's, anyone's) sees nothing there. `SplitExperts` stands in for
+the fused module and computes the same; its layers are named `...experts.gate_up.3` and `...experts.down.3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from iprox.errors import InputError
+from iprox.models.observe import routed_rows
+
+
+class SplitExperts(nn.Module):
+    """Experts as two lists of linear layers, called expert by expert.
+
+    Args:
+        gate_up: of each expert, H → 2I, gate first.
+        down: of each expert, I → H.
+        act_fn: activation of the gate.
+        fused: the class of the module it stands in for, so that the layers can be fused again.
+    """
+
+    def __init__(
+        self, gate_up: list[nn.Linear], down: list[nn.Linear], act_fn: nn.Module, fused: type[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.gate_up = nn.ModuleList(gate_up)
+        self.down = nn.ModuleList(down)
+        self.act_fn = act_fn
+        self.fused = fused
+        self.tokens_per_row = 0  # set by the block above, before it flattens [B, L, H]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Mix the chosen experts' outputs.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: experts of each token [T, k].
+            top_k_weights: their weights [T, k].
+        """
+        mixed = torch.zeros_like(hidden_states)
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
+            tokens, slots = torch.where(top_k_index == expert)
+            if not len(tokens):
+                continue
+            with routed_rows(tokens, hidden_states.shape[0], self.tokens_per_row):
+                gate, up = gate_up(hidden_states[tokens]).chunk(2, dim=-1)
+                out = down(self.act_fn(gate) * up)
+            weighted = out * top_k_weights[tokens, slots, None]
+            mixed = mixed.index_add(0, tokens, weighted.to(mixed.dtype))
+        return mixed
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module is a block of fused experts in the layout that `split` knows."""
+    tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    return (
+        all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
+        and hasattr(module, "act_fn")
+        and not any(name.endswith("bias") for name, _ in module.named_parameters())
+        and not getattr(module, "is_transposed", False)
+        and tensors[0].shape[2] == tensors[1].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+    )
+
+
+def split(fused: nn.Module) -> SplitExperts:
+    """Fused experts as linear layers whose weights are views of the fused tensors: nothing is copied."""
+
+    def linears(tensor: nn.Parameter) -> list[nn.Linear]:
+        layers = []
+        for weight in tensor.detach():
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layer.weight = nn.Parameter(weight, requires_grad=tensor.requires_grad)
+            layers.append(layer)
+        return layers
+
+    gate_up, down = fused.gate_up_proj, fused.down_proj
+    assert isinstance(gate_up, nn.Parameter)
+    assert isinstance(down, nn.Parameter)
+    assert isinstance(fused.act_fn, nn.Module)
+    return SplitExperts(linears(gate_up), linears(down), fused.act_fn, type(fused)).train(fused.training)
+
+
+def split_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Split every block of fused experts of a model, in place.
+
+    Returns:
+        The fused modules that were replaced, by name: `restore_experts` puts them back.
+    """
+    replaced: dict[str, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if is_fused(module):
+            parent, _, child = name.rpartition(".")
+            block = model.get_submodule(parent)
+            setattr(block, child, split(module))
+            block.register_forward_pre_hook(_note_row_length)
+            replaced[name] = module
+    return replaced
+
+
+def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
+    """Undo `split_experts`; the weights were shared all along."""
+    for name, module in replaced.items():
+        parent, _, child = name.rpartition(".")
+        block = model.get_submodule(parent)
+        setattr(block, child, module)
+        for key, hook in list(block._forward_pre_hooks.items()):
+            if hook is _note_row_length:
+                del block._forward_pre_hooks[key]
+
+
+@contextmanager
+def experts_split(*models: nn.Module) -> Iterator[None]:
+    """The fused experts of some models are split inside the block, and as they were after it."""
+    replaced = [(model, split_experts(model)) for model in models]
+    try:
+        yield
+    finally:
+        for model, modules in replaced:
+            restore_experts(model, modules)
+
+
+def fuse_experts(model: nn.Module, config: object) -> None:
+    """Put fused tensors back in place of split experts that are all dense.
+
+    Args:
+        model: changed in place.
+        config: of the model, to make the fused modules with.
+
+    Raises:
+        InputError: an expert is low-rank.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, SplitExperts):
+            continue
+        if not all(isinstance(layer, nn.Linear) for layer in (*module.gate_up, *module.down)):
+            raise InputError(f"{name}: has low-rank experts; multiply the factors out first")
+        with torch.device("meta"):
+            fused = module.fused(config)
+        for tensor, layers in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
+            weights = torch.stack([layer.weight.detach() for layer in layers])  # pyright: ignore
+            setattr(fused, tensor, nn.Parameter(weights))
+        restore_experts(model, {name: fused.train(module.training)})
+
+
+def _note_row_length(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A hook on the block above the experts, which sees [B, L, H] where they see [B·L, H]."""
+    for child in block.children():
+        if isinstance(child, SplitExperts):
+            child.tokens_per_row = inputs[0].shape[1] if inputs[0].ndim == 3 else 1

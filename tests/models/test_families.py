@@ -1,0 +1,225 @@
+"""Every family: compress, save, load, full-rank equality, scores against autograd, in float64."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from iprox.errors import InputError
+from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
+from iprox.models.checkpoint import proxy_config
+from iprox.models.experts import SplitExperts, experts_split, split_experts
+from iprox.models.flops import forward_flops, linear_parameters
+from iprox.models.layers import compressible_layers, dense_weight, influence_layers, layer_bias, low_rank_layers
+from iprox.models.loading import load_model
+from iprox.models.loss import causal_lm_losses
+from iprox.models.precision import cast_parameters
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.export import to_dense
+from iprox.proxy.factorise import with_factors
+from iprox.proxy.ipsvd import weighted_svd
+from iprox.proxy.moments import collect_moments
+from iprox.proxy.size import Size
+from iprox.proxy.spectra import SpectrumStore
+
+# Layers of a block that iprox compresses: what a family must not silently lose.
+LAYERS = {
+    "qwen2": 7, "qwen3": 7, "llama": 7, "gemma3": 7, "mistral": 7, "phi3": 4, "gpt2": 4, "gpt-neox": 4, "olmo2": 7,
+    "smollm3": 7, "qwen3-moe": 4 + 2 * 4,
+}  # fmt: skip
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(input_ids=batch.input_ids).logits
+
+
+def split(model):
+    split_experts(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=LAYERS)
+def family(request, tiny):
+    """(name, target, probe batch): the target with its experts split, as `load_model` gives it."""
+    return request.param, split(tiny.model(request.param)), tiny.batch([9, 7, 12], seed=3, padding=2)
+
+
+def test_every_layer_of_a_block_is_found(family):
+    name, model, _ = family
+    assert len(compressible_layers(model)) == 2 * LAYERS[name]
+
+
+def test_at_full_rank_the_proxy_is_the_target(family, tmp_path):
+    _, model, batch = family
+    layers = compressible_layers(model)
+    spectra = SpectrumStore()
+    for name, layer in layers.items():
+        spectra.put(name, weighted_svd(dense_weight(layer).detach(), None, None))
+    full = {name: min(dense_weight(layer).shape) for name, layer in layers.items()}
+    proxy = with_factors(model, layers, spectra, full)
+    assert len(low_rank_layers(proxy)) == len(layers)
+    torch.testing.assert_close(logits(proxy, batch), logits(model, batch), rtol=0, atol=1e-5)
+
+
+def test_a_proxy_survives_saving_and_loading(family, tmp_path):
+    _, model, batch = family
+    proxy, report = derive_proxy(model, [batch], Size(0.4))
+    assert report.achieved_sparsity == pytest.approx(1 - linear_parameters(proxy) / linear_parameters(model))
+    assert 0.4 <= report.achieved_sparsity < 0.46
+    proxy.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert proxy_config(loaded).ranks == {n: x.rank for n, x in low_rank_layers(proxy).items()}
+    # Gemma's embedding scale is a float32 buffer, rounded once more on loading.
+    torch.testing.assert_close(logits(loaded, batch), logits(proxy, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_loads_without_its_factors(family, tmp_path):
+    _, model, batch = family
+    proxy, _ = derive_proxy(model, [batch], Size(0.4))
+    dense = to_dense(proxy)
+    assert not any(isinstance(module, SplitExperts) for module in dense.modules())
+    dense.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(model)
+    assert not low_rank_layers(loaded)
+    for name, layer in compressible_layers(loaded).items():
+        assert type(layer) is type(model.get_submodule(name))
+    loaded.set_experts_implementation("eager")  # the others have no float64 kernel
+    torch.testing.assert_close(logits(loaded, batch), logits(proxy, batch), rtol=1e-5, atol=1e-5)
+
+
+def autograd_gradients(model, batch, layers):
+    """∇_W of every layer [m, n] and its bias, flat, from autograd; zero where the example did not reach it."""
+    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    gradients = torch.autograd.grad(causal_lm_losses(model, batch).sum(), parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return torch.cat([gradient.flatten() for gradient in filled])
+
+
+@pytest.mark.parametrize("kind", ["target", "proxy"])
+def test_scores_equal_autograd_dot_products(family, tiny, kind):
+    _, model, batch = family
+    if kind == "proxy":
+        model, _ = derive_proxy(model, [batch], Size(0.4))
+    pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5], seed=1)
+    layers = influence_layers(model, "factors")
+    rows = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(pool)])
+    query = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(validation)]).mean(0)
+    gradient, _ = mean_gradient(model, [validation], "factors")
+    scores, _ = BatchScorer(model, {"task": gradient}, gradient="factors")(pool)
+    torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
+    cosine, _ = BatchScorer(model, {"task": gradient}, gradient="factors", normalise="cosine")(pool)
+    expected = torch.nn.functional.cosine_similarity(rows, query[None])
+    torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("space", ["weight", "factors"])
+def test_a_proxy_meets_the_targets_query(family, tiny, space):
+    """Σ_ℓ ⟨Ĝ_ℓ(z), Ḡ_ℓ⟩ by autograd on the multiplied-out proxy (`weight`); by the chain rule for `factors`."""
+    _, model, batch = family
+    proxy, _ = derive_proxy(model, [batch], Size(0.4))
+    pool, validation = tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
+    own = mean_gradient(model, [validation], "weight")[0]
+    scores, _ = BatchScorer(proxy, {"task": seen_from(own, proxy, space)}, gradient=space)(pool)
+    dense = split(to_dense(proxy))
+    layers = compressible_layers(dense)
+    factors = low_rank_layers(proxy)
+    expected = []
+    for row in tiny.rows(pool):
+        weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
+        biases = [layer_bias(layer) for layer in layers.values() if layer_bias(layer) is not None]
+        for bias in biases:
+            bias.requires_grad_(True)
+        loss = causal_lm_losses(dense, row).sum()
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            if gradient is None:
+                continue
+            G = gradient.mT if isinstance(layer, Conv1D) else gradient
+            if name in factors and space == "factors":
+                A, B = factors[name].A.weight, factors[name].B.weight
+                total = (
+                    total + (G @ B.mT * (own[name].weight @ B.mT)).sum() + (A.mT @ G * (A.mT @ own[name].weight)).sum()
+                )
+            else:
+                total = total + (G * own[name].weight).sum()
+            bias = layer_bias(layer)
+            if bias is not None:
+                total = total + torch.autograd.grad(loss, bias, retain_graph=True)[0] @ own[name].bias
+        expected.append(total.detach())
+    torch.testing.assert_close(scores[:, 0], torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+def moe(tiny, **changes):
+    return tiny.model("qwen3-moe", **changes)
+
+
+def test_splitting_experts_changes_nothing_and_is_undone(tiny):
+    model, batch = moe(tiny), tiny.batch([9, 7])
+    before, names = logits(model, batch), list(model.state_dict())
+    with experts_split(model):
+        assert sum(isinstance(module, SplitExperts) for module in model.modules()) == 2
+        torch.testing.assert_close(logits(model, batch), before)
+    assert list(model.state_dict()) == names
+    assert torch.equal(logits(model, batch), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_experts_moments_leave_padding_out(tiny):
+    model = split(moe(tiny))
+    layers = compressible_layers(model)
+    batch = tiny.batch([9, 4, 6])
+    plain, _ = collect_moments(model, layers, [batch])
+    alone, _ = collect_moments(model, layers, tiny.rows(batch))
+    for name in layers:
+        torch.testing.assert_close(plain[name].inputs.matrix, alone[name].inputs.matrix)
+        torch.testing.assert_close(plain[name].gradients.matrix, alone[name].gradients.matrix)
+        assert plain[name].inputs.block_squares == pytest.approx(alone[name].inputs.block_squares)
+
+
+def test_an_expert_that_nothing_reached_is_said_and_kept_sound(tiny):
+    model = split(moe(tiny, num_experts=32))
+    probe = [tiny.batch([3])]  # three tokens of two experts each
+    proxy, report = derive_proxy(model, probe, Size(0.3))
+    assert len(report.unreached) >= 2 * (32 - 6)
+    assert torch.isfinite(logits(proxy, tiny.batch([40]))).all()
+    gradient, _ = mean_gradient(model, probe)
+    assert set(gradient) == set(influence_layers(model))
+
+
+def test_a_token_uses_only_its_own_experts(tiny):
+    model = split(moe(tiny))
+    expert = 3 * 32 * 24 * 2  # gate, up and down of one, times 2 layers
+    dense = linear_parameters(model) - 4 * expert
+    assert forward_flops(model) == 2 * (dense + 2 * expert)
+    _, report = derive_proxy(model, [tiny.batch([30, 30])], Size(flops=0.6))
+    assert report.relative_flops <= 0.6
+
+
+def test_a_model_loads_split_or_fused(tiny, tmp_path):
+    model, batch = moe(tiny, dtype=torch.float32), tiny.batch([9, 7])
+    model.save_pretrained(tmp_path)
+    apart, whole = load_model(tmp_path), load_model(tmp_path, fused=True)
+    assert len(compressible_layers(apart)) == 2 * LAYERS["qwen3-moe"]
+    assert len(compressible_layers(whole)) == 2 * 4
+    torch.testing.assert_close(logits(apart, batch), logits(whole, batch))
+
+
+def test_packed_weights_are_refused(tiny):
+    """What bitsandbytes does: a subclass of nn.Linear whose weight is packed integers."""
+    model = tiny.model()
+    layer = model.get_submodule("model.layers.1.mlp.up_proj")
+    layer.weight = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: its weights are quantised"):
+        compressible_layers(model)
+
+
+def test_buffers_keep_their_precision(tiny):
+    """Rotary frequencies in bfloat16 are wrong by radians a few hundred tokens on."""
+    model = tiny.model("gemma3", dtype=torch.float32)
+    cast_parameters(model, torch.bfloat16)
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
