@@ -86,6 +86,7 @@ def compress(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
+    _refuse_adapter(model)
     if (method == "off-the-shelf") != (other is not None):
         raise InputError("method='off-the-shelf' takes other=, the model to use as the proxy; no other method does")
     if other is not None:
@@ -196,6 +197,8 @@ def score(
     if estimator != "tracin":
         raise InputError(f"unknown estimator {estimator!r}; known: tracin")
     models = [model] if isinstance(model, nn.Module) else list(model)
+    for each in models:
+        _refuse_adapter(each)
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -221,6 +224,11 @@ def score(
     spread = TaskSpread()
     spread.add(over_checkpoints(tables, learning_rates))
     return combine(tables, learning_rates, weights=spread.weights(aggregate))
+
+
+def _refuse_adapter(model: nn.Module) -> None:
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise InputError("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")
 
 
 def select(

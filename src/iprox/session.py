@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, PoolSummary, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.metering import Usage, metered
+from iprox.models.adapters import adapter_base
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.progress import Reporter
@@ -107,6 +108,7 @@ class Session:
 
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
         """A model or proxy on the session's device, in its dtype or another (see `load_model`)."""
+        self.note_adapter(path)
         return load_model(
             path,
             dtype=dtype or self.dtype,
@@ -115,8 +117,15 @@ class Session:
             fused=fused,
         )
 
+    def note_adapter(self, path: str | Path) -> None:
+        """Say that a model is a PEFT adapter, which is merged into its base model."""
+        base = adapter_base(path)
+        if base is not None:
+            self.reporter.warn(f"{path} is a PEFT adapter: it is merged into {base} first")
+
     def loader(self, path: str | Path) -> Callable[[], PreTrainedModel]:
         """What loads that model later, also in another process."""
+        self.note_adapter(path)
         return functools.partial(
             load_model, path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )

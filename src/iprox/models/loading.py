@@ -16,12 +16,13 @@ from transformers import (
 )
 
 from iprox.errors import InputError
+from iprox.models.adapters import ADAPTER, adapter_base, merged
 from iprox.models.checkpoint import make_low_rank
 from iprox.models.experts import split_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What decides a model's scores beside its weights and templates; not what was written beside it (`run.json`, ...).
-MODEL_FILES = ("config.json", "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
 
 
 def load_model(
@@ -34,6 +35,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model, or a proxy of one, from a folder or the hub, in eval mode.
 
+    A folder with a PEFT adapter gives its base model with the adapter merged.
+
     Args:
         path: folder or hub id.
         dtype: of the weights.
@@ -45,13 +48,17 @@ def load_model(
     Raises:
         InputError: no such model, no config, pickled weights only, or weights that are not finite (named).
     """
-    _check_folder(path)
+    base = adapter_base(path)
+    stored = path if base is None else base
+    _check_folder(stored)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            stored, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise InputError(f"{stored}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    if base is not None:
+        model = merged(model, path)
     check_finite(model, str(path))
     if not fused:
         split_experts(model)
@@ -64,7 +71,9 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     Raises:
         InputError: there is none.
     """
-    folder = Path(path)
+    folder, base = Path(path), adapter_base(path)
+    if base is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return load_tokenizer(base, trust_remote_code=trust_remote_code)
     if folder.exists() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(
             f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the tokenizer files of the model there"
@@ -101,9 +110,12 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 def checkpoint_fingerprint(path: str | Path) -> str:
     """A fingerprint of a model's files, without loading it: of their bytes, or of a hub model its commit."""
-    _check_folder(path)
-    folder = Path(path)
+    base, folder = adapter_base(path), Path(path)
     digest = hashlib.blake2b(digest_size=8)
+    if base is None:
+        _check_folder(path)
+    else:
+        digest.update(checkpoint_fingerprint(base).encode())
     if folder.exists():
         for file in sorted(folder.iterdir()):
             if file.suffix in (".safetensors", ".jinja") or file.name in MODEL_FILES:
@@ -122,6 +134,7 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     Raises:
         InputError: there is none.
     """
+    path = adapter_base(path) or path
     _check_folder(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

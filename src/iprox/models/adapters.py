@@ -1,0 +1,45 @@
+"""PEFT adapters: found, and merged into the model that they adapt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from iprox.errors import InputError
+
+ADAPTER = "adapter_config.json"
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The model that an adapter folder adapts; None where the folder holds no adapter.
+
+    Raises:
+        InputError: the adapter does not say, or its weights are pickled.
+    """
+    folder = Path(path)
+    if not (folder / ADAPTER).is_file():
+        return None
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise InputError(f"{folder / ADAPTER}: names no base_model_name_or_path; add the model that it adapts")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
+    return base
+
+
+def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """A model with an adapter multiplied into its weights, without any trace of PEFT.
+
+    Raises:
+        InputError: PEFT is not installed, or the adapter does not fit the model.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{path}: is a PEFT adapter; pip install peft, so that it can be merged") from error
+    try:
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()  # pyright: ignore
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{path}: does not fit its base model ({str(error).splitlines()[0]})") from error
