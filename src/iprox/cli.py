@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_finetune,
         _add_report,
         _add_export,
+        _add_push,
     ):
         add(commands)
     return parser
@@ -415,6 +416,19 @@ def _add_export(commands: Any) -> None:
     )
     parser.add_argument("proxy", metavar="PROXY_DIR")
     parser.add_argument("--output", required=True, help="folder for the dense checkpoint")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "Upload a proxy, with its model card, to the Hugging Face Hub.",
+        "iprox push runs/quickstart/aligned me/qwen3-4b-proxy --private",
+    )
+    parser.add_argument("proxy", metavar="PROXY_DIR")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", help="branch to push to; made if it is not there")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
+from iprox.models.card import write_card
+from iprox.models.checkpoint import proxy_config
 from iprox.models.loss import causal_lm_logits
 from iprox.models.memory import RELEASE_EVERY, release_memory
 
@@ -246,6 +248,8 @@ def save_model(
         stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
         config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(partial)
+    if proxy_config(model) is not None:
+        write_card(model, partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes weights that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import InputError
+from iprox.files import write_text
 
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
 
@@ -105,17 +106,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears only when whole."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def key_of(value: Any) -> str:

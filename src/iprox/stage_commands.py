@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iprox import stages, summary
+from iprox import hub, stages, summary
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
@@ -204,6 +204,14 @@ def export(arguments: Namespace) -> dict[str, Any]:
     if not arguments.json:
         print(f"dense checkpoint, loads without iprox: {output}")
     return {"output": str(output)}
+
+
+def push(arguments: Namespace) -> dict[str, Any]:
+    """`iprox push`."""
+    address = hub.push(Path(arguments.proxy), arguments.repo, private=arguments.private, revision=arguments.revision)
+    if not arguments.json:
+        print(address)
+    return {"commit": address}
 
 
 def _session(arguments: Namespace) -> Session:

@@ -33,6 +33,7 @@ from iprox.influence.scoring import (
 )
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models import flops
+from iprox.models.card import CARD, note_fidelity
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
@@ -283,6 +284,8 @@ def audit(
     pq.write_table(report.scores, partial)
     partial.replace(output / "audit.parquet")
     write_json(output / "audit.json", report.as_dict())
+    if len(pairs) == 1 and (Path(pairs[0][1]) / CARD).is_file():
+        note_fidelity(Path(pairs[0][1]), report.sample, report.tasks)
     return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
 
 
