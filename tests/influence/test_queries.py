@@ -70,7 +70,7 @@ def test_a_gradient_stays_whole_where_that_is_asked_or_cheaper(keep, decay):
 def test_wide_gradients_are_sketched_until_enough_is_kept(monkeypatch):
     weight = gradient(60, 50, 1.5).weight
     exact, _, _ = truncated(weight, 0.97)
-    monkeypatch.setattr(queries, "WHOLE_SVD", 10)
+    monkeypatch.setattr(queries, "WHOLE_GRAM", 10)
     monkeypatch.setattr(queries, "FIRST_SKETCH", 4)
     left, right, lost = truncated(weight, 0.97)
     assert (weight - left @ right.mT).square().sum().item() == pytest.approx(lost.item(), rel=1e-6)
@@ -80,5 +80,6 @@ def test_wide_gradients_are_sketched_until_enough_is_kept(monkeypatch):
     again, _, _ = truncated(weight, 0.97)
     assert torch.equal(again, left)
     assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are not touched
-    _, sigma, _ = leading_directions(weight, 8)
-    torch.testing.assert_close(sigma[:4], torch.linalg.svdvals(weight)[:4], rtol=5e-2, atol=0)
+    squares, directions = leading_directions(weight, 8)
+    torch.testing.assert_close(squares[:4].sqrt(), torch.linalg.svdvals(weight)[:4], rtol=5e-2, atol=0)
+    torch.testing.assert_close(directions.mT @ directions, torch.eye(8, dtype=torch.float64))
