@@ -35,7 +35,8 @@ def moments_by_hand(model, batch, rows):
 def test_moments_equal_those_taken_by_hand(tiny, family):
     model = tiny.model(family)
     batch = tiny.batch([9, 5, 7], padding=3)
-    moments, tokens = collect_moments(model, compressible_layers(model), [batch])
+    layers = compressible_layers(model)
+    moments, tokens = collect_moments(model, layers, [batch], MomentSettings(balanced=False))
     assert tokens == 21
     for name, (inputs, gradients) in moments_by_hand(model, batch, tiny.rows).items():
         torch.testing.assert_close(moments[name].inputs.matrix, inputs)
@@ -130,3 +131,17 @@ def test_settings_that_need_a_language_model_are_refused_without_one(tiny):
             MomentSettings(labels="sampled"),
             lambda model, batch: causal_lm_losses(model, batch),
         )
+
+
+def test_balanced_examples_count_by_their_supervised_tokens(tiny):
+    """C_δ of one example, times its number of supervised tokens; the inputs' moment does not change."""
+    model = tiny.model()
+    layers = compressible_layers(model)
+    (row,) = tiny.rows(tiny.batch([9]))
+    supervised = int((row.labels[:, 1:] != -100).sum())
+    assert supervised > 1
+    plain, _ = collect_moments(model, layers, [row], MomentSettings(balanced=False))
+    balanced, _ = collect_moments(model, layers, [row])
+    for name in layers:
+        torch.testing.assert_close(balanced[name].gradients.matrix, supervised * plain[name].gradients.matrix)
+        torch.testing.assert_close(balanced[name].inputs.matrix, plain[name].inputs.matrix)

@@ -32,7 +32,8 @@ class Moments:
 
     Attributes:
         inputs: C_h = E[h hᵀ] [n, n]; the same object for layers that read the same input.
-        gradients: C_δ = E[δ δᵀ] [m, m], δ the gradient of the example's own mean loss.
+        gradients: C_δ = E[δ δᵀ] [m, m], δ the gradient of the example's own mean loss, by default times the root of
+            its number of supervised tokens.
     """
 
     inputs: SecondMoment
@@ -54,6 +55,9 @@ class MomentSettings:
         tokens: `all`, or only those at which a supervised token is predicted.
         exact_width: widest layer whose moments are exact; wider ones are sketched.
         directions: of a sketch.
+        balanced: scale each example's δ by the root of its number of supervised tokens. The gradient of a mean over k
+            tokens has a variance of about 1/k, so without this the few examples with one or two supervised tokens
+            are nearly all of C_δ, and the others, which are ranked too, count for nothing.
         seed: of sampled labels.
     """
 
@@ -61,6 +65,7 @@ class MomentSettings:
     tokens: Tokens = "all"
     exact_width: int = EXACT_WIDTH
     directions: int = SKETCH_DIRECTIONS
+    balanced: bool = True
     seed: int = 0
 
     def numbers(self, width: int) -> int:
@@ -105,6 +110,7 @@ def collect_moments(
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = 0
     counted: Tensor | None = None
+    scale: Tensor | None = None
 
     def moment(width: int, like: Tensor) -> SecondMoment:
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -118,7 +124,7 @@ def collect_moments(
         moments[name].add(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
-        add(gradients, name, delta)
+        add(gradients, name, delta if scale is None else delta * scale[:, None, None].to(delta.dtype))
         if owner[name] == name:
             add(inputs, name, h)
 
@@ -129,6 +135,8 @@ def collect_moments(
                     batch = sampled_labels(model, batch, generator)
                 counted = counted_tokens(batch, settings.tokens)
                 tokens += int(counted.sum())
+                if settings.balanced:
+                    scale = (batch.labels[:, 1:] != -100).sum(1).sqrt()
             else:
                 tokens += len(batch[0])
             with _noting_owners(layers, owner):
