@@ -21,7 +21,7 @@ from iprox.session import Session, encode_validation, share, tokens_of
 EFFICIENCY = 0.25
 SAMPLE = 512
 # What low-rank validation gradients cost beside whole ones: an estimate, their ranks are known only once they are made.
-LOW_RANK_QUERY = 0.25
+LOW_RANK_QUERY = 0.12
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:

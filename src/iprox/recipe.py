@@ -312,8 +312,8 @@ def _explain(problem: Any) -> str:
 
 
 def _is_union_tag(part: str) -> bool:
-    # For `Section | False` pydantic puts the branch it tried into the path.
-    return part.endswith("Section") or part.startswith("literal[")
+    # For `Section | False` pydantic puts the branch it tried into the path, with its validator's name if it has one.
+    return part.endswith(("Section", "Section]")) or part.startswith("literal[")
 
 
 def _known_keys(path: list[str]) -> list[str]:

@@ -142,7 +142,7 @@ def test_a_stage_stopped_half_way_is_not_taken_for_the_earlier_one(copied, monke
     assert copied.run("--stop-after", "compress") == 0
     assert copied.done() == ["compress"]
     made = json.loads((copied.output / "proxy/compression.json").read_text())
-    assert made["sparsity"] == 0.5
+    assert made["size"] == {"sparsity": 0.5}
 
 
 def test_fresh_starts_anew(copied, finished):

@@ -123,7 +123,12 @@ def write_run(
         ]
         write_json(run / "warmup/checkpoints.json", marks)
     if "compress" not in without:
-        compression = {"method": "ipsvd", "ranks_rule": "global", "sparsity": 0.5, "achieved_sparsity": 0.4998}
+        compression = {
+            "method": "ipsvd",
+            "ranks_rule": "global",
+            "size": {"sparsity": 0.5},
+            "achieved_sparsity": 0.4998,
+        }
         write_json(run / "proxy/compression.json", compression | {"seconds": 4.2, "layers": layers()})
     if "align" not in without:
         steps = [

@@ -198,6 +198,13 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
     }
 
 
+def asked_size(size: dict[str, float]) -> str:
+    """The size of a proxy as the recipe gave it: a sparsity, a number of parameters, or a share of FLOPs."""
+    for name, value in size.items():
+        return f"{formats.parameters(value) if name == 'parameters' else formats.percent(value)} {name}"
+    return formats.DASH
+
+
 def proxy_section(folder: RunFolder) -> dict[str, Any] | None:
     """Returns the proxy's facts and layer charts, or None where the run made no proxy."""
     compression, cost = folder.compression, folder.run.get("cost", {})
@@ -207,7 +214,7 @@ def proxy_section(folder: RunFolder) -> dict[str, Any] | None:
     facts = [
         ("Method", str(compression.get("method", formats.DASH))),
         ("Rank rule", str(compression.get("ranks_rule", formats.DASH))),
-        ("Sparsity asked", formats.percent(compression.get("sparsity"))),
+        ("Size asked", asked_size(compression.get("size", {}))),
         ("Sparsity achieved", formats.percent(compression.get("achieved_sparsity"), 2)),
         ("Parameters of the target", formats.parameters(target)),
         ("Parameters of the proxy", f"{formats.parameters(parameters)} ({formats.ratio(parameters, target)})"),
