@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import stages
+from iprox import score_stages, stages
 from iprox.data import Pool
 from iprox.influence.ray_engine import ray_engine
 from iprox.influence.scoring import local_engine
@@ -327,7 +327,7 @@ def _audit(run: Run, context: _Context) -> None:
         "audit",
         [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump()],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
-        lambda: stages.audit(
+        lambda: score_stages.audit(
             run.session, pairs, run.pool.take(rows), run.validation, run.folder.audit, run.recipe.influence
         )[0],
     )
@@ -337,7 +337,7 @@ def _score(run: Run, context: _Context) -> None:
     proxy = run.recipe.proxy
     from_target = proxy and proxy.factorised and run.recipe.influence.query == "target"
     models = [
-        stages.ScoredModel(model, rate, path if from_target else None)
+        score_stages.ScoredModel(model, rate, path if from_target else None)
         for model, (path, rate) in zip(
             context.proxies or [path for path, _ in context.targets], context.targets, strict=True
         )
@@ -350,7 +350,7 @@ def _score(run: Run, context: _Context) -> None:
         "score",
         [_common(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
         [run.folder.scores],
-        lambda: stages.score(
+        lambda: score_stages.score(
             run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iprox import hub, stages, summary
+from iprox import hub, score_stages, stages, summary
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
@@ -119,7 +119,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     targets = [_query_target(model, arguments, settings, session) for model in arguments.model]
     identity["targets"] = [target and checkpoint_fingerprint(target) for target in targets]
     models = [
-        stages.ScoredModel(model, rate, target)
+        score_stages.ScoredModel(model, rate, target)
         for model, rate, target in zip(arguments.model, rates, targets, strict=True)
     ]
     return _single(
@@ -127,7 +127,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
         "score",
         output,
         arguments,
-        lambda: stages.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
+        lambda: score_stages.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
     )
 
 
@@ -159,7 +159,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
         "audit",
         output,
         arguments,
-        lambda: stages.audit(session, pairs, examples, validation, output, settings)[0],
+        lambda: score_stages.audit(session, pairs, examples, validation, output, settings)[0],
     )
     if not arguments.json:
         summary.print_fidelity(read_json(output / "audit.json"))

@@ -1,0 +1,210 @@
+"""The stages that score: a pool with its checkpoints, and a sample on proxy and target (the audit)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedModel
+
+from iprox.audit import AuditReport, compare_scores
+from iprox.data import ChatEncoder, Encoded, Example, Pool
+from iprox.influence.aggregate import combine
+from iprox.influence.scoring import (
+    Engine,
+    ScoringSettings,
+    ScoringStats,
+    build_scorer,
+    local_engine,
+    score_windows,
+)
+from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.models import flops
+from iprox.models.card import CARD, note_fidelity
+from iprox.models.layers import low_rank_layers
+from iprox.models.loading import skeleton
+from iprox.recipe import InfluenceSection
+from iprox.run_folder import write_json
+from iprox.session import Session, encode_validation, pad_id_of
+from iprox.stages import StageRecord, check_belongs
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredModel:
+    """A checkpoint to score on: its folder, its learning rate η, and the target its validation gradients come from.
+
+    `target` is None for a model that is scored with its own.
+    """
+
+    path: str
+    learning_rate: float = 1.0
+    target: str | None = None
+
+
+def score(
+    session: Session,
+    models: Sequence[ScoredModel],
+    pool: Pool,
+    validation: Mapping[str, Pool],
+    output: Path,
+    settings: InfluenceSection,
+    identity: Mapping[str, Any],
+    engine: Engine = local_engine,
+) -> StageRecord:
+    """Score a pool at one or more checkpoints; writes `scores.parquet`."""
+    summary = pool.scan()
+    first = models[0].path
+    tokenizer = session.tokenizer(first)
+    encoder = session.encoder(tokenizer)
+    encoded = encode_validation(encoder, dict(validation))
+    scoring = scoring_settings(session, settings)
+    checkpoints = [
+        ScoringCheckpoint(
+            session.loader(model.path), model.learning_rate, session.loader(model.target) if model.target else None
+        )
+        for model in models
+    ]
+    with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
+        stats = score_to_file(
+            checkpoints,
+            pool,
+            encoded,
+            encoder,
+            pad_id_of(tokenizer),
+            output,
+            scoring,
+            identity={
+                **identity,
+                "estimator": settings.estimator,
+                "gradient": settings.gradient,
+                "normalise": settings.normalise,
+                "aggregate": settings.aggregate,
+                "query": "target" if models[0].target else "own",
+                "query_norm": settings.query_norm,
+                "learning_rates": [model.learning_rate for model in models],
+                "dtype": str(session.dtype).removeprefix("torch."),
+                "max_length": session.max_length,
+                "batch_tokens": session.batch_tokens,
+            },
+            progress=progress,
+            engine=engine,
+        )
+    if stats.unscored:
+        session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
+    if stats.truncated:
+        session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
+    model = skeleton(first, trust_remote_code=session.trust_remote_code)
+    tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
+    return {
+        "tokens": tokens,
+        "flops": flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)),
+        "query": "target" if models[0].target else "own",
+        **{k: v for k, v in asdict(stats).items() if k != "tokens"},
+        "pool_tokens": stats.tokens,
+        "checkpoints": len(models),
+        "tasks": list(encoded),
+        "labels": encoder.describe,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": flops.forward_flops(model),
+    }
+
+
+def audit(
+    session: Session,
+    pairs: Sequence[tuple[str, str, float]],
+    examples: Sequence[Example],
+    validation: Mapping[str, Pool],
+    output: Path,
+    settings: InfluenceSection,
+) -> tuple[StageRecord, AuditReport]:
+    """Score a sample on proxies and on their targets and compare; writes `audit.json` and `audit.parquet`.
+
+    Args:
+        session: how to compute.
+        pairs: (target, proxy, learning rate) of each checkpoint.
+        examples: the sample.
+        validation: validation sets by task.
+        output: folder.
+        settings: how influence is scored.
+    """
+    tokenizer = session.tokenizer(pairs[0][0])
+    encoder = session.encoder(tokenizer)
+    encoded = encode_validation(encoder, dict(validation))
+    rates = [rate for _, _, rate in pairs]
+    tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
+    total = 0.0
+    tokens = 0
+    with session.reporter.bar("audit", 2 * len(pairs) * len(examples), "rows") as progress:
+        for target_path, proxy_path, _ in pairs:
+            target, proxy = session.model(target_path), session.model(proxy_path)
+            check_belongs(proxy, proxy_path, target, target_path)
+            for kind, model in (("target", target), ("proxy", proxy)):
+                query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
+                table, stats = score_examples(session, model, examples, encoded, encoder, settings, query, progress)
+                tables[kind].append(table)
+                tokens += stats.tokens
+                total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
+    report = compare_scores(combine(tables["proxy"], rates), combine(tables["target"], rates))
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / "audit.parquet.partial"
+    pq.write_table(report.scores, partial)
+    partial.replace(output / "audit.parquet")
+    write_json(output / "audit.json", report.as_dict())
+    if len(pairs) == 1 and (Path(pairs[0][1]) / CARD).is_file():
+        note_fidelity(Path(pairs[0][1]), report.sample, report.tasks)
+    return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
+
+
+def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
+    """Whether candidates on this model are to meet validation gradients of its target.
+
+    Only the layers of a factorised proxy stand for the target's layers one by one; those of a shorter or another
+    model do not, and take their own.
+    """
+    return settings.query == "target" and bool(low_rank_layers(proxy))
+
+
+def score_examples(
+    session: Session,
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+    settings: InfluenceSection,
+    target: PreTrainedModel | None = None,
+    progress: Any = None,
+) -> tuple[pa.Table, ScoringStats]:
+    """Score a list of examples on one model, in memory.
+
+    Args:
+        session: how to compute.
+        model: what candidates are scored on.
+        examples: the candidates.
+        validation: encoded validation examples by task.
+        encoder: makes tokens and labels.
+        settings: how influence is scored.
+        target: where validation gradients are taken, if not on `model`.
+        progress: called with the number of rows done.
+
+    Returns:
+        The scores table, and what was read.
+    """
+    scoring = scoring_settings(session, settings)
+    scorer = build_scorer(model, validation, 0, scoring, target=target)
+    total = ScoringStats()
+    tables = []
+    for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
+        tables.append(table)
+        total.add(stats)
+    return pa.concat_tables(tables), total
+
+
+def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
+    """The scoring settings that a recipe and a session give."""
+    return ScoringSettings(
+        settings.gradient, settings.normalise, settings.aggregate, settings.query_norm, session.batch_tokens
+    )
