@@ -1,0 +1,73 @@
+"""kronfluence on a loaded proxy, unmodified: its gradient dot products are our scores."""
+
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM
+
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.models.layers import influence_layers
+from iprox.models.loss import causal_lm_losses
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
+
+kronfluence = pytest.importorskip("kronfluence", reason="kronfluence is not installed: pip install 'iprox[peers]'")
+
+
+class Rows(Dataset):
+    """Examples of one length, as kronfluence's loader wants them."""
+
+    def __init__(self, batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return len(self.batch.input_ids)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.batch.input_ids[row], "labels": self.batch.labels[row]}
+
+
+class MeanLoss(kronfluence.Task):
+    """The sum of the examples' mean losses over supervised tokens."""
+
+    def __init__(self, layers: list[str]) -> None:
+        self.layers = layers
+
+    def compute_train_loss(self, batch, model, sample=False):
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+        return (losses.sum(1) / (labels != -100).sum(1)).sum()
+
+    def compute_measurement(self, batch, model):
+        return self.compute_train_loss(batch, model)
+
+    def get_influence_tracked_modules(self):
+        return self.layers
+
+
+def test_identity_scores_equal_ours(tiny, tmp_path):
+    pool, validation = tiny.batch([12] * 10, seed=1), tiny.batch([12] * 3, seed=2)
+    made, _ = derive_proxy(tiny.model(dtype=torch.float32), [pool], Size(0.5))
+    made.save_pretrained(tmp_path / "proxy")
+    proxy = AutoModelForCausalLM.from_pretrained(tmp_path / "proxy", dtype=torch.float32)
+    scores, losses = BatchScorer(proxy, {"task": mean_gradient(proxy, [validation])[0]})(pool)
+    assert torch.allclose(losses, causal_lm_losses(proxy, pool))
+
+    task = MeanLoss(list(influence_layers(proxy, "factors")))
+    prepared = kronfluence.prepare_model(proxy, task)
+    analyzer = kronfluence.Analyzer("proxy", prepared, task, output_dir=str(tmp_path / "out"), disable_tqdm=True)
+    arguments = kronfluence.arguments.FactorArguments(strategy="identity")
+    analyzer.fit_all_factors("factors", Rows(pool), factor_args=arguments, per_device_batch_size=4)
+    analyzer.compute_pairwise_scores(
+        "scores",
+        "factors",
+        Rows(validation),
+        Rows(pool),
+        per_device_query_batch_size=3,
+        per_device_train_batch_size=5,
+    )
+    theirs = analyzer.load_pairwise_scores("scores")["all_modules"].float().mean(0)
+    assert stats.spearmanr(theirs.numpy(), scores[:, 0].numpy()).statistic > 0.999
+    torch.testing.assert_close(theirs, scores[:, 0], rtol=1e-3, atol=1e-4)
