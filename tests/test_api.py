@@ -107,7 +107,6 @@ def test_a_model_that_is_no_language_model():
         classifier,
         DataLoader(pool, batch_size=5),
         {"task": DataLoader(validation, batch_size=4)},
-        query_norm=1.0,
         loss_fn=classification_losses,
     )
 

@@ -19,7 +19,7 @@ from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import QUERY_NORM, Query, ScoringSettings, build_scorer, score_windows
+from iprox.influence.scoring import Query, ScoringSettings, build_scorer, score_windows
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
@@ -160,7 +160,7 @@ def score(
     estimator: str = "tracin",
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
-    query_norm: float = QUERY_NORM,
+    query_norm: float | None = None,
     normalise: Normalise = "none",
     aggregate: Aggregate = "standardised",
     learning_rates: Sequence[float] | None = None,
@@ -180,6 +180,7 @@ def score(
             to nothing, as they are few. None takes them on `model`.
         gradient: of a proxy: `factors` or `weight`.
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
+            None: 0.95 on a proxy, 1 on a model itself.
         normalise: `none` or `cosine`.
         aggregate: how `influence` is made of several tasks (see `iprox.influence.scoring.ScoringSettings`).
         learning_rates: one a checkpoint; 1 for a single model if None.
@@ -334,7 +335,7 @@ def _score_batches(
         queries,
         gradient=settings.gradient,
         normalise=settings.normalise,
-        keep=settings.query_norm,
+        keep=settings.kept_norm(model),
         loss_fn=loss_fn,
     )
     scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()

@@ -341,7 +341,8 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
         "--query-norm",
         type=float,
         default=None,
-        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.95)",
+        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.95 on a "
+        "proxy, 1 on a model itself)",
     )
     parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
     parser.add_argument(

@@ -109,7 +109,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("warmup", rows, cost, 16 * parameters + 2 * activations)  # weights, gradients, Adam's two, in float32
     scored = total * checkpoints
     whole = tasks * flops.contraction_flops(model, gradient)
-    contraction = whole * (1 if recipe.influence.query_norm == 1 else LOW_RANK_QUERY)
+    kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
+    contraction = whole * (1 if kept_whole else LOW_RANK_QUERY)
     read = round(scored * mean), round(scored * mean_supervised)
     on_target = flops.scoring_flops(model, *read, read[0] * contraction)
     kept = 1.0
@@ -132,7 +133,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     per_row = mean * per_token + mean_supervised * 2 * flops.head_flops(model)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
-        cost = rows * (per_row + on_target / scored)
+        # The target's own scores are of whole gradients unless asked otherwise.
+        per_token = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1)
+        cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * per_token) / scored)
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
     add("score", scored, scored * per_row, memory)

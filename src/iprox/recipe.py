@@ -110,13 +110,13 @@ class InfluenceSection(_Section):
 
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole.
+    are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself.
     """
 
     estimator: Literal["tracin"] = "tracin"
     gradient: Literal["factors", "weight"] = "weight"
     query: Literal["target", "proxy"] = "target"
-    query_norm: float = Field(0.95, gt=0, le=1)
+    query_norm: float | None = Field(None, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "none"
     aggregate: Literal["standardised", "mean"] = "standardised"
     checkpoints: Literal["last", "all"] = "last"

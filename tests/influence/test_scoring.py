@@ -15,9 +15,11 @@ from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import ScoringSettings, ScoringStats, build_scorer, score_windows
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings, ScoringStats, build_scorer, score_windows
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models.loss import causal_lm_losses
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
 
 SETTINGS = ScoringSettings(batch_tokens=64, window=4)
 
@@ -230,3 +232,12 @@ def test_bfloat16_ranks_as_float32_does(tiny, setup):
         columns.append(np.concatenate(parts)[:, 0])
     scored = np.isfinite(columns[0])
     assert np.corrcoef(columns[0][scored], columns[1][scored])[0, 1] > 0.99
+
+
+def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked(tiny):
+    model = tiny.model()
+    proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
+    assert ScoringSettings().kept_norm(model) == 1
+    assert ScoringSettings().kept_norm(proxy) == QUERY_NORM < 1
+    assert ScoringSettings(query_norm=0.5).kept_norm(model) == 0.5
+    assert ScoringSettings(query_norm=1.0).kept_norm(proxy) == 1

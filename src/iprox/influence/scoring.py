@@ -16,6 +16,7 @@ from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.scores import scores_table
+from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
@@ -24,7 +25,8 @@ from iprox.models.memory import RELEASE_EVERY, release_memory
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
 WINDOW = 4096
 
-# Share of the validation gradients' norm that users' scores keep unless asked otherwise.
+# Share of the validation gradients' norm that scores on a proxy keep unless asked otherwise: what is lost is small
+# beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact.
 QUERY_NORM = 0.95
 
 # Where the validation gradients of a proxy are taken.
@@ -44,7 +46,8 @@ class ScoringSettings:
             standard deviation over the pool, so that every task counts alike, whatever the size of its gradients)
             or `mean` (of the scores as they are).
         query_norm: share of the norm of each layer's validation gradient that is kept when it is made low-rank, so that
-            many tasks cost little more than one; 1 scores with the whole gradient.
+            many tasks cost little more than one; 1 scores with the whole gradient. None: 0.95 on a proxy, 1 on a model
+            itself.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
     """
@@ -52,9 +55,15 @@ class ScoringSettings:
     gradient: GradientSpace = "factors"
     normalise: Normalise = "none"
     aggregate: Aggregate = "standardised"
-    query_norm: float = 1.0
+    query_norm: float | None = None
     batch_tokens: int = 4096
     window: int = WINDOW
+
+    def kept_norm(self, model: nn.Module) -> float:
+        """The share of the validation gradients' norm to keep when candidates are scored on this model."""
+        if self.query_norm is not None:
+            return self.query_norm
+        return 1.0 if proxy_config(model) is None else QUERY_NORM
 
 
 @dataclass(slots=True)
@@ -126,7 +135,7 @@ def build_scorer(
         queries,
         gradient=settings.gradient,
         normalise=settings.normalise,
-        keep=settings.query_norm,
+        keep=settings.kept_norm(model),
         loss_fn=loss_fn,
     )
 
