@@ -17,9 +17,9 @@ from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
-from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
+from iprox.influence.estimators import Normalise
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import Query, ScoringSettings, build_scorer, score_windows
+from iprox.influence.scoring import Query, ScoringSettings, build_scorer, score_windows, scorer_of_batches
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
@@ -326,18 +326,7 @@ def _score_batches(
     target: nn.Module | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
-    source, space = (model, settings.gradient) if target is None else (target, "weight")
-    queries = {task: mean_gradient(source, loader, space, loss_fn)[0] for task, loader in validation.items()}
-    if target is not None:
-        queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
-    scorer = BatchScorer(
-        model,
-        queries,
-        gradient=settings.gradient,
-        normalise=settings.normalise,
-        keep=settings.kept_norm(model),
-        loss_fn=loss_fn,
-    )
+    scorer = scorer_of_batches(model, validation, settings, loss_fn, target)
     scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
     count = len(scores)
     return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -98,10 +98,9 @@ class ScoringStats:
 ScoredWindow = tuple[pa.Table, ScoringStats]
 
 
-def build_scorer(
+def scorer_of_batches(
     model: nn.Module,
-    validation: Mapping[str, Sequence[Encoded]],
-    pad_id: int,
+    validation: Mapping[str, Iterable[Any]],
     settings: ScoringSettings,
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
@@ -110,26 +109,16 @@ def build_scorer(
 
     Args:
         model: what candidates are scored on.
-        validation: encoded validation examples by task.
-        pad_id: token id of the padding.
+        validation: batches of each task's validation examples.
         settings: how to score.
         loss_fn: per-example losses of a model that is no language model.
         target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
             next to nothing, and only the candidates' side of the dot product is approximate.
-
-    Raises:
-        InputError: a task has no example with a supervised token.
     """
     source, space = (model, settings.gradient) if target is None else (target, "weight")
-    device = next(source.parameters()).device
-    queries = {}
-    for task, encoded in validation.items():
-        if not any(example.supervised for example in encoded):
-            raise InputError(f"validation task {task!r} has no example with a supervised token")
-        batches = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
-        queries[task], _ = mean_gradient(source, batches, space, loss_fn)
-        if target is not None:
-            queries[task] = seen_from(queries[task], model, settings.gradient)
+    queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
+    if target is not None:
+        queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
     return BatchScorer(
         model,
         queries,
@@ -138,6 +127,28 @@ def build_scorer(
         keep=settings.kept_norm(model),
         loss_fn=loss_fn,
     )
+
+
+def build_scorer(
+    model: nn.Module,
+    validation: Mapping[str, Sequence[Encoded]],
+    pad_id: int,
+    settings: ScoringSettings,
+    loss_fn: LossFn = causal_lm_losses,
+    target: nn.Module | None = None,
+) -> BatchScorer:
+    """`scorer_of_batches` for encoded validation examples by task.
+
+    Raises:
+        InputError: a task has no example with a supervised token.
+    """
+    device = next((model if target is None else target).parameters()).device
+    batches = {}
+    for task, encoded in validation.items():
+        if not any(example.supervised for example in encoded):
+            raise InputError(f"validation task {task!r} has no example with a supervised token")
+        batches[task] = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
+    return scorer_of_batches(model, batches, settings, loss_fn, target)
 
 
 @dataclass(frozen=True, slots=True)
