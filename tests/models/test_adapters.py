@@ -38,6 +38,7 @@ def test_an_adapter_folder_loads_merged(adapter, tiny):
         logits = model(input_ids=batch.input_ids).logits
         torch.testing.assert_close(logits, adapted(input_ids=batch.input_ids).logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(logits, load_model(base)(input_ids=batch.input_ids).logits, atol=1e-2)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert list(compressible_layers(model)) == list(compressible_layers(load_model(base)))
     assert load_config(folder).model_type == "qwen3"
     assert checkpoint_fingerprint(folder) != checkpoint_fingerprint(base)

@@ -40,6 +40,7 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     except ImportError as error:
         raise InputError(f"{path}: is a PEFT adapter; pip install peft, so that it can be merged") from error
     try:
-        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()  # pyright: ignore
+        whole = PeftModel.from_pretrained(model, str(path)).merge_and_unload()  # pyright: ignore
     except (ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{path}: does not fit its base model ({str(error).splitlines()[0]})") from error
+    return whole.requires_grad_(True)  # PEFT leaves the base model frozen, and a warm-up would train nothing
