@@ -22,7 +22,7 @@ from iprox.finetune import evaluate, save_model, train
 from iprox.influence.scores import read_scores
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import model_fingerprint, stored_dtype
+from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
 from iprox.proxy.align import align
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers
 from iprox.proxy.factorise import FactorSettings
@@ -241,9 +241,10 @@ def _sft(
     write_json(output / "history.json", result.history)
     write_json(output / "checkpoints.json", [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)
+    counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # with its experts split, to be counted
     return {
         "tokens": result.tokens,
-        "flops": flops.training_flops(target, result.tokens, supervised * settings.epochs),
+        "flops": flops.training_flops(counted, result.tokens, supervised * settings.epochs),
         "examples": kept,
         "labels": encoder.describe,
         "first_loss": result.history[0]["loss"],

@@ -13,12 +13,13 @@ from iprox.models.flops import forward_flops, linear_parameters
 from iprox.models.layers import compressible_layers, dense_weight, influence_layers, layer_bias, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.export import to_dense
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.ipsvd import weighted_svd
-from iprox.proxy.moments import collect_moments
+from iprox.proxy.moments import MomentSettings, collect_moments
 from iprox.proxy.size import Size
 from iprox.proxy.spectra import SpectrumStore
 
@@ -223,3 +224,23 @@ def test_buffers_keep_their_precision(tiny):
     model = tiny.model("gemma3", dtype=torch.float32)
     cast_parameters(model, torch.bfloat16)
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point())
+
+
+def test_an_experts_weighted_error_is_that_of_all_tokens(tiny):
+    """tr(C_δ E C_h Eᵀ) estimates the mean of (δᵀEh)² over all tokens, also where an expert sees few of them."""
+    model, batch = split(moe(tiny)), tiny.batch([40] * 6)
+    name = "model.layers.0.mlp.experts.gate_up.1"
+    layers = {name: compressible_layers(model)[name]}
+    moments, tokens = collect_moments(model, layers, [batch], MomentSettings(balanced=False))
+    kept = []
+    with frozen(model):
+        watched_backward(model, layers, lambda: causal_lm_losses(model, batch), lambda _, h, d: kept.append((h, d)))
+    h, delta = (x.reshape(-1, x.shape[-1]) for x in kept[0])
+    reached = int((h != 0).any(-1).sum())
+    assert 0 < reached < tokens == 240
+    C_h, C_d = moments[name].inputs.matrix, moments[name].gradients.matrix
+    torch.testing.assert_close(C_h, h.mT @ h / reached)
+    torch.testing.assert_close(C_d, delta.mT @ delta / tokens)
+    E = torch.randn(layers[name].weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    true = ((delta @ E) * h).sum(-1).square().sum() / tokens
+    assert 0.2 < (((C_d @ E @ C_h) * E).sum() / true).item() < 5  # K-FAC's independence is an approximation

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.data.batching import Batch
+from iprox.models.flops import active_shares
 from iprox.models.layers import weight_shape
 from iprox.models.loss import LossFn, causal_lm_logits, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -107,6 +108,8 @@ def collect_moments(
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
     owner: dict[str, str] = {}  # layer -> the layer whose C_h it shares, itself if none
+    routed = active_shares(model)  # experts: they see some of the tokens only
+    rows: dict[str, int] = {}  # tokens that reached each of them
     generator = torch.Generator().manual_seed(settings.seed)
     tokens = 0
     counted: Tensor | None = None
@@ -127,6 +130,8 @@ def collect_moments(
         add(gradients, name, delta if scale is None else delta * scale[:, None, None].to(delta.dtype))
         if owner[name] == name:
             add(inputs, name, h)
+            if name in routed:
+                rows[name] = rows.get(name, 0) + int((h != 0).any(-1).sum())
 
     with frozen(model):
         for batch in batches:
@@ -154,7 +159,9 @@ def collect_moments(
     for side in ("inputs", "gradients"):
         for name, moments in result.items():
             each: SecondMoment = getattr(moments, side)
-            each.finish(tokens)
+            # The squared change of the loss is a mean over all tokens; of those that an expert sees, a share p, it is
+            # p · E[δ δᵀ] ⊗ E[h hᵀ]: one of the two moments is of all tokens, the other of its own.
+            each.finish(rows.get(name, tokens) if side == "inputs" else tokens)
             if not math.isfinite(each.squared_norm()):
                 raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
     return result, tokens
