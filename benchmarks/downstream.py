@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "science", "summarization"])
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--fraction", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")

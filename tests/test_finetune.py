@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from iprox import finetune
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.finetune import evaluate, save_model, train
@@ -58,6 +60,21 @@ def test_training_lowers_the_loss_and_keeps_every_epoch(tiny, tokenizer, encoded
     names = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert names <= {".json", ".safetensors", ".jinja"}
     assert json.loads((tmp_path / "checkpoint-9" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_loss_and_its_steps_are_trls(tiny, tokenizer, encoded, tmp_path, monkeypatch):
+    """Running the head on supervised tokens only changes the time a step takes, not what it does."""
+    histories, weights = [], []
+    for number, trainer in enumerate((finetune._SupervisedHeadTrainer, finetune.SFTTrainer)):
+        monkeypatch.setattr(finetune, "_SupervisedHeadTrainer", trainer)
+        folder = tmp_path / str(number)
+        model = tiny.model(dtype=torch.float32)
+        result = train(model, tokenizer, encoded, folder, epochs=2, learning_rate=1e-3, batch_size=5, seed=1)
+        histories.append([step["loss"] for step in result.history])
+        weights.append(load_file(folder / result.checkpoints[-1].path / "model.safetensors"))
+    assert histories[0] == pytest.approx(histories[1], rel=1e-5)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_checkpoints_learning_rate_is_the_mean_of_its_epoch(tiny, tokenizer, encoded, tmp_path):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from iprox.data import Encoded, iter_batches
+from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
@@ -130,7 +130,8 @@ def train(
         data_seed=seed,
     )
     recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, progress)
-    trainer = SFTTrainer(
+    trainer_class = SFTTrainer if model.device.type == "cuda" else _SupervisedHeadTrainer
+    trainer = trainer_class(
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -173,6 +174,25 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
         "examples": examples,
         "tokens": tokens,
     }
+
+
+class _SupervisedHeadTrainer(SFTTrainer):
+    """TRL's loss, with the head run on supervised tokens only, for devices that TRL has no Triton kernel for.
+
+    There TRL folds the logits of every position, prompts and padding included, tile by tile in float32: 40 % of a
+    step on a 17 M-parameter model. The loss is the same: the sum over supervised tokens, by their number.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if return_outputs or self.aux_loss_enabled:  # the loss that balances experts is TRL's to compute
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        lengths = inputs["attention_mask"].sum(1)
+        batch = Batch(inputs["input_ids"], inputs["labels"], lengths, list(range(len(lengths))))
+        logits, targets, _ = causal_lm_logits(model, batch)
+        total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+        return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
 class _Recorder(TrainerCallback):
