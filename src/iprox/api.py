@@ -241,7 +241,7 @@ def select(
         scores: from `score`.
         fraction: share of the rows; exactly one of this and `count`.
         count: number of rows.
-        strategy: `top`.
+        strategy: `top`: the highest influence; `round-robin`: the tasks take turns.
     """
     return select_rows(scores, fraction=fraction, count=count, strategy=strategy).rows
 

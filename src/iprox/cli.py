@@ -366,7 +366,12 @@ def _add_select(commands: Any) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--fraction", type=float, help="share of the pool")
     size.add_argument("--count", type=int, help="number of rows")
-    parser.add_argument("--strategy", choices=("top",), default="top", help="default top")
+    parser.add_argument(
+        "--strategy",
+        choices=("top", "round-robin"),
+        default="top",
+        help="top: the highest influence; round-robin: the tasks take turns (default top)",
+    )
     _reading_options(parser)
 
 

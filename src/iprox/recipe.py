@@ -127,7 +127,7 @@ class SelectSection(_Section):
 
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
-    strategy: Literal["top"] = "top"
+    strategy: Literal["top", "round-robin"] = "top"
 
     @model_validator(mode="after")
     def _one_size(self) -> SelectSection:

@@ -27,6 +27,23 @@ def test_top_is_a_stable_sort(values, data):
     assert selection.threshold == values[ranked[count - 1]]
 
 
+@given(st.lists(st.lists(st.integers(-3, 3).map(float), min_size=3, max_size=3), min_size=1, max_size=30), st.data())
+def test_round_robin_gives_each_task_its_best_in_turn(values, data):
+    matrix = np.array(values)
+    matrix[data.draw(st.lists(st.integers(0, len(values) - 1), max_size=3)), :] = np.nan
+    scored = [row for row in range(len(values)) if np.isfinite(matrix[row, 0])]
+    if not scored:
+        return
+    count = data.draw(st.integers(1, len(scored)))
+    expected: list[int] = []
+    for turn in range(count):
+        left = [row for row in scored if row not in expected]
+        expected.append(max(left, key=lambda row: (matrix[row, turn % 3], -row)))
+    ids = [str(i) for i in range(len(values))]
+    scores = scores_table(ids, [None] * len(ids), [1] * len(ids), matrix, ["a", "b", "c"])
+    assert select_rows(scores, count=count, strategy="round-robin").rows.tolist() == expected
+
+
 def test_a_fraction_is_of_all_rows():
     values = [float(i) for i in range(40)]
     assert select_rows(table(values), fraction=0.05).rows.tolist() == [39, 38]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from iprox.errors import InputError
-from iprox.influence.scores import AGGREGATE
+from iprox.influence.scores import AGGREGATE, TASK_PREFIX
+
+STRATEGIES = ("top", "round-robin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +23,7 @@ class Selection:
         rows: int64 [K], row numbers, best first.
         strategy: how they were chosen.
         fraction: the share asked for, if a share was.
-        threshold: the score of the last row chosen.
+        threshold: the lowest `influence` chosen.
     """
 
     rows: np.ndarray
@@ -49,7 +53,7 @@ def select_rows(
         scores: a scores table.
         fraction: share of all rows to choose, in (0, 1]; rounded to the nearest row, at least one.
         count: number of rows to choose. Exactly one of `fraction` and `count`.
-        strategy: `top`: the highest `influence`.
+        strategy: `top`: the highest `influence`; `round-robin`: the tasks take turns.
 
     Raises:
         InputError: not exactly one of fraction and count, out of range, unknown strategy, or more rows asked for
@@ -70,8 +74,11 @@ def select_rows(
     scored = int(np.isfinite(influence).sum())
     if count > scored:
         raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
-    rows = STRATEGIES[strategy](influence, count)
-    return Selection(rows, strategy, fraction, float(influence[rows[-1]]))
+    if strategy == "top":
+        rows = top(influence, count)
+    else:
+        rows = round_robin([scores[name] for name in scores.column_names if name.startswith(TASK_PREFIX)], count)
+    return Selection(rows, strategy, fraction, float(influence[rows].min()))
 
 
 def top(influence: np.ndarray, count: int) -> np.ndarray:
@@ -95,4 +102,26 @@ def top(influence: np.ndarray, count: int) -> np.ndarray:
     return candidates[np.argsort(loss[candidates], kind="stable")]
 
 
-STRATEGIES = {"top": top}
+def round_robin(tasks: Sequence[pa.ChunkedArray], count: int) -> np.ndarray:
+    """The tasks take turns: each, in order, takes the best row for it that none has taken, until there are enough.
+
+    Every task gets its share, however large its scores. With each validation example as a task of its own
+    the selection is as varied as they are, where the mean over them would follow the largest and most common kind.
+    A task has no need to look beyond its best `count` rows, so this is O(T·(n + k log k)) for T tasks.
+
+    Args:
+        tasks: scores of each task, N rows, null where there is none.
+        count: at most the number of rows with a score.
+
+    Returns:
+        int64 [count] row numbers, in the order taken.
+    """
+    best = [iter(top(task.to_numpy(zero_copy_only=False).astype(np.float64), count).tolist()) for task in tasks]
+    taken: dict[int, None] = {}  # keeps its order
+    for queue in itertools.cycle(best):
+        if len(taken) == count:
+            break
+        row = next((row for row in queue if row not in taken), None)
+        if row is not None:
+            taken[row] = None
+    return np.fromiter(taken, dtype=np.int64, count=count)
