@@ -116,8 +116,8 @@ def align_proxy(
     target = session.model(model)
     proxy = session.model(proxy_path)
     check_belongs(proxy, proxy_path, target, model)
-    # A second-order step keeps several times what a plain one does, so a step gets half the tokens of a batch.
-    steps_of = example_batches(encoded, settings.batch_size, pad_id_of(tokenizer), max(1, session.batch_tokens // 2))
+    # A second-order step keeps several times what a plain one does, so a step gets a quarter of the tokens of a batch.
+    steps_of = example_batches(encoded, settings.batch_size, pad_id_of(tokenizer), max(1, session.batch_tokens // 4))
     batches = list(on_device(steps_of, session.device))
     steps = max_steps or settings.epochs * len(batches)
     with session.reporter.bar("align", steps, "steps") as progress:
