@@ -7,6 +7,9 @@ each task's test set. Cells are cached in the work folder, so a stopped benchmar
     python benchmarks/downstream.py                       # shared model and data, 3 seeds
     python benchmarks/downstream.py --rows 4000           # quicker
 
+With `--strategy round-robin` each validation example is a task of its own and the examples take turns in choosing;
+`--scores` then takes scores with a column for each of them (`TASK.NN`).
+
 Scores are cosine-normalised by default: without that, examples with few supervised tokens, whose gradients are large,
 crowd out the others (`--normalise none` shows it).
 """
@@ -20,6 +23,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from iprox.data import Pool
 from iprox.influence.scores import TASK_PREFIX, read_scores
@@ -27,7 +31,7 @@ from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection, parse_recipe
 from iprox.run_folder import environment, write_json
-from iprox.selection.strategies import top
+from iprox.selection.strategies import round_robin, top
 from iprox.session import Session, draw_rows
 from iprox.stages import finetune
 
@@ -47,6 +51,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")
+    parser.add_argument("--strategy", choices=("top", "round-robin"), default="top")
     parser.add_argument("--rows", type=int, help="use only this many random rows of the pool, to be quicker")
     parser.add_argument("--scores", type=Path, help="scores.parquet of an earlier run, instead of scoring anew")
     parser.add_argument("--work", type=Path, default=Path("runs/downstream"))
@@ -90,8 +95,9 @@ def main() -> None:
     scores = read_scores(arguments.scores or make_scores(arguments, reporter))
     table: dict[str, dict[str, list[float]]] = {task: {"selected": [], "random": []} for task in arguments.tasks}
     for seed, task in itertools.product(range(arguments.seeds), arguments.tasks):
-        influence = scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False)
-        table[task]["selected"].append(losses(task, top(influence, count).tolist(), seed, [task])[task])
+        rows = chosen(scores, task, arguments.strategy, count)
+        name = task if arguments.strategy == "top" else f"{task}-{arguments.strategy}"
+        table[task]["selected"].append(losses(name, rows, seed, [task])[task])
         table[task]["random"].append(drawn[seed][task])
 
     write_json(
@@ -104,13 +110,36 @@ def main() -> None:
     )
     print(f"{'task':<15}{'selected':>18}{'random':>18}{'difference':>12}  lower in")
     for task, entry in table.items():
-        chosen, plain = np.array(entry["selected"]), np.array(entry["random"])
-        wins = int((chosen < plain).sum())
+        selected, plain = np.array(entry["selected"]), np.array(entry["random"])
+        wins = int((selected < plain).sum())
         print(
-            f"{task:<15}{chosen.mean():>9.4f} ± {chosen.std(ddof=min(1, len(chosen) - 1)):.4f}"
+            f"{task:<15}{selected.mean():>9.4f} ± {selected.std(ddof=min(1, len(selected) - 1)):.4f}"
             f"{plain.mean():>9.4f} ± {plain.std(ddof=min(1, len(plain) - 1)):.4f}"
-            f"{(chosen - plain).mean():>12.4f}  {wins} of {len(chosen)} seeds"
+            f"{(selected - plain).mean():>12.4f}  {wins} of {len(selected)} seeds"
         )
+
+
+def chosen(scores: pa.Table, task: str, strategy: str, count: int) -> list[int]:
+    """The rows that a strategy chooses for one task."""
+    if strategy == "top":
+        return top(scores[TASK_PREFIX + task].to_numpy(zero_copy_only=False), count).tolist()
+    columns = [name for name in scores.column_names if name.startswith(f"{TASK_PREFIX}{task}.")]
+    return round_robin([scores[name] for name in columns], count).tolist()
+
+
+def validation_sets(arguments: argparse.Namespace) -> dict[str, str]:
+    """The validation file of each task or, to take turns, of each example."""
+    whole = {task: arguments.targets / f"{task}.val.jsonl" for task in arguments.tasks}
+    if arguments.strategy == "top":
+        return {task: str(path) for task, path in whole.items()}
+    sets = {}
+    for task, path in whole.items():
+        pool = Pool([str(path)])
+        for row in range(pool.scan().rows):
+            name = f"{task}.{row:02d}"
+            sets[name] = str(arguments.work / f"validation/{name}.jsonl")
+            pool.write_rows([row], Path(sets[name]))
+    return sets
 
 
 def make_scores(arguments: argparse.Namespace, reporter: Reporter) -> Path:
@@ -120,14 +149,14 @@ def make_scores(arguments: argparse.Namespace, reporter: Reporter) -> Path:
             "model": arguments.model,
             "data": {
                 "pool": arguments.pool,
-                "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
+                "validation": validation_sets(arguments),
                 "max_length": 512,
             },
             "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
             "proxy": {"sparsity": arguments.sparsity, "probe": {"fraction": 0.01}, "align": {"fraction": 0.01}},
             "influence": {"normalise": arguments.normalise},
             "audit": False,
-            "output": str(arguments.work / "run"),
+            "output": str(arguments.work / ("run" if arguments.strategy == "top" else f"run-{arguments.strategy}")),
         }
     )
     run = run_recipe(recipe, reporter=reporter, stop_after="score", command="benchmarks/downstream.py")
