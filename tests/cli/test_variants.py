@@ -144,3 +144,18 @@ def test_bad_rows_left_out_are_said_and_recorded(place):
     assert "1 bad rows left out" in place.record()["stages"]["data"]["warnings"][0].replace("row ", "rows ")
     selected = (place.output / "selected.jsonl").read_bytes().splitlines(keepends=True)
     assert set(selected) <= set(lines)
+
+
+def test_tasks_take_turns_and_the_report_draws_no_cut(place):
+    assert place.run("--set", "select.strategy=round-robin", *NO_PROXY[1:]) == 0
+    chosen = json.loads((place.output / "selection.json").read_text())
+    assert chosen["strategy"] == "round-robin"
+    assert chosen["threshold"] is None
+    table = pq.read_table(place.output / "scores.parquet")
+    tasks = [name for name in table.column_names if name.startswith("influence/")]
+    for turn, name in enumerate(tasks):  # each task's first choice, unless another took it before
+        best = int(table[name].to_numpy().argmax())
+        assert best in chosen["rows"][: turn + 1]
+    report = (place.output / "report.html").read_text()
+    assert "round-robin" in report
+    assert "cut at" not in report

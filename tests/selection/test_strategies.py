@@ -41,7 +41,9 @@ def test_round_robin_gives_each_task_its_best_in_turn(values, data):
         expected.append(max(left, key=lambda row: (matrix[row, turn % 3], -row)))
     ids = [str(i) for i in range(len(values))]
     scores = scores_table(ids, [None] * len(ids), [1] * len(ids), matrix, ["a", "b", "c"])
-    assert select_rows(scores, count=count, strategy="round-robin").rows.tolist() == expected
+    selection = select_rows(scores, count=count, strategy="round-robin")
+    assert selection.rows.tolist() == expected
+    assert selection.threshold is None
 
 
 def test_a_fraction_is_of_all_rows():

@@ -23,13 +23,13 @@ class Selection:
         rows: int64 [K], row numbers, best first.
         strategy: how they were chosen.
         fraction: the share asked for, if a share was.
-        threshold: the lowest `influence` chosen.
+        threshold: the lowest `influence` chosen by `top`; None for a strategy that does not cut at a score.
     """
 
     rows: np.ndarray
     strategy: str
     fraction: float | None
-    threshold: float
+    threshold: float | None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
@@ -76,9 +76,9 @@ def select_rows(
         raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
     if strategy == "top":
         rows = top(influence, count)
-    else:
-        rows = round_robin([scores[name] for name in scores.column_names if name.startswith(TASK_PREFIX)], count)
-    return Selection(rows, strategy, fraction, float(influence[rows].min()))
+        return Selection(rows, strategy, fraction, float(influence[rows[-1]]))
+    tasks = [scores[name] for name in scores.column_names if name.startswith(TASK_PREFIX)]
+    return Selection(round_robin(tasks, count), strategy, fraction, None)
 
 
 def top(influence: np.ndarray, count: int) -> np.ndarray:
