@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")
+    parser.add_argument("--query-norm", type=float, help="share of the validation gradients' norm that scoring keeps")
     parser.add_argument("--strategy", choices=("top", "round-robin"), default="top")
     parser.add_argument("--rows", type=int, help="use only this many random rows of the pool, to be quicker")
     parser.add_argument("--scores", type=Path, help="scores.parquet of an earlier run, instead of scoring anew")
@@ -154,7 +155,7 @@ def make_scores(arguments: argparse.Namespace, reporter: Reporter) -> Path:
             },
             "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
             "proxy": {"sparsity": arguments.sparsity, "probe": {"fraction": 0.01}, "align": {"fraction": 0.01}},
-            "influence": {"normalise": arguments.normalise},
+            "influence": {"normalise": arguments.normalise, "query_norm": arguments.query_norm},
             "audit": False,
             "output": str(arguments.work / ("run" if arguments.strategy == "top" else f"run-{arguments.strategy}")),
         }
