@@ -32,6 +32,7 @@ from iprox.influence.scoring import QUERY_NORM
 from iprox.models import flops
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
 from iprox.proxy.factorise import with_factors
@@ -72,6 +73,7 @@ class Setting:
     queries: dict[str, ModelGradient]
     target_scores: np.ndarray
     batch_tokens: int
+    dtype: torch.dtype
 
     def scores(self, model: PreTrainedModel, queries: dict[str, ModelGradient], keep: float) -> np.ndarray:
         """Scores [N, tasks] of the sample on a model."""
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the warm-up: 5 %% of the pool, 2 epochs")
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--dtype", default="auto", help="of scoring; moments and factors are made in float32")
     parser.add_argument("--work", type=Path, default=Path("runs/fidelity"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/fidelity.json")
     parser.add_argument("--fresh", action="store_true")
@@ -144,6 +147,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             made = (method, *weigh(setting.target, moments, method, seed))
             seconds["svd"] = time.perf_counter() - started
         proxy = make_proxy(arguments, setting, made, method, sparsity, seed)
+        cast_parameters(proxy, setting.dtype)
         if query == "target":
             queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}
         else:
@@ -185,10 +189,12 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
         task: encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))) for task in arguments.tasks
     }
     sample = encoder.encode(pool.take(sample_rows))
-    setting = Setting(target, encoder, validation, sample, probe, {}, np.empty(0), arguments.batch_tokens)
-    setting.queries = setting.own_queries(target)
+    dtype = resolve_dtype(arguments.dtype, torch.device("cpu"))
+    setting = Setting(target, encoder, validation, sample, probe, {}, np.empty(0), arguments.batch_tokens, dtype)
+    scored = load_model(path, dtype=dtype)
+    setting.queries = setting.own_queries(scored)
     # What proxies are compared with is exact: whole gradients.
-    setting.target_scores = setting.scores(target, setting.queries, 1.0)
+    setting.target_scores = setting.scores(scored, setting.queries, 1.0)
     return setting
 
 
@@ -214,10 +220,10 @@ def weigh(
     store, spectra, roots = SpectrumStore(), {}, RootCache()
     generator = torch.Generator().manual_seed(seed)
     for name, layer in compressible_layers(target).items():
-        spectrum = weigh_layer(weighing, dense_weight(layer).detach(), moments[name], ridge, roots, generator).spectrum
+        weighed = weigh_layer(weighing, dense_weight(layer).detach(), moments[name], ridge, roots, generator)
         shape = weight_shape(layer)
-        store.put(name, spectrum.cut(budget.largest_rank(shape)))
-        spectra[name] = budget.LayerSpectrum(shape, spectrum.singular_values.numpy())
+        store.put(name, weighed.spectrum.cut(budget.largest_rank(shape)))
+        spectra[name] = budget.LayerSpectrum(shape, weighed.comparable.numpy())
     return store, spectra
 
 

@@ -351,6 +351,12 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
         default="standardised",
         help="how several tasks make one score: each divided by its standard deviation first (default), or as is",
     )
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run the model compiled (default: where the pool is large enough to repay it)",
+    )
 
 
 def _add_select(commands: Any) -> None:

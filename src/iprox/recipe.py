@@ -110,7 +110,8 @@ class InfluenceSection(_Section):
 
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself.
+    are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
+    whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     """
 
     estimator: Literal["tracin"] = "tracin"
@@ -120,6 +121,7 @@ class InfluenceSection(_Section):
     normalise: Literal["none", "cosine"] = "none"
     aggregate: Literal["standardised", "mean"] = "standardised"
     checkpoints: Literal["last", "all"] = "last"
+    compile: Literal["auto"] | bool = "auto"
 
 
 class SelectSection(_Section):

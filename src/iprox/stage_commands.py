@@ -241,7 +241,7 @@ def _tasks(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
 
 
 def _influence(arguments: Namespace) -> InfluenceSection:
-    names = ("estimator", "gradient", "query", "query_norm", "normalise", "aggregate")
+    names = ("estimator", "gradient", "query", "query_norm", "normalise", "aggregate", "compile")
     given = {name: getattr(arguments, name) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
 

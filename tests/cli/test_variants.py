@@ -1,7 +1,9 @@
 """Recipes with stages switched off or more of them: what each leaves behind."""
 
 import json
+import shutil
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -57,10 +59,22 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
-def score(place, models, output):
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
+def test_a_compiled_proxy_gives_the_scores_of_an_uncompiled_one(several, tmp_path):
+    (name, *_) = [entry["path"] for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())]
+    tables = []
+    for option in ("--compile", "--no-compile"):
+        score(several, [several.output / "aligned" / name], tmp_path / option, option)
+        tables.append(pq.read_table(tmp_path / option / "scores.parquet")["influence/spelling"].to_numpy())
+    assert np.corrcoef(*tables)[0, 1] > 0.999
+    assert not np.array_equal(*tables)  # fused, it rounds otherwise
+
+
+def score(place, models, output, *options):
     code = main(
         [
             "score",
+            *options,
             "--model",
             *map(str, models),
             "--pool",

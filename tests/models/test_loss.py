@@ -1,7 +1,9 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
-from iprox.models.loss import causal_lm_logits, causal_lm_losses, mean_by_row
+from iprox.models import loss as module
+from iprox.models.loss import TokenLosses, causal_lm_logits, causal_lm_losses, mean_by_row
 
 
 def test_losses_are_the_mean_over_each_examples_supervised_tokens(tiny):
@@ -49,3 +51,29 @@ def test_an_example_without_supervised_tokens_has_no_loss(tiny):
 def test_mean_by_row():
     values, rows = torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 2])
     assert mean_by_row(values, rows, 3).tolist() == [2.0, 0.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_token_losses_are_cross_entropy_and_so_is_their_gradient(monkeypatch, dtype, rows):
+    monkeypatch.setattr(module, "_few_rows", lambda logits: logits.split(7))
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(rows, 33, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, 33, (rows,), generator=generator)
+    weights = torch.rand(rows, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    losses = TokenLosses.apply(logits, targets)
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+    losses.backward(weights)
+    expected.backward(weights.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_token_losses_refuse_a_second_derivative():
+    logits = torch.randn(3, 5, requires_grad=True)
+    losses = TokenLosses.apply(logits, torch.tensor([0, 1, 2]))
+    (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.square().sum().backward()

@@ -76,3 +76,18 @@ def test_the_ridge_is_chosen_or_taken(layer):
     assert chosen.ridge_out == moments.gradients.shrinkage()
     given = weigh_layer("svd-llm", weight, moments, 0.5, RootCache(), torch.Generator())
     assert (given.ridge_in, given.ridge_out) == (0.5, None)
+
+
+def test_a_larger_ridge_does_not_make_a_layer_matter_more(layer):
+    weight, moments = layer
+    small, large = (
+        weigh_layer("ipsvd", weight, moments, ridge, RootCache(), torch.Generator()) for ridge in (1e-6, 3.0)
+    )
+    plain, shrunk = small.spectrum.singular_values, large.spectrum.singular_values
+    assert shrunk.square().sum() > 2 * plain.square().sum()
+    assert large.comparable.square().sum() < 1.5 * small.comparable.square().sum()
+    torch.testing.assert_close(large.comparable, shrunk / 4)
+    assert torch.equal(
+        spectrum("svd", weight, None).singular_values,
+        weigh_layer("svd", weight, None, "auto", RootCache(), torch.Generator()).comparable,
+    )

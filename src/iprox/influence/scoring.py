@@ -10,13 +10,16 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
 
-from iprox.data import ChatEncoder, Encoded, Example, iter_batches, on_device
+from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.scores import scores_table
 from iprox.models.checkpoint import proxy_config
+from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
@@ -50,6 +53,7 @@ class ScoringSettings:
             itself.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
+        compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
     """
 
     gradient: GradientSpace = "factors"
@@ -58,6 +62,7 @@ class ScoringSettings:
     query_norm: float | None = None
     batch_tokens: int = 4096
     window: int = WINDOW
+    compile: bool = False
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -78,6 +83,7 @@ class ScoringStats:
         truncated: over-long examples that were cut.
         contraction_flops: spent on contracting with the validation gradients.
         query_kept: share of the validation gradients' norm that was kept: of the task that lost most.
+        uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
     """
 
     rows: int = 0
@@ -87,12 +93,14 @@ class ScoringStats:
     truncated: int = 0
     contraction_flops: float = 0.0
     query_kept: float = 1.0
+    uncompiled: str = ""
 
     def add(self, other: ScoringStats) -> None:
         """Count another's rows and tokens into this one."""
         for name in ("rows", "unscored", "tokens", "supervised", "truncated", "contraction_flops"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.query_kept = min(self.query_kept, other.query_kept)
+        self.uncompiled = self.uncompiled or other.uncompiled
 
 
 ScoredWindow = tuple[pa.Table, ScoringStats]
@@ -160,12 +168,14 @@ class WindowScorer:
         encoder: makes tokens and labels.
         pad_id: token id of the padding.
         settings: how to score.
+        uncompiled: why the model does not run compiled although the settings ask for it.
     """
 
     scorer: BatchScorer
     encoder: ChatEncoder
     pad_id: int
     settings: ScoringSettings
+    uncompiled: str = ""
 
     def __call__(self, window: Window, progress: Callable[[int], None] | None = None) -> ScoredWindow:
         """Score a window.
@@ -208,8 +218,32 @@ class WindowScorer:
             truncated=sum(example.truncated for example in encoded),
             contraction_flops=scored * self.scorer.contraction_flops,
             query_kept=min(self.scorer.kept.values()),
+            uncompiled=self.uncompiled,
         )
         return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
+
+
+def compile_scorer(scorer: BatchScorer, trial: Batch) -> str:
+    """Have a scorer's model run compiled from now on.
+
+    Args:
+        scorer: whose model is compiled in place.
+        trial: a batch that is scored to see whether it works.
+
+    Returns:
+        Why it cannot be; empty where it can. The model is then as it was.
+    """
+    reason = why_not_compiled(scorer.model)
+    if reason is not None:
+        return reason
+    assert isinstance(scorer.model, PreTrainedModel)
+    compile_layers(scorer.model)
+    try:
+        scorer(trial)
+    except TorchDynamoException as error:  # no compiler, or code it cannot follow
+        uncompile_layers(scorer.model)
+        return " ".join(str(error).split())[:300]
+    return ""
 
 
 def windows_of(pool: Iterable[Example], size: int, skip: int = 0) -> Iterator[Window]:

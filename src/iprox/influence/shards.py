@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
 
-from iprox.data import ChatEncoder, Encoded, Example
+from iprox.data import ChatEncoder, Encoded, Example, iter_batches
 from iprox.influence.aggregate import TaskSpread, combine, over_checkpoints
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import (
@@ -23,6 +23,7 @@ from iprox.influence.scoring import (
     ScoringStats,
     WindowScorer,
     build_scorer,
+    compile_scorer,
     local_engine,
     windows_of,
 )
@@ -126,7 +127,12 @@ def _window_scorer(
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
     target = None if checkpoint.load_target is None else checkpoint.load_target()
     scorer = build_scorer(checkpoint.load(), validation, pad_id, settings, target=target)
-    return WindowScorer(scorer, encoder, pad_id, settings)
+    uncompiled = ""
+    if settings.compile:
+        few = next(iter(validation.values()))
+        trial = next(iter_batches(few, settings.batch_tokens, pad_id)).to(next(scorer.model.parameters()).device)
+        uncompiled = compile_scorer(scorer, trial)
+    return WindowScorer(scorer, encoder, pad_id, settings, uncompiled)
 
 
 def _claim(shards: Path, identity: Mapping[str, object]) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
@@ -138,6 +139,19 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """The module that maps hidden states to logits, or None where the model has none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if get_head is not None else None
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the model's decoder layers, and its name.
+
+    Raises:
+        InputError: the model has no such list.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not name.endswith("experts"):
+            return name, module
+    raise InputError(f"{type(model).__name__} has no list of {depth} decoder layers to take the first few of")
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:

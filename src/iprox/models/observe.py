@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from iprox.models.attention import fast_attention
+from iprox.models.compiled import Watcher, wire_of
+
 # (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that sees only some tokens (an
 # expert), L is the most that any one example sent it, and shorter examples are filled with zeros.
 Sink = Callable[[str, Tensor, Tensor], None]
@@ -69,9 +72,16 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None 
 
         return hook
 
+    def wired_watch(name: str) -> Watcher:
+        return lambda h, delta: sink(name, _by_example(h, None, counted), _by_example(delta, None, counted))
+
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(watch(name)).remove)
+            if (wire := wire_of(layer)) is not None:
+                wire.watchers[layer] = wired_watch(name)
+                stack.callback(wire.watchers.pop, layer)
+            else:
+                stack.callback(layer.register_forward_hook(watch(name)).remove)
         yield
 
 
@@ -99,9 +109,9 @@ def _padded(x: Tensor, routing: _Routing) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, and dropout is off.
+    """No parameter asks for a gradient, dropout is off, and attention has a first derivative only.
 
-    Restores every `requires_grad` flag and the training mode afterwards.
+    Restores every `requires_grad` flag, the training mode and the attention afterwards.
     """
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +119,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        yield
+        with fast_attention(model):
+            yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -12,20 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
-from iprox.models.layers import compressible_layers, output_head, weight_shape
-
-
-def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the model's decoder layers, and its name.
-
-    Raises:
-        InputError: the model has no such list.
-    """
-    depth = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not name.endswith("experts"):
-            return name, module
-    raise InputError(f"{type(model).__name__} has no list of {depth} decoder layers to take the first few of")
+from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
 
 
 def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:

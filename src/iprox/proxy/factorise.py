@@ -102,7 +102,7 @@ def factorise(
         spectra: dict[str, budget.LayerSpectrum] = {}
         for name, weighing in _weighed_layers(model, layers, probe, settings, loss_fn, done):
             spectrum = weighing.spectrum
-            spectra[name] = budget.LayerSpectrum(shapes[name], spectrum.singular_values.cpu().numpy(), prices[name])
+            spectra[name] = budget.LayerSpectrum(shapes[name], weighing.comparable.cpu().numpy(), prices[name])
             done.ridges[name] = (weighing.ridge_in, weighing.ridge_out)
             store.put(name, spectrum.cut(budget.largest_rank(shapes[name])))
             if progress is not None:

@@ -40,6 +40,16 @@ class Weighing:
     ridge_in: float | None = None
     ridge_out: float | None = None
 
+    @property
+    def comparable(self) -> Tensor:
+        """The singular values as they compare across layers, whatever ridge each was given.
+
+        A ridge λ makes the trace of a moment 1 + λ times what it was: a change of the loss that no probe saw. Layers
+        with few or unequal examples behind their moments, which get the largest ridges, would seem to matter most.
+        """
+        inflation = (1 + (self.ridge_in or 0.0)) * (1 + (self.ridge_out or 0.0))
+        return self.spectrum.singular_values / inflation**0.5
+
 
 class RootCache:
     """The root of the last moment asked for: layers that share an input follow each other."""

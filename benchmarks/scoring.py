@@ -1,0 +1,372 @@
+"""How fast is scoring? Tokens per second, share of the machine's GEMM rate and peak memory, beside the peers.
+
+Every engine scores the same pool rows against the same validation rows, in the same dtype, in a process of its own, one
+after the other. Seconds are those in process (model loaded, rows tokenised), validation gradients included, code
+generation of `torch.compile` apart.
+
+    python benchmarks/scoring.py                                  # the shared 17 M-parameter target
+    python benchmarks/scoring.py --model random:qwen3-0.6b --examples 200 --validation-examples 8
+    python benchmarks/scoring.py --engines target kronfluence bergson --bergson /path/to/venv/bin/bergson
+
+kronfluence: pip install 'iprox[peers]'. bergson's pins clash with many environments: give its own with --bergson.
+`random:qwen3-0.6b` is a model of Qwen3-0.6B's dimensions (vocabulary 8,192) with random weights: speed does not
+depend on training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
+
+from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.scoring import QUERY_NORM
+from iprox.models import flops
+from iprox.models.compiled import compile_layers
+from iprox.models.layers import influence_layers
+from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.loss import causal_lm_losses
+from iprox.models.precision import DTYPES, cast_parameters
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.size import Size
+from iprox.run_folder import environment, write_json
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+QWEN3_600M = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+TASKS = (1, 4, 16)
+
+
+class Work:
+    """What one process is given: the model and the tokenised rows."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.dtype = DTYPES[arguments.dtype]
+        self.model = load_model(arguments.model, dtype=self.dtype)
+        encoder = ChatEncoder(load_tokenizer(arguments.model), 512)
+        self.pool = encoder.encode(list(Pool([str(arguments.pool)])))
+        self.validation = encoder.encode(list(Pool([str(arguments.validation)])))
+        self.tokens = sum(len(row.input_ids) for row in self.pool)
+
+    def batches(self, rows: list[Encoded]) -> list[Any]:
+        """Rows in length-sorted batches."""
+        return list(iter_batches(rows, self.arguments.batch_tokens, 0))
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that a call takes, and its result."""
+    started = time.perf_counter()
+    result = action()
+    return time.perf_counter() - started, result
+
+
+def iprox(work: Work, model: PreTrainedModel, keep: float) -> dict[str, Any]:
+    """Our engine: validation gradient, then the pool, for 1, 4 and 16 tasks, compiled."""
+    pool, validation = work.batches(work.pool), work.batches(work.validation)
+    seconds, gradient = timed(lambda: mean_gradient(model, validation, "weight")[0])
+    result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
+    scorers = {}
+    for tasks in TASKS if work.arguments.many else TASKS[:1]:
+        # Tasks of the same size; which gradients they are makes no difference to the time.
+        making, scorers[tasks] = timed(
+            lambda tasks=tasks: BatchScorer(
+                model, dict.fromkeys(map(str, range(tasks)), gradient), gradient="weight", keep=keep
+            )
+        )
+        result["by_tasks"][tasks] = {"making_seconds": making}
+    if work.arguments.compile:
+        compile_layers(model)
+        result["compile_seconds"], _ = timed(lambda: [scorers[1](batch) for batch in (pool[0], pool[-1])])
+    for tasks, scorer in scorers.items():
+        scorer(pool[len(pool) // 2])  # the first call allocates
+        taken, _ = timed(lambda scorer=scorer: [scorer(batch) for batch in pool])
+        result["by_tasks"][tasks] |= {"seconds": taken, "tokens_per_second": work.tokens / taken}
+    one = result["by_tasks"][1]
+    supervised = sum(row.supervised for row in work.pool)
+    spent = flops.scoring_flops(model, work.tokens, supervised, work.tokens * scorers[1].contraction_flops)
+    result |= {
+        "seconds": one["seconds"] + seconds + one["making_seconds"],
+        "flops": spent,
+        "flops_per_second": spent / one["seconds"],
+    }
+    result["pool_tokens_per_second"] = one["tokens_per_second"]
+    return result
+
+
+def target(work: Work) -> dict[str, Any]:
+    """Our engine on the model itself: exact."""
+    return iprox(work, work.model, 1.0)
+
+
+def proxy(work: Work) -> dict[str, Any]:
+    """Our engine on a proxy at sparsity 0.7."""
+    model = work.model
+    cast_parameters(model, torch.float32)
+    made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
+    del work.model, model
+    cast_parameters(made, work.dtype)
+    return iprox(work, made, QUERY_NORM)
+
+
+def autograd(work: Work) -> dict[str, Any]:
+    """What one would write first: every example's gradient by autograd, dotted with the validation gradient."""
+    parameters = [layer.weight for layer in influence_layers(work.model).values()]
+    query = list(mean_gradient(work.model, work.batches(work.validation), "weight")[0].values())
+    rows = work.pool[:: max(1, len(work.pool) // 32)]
+
+    def run() -> None:
+        for row in rows:
+            losses = causal_lm_losses(work.model, collate([row], [0], 0))
+            gradients = torch.autograd.grad(losses.sum(), parameters)
+            sum(float((g.float() * q.weight).sum()) for g, q in zip(gradients, query, strict=True))
+
+    seconds, _ = timed(run)
+    tokens = sum(len(row.input_ids) for row in rows)
+    return {"seconds": seconds, "tokens": tokens}
+
+
+class Rows(Dataset):
+    """Tokenised rows, longest first, as kronfluence's loader wants them."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = sorted(rows, key=lambda row: -len(row.input_ids))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+
+def padded(rows: list[Encoded]) -> dict[str, torch.Tensor]:
+    """Rows of about one length as a batch."""
+    batch = collate(rows, range(len(rows)), 0)
+    return {"input_ids": batch.input_ids, "labels": batch.labels}
+
+
+def kronfluence(work: Work) -> dict[str, Any]:
+    """kronfluence, identity strategy (TracIn), validation gradients summed first."""
+    import kronfluence as peer
+    from kronfluence.arguments import FactorArguments, ScoreArguments
+    from kronfluence.utils.dataset import DataLoaderKwargs
+
+    layers = list(influence_layers(work.model))
+
+    class MeanLoss(peer.Task):
+        def compute_train_loss(self, batch: Any, model: Any, sample: bool = False) -> torch.Tensor:
+            logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
+            labels = batch["labels"][:, 1:]
+            losses = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), labels, reduction="none", ignore_index=-100
+            )
+            return (losses.sum(1) / (labels != -100).sum(1)).sum()
+
+        def compute_measurement(self, batch: Any, model: Any) -> torch.Tensor:
+            return self.compute_train_loss(batch, model)
+
+        def get_influence_tracked_modules(self) -> list[str]:
+            return layers
+
+    task = MeanLoss()
+    model = peer.prepare_model(work.model, task)
+    with tempfile.TemporaryDirectory() as folder:
+        analyzer = peer.Analyzer("speed", model, task, output_dir=folder, disable_tqdm=True)
+        loader = DataLoaderKwargs(collate_fn=padded)
+        analyzer.fit_all_factors(
+            "factors", Rows(work.pool), factor_args=FactorArguments(strategy="identity"),
+            per_device_batch_size=4, dataloader_kwargs=loader,
+        )  # fmt: skip
+        dtype = work.dtype
+        scoring = ScoreArguments(
+            aggregate_query_gradients=True, per_sample_gradient_dtype=dtype, precondition_dtype=dtype, score_dtype=dtype
+        )
+        seconds, _ = timed(
+            lambda: analyzer.compute_pairwise_scores(
+                "scores", "factors", Rows(work.validation), Rows(work.pool), score_args=scoring,
+                per_device_query_batch_size=4, per_device_train_batch_size=work.arguments.peer_batch,
+                dataloader_kwargs=loader,
+            )
+        )  # fmt: skip
+    return {"seconds": seconds}
+
+
+def bergson(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """bergson's two commands; seconds without start-up are those less twice what `--help` takes."""
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[arguments.dtype]
+
+    def run(*command: str) -> float:
+        done = timed(lambda: subprocess.run([arguments.bergson, *command], capture_output=True, text=True))
+        if done[1].returncode:
+            raise RuntimeError(f"bergson {' '.join(command)}\n{done[1].stdout[-2000:]}{done[1].stderr[-2000:]}")
+        return done[0]
+
+    common = [
+        "--model",
+        str(arguments.model),
+        "--precision",
+        precision,
+        "--projection_dim",
+        "0",
+        "--truncation",
+        "True",
+    ]
+    common += [
+        "--conversation_column",
+        "messages",
+        "--token_batch_size",
+        str(arguments.peer_tokens),
+        "--overwrite",
+        "True",
+    ]
+    startup = run("build", "--help")
+    build = run(
+        "build", str(folder / "query"), "--dataset", str(arguments.validation), "--aggregation", "mean", *common
+    )
+    common = ["--index_cfg.precision" if part == "--precision" else part for part in common]
+    query = ["--query_path", str(folder / "query")]
+    score = run("score", str(folder / "scores"), *query, "--dataset", str(arguments.pool), *common)
+    return {"wall_seconds": build + score, "startup_seconds": startup, "seconds": build + score - 2 * startup}
+
+
+ENGINES: dict[str, Callable[[Work], dict[str, Any]]] = {
+    "target": target, "proxy": proxy, "kronfluence": kronfluence, "autograd": autograd
+}  # fmt: skip
+
+
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOPs a second of a 2,048-cubed matrix product."""
+    x, y = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    for _ in range(5):
+        x @ y
+    seconds, _ = timed(lambda: [x @ y for _ in range(30)])
+    return 30 * 2 * 2048**3 / seconds
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One engine in this process; prints its result as JSON."""
+    if arguments.worker == "bergson":
+        with tempfile.TemporaryDirectory() as folder:
+            result = bergson(arguments, Path(folder))
+        result["peak_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        encoder = ChatEncoder(load_tokenizer(arguments.model), 512)
+        tokens = sum(len(row.input_ids) for row in encoder.encode(list(Pool([str(arguments.pool)]))))
+    else:
+        work = Work(arguments)
+        tokens = work.tokens
+        result = ENGINES[arguments.worker](work)
+        result["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    result.setdefault("tokens", tokens)
+    result["tokens_per_second"] = result["tokens"] / result["seconds"]
+    print(json.dumps(result))
+
+
+def prepare(arguments: argparse.Namespace, folder: Path) -> None:
+    """The rows of the benchmark in files of their own, and the random model if one is asked for."""
+    pool = Pool([str(arguments.pool)])
+    total = pool.scan().rows
+    pool.write_rows(
+        list(range(0, total, max(1, total // arguments.examples)))[: arguments.examples], folder / "pool.jsonl"
+    )
+    validation = Pool([str(arguments.validation)])
+    validation.write_rows(list(range(arguments.validation_examples)), folder / "validation.jsonl")
+    arguments.pool, arguments.validation = folder / "pool.jsonl", folder / "validation.jsonl"
+    if arguments.model == "random:qwen3-0.6b":
+        set_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_600M))
+        cast_parameters(model, torch.bfloat16)
+        model.save_pretrained(folder / "model")
+        load_tokenizer(arguments.tokenizer).save_pretrained(folder / "model")
+        arguments.model = folder / "model"
+
+
+def main() -> None:
+    """Run every engine and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHARED / "models/target-17m"), help="folder, or random:qwen3-0.6b")
+    parser.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="of the random model")
+    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
+    parser.add_argument("--validation", default=str(SHARED / "data/targets/gsm8k.val.jsonl"))
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--validation-examples", type=int, default=64)
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, "bergson"], default=[*ENGINES, "bergson"])
+    parser.add_argument("--bergson", default="bergson", help="bergson's command")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--peer-batch", type=int, default=8, help="examples a batch of kronfluence")
+    parser.add_argument("--peer-tokens", type=int, default=2048, help="tokens a batch of bergson")
+    parser.add_argument("--many", action=argparse.BooleanOptionalAction, default=True, help="4 and 16 tasks, too")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--worker", choices=[*ENGINES, "bergson"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        worker(arguments)
+        return
+    name = Path(str(arguments.model).replace(":", "-")).name
+    output = arguments.output or Path(__file__).parent / f"results/scoring-{name}.json"
+    rate = gemm_rate(DTYPES[arguments.dtype])
+    print(f"GEMM rate {rate / 1e12:.2f} TFLOP/s, {torch.get_num_threads()} threads, {arguments.dtype}", flush=True)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(arguments, Path(folder))
+        for engine in arguments.engines:
+            command = [sys.executable, __file__, "--worker", engine]
+            for key in ("model", "pool", "validation", "dtype", "bergson"):
+                command += [f"--{key}", str(getattr(arguments, key))]
+            for key in ("batch_tokens", "peer_batch", "peer_tokens"):
+                command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
+            command += [
+                "--many" if arguments.many else "--no-many",
+                "--compile" if arguments.compile else "--no-compile",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{engine}: failed\n{done.stderr[-1500:]}", flush=True)
+                continue
+            results[engine] = json.loads(done.stdout.strip().splitlines()[-1])
+            print_engine(engine, results[engine], rate, results.get("target"))
+    write_json(output, {**environment(), "settings": settings, "gemm_flops_per_second": rate, "engines": results})
+
+
+def print_engine(name: str, result: dict[str, Any], rate: float, ours: dict[str, Any] | None) -> None:
+    """One line of the table."""
+    line = f"{name:<12}{result['seconds']:>8.1f} s{result['tokens_per_second']:>9.0f} tokens/s"
+    line += f"{result['peak_gib']:>6.1f} GiB"
+    if "flops_per_second" in result:
+        pool = result["pool_tokens_per_second"]
+        line += f"  pool alone {pool:.0f} tokens/s, {result['flops_per_second'] / rate:.0%} of the GEMM rate"
+        one = result["by_tasks"]["1"]["seconds"]
+        line += "".join(f", {n} tasks {each['seconds'] / one:.2f}×" for n, each in result["by_tasks"].items())
+        if "compile_seconds" in result:
+            line += f", compiling {result['compile_seconds']:.0f} s"
+    if ours and ours is not result:
+        line += f"  target is {ours['tokens_per_second'] / result['tokens_per_second']:.1f}× as fast"
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

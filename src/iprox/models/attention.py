@@ -1,0 +1,195 @@
+"""Causal attention on the CPU with a backward pass as fast as its forward pass.
+
+torch's CPU kernel for the backward pass of attention takes 50 to 180 ms for 4,096 tokens whatever their length, more
+than all linear layers of a small model together. Here the probabilities of a few rows at a time are made again and
+multiplied as batched GEMMs that stay in the cache. Measured, one core with AMX, bfloat16, 6 heads of 64 (2 key-value):
+82 → 7 ms for 110 rows of 37 tokens, 54 → 12 ms for 32 of 128, 52 → 33 ms for 8 of 512; beyond that torch's is faster,
+and used. Gradients differ from float32's by 0.3 to 0.5 %, as those of torch's kernel do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "iprox_causal"
+
+# Rows up to this length take the GEMMs below.
+LONGEST = 512
+# Queries at a time: the keys after a block are never looked at, which halves the work of long rows.
+BLOCK = 128
+# Bytes of probabilities at a time: about a core's own cache.
+CACHE = 1 << 21
+
+
+@torch.library.custom_op("iprox::causal_attention", mutates_args=(), device_types="cpu")
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention; each group of H / K query heads shares a key-value head.
+
+    Args:
+        query: [B, H, L, d].
+        key: [B, K, L, d].
+        value: [B, K, L, d].
+        scale: of the products of queries and keys.
+
+    Returns:
+        The output [B, L, H, d] and the logarithm of the softmax's denominator [B, H, L], for the backward pass.
+    """
+    groups = query.shape[1] // key.shape[1]
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, _repeated(key, groups), _repeated(value, groups), 0.0, True, scale=scale
+    )
+    return out.transpose(1, 2).contiguous(), logsumexp.contiguous()
+
+
+@causal_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, length, width = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length, dtype=dtype)
+
+
+@torch.library.custom_op("iprox::causal_attention_backward", mutates_args=(), device_types="cpu")
+def causal_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients [B, H, L, d], [B, K, L, d] and [B, K, L, d] of the inputs of `causal_attention`.
+
+    Args:
+        grad: of the output [B, L, H, d].
+        query: as given to `causal_attention`.
+        key: likewise.
+        value: likewise.
+        out: its output.
+        logsumexp: its second output.
+        scale: likewise.
+    """
+    grad = grad.transpose(1, 2)
+    if query.shape[2] <= LONGEST:
+        return _backward_by_gemm(grad, query, key, value, scale)
+    batch, kv_heads, length, width = key.shape
+    groups = query.shape[1] // kv_heads
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad,
+        query,
+        _repeated(key, groups),
+        _repeated(value, groups),
+        out.transpose(1, 2),
+        logsumexp,
+        0.0,
+        True,
+        scale=scale,
+    )
+    dquery, *shared = grads
+    dkey, dvalue = (part.reshape(batch, kv_heads, groups, length, width).sum(2) for part in shared)
+    return dquery.contiguous(), dkey.contiguous(), dvalue.contiguous()
+
+
+@causal_attention_backward.register_fake
+def _(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _backward_by_gemm(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With P = softmax(S), S = scale·Q Kᵀ: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ)), dQ = scale·dS K.
+
+    The query heads that share a key-value head are stacked into one tall matrix, so that nothing is repeated and
+    the sum over them is part of the GEMM.
+    """
+    batch, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    dquery = query.new_empty(query.shape)
+    dkey, dvalue = key.new_zeros(key.shape), value.new_zeros(value.shape)
+    hidden = torch.full((length, length), -torch.inf, dtype=query.dtype).triu_(1)
+    rows = max(1, CACHE // (heads * min(BLOCK, length) * length * query.element_size()))
+    for first in range(0, batch, rows):
+        some = slice(first, first + rows)
+        count = min(rows, batch - first)
+        for start in range(0, length, BLOCK):
+            end = min(length, start + BLOCK)
+            tall = (count * kv_heads, groups * (end - start), width)
+            q, g = query[some, :, start:end].reshape(tall), grad[some, :, start:end].reshape(tall)
+            k, v = (x[some, :, :end].reshape(count * kv_heads, end, width) for x in (key, value))
+            scores = torch.bmm(q, k.mT).mul_(scale)
+            scores.view(-1, groups, end - start, end).add_(hidden[start:end, :end])
+            P = torch.softmax(scores, dim=-1)
+            dS = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), P, -1, P.dtype)
+            dquery[some, :, start:end] = torch.bmm(dS, k).mul_(scale).view(count, heads, end - start, width)
+            dkey[some, :, :end] += torch.bmm(dS.mT, q).mul_(scale).view(count, kv_heads, end, width)
+            dvalue[some, :, :end] += torch.bmm(P.mT, g).view(count, kv_heads, end, width)
+    return dquery, dkey, dvalue
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, scale = inputs
+    ctx.save_for_backward(query, key, value, *output)
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *causal_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
+
+
+causal_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    """Key or value heads [B, K, L, d] once for every query head [B, K·groups, L, d]."""
+    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
+
+
+def _forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls: our kernel for plain causal attention, its own `sdpa` for everything else."""
+    causal = options.get("is_causal")
+    plain = (
+        attention_mask is None
+        and (getattr(module, "is_causal", True) if causal is None else causal)
+        and query.shape[2] == key.shape[2]
+        and query.shape[3] == value.shape[3]
+        and not options.get("dropout")
+        and options.get("position_bias") is None
+    )
+    if not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    scaling = options.get("scaling")
+    scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
+    return causal_attention(query, key, value, scale)[0], None
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a transformers model on the CPU that uses `sdpa` attention uses this module's.
+
+    It has a first derivative only, so alignment must not run inside.
+    """
+    if (
+        not isinstance(model, PreTrainedModel)
+        or model.device.type != "cpu"
+        or model.config._attn_implementation != "sdpa"
+        or model.config.sub_configs  # several models in one may each have their own
+    ):
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")

@@ -1,0 +1,183 @@
+"""Decoder layers compiled once for all: `torch.compile` with linear layers that stay readable from outside.
+
+Norms, rotations, activations and residual sums of a small model cost more than its GEMMs; compiled, they are fused.
+Hooks cannot reach into compiled code, so every linear layer is put behind a port: one opaque operator that looks the
+layer up by a number. That makes the code of all decoder layers the same whatever their ranks, so it is compiled once,
+and it lets `observe` watch a layer from inside (`Wire.watchers`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from iprox.models.layers import (
+    LowRankLinear,
+    compressible_layers,
+    decoder_layers,
+    dense_weight,
+    low_rank_layers,
+    replace_module,
+    weight_shape,
+)
+
+# (inputs h [B, L, n], output gradients δ [B, L, m]) of one layer.
+Watcher = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(eq=False)  # without slots: it is referred to weakly
+class Wire:
+    """One linear layer of a compiled model; it lives as long as the layer does.
+
+    Attributes:
+        number: by which the operators find it.
+        module: the layer.
+        watchers: called with inputs and output gradients of the layer itself, or of a low-rank layer's factors, by
+            module, as the backward pass reaches it.
+    """
+
+    number: int
+    module: nn.Module
+    watchers: dict[nn.Module, Watcher] = field(default_factory=dict)
+
+    def tell(self, module: nn.Module, h: Tensor, delta: Tensor) -> None:
+        """Hand a layer's inputs and output gradients to whoever watches it."""
+        if module in self.watchers:
+            self.watchers[module](h, delta)
+
+
+# Operators take tensors and numbers only, so they find their layer here; a wire lives as long as its port.
+_wires: WeakValueDictionary[int, Wire] = WeakValueDictionary()
+_numbers = itertools.count()
+ATTRIBUTE = "_iprox_wire"
+# Pieces of code one decoder layer may come to: kinds of layers, times batches of one row or of one token.
+PIECES = 64
+
+
+def wire_of(module: nn.Module) -> Wire | None:
+    """The wire of a compiled model that passes through a layer or factor, if any."""
+    return module.__dict__.get(ATTRIBUTE)
+
+
+class Port(nn.Module):
+    """Stands for a linear layer in compiled code: the same to look at whatever is behind it."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self.wire = wire
+        self.number = torch.tensor(wire.number)
+        self.out_features = weight_shape(wire.module)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer does, as one operator."""
+        return _linear(x, self.number, self.out_features)
+
+
+@torch.library.custom_op("iprox::linear", mutates_args=())
+def _linear(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    with torch.no_grad():
+        return _wires[int(number)].module(x)
+
+
+@_linear.register_fake
+def _(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("iprox::linear_backward", mutates_args=())
+def _linear_backward(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
+    wire = _wires[int(number)]
+    layer = wire.module
+    with torch.no_grad():
+        wire.tell(layer, x, delta)
+        if not isinstance(layer, LowRankLinear):
+            return delta @ dense_weight(layer)
+        between = delta @ layer.A.weight
+        if layer.A in wire.watchers:
+            wire.tell(layer.A, layer.B(x), delta)
+        wire.tell(layer.B, x, between)
+        return between @ layer.B.weight
+
+
+@_linear_backward.register_fake
+def _(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
+    x, number = ctx.saved_tensors
+    return _linear_backward(x, delta.contiguous(), number), None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def why_not_compiled(model: nn.Module) -> str | None:
+    """Why a model's decoder layers cannot be compiled; None where they can."""
+    if not isinstance(model, PreTrainedModel):
+        return "it is no transformers model"
+    if any(type(layer) not in (nn.Linear, Conv1D) for layer in compressible_layers(model).values()):
+        return "it has linear layers of a kind of their own"
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        return "its experts see tokens chosen at run time"
+    return None
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Run the decoder layers of a model compiled from now on; `observe` still sees the linear layers it had.
+
+    The first batches compile: 10 to 40 s for the first of a kind, then a few seconds, since torch keeps a cache on
+    disk. Shapes are dynamic, so that batches of any size run the same code. The model's linear layers are behind
+    ports meanwhile: whoever wants them by name asks before.
+
+    Args:
+        model: one of which `why_not_compiled` says nothing; changed in place, until `uncompile_layers`.
+    """
+    blocks = decoder_layers(model)[1]
+    for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
+        wire = Wire(next(_numbers), layer)
+        _wires[wire.number] = wire
+        for part in (layer, *layer.children()):
+            part.__dict__[ATTRIBUTE] = wire
+        replace_module(model, name, Port(wire))
+    # Autograd goes only where a gradient is asked for: with frozen weights, from the embeddings on.
+    model.enable_input_require_grads()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
+    for block in blocks:
+        block.compile(dynamic=True, fullgraph=True)
+
+
+def uncompile_layers(model: PreTrainedModel) -> None:
+    """Undo `compile_layers`."""
+    model.disable_input_require_grads()
+    for block in decoder_layers(model)[1]:
+        block._compiled_call_impl = None
+    for name, port in list(model.named_modules()):
+        if isinstance(port, Port):
+            layer = port.wire.module
+            for part in (layer, *layer.children()):
+                del part.__dict__[ATTRIBUTE]
+            replace_module(model, name, layer)
+
+
+@contextmanager
+def compiled(model: PreTrainedModel) -> Iterator[None]:
+    """`compile_layers` inside, and as before after it."""
+    compile_layers(model)
+    try:
+        yield
+    finally:
+        uncompile_layers(model)
