@@ -30,14 +30,17 @@ from iprox.data import Batch, ChatEncoder, Encoded, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
 from iprox.influence.scoring import QUERY_NORM
 from iprox.models import flops
+from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
+from iprox.proxy.norms import refit_norms
 from iprox.proxy.spectra import SpectrumStore
 from iprox.recipe import WarmupSection
 from iprox.run_folder import environment, write_json
@@ -49,6 +52,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 # name -> (method of weighing, rank rule, ridge)
 FACTORISED: dict[str, tuple[Any, Any, Any]] = {
     "ipsvd": ("ipsvd", "global", "auto"),
+    "ipsvd, norms as they were": ("ipsvd", "global", "auto"),
     "ipsvd, uniform ranks": ("ipsvd", "uniform", "auto"),
     "ipsvd, ridge 0.01": ("ipsvd", "global", 1e-2),
     "ipsvd, ridge 1": ("ipsvd", "global", 1.0),
@@ -79,8 +83,9 @@ class Setting:
         """Scores [N, tasks] of the sample on a model."""
         scorer = BatchScorer(model, queries, gradient="weight", keep=keep)
         scores = np.full((len(self.sample), len(queries)), np.nan)
-        for batch in iter_batches(self.sample, self.batch_tokens, 0):
-            scores[batch.indices] = scorer(batch)[0].double().numpy()
+        with compiled(model):
+            for batch in iter_batches(self.sample, self.batch_tokens, 0):
+                scores[batch.indices] = scorer(batch)[0].double().numpy()
         return scores
 
     def own_queries(self, model: PreTrainedModel) -> dict[str, ModelGradient]:
@@ -241,6 +246,8 @@ def make_proxy(
     ranks = budget.RULES[FACTORISED[method][1]](spectra, allowed)
     proxy = with_factors(setting.target, compressible_layers(setting.target), store, ranks)
     assert low_rank_layers(proxy)
+    if method.startswith("ipsvd") and method != "ipsvd, norms as they were":
+        refit_norms(proxy, setting.target, setting.probe, causal_lm_losses)
     return proxy
 
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,13 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def iprox(work: Work, model: PreTrainedModel, keep: float) -> dict[str, Any]:
-    """Our engine: validation gradient, then the pool, for 1, 4 and 16 tasks, compiled."""
+def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
+    """Our engine: validation gradient, then the pool, compiled; the pool again for each number of tasks."""
     pool, validation = work.batches(work.pool), work.batches(work.validation)
     seconds, gradient = timed(lambda: mean_gradient(model, validation, "weight")[0])
     result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
     scorers = {}
-    for tasks in TASKS if work.arguments.many else TASKS[:1]:
+    for tasks in task_counts:
         # Tasks of the same size; which gradients they are makes no difference to the time.
         making, scorers[tasks] = timed(
             lambda tasks=tasks: BatchScorer(
@@ -97,6 +97,8 @@ def iprox(work: Work, model: PreTrainedModel, keep: float) -> dict[str, Any]:
             )
         )
         result["by_tasks"][tasks] = {"making_seconds": making}
+    supervised = sum(row.supervised for row in work.pool)
+    spent = flops.scoring_flops(model, work.tokens, supervised, work.tokens * scorers[1].contraction_flops)
     if work.arguments.compile:
         compile_layers(model)
         result["compile_seconds"], _ = timed(lambda: [scorers[1](batch) for batch in (pool[0], pool[-1])])
@@ -105,8 +107,6 @@ def iprox(work: Work, model: PreTrainedModel, keep: float) -> dict[str, Any]:
         taken, _ = timed(lambda scorer=scorer: [scorer(batch) for batch in pool])
         result["by_tasks"][tasks] |= {"seconds": taken, "tokens_per_second": work.tokens / taken}
     one = result["by_tasks"][1]
-    supervised = sum(row.supervised for row in work.pool)
-    spent = flops.scoring_flops(model, work.tokens, supervised, work.tokens * scorers[1].contraction_flops)
     result |= {
         "seconds": one["seconds"] + seconds + one["making_seconds"],
         "flops": spent,
@@ -118,7 +118,7 @@ def iprox(work: Work, model: PreTrainedModel, keep: float) -> dict[str, Any]:
 
 def target(work: Work) -> dict[str, Any]:
     """Our engine on the model itself: exact."""
-    return iprox(work, work.model, 1.0)
+    return iprox(work, work.model, 1.0, TASKS[:1])
 
 
 def proxy(work: Work) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def proxy(work: Work) -> dict[str, Any]:
     made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
     del work.model, model
     cast_parameters(made, work.dtype)
-    return iprox(work, made, QUERY_NORM)
+    return iprox(work, made, QUERY_NORM, TASKS)
 
 
 def autograd(work: Work) -> dict[str, Any]:
@@ -317,7 +317,6 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--peer-batch", type=int, default=8, help="examples a batch of kronfluence")
     parser.add_argument("--peer-tokens", type=int, default=2048, help="tokens a batch of bergson")
-    parser.add_argument("--many", action=argparse.BooleanOptionalAction, default=True, help="4 and 16 tasks, too")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--worker", choices=[*ENGINES, "bergson"], help=argparse.SUPPRESS)
@@ -339,10 +338,7 @@ def main() -> None:
                 command += [f"--{key}", str(getattr(arguments, key))]
             for key in ("batch_tokens", "peer_batch", "peer_tokens"):
                 command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
-            command += [
-                "--many" if arguments.many else "--no-many",
-                "--compile" if arguments.compile else "--no-compile",
-            ]
+            command += ["--compile" if arguments.compile else "--no-compile"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 print(f"{engine}: failed\n{done.stderr[-1500:]}", flush=True)

@@ -18,6 +18,7 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
 from iprox.proxy.factorise import Factorisation, FactorSettings, factorise
 from iprox.proxy.methods import FactorMethod
+from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Size
 
 Method = FactorMethod | Literal["layers", "off-the-shelf"]
@@ -55,6 +56,7 @@ class CompressionReport:
         probe_tokens: tokens that moments were measured on.
         passes: how often the probe was read.
         unreached: layers that no probe token moved: weighed by the plain norm.
+        norm_scales: what each norm of the proxy was multiplied by, by module name (`iprox.proxy.norms`).
         seconds: wall time.
         layers: by module name; empty where nothing was factorised.
     """
@@ -67,6 +69,7 @@ class CompressionReport:
     probe_tokens: int = 0
     passes: int = 0
     unreached: list[str] = field(default_factory=list)
+    norm_scales: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     layers: dict[str, LayerReport] = field(default_factory=dict)
 
@@ -118,8 +121,13 @@ def derive_proxy(
     allowed = size.budget(model, dense)
     if least > allowed:
         raise size.refusal(model, dense, least)
+    refit = settings.method == "ipsvd" and settings.refit_norms
+    if refit:
+        probe = list(probe)  # read once more
     proxy, done = factorise(model, layers, probe, prices, allowed, settings, loss_fn, progress)
     report = CompressionReport(settings.method, settings.ranks, size.as_dict())
+    if refit:
+        report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
     report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
     report.layers = {
         name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])

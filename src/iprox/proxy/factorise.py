@@ -42,6 +42,8 @@ class FactorSettings:
         moments: how moments are measured.
         memory: bytes that moments may take at once. Where they would take more, the probe is read several times, a
             group of layers each; spectra that would take more go to disk.
+        refit_norms: whether the norms of an `ipsvd` proxy are scaled to what truncation left (`iprox.proxy.norms`);
+            baselines are left as published.
         seed: of random factors.
     """
 
@@ -50,6 +52,7 @@ class FactorSettings:
     ridge: Ridge = "auto"
     moments: MomentSettings = field(default_factory=MomentSettings)
     memory: int = MEMORY
+    refit_norms: bool = True
     seed: int = 0
 
 
