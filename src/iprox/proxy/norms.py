@@ -126,8 +126,8 @@ def _parts(batch: Any) -> list[Any]:
     if not isinstance(batch, Batch):
         return [batch]
     rows = max(1, AT_ONCE // batch.input_ids.shape[1])
-    pieces = range(0, len(batch.indices), rows)
-    return [
-        Batch(*(x[i : i + rows] for x in (batch.input_ids, batch.labels, batch.lengths)), batch.indices[i : i + rows])
-        for i in pieces
-    ]
+    parts = []
+    for start in range(0, len(batch.indices), rows):
+        some = slice(start, start + rows)
+        parts.append(Batch(batch.input_ids[some], batch.labels[some], batch.lengths[some], batch.indices[some]))
+    return parts
