@@ -133,8 +133,9 @@ def proxy(work: Work) -> dict[str, Any]:
 
 def autograd(work: Work) -> dict[str, Any]:
     """What one would write first: every example's gradient by autograd, dotted with the validation gradient."""
-    parameters = [layer.weight for layer in influence_layers(work.model).values()]
-    query = list(mean_gradient(work.model, work.batches(work.validation), "weight")[0].values())
+    layers = influence_layers(work.model)
+    gradient = mean_gradient(work.model, work.batches(work.validation), "weight")[0]
+    parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
     rows = work.pool[:: max(1, len(work.pool) // 32)]
 
     def run() -> None:
