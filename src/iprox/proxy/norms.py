@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from iprox.data import Batch
 from iprox.models.loss import LossFn
 
-# Each sweep fits every norm given all others as the last one left them. After two nothing moves by a hundredth.
+# Each sweep fits every norm given all others as the last one left them; the second takes up what the first moved.
 SWEEPS = 2
 # Tokens at a time: what every norm of the target says of them is held.
 AT_ONCE = 1024
