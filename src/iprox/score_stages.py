@@ -32,7 +32,7 @@ from iprox.run_folder import write_json
 from iprox.session import Session, encode_validation, pad_id_of
 from iprox.stages import StageRecord, check_belongs
 
-# Rows from which compiling pays: it takes 10 to 40 s, and halves what a batch takes on a small model.
+# Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
 COMPILE_ROWS = 8192
 
 

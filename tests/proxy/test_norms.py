@@ -99,3 +99,15 @@ def test_outputs_that_are_not_finite_are_named(tiny):
         model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="norm"):
         refit_norms(model, target, [batch], causal_lm_losses)
+
+
+def test_norms_over_a_batch_or_a_group_are_left_alone():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.GroupNorm(2, 4), torch.nn.LayerNorm(4))
+    assert list(norm_layers(model)) == ["2"]
+
+
+def test_dropout_is_off_meanwhile_and_the_mode_is_kept(tiny):
+    target, batch = tiny.model("gpt2", resid_pdrop=0.5).train(), tiny.batch([9, 5, 12])
+    scales = refit_norms(copy.deepcopy(target), target, [batch], causal_lm_losses)
+    assert list(scales.values()) == pytest.approx([1] * len(scales))
+    assert target.training

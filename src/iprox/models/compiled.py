@@ -139,7 +139,7 @@ def why_not_compiled(model: nn.Module) -> str | None:
 def compile_layers(model: PreTrainedModel) -> None:
     """Run the decoder layers of a model compiled from now on; `observe` still sees the linear layers it had.
 
-    The first batches compile: 10 to 40 s for the first of a kind, then a few seconds, since torch keeps a cache on
+    The first batches compile: up to a minute for the first of a kind, then seconds, since torch keeps a cache on
     disk. Shapes are dynamic, so that batches of any size run the same code. The model's linear layers are behind
     ports meanwhile: whoever wants them by name asks before.
 

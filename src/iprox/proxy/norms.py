@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from iprox.data import Batch
 from iprox.models.loss import LossFn
+from iprox.models.observe import frozen
+from iprox.models.precision import accumulation_dtype
 
 # Each sweep fits every norm given all others as the last one left them; the second takes up what the first moved.
 SWEEPS = 2
@@ -26,11 +28,17 @@ AT_ONCE = 1024
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The norms of a model that carry a weight, by name."""
+    """The layer and RMS norms of a model that carry a weight, by name.
+
+    Each family of transformers has an RMS norm of its own, so they are told by the name of their class. Norms over a
+    batch or a group of channels are left alone: their outputs do not hang on one token.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+        if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim == 1
     }
 
 
@@ -61,10 +69,11 @@ def refit_norms(
     for _ in range(sweeps):
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in norms}
         for batch in batches:
-            theirs = _outputs(target, wanted, batch, loss_fn)
-            ours = _outputs(proxy, norms, batch, loss_fn)
-            for name, x in ours.items():
-                y = theirs[name]
+            with frozen(target), frozen(proxy):  # dropout off
+                theirs = _outputs(target, wanted, batch, loss_fn)
+                ours = _outputs(proxy, norms, batch, loss_fn)
+            for name, output in ours.items():
+                x, y = (each.to(accumulation_dtype(output)) for each in (output, theirs[name]))
                 sums[name] += torch.stack([(x * y).sum(dtype=torch.float64), (x * x).sum(dtype=torch.float64)]).cpu()
         for name, (cross, square) in ((name, pair.tolist()) for name, pair in sums.items()):
             if not 0 <= square < float("inf"):
