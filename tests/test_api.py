@@ -76,6 +76,30 @@ def test_an_unknown_estimator_names_the_known(model):
         iprox.score(model, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)}, estimator="magic")
 
 
+@pytest.mark.parametrize("estimator", ["influence-function", "datainf"])
+def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(model, estimator):
+    pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
+
+    def influence(**settings):
+        return iprox.score(model, pool, validation, **settings)["influence"].to_numpy()
+
+    tracin, drawn = influence(), influence(estimator=estimator)
+    given = influence(estimator=estimator, curvature_sample=pool)
+    np.testing.assert_allclose(given, drawn, rtol=1e-5)  # a pool of fewer than 512 is the sample
+    assert np.abs(influence(estimator=estimator, curvature_sample=pool[:4]) / drawn - 1).max() > 1e-3
+    assert np.corrcoef(tracin, drawn)[0, 1] < 0.999
+    assert np.corrcoef(influence(estimator=estimator, damping=1e9), drawn)[0, 1] < 0.9999
+
+
+def test_an_influence_function_of_factors_refuses_the_targets_gradients(model):
+    pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
+    proxy = iprox.compress(model, pool, sparsity=0.5)
+    with pytest.raises(iprox.InputError, match="query to proxy"):
+        iprox.score(proxy, pool, validation, estimator="datainf", target=model, gradient="factors")
+    with pytest.raises(iprox.InputError, match="above 0"):
+        iprox.score(model, pool, validation, estimator="datainf", damping=0)
+
+
 def test_a_model_without_a_name_needs_a_tokenizer(model):
     nameless = AutoModelForCausalLM.from_config(model.config)
     nameless.config._name_or_path = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
 from iprox.influence.estimators import Normalise
+from iprox.influence.preconditioning import Estimator, KroneckerCurvature
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import Query, ScoringSettings, build_scorer, score_windows, scorer_of_batches
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
@@ -32,7 +33,9 @@ from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
+from iprox.recipe import CURVATURE_EXAMPLES
 from iprox.selection.strategies import select_rows
+from iprox.session import draw_rows
 
 # A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
 Examples = Any
@@ -157,7 +160,10 @@ def score(
     pool: Examples,
     validation: Mapping[str, Examples],
     *,
-    estimator: str = "tracin",
+    estimator: Estimator = "tracin",
+    curvature: KroneckerCurvature = "ek-fac",
+    curvature_sample: Examples | None = None,
+    damping: float = 0.1,
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
@@ -175,7 +181,11 @@ def score(
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
         pool: candidates.
         validation: validation examples by task.
-        estimator: `tracin`.
+        estimator: `tracin`, or an influence function: `influence-function` or `datainf` (`iprox.influence.curvature`).
+        curvature: of `influence-function`: `ek-fac` or `k-fac`.
+        curvature_sample: what an influence function measures curvature on. None draws 512 examples of the pool, unless
+            the data are DataLoaders.
+        damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         target: the target of a proxy: validation gradients are then taken on it, which is more faithful and costs next
             to nothing, as they are few. None takes them on `model`.
         gradient: of a proxy: `factors` or `weight`.
@@ -195,8 +205,11 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    if estimator != "tracin":
-        raise InputError(f"unknown estimator {estimator!r}; known: tracin")
+    for name, given, known in (("estimator", estimator, Estimator), ("curvature", curvature, KroneckerCurvature)):
+        if given not in get_args(known):
+            raise InputError(f"unknown {name} {given!r}; known: {', '.join(get_args(known))}")
+    if damping <= 0:
+        raise InputError(f"damping must be above 0, not {damping}")
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         _refuse_adapter(each)
@@ -208,18 +221,35 @@ def score(
         raise InputError(f"{len(models)} models but {len(learning_rates)} learning rates")
     if target is not None and len(models) > 1:
         raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
-    settings = ScoringSettings(gradient, normalise, aggregate, query_norm, batch_tokens)
+    settings = ScoringSettings(
+        gradient,
+        normalise,
+        aggregate,
+        query_norm,
+        batch_tokens,
+        estimator=estimator,
+        curvature=curvature,
+        damping=damping,
+    )
     tables = []
     with experts_split(*models, *([] if target is None else [target])):
         for checkpoint in models:
             if isinstance(pool, DataLoader):
-                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target))
+                sample = None if curvature_sample is None else list(curvature_sample)
+                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample))
                 continue
             reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target)
             source = reader.pool(pool, "pool")
-            source.scan()
+            rows = source.scan().rows
+            curved: list[Encoded] = []
+            if estimator != "tracin":
+                curved = (
+                    reader.encoder.encode(source.take(draw_rows("curvature", 0, rows, CURVATURE_EXAMPLES)))
+                    if curvature_sample is None
+                    else reader.encode(curvature_sample, "curvature_sample")
+                )
+            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target, curved)
             parts = score_windows(scorer, source, reader.encoder, 0, settings)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
@@ -324,9 +354,12 @@ def _score_batches(
     settings: ScoringSettings,
     loss_fn: LossFn,
     target: nn.Module | None,
+    sample: list[Any] | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
-    scorer = scorer_of_batches(model, validation, settings, loss_fn, target)
+    if settings.estimator != "tracin" and not sample:
+        raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
+    scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or ())
     scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
     count = len(scores)
     return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

@@ -323,7 +323,21 @@ def _add_score(commands: Any) -> None:
 
 
 def _influence_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--estimator", choices=("tracin",), default="tracin", help="default tracin")
+    parser.add_argument(
+        "--estimator",
+        choices=("tracin", "influence-function", "datainf"),
+        default="tracin",
+        help="default tracin; the others divide by the curvature of the loss",
+    )
+    parser.add_argument(
+        "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"
+    )
+    parser.add_argument(
+        "--curvature-examples", type=int, default=None, help="of the pool, to measure curvature on (default 512)"
+    )
+    parser.add_argument(
+        "--damping", type=float, default=None, help="as a share of the curvature's mean eigenvalue (default 0.1)"
+    )
     parser.add_argument(
         "--gradient",
         choices=("factors", "weight"),

@@ -328,7 +328,7 @@ def _audit(run: Run, context: _Context) -> None:
         [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump()],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
         lambda: score_stages.audit(
-            run.session, pairs, run.pool.take(rows), run.validation, run.folder.audit, run.recipe.influence
+            run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
         )[0],
     )
 

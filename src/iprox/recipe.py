@@ -19,6 +19,9 @@ STAGES = ("data", "warmup", "compress", "align", "audit", "score", "select", "fi
 # How large a proxy may be, in the order they are documented.
 SIZES = ("sparsity", "parameters", "flops")
 
+# Examples of the pool that an influence function measures curvature on, unless told.
+CURVATURE_EXAMPLES = 512
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -111,10 +114,14 @@ class InfluenceSection(_Section):
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
     are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
-    whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
+    whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
+    function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
     """
 
-    estimator: Literal["tracin"] = "tracin"
+    estimator: Literal["tracin", "influence-function", "datainf"] = "tracin"
+    curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
+    curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
+    damping: float = Field(0.1, gt=0)
     gradient: Literal["factors", "weight"] = "weight"
     query: Literal["target", "proxy"] = "target"
     query_norm: float | None = Field(None, gt=0, le=1)
@@ -122,6 +129,14 @@ class InfluenceSection(_Section):
     aggregate: Literal["standardised", "mean"] = "standardised"
     checkpoints: Literal["last", "all"] = "last"
     compile: Literal["auto"] | bool = "auto"
+
+    @model_validator(mode="after")
+    def _inverse_of_weights(self) -> InfluenceSection:
+        if self.estimator != "tracin" and self.gradient == "factors" and self.query == "target":
+            raise ValueError(
+                f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
+            )
+        return self
 
 
 class SelectSection(_Section):

@@ -29,7 +29,7 @@ from iprox.models.layers import low_rank_layers
 from iprox.models.loading import skeleton
 from iprox.recipe import InfluenceSection
 from iprox.run_folder import write_json
-from iprox.session import Session, encode_validation, pad_id_of
+from iprox.session import Session, draw_rows, encode_validation, pad_id_of, tokens_of
 from iprox.stages import StageRecord, check_belongs
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
@@ -66,6 +66,7 @@ def score(
     encoded = encode_validation(encoder, dict(validation))
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
+    sample = curvature_sample(session, pool, encoder, settings)
     checkpoints = [
         ScoringCheckpoint(
             session.loader(model.path), model.learning_rate, session.loader(model.target) if model.target else None
@@ -83,7 +84,7 @@ def score(
             scoring,
             identity={
                 **identity,
-                "estimator": settings.estimator,
+                **_estimator_identity(session, settings),
                 "gradient": settings.gradient,
                 "normalise": settings.normalise,
                 "aggregate": settings.aggregate,
@@ -97,6 +98,7 @@ def score(
             },
             progress=progress,
             engine=engine,
+            sample=sample,
         )
     if stats.uncompiled:
         session.reporter.warn(f"the model is scored without being compiled, more slowly: {stats.uncompiled}")
@@ -106,9 +108,15 @@ def score(
         session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
     model = skeleton(first, trust_remote_code=session.trust_remote_code)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
+    curvature = 0.0
+    if sample:
+        source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
+        passes = 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2
+        curvature = len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(sample), passes)
     return {
         "tokens": tokens,
-        "flops": flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)),
+        "flops": flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)) + curvature,
+        "curvature_flops": curvature,
         "query": "target" if models[0].target else "own",
         **{k: v for k, v in asdict(stats).items() if k != "tokens"},
         "pool_tokens": stats.tokens,
@@ -124,6 +132,7 @@ def audit(
     session: Session,
     pairs: Sequence[tuple[str, str, float]],
     examples: Sequence[Example],
+    pool: Pool,
     validation: Mapping[str, Pool],
     output: Path,
     settings: InfluenceSection,
@@ -134,6 +143,7 @@ def audit(
         session: how to compute.
         pairs: (target, proxy, learning rate) of each checkpoint.
         examples: the sample.
+        pool: where an influence function takes the examples that it measures curvature on.
         validation: validation sets by task.
         output: folder.
         settings: how influence is scored.
@@ -141,6 +151,7 @@ def audit(
     tokenizer = session.tokenizer(pairs[0][0])
     encoder = session.encoder(tokenizer)
     encoded = encode_validation(encoder, dict(validation))
+    curved = curvature_sample(session, pool, encoder, settings)
     rates = [rate for _, _, rate in pairs]
     tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
     total = 0.0
@@ -151,7 +162,9 @@ def audit(
             check_belongs(proxy, proxy_path, target, target_path)
             for kind, model in (("target", target), ("proxy", proxy)):
                 query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
-                table, stats = score_examples(session, model, examples, encoded, encoder, settings, query, progress)
+                table, stats = score_examples(
+                    session, model, examples, encoded, encoder, settings, query, curved, progress
+                )
                 tables[kind].append(table)
                 tokens += stats.tokens
                 total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
@@ -183,6 +196,7 @@ def score_examples(
     encoder: ChatEncoder,
     settings: InfluenceSection,
     target: PreTrainedModel | None = None,
+    curved: Sequence[Encoded] = (),
     progress: Any = None,
 ) -> tuple[pa.Table, ScoringStats]:
     """Score a list of examples on one model, in memory.
@@ -195,13 +209,14 @@ def score_examples(
         encoder: makes tokens and labels.
         settings: how influence is scored.
         target: where validation gradients are taken, if not on `model`.
+        curved: from `curvature_sample`.
         progress: called with the number of rows done.
 
     Returns:
         The scores table, and what was read.
     """
     scoring = scoring_settings(session, settings)
-    scorer = build_scorer(model, validation, 0, scoring, target=target)
+    scorer = build_scorer(model, validation, 0, scoring, target=target, sample=curved)
     total = ScoringStats()
     tables = []
     for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
@@ -213,5 +228,32 @@ def score_examples(
 def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
     """The scoring settings that a recipe and a session give."""
     return ScoringSettings(
-        settings.gradient, settings.normalise, settings.aggregate, settings.query_norm, session.batch_tokens
+        settings.gradient,
+        settings.normalise,
+        settings.aggregate,
+        settings.query_norm,
+        session.batch_tokens,
+        estimator=settings.estimator,
+        curvature=settings.curvature,
+        damping=settings.damping,
     )
+
+
+def curvature_sample(
+    session: Session, pool: Pool, encoder: ChatEncoder, settings: InfluenceSection
+) -> Sequence[Encoded]:
+    """The examples of a pool that an influence function measures curvature on; none for TracIn."""
+    if settings.estimator == "tracin":
+        return ()
+    total = pool.scan().rows
+    return encoder.encode(pool.take(draw_rows("curvature", session.seed, total, settings.curvature_examples)))
+
+
+def _estimator_identity(session: Session, settings: InfluenceSection) -> dict[str, Any]:
+    """The settings of the estimator that scores hang on."""
+    if settings.estimator == "tracin":
+        return {"estimator": settings.estimator}
+    names = ("estimator", "damping", "curvature_examples")
+    if settings.estimator == "influence-function":
+        names = (*names, "curvature")
+    return {**settings.model_dump(include=set(names)), "seed": session.seed}

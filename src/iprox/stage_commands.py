@@ -159,7 +159,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
         "audit",
         output,
         arguments,
-        lambda: score_stages.audit(session, pairs, examples, validation, output, settings)[0],
+        lambda: score_stages.audit(session, pairs, examples, pool, validation, output, settings)[0],
     )
     if not arguments.json:
         summary.print_fidelity(read_json(output / "audit.json"))
@@ -241,7 +241,10 @@ def _tasks(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
 
 
 def _influence(arguments: Namespace) -> InfluenceSection:
-    names = ("estimator", "gradient", "query", "query_norm", "normalise", "aggregate", "compile")
+    names = (
+        *("estimator", "curvature", "curvature_examples", "damping"),
+        *("gradient", "query", "query_norm", "normalise", "aggregate", "compile"),
+    )
     given = {name: getattr(arguments, name) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
 

@@ -39,6 +39,8 @@ def test_defaults_are_those_of_the_design():
         (with_section(data={"pool": "p", "validation": {}}), "data.validation: "),
         (with_section(warmup=True), "warmup: give a section of keys (or false"),
         (with_section(influence={"estimator": "tracinn"}), "influence.estimator: "),
+        (with_section(influence={"estimator": "datainf", "gradient": "factors"}), "needs `query: proxy`"),
+        (with_section(influence={"damping": 0}), "influence.damping: "),
         (with_section(audit={"sample": "many"}), "audit.sample: "),
         (with_section(engine={"ray": {"worker": 2}}), "unknown key 'engine.ray.worker'; did you mean 'workers'?"),
         (with_section(engine="spark"), "engine: "),

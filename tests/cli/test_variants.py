@@ -59,6 +59,25 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
+def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
+    place = make_place(tmp_path / "place")
+    options = ["--set", "influence.estimator=influence-function", "influence.curvature_examples=20", "audit.sample=12"]
+    assert place.run(*options) == 0
+    table = pq.read_table(place.output / "scores.parquet")
+    made_by = json.loads(table.schema.metadata[b"iprox"])
+    assert {
+        "estimator": "influence-function",
+        "curvature": "ek-fac",
+        "curvature_examples": 20,
+    }.items() <= made_by.items()
+    stages = place.record()["stages"]
+    assert 0 < stages["score"]["curvature_flops"] < stages["score"]["flops"]
+    influence = table["influence/spelling"].to_numpy()
+    assert place.run(*options, "influence.curvature=k-fac") == 0
+    again = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert 0.3 < np.corrcoef(influence, again)[0, 1] < 0.99999
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
 def test_a_compiled_proxy_gives_the_scores_of_an_uncompiled_one(several, tmp_path):
     (name, *_) = [entry["path"] for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())]

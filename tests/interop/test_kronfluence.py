@@ -7,6 +7,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.preconditioning import kronecker_curvature
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
@@ -55,10 +56,34 @@ def test_identity_scores_equal_ours(tiny, tmp_path):
     scores, losses = BatchScorer(proxy, {"task": mean_gradient(proxy, [validation])[0]})(pool)
     assert torch.allclose(losses, causal_lm_losses(proxy, pool))
 
-    task = MeanLoss(list(influence_layers(proxy, "factors")))
-    prepared = kronfluence.prepare_model(proxy, task)
-    analyzer = kronfluence.Analyzer("proxy", prepared, task, output_dir=str(tmp_path / "out"), disable_tqdm=True)
     arguments = kronfluence.arguments.FactorArguments(strategy="identity")
+    theirs = kronfluence_scores(proxy, list(influence_layers(proxy, "factors")), pool, validation, arguments, tmp_path)
+    assert stats.spearmanr(theirs.numpy(), scores[:, 0].numpy()).statistic > 0.999
+    torch.testing.assert_close(theirs, scores[:, 0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac"])
+def test_influence_functions_equal_ours(tiny, tmp_path, strategy):
+    model = tiny.model("qwen2", dtype=torch.float32)  # with biases
+    pool, validation = tiny.batch([12] * 10, seed=1), tiny.batch([12] * 3, seed=2)
+    layers = influence_layers(model)
+    query, _ = mean_gradient(model, [validation])
+    bases = kronecker_curvature(model, layers, [pool], corrected=strategy == "ekfac", labels="data")
+    # kronfluence's own rule of damping is ours.
+    solved = {name: bases[name].solve(part, 0.1) for name, part in query.items()}
+    scores, _ = BatchScorer(model, {"task": solved})(pool)
+    arguments = kronfluence.arguments.FactorArguments(strategy=strategy, use_empirical_fisher=True)
+    theirs = kronfluence_scores(model, list(layers), pool, validation, arguments, tmp_path)
+    assert stats.spearmanr(theirs.numpy(), scores[:, 0].numpy()).statistic > 0.99
+    if strategy == "ekfac":
+        torch.testing.assert_close(theirs, scores[:, 0], rtol=1e-2, atol=1e-2 * float(scores.abs().max()))
+
+
+def kronfluence_scores(model, layers, pool, validation, arguments, folder):
+    """The mean over the validation examples of kronfluence's scores of a pool."""
+    task = MeanLoss(layers)
+    prepared = kronfluence.prepare_model(model, task)
+    analyzer = kronfluence.Analyzer("model", prepared, task, output_dir=str(folder / "out"), disable_tqdm=True)
     analyzer.fit_all_factors("factors", Rows(pool), factor_args=arguments, per_device_batch_size=4)
     analyzer.compute_pairwise_scores(
         "scores",
@@ -67,7 +92,6 @@ def test_identity_scores_equal_ours(tiny, tmp_path):
         Rows(pool),
         per_device_query_batch_size=3,
         per_device_train_batch_size=5,
+        score_args=kronfluence.arguments.ScoreArguments(damping_factor=None),
     )
-    theirs = analyzer.load_pairwise_scores("scores")["all_modules"].float().mean(0)
-    assert stats.spearmanr(theirs.numpy(), scores[:, 0].numpy()).statistic > 0.999
-    torch.testing.assert_close(theirs, scores[:, 0], rtol=1e-3, atol=1e-4)
+    return analyzer.load_pairwise_scores("scores")["all_modules"].float().mean(0)

@@ -17,6 +17,7 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches, on_de
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
+from iprox.influence.preconditioning import Estimator, KroneckerCurvature, precondition
 from iprox.influence.scores import scores_table
 from iprox.models.checkpoint import proxy_config
 from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
@@ -43,6 +44,10 @@ class ScoringSettings:
     """How to score.
 
     Attributes:
+        estimator: `tracin`, or the influence functions `influence-function` and `datainf`, which need a sample of the
+            pool to measure curvature on.
+        curvature: of `influence-function`: `ek-fac` or `k-fac`.
+        damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         gradient: which gradient of a proxy's low-rank layers, `factors` or `weight`.
         normalise: `none` or `cosine`.
         aggregate: how `influence` is made of several tasks: `standardised` (the mean of scores divided by their
@@ -63,6 +68,9 @@ class ScoringSettings:
     batch_tokens: int = 4096
     window: int = WINDOW
     compile: bool = False
+    estimator: Estimator = "tracin"
+    curvature: KroneckerCurvature = "ek-fac"
+    damping: float = 0.1
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -112,6 +120,7 @@ def scorer_of_batches(
     settings: ScoringSettings,
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
+    sample: Sequence[Any] = (),
 ) -> BatchScorer:
     """A scorer of candidates against each task's mean validation gradient at one checkpoint.
 
@@ -122,9 +131,29 @@ def scorer_of_batches(
         loss_fn: per-example losses of a model that is no language model.
         target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
             next to nothing, and only the candidates' side of the dot product is approximate.
+        sample: batches of the pool's examples, which an influence function measures curvature on.
+
+    Raises:
+        InputError: an influence function of a proxy's factors with validation gradients of its target: an inverse does
+            not go through the chain rule.
     """
+    if settings.estimator != "tracin" and target is not None and settings.gradient == "factors":
+        raise InputError(
+            f"{settings.estimator} with gradients of the factors takes validation gradients on the proxy: "
+            "set query to proxy, or gradient to weight"
+        )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
+    if settings.estimator != "tracin":
+        queries = precondition(
+            source,
+            queries,
+            sample,
+            "datainf" if settings.estimator == "datainf" else settings.curvature,
+            damping=settings.damping,
+            gradient=space,
+            loss_fn=loss_fn,
+        )
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
     return BatchScorer(
@@ -144,11 +173,12 @@ def build_scorer(
     settings: ScoringSettings,
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
+    sample: Sequence[Encoded] = (),
 ) -> BatchScorer:
-    """`scorer_of_batches` for encoded validation examples by task.
+    """`scorer_of_batches` for encoded validation examples by task, and an encoded sample of the pool.
 
     Raises:
-        InputError: a task has no example with a supervised token.
+        InputError: a task, or the sample that an influence function needs, has no example with a supervised token.
     """
     device = next((model if target is None else target).parameters()).device
     batches = {}
@@ -156,7 +186,14 @@ def build_scorer(
         if not any(example.supervised for example in encoded):
             raise InputError(f"validation task {task!r} has no example with a supervised token")
         batches[task] = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
-    return scorer_of_batches(model, batches, settings, loss_fn, target)
+    measured: list[Batch] = []
+    if settings.estimator != "tracin":
+        measured = list(on_device(iter_batches(sample, settings.batch_tokens, pad_id), device))
+        if not measured:
+            raise InputError(
+                f"{settings.estimator}: the sample for the curvature has no example with a supervised token"
+            )
+    return scorer_of_batches(model, batches, settings, loss_fn, target, measured)
 
 
 @dataclass(frozen=True, slots=True)

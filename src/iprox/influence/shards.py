@@ -55,6 +55,7 @@ def score_to_file(
     identity: Mapping[str, object],
     progress: Callable[[int], None] | None = None,
     engine: Engine = local_engine,
+    sample: Sequence[Encoded] = (),
 ) -> ScoringStats:
     """Score a pool at every checkpoint and write `scores.parquet`.
 
@@ -74,6 +75,7 @@ def score_to_file(
             Also kept in the file.
         progress: called with the number of rows done at a checkpoint.
         engine: where windows are scored.
+        sample: encoded examples of the pool, which an influence function measures curvature on.
     """
     shards = path.with_name(path.name + ".shards")
     _claim(shards, identity)
@@ -86,7 +88,7 @@ def score_to_file(
             progress(sum(pq.read_metadata(file).num_rows for file in ready))
         if (folder / "done").exists():
             continue
-        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings)
+        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample)
         windows = windows_of(pool, settings.window, skip=done)
         for index, (table, counted) in enumerate(engine(make, windows, progress), start=done):
             # The shard carries its own counts, so that a resumed run reports the whole.
@@ -123,10 +125,11 @@ def _window_scorer(
     encoder: ChatEncoder,
     pad_id: int,
     settings: ScoringSettings,
+    sample: Sequence[Encoded],
 ) -> WindowScorer:
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
     target = None if checkpoint.load_target is None else checkpoint.load_target()
-    scorer = build_scorer(checkpoint.load(), validation, pad_id, settings, target=target)
+    scorer = build_scorer(checkpoint.load(), validation, pad_id, settings, target=target, sample=sample)
     uncompiled = ""
     if settings.compile:
         few = next(iter(validation.values()))

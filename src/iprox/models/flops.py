@@ -67,6 +67,21 @@ def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: f
     return tokens * 2 * forward_flops(model) + supervised * 2 * head_flops(model) + contraction
 
 
+def curvature_flops(model: nn.Module, gradient: GradientSpace, tokens: int, supervised: int, passes: int) -> float:
+    """Curvature of an influence function: each pass a backward pass to the activations and 2m² + 2n² a layer.
+
+    Args:
+        model: where it is measured.
+        gradient: of a proxy: of its factors, or of its layers as if dense.
+        tokens: of the sample.
+        supervised: tokens among them.
+        passes: over the sample.
+    """
+    shapes = [weight_shape(layer) for layer in influence_layers(model, gradient).values()]
+    per_token = 2 * forward_flops(model) + sum(2.0 * (m**2 + n**2) for m, n in shapes)
+    return passes * (tokens * per_token + supervised * 2 * head_flops(model))
+
+
 def linear_parameters(model: nn.Module) -> int:
     """Parameters of the compressible layers, dense or low-rank."""
     dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))

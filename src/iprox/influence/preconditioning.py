@@ -1,0 +1,201 @@
+"""Influence functions: I(z; V) = ⟨G(z), (F + λI)⁻¹ Ḡ(V)⟩, block-diagonal over layers (Koh and Liang, arXiv:1703.04730).
+
+The inverse is taken of the few validation gradients, once; candidates then meet the result as they would meet Ḡ itself
+under TracIn, so a pool costs not one FLOP more. The curvature is measured on a sample of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from iprox.data import Batch
+from iprox.influence.curvature import EigenBasis, KroneckerMoments, datainf_weights, with_ones
+from iprox.influence.estimators import ModelGradient, has_bias
+from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
+from iprox.models.layers import GradientSpace, influence_layers
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.observe import Sink, frozen, watched_backward
+from iprox.proxy.moments import Labels, counted_tokens, sampled_labels
+
+# What is scored: TracIn, or an influence function by one of three inverses.
+Estimator = Literal["tracin", "influence-function", "datainf"]
+KroneckerCurvature = Literal["ek-fac", "k-fac"]
+Curvature = Literal["ek-fac", "k-fac", "datainf"]
+
+
+def precondition(
+    model: nn.Module,
+    queries: Mapping[str, ModelGradient],
+    batches: Sequence[Any],
+    curvature: Curvature = "ek-fac",
+    *,
+    damping: float = 0.1,
+    gradient: GradientSpace = "weight",
+    loss_fn: LossFn = causal_lm_losses,
+) -> dict[str, ModelGradient]:
+    """(F + λI)⁻¹ Ḡ of every task.
+
+    K-FAC reads the sample once, EK-FAC and DataInf twice. Memory, floats a layer: m² + n², and mn more for EK-FAC;
+    DataInf takes mn a task.
+
+    Args:
+        model: where the gradients were taken.
+        queries: mean validation gradients by task, from `mean_gradient`.
+        batches: the sample that curvature is measured on.
+        curvature: K-FAC and EK-FAC take labels sampled from the model (the true Fisher), as kronfluence does; DataInf
+            takes the data's, as its paper does.
+        damping: λ as a share of the mean eigenvalue of each layer's curvature.
+        gradient: the space the queries are in.
+        loss_fn: per-example losses of a model that is no language model; its labels cannot be sampled, so the data's
+            are taken.
+
+    Raises:
+        FloatingPointError: a result is not finite (the layer is named).
+        ValueError: no example, an unknown curvature, or a damping that is not above 0.
+    """
+    if damping <= 0:
+        raise ValueError(f"damping must be above 0, not {damping}")
+    if curvature not in get_args(Curvature):
+        raise ValueError(f"unknown curvature {curvature!r}; known: {', '.join(get_args(Curvature))}")
+    if not batches:
+        raise ValueError("the curvature needs a sample")
+    layers = influence_layers(model, gradient)
+    if curvature == "datainf":
+        solved = _datainf(model, layers, queries, batches, damping, loss_fn)
+    else:
+        labels: Labels = "sampled" if loss_fn is causal_lm_losses else "data"
+        bases = kronecker_curvature(
+            model, layers, batches, corrected=curvature == "ek-fac", labels=labels, loss_fn=loss_fn
+        )
+        solved = {
+            task: {name: bases[name].solve(part, damping) if name in bases else part for name, part in query.items()}
+            for task, query in queries.items()
+        }
+    for query in solved.values():
+        for name, part in query.items():
+            if not torch.isfinite(part.squared_norm()):
+                raise FloatingPointError(f"the preconditioned gradient of {name} is not finite; try --dtype float32")
+    return solved
+
+
+def kronecker_curvature(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    *,
+    corrected: bool = True,
+    labels: Labels = "sampled",
+    seed: int = 0,
+    loss_fn: LossFn = causal_lm_losses,
+) -> dict[str, EigenBasis]:
+    """The K-FAC curvature of each layer, or with `corrected` the EK-FAC one.
+
+    Args:
+        model: left as it was.
+        layers: from `influence_layers`.
+        batches: the sample; read twice for EK-FAC.
+        corrected: measure the eigenvalues in the basis.
+        labels: `sampled` from the model (true Fisher) or the `data`'s (empirical).
+        seed: of sampled labels; both readings draw the same.
+        loss_fn: per-example losses of a model that is no language model.
+
+    Returns:
+        By layer name; layers that no token reached are left out.
+    """
+    moments: dict[str, KroneckerMoments] = {}
+
+    def measure(name: str, h: Tensor, delta: Tensor) -> None:
+        moments.setdefault(name, KroneckerMoments()).add(with_ones(h, has_bias(layers[name])), delta)
+
+    examples = _read(model, layers, batches, measure, loss_fn, labels, seed)
+    bases = {name: each.basis(examples) for name, each in moments.items()}
+    if corrected:
+        for basis in bases.values():
+            basis.eigenvalues.zero_()
+
+        def correct(name: str, h: Tensor, delta: Tensor) -> None:
+            basis = bases[name]
+            basis.eigenvalues += basis.squares(with_ones(h, has_bias(layers[name])), delta) / examples
+
+        _read(model, layers, batches, correct, loss_fn, labels, seed)
+    return bases
+
+
+def _datainf(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    queries: Mapping[str, ModelGradient],
+    batches: Sequence[Any],
+    damping: float,
+    loss_fn: LossFn,
+) -> dict[str, ModelGradient]:
+    """The mean over examples of (λI + g gᵀ)⁻¹ Ḡ, layer by layer."""
+    squares: dict[str, float] = {}
+
+    def measure(name: str, h: Tensor, delta: Tensor) -> None:
+        squares[name] = squares.get(name, 0.0) + float(squared_norms(h, delta, has_bias(layers[name])).sum())
+
+    examples = _read(model, layers, batches, measure, loss_fn)
+    ridges: dict[str, float] = {}
+    for name, total in squares.items():
+        numbers = layers[name].weight.numel() + (layers[name].bias.numel() if has_bias(layers[name]) else 0)  # pyright: ignore
+        ridges[name] = damping * total / examples / numbers
+    taken: dict[str, ModelGradient] = {task: {} for task in queries}
+
+    def project(name: str, h: Tensor, delta: Tensor) -> None:
+        if ridges[name] == 0:
+            return
+        bias = has_bias(layers[name])
+        norms = squared_norms(h, delta, bias)
+        for task, query in queries.items():
+            if name not in query:
+                continue
+            weights = datainf_weights(contract(h, delta, query[name].to(h.dtype)), norms, ridges[name])
+            part = summed_gradient(h, delta * weights[:, None, None].to(delta.dtype), bias)
+            before = taken[task].get(name)
+            taken[task][name] = part if before is None else _combined(before, part, 1.0)
+
+    _read(model, layers, batches, project, loss_fn)
+    solved: dict[str, ModelGradient] = {}
+    for task, query in queries.items():
+        solved[task] = {}
+        for name, part in query.items():
+            if name in taken[task]:
+                ridge = ridges[name]
+                part = _combined(part, taken[task][name], -1 / examples)
+                part = LayerGradient(part.weight / ridge, None if part.bias is None else part.bias / ridge)
+            solved[task][name] = part
+    return solved
+
+
+def _read(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    sink: Sink,
+    loss_fn: LossFn,
+    labels: Labels = "data",
+    seed: int = 0,
+) -> int:
+    """Feed the sample's inputs and output gradients to `sink`; returns the number of examples."""
+    generator = torch.Generator().manual_seed(seed)
+    count = 0
+    with frozen(model):
+        for batch in batches:
+            counted = None
+            if isinstance(batch, Batch):
+                if labels == "sampled":
+                    batch = sampled_labels(model, batch, generator)
+                counted = counted_tokens(batch, "all")
+            losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink, counted)
+            count += len(losses)
+    return count
+
+
+def _combined(one: LayerGradient, other: LayerGradient, factor: float) -> LayerGradient:
+    bias = None if one.bias is None or other.bias is None else one.bias + factor * other.bias
+    return LayerGradient(one.weight + factor * other.weight, bias)

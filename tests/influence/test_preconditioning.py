@@ -1,0 +1,153 @@
+"""Influence functions against dense inverses of the Fisher, layer by layer, in float64."""
+
+import pytest
+import torch
+
+from iprox.influence.curvature import as_matrix
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.preconditioning import kronecker_curvature, precondition
+from iprox.models.layers import influence_layers
+from iprox.models.loss import causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
+
+FAMILIES = ["qwen3", "qwen2", "gpt2"]  # no biases; some; all, with transposed weights
+DAMPING = 0.1
+
+
+def per_token(model, layers, batch):
+    """Inputs (with the bias's 1) and output gradients of every layer, a list of examples without padding."""
+    seen = {name: [] for name in layers}
+    with frozen(model):
+        for row in range(len(batch.input_ids)):
+            length = int(batch.lengths[row])
+            one = batch.__class__(
+                batch.input_ids[row : row + 1, :length],
+                batch.labels[row : row + 1, :length],
+                batch.lengths[row : row + 1],
+                batch.indices[row : row + 1],
+            )
+
+            def keep(name, h, delta):
+                h = h[0]
+                if layers[name].bias is not None:
+                    h = torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], dim=1)
+                seen[name].append((h, delta[0]))
+
+            watched_backward(model, layers, lambda one=one: causal_lm_losses(model, one), keep)
+    return seen
+
+
+@pytest.fixture(params=FAMILIES)
+def setting(request, tiny):
+    model = tiny.model(request.param)
+    sample = tiny.batch([9, 6, 11, 4, 8], seed=3, padding=3)
+    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")
+    layers = influence_layers(model, "weight")
+    return model, layers, sample, query, per_token(model, layers, sample)
+
+
+def dense_solve(fisher, gradient):
+    G = as_matrix(gradient)
+    ridge = DAMPING * fisher.diagonal().mean()
+    return torch.linalg.solve(fisher + ridge * torch.eye(len(fisher), dtype=fisher.dtype), G.flatten()).view_as(G)
+
+
+def test_kfac_is_the_dense_kronecker_inverse(setting):
+    model, layers, sample, query, seen = setting
+    bases = kronecker_curvature(model, layers, [sample], corrected=False, labels="data")
+    for name, tokens in seen.items():
+        h, delta = (torch.cat(part) for part in zip(*tokens, strict=True))
+        fisher = torch.kron(delta.mT @ delta / len(tokens), h.mT @ h / len(h))
+        got = bases[name].solve(query[name], DAMPING)
+        torch.testing.assert_close(as_matrix(got), dense_solve(fisher, query[name]), rtol=1e-7, atol=1e-10)
+
+
+def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronecker_basis(setting):
+    model, layers, sample, query, seen = setting
+    bases = kronecker_curvature(model, layers, [sample], labels="data")
+    for name, tokens in seen.items():
+        gradients = torch.stack([(delta.mT @ h).flatten() for h, delta in tokens])
+        fisher = gradients.mT @ gradients / len(tokens)
+        Q = torch.kron(bases[name].left, bases[name].right)
+        eigenvalues = (Q.mT @ fisher @ Q).diagonal()
+        corrected = Q @ torch.diag(eigenvalues) @ Q.mT
+        assert torch.isclose(corrected.trace(), fisher.trace(), rtol=1e-9)
+        got = bases[name].solve(query[name], DAMPING)
+        torch.testing.assert_close(as_matrix(got), dense_solve(corrected, query[name]), rtol=1e-7, atol=1e-10)
+        # No diagonal in this basis is closer to the Fisher: K-FAC's, for one.
+        kfac = kronecker_curvature(model, {name: layers[name]}, [sample], corrected=False, labels="data")[name]
+        plain = Q @ torch.diag(kfac.eigenvalues.flatten()) @ Q.mT
+        assert (corrected - fisher).norm() <= (plain - fisher).norm() * (1 + 1e-9)
+        break  # one layer: the others differ in nothing but their shapes, and dense Fishers are large
+
+
+def test_datainf_is_the_mean_of_dense_inverses(setting):
+    model, _, sample, query, seen = setting
+    solved = precondition(model, {"task": query}, [sample], "datainf", damping=DAMPING)["task"]
+    for name, tokens in list(seen.items())[:3]:
+        gradients = [(delta.mT @ h).flatten() for h, delta in tokens]
+        ridge = DAMPING * torch.stack(gradients).square().mean()
+        G = as_matrix(query[name])
+        identity = torch.eye(G.numel(), dtype=G.dtype)
+        wanted = torch.stack([torch.linalg.solve(ridge * identity + torch.outer(g, g), G.flatten()) for g in gradients])
+        torch.testing.assert_close(as_matrix(solved[name]), wanted.mean(0).view_as(G), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
+def test_strong_damping_ranks_as_tracin(tiny, curvature):
+    # Towards infinite damping (F + λI)⁻¹ is the identity over λ, so per layer the direction is that of Ḡ.
+    model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
+    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")
+    solved = precondition(model, {"task": query}, [sample], curvature, damping=1e9)["task"]
+    for name, part in query.items():
+        cosine = (part.weight * solved[name].weight).sum() / part.weight.norm() / solved[name].weight.norm()
+        assert cosine > 1 - 1e-6
+
+
+@pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
+def test_padding_and_batches_change_nothing(tiny, curvature):
+    model = tiny.model("qwen2")
+    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")
+    together = tiny.batch([9, 6, 11], seed=3, padding=4)
+    one = precondition(model, {"t": query}, [together], curvature)["t"]
+    other = precondition(model, {"t": query}, tiny.rows(together), curvature)["t"]
+    for name, part in one.items():
+        torch.testing.assert_close(part.weight, other[name].weight, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(part.bias, other[name].bias, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
+def test_factors_of_a_proxy_and_scattered_experts(tiny, curvature):
+    target = tiny.model("qwen3-moe")
+    pool = tiny.batch([9, 6, 11, 5], seed=3)
+    from iprox.models.experts import experts_split
+
+    with experts_split(target):
+        proxy, _ = derive_proxy(target, [pool], Size(0.4))
+        query, _ = mean_gradient(proxy, [tiny.batch([8, 5], seed=1)], "factors")
+        solved = precondition(proxy, {"t": query}, [pool], curvature, gradient="factors")
+        scores, _ = BatchScorer(proxy, solved, gradient="factors")(pool)
+    assert torch.isfinite(scores).all()
+    assert set(solved["t"]) == set(query)
+
+
+def test_an_example_counts_most_for_itself(tiny):
+    # With its own curvature an influence function is a positive definite form: self-influence is above 0.
+    model, pool = tiny.model(), tiny.batch([9, 6, 11], seed=3)
+    for number, row in enumerate(tiny.rows(pool)):
+        query, _ = mean_gradient(model, [row], "weight")
+        solved = precondition(model, {"t": query}, [pool], "ek-fac")
+        assert BatchScorer(model, solved, gradient="weight")(pool)[0][number, 0] > 0
+
+
+def test_bad_settings_are_refused(tiny):
+    model, pool = tiny.model(), tiny.batch([5])
+    query, _ = mean_gradient(model, [pool], "weight")
+    with pytest.raises(ValueError, match="above 0"):
+        precondition(model, {"t": query}, [pool], damping=0)
+    with pytest.raises(ValueError, match="known: ek-fac"):
+        precondition(model, {"t": query}, [pool], "hessian")  # pyright: ignore
+    with pytest.raises(ValueError, match="sample"):
+        precondition(model, {"t": query}, [])
