@@ -34,14 +34,17 @@ class LayerGradient:
 def summed_gradient(h: Tensor, delta: Tensor, bias: bool) -> LayerGradient:
     """The gradient summed over a whole batch. 2·T·m·n FLOPs for T tokens.
 
+    The product is taken in the inputs' dtype, which hardware for bfloat16 does four times as fast; it is summed in
+    float32 inside and rounded once, by 2⁻⁹ at most. What comes of it is float32 or better, to be summed over batches.
+
     Args:
         h: inputs [B, L, n].
         delta: output gradients [B, L, m], zero on padding.
         bias: whether the layer has one.
     """
     dtype = accumulation_dtype(h)
-    rows, gradients = h.reshape(-1, h.shape[-1]).to(dtype), delta.reshape(-1, delta.shape[-1]).to(dtype)
-    return LayerGradient(gradients.mT @ rows, gradients.sum(0) if bias else None)
+    rows, gradients = h.flatten(0, -2), delta.flatten(0, -2)
+    return LayerGradient((gradients.mT @ rows).to(dtype), gradients.sum(0, dtype=dtype) if bias else None)
 
 
 def contract(h: Tensor, delta: Tensor, query: LayerGradient) -> Tensor:
