@@ -6,6 +6,7 @@ import torch
 from iprox.influence.curvature import as_matrix
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.preconditioning import kronecker_curvature, precondition
+from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -122,8 +123,6 @@ def test_padding_and_batches_change_nothing(tiny, curvature):
 def test_factors_of_a_proxy_and_scattered_experts(tiny, curvature):
     target = tiny.model("qwen3-moe")
     pool = tiny.batch([9, 6, 11, 5], seed=3)
-    from iprox.models.experts import experts_split
-
     with experts_split(target):
         proxy, _ = derive_proxy(target, [pool], Size(0.4))
         query, _ = mean_gradient(proxy, [tiny.batch([8, 5], seed=1)], "factors")
