@@ -141,6 +141,17 @@ def test_an_example_counts_most_for_itself(tiny):
         assert BatchScorer(model, solved, gradient="weight")(pool)[0][number, 0] > 0
 
 
+@pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
+def test_a_layer_that_no_example_moved_keeps_its_gradient_and_is_named(tiny, curvature):
+    target = tiny.model("qwen3-moe")
+    with experts_split(target):
+        query, _ = mean_gradient(target, [tiny.batch([12, 12, 12], seed=1)], "weight")
+        with pytest.warns(UserWarning, match="experts.*take more curvature examples"):
+            # One token reaches two of four experts.
+            solved = precondition(target, {"t": query}, [tiny.batch([2], seed=3)], curvature)["t"]
+    assert any(solved[name] is part for name, part in query.items())
+
+
 def test_bad_settings_are_refused(tiny):
     model, pool = tiny.model(), tiny.batch([5])
     query, _ = mean_gradient(model, [pool], "weight")

@@ -6,6 +6,7 @@ under TracIn, so a pool costs not one FLOP more. The curvature is measured on a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -75,6 +76,13 @@ def precondition(
             task: {name: bases[name].solve(part, damping) if name in bases else part for name, part in query.items()}
             for task, query in queries.items()
         }
+    unmoved = sorted({name for task, query in queries.items() for name in query if solved[task][name] is query[name]})
+    if unmoved:
+        warnings.warn(
+            f"no example of the curvature sample moved {unmoved[0]} ({len(unmoved)} layers in all): their validation "
+            "gradients are used as they are; take more curvature examples",
+            stacklevel=2,
+        )
     for query in solved.values():
         for name, part in query.items():
             if not torch.isfinite(part.squared_norm()):
