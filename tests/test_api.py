@@ -91,6 +91,22 @@ def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(
     assert np.corrcoef(influence(estimator=estimator, damping=1e9), drawn)[0, 1] < 0.9999
 
 
+def test_scorers_without_gradients_compare_on_the_same_rows(model):
+    pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
+    columns = {}
+    for estimator in ("random", "length", "perplexity", "rds", "bm25"):
+        table = iprox.score(model, pool, validation, estimator=estimator, seed=1)
+        columns[estimator] = table["influence"].to_numpy()
+        assert np.isfinite(columns[estimator]).all()
+    assert len({tuple(np.argsort(column)) for column in columns.values()}) == 5
+    other = iprox.score(model, pool, validation, estimator="random", seed=2)["influence"].to_numpy()
+    assert not np.array_equal(other, columns["random"])
+    with pytest.raises(iprox.InputError, match="takes one model"):
+        iprox.score([model, model], pool, validation, estimator="rds", learning_rates=[1.0, 1.0])
+    with pytest.raises(iprox.InputError, match="give examples, not a DataLoader"):
+        iprox.score(model, DataLoader(pool), validation, estimator="rds")
+
+
 def test_an_influence_function_of_factors_refuses_the_targets_gradients(model):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
     proxy = iprox.compress(model, pool, sparsity=0.5)

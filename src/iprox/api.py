@@ -18,9 +18,18 @@ from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
 from iprox.influence.estimators import Normalise
-from iprox.influence.preconditioning import Estimator, KroneckerCurvature
+from iprox.influence.gradient_free import Corpus
+from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import Query, ScoringSettings, build_scorer, score_windows, scorer_of_batches
+from iprox.influence.scoring import (
+    Estimator,
+    Query,
+    ScoringSettings,
+    build_scorer,
+    score_windows,
+    scorer_of_batches,
+    windows_of,
+)
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
@@ -33,7 +42,7 @@ from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
-from iprox.recipe import CURVATURE_EXAMPLES
+from iprox.recipe import CURVATURE_EXAMPLES, GradientFree
 from iprox.selection.strategies import select_rows
 from iprox.session import draw_rows
 
@@ -174,6 +183,7 @@ def score(
     max_length: int = 2048,
     batch_tokens: int = 4096,
     loss_fn: LossFn = causal_lm_losses,
+    seed: int = 0,
 ) -> pa.Table:
     """Influence of every pool example on every task. Positive: training on it lowers the validation loss.
 
@@ -181,7 +191,9 @@ def score(
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
         pool: candidates.
         validation: validation examples by task.
-        estimator: `tracin`, or an influence function: `influence-function` or `datainf` (`iprox.influence.curvature`).
+        estimator: `tracin`, or an influence function: `influence-function` or `datainf` (`iprox.influence.curvature`);
+            or without gradients, to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`,
+            `rds` (hidden states) or `bm25` (words).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
         curvature_sample: what an influence function measures curvature on. None draws 512 examples of the pool, unless
             the data are DataLoaders.
@@ -198,6 +210,7 @@ def score(
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
         loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
+        seed: of the estimator `random`.
 
     Returns:
         The scores table (design 6), one row an example in pool order.
@@ -205,9 +218,10 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    for name, given, known in (("estimator", estimator, Estimator), ("curvature", curvature, KroneckerCurvature)):
-        if given not in get_args(known):
-            raise InputError(f"unknown {name} {given!r}; known: {', '.join(get_args(known))}")
+    known = (*get_args(InfluenceEstimator), *get_args(GradientFree))
+    for name, given, names in (("estimator", estimator, known), ("curvature", curvature, get_args(KroneckerCurvature))):
+        if given not in names:
+            raise InputError(f"unknown {name} {given!r}; known: {', '.join(names)}")
     if damping <= 0:
         raise InputError(f"damping must be above 0, not {damping}")
     models = [model] if isinstance(model, nn.Module) else list(model)
@@ -230,7 +244,10 @@ def score(
         estimator=estimator,
         curvature=curvature,
         damping=damping,
+        seed=seed,
     )
+    if settings.gradient_free and len(models) > 1:
+        raise InputError(f"checkpoints are summed by TracIn; {estimator} takes one model")
     tables = []
     with experts_split(*models, *([] if target is None else [target])):
         for checkpoint in models:
@@ -243,13 +260,18 @@ def score(
             source = reader.pool(pool, "pool")
             rows = source.scan().rows
             curved: list[Encoded] = []
-            if estimator != "tracin":
+            if estimator in ("influence-function", "datainf"):
                 curved = (
                     reader.encoder.encode(source.take(draw_rows("curvature", 0, rows, CURVATURE_EXAMPLES)))
                     if curvature_sample is None
                     else reader.encode(curvature_sample, "curvature_sample")
                 )
-            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target, curved)
+            corpus = None
+            if estimator == "bm25":
+                corpus = Corpus.of(
+                    row for some in windows_of(source, settings.window) for row in reader.encoder.encode(some)
+                )
+            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target, curved, corpus)
             parts = score_windows(scorer, source, reader.encoder, 0, settings)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
@@ -357,6 +379,8 @@ def _score_batches(
     sample: list[Any] | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
+    if settings.gradient_free:
+        raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
     if settings.estimator != "tracin" and not sample:
         raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
     scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or ())

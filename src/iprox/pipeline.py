@@ -335,7 +335,8 @@ def _audit(run: Run, context: _Context) -> None:
 
 def _score(run: Run, context: _Context) -> None:
     proxy = run.recipe.proxy
-    from_target = proxy and proxy.factorised and run.recipe.influence.query == "target"
+    influence = run.recipe.influence
+    from_target = proxy and proxy.factorised and influence.query == "target" and not influence.gradient_free
     models = [
         score_stages.ScoredModel(model, rate, path if from_target else None)
         for model, (path, rate) in zip(

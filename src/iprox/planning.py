@@ -131,6 +131,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             contraction *= kept
     per_token = 2 * kept * flops.forward_flops(model) + contraction
     per_row = mean * per_token + mean_supervised * 2 * flops.head_flops(model)
+    if recipe.influence.gradient_free:
+        forward = mean * kept * flops.forward_flops(model)
+        head = mean_supervised * flops.head_flops(model) if recipe.influence.estimator == "perplexity" else 0.0
+        per_row = forward + head if recipe.influence.runs_model else 0.0
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
         # The target's own scores are of whole gradients unless asked otherwise.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -108,6 +108,11 @@ class ProxySection(_Section):
         return self.method not in ("layers", "off-the-shelf")
 
 
+# Scorers without gradients, and those among them that need tokens only.
+GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
+MODEL_FREE = ("random", "length", "bm25")
+
+
 class InfluenceSection(_Section):
     """What is scored, and at which of the warm-up's checkpoints.
 
@@ -116,9 +121,11 @@ class InfluenceSection(_Section):
     are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
     whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
     function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
+    The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
+    none of these settings.
     """
 
-    estimator: Literal["tracin", "influence-function", "datainf"] = "tracin"
+    estimator: Literal["tracin", "influence-function", "datainf", GradientFree] = "tracin"
     curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
     curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
     damping: float = Field(0.1, gt=0)
@@ -130,9 +137,28 @@ class InfluenceSection(_Section):
     checkpoints: Literal["last", "all"] = "last"
     compile: Literal["auto"] | bool = "auto"
 
+    @property
+    def gradient_free(self) -> bool:
+        """Whether the estimator takes no gradients."""
+        return self.estimator in get_args(GradientFree)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the estimator needs more of a model than its tokenizer."""
+        return self.estimator not in MODEL_FREE
+
+    @model_validator(mode="after")
+    def _without_gradients(self) -> InfluenceSection:
+        if self.gradient_free and self.normalise != "none":
+            raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it at none")
+        if self.gradient_free and self.checkpoints == "all":
+            raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
+        return self
+
     @model_validator(mode="after")
     def _inverse_of_weights(self) -> InfluenceSection:
-        if self.estimator != "tracin" and self.gradient == "factors" and self.query == "target":
+        inverse = self.estimator in ("influence-function", "datainf")
+        if inverse and self.gradient == "factors" and self.query == "target":
             raise ValueError(
                 f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
             )
@@ -202,6 +228,12 @@ class Recipe(_Section):
     batch_tokens: int = Field(4096, ge=1)
     trust_remote_code: bool = False
 
+    @model_validator(mode="after")
+    def _no_idle_proxy(self) -> Recipe:
+        if self.proxy and not self.influence.runs_model:
+            raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
+        return self
+
     def resolved(self) -> Recipe:
         """The same recipe with every local path absolute, so that it runs from anywhere."""
         copy = self.model_copy(deep=True)
@@ -258,7 +290,7 @@ def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
-        problems = [problem for problem in error.errors() if not str(problem["loc"][-1]).startswith("literal[")]
+        problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
         raise InputError(f"{name}: " + "; ".join(_explain(problem) for problem in problems)) from error
 
 
@@ -325,7 +357,13 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "model_type":
         return f"{where}: give a section of keys (or false where the recipe allows it), not {problem['input']!r}"
     message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return message  # of the recipe as a whole: it names the keys itself
     return f"{where}: {message[0].lower()}{message[1:]} (given: {problem['input']!r})"
+
+
+def _is_false_branch(problem: Any) -> bool:
+    return bool(problem["loc"]) and str(problem["loc"][-1]).startswith("literal[")
 
 
 def _is_union_tag(part: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from transformers import PreTrainedModel
 from iprox.audit import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Example, Pool
 from iprox.influence.aggregate import combine
+from iprox.influence.gradient_free import Corpus
 from iprox.influence.scoring import (
+    WINDOW,
     Engine,
     ScoringSettings,
     ScoringStats,
     build_scorer,
     local_engine,
     score_windows,
+    windows_of,
 )
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.models import flops
@@ -67,6 +70,7 @@ def score(
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
     sample = curvature_sample(session, pool, encoder, settings)
+    corpus = _count_terms(session, pool, encoder) if settings.estimator == "bm25" else None
     checkpoints = [
         ScoringCheckpoint(
             session.loader(model.path), model.learning_rate, session.loader(model.target) if model.target else None
@@ -99,6 +103,7 @@ def score(
             progress=progress,
             engine=engine,
             sample=sample,
+            corpus=corpus,
         )
     if stats.uncompiled:
         session.reporter.warn(f"the model is scored without being compiled, more slowly: {stats.uncompiled}")
@@ -113,9 +118,14 @@ def score(
         source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
         passes = 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2
         curvature = len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(sample), passes)
+    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)) + curvature
+    if settings.gradient_free:
+        # RDS reads hidden states, so it needs no head.
+        heads = supervised if settings.estimator == "perplexity" else 0
+        spent = flops.forward_pass_flops(model, tokens, heads) if settings.runs_model else 0.0
     return {
         "tokens": tokens,
-        "flops": flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)) + curvature,
+        "flops": spent,
         "curvature_flops": curvature,
         "query": "target" if models[0].target else "own",
         **{k: v for k, v in asdict(stats).items() if k != "tokens"},
@@ -185,7 +195,7 @@ def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bo
     Only the layers of a factorised proxy stand for the target's layers one by one; those of a shorter or another
     model do not, and take their own.
     """
-    return settings.query == "target" and bool(low_rank_layers(proxy))
+    return settings.query == "target" and not settings.gradient_free and bool(low_rank_layers(proxy))
 
 
 def score_examples(
@@ -236,14 +246,27 @@ def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSet
         estimator=settings.estimator,
         curvature=settings.curvature,
         damping=settings.damping,
+        seed=session.seed,
     )
+
+
+def _count_terms(session: Session, pool: Pool, encoder: ChatEncoder) -> Corpus:
+    """Term counts of the whole pool, read as a stream."""
+    with session.reporter.bar("count terms", pool.scan().rows, "rows") as progress:
+
+        def encoded() -> Iterator[Encoded]:
+            for window in windows_of(pool, WINDOW):
+                yield from encoder.encode(window)
+                progress(len(window))
+
+        return Corpus.of(encoded())
 
 
 def curvature_sample(
     session: Session, pool: Pool, encoder: ChatEncoder, settings: InfluenceSection
 ) -> Sequence[Encoded]:
-    """The examples of a pool that an influence function measures curvature on; none for TracIn."""
-    if settings.estimator == "tracin":
+    """The examples of a pool that an influence function measures curvature on; none for the others."""
+    if settings.estimator not in ("influence-function", "datainf"):
         return ()
     total = pool.scan().rows
     return encoder.encode(pool.take(draw_rows("curvature", session.seed, total, settings.curvature_examples)))
@@ -251,7 +274,9 @@ def curvature_sample(
 
 def _estimator_identity(session: Session, settings: InfluenceSection) -> dict[str, Any]:
     """The settings of the estimator that scores hang on."""
-    if settings.estimator == "tracin":
+    if settings.estimator == "random":
+        return {"estimator": settings.estimator, "seed": session.seed}
+    if settings.estimator not in ("influence-function", "datainf"):
         return {"estimator": settings.estimator}
     names = ("estimator", "damping", "curvature_examples")
     if settings.estimator == "influence-function":

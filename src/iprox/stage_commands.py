@@ -109,6 +109,8 @@ def score(arguments: Namespace) -> dict[str, Any]:
     session, pool = _session(arguments), _pool(arguments.pool, arguments)
     validation = _tasks(arguments.validation, arguments)
     rates = _learning_rates(arguments.model, arguments.learning_rates)
+    if settings.gradient_free and len(rates) > 1:
+        raise InputError(f"--model: checkpoints are summed by TracIn; {settings.estimator} takes one model")
     output = _scores_folder(arguments.output)
     identity = {
         "models": [checkpoint_fingerprint(model) for model in arguments.model],
@@ -263,7 +265,7 @@ def _query_target(model: str, arguments: Namespace, settings: InfluenceSection, 
         if arguments.target:
             raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
         return None
-    if settings.query == "proxy":
+    if settings.query == "proxy" or settings.gradient_free:
         return None
     target = arguments.target or proxy["target"]
     try:

@@ -78,6 +78,29 @@ def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
     assert 0.3 < np.corrcoef(influence, again)[0, 1] < 0.99999
 
 
+@pytest.mark.parametrize("estimator", ["random", "length", "perplexity", "rds", "bm25"])
+def test_scorers_without_gradients(place, estimator):
+    assert place.run(*NO_PROXY, f"influence.estimator={estimator}") == 0
+    table = pq.read_table(place.output / "scores.parquet")
+    assert json.loads(table.schema.metadata[b"iprox"])["estimator"] == estimator
+    scores = table["influence/spelling"].to_numpy()
+    assert np.isfinite(scores).all()
+    assert len(np.unique(scores)) > 1
+    stages = place.record()["stages"]
+    assert (stages["score"]["flops"] > 0) == (estimator in ("perplexity", "rds"))
+    assert stages["score"]["flops"] <= place.record()["cost"]["target_score_flops"] / 2
+    assert (place.output / "report.html").is_file()
+
+
+def test_a_proxy_is_audited_by_the_perplexity_of_its_target(tmp_path, make_place):
+    place = make_place(tmp_path / "place")
+    options = ["--set", "influence.estimator=perplexity", "audit.sample=30", "proxy.sparsity=0.1", "proxy.align=false"]
+    assert place.run(*options) == 0
+    record = place.record()["stages"]
+    assert record["score"]["query"] == "own"
+    assert record["audit"]["fidelity"]["spearman"] > 0.8
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
 def test_a_compiled_proxy_gives_the_scores_of_an_uncompiled_one(several, tmp_path):
     (name, *_) = [entry["path"] for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())]

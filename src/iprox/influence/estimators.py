@@ -152,6 +152,11 @@ class BatchScorer:
         shares = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
         self.kept: dict[str, float] = dict(zip(self.tasks, shares.tolist(), strict=True))
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches are to be."""
+        return next(self.model.parameters()).device
+
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.
 

@@ -23,7 +23,7 @@ from iprox.models.observe import Sink, frozen, watched_backward
 from iprox.proxy.moments import Labels, counted_tokens, sampled_labels
 
 # What is scored: TracIn, or an influence function by one of three inverses.
-Estimator = Literal["tracin", "influence-function", "datainf"]
+InfluenceEstimator = Literal["tracin", "influence-function", "datainf"]
 KroneckerCurvature = Literal["ek-fac", "k-fac"]
 Curvature = Literal["ek-fac", "k-fac", "datainf"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,15 +15,18 @@ from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches, on_device
 from iprox.errors import InputError
+from iprox.influence import gradient_free
 from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
-from iprox.influence.preconditioning import Estimator, KroneckerCurvature, precondition
+from iprox.influence.gradient_free import Corpus, RowScorer
+from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, precondition
 from iprox.influence.scores import scores_table
 from iprox.models.checkpoint import proxy_config
 from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
+from iprox.recipe import MODEL_FREE, GradientFree
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
@@ -36,6 +39,9 @@ QUERY_NORM = 0.95
 # Where the validation gradients of a proxy are taken.
 Query = Literal["target", "proxy"]
 
+# What a score is: an influence, or something to compare it with.
+Estimator = InfluenceEstimator | GradientFree
+
 Window = list[Example]
 
 
@@ -45,7 +51,7 @@ class ScoringSettings:
 
     Attributes:
         estimator: `tracin`, or the influence functions `influence-function` and `datainf`, which need a sample of the
-            pool to measure curvature on.
+            pool to measure curvature on; or a scorer without gradients (`iprox.influence.gradient_free`).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         gradient: which gradient of a proxy's low-rank layers, `factors` or `weight`.
@@ -59,6 +65,7 @@ class ScoringSettings:
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
+        seed: of the estimator `random`.
     """
 
     gradient: GradientSpace = "factors"
@@ -71,6 +78,17 @@ class ScoringSettings:
     estimator: Estimator = "tracin"
     curvature: KroneckerCurvature = "ek-fac"
     damping: float = 0.1
+    seed: int = 0
+
+    @property
+    def gradient_free(self) -> bool:
+        """Whether scores are made without gradients, and so on the scored model alone."""
+        return self.estimator in get_args(GradientFree)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether scores need more of a model than its tokenizer."""
+        return self.estimator not in MODEL_FREE
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -167,25 +185,43 @@ def scorer_of_batches(
 
 
 def build_scorer(
-    model: nn.Module,
+    model: nn.Module | None,
     validation: Mapping[str, Sequence[Encoded]],
     pad_id: int,
     settings: ScoringSettings,
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
     sample: Sequence[Encoded] = (),
-) -> BatchScorer:
+    corpus: Corpus | None = None,
+) -> BatchScorer | RowScorer:
     """`scorer_of_batches` for encoded validation examples by task, and an encoded sample of the pool.
 
+    Scorers without gradients too; some need no model, and BM25 needs the `corpus`.
+
     Raises:
-        InputError: a task, or the sample that an influence function needs, has no example with a supervised token.
+        InputError: cosine of a scorer without gradients; a task, or the sample that an influence function needs, has no
+            example with a supervised token.
     """
+    if settings.gradient_free and settings.normalise != "none":
+        raise InputError(f"normalise {settings.normalise} is of gradients, which {settings.estimator} has none of")
+    if settings.estimator == "bm25":
+        assert corpus is not None
+        return gradient_free.bm25_scorer(corpus, validation)
+    if settings.estimator == "random":
+        return RowScorer(list(validation), lambda batch: gradient_free.random_scores(batch, settings.seed))
+    if settings.estimator == "length":
+        return RowScorer(list(validation), gradient_free.length_scores)
+    assert model is not None
+    if settings.estimator == "perplexity":
+        return RowScorer(list(validation), lambda batch: gradient_free.perplexity_scores(model, batch, loss_fn), model)
     device = next((model if target is None else target).parameters()).device
     batches = {}
     for task, encoded in validation.items():
         if not any(example.supervised for example in encoded):
             raise InputError(f"validation task {task!r} has no example with a supervised token")
         batches[task] = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
+    if settings.estimator == "rds":
+        return gradient_free.rds_scorer(model, batches)  # pyright: ignore[reportArgumentType]
     measured: list[Batch] = []
     if settings.estimator != "tracin":
         measured = list(on_device(iter_batches(sample, settings.batch_tokens, pad_id), device))
@@ -208,7 +244,7 @@ class WindowScorer:
         uncompiled: why the model does not run compiled although the settings ask for it.
     """
 
-    scorer: BatchScorer
+    scorer: BatchScorer | RowScorer
     encoder: ChatEncoder
     pad_id: int
     settings: ScoringSettings
@@ -227,7 +263,7 @@ class WindowScorer:
         Raises:
             FloatingPointError: a score is not finite (the example is named).
         """
-        device = next(self.scorer.model.parameters()).device
+        device = self.scorer.device
         encoded = self.encoder.encode(window)
         scores = np.full((len(window), len(self.scorer.tasks)), np.nan)
         for number, batch in enumerate(iter_batches(encoded, self.settings.batch_tokens, self.pad_id)):
@@ -260,7 +296,7 @@ class WindowScorer:
         return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
 
 
-def compile_scorer(scorer: BatchScorer, trial: Batch) -> str:
+def compile_scorer(scorer: BatchScorer | RowScorer, trial: Batch) -> str:
     """Have a scorer's model run compiled from now on.
 
     Args:
@@ -270,6 +306,8 @@ def compile_scorer(scorer: BatchScorer, trial: Batch) -> str:
     Returns:
         Why it cannot be; empty where it can. The model is then as it was.
     """
+    if scorer.model is None:
+        return ""  # nothing runs that could be
     reason = why_not_compiled(scorer.model)
     if reason is not None:
         return reason
@@ -304,7 +342,7 @@ def local_engine(
 
 
 def score_windows(
-    scorer: BatchScorer,
+    scorer: BatchScorer | RowScorer,
     pool: Iterable[Example],
     encoder: ChatEncoder,
     pad_id: int,

@@ -16,6 +16,7 @@ from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches
 from iprox.influence.aggregate import TaskSpread, combine, over_checkpoints
+from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import (
     Engine,
@@ -56,6 +57,7 @@ def score_to_file(
     progress: Callable[[int], None] | None = None,
     engine: Engine = local_engine,
     sample: Sequence[Encoded] = (),
+    corpus: Corpus | None = None,
 ) -> ScoringStats:
     """Score a pool at every checkpoint and write `scores.parquet`.
 
@@ -76,6 +78,7 @@ def score_to_file(
         progress: called with the number of rows done at a checkpoint.
         engine: where windows are scored.
         sample: encoded examples of the pool, which an influence function measures curvature on.
+        corpus: term counts of the pool, for BM25.
     """
     shards = path.with_name(path.name + ".shards")
     _claim(shards, identity)
@@ -88,7 +91,7 @@ def score_to_file(
             progress(sum(pq.read_metadata(file).num_rows for file in ready))
         if (folder / "done").exists():
             continue
-        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample)
+        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample, corpus)
         windows = windows_of(pool, settings.window, skip=done)
         for index, (table, counted) in enumerate(engine(make, windows, progress), start=done):
             # The shard carries its own counts, so that a resumed run reports the whole.
@@ -126,14 +129,16 @@ def _window_scorer(
     pad_id: int,
     settings: ScoringSettings,
     sample: Sequence[Encoded],
+    corpus: Corpus | None,
 ) -> WindowScorer:
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
     target = None if checkpoint.load_target is None else checkpoint.load_target()
-    scorer = build_scorer(checkpoint.load(), validation, pad_id, settings, target=target, sample=sample)
+    model = checkpoint.load() if settings.runs_model else None
+    scorer = build_scorer(model, validation, pad_id, settings, target=target, sample=sample, corpus=corpus)
     uncompiled = ""
     if settings.compile:
         few = next(iter(validation.values()))
-        trial = next(iter_batches(few, settings.batch_tokens, pad_id)).to(next(scorer.model.parameters()).device)
+        trial = next(iter_batches(few, settings.batch_tokens, pad_id)).to(scorer.device)
         uncompiled = compile_scorer(scorer, trial)
     return WindowScorer(scorer, encoder, pad_id, settings, uncompiled)
 

@@ -67,6 +67,11 @@ def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: f
     return tokens * 2 * forward_flops(model) + supervised * 2 * head_flops(model) + contraction
 
 
+def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
+    """One forward pass over some examples, the head on supervised tokens."""
+    return tokens * forward_flops(model) + supervised * head_flops(model)
+
+
 def curvature_flops(model: nn.Module, gradient: GradientSpace, tokens: int, supervised: int, passes: int) -> float:
     """Curvature of an influence function: each pass a backward pass to the activations and 2m² + 2n² a layer.
 

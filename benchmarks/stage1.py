@@ -1,0 +1,123 @@
+"""How long does stage 1 take, and how much memory beyond the model? Moments, spectra, budget, factors and norms.
+
+    python benchmarks/stage1.py                                       # the shared 17 M-parameter target
+    python benchmarks/stage1.py --model random:qwen2-7b --layers 2    # layers of Qwen2-7B's dimensions, random weights
+
+Each model runs in a process of its own, so its peak is its own. Memory beyond the model is the peak of the process less
+what it held once the model was made: an upper bound of what stage 1 itself needs, the proxy included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, set_seed
+
+from iprox.data import ChatEncoder, Pool, iter_batches
+from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.precision import DTYPES, cast_parameters
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.size import Size
+from iprox.run_folder import environment, write_json
+from iprox.session import draw_rows
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+def resident_gib() -> float:
+    """Memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
+def make_model(arguments: argparse.Namespace) -> PreTrainedModel:
+    """The model to compress."""
+    dtype = DTYPES[arguments.dtype]
+    if arguments.model != "random:qwen2-7b":
+        return load_model(arguments.model, dtype=dtype)
+    set_seed(0)
+    torch.set_default_dtype(dtype)  # made in it, so that no wider copy counts towards the peak
+    try:
+        return AutoModelForCausalLM.from_config(Qwen2Config(num_hidden_layers=arguments.layers, **QWEN2_7B))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Stage 1 in this process."""
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    pool = Pool([arguments.pool])
+    rows = draw_rows("probe", 0, pool.scan().rows, arguments.probe_size)
+    encoded = ChatEncoder(tokenizer, 512).encode(pool.take(rows))
+    probe = list(iter_batches(encoded, arguments.batch_tokens, 0))
+    model = make_model(arguments)
+    cast_parameters(model, DTYPES[arguments.dtype])
+    before = resident_gib()
+    _, report = derive_proxy(model, probe, Size(arguments.sparsity), FactorSettings())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "model": str(arguments.model),
+        "layers": len(report.layers),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "probe_tokens": report.probe_tokens,
+        "passes": report.passes,
+        "seconds": report.seconds,
+        "model_gib": before,
+        "beyond_gib": peak - before,
+        "sparsity": report.achieved_sparsity,
+    }
+
+
+def main() -> None:
+    """Measure in a process of its own, print and keep the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHARED / "models/target-17m"), help="folder, or random:qwen2-7b")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the random model")
+    parser.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="of the random model")
+    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
+    parser.add_argument("--probe-size", type=int, default=139)
+    parser.add_argument("--sparsity", type=float, default=0.7)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the model")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--output", type=Path, default=None)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        print(json.dumps(measure(arguments)))
+        return
+    name = Path(str(arguments.model).replace(":", "-")).name
+    done = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--worker"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "worker"}
+    write_json(
+        arguments.output or Path(__file__).parent / f"results/stage1-{name}.json",
+        {**environment(), "threads": torch.get_num_threads(), "settings": settings, **result},
+    )
+    print(
+        f"{result['model']}: {result['layers']} linear layers, {result['probe_tokens']} probe tokens read "
+        f"{result['passes']} times: {result['seconds']:.0f} s; model {result['model_gib']:.2f} GiB, "
+        f"beyond it {result['beyond_gib']:.2f} GiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
