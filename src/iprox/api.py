@@ -21,15 +21,8 @@ from iprox.influence.estimators import Normalise
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import (
-    Estimator,
-    Query,
-    ScoringSettings,
-    build_scorer,
-    score_windows,
-    scorer_of_batches,
-    windows_of,
-)
+from iprox.influence.scoring import Estimator, Query, ScoringSettings, scorer_of_batches
+from iprox.influence.windows import fitting_scorer, score_windows, windows_of
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
@@ -42,7 +35,7 @@ from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
-from iprox.recipe import CURVATURE_EXAMPLES, GradientFree
+from iprox.recipe import CURVATURE_EXAMPLES, GRADIENT_FREE
 from iprox.selection.strategies import select_rows
 from iprox.session import draw_rows
 
@@ -218,7 +211,7 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    known = (*get_args(InfluenceEstimator), *get_args(GradientFree))
+    known = (*get_args(InfluenceEstimator), *GRADIENT_FREE)
     for name, given, names in (("estimator", estimator, known), ("curvature", curvature, get_args(KroneckerCurvature))):
         if given not in names:
             raise InputError(f"unknown {name} {given!r}; known: {', '.join(names)}")
@@ -246,7 +239,7 @@ def score(
         damping=damping,
         seed=seed,
     )
-    if settings.gradient_free and len(models) > 1:
+    if settings.estimator in GRADIENT_FREE and len(models) > 1:
         raise InputError(f"checkpoints are summed by TracIn; {estimator} takes one model")
     tables = []
     with experts_split(*models, *([] if target is None else [target])):
@@ -271,8 +264,8 @@ def score(
                 corpus = Corpus.of(
                     row for some in windows_of(source, settings.window) for row in reader.encoder.encode(some)
                 )
-            scorer = build_scorer(checkpoint, encoded, 0, settings, loss_fn, target, curved, corpus)
-            parts = score_windows(scorer, source, reader.encoder, 0, settings)
+            scorer, fitted = fitting_scorer(checkpoint, encoded, 0, settings, target, curved, corpus, loss_fn)
+            parts = score_windows(scorer, source, reader.encoder, 0, fitted)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
     spread.add(over_checkpoints(tables, learning_rates))
@@ -379,7 +372,7 @@ def _score_batches(
     sample: list[Any] | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
-    if settings.gradient_free:
+    if settings.estimator in GRADIENT_FREE:
         raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
     if settings.estimator != "tracin" and not sample:
         raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")

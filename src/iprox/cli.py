@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import datasets
 from huggingface_hub.utils import enable_progress_bars
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from iprox import commands as run_commands
 from iprox import stage_commands
 from iprox.errors import InputError
-from iprox.recipe import GradientFree
+from iprox.recipe import GRADIENT_FREE
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -326,7 +326,7 @@ def _add_score(commands: Any) -> None:
 def _influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator",
-        choices=("tracin", "influence-function", "datainf", *get_args(GradientFree)),
+        choices=("tracin", "influence-function", "datainf", *GRADIENT_FREE),
         default="tracin",
         help="tracin (default); influence-function and datainf divide by the curvature of the loss; random, length, "
         "perplexity, rds (hidden states) and bm25 (words) take no gradients, to compare with",

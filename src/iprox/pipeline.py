@@ -16,7 +16,7 @@ from typing import Any
 from iprox import score_stages, stages
 from iprox.data import Pool
 from iprox.influence.ray_engine import ray_engine
-from iprox.influence.scoring import local_engine
+from iprox.influence.windows import local_engine
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter

@@ -110,6 +110,7 @@ class ProxySection(_Section):
 
 # Scorers without gradients, and those among them that need tokens only.
 GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
+GRADIENT_FREE = get_args(GradientFree)
 MODEL_FREE = ("random", "length", "bm25")
 
 
@@ -140,7 +141,7 @@ class InfluenceSection(_Section):
     @property
     def gradient_free(self) -> bool:
         """Whether the estimator takes no gradients."""
-        return self.estimator in get_args(GradientFree)
+        return self.estimator in GRADIENT_FREE
 
     @property
     def runs_model(self) -> bool:

@@ -15,17 +15,9 @@ from iprox.audit import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Example, Pool
 from iprox.influence.aggregate import combine
 from iprox.influence.gradient_free import Corpus
-from iprox.influence.scoring import (
-    WINDOW,
-    Engine,
-    ScoringSettings,
-    ScoringStats,
-    build_scorer,
-    local_engine,
-    score_windows,
-    windows_of,
-)
+from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.influence.windows import Engine, fitting_scorer, local_engine, score_windows, windows_of
 from iprox.models import flops
 from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
@@ -105,6 +97,7 @@ def score(
             sample=sample,
             corpus=corpus,
         )
+    _say_what_fitted(session, stats)
     if stats.uncompiled:
         session.reporter.warn(f"the model is scored without being compiled, more slowly: {stats.uncompiled}")
     if stats.unscored:
@@ -175,6 +168,7 @@ def audit(
                 table, stats = score_examples(
                     session, model, examples, encoded, encoder, settings, query, curved, progress
                 )
+                _say_what_fitted(session, stats)
                 tables[kind].append(table)
                 tokens += stats.tokens
                 total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
@@ -226,7 +220,7 @@ def score_examples(
         The scores table, and what was read.
     """
     scoring = scoring_settings(session, settings)
-    scorer = build_scorer(model, validation, 0, scoring, target=target, sample=curved)
+    scorer, scoring = fitting_scorer(model, validation, 0, scoring, target, curved)
     total = ScoringStats()
     tables = []
     for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
@@ -260,6 +254,14 @@ def _count_terms(session: Session, pool: Pool, encoder: ChatEncoder) -> Corpus:
                 progress(len(window))
 
         return Corpus.of(encoded())
+
+
+def _say_what_fitted(session: Session, stats: ScoringStats) -> None:
+    if stats.batch_tokens < session.batch_tokens:
+        session.reporter.warn(
+            f"memory did not hold {session.batch_tokens} tokens at once: batches of {stats.batch_tokens} were scored; "
+            f"--batch-tokens {stats.batch_tokens} saves the tries"
+        )
 
 
 def curvature_sample(

@@ -17,6 +17,7 @@ from iprox.errors import InputError
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
 from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.memory import out_of_memory
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
@@ -93,7 +94,7 @@ class Session:
             with metered(self.device) as usage:
                 yield usage
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise InputError(
                 f"not enough memory on {self.device} ({str(error).strip().splitlines()[0]}); --batch-tokens "
@@ -147,11 +148,6 @@ class Session:
     def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
         """Length-sorted batches on the session's device."""
         return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

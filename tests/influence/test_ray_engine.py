@@ -10,7 +10,8 @@ from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence.ray_engine import ray_engine
 from iprox.influence.scores import scores_table
-from iprox.influence.scoring import ScoringStats, local_engine, windows_of
+from iprox.influence.scoring import ScoringStats
+from iprox.influence.windows import local_engine, windows_of
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 

@@ -15,8 +15,9 @@ from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import QUERY_NORM, ScoringSettings, ScoringStats, build_scorer, score_windows
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.influence.windows import score_windows
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -87,6 +88,7 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
         tokens=sum(map(len, TEXTS)),
         supervised=stats.supervised,
         contraction_flops=stats.contraction_flops,
+        batch_tokens=SETTINGS.batch_tokens,
     )
     assert stats.supervised == sum(len(text) - 1 for text in TEXTS if not text.startswith("nothing"))
     assert scores_metadata(table) == {"run": 1}

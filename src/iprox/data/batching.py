@@ -32,6 +32,20 @@ class Batch:
         """The same batch with its tensors on another device."""
         return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device), self.indices)
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first half of its rows and the second, without columns of padding; of two rows or more."""
+        middle = len(self.indices) // 2
+        first, second = (
+            Batch(
+                self.input_ids[rows, : int(self.lengths[rows].max())],
+                self.labels[rows, : int(self.lengths[rows].max())],
+                self.lengths[rows],
+                self.indices[rows],
+            )
+            for rows in (slice(middle), slice(middle, None))
+        )
+        return first, second
+
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group positions by length so that each group, padded, holds at most `batch_tokens` tokens.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from iprox.errors import InputError
-from iprox.influence.scoring import Engine, ScoredWindow, Window, WindowScorer
+from iprox.influence.windows import Engine, ScoredWindow, Window, WindowScorer
 
 
 class _Worker:

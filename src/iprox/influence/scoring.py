@@ -1,32 +1,25 @@
-"""Stream a pool through a scorer: window by window, so that memory does not grow with the pool."""
+"""What to score and how: from the settings and the validation sets to a scorer of batches."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import numpy as np
-import pyarrow as pa
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
-from transformers import PreTrainedModel
 
-from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches, on_device
+from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence import gradient_free
 from iprox.influence.aggregate import Aggregate
 from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, precondition
-from iprox.influence.scores import scores_table
 from iprox.models.checkpoint import proxy_config
-from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.memory import RELEASE_EVERY, release_memory
-from iprox.recipe import MODEL_FREE, GradientFree
+from iprox.recipe import GRADIENT_FREE, GradientFree
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
@@ -41,8 +34,6 @@ Query = Literal["target", "proxy"]
 
 # What a score is: an influence, or something to compare it with.
 Estimator = InfluenceEstimator | GradientFree
-
-Window = list[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +71,6 @@ class ScoringSettings:
     damping: float = 0.1
     seed: int = 0
 
-    @property
-    def gradient_free(self) -> bool:
-        """Whether scores are made without gradients, and so on the scored model alone."""
-        return self.estimator in get_args(GradientFree)
-
-    @property
-    def runs_model(self) -> bool:
-        """Whether scores need more of a model than its tokenizer."""
-        return self.estimator not in MODEL_FREE
-
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
         if self.query_norm is not None:
@@ -110,6 +91,7 @@ class ScoringStats:
         contraction_flops: spent on contracting with the validation gradients.
         query_kept: share of the validation gradients' norm that was kept: of the task that lost most.
         uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
+        batch_tokens: largest batch that memory held, in tokens.
     """
 
     rows: int = 0
@@ -120,6 +102,7 @@ class ScoringStats:
     contraction_flops: float = 0.0
     query_kept: float = 1.0
     uncompiled: str = ""
+    batch_tokens: int = sys.maxsize
 
     def add(self, other: ScoringStats) -> None:
         """Count another's rows and tokens into this one."""
@@ -127,9 +110,7 @@ class ScoringStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.query_kept = min(self.query_kept, other.query_kept)
         self.uncompiled = self.uncompiled or other.uncompiled
-
-
-ScoredWindow = tuple[pa.Table, ScoringStats]
+        self.batch_tokens = min(self.batch_tokens, other.batch_tokens)
 
 
 def scorer_of_batches(
@@ -202,7 +183,7 @@ def build_scorer(
         InputError: cosine of a scorer without gradients; a task, or the sample that an influence function needs, has no
             example with a supervised token.
     """
-    if settings.gradient_free and settings.normalise != "none":
+    if settings.estimator in GRADIENT_FREE and settings.normalise != "none":
         raise InputError(f"normalise {settings.normalise} is of gradients, which {settings.estimator} has none of")
     if settings.estimator == "bm25":
         assert corpus is not None
@@ -230,125 +211,3 @@ def build_scorer(
                 f"{settings.estimator}: the sample for the curvature has no example with a supervised token"
             )
     return scorer_of_batches(model, batches, settings, loss_fn, target, measured)
-
-
-@dataclass(frozen=True, slots=True)
-class WindowScorer:
-    """Scores windows of examples: what one worker holds.
-
-    Attributes:
-        scorer: from `build_scorer`.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
-        settings: how to score.
-        uncompiled: why the model does not run compiled although the settings ask for it.
-    """
-
-    scorer: BatchScorer | RowScorer
-    encoder: ChatEncoder
-    pad_id: int
-    settings: ScoringSettings
-    uncompiled: str = ""
-
-    def __call__(self, window: Window, progress: Callable[[int], None] | None = None) -> ScoredWindow:
-        """Score a window.
-
-        Args:
-            window: examples.
-            progress: called with the number of rows done.
-
-        Returns:
-            A scores table with one row an example, in order, and what was read.
-
-        Raises:
-            FloatingPointError: a score is not finite (the example is named).
-        """
-        device = self.scorer.device
-        encoded = self.encoder.encode(window)
-        scores = np.full((len(window), len(self.scorer.tasks)), np.nan)
-        for number, batch in enumerate(iter_batches(encoded, self.settings.batch_tokens, self.pad_id)):
-            if number % RELEASE_EVERY == 0:
-                release_memory()
-            values, _ = self.scorer(batch.to(device))
-            scores[batch.indices] = values.double().cpu().numpy()
-            bad = ~np.isfinite(scores[batch.indices]).all(axis=1)
-            if bad.any():
-                culprit = window[batch.indices[int(bad.argmax())]]
-                raise FloatingPointError(f"{culprit.origin}: the score is not finite; try --dtype float32")
-            if progress is not None:
-                progress(len(batch.indices))
-        empty = sum(example.supervised == 0 for example in encoded)
-        if progress is not None and empty:
-            progress(empty)
-        lengths = [len(example.input_ids) for example in encoded]
-        ids, sources = [example.id for example in window], [example.source for example in window]
-        scored = sum(length for length, example in zip(lengths, encoded, strict=True) if example.supervised)
-        stats = ScoringStats(
-            rows=len(window),
-            unscored=empty,
-            tokens=sum(lengths),
-            supervised=sum(example.supervised for example in encoded),
-            truncated=sum(example.truncated for example in encoded),
-            contraction_flops=scored * self.scorer.contraction_flops,
-            query_kept=min(self.scorer.kept.values()),
-            uncompiled=self.uncompiled,
-        )
-        return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
-
-
-def compile_scorer(scorer: BatchScorer | RowScorer, trial: Batch) -> str:
-    """Have a scorer's model run compiled from now on.
-
-    Args:
-        scorer: whose model is compiled in place.
-        trial: a batch that is scored to see whether it works.
-
-    Returns:
-        Why it cannot be; empty where it can. The model is then as it was.
-    """
-    if scorer.model is None:
-        return ""  # nothing runs that could be
-    reason = why_not_compiled(scorer.model)
-    if reason is not None:
-        return reason
-    assert isinstance(scorer.model, PreTrainedModel)
-    compile_layers(scorer.model)
-    try:
-        scorer(trial)
-    except TorchDynamoException as error:  # no compiler, or code it cannot follow
-        uncompile_layers(scorer.model)
-        return " ".join(str(error).split())[:300]
-    return ""
-
-
-def windows_of(pool: Iterable[Example], size: int, skip: int = 0) -> Iterator[Window]:
-    """Cut a stream of examples into windows, leaving out the first `skip` windows."""
-    rows = itertools.islice(iter(pool), skip * size, None)
-    while window := list(itertools.islice(rows, size)):
-        yield window
-
-
-# Scores windows, in order: (make a worker's scorer, windows, progress) -> scored windows.
-Engine = Callable[[Callable[[], WindowScorer], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
-
-
-def local_engine(
-    make: Callable[[], WindowScorer], windows: Iterator[Window], progress: Callable[[int], None] | None = None
-) -> Iterator[ScoredWindow]:
-    """Score in this process, one window after the other."""
-    scorer = make()
-    for window in windows:
-        yield scorer(window, progress)
-
-
-def score_windows(
-    scorer: BatchScorer | RowScorer,
-    pool: Iterable[Example],
-    encoder: ChatEncoder,
-    pad_id: int,
-    settings: ScoringSettings,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[ScoredWindow]:
-    """Scores of a pool in this process, one table a window with what was read for it, in pool order."""
-    worker = WindowScorer(scorer, encoder, pad_id, settings)
-    return local_engine(lambda: worker, windows_of(pool, settings.window), progress)

@@ -18,16 +18,9 @@ from iprox.data import ChatEncoder, Encoded, Example, iter_batches
 from iprox.influence.aggregate import TaskSpread, combine, over_checkpoints
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
-from iprox.influence.scoring import (
-    Engine,
-    ScoringSettings,
-    ScoringStats,
-    WindowScorer,
-    build_scorer,
-    compile_scorer,
-    local_engine,
-    windows_of,
-)
+from iprox.influence.scoring import ScoringSettings, ScoringStats
+from iprox.influence.windows import Engine, WindowScorer, compile_scorer, fitting_scorer, local_engine, windows_of
+from iprox.recipe import MODEL_FREE
 
 IDENTITY = "identity.json"
 
@@ -133,8 +126,8 @@ def _window_scorer(
 ) -> WindowScorer:
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
     target = None if checkpoint.load_target is None else checkpoint.load_target()
-    model = checkpoint.load() if settings.runs_model else None
-    scorer = build_scorer(model, validation, pad_id, settings, target=target, sample=sample, corpus=corpus)
+    model = checkpoint.load() if settings.estimator not in MODEL_FREE else None
+    scorer, settings = fitting_scorer(model, validation, pad_id, settings, target, sample, corpus)
     uncompiled = ""
     if settings.compile:
         few = next(iter(validation.values()))

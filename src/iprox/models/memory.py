@@ -5,9 +5,17 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import torch
+
 # Batches between two calls of `release_memory` in a loop. Calling it after every batch costs time on a tiny model, and
 # the peak grows with the number between.
 RELEASE_EVERY = 4
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory, of the device or of the machine, did not suffice."""
+    # torch's CPU allocator raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def release_memory() -> None:

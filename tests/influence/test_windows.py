@@ -1,0 +1,100 @@
+"""Batches that do not fit in memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from iprox.data import Encoded, Pool, iter_batches
+from iprox.influence.scores import score_matrix
+from iprox.influence.scoring import ScoringSettings, build_scorer
+from iprox.influence.windows import WindowScorer, fitting_scorer
+from iprox.models.loss import causal_lm_losses
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+    MemoryError(),
+]
+
+
+class Numbers:
+    def encode(self, examples):
+        rows = [np.array(example.text.split(), dtype=np.int32) for example in examples]
+        return [Encoded(row, row, truncated=False) for row in rows]
+
+
+@pytest.fixture
+def window():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(1, 60, length))) for length in (3, 9, 4, 4, 7, 2, 12, 5, 5)]
+    return list(Pool([{"text": text} for text in texts]))
+
+
+def small_memory(tokens, error, sizes):
+    """Losses that a batch of more tokens than that does not fit for."""
+
+    def losses(model, batch):
+        sizes.append(batch.input_ids.numel())
+        if batch.input_ids.numel() > tokens:
+            raise error
+        return causal_lm_losses(model, batch)
+
+    return losses
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_batches_are_halved_until_they_fit(tiny, window, error):
+    model, encoder, settings = tiny.model("qwen3"), Numbers(), ScoringSettings(batch_tokens=64)
+    validation = {"task": encoder.encode(window[:2])}
+    whole = score_matrix(WindowScorer(build_scorer(model, validation, 0, settings), encoder, 0, settings)(window)[0])
+    sizes = []
+    scorer = build_scorer(model, validation, 0, settings)
+    scorer.loss_fn = small_memory(20, error, sizes)
+    worker = WindowScorer(scorer, encoder, 0, settings)
+    done = []
+    table, stats = worker(window, done.append)
+    np.testing.assert_allclose(score_matrix(table), whole, rtol=1e-9)
+    assert stats.batch_tokens == 16
+    assert sum(done) == len(window)
+    tried = sum(size > 20 for size in sizes)
+    worker(window)
+    assert sum(size > 20 for size in sizes) == tried  # what did not fit is not tried again
+
+
+def test_one_row_that_does_not_fit_is_an_error(tiny, window):
+    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
+    scorer = build_scorer(model, {"task": Numbers().encode(window[:2])}, 0, settings)
+    scorer.loss_fn = small_memory(10, ERRORS[0], [])
+    with pytest.raises(torch.OutOfMemoryError):
+        WindowScorer(scorer, Numbers(), 0, settings)(window)
+
+
+def test_another_error_is_not_taken_for_lack_of_memory(tiny, window):
+    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
+    sizes = []
+    losses = small_memory(0, RuntimeError("shapes do not match"), sizes)
+    with pytest.raises(RuntimeError, match="shapes"):
+        fitting_scorer(model, {"task": Numbers().encode(window)}, 0, settings, loss_fn=losses)
+    assert len(sizes) == 1
+
+
+def test_validation_gradients_are_taken_in_batches_that_fit(tiny, window):
+    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
+    validation = {"task": Numbers().encode(window)}
+    losses = small_memory(20, ERRORS[0], [])
+    scorer, fitted = fitting_scorer(model, validation, 0, settings, loss_fn=losses)
+    assert fitted.batch_tokens == 16
+    batch = next(iter_batches(validation["task"], 16, 0))
+    expected = build_scorer(model, validation, 0, settings)(batch)[0]
+    torch.testing.assert_close(scorer(batch)[0], expected, rtol=1e-9, atol=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        fitting_scorer(model, validation, 0, settings, loss_fn=small_memory(10, ERRORS[0], []))
+
+
+def test_halves_hold_the_rows_without_columns_of_padding(tiny):
+    batch = tiny.batch([9, 7, 4, 3, 2])
+    first, second = batch.halves()
+    assert first.input_ids.shape == (2, 9)
+    assert second.input_ids.shape == (3, 4)
+    torch.testing.assert_close(second.labels, batch.labels[2:, :4])
+    assert [*first.indices, *second.indices] == batch.indices
