@@ -91,6 +91,21 @@ def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(
     assert np.corrcoef(influence(estimator=estimator, damping=1e9), drawn)[0, 1] < 0.9999
 
 
+def test_attribution_splits_a_score_by_token(model):
+    pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3), "u": rows("spelling.val.jsonl", 5)}
+    proxy = iprox.compress(model, pool, sparsity=0.5)
+    options = {"target": model, "normalise": "cosine", "query_norm": 1.0}
+    scores = iprox.score(proxy, pool, validation, **options)
+    table = iprox.attribute(proxy, pool[:4], validation, **options)
+    assert table.column_names == ["id", "tokens", "supervised", "influence/t", "influence/u"]
+    for name in ("influence/t", "influence/u"):
+        sums = [sum(terms) for terms in table[name].to_pylist()]
+        np.testing.assert_allclose(sums, scores[name].to_numpy()[:4], rtol=1e-3)
+    for row in table.to_pylist():
+        assert len(row["tokens"]) == len(row["supervised"]) == len(row["influence/t"])
+        assert any(row["supervised"])
+
+
 def test_scorers_without_gradients_compare_on_the_same_rows(model):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
     columns = {}

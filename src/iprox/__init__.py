@@ -5,8 +5,8 @@ Importing it teaches transformers to load proxies: `AutoModelForCausalLM.from_pr
 
 from importlib.metadata import version
 
-from iprox.api import align, audit, compress, load, score, select
+from iprox.api import align, attribute, audit, compress, load, score, select
 from iprox.errors import InputError
 
 __version__ = version("iprox")
-__all__ = ["InputError", "align", "audit", "compress", "load", "score", "select"]
+__all__ = ["InputError", "align", "attribute", "audit", "compress", "load", "score", "select"]

@@ -17,7 +17,8 @@ from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
-from iprox.influence.estimators import Normalise
+from iprox.influence.attribution import attribute_examples
+from iprox.influence.estimators import BatchScorer, Normalise
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
 from iprox.influence.scores import scores_table
@@ -270,6 +271,55 @@ def score(
     spread = TaskSpread()
     spread.add(over_checkpoints(tables, learning_rates))
     return combine(tables, learning_rates, weights=spread.weights(aggregate))
+
+
+def attribute(
+    model: nn.Module,
+    examples: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    target: nn.Module | None = None,
+    gradient: GradientSpace = "weight",
+    query_norm: float | None = None,
+    normalise: Normalise = "none",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+) -> pa.Table:
+    """Which tokens the TracIn score of some examples comes from (`iprox.influence.attribution`).
+
+    Args:
+        model: what they were scored on.
+        examples: the few to look at.
+        validation: validation examples by task.
+        target: as for `score`.
+        gradient: as for `score`.
+        query_norm: as for `score`.
+        normalise: as for `score`.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+
+    Returns:
+        One row an example: `id`, `tokens`, `supervised`, and for each task a list `influence/<task>` of one term a
+        token, whose sum is the score. Positive terms help the task.
+
+    Raises:
+        InputError: bad input, or a model with experts, whose layers do not see every token.
+    """
+    _refuse_adapter(model)
+    settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
+    reader = _Reader(model, tokenizer, max_length, batch_tokens)
+    encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
+    source = reader.pool(examples, "examples")
+    source.scan()
+    with experts_split(model, *([] if target is None else [target])):
+        scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
+        assert isinstance(scorer, BatchScorer)
+        try:
+            return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
+        except TypeError as error:
+            raise InputError(f"attribution: {error}") from error
 
 
 def _refuse_adapter(model: nn.Module) -> None:

@@ -163,23 +163,40 @@ class BatchScorer:
         Returns:
             Scores [B, tasks] and losses [B], in float32 or better, on the model's device.
         """
+        return self._score(batch, by_token=False)
+
+    def by_token(self, batch: Any) -> Tensor:
+        """What passes through each token's position: δ_tᵀ Ḡ h_t over all layers, whose sum over t is the score.
+
+        Returns:
+            Contributions [B, L, tasks], 0 on padding, in float32 or better.
+
+        Raises:
+            TypeError: a layer does not see every position (an expert).
+        """
+        return self._score(batch, by_token=True)[0]
+
+    def _score(self, batch: Any, by_token: bool) -> tuple[Tensor, Tensor]:
         columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             if name in self._queries:
-                columns[name] = self._queries[name].contract(h, delta)
+                columns[name] = self._queries[name].contract(h, delta, by_token)
             if self.normalise == "cosine":
                 norms.append(squared_norms(h, delta, has_bias(self.layers[name])))
 
         with frozen(self.model):
             losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+        positions = batch.input_ids.shape if by_token else losses.shape
         for name, column in columns.items():
-            if column.shape[0] != losses.shape[0]:
-                raise TypeError(f"{name} does not see one row an example, so its gradients cannot be told apart")
+            if column.shape[:-1] != positions:
+                seen = "every token" if by_token else "one row an example"
+                raise TypeError(f"{name} does not see {seen}, so its gradients cannot be told apart")
         scores = torch.stack(list(columns.values())).sum(0)
         if self.normalise == "cosine":
             length = torch.stack(norms).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
+            length = length[:, None] if by_token else length
             # A zero gradient has no direction: its cosine is 0, not NaN.
             scores = torch.where(length > 0, scores / length, torch.zeros_like(scores))
         return scores, losses

@@ -47,7 +47,7 @@ def summed_gradient(h: Tensor, delta: Tensor, bias: bool) -> LayerGradient:
     return LayerGradient((gradients.mT @ rows).to(dtype), gradients.sum(0, dtype=dtype) if bias else None)
 
 
-def contract(h: Tensor, delta: Tensor, query: LayerGradient) -> Tensor:
+def contract(h: Tensor, delta: Tensor, query: LayerGradient, by_token: bool = False) -> Tensor:
     """⟨G(z), query⟩ for every example z of a batch: Σ_t δ_tᵀ Q h_t, plus the bias term. Returns [B].
 
     2·T·m·n FLOPs, the same as a forward pass of the layer, and T·min(m, n) numbers of memory: the product is
@@ -57,13 +57,15 @@ def contract(h: Tensor, delta: Tensor, query: LayerGradient) -> Tensor:
         h: inputs [B, L, n].
         delta: output gradients [B, L, m], zero on padding.
         query: what to contract with, in the dtype of h.
+        by_token: leave the sum over t to the caller, and return its terms [B, L].
     """
     m, n = query.weight.shape
     dtype = accumulation_dtype(h)
     product = (delta @ query.weight) * h if n < m else (h @ query.weight.mT) * delta
-    scores = product.sum((1, 2), dtype=dtype)
+    scores = product.sum(2 if by_token else (1, 2), dtype=dtype)
     if query.bias is not None:
-        scores = scores + (delta.sum(1, dtype=dtype) @ query.bias.to(dtype))
+        gradients = delta.to(dtype) if by_token else delta.sum(1, dtype=dtype)
+        scores = scores + gradients @ query.bias.to(dtype)
     return scores
 
 

@@ -40,22 +40,25 @@ class LayerQuery:
     biases: Tensor | None
     flops: float
 
-    def contract(self, h: Tensor, delta: Tensor) -> Tensor:
+    def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
         """⟨G(z), Ḡ_task⟩ for every example z of a batch. Returns [B, T].
 
         Args:
             h: inputs [B, L, n].
             delta: output gradients [B, L, m], zero on padding.
+            by_token: leave the sum over tokens to the caller, and return its terms [B, L, T].
         """
         if self.dense is not None:
-            return torch.stack([contract(h, delta, gradient) for gradient in self.dense], dim=1)
+            return torch.stack([contract(h, delta, gradient, by_token) for gradient in self.dense], dim=-1)
         assert self.left is not None
         assert self.right is not None
         dtype = accumulation_dtype(h)
-        products = ((delta @ self.left) * (h @ self.right)).sum(1, dtype=dtype)
-        scores = torch.stack([part.sum(1) for part in products.split(self.ranks, dim=1)], dim=1)
+        products = (delta @ self.left) * (h @ self.right)
+        products = products.to(dtype) if by_token else products.sum(1, dtype=dtype)
+        scores = torch.stack([part.sum(-1) for part in products.split(self.ranks, dim=-1)], dim=-1)
         if self.biases is not None:
-            scores = scores + delta.sum(1, dtype=dtype) @ self.biases.mT.to(dtype)
+            gradients = delta.to(dtype) if by_token else delta.sum(1, dtype=dtype)
+            scores = scores + gradients @ self.biases.mT.to(dtype)
         return scores
 
 
