@@ -52,8 +52,8 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
 
     Args:
         lengths: Tokens of each example.
-        batch_tokens: Largest rows × longest row of a batch. A single example that is longer gets a batch of
-            its own.
+        batch_tokens: Largest rows × width of a batch (see `padded_width`). A single example that is longer gets a
+            batch of its own.
 
     Returns:
         Batches of positions; each position is in exactly one. The longest come first, so that too large a
@@ -69,26 +69,38 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        rows = max(1, batch_tokens // max(1, int(sizes[order[start]])))
+        rows = max(1, batch_tokens // padded_width(int(sizes[order[start]])))
         batches.append(order[start : start + rows])
         start += rows
     return batches
 
 
-def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int) -> Batch:
+def padded_width(length: int) -> int:
+    """The width that rows of a length are padded to: a multiple of 8, of 16 from 257 on, of 32 from 513 on, and so on.
+
+    CPU libraries generate code for every new shape of a bfloat16 product, which takes ten times as long as a small
+    product itself; with sixteen widths an octave the shapes of a pool repeat. Accelerators like multiples of 8. No row
+    of up to 2ᵏ tokens becomes wider than that (k ≥ 3), so none outgrows a model's positions.
+    """
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 5))
+    return -(-max(1, length) // step) * step
+
+
+def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, width: int | None = None) -> Batch:
     """Pad some examples on the right to one batch.
 
     Args:
         encoded: The caller's list.
         indices: Positions in it of the rows of the batch.
         pad_id: Token id that fills the padding; it carries no loss.
+        width: To pad to; that of the longest row if None.
 
     Returns:
         The batch.
     """
     rows = [encoded[index] for index in indices]
     lengths = [len(row.input_ids) for row in rows]
-    shape = (len(rows), max(lengths, default=0))
+    shape = (len(rows), max(lengths, default=0) if width is None else width)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     for position, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -118,7 +130,8 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> 
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
-        yield collate(encoded, [kept[position] for position in batch], pad_id)
+        indices = [kept[position] for position in batch]
+        yield collate(encoded, indices, pad_id, padded_width(len(encoded[indices[0]].input_ids)))
 
 
 def example_batches(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from iprox.influence.gradients import LayerGradient, contract
 from iprox.models.precision import accumulation_dtype
+from iprox.models.shapes import round_columns
 
 # Up to this width a whole spectrum is cheap beside reading a pool; above it the leading directions are sketched.
 WHOLE_GRAM = 1024
@@ -26,7 +27,7 @@ class LayerQuery:
 
     Attributes:
         dense: one gradient a task, where low rank would not be cheaper; else None.
-        left: [m, K], the tasks' left factors side by side, K = Σ ranks.
+        left: [m, K], the tasks' left factors side by side; K is Σ ranks rounded up, the rest is zero.
         right: [n, K].
         ranks: of each task.
         biases: [T, m], or None for a layer without a bias; never truncated.
@@ -55,7 +56,9 @@ class LayerQuery:
         dtype = accumulation_dtype(h)
         products = (delta @ self.left) * (h @ self.right)
         products = products.to(dtype) if by_token else products.sum(1, dtype=dtype)
-        scores = torch.stack([part.sum(-1) for part in products.split(self.ranks, dim=-1)], dim=-1)
+        scores = torch.stack(
+            [part.sum(-1) for part in products[..., : sum(self.ranks)].split(self.ranks, dim=-1)], dim=-1
+        )
         if self.biases is not None:
             gradients = delta.to(dtype) if by_token else delta.sum(1, dtype=dtype)
             scores = scores + gradients @ self.biases.mT.to(dtype)
@@ -83,8 +86,8 @@ def layer_query(gradients: Sequence[LayerGradient], keep: float, dtype: torch.dt
             biases = [gradient.bias for gradient in gradients if gradient.bias is not None]
             query = LayerQuery(
                 None,
-                torch.cat([left for left, _, _ in factors], dim=1).to(dtype),
-                torch.cat([right for _, right, _ in factors], dim=1).to(dtype),
+                round_columns(torch.cat([left for left, _, _ in factors], dim=1)).to(dtype),
+                round_columns(torch.cat([right for _, right, _ in factors], dim=1)).to(dtype),
                 ranks,
                 torch.stack(biases) if biases else None,
                 2.0 * sum(ranks) * (m + n),

@@ -25,10 +25,12 @@ from iprox.models.layers import (
     compressible_layers,
     decoder_layers,
     dense_weight,
+    layer_bias,
     low_rank_layers,
     replace_module,
     weight_shape,
 )
+from iprox.models.shapes import round_columns
 
 # (inputs h [B, L, n], output gradients δ [B, L, m]) of one layer.
 Watcher = Callable[[Tensor, Tensor], None]
@@ -43,11 +45,14 @@ class Wire:
         module: the layer.
         watchers: called with inputs and output gradients of the layer itself, or of a low-rank layer's factors, by
             module, as the backward pass reaches it.
+        factors: A [m, R] and B [R, n] of a low-rank layer, R its rank rounded up, the rest zero, so that layers share
+            shapes (see `round_columns`); None for another.
     """
 
     number: int
     module: nn.Module
     watchers: dict[nn.Module, Watcher] = field(default_factory=dict)
+    factors: tuple[Tensor, Tensor] | None = None
 
     def tell(self, module: nn.Module, h: Tensor, delta: Tensor) -> None:
         """Hand a layer's inputs and output gradients to whoever watches it."""
@@ -84,8 +89,12 @@ class Port(nn.Module):
 
 @torch.library.custom_op("iprox::linear", mutates_args=())
 def _linear(x: Tensor, number: Tensor, out_features: int) -> Tensor:
+    wire = _wires[int(number)]
     with torch.no_grad():
-        return _wires[int(number)].module(x)
+        if wire.factors is None:
+            return wire.module(x)
+        A, B = wire.factors
+        return nn.functional.linear(nn.functional.linear(x, B), A, layer_bias(wire.module))
 
 
 @_linear.register_fake
@@ -99,13 +108,16 @@ def _linear_backward(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
     layer = wire.module
     with torch.no_grad():
         wire.tell(layer, x, delta)
-        if not isinstance(layer, LowRankLinear):
+        if wire.factors is None:
             return delta @ dense_weight(layer)
-        between = delta @ layer.A.weight
+        assert isinstance(layer, LowRankLinear)
+        A, B = wire.factors
+        between = delta @ A
         if layer.A in wire.watchers:
             wire.tell(layer.A, layer.B(x), delta)
-        wire.tell(layer.B, x, between)
-        return between @ layer.B.weight
+        if layer.B in wire.watchers:
+            wire.tell(layer.B, x, between[..., : layer.rank])
+        return between @ B
 
 
 @_linear_backward.register_fake
@@ -149,6 +161,9 @@ def compile_layers(model: PreTrainedModel) -> None:
     blocks = decoder_layers(model)[1]
     for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
         wire = Wire(next(_numbers), layer)
+        if isinstance(layer, LowRankLinear):
+            A, B = layer.A.weight.detach(), layer.B.weight.detach()
+            wire.factors = round_columns(A), round_columns(B.mT).mT.contiguous()
         _wires[wire.number] = wire
         for part in (layer, *layer.children()):
             part.__dict__[ATTRIBUTE] = wire
