@@ -78,8 +78,8 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
 def padded_width(length: int) -> int:
     """The width that rows of a length are padded to: a multiple of 8, of 16 from 257 on, of 32 from 513 on, and so on.
 
-    CPU libraries generate code for every new shape of a bfloat16 product, which takes ten times as long as a small
-    product itself; with sixteen widths an octave the shapes of a pool repeat. Accelerators like multiples of 8. No row
+    CPU libraries generate code for every new shape of a bfloat16 product, which takes longer than a small product
+    itself; with sixteen widths an octave the shapes of a pool repeat. Accelerators like multiples of 8. No row
     of up to 2ᵏ tokens becomes wider than that (k ≥ 3), so none outgrows a model's positions.
     """
     step = max(8, 1 << max(0, (length - 1).bit_length() - 5))

@@ -1,7 +1,7 @@
-"""Shapes that repeat: oneDNN generates code for every new shape of a bfloat16 product, a millisecond or two each.
+"""Shapes that repeat: oneDNN generates code for every new shape of a bfloat16 product.
 
-Measured on two cores with AMX, [2,000, 384] by [384, 57]: 1.5 ms the first time, 0.1 ms after it. The layers of a proxy
-all have ranks of their own, so without rounding most products of a batch would be first ones.
+That takes longer than a small product itself. The layers of a proxy all have ranks of their own, so without rounding
+most products of a batch would be of a new shape.
 """
 
 from __future__ import annotations
