@@ -106,6 +106,11 @@ def test_attribution_splits_a_score_by_token(model):
         assert any(row["supervised"])
 
 
+def test_attribution_refuses_experts_before_any_work(tiny):
+    with pytest.raises(iprox.InputError, match="experts"):
+        iprox.attribute(tiny.model("qwen3-moe"), [], {})
+
+
 def test_scorers_without_gradients_compare_on_the_same_rows(model):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
     columns = {}

@@ -25,7 +25,7 @@ from iprox.influence.scores import scores_table
 from iprox.influence.scoring import Estimator, Query, ScoringSettings, scorer_of_batches
 from iprox.influence.windows import fitting_scorer, score_windows, windows_of
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
-from iprox.models.experts import experts_split
+from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -308,6 +308,9 @@ def attribute(
         InputError: bad input, or a model with experts, whose layers do not see every token.
     """
     _refuse_adapter(model)
+    with experts_split(model):
+        if any(isinstance(module, SplitExperts) for module in model.modules()):
+            raise InputError("attribution: the model has experts, whose layers do not see every token")
     settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
     reader = _Reader(model, tokenizer, max_length, batch_tokens)
     encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
@@ -316,10 +319,7 @@ def attribute(
     with experts_split(model, *([] if target is None else [target])):
         scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
         assert isinstance(scorer, BatchScorer)
-        try:
-            return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
-        except TypeError as error:
-            raise InputError(f"attribution: {error}") from error
+        return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
 
 
 def _refuse_adapter(model: nn.Module) -> None:

@@ -80,7 +80,7 @@ def padded_width(length: int) -> int:
 
     CPU libraries generate code for every new shape of a bfloat16 product, which takes longer than a small product
     itself; with sixteen widths an octave the shapes of a pool repeat. Accelerators like multiples of 8. No row
-    of up to 2ᵏ tokens becomes wider than that (k ≥ 3), so none outgrows a model's positions.
+    of up to 2ᵏ tokens becomes wider than that (k ≥ 3), so none outgrows a model of 2ᵏ positions.
     """
     step = max(8, 1 << max(0, (length - 1).bit_length() - 5))
     return -(-max(1, length) // step) * step
