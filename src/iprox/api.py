@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
 from iprox.errors import InputError
-from iprox.influence.aggregate import Aggregate, TaskSpread, combine, over_checkpoints
+from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise
 from iprox.influence.gradient_free import Corpus
@@ -172,6 +172,8 @@ def score(
     query_norm: float | None = None,
     normalise: Normalise = "none",
     aggregate: Aggregate = "standardised",
+    over_examples: OverExamples = "mean",
+    per_example: bool = False,
     learning_rates: Sequence[float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -198,7 +200,10 @@ def score(
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
             None: 0.95 on a proxy, 1 on a model itself.
         normalise: `none` or `cosine`.
-        aggregate: how `influence` is made of several tasks (see `iprox.influence.scoring.ScoringSettings`).
+        aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
+            (`iprox.influence.aggregate.Aggregation`).
+        over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
+        per_example: keep the scores by validation example, as columns `examples/<task>`.
         learning_rates: one a checkpoint; 1 for a single model if None.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
@@ -239,6 +244,8 @@ def score(
         curvature=curvature,
         damping=damping,
         seed=seed,
+        over_examples=over_examples,
+        per_example=per_example,
     )
     if settings.estimator in GRADIENT_FREE and len(models) > 1:
         raise InputError(f"checkpoints are summed by TracIn; {estimator} takes one model")
@@ -269,8 +276,8 @@ def score(
             parts = score_windows(scorer, source, reader.encoder, 0, fitted)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
-    spread.add(over_checkpoints(tables, learning_rates))
-    return combine(tables, learning_rates, weights=spread.weights(aggregate))
+    spread.add(by_task(tables, learning_rates, settings.aggregation))
+    return combine(tables, learning_rates, settings.aggregation, spread)
 
 
 def attribute(
@@ -424,6 +431,8 @@ def _score_batches(
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
     if settings.estimator in GRADIENT_FREE:
         raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
+    if settings.aggregation.by_example:
+        raise InputError("scores by validation example are of examples, not of a DataLoader's batches")
     if settings.estimator != "tracin" and not sample:
         raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
     scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or ())

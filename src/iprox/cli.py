@@ -363,9 +363,19 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
     parser.add_argument(
         "--aggregate",
-        choices=("standardised", "mean"),
+        choices=("standardised", "mean", "max"),
         default="standardised",
-        help="how several tasks make one score: each divided by its standard deviation first (default), or as is",
+        help="how several tasks make one score: the mean of scores divided by their standard deviations (default), or "
+        "mean or max of the scores as they are",
+    )
+    parser.add_argument(
+        "--over-examples",
+        choices=("mean", "max"),
+        default="mean",
+        help="how a task's validation examples make one score (default mean); max costs a column an example",
+    )
+    parser.add_argument(
+        "--per-example", action="store_true", help="keep the scores by validation example, as examples/TASK"
     )
     parser.add_argument(
         "--compile",

@@ -112,6 +112,8 @@ class ProxySection(_Section):
 GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
 GRADIENT_FREE = get_args(GradientFree)
 MODEL_FREE = ("random", "length", "bm25")
+# Those that look at a candidate alone, so that all tasks and validation examples have the same score.
+ALIKE = ("random", "length", "perplexity")
 
 
 class InfluenceSection(_Section):
@@ -122,6 +124,8 @@ class InfluenceSection(_Section):
     are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
     whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
     function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
+    A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the
+    scores by example too. `aggregate` says how `influence` is made of several tasks.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
     """
@@ -134,7 +138,9 @@ class InfluenceSection(_Section):
     query: Literal["target", "proxy"] = "target"
     query_norm: float | None = Field(None, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "none"
-    aggregate: Literal["standardised", "mean"] = "standardised"
+    aggregate: Literal["standardised", "mean", "max"] = "standardised"
+    over_examples: Literal["mean", "max"] = "mean"
+    per_example: bool = False
     checkpoints: Literal["last", "all"] = "last"
     compile: Literal["auto"] | bool = "auto"
 
@@ -154,6 +160,15 @@ class InfluenceSection(_Section):
             raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it at none")
         if self.gradient_free and self.checkpoints == "all":
             raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
+        return self
+
+    @model_validator(mode="after")
+    def _by_example(self) -> InfluenceSection:
+        if (self.over_examples == "max" or self.per_example) and self.estimator not in ("tracin", "rds", "bm25"):
+            raise ValueError(
+                f"over_examples: max and per_example go with tracin, rds and bm25; {self.estimator} has no scores by "
+                "validation example"
+            )
         return self
 
     @model_validator(mode="after")

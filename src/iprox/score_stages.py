@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from iprox.audit import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Example, Pool
-from iprox.influence.aggregate import combine
+from iprox.influence.aggregate import TaskSpread, combine
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
@@ -84,6 +84,8 @@ def score(
                 "gradient": settings.gradient,
                 "normalise": settings.normalise,
                 "aggregate": settings.aggregate,
+                "over_examples": settings.over_examples,
+                "per_example": settings.per_example,
                 "query": "target" if models[0].target else "own",
                 "query_norm": settings.query_norm,
                 "learning_rates": [model.learning_rate for model in models],
@@ -172,7 +174,10 @@ def audit(
                 tables[kind].append(table)
                 tokens += stats.tokens
                 total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
-    report = compare_scores(combine(tables["proxy"], rates), combine(tables["target"], rates))
+    # Tasks are compared one by one, so how they are weighed against each other does not matter here.
+    how = replace(scoring_settings(session, settings), per_example=False).aggregation
+    proxies, targets = (combine(tables[kind], rates, how, TaskSpread()) for kind in ("proxy", "target"))
+    report = compare_scores(proxies, targets)
     output.mkdir(parents=True, exist_ok=True)
     partial = output / "audit.parquet.partial"
     pq.write_table(report.scores, partial)
@@ -241,6 +246,8 @@ def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSet
         curvature=settings.curvature,
         damping=settings.damping,
         seed=session.seed,
+        over_examples=settings.over_examples,
+        per_example=settings.per_example,
     )
 
 

@@ -245,7 +245,7 @@ def _tasks(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
 def _influence(arguments: Namespace) -> InfluenceSection:
     names = (
         *("estimator", "curvature", "curvature_examples", "damping"),
-        *("gradient", "query", "query_norm", "normalise", "aggregate", "compile"),
+        *("gradient", "query", "query_norm", "normalise", "aggregate", "over_examples", "per_example", "compile"),
     )
     given = {name: getattr(arguments, name) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})

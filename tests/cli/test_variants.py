@@ -78,6 +78,25 @@ def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
     assert 0.3 < np.corrcoef(influence, again)[0, 1] < 0.99999
 
 
+def test_the_best_validation_example_decides_and_all_are_kept(several, tmp_path):
+    proxies = [
+        several.output / "aligned" / entry["path"]
+        for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())
+    ]
+    options = ("--query-norm", "1", "--learning-rates", "1e-3", "1e-4")
+    score(several, proxies, tmp_path / "max", "--over-examples", "max", "--per-example", *options)
+    table = pq.read_table(tmp_path / "max/scores.parquet")
+    made_by = json.loads(table.schema.metadata[b"iprox"])
+    assert {"over_examples": "max", "per_example": True}.items() <= made_by.items()
+    score(several, proxies, tmp_path / "mean", *options)
+    mean = pq.read_table(tmp_path / "mean/scores.parquet")
+    for task in ("arithmetic", "spelling"):
+        matrix = np.stack(table[f"examples/{task}"].to_pylist())
+        np.testing.assert_array_equal(matrix.max(axis=1), table[f"influence/{task}"].to_numpy())
+        expected = mean[f"influence/{task}"].to_numpy()
+        np.testing.assert_allclose(matrix.mean(axis=1), expected, atol=0.03 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("estimator", ["random", "length", "perplexity", "rds", "bm25"])
 def test_scorers_without_gradients(place, estimator):
     assert place.run(*NO_PROXY, f"influence.estimator={estimator}") == 0

@@ -1,21 +1,66 @@
-"""From scores of checkpoints and tasks to the one column that selection uses (pure maths on tables)."""
+"""From scores of checkpoints, validation examples and tasks to one column that selection uses (pure maths on tables).
+
+In this order: the sum over checkpoints, then over a task's validation examples, then over tasks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from iprox.influence.scores import score_matrix, scores_table, task_names
+from iprox.influence.scores import example_matrix, score_matrix, scores_table, task_names
 
-Aggregate = Literal["standardised", "mean"]
+Aggregate = Literal["standardised", "mean", "max"]
+OverExamples = Literal["mean", "max"]
 
 
-def over_checkpoints(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> np.ndarray:
-    """TracIn over checkpoints: Σ_c η_c · scores_c of the same rows, float64 [N, tasks]."""
-    return sum(rate * score_matrix(table) for table, rate in zip(tables, learning_rates, strict=True))  # pyright: ignore
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """How many scores of a candidate become one.
+
+    Attributes:
+        tasks: `standardised`: the mean of scores divided by their standard deviation over the pool, so that every
+            task counts alike, whatever the size of its gradients; `mean` or `max` of the scores as they are.
+        examples: of a task's validation examples: `mean`, the influence on the task's validation loss, or `max`, on
+            the one example that the candidate helps most (LESS, arXiv:2402.04333, has the maximum over subtasks).
+        keep_examples: keep the scores by validation example beside their aggregate.
+    """
+
+    tasks: Aggregate = "standardised"
+    examples: OverExamples = "mean"
+    keep_examples: bool = False
+
+    @property
+    def by_example(self) -> bool:
+        """Whether candidates have to meet validation examples one by one; else their mean gradient does."""
+        return self.examples == "max" or self.keep_examples
+
+    def over_tasks(self, scores: np.ndarray, spread: TaskSpread) -> np.ndarray:
+        """The aggregate [N] of scores [N, tasks]; NaN where a score is."""
+        if self.tasks == "max":
+            return scores.max(axis=1)
+        if self.tasks == "mean" or scores.shape[1] == 1:
+            return scores.mean(axis=1)
+        return (scores / spread.deviation()).mean(axis=1)
+
+
+def by_task(tables: Sequence[pa.Table], learning_rates: Sequence[float], how: Aggregation) -> np.ndarray:
+    """TracIn over checkpoints: Σ_c η_c · scores_c of the same rows by task, float64 [N, tasks]."""
+    if how.examples == "mean":
+        return sum(rate * score_matrix(table) for table, rate in zip(tables, learning_rates, strict=True))  # pyright: ignore
+    return np.stack([matrix.max(axis=1) for matrix in by_example(tables, learning_rates)], axis=1)
+
+
+def by_example(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> list[np.ndarray]:
+    """Of each task, the sum over checkpoints of scores by validation example, float64 [N, V]."""
+    return [
+        sum(rate * example_matrix(table, task) for table, rate in zip(tables, learning_rates, strict=True))  # pyright: ignore
+        for task in task_names(tables[0])
+    ]
 
 
 class TaskSpread:
@@ -35,29 +80,33 @@ class TaskSpread:
         self.mean = self.mean + shift * count / total
         self.count = total
 
-    def weights(self, aggregate: Aggregate) -> np.ndarray | None:
-        """Weights of the tasks in the aggregate: 1 over the standard deviation, or none (`mean`, or one task)."""
+    def deviation(self) -> np.ndarray:
+        """Standard deviation of each task's scores; 1 for a task whose scores are all alike."""
         deviation = np.sqrt(np.atleast_1d(self.squares) / max(self.count, 1))
-        if aggregate == "mean" or len(deviation) == 1:
-            return None
-        return 1 / np.where(deviation > 0, deviation, 1.0)
+        return np.where(deviation > 0, deviation, 1.0)
 
 
 def combine(
     tables: Sequence[pa.Table],
     learning_rates: Sequence[float],
+    how: Aggregation,
+    spread: TaskSpread,
     metadata: Mapping | None = None,
-    weights: np.ndarray | None = None,
 ) -> pa.Table:
     """One scores table of the scores of the same rows at several checkpoints.
 
     Args:
         tables: one a checkpoint, same rows in the same order.
         learning_rates: η of each checkpoint.
+        how: many scores become one.
+        spread: of the scores of the whole pool.
         metadata: kept in the table.
-        weights: of the tasks in the aggregate, from `TaskSpread`.
     """
     first = tables[0]
-    total = over_checkpoints(tables, learning_rates)
+    total = by_task(tables, learning_rates, how)
+    examples = by_example(tables, learning_rates) if how.keep_examples else ()
     ids, sources, tokens = (first[name].to_pylist() for name in ("id", "source", "tokens"))
-    return scores_table(ids, sources, tokens, total, task_names(first), metadata, weights)
+    influence = how.over_tasks(total, spread)
+    return scores_table(
+        ids, sources, tokens, total, task_names(first), metadata, influence=influence, examples=examples
+    )

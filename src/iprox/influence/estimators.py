@@ -7,14 +7,14 @@ validation loss, by I(z; V) to first order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import LayerGradient, squared_norms, summed_gradient
-from iprox.influence.queries import layer_query
+from iprox.influence.gradients import LayerGradient, LowRankGradient, squared_norms, summed_gradient
+from iprox.influence.queries import LayerQuery, layer_query, low_rank_query
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -24,6 +24,12 @@ Normalise = Literal["none", "cosine"]
 
 # A gradient of the whole model: layer name -> gradient of that layer.
 ModelGradient = dict[str, LayerGradient]
+
+# The same of one example, low-rank.
+ExampleGradient = dict[str, LowRankGradient]
+
+# What candidates meet of a task: its mean gradient, or the gradients of its examples one by one.
+TaskQuery = ModelGradient | Sequence[ExampleGradient]
 
 
 def mean_gradient(
@@ -103,28 +109,31 @@ def seen_from(gradient: ModelGradient, proxy: nn.Module, space: GradientSpace) -
 
 
 class BatchScorer:
-    """Scores batches of candidates against the mean gradients of several tasks, at one checkpoint.
+    """Scores batches of candidates against the validation gradients of several tasks, at one checkpoint.
 
     Forward 2P, backward to the activations 2P, and the contraction (see `queries`). The memory is the batch's
     activations and the tasks' gradients.
 
     Args:
         model: a proxy or any model.
-        queries: mean validation gradient by task, from `mean_gradient` with the same `gradient`, or from `seen_from`.
+        queries: by task its mean validation gradient, from `mean_gradient` with the same `gradient` or from
+            `seen_from`, or the gradients of its examples, from `example_gradients`, which are a column of scores each.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
         keep: share of the norm of each layer's validation gradient that is kept when it is made low-rank; 1 is exact.
         loss_fn: per-example losses of a model that is no language model.
 
     Attributes:
+        widths: columns of each task: 1, or its examples.
         contraction_flops: FLOPs a token of contracting with all tasks.
-        kept: share of each task's gradient norm that its low-rank form kept, over all layers.
+        kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
+            lost most).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        queries: Mapping[str, ModelGradient],
+        queries: Mapping[str, TaskQuery],
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
@@ -136,21 +145,22 @@ class BatchScorer:
         self.normalise = normalise
         self.loss_fn = loss_fn
         self.layers = influence_layers(model, gradient)
-        norms = torch.stack(
-            [torch.stack([part.squared_norm() for part in queries[task].values()]).sum() for task in self.tasks]
-        )
-        self._queries = {}
+        self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
+        columns: list[Any] = []
+        for query in queries.values():
+            columns += [query] if isinstance(query, dict) else query
+        norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in columns])
+        self._queries: dict[str, LayerQuery] = {}
         lost = torch.zeros_like(norms)
         for name, layer in self.layers.items():
-            if all(name in queries[task] for task in self.tasks):
+            if all(name in each for each in columns):
                 # In the compute dtype, so that the contraction is plain GEMMs.
-                dtype = layer.weight.dtype
-                self._queries[name], dropped = layer_query([queries[task][name] for task in self.tasks], keep, dtype)  # pyright: ignore
+                self._queries[name], dropped = _query_of([each[name] for each in columns], keep, layer.weight.dtype)  # pyright: ignore
                 lost += dropped
         self._query_norms = norms.sqrt()
         self.contraction_flops = sum(query.flops for query in self._queries.values())
         shares = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
-        self.kept: dict[str, float] = dict(zip(self.tasks, shares.tolist(), strict=True))
+        self.kept = {task: part.min().item() for task, part in zip(self.tasks, shares.split(self.widths), strict=True)}
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +171,8 @@ class BatchScorer:
         """Score one batch.
 
         Returns:
-            Scores [B, tasks] and losses [B], in float32 or better, on the model's device.
+            Scores [B, columns], those of a task side by side, and losses [B], in float32 or better, on the model's
+            device.
         """
         return self._score(batch, by_token=False)
 
@@ -169,7 +180,7 @@ class BatchScorer:
         """What passes through each token's position: δ_tᵀ Ḡ h_t over all layers, whose sum over t is the score.
 
         Returns:
-            Contributions [B, L, tasks], 0 on padding, in float32 or better.
+            Contributions [B, L, columns], 0 on padding, in float32 or better.
 
         Raises:
             TypeError: a layer does not see every position (an expert).
@@ -200,6 +211,13 @@ class BatchScorer:
             # A zero gradient has no direction: its cosine is 0, not NaN.
             scores = torch.where(length > 0, scores / length, torch.zeros_like(scores))
         return scores, losses
+
+
+def _query_of(gradients: Sequence[Any], keep: float, dtype: torch.dtype) -> tuple[LayerQuery, Tensor]:
+    """What candidates meet of one layer, and the squared norm that it leaves out of each gradient."""
+    if all(isinstance(gradient, LowRankGradient) for gradient in gradients):
+        return low_rank_query(gradients, dtype), torch.stack([gradient.lost for gradient in gradients])
+    return layer_query(gradients, keep, dtype)
 
 
 def has_bias(layer: nn.Module) -> bool:

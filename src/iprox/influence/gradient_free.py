@@ -31,15 +31,22 @@ class RowScorer:
     """Scores batches of candidates, a row by itself; the same to look at as `BatchScorer`.
 
     Attributes:
-        tasks: one column each.
-        rows: batch -> scores [B] or [B, tasks]; one column serves all tasks.
+        tasks: what is scored.
+        rows: batch -> scores [B] or [B, columns]; one column serves all tasks.
         model: what is run, if anything.
+        columns: of each task; None: one.
     """
 
     tasks: list[str]
     rows: Callable[[Any], Tensor]
     model: nn.Module | None = None
+    columns: list[int] | None = None
     contraction_flops: float = 0.0
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of each task."""
+        return self.columns or [1] * len(self.tasks)
 
     @property
     def kept(self) -> dict[str, float]:
@@ -52,7 +59,7 @@ class RowScorer:
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
 
     def __call__(self, batch: Any) -> tuple[Tensor, None]:
-        """Scores [B, tasks], in float32 or better; and no losses."""
+        """Scores [B, columns], in float32 or better; and no losses."""
         scores = self.rows(batch)
         return (scores[:, None].expand(-1, len(self.tasks)) if scores.ndim == 1 else scores), None
 
@@ -96,12 +103,24 @@ def pooled_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return nn.functional.normalize(pooled, dim=1)
 
 
-def rds_scorer(model: PreTrainedModel, validation: Mapping[str, Iterable[Batch]]) -> RowScorer:
-    """Mean cosine of a candidate's pooled hidden states with those of each task's validation examples."""
-    means = torch.stack(
-        [torch.cat([pooled_states(model, batch) for batch in batches]).mean(0) for batches in validation.values()]
-    )
-    return RowScorer(list(validation), lambda batch: pooled_states(model, batch) @ means.mT, model)
+def rds_scorer(
+    model: PreTrainedModel, validation: Mapping[str, Iterable[Batch]], *, by_example: bool = False
+) -> RowScorer:
+    """Mean cosine of a candidate's pooled hidden states with those of each task's validation examples.
+
+    `by_example`: not their mean but each, a column an example.
+    """
+    queries = []
+    for batches in validation.values():
+        states, order = [], []
+        for batch in batches:
+            states.append(pooled_states(model, batch))
+            order += batch.indices
+        of_task = torch.cat(states)[np.argsort(order)]
+        queries.append(of_task if by_example else of_task.mean(0, keepdim=True))
+    rows = torch.cat(queries)
+    widths = [len(of_task) for of_task in queries]
+    return RowScorer(list(validation), lambda batch: pooled_states(model, batch) @ rows.mT, model, widths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,22 +159,28 @@ class Corpus:
         return np.log1p((self.documents - counts + 0.5) / (counts + 0.5))
 
 
-def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[Encoded]]) -> RowScorer:
+def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[Encoded]], *, by_example: bool = False) -> RowScorer:
     """BM25 of a candidate as the document and each validation example as a query; terms are the tokenizer's tokens.
 
     Σ_t q(t) · idf(t) · f(t)·(k₁ + 1) / (f(t) + k₁ (1 − b + b·|D| / mean length)), f(t) and q(t) how often t is in the
     candidate and, on average, in a validation example. It is linear in q, so the mean over queries costs one query.
+
+    `by_example`: not their mean but each, a column an example.
     """
     size = max(int(example.input_ids.max()) for examples in validation.values() for example in examples) + 1
-    queries = np.zeros((size, len(validation)))
-    for column, examples in enumerate(validation.values()):
-        for example in examples:
-            queries[:, column] += np.bincount(example.input_ids, minlength=size)
-        queries[:, column] /= len(examples)
+    # As for every other scorer, examples without a supervised token do not count.
+    used = [[example for example in examples if example.supervised] for examples in validation.values()]
+    widths = [len(examples) if by_example else 1 for examples in used]
+    queries = np.zeros((size, sum(widths)))
+    starts = np.cumsum([0, *widths])
+    for start, examples in zip(starts, used, strict=False):
+        for number, example in enumerate(examples):
+            terms = np.bincount(example.input_ids, minlength=size)
+            queries[:, start + (number if by_example else 0)] += terms if by_example else terms / len(examples)
     queries *= corpus.rarity(size)[:, None]
 
     def rows(batch: Batch) -> Tensor:
-        scores = np.zeros((len(batch.lengths), len(validation)))
+        scores = np.zeros((len(batch.lengths), queries.shape[1]))
         for row, (tokens, length) in enumerate(zip(batch.input_ids, batch.lengths.tolist(), strict=True)):
             terms, counts = np.unique(tokens[:length].cpu().numpy(), return_counts=True)
             known = terms < size  # a token that no query holds adds nothing
@@ -164,4 +189,4 @@ def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[Encoded]]) -> 
             scores[row] = saturated @ queries[terms]
         return torch.from_numpy(scores)
 
-    return RowScorer(list(validation), rows)
+    return RowScorer(list(validation), rows, columns=widths)

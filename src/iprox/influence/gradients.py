@@ -31,6 +31,30 @@ class LayerGradient:
         return total if self.bias is None else total + self.bias.square().sum()
 
 
+@dataclass(slots=True)
+class LowRankGradient:
+    """A gradient of one linear layer as a product: weight ≈ left rightᵀ.
+
+    Attributes:
+        left: [m, k].
+        right: [n, k].
+        bias: [m], or None for a layer without.
+        lost: squared norm of what the product leaves out, a scalar.
+    """
+
+    left: Tensor
+    right: Tensor
+    bias: Tensor | None
+    lost: Tensor
+
+    def squared_norm(self) -> Tensor:
+        """‖weight‖² + ‖bias‖², what was left out included; a scalar. 2k²(m+n) FLOPs."""
+        dtype = accumulation_dtype(self.left)
+        left, right = self.left.to(dtype), self.right.to(dtype)
+        total = ((left.mT @ left) * (right.mT @ right)).sum() + self.lost
+        return total if self.bias is None else total + self.bias.square().sum()
+
+
 def summed_gradient(h: Tensor, delta: Tensor, bias: bool) -> LayerGradient:
     """The gradient summed over a whole batch. 2·T·m·n FLOPs for T tokens.
 

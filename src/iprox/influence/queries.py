@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iprox.influence.gradients import LayerGradient, contract
+from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
 from iprox.models.precision import accumulation_dtype
 from iprox.models.shapes import round_columns
 
@@ -95,6 +95,53 @@ def layer_query(gradients: Sequence[LayerGradient], keep: float, dtype: torch.dt
             return query, torch.stack([dropped for _, _, dropped in factors])
     dense = [gradient.to(dtype) for gradient in gradients]
     return LayerQuery(dense, None, None, (min(m, n),) * len(gradients), None, 2.0 * dense_cost), exact
+
+
+def low_rank_query(gradients: Sequence[LowRankGradient], dtype: torch.dtype) -> LayerQuery:
+    """The query of one layer for several gradients that are low-rank already, one column each.
+
+    Args:
+        gradients: say, of single validation examples.
+        dtype: of the products.
+    """
+    ranks = tuple(gradient.left.shape[1] for gradient in gradients)
+    left = torch.cat([gradient.left for gradient in gradients], dim=1)
+    right = torch.cat([gradient.right for gradient in gradients], dim=1)
+    biases = [gradient.bias for gradient in gradients if gradient.bias is not None]
+    return LayerQuery(
+        None,
+        round_columns(left).to(dtype),
+        round_columns(right).to(dtype),
+        ranks,
+        torch.stack(biases) if biases else None,
+        2.0 * sum(ranks) * (len(left) + len(right)),
+    )
+
+
+def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRankGradient:
+    """The gradient of one example, whose rank is at most the number of its tokens, without forming it.
+
+    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ, and the left factor is no longer than the example: 2Ln² + 2L²m FLOPs.
+
+    Args:
+        h: inputs [L, n].
+        delta: output gradients [L, m].
+        bias: whether the layer has one.
+        keep: share of the Frobenius norm that a truncation keeps at least, in (0, 1]; 1 keeps it whole.
+    """
+    dtype = accumulation_dtype(h)
+    seen = (delta != 0).any(1)
+    h, delta = h[seen].to(dtype), delta[seen].to(dtype)
+    if not len(h):
+        h, delta = h.new_zeros(1, h.shape[1]), delta.new_zeros(1, delta.shape[1])
+    whole_bias = delta.sum(0) if bias else None
+    right, triangle = torch.linalg.qr(h.mT)
+    left = delta.mT @ triangle.mT
+    lost = left.new_zeros(())
+    if keep < 1:
+        left, inner, lost = truncated(left, keep)
+        right = right @ inner
+    return LowRankGradient(left, right, whole_bias, lost)
 
 
 def truncated(weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from iprox.errors import InputError
 
 TASK_PREFIX = "influence/"
+EXAMPLES_PREFIX = "examples/"
 AGGREGATE = "influence"
 
 
@@ -24,7 +25,9 @@ def scores_table(
     scores: np.ndarray,
     tasks: Sequence[str],
     metadata: Mapping[str, object] | None = None,
-    weights: np.ndarray | None = None,
+    *,
+    influence: np.ndarray | None = None,
+    examples: Sequence[np.ndarray] = (),
 ) -> pa.Table:
     """A table with one row an example, in pool order.
 
@@ -35,11 +38,13 @@ def scores_table(
         scores: float64 [N, tasks]; NaN (no supervised token, so no score) becomes null.
         tasks: names of the columns of `scores`.
         metadata: what made the scores, kept in the file as JSON under the key `iprox`.
-        weights: of each task in the aggregate [tasks]; 1 if None.
+        influence: the aggregate [N]. None takes the mean over tasks, which is the influence on the mean of their
+            validation losses.
+        examples: of each task, scores by validation example [N, V], kept as they are.
 
     Returns:
-        Columns `id`, `source`, `tokens`, `influence/<task>`..., and `influence`: the weighted mean over tasks. With
-        weights of 1 it is the influence on the mean of the tasks' validation losses.
+        Columns `id`, `source`, `tokens`, `influence/<task>`..., `influence`, and with `examples` `examples/<task>`...,
+        lists of one length.
     """
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.string()),
@@ -49,8 +54,11 @@ def scores_table(
     for position, task in enumerate(tasks):
         columns[TASK_PREFIX + task] = pa.array(scores[:, position], pa.float64(), from_pandas=True)
     columns[AGGREGATE] = pa.array(
-        (scores if weights is None else scores * weights).mean(axis=1), pa.float64(), from_pandas=True
+        scores.mean(axis=1) if influence is None else influence, pa.float64(), from_pandas=True
     )
+    for task, matrix in zip(tasks, examples, strict=False):
+        values = pa.array(np.ascontiguousarray(matrix).ravel(), pa.float64(), from_pandas=True)
+        columns[EXAMPLES_PREFIX + task] = pa.FixedSizeListArray.from_arrays(values, matrix.shape[1])
     table = pa.table(columns)
     return table.replace_schema_metadata({"iprox": json.dumps(metadata, sort_keys=True)} if metadata else None)
 
@@ -64,6 +72,17 @@ def score_matrix(table: pa.Table) -> np.ndarray:
     """The task columns as float64 [N, tasks], NaN where null."""
     columns = [table[TASK_PREFIX + task].to_numpy(zero_copy_only=False) for task in task_names(table)]
     return np.stack(columns, axis=1).astype(np.float64)
+
+
+def example_matrix(table: pa.Table, task: str) -> np.ndarray:
+    """Scores by validation example of a task, float64 [N, V], NaN where null.
+
+    Raises:
+        KeyError: the table does not hold them.
+    """
+    column = table[EXAMPLES_PREFIX + task].combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
+    return values.reshape(table.num_rows, column.type.list_size)
 
 
 def scores_metadata(table: pa.Table) -> dict[str, object]:

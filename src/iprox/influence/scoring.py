@@ -12,14 +12,15 @@ from torch import nn
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence import gradient_free
-from iprox.influence.aggregate import Aggregate
-from iprox.influence.estimators import BatchScorer, Normalise, mean_gradient, seen_from
+from iprox.influence.aggregate import Aggregate, Aggregation, OverExamples
+from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, mean_gradient, seen_from
+from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, precondition
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.recipe import GRADIENT_FREE, GradientFree
+from iprox.recipe import ALIKE, GRADIENT_FREE, GradientFree
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
@@ -47,9 +48,9 @@ class ScoringSettings:
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         gradient: which gradient of a proxy's low-rank layers, `factors` or `weight`.
         normalise: `none` or `cosine`.
-        aggregate: how `influence` is made of several tasks: `standardised` (the mean of scores divided by their
-            standard deviation over the pool, so that every task counts alike, whatever the size of its gradients)
-            or `mean` (of the scores as they are).
+        aggregate: how `influence` is made of several tasks (`Aggregation.tasks`).
+        over_examples: how a task's score is made of its validation examples (`Aggregation.examples`).
+        per_example: keep the scores by validation example.
         query_norm: share of the norm of each layer's validation gradient that is kept when it is made low-rank, so that
             many tasks cost little more than one; 1 scores with the whole gradient. None: 0.95 on a proxy, 1 on a model
             itself.
@@ -70,6 +71,13 @@ class ScoringSettings:
     curvature: KroneckerCurvature = "ek-fac"
     damping: float = 0.1
     seed: int = 0
+    over_examples: OverExamples = "mean"
+    per_example: bool = False
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """How many scores of a candidate become one."""
+        return Aggregation(self.aggregate, self.over_examples, self.per_example)
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -121,7 +129,7 @@ def scorer_of_batches(
     target: nn.Module | None = None,
     sample: Sequence[Any] = (),
 ) -> BatchScorer:
-    """A scorer of candidates against each task's mean validation gradient at one checkpoint.
+    """A scorer of candidates against each task's validation gradients at one checkpoint.
 
     Args:
         model: what candidates are scored on.
@@ -142,6 +150,20 @@ def scorer_of_batches(
             "set query to proxy, or gradient to weight"
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
+    if settings.aggregation.by_example:
+        if settings.estimator != "tracin":
+            raise InputError(
+                f"{settings.estimator} divides the mean gradient of a task by the curvature; by validation example "
+                "there are tracin, rds and bm25"
+            )
+        keep = settings.kept_norm(model)
+        one_by_one: dict[str, TaskQuery] = {}
+        for task, batches in validation.items():
+            found = example_gradients(source, batches, space, keep, loss_fn)
+            one_by_one[task] = (
+                found if target is None else [example_seen_from(each, model, settings.gradient) for each in found]
+            )
+        return _batch_scorer(model, one_by_one, settings, loss_fn)
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
     if settings.estimator != "tracin":
         queries = precondition(
@@ -155,6 +177,12 @@ def scorer_of_batches(
         )
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
+    return _batch_scorer(model, queries, settings, loss_fn)
+
+
+def _batch_scorer(
+    model: nn.Module, queries: Mapping[str, TaskQuery], settings: ScoringSettings, loss_fn: LossFn
+) -> BatchScorer:
     return BatchScorer(
         model,
         queries,
@@ -185,9 +213,11 @@ def build_scorer(
     """
     if settings.estimator in GRADIENT_FREE and settings.normalise != "none":
         raise InputError(f"normalise {settings.normalise} is of gradients, which {settings.estimator} has none of")
+    if settings.aggregation.by_example and settings.estimator in ALIKE:
+        raise InputError(f"{settings.estimator} looks at no validation example, so it has no scores by example")
     if settings.estimator == "bm25":
         assert corpus is not None
-        return gradient_free.bm25_scorer(corpus, validation)
+        return gradient_free.bm25_scorer(corpus, validation, by_example=settings.aggregation.by_example)
     if settings.estimator == "random":
         return RowScorer(list(validation), lambda batch: gradient_free.random_scores(batch, settings.seed))
     if settings.estimator == "length":
@@ -202,7 +232,7 @@ def build_scorer(
             raise InputError(f"validation task {task!r} has no example with a supervised token")
         batches[task] = on_device(iter_batches(encoded, settings.batch_tokens, pad_id), device)
     if settings.estimator == "rds":
-        return gradient_free.rds_scorer(model, batches)  # pyright: ignore[reportArgumentType]
+        return gradient_free.rds_scorer(model, batches, by_example=settings.aggregation.by_example)  # pyright: ignore[reportArgumentType]
     measured: list[Batch] = []
     if settings.estimator != "tracin":
         measured = list(on_device(iter_batches(sample, settings.batch_tokens, pad_id), device))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches
-from iprox.influence.aggregate import TaskSpread, combine, over_checkpoints
+from iprox.influence.aggregate import TaskSpread, by_task, combine
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import ScoringSettings, ScoringStats
@@ -100,13 +100,12 @@ def score_to_file(
             yield [pq.read_table(shards / f"checkpoint-{c:03d}" / name) for c in range(len(checkpoints))]
 
     for tables in windows_done():
-        spread.add(over_checkpoints(tables, rates))
-    weights = spread.weights(settings.aggregate)
+        spread.add(by_task(tables, rates, settings.aggregation))
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():
             stats.add(ScoringStats(**scores_metadata(tables[0])))  # pyright: ignore[reportArgumentType]
-            yield combine(tables, rates, identity, weights)
+            yield combine(tables, rates, settings.aggregation, spread, identity)
 
     write_parts(path, parts())
     # Without its identity a half-removed folder is nobody's; the next start drops it.

@@ -86,7 +86,7 @@ class WindowScorer:
         """
         device = self.scorer.device
         encoded = self.encoder.encode(window)
-        scores = np.full((len(window), len(self.scorer.tasks)), np.nan)
+        scores = np.full((len(window), sum(self.scorer.widths)), np.nan)
         for number, batch in enumerate(iter_batches(encoded, self.settings.batch_tokens, self.pad_id)):
             if number % RELEASE_EVERY == 0:
                 release_memory()
@@ -114,7 +114,10 @@ class WindowScorer:
             uncompiled=self.uncompiled,
             batch_tokens=self.settings.batch_tokens,
         )
-        return scores_table(ids, sources, lengths, scores, self.scorer.tasks), stats
+        columns = np.split(scores, np.cumsum(self.scorer.widths)[:-1], axis=1)
+        means = np.stack([part.mean(axis=1) for part in columns], axis=1)
+        by_example = columns if self.settings.aggregation.by_example else ()
+        return scores_table(ids, sources, lengths, means, self.scorer.tasks, examples=by_example), stats
 
     def _fitting(self, batch: Batch) -> Tensor:
         """Scores of a batch [B, tasks], in halves where it does not fit in memory; later batches are then smaller."""

@@ -1,0 +1,184 @@
+"""Scores by validation example, and how they become one: against the mean gradient and against each by itself."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iprox.data import Encoded, Pool
+from iprox.errors import InputError
+from iprox.influence.aggregate import Aggregation, TaskSpread, combine
+from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
+from iprox.influence.example_gradients import example_gradients, example_seen_from
+from iprox.influence.gradients import summed_gradient
+from iprox.influence.queries import example_gradient
+from iprox.influence.scores import example_matrix, read_scores, score_matrix, scores_table
+from iprox.influence.scoring import ScoringSettings, build_scorer
+from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 7), st.booleans(), st.integers(0, 99))
+def test_the_gradient_of_an_example_is_its_product_of_tokens(length, m, n, bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    h, delta = torch.randn(length, n, generator=generator), torch.randn(length, m, generator=generator)
+    h, delta = h.double(), delta.double()
+    delta[seed % length] = 0  # a position that the loss does not hang on
+    whole = summed_gradient(h[None], delta[None], bias)
+    exact = example_gradient(h, delta, bias, 1.0)
+    torch.testing.assert_close(exact.left @ exact.right.mT, whole.weight)
+    torch.testing.assert_close(exact.squared_norm(), whole.squared_norm())
+    cut = example_gradient(h, delta, bias, 0.9)
+    torch.testing.assert_close(cut.squared_norm(), whole.squared_norm())
+    error = (cut.left @ cut.right.mT - whole.weight).square().sum()
+    torch.testing.assert_close(error, cut.lost, rtol=1e-6, atol=1e-10)
+    assert cut.lost <= (1 - 0.9**2) * whole.weight.square().sum() + 1e-10
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("normalise", ["none", "cosine"])
+def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalise):
+    from iprox.models.experts import experts_split
+
+    model, pool = tiny.model(family), tiny.batch([9, 3, 7])
+    with experts_split(model):
+        validation = tiny.batch([4, 8, 5], seed=1)
+        backwards = dataclasses.replace(validation, indices=[2, 0, 1])  # as length-sorted batches are
+        queries = [mean_gradient(model, [row])[0] for row in tiny.rows(validation)]
+        expected = torch.cat([BatchScorer(model, {"t": q}, normalise=normalise)(pool)[0] for q in queries], dim=1)
+        examples = example_gradients(model, [backwards])
+        scorer = BatchScorer(model, {"a": examples, "b": examples[:1]}, normalise=normalise)
+        assert scorer.widths == [3, 1]
+        scores, _ = scorer(pool)
+    torch.testing.assert_close(scores[:, :3], expected[:, [1, 2, 0]], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(scores[:, 3], expected[:, 1], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("space", ["weight", "factors"])
+def test_examples_of_the_target_meet_candidates_on_the_proxy(tiny, space):
+    model, pool, validation = tiny.model("qwen2"), tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
+    proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
+    mean = seen_from(mean_gradient(model, [validation], "weight")[0], proxy, space)
+    whole, _ = BatchScorer(proxy, {"t": mean}, gradient=space)(pool)
+    seen = [example_seen_from(each, proxy, space) for each in example_gradients(model, [validation], "weight")]
+    scores, _ = BatchScorer(proxy, {"t": seen}, gradient=space)(pool)
+    torch.testing.assert_close(scores.mean(1, keepdim=True), whole, rtol=1e-8, atol=1e-10)
+
+
+def test_a_gradient_that_is_not_finite_names_the_layer(tiny):
+    model = tiny.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"model\.layers.* is not finite"):
+        example_gradients(model, [tiny.batch([5, 4])])
+
+
+class Letters:
+    """Encodes a text as its letters, all supervised; one word has no supervised token."""
+
+    def encode(self, examples):
+        rows = []
+        for example in examples:
+            tokens = np.array([1 + ord(letter) % 60 for letter in example.text], dtype=np.int32)
+            labels = np.full_like(tokens, -100) if example.text.startswith("nothing") else tokens
+            rows.append(Encoded(tokens, labels, truncated=False))
+        return rows
+
+
+@pytest.fixture
+def setup(tiny):
+    pool = Pool([{"text": text} for text in ("one word", "another", "nothing", "a third one", "four")])
+    texts = {"a": ["hello", "nothing", "the whole world"], "b": ["other"]}
+    validation = {task: Letters().encode(Pool([{"text": t} for t in each])) for task, each in texts.items()}
+    return [tiny.model("qwen2"), tiny.model("qwen2", seed=1)], pool, validation
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("over", ["mean", "max"])
+def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path, over, keep):
+    models, pool, validation = setup
+    rates = [0.5, 2.0]
+    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max")
+    checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
+    score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
+    table = read_scores(tmp_path / "s.parquet")
+    columns = []
+    for example in [row for rows in validation.values() for row in rows if row.supervised]:
+        total = 0
+        for model, rate in zip(models, rates, strict=True):
+            scorer = build_scorer(model, {"t": [example]}, 0, dataclasses.replace(how, over_examples="mean"))
+            row = np.full(5, np.nan)
+            for batch in iter_pool(pool):
+                row[batch.indices] = scorer(batch)[0][:, 0].numpy()
+            total = total + rate * row
+        columns.append(total)
+    matrix = np.stack(columns, axis=1)  # the example without a supervised token has no column
+    best = matrix[:, :2].max(1) if over == "max" else matrix[:, :2].mean(1)
+    np.testing.assert_allclose(score_matrix(table), np.stack([best, matrix[:, 2]], 1), rtol=1e-8)
+    np.testing.assert_allclose(table["influence"].to_numpy(), np.maximum(best, matrix[:, 2]), rtol=1e-8)
+    assert ("examples/a" in table.column_names) == keep
+    if keep:
+        np.testing.assert_allclose(example_matrix(table, "a"), matrix[:, :2], rtol=1e-8)
+        np.testing.assert_allclose(example_matrix(table, "b"), matrix[:, 2:], rtol=1e-8)
+
+
+def iter_pool(pool):
+    from iprox.data import iter_batches
+
+    return iter_batches(Letters().encode(list(pool)), 32, 0)
+
+
+def test_the_mean_of_examples_is_the_score_of_the_task(setup):
+    (model, _), pool, validation = setup
+    mean = build_scorer(model, validation, 0, ScoringSettings())
+    each = build_scorer(model, validation, 0, ScoringSettings(per_example=True))
+    for batch in iter_pool(pool):
+        scores, _ = each(batch)
+        together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
+        torch.testing.assert_close(together, mean(batch)[0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["rds", "bm25"])
+def test_scorers_without_gradients_compare_with_each_example(setup, estimator):
+    from iprox.influence.gradient_free import Corpus
+
+    (model, _), pool, validation = setup
+    corpus = Corpus.of(iter(Letters().encode(list(pool))))
+    how = ScoringSettings(estimator=estimator, per_example=True)
+    each = build_scorer(model, validation, 0, how, corpus=corpus)
+    mean = build_scorer(model, validation, 0, ScoringSettings(estimator=estimator), corpus=corpus)
+    assert each.widths == [2, 1]
+    for batch in iter_pool(pool):
+        scores = each(batch)[0]
+        together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
+        torch.testing.assert_close(together, mean(batch)[0], rtol=1e-8, atol=1e-10)
+        for column, example in enumerate([validation["a"][0], validation["a"][2], validation["b"][0]]):
+            alone = build_scorer(model, {"t": [example]}, 0, how, corpus=corpus)
+            torch.testing.assert_close(scores[:, column], alone(batch)[0][:, 0], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", ["random", "influence-function", "datainf"])
+def test_what_has_no_scores_by_example_says_so(setup, estimator):
+    (model, _), _, validation = setup
+    with pytest.raises(InputError, match="example"):
+        build_scorer(
+            model,
+            validation,
+            0,
+            ScoringSettings(estimator=estimator, over_examples="max"),
+            sample=Letters().encode(Pool([{"text": "sample"}])),
+        )
+
+
+def test_the_maximum_over_tasks_is_of_scores_as_they_are():
+    scores = np.array([[1.0, 100.0], [3.0, -50.0], [np.nan, np.nan]])
+    table = scores_table(["a", "b", "c"], [None] * 3, [1] * 3, scores, ["x", "y"])
+    spread = TaskSpread()
+    spread.add(scores)
+    combined = combine([table], [1.0], Aggregation("max"), spread)
+    assert combined["influence"].to_pylist() == [100.0, 3.0, None]
