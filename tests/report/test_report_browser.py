@@ -69,8 +69,8 @@ def requested(browser: Any) -> set[str]:
     """Returns the scheme of everything the page asked for."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    # Before it opens our page, the browser loads its own new-tab page.
-    ours = [p["request"]["url"] for p in sent if not p["documentURL"].startswith("chrome:")]
+    # Before it opens our page, the browser loads its own new-tab page, with its chrome-untrusted: frames.
+    ours = [p["request"]["url"] for p in sent if not p["documentURL"].startswith(("chrome:", "chrome-untrusted:"))]
     return {url.split(":", 1)[0] for url in ours}
 
 
