@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +93,7 @@ class Session:
             InputError: not enough memory.
         """
         try:
-            with metered(self.device) as usage:
+            with metered(self.device) as usage, self._own_warnings():
                 yield usage
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -101,6 +103,21 @@ class Session:
                 f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}), and iprox plan "
                 "says what each stage needs"
             ) from error
+
+    @contextmanager
+    def _own_warnings(self) -> Iterator[None]:
+        """Report what the library itself warns of, so that it is kept in `run.json`; other packages' as they are."""
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def report(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+                if Path(filename).is_relative_to(Path(__file__).parent):
+                    self.reporter.warn(str(message))
+                else:
+                    show(message, category, filename, *rest)
+
+            warnings.showwarning = report
+            yield
 
     def read(self, pool: Pool) -> PoolSummary:
         """Check and count a pool, with progress."""

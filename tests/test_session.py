@@ -1,0 +1,24 @@
+"""What every command shares."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+import iprox
+from iprox.progress import Reporter
+from iprox.session import Session
+
+
+def warn_from(own: str, other: str) -> None:
+    warnings.warn_explicit("of ours", UserWarning, own, 1)
+    warnings.warn_explicit("of another package", UserWarning, other, 1)
+
+
+def test_what_the_library_warns_of_is_reported_and_the_rest_left_alone():
+    session = Session.create("cpu", reporter=Reporter(quiet=True))
+    own = str(Path(iprox.__file__).parent / "influence/preconditioning.py")
+    with pytest.warns(UserWarning, match="of another package") as others, session.metered():
+        warn_from(own, "/elsewhere/module.py")
+    assert session.reporter.take_warnings() == ["of ours"]
+    assert len(others) == 1
