@@ -29,6 +29,7 @@ from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.proxy.align import AlignmentHistory
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
@@ -36,7 +37,7 @@ from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
-from iprox.recipe import CURVATURE_EXAMPLES, GRADIENT_FREE
+from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
 from iprox.selection.strategies import select_rows
 from iprox.session import draw_rows
 
@@ -166,6 +167,7 @@ def score(
     estimator: Estimator = "tracin",
     curvature: KroneckerCurvature = "ek-fac",
     curvature_sample: Examples | None = None,
+    optimizer_state: str | Path | Sequence[str | Path] = (),
     damping: float = 0.1,
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
@@ -187,12 +189,15 @@ def score(
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
         pool: candidates.
         validation: validation examples by task.
-        estimator: `tracin`, or an influence function: `influence-function` or `datainf` (`iprox.influence.curvature`);
-            or without gradients, to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`,
-            `rds` (hidden states) or `bm25` (words).
+        estimator: `tracin`; `adam`, of the steps that the warm-up's Adam would take (LESS, `iprox.influence.adam`); an
+            influence function, `influence-function` or `datainf` (`iprox.influence.curvature`); or without gradients,
+            to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`, `rds` (hidden states)
+            or `bm25` (words).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
         curvature_sample: what an influence function measures curvature on. None draws 512 examples of the pool, unless
             the data are DataLoaders.
+        optimizer_state: for `adam`, the folder of the warm-up's checkpoint that holds the optimizer's state; of several
+            checkpoints, one each.
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         target: the target of a proxy: validation gradients are then taken on it, which is more faithful and costs next
             to nothing, as they are few. None takes them on `model`.
@@ -249,19 +254,23 @@ def score(
     )
     if settings.estimator in GRADIENT_FREE and len(models) > 1:
         raise InputError(f"checkpoints are summed by TracIn; {estimator} takes one model")
+    states = [optimizer_state] if isinstance(optimizer_state, str | Path) else list(optimizer_state)
+    if len(states) != (len(models) if estimator == "adam" else 0):
+        raise InputError(f"optimizer_state= goes with the estimator adam, one a model: {len(states)} given")
     tables = []
     with experts_split(*models, *([] if target is None else [target])):
-        for checkpoint in models:
+        for number, checkpoint in enumerate(models):
+            adam = load_adam_state(states[number], next(checkpoint.parameters()).device) if states else None
             if isinstance(pool, DataLoader):
                 sample = None if curvature_sample is None else list(curvature_sample)
-                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample))
+                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample, adam))
                 continue
             reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
             source = reader.pool(pool, "pool")
             rows = source.scan().rows
             curved: list[Encoded] = []
-            if estimator in ("influence-function", "datainf"):
+            if estimator in CURVED:
                 curved = (
                     reader.encoder.encode(source.take(draw_rows("curvature", 0, rows, CURVATURE_EXAMPLES)))
                     if curvature_sample is None
@@ -272,7 +281,7 @@ def score(
                 corpus = Corpus.of(
                     row for some in windows_of(source, settings.window) for row in reader.encoder.encode(some)
                 )
-            scorer, fitted = fitting_scorer(checkpoint, encoded, 0, settings, target, curved, corpus, loss_fn)
+            scorer, fitted = fitting_scorer(checkpoint, encoded, 0, settings, target, curved, corpus, loss_fn, adam)
             parts = score_windows(scorer, source, reader.encoder, 0, fitted)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
@@ -427,15 +436,16 @@ def _score_batches(
     loss_fn: LossFn,
     target: nn.Module | None,
     sample: list[Any] | None,
+    adam: AdamState | None,
 ) -> pa.Table:
     """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
     if settings.estimator in GRADIENT_FREE:
         raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
     if settings.aggregation.by_example:
         raise InputError("scores by validation example are of examples, not of a DataLoader's batches")
-    if settings.estimator != "tracin" and not sample:
+    if settings.estimator in CURVED and not sample:
         raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
-    scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or ())
+    scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or (), adam)
     scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
     count = len(scores)
     return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

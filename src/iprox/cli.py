@@ -231,6 +231,9 @@ def _add_warmup(commands: Any) -> None:
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="files, globs or hf://datasets/...")
     parser.add_argument("--output", required=True, help="folder for the checkpoints")
     parser.add_argument("--fraction", type=float, default=0.05, help="share of the pool (default 0.05)")
+    parser.add_argument(
+        "--optimizer-state", action="store_true", help="keep Adam's moments with each checkpoint, for --estimator adam"
+    )
     _training_options(parser)
     _reading_options(parser)
 
@@ -326,10 +329,11 @@ def _add_score(commands: Any) -> None:
 def _influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator",
-        choices=("tracin", "influence-function", "datainf", *GRADIENT_FREE),
+        choices=("tracin", "adam", "influence-function", "datainf", *GRADIENT_FREE),
         default="tracin",
-        help="tracin (default); influence-function and datainf divide by the curvature of the loss; random, length, "
-        "perplexity, rds (hidden states) and bm25 (words) take no gradients, to compare with",
+        help="tracin (default); adam, of the steps that the warm-up's optimizer would take (LESS); influence-function "
+        "and datainf divide by the curvature of the loss; random, length, perplexity, rds (hidden states) and bm25 "
+        "(words) take no gradients, to compare with",
     )
     parser.add_argument(
         "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"

@@ -24,6 +24,7 @@ from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loss import causal_lm_logits
 from iprox.models.memory import RELEASE_EVERY, release_memory
+from iprox.models.optimizer_state import save_adam_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,13 @@ def train(
     every_epoch: bool = True,
     seed: int = 0,
     store_dtype: torch.dtype | None = None,
+    optimizer_state: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> TrainingResult:
     """Fine-tune a model on the supervised tokens, as TRL does, and save checkpoints.
 
     AdamW, 3 % linear warm-up, cosine decay, batches of like length. Checkpoints are safetensors in
-    `output/checkpoint-STEP`; the optimiser's state is not kept. TRL replaces the model's forward while it
+    `output/checkpoint-STEP`. TRL replaces the model's forward while it
     trains, so load a checkpoint rather than use `model` afterwards.
 
     Args:
@@ -84,6 +86,7 @@ def train(
         every_epoch: keep a checkpoint at the end of every epoch, else the last only.
         seed: of the order.
         store_dtype: what checkpoints are stored in; the model's own dtype if None.
+        optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
         progress: called with 1 after each optimiser step.
 
     Raises:
@@ -129,7 +132,7 @@ def train(
         seed=seed,
         data_seed=seed,
     )
-    recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, progress)
+    recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, optimizer_state, progress)
     trainer_class = SFTTrainer if model.device.type == "cuda" else _SupervisedHeadTrainer
     trainer = trainer_class(
         model=model,
@@ -204,10 +207,11 @@ class _Recorder(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         every_epoch: bool,
         store_dtype: torch.dtype | None,
+        optimizer_state: bool,
         progress: Callable[[int], None] | None,
     ) -> None:
         self.output, self.tokenizer, self.every_epoch = output, tokenizer, every_epoch
-        self.store_dtype, self.progress = store_dtype, progress
+        self.store_dtype, self.optimizer_state, self.progress = store_dtype, optimizer_state, progress
         self.result = TrainingResult()
         self.rate = 0.0
         self.epoch_start = 0
@@ -239,7 +243,8 @@ class _Recorder(TrainerCallback):
         if not steps or not (self.every_epoch or last):
             return
         name = f"checkpoint-{state.global_step}"
-        save_model(kwargs["model"], self.tokenizer, self.output / name, self.store_dtype)
+        optimizer = kwargs["optimizer"] if self.optimizer_state else None
+        save_model(kwargs["model"], self.tokenizer, self.output / name, self.store_dtype, optimizer)
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("learning_rate", "loss")}
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])
@@ -247,7 +252,11 @@ class _Recorder(TrainerCallback):
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    optimizer: Any = None,
 ) -> None:
     """Save model and tokenizer to a folder that appears only when it is whole.
 
@@ -256,6 +265,7 @@ def save_model(
         tokenizer: saved beside it.
         folder: an older one of that name is replaced.
         dtype: cast floating weights to this for storage; None keeps theirs.
+        optimizer: the Adam that trains it, to keep its moments; None keeps none.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -270,6 +280,8 @@ def save_model(
     tokenizer.save_pretrained(partial)
     if proxy_config(model) is not None:
         write_card(model, partial)
+    if optimizer is not None:
+        save_adam_state(model, optimizer, partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes weights that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,7 @@ from iprox.influence.ray_engine import ray_engine
 from iprox.influence.windows import local_engine
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.progress import Reporter
 from iprox.recipe import STAGES, Recipe
 from iprox.report import build_report
@@ -230,11 +231,17 @@ def _warmup(run: Run, context: _Context) -> None:
         return
     rows = _draw(run, "warmup", max(1, round(run.total * settings.fraction)))
     folder = run.folder.warmup
+    adam = run.recipe.influence.estimator == "adam"
+    kept = [folder / entry["path"] for entry in _checkpoints(run)]
+    # The optimizer's state changes no checkpoint, so it is in no key: a run without it lacks an output.
+    states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []
     context.keys["warmup"] = run.stage(
         "warmup",
         [_common(run), settings.model_dump()],
-        [folder / "checkpoints.json", *(folder / entry["path"] for entry in _checkpoints(run))],
-        lambda: stages.warm_up(run.session, run.recipe.model, run.pool.take(rows), folder, settings),
+        [folder / "checkpoints.json", *kept, *states],
+        lambda: stages.warm_up(
+            run.session, run.recipe.model, run.pool.take(rows), folder, settings, optimizer_state=adam
+        ),
     )
     context.targets = [(str(folder / entry["path"]), entry["learning_rate"]) for entry in _checkpoints(run)]
 
@@ -338,7 +345,9 @@ def _score(run: Run, context: _Context) -> None:
     influence = run.recipe.influence
     from_target = proxy and proxy.factorised and influence.query == "target" and not influence.gradient_free
     models = [
-        score_stages.ScoredModel(model, rate, path if from_target else None)
+        score_stages.ScoredModel(
+            model, rate, path if from_target else None, path if influence.estimator == "adam" else None
+        )
         for model, (path, rate) in zip(
             context.proxies or [path for path, _ in context.targets], context.targets, strict=True
         )

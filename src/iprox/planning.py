@@ -13,7 +13,7 @@ from iprox.data import Pool
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.proxy.size import Size
-from iprox.recipe import Recipe
+from iprox.recipe import CURVED, Recipe, curvature_passes
 from iprox.session import Session, encode_validation, share, tokens_of
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
@@ -135,6 +135,14 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         forward = mean * kept * flops.forward_flops(model)
         head = mean_supervised * flops.head_flops(model) if recipe.influence.estimator == "perplexity" else 0.0
         per_row = forward + head if recipe.influence.runs_model else 0.0
+    curvature = 0.0
+    if recipe.influence.estimator == "adam":
+        # A gradient a candidate is formed, whatever the number of tasks; on a proxy of the target's shapes.
+        per_row += mean * (flops.contraction_flops(model, "weight") - contraction)
+    elif recipe.influence.estimator in CURVED:
+        rows = checkpoints * min(recipe.influence.curvature_examples, total)
+        passes = curvature_passes(recipe.influence)
+        curvature = flops.curvature_flops(model, gradient, round(rows * mean), round(rows * mean_supervised), passes)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
         # The target's own scores are of whole gradients unless asked otherwise.
@@ -142,7 +150,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * per_token) / scored)
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
-    add("score", scored, scored * per_row, memory)
+    add("score", scored, scored * per_row + curvature, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         rows = recipe.finetune.epochs * size

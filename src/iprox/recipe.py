@@ -108,6 +108,9 @@ class ProxySection(_Section):
         return self.method not in ("layers", "off-the-shelf")
 
 
+# Estimators that divide by curvature, which they measure on a sample of the pool.
+CURVED = ("influence-function", "datainf")
+
 # Scorers without gradients, and those among them that need tokens only.
 GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
 GRADIENT_FREE = get_args(GradientFree)
@@ -126,11 +129,12 @@ class InfluenceSection(_Section):
     function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
     A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the
     scores by example too. `aggregate` says how `influence` is made of several tasks.
+    `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
     """
 
-    estimator: Literal["tracin", "influence-function", "datainf", GradientFree] = "tracin"
+    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = "tracin"
     curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
     curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
     damping: float = Field(0.1, gt=0)
@@ -164,21 +168,27 @@ class InfluenceSection(_Section):
 
     @model_validator(mode="after")
     def _by_example(self) -> InfluenceSection:
-        if (self.over_examples == "max" or self.per_example) and self.estimator not in ("tracin", "rds", "bm25"):
+        if (self.over_examples == "max" or self.per_example) and self.estimator in (*CURVED, *ALIKE):
             raise ValueError(
-                f"over_examples: max and per_example go with tracin, rds and bm25; {self.estimator} has no scores by "
-                "validation example"
+                f"over_examples: max and per_example go with tracin, adam, rds and bm25; {self.estimator} has no "
+                "scores by validation example"
             )
         return self
 
     @model_validator(mode="after")
     def _inverse_of_weights(self) -> InfluenceSection:
-        inverse = self.estimator in ("influence-function", "datainf")
-        if inverse and self.gradient == "factors" and self.query == "target":
+        if self.estimator == "adam" and self.gradient == "factors":
+            raise ValueError("adam takes the optimizer's moments of the target's weights: leave gradient at weight")
+        if self.estimator in CURVED and self.gradient == "factors" and self.query == "target":
             raise ValueError(
                 f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
             )
         return self
+
+
+def curvature_passes(settings: InfluenceSection) -> int:
+    """How often the curvature sample is read: EK-FAC and DataInf take a second reading."""
+    return 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2
 
 
 class SelectSection(_Section):
@@ -248,6 +258,14 @@ class Recipe(_Section):
     def _no_idle_proxy(self) -> Recipe:
         if self.proxy and not self.influence.runs_model:
             raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
+        return self
+
+    @model_validator(mode="after")
+    def _adam_of_a_warm_up(self) -> Recipe:
+        if self.influence.estimator == "adam" and not self.warmup:
+            raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
+        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorised:
+            raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
         return self
 
     def resolved(self) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from iprox.models import flops
 from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import skeleton
-from iprox.recipe import InfluenceSection
+from iprox.models.optimizer_state import AdamState, load_adam_state
+from iprox.recipe import CURVED, InfluenceSection, curvature_passes
 from iprox.run_folder import write_json
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of, tokens_of
 from iprox.stages import StageRecord, check_belongs
@@ -35,12 +37,14 @@ COMPILE_ROWS = 8192
 class ScoredModel:
     """A checkpoint to score on: its folder, its learning rate η, and the target its validation gradients come from.
 
-    `target` is None for a model that is scored with its own.
+    `target` is None for a model that is scored with its own; `warmed` is the folder of the warm-up's checkpoint that
+    holds the optimizer's state, for the estimator `adam`.
     """
 
     path: str
     learning_rate: float = 1.0
     target: str | None = None
+    warmed: str | None = None
 
 
 def score(
@@ -65,7 +69,10 @@ def score(
     corpus = _count_terms(session, pool, encoder) if settings.estimator == "bm25" else None
     checkpoints = [
         ScoringCheckpoint(
-            session.loader(model.path), model.learning_rate, session.loader(model.target) if model.target else None
+            session.loader(model.path),
+            model.learning_rate,
+            session.loader(model.target) if model.target else None,
+            functools.partial(load_adam_state, model.warmed, session.device) if model.warmed else None,
         )
         for model in models
     ]
@@ -111,7 +118,7 @@ def score(
     curvature = 0.0
     if sample:
         source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
-        passes = 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2
+        passes = curvature_passes(settings)
         curvature = len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(sample), passes)
     spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)) + curvature
     if settings.gradient_free:
@@ -165,10 +172,11 @@ def audit(
         for target_path, proxy_path, _ in pairs:
             target, proxy = session.model(target_path), session.model(proxy_path)
             check_belongs(proxy, proxy_path, target, target_path)
+            adam = load_adam_state(target_path, session.device) if settings.estimator == "adam" else None
             for kind, model in (("target", target), ("proxy", proxy)):
                 query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
                 table, stats = score_examples(
-                    session, model, examples, encoded, encoder, settings, query, curved, progress
+                    session, model, examples, encoded, encoder, settings, query, curved, progress, adam
                 )
                 _say_what_fitted(session, stats)
                 tables[kind].append(table)
@@ -207,6 +215,7 @@ def score_examples(
     target: PreTrainedModel | None = None,
     curved: Sequence[Encoded] = (),
     progress: Any = None,
+    adam: AdamState | None = None,
 ) -> tuple[pa.Table, ScoringStats]:
     """Score a list of examples on one model, in memory.
 
@@ -220,12 +229,13 @@ def score_examples(
         target: where validation gradients are taken, if not on `model`.
         curved: from `curvature_sample`.
         progress: called with the number of rows done.
+        adam: the optimizer's state, for the estimator `adam`.
 
     Returns:
         The scores table, and what was read.
     """
     scoring = scoring_settings(session, settings)
-    scorer, scoring = fitting_scorer(model, validation, 0, scoring, target, curved)
+    scorer, scoring = fitting_scorer(model, validation, 0, scoring, target, curved, adam=adam)
     total = ScoringStats()
     tables = []
     for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
@@ -275,7 +285,7 @@ def curvature_sample(
     session: Session, pool: Pool, encoder: ChatEncoder, settings: InfluenceSection
 ) -> Sequence[Encoded]:
     """The examples of a pool that an influence function measures curvature on; none for the others."""
-    if settings.estimator not in ("influence-function", "datainf"):
+    if settings.estimator not in CURVED:
         return ()
     total = pool.scan().rows
     return encoder.encode(pool.take(draw_rows("curvature", session.seed, total, settings.curvature_examples)))
@@ -285,7 +295,7 @@ def _estimator_identity(session: Session, settings: InfluenceSection) -> dict[st
     """The settings of the estimator that scores hang on."""
     if settings.estimator == "random":
         return {"estimator": settings.estimator, "seed": session.seed}
-    if settings.estimator not in ("influence-function", "datainf"):
+    if settings.estimator not in CURVED:
         return {"estimator": settings.estimator}
     names = ("estimator", "damping", "curvature_examples")
     if settings.estimator == "influence-function":

@@ -15,6 +15,7 @@ from iprox.errors import InputError
 from iprox.finetune import save_model
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, load_config, model_fingerprint, stored_dtype
+from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
@@ -55,7 +56,9 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
         "warmup",
         output,
         arguments,
-        lambda: stages.warm_up(session, arguments.model, pool.take(rows), output, settings),
+        lambda: stages.warm_up(
+            session, arguments.model, pool.take(rows), output, settings, optimizer_state=arguments.optimizer_state
+        ),
     )
 
 
@@ -121,7 +124,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     targets = [_query_target(model, arguments, settings, session) for model in arguments.model]
     identity["targets"] = [target and checkpoint_fingerprint(target) for target in targets]
     models = [
-        score_stages.ScoredModel(model, rate, target)
+        score_stages.ScoredModel(model, rate, target, _warmed(model, target, settings))
         for model, rate, target in zip(arguments.model, rates, targets, strict=True)
     ]
     return _single(
@@ -283,6 +286,18 @@ def _query_target(model: str, arguments: Namespace, settings: InfluenceSection, 
             f"{target}: is not the target of {model} (the weights differ); give the right --target, or --query proxy"
         )
     return str(target)
+
+
+def _warmed(model: str, target: str | None, settings: InfluenceSection) -> str | None:
+    """The folder that holds the optimizer's state, for the estimator `adam`.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if settings.estimator != "adam":
+        return None
+    load_adam_state(target or model)  # refused now rather than after the model is loaded
+    return target or model
 
 
 def _sample(pool: Pool, session: Session, name: str, size: int | None) -> list[Any]:

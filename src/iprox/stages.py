@@ -38,10 +38,19 @@ StageRecord = dict[str, Any]
 
 
 def warm_up(
-    session: Session, model: str, examples: Sequence[Example], output: Path, settings: WarmupSection
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    output: Path,
+    settings: WarmupSection,
+    *,
+    optimizer_state: bool = False,
 ) -> StageRecord:
-    """Brief SFT of the target; writes `checkpoint-*`, `checkpoints.json` and `history.json`."""
-    return _sft(session, model, examples, output, settings, every_epoch=True)
+    """Brief SFT of the target; writes `checkpoint-*`, `checkpoints.json` and `history.json`.
+
+    `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `adam`.
+    """
+    return _sft(session, model, examples, output, settings, every_epoch=True, optimizer_state=optimizer_state)
 
 
 def compress(
@@ -211,6 +220,7 @@ def _sft(
     settings: WarmupSection | FinetuneSection,
     *,
     every_epoch: bool,
+    optimizer_state: bool = False,
 ) -> StageRecord:
     """Train, and write the checkpoints' list and the history beside them."""
     tokenizer = session.tokenizer(model)
@@ -236,6 +246,7 @@ def _sft(
             every_epoch=every_epoch,
             seed=session.seed,
             store_dtype=stored,
+            optimizer_state=optimizer_state,
             progress=progress,
         )
     write_json(output / "history.json", result.history)

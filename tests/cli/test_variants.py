@@ -97,6 +97,22 @@ def test_the_best_validation_example_decides_and_all_are_kept(several, tmp_path)
         np.testing.assert_allclose(matrix.mean(axis=1), expected, atol=0.03 * np.abs(expected).max())
 
 
+def test_adam_takes_the_state_that_the_warm_up_keeps(tmp_path, make_place):
+    place = make_place(tmp_path / "place")
+    assert place.run("--stop-after", "compress") == 0
+    assert not list(place.output.rglob("optimizer.safetensors"))
+    options = ["--set", "influence.estimator=adam", "influence.normalise=cosine", "audit.sample=12"]
+    assert place.run(*options) == 0
+    record = place.record()["stages"]
+    assert not record["warmup"]["skipped"]  # once more, for the state
+    assert record["compress"]["skipped"]  # of the same checkpoints
+    assert len(list((place.output / "warmup").rglob("optimizer.safetensors"))) == 2
+    influence = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert np.abs(influence).max() <= 1
+    assert place.run(*options) == 0
+    assert place.record()["stages"]["warmup"]["skipped"]
+
+
 @pytest.mark.parametrize("estimator", ["random", "length", "perplexity", "rds", "bm25"])
 def test_scorers_without_gradients(place, estimator):
     assert place.run(*NO_PROXY, f"influence.estimator={estimator}") == 0

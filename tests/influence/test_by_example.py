@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import Letters
 
-from iprox.data import Encoded, Pool
+from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation, TaskSpread, combine
 from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
@@ -76,18 +77,6 @@ def test_a_gradient_that_is_not_finite_names_the_layer(tiny):
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"model\.layers.* is not finite"):
         example_gradients(model, [tiny.batch([5, 4])])
-
-
-class Letters:
-    """Encodes a text as its letters, all supervised; one word has no supervised token."""
-
-    def encode(self, examples):
-        rows = []
-        for example in examples:
-            tokens = np.array([1 + ord(letter) % 60 for letter in example.text], dtype=np.int32)
-            labels = np.full_like(tokens, -100) if example.text.startswith("nothing") else tokens
-            rows.append(Encoded(tokens, labels, truncated=False))
-        return rows
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import Letters
 
-from iprox.data import Encoded, Pool
+from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
@@ -23,18 +24,6 @@ from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 
 SETTINGS = ScoringSettings(batch_tokens=64, window=4)
-
-
-class Letters:
-    """Encodes a text as its letters, all supervised; one word has no supervised token."""
-
-    def encode(self, examples):
-        rows = []
-        for example in examples:
-            tokens = np.array([1 + ord(letter) % 60 for letter in example.text], dtype=np.int32)
-            labels = np.full_like(tokens, -100) if example.text.startswith("nothing") else tokens
-            rows.append(Encoded(tokens, labels, truncated=False))
-        return rows
 
 
 TEXTS = [f"{'abcdefghij'[: 2 + i % 8]} {i}" for i in range(9)] + ["nothing here", "last one"]

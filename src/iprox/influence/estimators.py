@@ -154,8 +154,8 @@ class BatchScorer:
         lost = torch.zeros_like(norms)
         for name, layer in self.layers.items():
             if all(name in each for each in columns):
-                # In the compute dtype, so that the contraction is plain GEMMs.
-                self._queries[name], dropped = _query_of([each[name] for each in columns], keep, layer.weight.dtype)  # pyright: ignore
+                dtype = self._query_dtype(layer)
+                self._queries[name], dropped = _query_of([each[name] for each in columns], keep, dtype)
                 lost += dropped
         self._query_norms = norms.sqrt()
         self.contraction_flops = sum(query.flops for query in self._queries.values())
@@ -187,15 +187,26 @@ class BatchScorer:
         """
         return self._score(batch, by_token=True)[0]
 
+    def _query_dtype(self, layer: nn.Module) -> torch.dtype:
+        """The compute dtype, so that the contraction is plain GEMMs."""
+        return layer.weight.dtype  # pyright: ignore
+
+    def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
+        """One layer's part of the scores, and of the candidates' squared norms where those are wanted."""
+        column = self._queries[name].contract(h, delta, by_token) if name in self._queries else None
+        wanted = self.normalise == "cosine"
+        return column, squared_norms(h, delta, has_bias(self.layers[name])) if wanted else None
+
     def _score(self, batch: Any, by_token: bool) -> tuple[Tensor, Tensor]:
         columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            if name in self._queries:
-                columns[name] = self._queries[name].contract(h, delta, by_token)
-            if self.normalise == "cosine":
-                norms.append(squared_norms(h, delta, has_bias(self.layers[name])))
+            column, squares = self._meet(name, h, delta, by_token)
+            if column is not None:
+                columns[name] = column
+            if squares is not None:
+                norms.append(squares)
 
         with frozen(self.model):
             losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)

@@ -22,8 +22,8 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import Sink, frozen, watched_backward
 from iprox.proxy.moments import Labels, counted_tokens, sampled_labels
 
-# What is scored: TracIn, or an influence function by one of three inverses.
-InfluenceEstimator = Literal["tracin", "influence-function", "datainf"]
+# What is scored: TracIn, of gradients or of Adam's directions, or an influence function by one of three inverses.
+InfluenceEstimator = Literal["tracin", "adam", "influence-function", "datainf"]
 KroneckerCurvature = Literal["ek-fac", "k-fac"]
 Curvature = Literal["ek-fac", "k-fac", "datainf"]
 

@@ -56,13 +56,32 @@ class LayerQuery:
         dtype = accumulation_dtype(h)
         products = (delta @ self.left) * (h @ self.right)
         products = products.to(dtype) if by_token else products.sum(1, dtype=dtype)
-        scores = torch.stack(
-            [part.sum(-1) for part in products[..., : sum(self.ranks)].split(self.ranks, dim=-1)], dim=-1
-        )
+        scores = self._by_task(products)
         if self.biases is not None:
             gradients = delta.to(dtype) if by_token else delta.sum(1, dtype=dtype)
             scores = scores + gradients @ self.biases.mT.to(dtype)
         return scores
+
+    def inner(self, gradients: LayerGradient) -> Tensor:
+        """⟨G, Ḡ_task⟩ of whole gradients, weight [B, m, n] and bias [B, m]. Returns [B, T]."""
+        if self.dense is not None:
+            matrix = torch.stack([each.weight for each in self.dense]).flatten(1)
+            scores = gradients.weight.flatten(1) @ matrix.mT
+            biases = [each.bias for each in self.dense if each.bias is not None]
+        else:
+            assert self.left is not None
+            assert self.right is not None
+            products = ((gradients.weight @ self.right) * self.left).sum(1)
+            scores = self._by_task(products)
+            biases = list(self.biases) if self.biases is not None else []
+        if gradients.bias is not None:
+            scores = scores + gradients.bias @ torch.stack(biases).mT
+        return scores
+
+    def _by_task(self, products: Tensor) -> Tensor:
+        """Sums over each task's own ranks: [..., K] -> [..., T]."""
+        parts = products[..., : sum(self.ranks)].split(self.ranks, dim=-1)
+        return torch.stack([part.sum(-1) for part in parts], dim=-1)
 
 
 def layer_query(gradients: Sequence[LayerGradient], keep: float, dtype: torch.dtype) -> tuple[LayerQuery, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence import gradient_free
+from iprox.influence.adam import AdamScorer
 from iprox.influence.aggregate import Aggregate, Aggregation, OverExamples
 from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
@@ -20,7 +21,8 @@ from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvatu
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.recipe import ALIKE, GRADIENT_FREE, GradientFree
+from iprox.models.optimizer_state import AdamState
+from iprox.recipe import ALIKE, CURVED, GRADIENT_FREE, GradientFree
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
@@ -42,7 +44,8 @@ class ScoringSettings:
     """How to score.
 
     Attributes:
-        estimator: `tracin`, or the influence functions `influence-function` and `datainf`, which need a sample of the
+        estimator: `tracin`; `adam`, TracIn of the steps that the warm-up's Adam would take (`iprox.influence.adam`);
+            the influence functions `influence-function` and `datainf`, which need a sample of the
             pool to measure curvature on; or a scorer without gradients (`iprox.influence.gradient_free`).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
@@ -128,6 +131,7 @@ def scorer_of_batches(
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
     sample: Sequence[Any] = (),
+    adam: AdamState | None = None,
 ) -> BatchScorer:
     """A scorer of candidates against each task's validation gradients at one checkpoint.
 
@@ -139,22 +143,28 @@ def scorer_of_batches(
         target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
             next to nothing, and only the candidates' side of the dot product is approximate.
         sample: batches of the pool's examples, which an influence function measures curvature on.
+        adam: the optimizer's state, for the estimator `adam`.
 
     Raises:
         InputError: an influence function of a proxy's factors with validation gradients of its target: an inverse does
-            not go through the chain rule.
+            not go through the chain rule; Adam's directions of factors, which no optimizer has moments of.
     """
-    if settings.estimator != "tracin" and target is not None and settings.gradient == "factors":
+    if settings.estimator == "adam":
+        if adam is None:
+            raise InputError("the estimator adam needs the state of the warm-up's optimizer")
+        if settings.gradient == "factors":
+            raise InputError("adam: the optimizer's moments are of the target's weights; set gradient to weight")
+    if settings.estimator in CURVED and target is not None and settings.gradient == "factors":
         raise InputError(
             f"{settings.estimator} with gradients of the factors takes validation gradients on the proxy: "
             "set query to proxy, or gradient to weight"
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
     if settings.aggregation.by_example:
-        if settings.estimator != "tracin":
+        if settings.estimator in CURVED:
             raise InputError(
                 f"{settings.estimator} divides the mean gradient of a task by the curvature; by validation example "
-                "there are tracin, rds and bm25"
+                "there are tracin, adam, rds and bm25"
             )
         keep = settings.kept_norm(model)
         one_by_one: dict[str, TaskQuery] = {}
@@ -163,9 +173,9 @@ def scorer_of_batches(
             one_by_one[task] = (
                 found if target is None else [example_seen_from(each, model, settings.gradient) for each in found]
             )
-        return _batch_scorer(model, one_by_one, settings, loss_fn)
+        return _batch_scorer(model, one_by_one, settings, loss_fn, adam)
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
-    if settings.estimator != "tracin":
+    if settings.estimator in CURVED:
         queries = precondition(
             source,
             queries,
@@ -177,20 +187,21 @@ def scorer_of_batches(
         )
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
-    return _batch_scorer(model, queries, settings, loss_fn)
+    return _batch_scorer(model, queries, settings, loss_fn, adam)
 
 
 def _batch_scorer(
-    model: nn.Module, queries: Mapping[str, TaskQuery], settings: ScoringSettings, loss_fn: LossFn
+    model: nn.Module,
+    queries: Mapping[str, TaskQuery],
+    settings: ScoringSettings,
+    loss_fn: LossFn,
+    adam: AdamState | None,
 ) -> BatchScorer:
-    return BatchScorer(
-        model,
-        queries,
-        gradient=settings.gradient,
-        normalise=settings.normalise,
-        keep=settings.kept_norm(model),
-        loss_fn=loss_fn,
-    )
+    how: Any = {"normalise": settings.normalise, "keep": settings.kept_norm(model), "loss_fn": loss_fn}
+    if settings.estimator == "adam":
+        assert adam is not None
+        return AdamScorer(model, queries, adam, **how)
+    return BatchScorer(model, queries, gradient=settings.gradient, **how)
 
 
 def build_scorer(
@@ -202,10 +213,11 @@ def build_scorer(
     target: nn.Module | None = None,
     sample: Sequence[Encoded] = (),
     corpus: Corpus | None = None,
+    adam: AdamState | None = None,
 ) -> BatchScorer | RowScorer:
     """`scorer_of_batches` for encoded validation examples by task, and an encoded sample of the pool.
 
-    Scorers without gradients too; some need no model, and BM25 needs the `corpus`.
+    Scorers without gradients too; some need no model. BM25 needs the `corpus`, `adam` the optimizer's state.
 
     Raises:
         InputError: cosine of a scorer without gradients; a task, or the sample that an influence function needs, has no
@@ -234,10 +246,10 @@ def build_scorer(
     if settings.estimator == "rds":
         return gradient_free.rds_scorer(model, batches, by_example=settings.aggregation.by_example)  # pyright: ignore[reportArgumentType]
     measured: list[Batch] = []
-    if settings.estimator != "tracin":
+    if settings.estimator in CURVED:
         measured = list(on_device(iter_batches(sample, settings.batch_tokens, pad_id), device))
         if not measured:
             raise InputError(
                 f"{settings.estimator}: the sample for the curvature has no example with a supervised token"
             )
-    return scorer_of_batches(model, batches, settings, loss_fn, target, measured)
+    return scorer_of_batches(model, batches, settings, loss_fn, target, measured, adam)

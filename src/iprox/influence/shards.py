@@ -20,6 +20,7 @@ from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import ScoringSettings, ScoringStats
 from iprox.influence.windows import Engine, WindowScorer, compile_scorer, fitting_scorer, local_engine, windows_of
+from iprox.models.optimizer_state import AdamState
 from iprox.recipe import MODEL_FREE
 
 IDENTITY = "identity.json"
@@ -30,11 +31,13 @@ class ScoringCheckpoint:
     """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores.
 
     `load_target`, for a proxy, loads the model that validation gradients are taken on; it is dropped after that.
+    `load_adam`, for the estimator `adam`, loads the state of the warm-up's optimizer at this checkpoint.
     """
 
     load: Callable[[], nn.Module]
     learning_rate: float = 1.0
     load_target: Callable[[], nn.Module] | None = None
+    load_adam: Callable[[], AdamState] | None = None
 
 
 def score_to_file(
@@ -126,7 +129,8 @@ def _window_scorer(
     """What a worker makes for itself (at module level, so that it can be sent to another process)."""
     target = None if checkpoint.load_target is None else checkpoint.load_target()
     model = checkpoint.load() if settings.estimator not in MODEL_FREE else None
-    scorer, settings = fitting_scorer(model, validation, pad_id, settings, target, sample, corpus)
+    adam = None if checkpoint.load_adam is None else checkpoint.load_adam()
+    scorer, settings = fitting_scorer(model, validation, pad_id, settings, target, sample, corpus, adam=adam)
     uncompiled = ""
     if settings.compile:
         few = next(iter(validation.values()))

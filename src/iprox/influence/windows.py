@@ -21,6 +21,7 @@ from iprox.influence.scoring import ScoringSettings, ScoringStats, build_scorer
 from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, out_of_memory, release_memory
+from iprox.models.optimizer_state import AdamState
 
 Window = list[Example]
 ScoredWindow = tuple[pa.Table, ScoringStats]
@@ -35,6 +36,7 @@ def fitting_scorer(
     sample: Sequence[Encoded] = (),
     corpus: Corpus | None = None,
     loss_fn: LossFn = causal_lm_losses,
+    adam: AdamState | None = None,
 ) -> tuple[BatchScorer | RowScorer, ScoringSettings]:
     """`build_scorer` with batches halved until validation gradients fit in memory.
 
@@ -44,7 +46,8 @@ def fitting_scorer(
     least = max((len(example.input_ids) for rows in validation.values() for example in rows), default=1)
     while True:
         try:
-            return build_scorer(model, validation, pad_id, settings, loss_fn, target, sample, corpus), settings
+            scorer = build_scorer(model, validation, pad_id, settings, loss_fn, target, sample, corpus, adam)
+            return scorer, settings
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or settings.batch_tokens <= least:
                 raise

@@ -1,0 +1,110 @@
+"""Adam's running moments of a model's linear layers, saved beside a checkpoint: safetensors, no pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from iprox.errors import InputError
+from iprox.models.layers import compressible_layers
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Running moments of one parameter: of a weight [m, n] as if the layer were nn.Linear, or of a bias [m].
+
+    Attributes:
+        mean: exponential moving average of gradients.
+        square: of their squares.
+    """
+
+    mean: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdamState:
+    """Adam as it stood at a checkpoint.
+
+    Attributes:
+        weights: moments of each layer's weight, by layer name.
+        biases: of each layer's bias, where it has one.
+        step: steps taken.
+        betas: decay of the two averages.
+        eps: added to the root of the second.
+    """
+
+    weights: Mapping[str, Moments]
+    biases: Mapping[str, Moments]
+    step: int
+    betas: tuple[float, float]
+    eps: float
+
+
+def save_adam_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Write the moments of a model's compressible layers, float32: eight bytes a parameter.
+
+    Args:
+        model: what was trained.
+        optimizer: torch's Adam or AdamW, or a wrapper with its `state` and `param_groups`.
+        folder: of the checkpoint.
+    """
+    tensors: dict[str, Tensor] = {}
+    step = 0
+    for name, layer in compressible_layers(model).items():
+        for kind, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+            if parameter is None:
+                continue
+            state = optimizer.state[parameter]
+            step = int(state["step"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                value = state[moment].detach().to("cpu", torch.float32)
+                tensors[f"{moment}.{name}.{kind}"] = (value.mT if _transposed(layer, kind) else value).contiguous()
+    group = optimizer.param_groups[0]
+    settings = {"step": step, "betas": list(group["betas"]), "eps": group["eps"]}
+    save_file(tensors, folder / OPTIMIZER_FILE, metadata={"iprox": json.dumps(settings)})
+
+
+def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> AdamState:
+    """Read what `save_adam_state` wrote.
+
+    Raises:
+        InputError: there is none, or it is not whole.
+    """
+    file = Path(folder) / OPTIMIZER_FILE
+    if not file.is_file():
+        raise InputError(
+            f"{file}: the estimator adam needs the optimizer's state of this checkpoint; `iprox warmup "
+            "--optimizer-state`, or a run with influence.estimator: adam, keeps it"
+        )
+    found: dict[str, dict[str, Moments]] = {"weight": {}, "bias": {}}
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as stored:
+            settings = json.loads(stored.metadata()["iprox"])
+            for key in stored.keys():  # noqa: SIM118  not a mapping
+                moment, _, parameter = key.partition(".")
+                if moment == "exp_avg":
+                    name, _, kind = parameter.rpartition(".")
+                    pair = Moments(stored.get_tensor(key), stored.get_tensor(f"exp_avg_sq.{parameter}"))
+                    found[kind][name] = pair
+            return AdamState(
+                found["weight"], found["bias"], settings["step"], tuple(settings["betas"]), settings["eps"]
+            )
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: is no optimizer state written by iprox ({reason}); warm up anew") from error
+
+
+def _transposed(layer: nn.Module, kind: str) -> bool:
+    return kind == "weight" and isinstance(layer, Conv1D)
