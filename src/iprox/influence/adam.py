@@ -11,7 +11,7 @@ over mn numbers a candidate and layer, which memory bounds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,37 @@ def adam_direction(gradient: Tensor, moments: Moments, state: AdamState) -> Tens
     scale = gradient.square().mul_(1 - beta2).add_(square, alpha=beta2)
     scale = scale.div_(1 - beta2**step).sqrt_().add_(state.eps)
     return gradient.mul_(1 - beta1).add_(mean, alpha=beta1).div_(1 - beta1**step).div_(scale)
+
+
+def adam_steps(h: Tensor, delta: Tensor, name: str, bias: bool, state: AdamState) -> Iterator[LayerGradient]:
+    """Γ of the candidates of a batch in one layer, a few at a time: weight [B', m, n] and bias [B', m].
+
+    Args:
+        h: inputs [B, L, n].
+        delta: output gradients [B, L, m], zero on padding.
+        name: of the layer.
+        bias: whether it has one.
+        state: of the warm-up's optimizer.
+    """
+    dtype = accumulation_dtype(h)
+    at_once = max(1, h.numel() // (h.shape[2] * delta.shape[2]))  # no more numbers than the inputs themselves
+    for x, d in zip(h.split(at_once), delta.split(at_once), strict=True):
+        step = LayerGradient(adam_direction((d.mT @ x).to(dtype), state.weights[name], state), None)
+        if bias:
+            step.bias = adam_direction(d.sum(1, dtype=dtype), state.biases[name], state)
+        yield step
+
+
+def check_state(state: AdamState, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse the state of another model.
+
+    Raises:
+        InputError: it has no moments of a layer (which is named).
+    """
+    for name, layer in layers.items():
+        known = state.weights.get(name)
+        if known is None or tuple(known.mean.shape) != weight_shape(layer):
+            raise InputError(f"the optimizer's state has no moments for {name}: it is of another model")
 
 
 class AdamScorer(BatchScorer):
@@ -67,10 +98,7 @@ class AdamScorer(BatchScorer):
     ) -> None:
         super().__init__(model, queries, gradient="weight", normalise=normalise, keep=keep, loss_fn=loss_fn)
         self.state = state
-        for name, layer in self.layers.items():
-            known = state.weights.get(name)
-            if known is None or tuple(known.mean.shape) != weight_shape(layer):
-                raise InputError(f"the optimizer's state has no moments for {name}: it is of another model")
+        check_state(state, self.layers)
         self.contraction_flops = sum(2.0 * m * n for m, n in map(weight_shape, self.layers.values()))
 
     def by_token(self, batch: Any) -> Tensor:
@@ -81,15 +109,9 @@ class AdamScorer(BatchScorer):
         return accumulation_dtype(layer.weight)  # pyright: ignore[reportArgumentType]  Γ is in float32
 
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor, Tensor]:
-        m, n = weight_shape(self.layers[name])
-        dtype = accumulation_dtype(h)
-        at_once = max(1, h.numel() // (m * n))  # no more numbers than the inputs themselves
         columns: list[Tensor] = []
         norms: list[Tensor] = []
-        for x, d in zip(h.split(at_once), delta.split(at_once), strict=True):
-            step = LayerGradient(adam_direction((d.mT @ x).to(dtype), self.state.weights[name], self.state), None)
-            if has_bias(self.layers[name]):
-                step.bias = adam_direction(d.sum(1, dtype=dtype), self.state.biases[name], self.state)
+        for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
             columns.append(self._queries[name].inner(step))
             squares = step.weight.square().sum((1, 2))
             norms.append(squares if step.bias is None else squares + step.bias.square().sum(1))

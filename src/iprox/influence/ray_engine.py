@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from iprox.errors import InputError
-from iprox.influence.windows import Engine, ScoredWindow, Window, WindowScorer
+from iprox.influence.windows import Engine, ScoredWindow, Window, WindowWorker
 
 
 class _Worker:
-    """One Ray actor: makes its own scorer once."""
+    """One Ray actor: makes its own worker once."""
 
-    def __init__(self, make: Callable[[], WindowScorer], threads: int) -> None:
+    def __init__(self, make: Callable[[], WindowWorker], threads: int) -> None:
         torch.set_num_threads(threads)
-        self.scorer = make()
+        self.work = make()
 
     def score(self, window: Window) -> ScoredWindow:
-        return self.scorer(window)
+        return self.work(window)
 
 
 def ray_engine(workers: int, device: str) -> Engine:
@@ -44,7 +44,7 @@ def ray_engine(workers: int, device: str) -> Engine:
         raise InputError("engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local") from error
 
     def engine(
-        make: Callable[[], WindowScorer], windows: Iterator[Window], progress: Callable[[int], None] | None = None
+        make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
     ) -> Iterator[ScoredWindow]:
         started = not ray.is_initialized()
         if started:

@@ -115,6 +115,17 @@ class ScoringStats:
     uncompiled: str = ""
     batch_tokens: int = sys.maxsize
 
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded]) -> ScoringStats:
+        """What reading some examples counts for."""
+        return cls(
+            rows=len(encoded),
+            unscored=sum(example.supervised == 0 for example in encoded),
+            tokens=sum(len(example.input_ids) for example in encoded),
+            supervised=sum(example.supervised for example in encoded),
+            truncated=sum(example.truncated for example in encoded),
+        )
+
     def add(self, other: ScoringStats) -> None:
         """Count another's rows and tokens into this one."""
         for name in ("rows", "unscored", "tokens", "supervised", "truncated", "contraction_flops"):
@@ -133,7 +144,34 @@ def scorer_of_batches(
     sample: Sequence[Any] = (),
     adam: AdamState | None = None,
 ) -> BatchScorer:
-    """A scorer of candidates against each task's validation gradients at one checkpoint.
+    """A scorer of candidates against each task's validation gradients at one checkpoint (see `task_queries`).
+
+    Raises:
+        InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, or of factors, which
+            no optimizer has moments of.
+    """
+    if settings.estimator == "adam":
+        if adam is None:
+            raise InputError("the estimator adam needs the state of the warm-up's optimizer")
+        if settings.gradient == "factors":
+            raise InputError("adam: the optimizer's moments are of the target's weights; set gradient to weight")
+    queries = task_queries(model, validation, settings, loss_fn, target, sample)
+    how: Any = {"normalise": settings.normalise, "keep": settings.kept_norm(model), "loss_fn": loss_fn}
+    if settings.estimator == "adam":
+        assert adam is not None
+        return AdamScorer(model, queries, adam, **how)
+    return BatchScorer(model, queries, gradient=settings.gradient, **how)
+
+
+def task_queries(
+    model: nn.Module,
+    validation: Mapping[str, Iterable[Any]],
+    settings: ScoringSettings,
+    loss_fn: LossFn = causal_lm_losses,
+    target: nn.Module | None = None,
+    sample: Sequence[Any] = (),
+) -> dict[str, TaskQuery]:
+    """What candidates on a model are to meet of each task: its mean validation gradient, or those of its examples.
 
     Args:
         model: what candidates are scored on.
@@ -143,17 +181,11 @@ def scorer_of_batches(
         target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
             next to nothing, and only the candidates' side of the dot product is approximate.
         sample: batches of the pool's examples, which an influence function measures curvature on.
-        adam: the optimizer's state, for the estimator `adam`.
 
     Raises:
         InputError: an influence function of a proxy's factors with validation gradients of its target: an inverse does
-            not go through the chain rule; Adam's directions of factors, which no optimizer has moments of.
+            not go through the chain rule; or scores by example of one, which there are none of.
     """
-    if settings.estimator == "adam":
-        if adam is None:
-            raise InputError("the estimator adam needs the state of the warm-up's optimizer")
-        if settings.gradient == "factors":
-            raise InputError("adam: the optimizer's moments are of the target's weights; set gradient to weight")
     if settings.estimator in CURVED and target is not None and settings.gradient == "factors":
         raise InputError(
             f"{settings.estimator} with gradients of the factors takes validation gradients on the proxy: "
@@ -173,7 +205,7 @@ def scorer_of_batches(
             one_by_one[task] = (
                 found if target is None else [example_seen_from(each, model, settings.gradient) for each in found]
             )
-        return _batch_scorer(model, one_by_one, settings, loss_fn, adam)
+        return one_by_one
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
     if settings.estimator in CURVED:
         queries = precondition(
@@ -187,21 +219,7 @@ def scorer_of_batches(
         )
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
-    return _batch_scorer(model, queries, settings, loss_fn, adam)
-
-
-def _batch_scorer(
-    model: nn.Module,
-    queries: Mapping[str, TaskQuery],
-    settings: ScoringSettings,
-    loss_fn: LossFn,
-    adam: AdamState | None,
-) -> BatchScorer:
-    how: Any = {"normalise": settings.normalise, "keep": settings.kept_norm(model), "loss_fn": loss_fn}
-    if settings.estimator == "adam":
-        assert adam is not None
-        return AdamScorer(model, queries, adam, **how)
-    return BatchScorer(model, queries, gradient=settings.gradient, **how)
+    return dict(queries)
 
 
 def build_scorer(

@@ -15,11 +15,19 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches
-from iprox.influence.aggregate import TaskSpread, by_task, combine
+from iprox.influence.aggregate import Aggregation, TaskSpread, by_task, combine
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import ScoringSettings, ScoringStats
-from iprox.influence.windows import Engine, WindowScorer, compile_scorer, fitting_scorer, local_engine, windows_of
+from iprox.influence.windows import (
+    Engine,
+    ScoredWindow,
+    WindowScorer,
+    compile_scorer,
+    fitting_scorer,
+    local_engine,
+    windows_of,
+)
 from iprox.models.optimizer_state import AdamState
 from iprox.recipe import MODEL_FREE
 
@@ -77,10 +85,9 @@ def score_to_file(
         corpus: term counts of the pool, for BM25.
     """
     shards = path.with_name(path.name + ".shards")
-    _claim(shards, identity)
+    claim(shards, identity)
     for number, checkpoint in enumerate(checkpoints):
-        folder = shards / f"checkpoint-{number:03d}"
-        folder.mkdir(exist_ok=True)
+        folder = _checkpoint_folder(shards, number)
         ready = sorted(folder.glob("*.parquet"))
         done = len(ready)
         if progress is not None and done:
@@ -89,26 +96,55 @@ def score_to_file(
             continue
         make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample, corpus)
         windows = windows_of(pool, settings.window, skip=done)
-        for index, (table, counted) in enumerate(engine(make, windows, progress), start=done):
-            # The shard carries its own counts, so that a resumed run reports the whole.
-            shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
-            write_parts(folder / f"{index:06d}.parquet", [shard])
+        write_shards(shards, number, engine(make, windows, progress), start=done)
         (folder / "done").touch()
 
+    return merge_shards(shards, path, [each.learning_rate for each in checkpoints], settings.aggregation, identity)
+
+
+def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], start: int = 0) -> None:
+    """Write the scores of windows at one checkpoint, each atomically.
+
+    Args:
+        shards: the folder of all shards.
+        number: of the checkpoint.
+        scored: from an engine.
+        start: number of the first window.
+    """
+    for index, (table, counted) in enumerate(scored, start=start):
+        # The shard carries its own counts, so that a resumed run reports the whole.
+        shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
+        write_parts(_checkpoint_folder(shards, number) / f"{index:06d}.parquet", [shard])
+
+
+def merge_shards(
+    shards: Path, path: Path, rates: Sequence[float], how: Aggregation, identity: Mapping[str, object]
+) -> ScoringStats:
+    """Make one scores file of the shards of every checkpoint, and drop them.
+
+    Args:
+        shards: their folder.
+        path: the file to write.
+        rates: learning rate of each checkpoint.
+        how: many scores become one.
+        identity: kept in the file.
+
+    Returns:
+        What was read, at one checkpoint.
+    """
     stats, spread = ScoringStats(), TaskSpread()
-    rates = [checkpoint.learning_rate for checkpoint in checkpoints]
 
     def windows_done() -> Iterator[list[pa.Table]]:
-        for name in sorted(file.name for file in (shards / "checkpoint-000").glob("*.parquet")):
-            yield [pq.read_table(shards / f"checkpoint-{c:03d}" / name) for c in range(len(checkpoints))]
+        for name in sorted(file.name for file in _checkpoint_folder(shards, 0).glob("*.parquet")):
+            yield [pq.read_table(_checkpoint_folder(shards, c) / name) for c in range(len(rates))]
 
     for tables in windows_done():
-        spread.add(by_task(tables, rates, settings.aggregation))
+        spread.add(by_task(tables, rates, how))
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():
             stats.add(ScoringStats(**scores_metadata(tables[0])))  # pyright: ignore[reportArgumentType]
-            yield combine(tables, rates, settings.aggregation, spread, identity)
+            yield combine(tables, rates, how, spread, identity)
 
     write_parts(path, parts())
     # Without its identity a half-removed folder is nobody's; the next start drops it.
@@ -139,8 +175,14 @@ def _window_scorer(
     return WindowScorer(scorer, encoder, pad_id, settings, uncompiled)
 
 
-def _claim(shards: Path, identity: Mapping[str, object]) -> None:
-    """Make the shard folder ours: keep shards of the same identity, drop those of another."""
+def _checkpoint_folder(shards: Path, number: int) -> Path:
+    folder = shards / f"checkpoint-{number:03d}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def claim(shards: Path, identity: Mapping[str, object]) -> None:
+    """Make a folder of shards ours: keep shards of the same identity, drop those of another."""
     written = json.dumps(identity, sort_keys=True)
     marker = shards / IDENTITY
     if marker.is_file() and marker.read_text(encoding="utf-8") == written:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches
+from iprox.data import Batch, ChatEncoder, Encoded, Example
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.gradient_free import Corpus, RowScorer
+from iprox.influence.rows import RowRunner
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import ScoringSettings, ScoringStats, build_scorer
 from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.memory import RELEASE_EVERY, out_of_memory, release_memory
+from iprox.models.memory import out_of_memory, release_memory
 from iprox.models.optimizer_state import AdamState
 
 Window = list[Example]
@@ -56,83 +57,71 @@ def fitting_scorer(
         settings = replace(settings, batch_tokens=settings.batch_tokens // 2)
 
 
-@dataclass(slots=True)
-class WindowScorer:
-    """Scores windows of examples: what one worker holds.
+class WindowWorker(Protocol):
+    """What one worker holds: makes the rows of a table of a window of examples."""
 
-    Attributes:
-        scorer: from `build_scorer`.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
-        settings: how to score; its `batch_tokens` are halved whenever a batch does not fit in memory.
-        uncompiled: why the model does not run compiled although the settings ask for it.
-    """
-
-    scorer: BatchScorer | RowScorer
     encoder: ChatEncoder
-    pad_id: int
-    settings: ScoringSettings
-    uncompiled: str = ""
 
-    def __call__(self, window: Window, progress: Callable[[int], None] | None = None) -> ScoredWindow:
-        """Score a window.
+    def __call__(
+        self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
+    ) -> ScoredWindow:
+        """A table with one row an example, in order, and what was read.
 
         Args:
             window: examples.
             progress: called with the number of rows done.
+            encoded: their tokens, where they are ready.
+        """
+        ...
 
-        Returns:
-            A scores table with one row an example, in order, and what was read.
+
+class WindowScorer:
+    """Scores windows of examples.
+
+    Args:
+        scorer: from `build_scorer`.
+        encoder: makes tokens and labels.
+        pad_id: token id of the padding.
+        settings: how to score; batches are halved whenever one does not fit in memory.
+        uncompiled: why the model does not run compiled although the settings ask for it.
+    """
+
+    def __init__(
+        self,
+        scorer: BatchScorer | RowScorer,
+        encoder: ChatEncoder,
+        pad_id: int,
+        settings: ScoringSettings,
+        uncompiled: str = "",
+    ) -> None:
+        self.scorer, self.encoder, self.settings, self.uncompiled = scorer, encoder, settings, uncompiled
+        self._rows = RowRunner(
+            lambda batch: scorer(batch)[0].double(), scorer.device, pad_id, settings.batch_tokens, "score"
+        )
+
+    def __call__(
+        self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
+    ) -> ScoredWindow:
+        """A scores table of a window (see `WindowWorker`).
 
         Raises:
             FloatingPointError: a score is not finite (the example is named).
         """
-        device = self.scorer.device
-        encoded = self.encoder.encode(window)
+        encoded = self.encoder.encode(window) if encoded is None else encoded
         scores = np.full((len(window), sum(self.scorer.widths)), np.nan)
-        for number, batch in enumerate(iter_batches(encoded, self.settings.batch_tokens, self.pad_id)):
-            if number % RELEASE_EVERY == 0:
-                release_memory()
-            scores[batch.indices] = self._fitting(batch.to(device)).double().cpu().numpy()
-            bad = ~np.isfinite(scores[batch.indices]).all(axis=1)
-            if bad.any():
-                culprit = window[batch.indices[int(bad.argmax())]]
-                raise FloatingPointError(f"{culprit.origin}: the score is not finite; try --dtype float32")
-            if progress is not None:
-                progress(len(batch.indices))
-        empty = sum(example.supervised == 0 for example in encoded)
-        if progress is not None and empty:
-            progress(empty)
-        lengths = [len(example.input_ids) for example in encoded]
-        ids, sources = [example.id for example in window], [example.source for example in window]
-        scored = sum(length for length, example in zip(lengths, encoded, strict=True) if example.supervised)
-        stats = ScoringStats(
-            rows=len(window),
-            unscored=empty,
-            tokens=sum(lengths),
-            supervised=sum(example.supervised for example in encoded),
-            truncated=sum(example.truncated for example in encoded),
-            contraction_flops=scored * self.scorer.contraction_flops,
-            query_kept=min(self.scorer.kept.values()),
-            uncompiled=self.uncompiled,
-            batch_tokens=self.settings.batch_tokens,
-        )
+        self._rows(window, encoded, scores, progress)
+        stats = ScoringStats.of(encoded)
+        scored = sum(len(example.input_ids) for example in encoded if example.supervised)
+        stats.contraction_flops = scored * self.scorer.contraction_flops
+        stats.query_kept = min(self.scorer.kept.values())
+        stats.uncompiled = self.uncompiled
+        stats.batch_tokens = self._rows.batch_tokens
         columns = np.split(scores, np.cumsum(self.scorer.widths)[:-1], axis=1)
         means = np.stack([part.mean(axis=1) for part in columns], axis=1)
         by_example = columns if self.settings.aggregation.by_example else ()
+        ids, sources = [example.id for example in window], [example.source for example in window]
+        lengths = [len(example.input_ids) for example in encoded]
         return scores_table(ids, sources, lengths, means, self.scorer.tasks, examples=by_example), stats
-
-    def _fitting(self, batch: Batch) -> Tensor:
-        """Scores of a batch [B, tasks], in halves where it does not fit in memory; later batches are then smaller."""
-        if len(batch.indices) == 1 or batch.input_ids.numel() <= self.settings.batch_tokens:
-            try:
-                return self.scorer(batch)[0]
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or len(batch.indices) == 1:
-                    raise
-            release_memory()
-            self.settings = replace(self.settings, batch_tokens=max(1, self.settings.batch_tokens // 2))
-        return torch.cat([self._fitting(half) for half in batch.halves()])
 
 
 def compile_scorer(scorer: BatchScorer | RowScorer, trial: Batch) -> str:
@@ -167,17 +156,17 @@ def windows_of(pool: Iterable[Example], size: int, skip: int = 0) -> Iterator[Wi
         yield window
 
 
-# Scores windows, in order: (make a worker's scorer, windows, progress) -> scored windows.
-Engine = Callable[[Callable[[], WindowScorer], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
+# Works through windows, in order: (make a worker, windows, progress) -> tables.
+Engine = Callable[[Callable[[], WindowWorker], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
 
 
 def local_engine(
-    make: Callable[[], WindowScorer], windows: Iterator[Window], progress: Callable[[int], None] | None = None
+    make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
 ) -> Iterator[ScoredWindow]:
-    """Score in this process, one window after the other."""
-    scorer = make()
+    """Work in this process, one window after the other."""
+    work = make()
     for window in windows:
-        yield scorer(window, progress)
+        yield work(window, progress)
 
 
 def score_windows(

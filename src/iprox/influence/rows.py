@@ -1,0 +1,77 @@
+"""Run the rows of a window through a model: length-sorted batches, halved where memory does not hold one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iprox.data import Batch, Encoded, Example, iter_batches
+from iprox.models.memory import RELEASE_EVERY, out_of_memory, release_memory
+
+
+@dataclass(slots=True)
+class RowRunner:
+    """Gives every row of a window its numbers, batch by batch.
+
+    Attributes:
+        run: a batch of B rows -> their numbers [B, columns].
+        device: where batches are to be.
+        pad_id: token id of the padding.
+        batch_tokens: largest rows × longest row of a batch; halved whenever a batch does not fit in memory.
+        noun: what the numbers of a row are, in messages.
+    """
+
+    run: Callable[[Batch], Tensor]
+    device: torch.device
+    pad_id: int
+    batch_tokens: int
+    noun: str
+
+    def __call__(
+        self,
+        window: Sequence[Example],
+        encoded: Sequence[Encoded],
+        out: np.ndarray,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill in the rows of a window.
+
+        Args:
+            window: examples.
+            encoded: their tokens.
+            out: [N, columns]; rows without a supervised token are left as they are.
+            progress: called with the number of rows done.
+
+        Raises:
+            FloatingPointError: a number is not finite (the example is named).
+        """
+        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, self.pad_id)):
+            if number % RELEASE_EVERY == 0:
+                release_memory()
+            numbers = self._fitting(batch.to(self.device)).cpu().numpy()
+            bad = ~np.isfinite(numbers).all(axis=1)
+            if bad.any():
+                culprit = window[batch.indices[int(bad.argmax())]]
+                raise FloatingPointError(f"{culprit.origin}: the {self.noun} is not finite; try --dtype float32")
+            out[batch.indices] = numbers
+            if progress is not None:
+                progress(len(batch.indices))
+        empty = sum(example.supervised == 0 for example in encoded)
+        if progress is not None and empty:
+            progress(empty)
+
+    def _fitting(self, batch: Batch) -> Tensor:
+        """Numbers of a batch, in halves where it does not fit in memory; later batches are then smaller."""
+        if len(batch.indices) == 1 or batch.input_ids.numel() <= self.batch_tokens:
+            try:
+                return self.run(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or len(batch.indices) == 1:
+                    raise
+            release_memory()
+            self.batch_tokens = max(1, self.batch_tokens // 2)
+        return torch.cat([self._fitting(half) for half in batch.halves()])
