@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,11 +11,12 @@ import pyarrow as pa
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.audit.fidelity import AuditReport, compare_scores
-from iprox.data import ChatEncoder, Encoded, Pool, example_batches, iter_batches, on_device
+from iprox.data import Encoded, example_batches, on_device
 from iprox.errors import InputError
+from iprox.examples import Examples, Reader
 from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise
@@ -40,9 +41,6 @@ from iprox.proxy.size import Size
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
 from iprox.selection.strategies import select_rows
 from iprox.session import draw_rows
-
-# A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
-Examples = Any
 
 
 def compress(
@@ -104,7 +102,7 @@ def compress(
         with experts_split(model):
             return extract_layers(model, size)[0]
     settings = FactorSettings(method, ranks, ridge, MomentSettings(labels, tokens, seed=seed), seed=seed)  # pyright: ignore
-    batches = _Reader(model, tokenizer, max_length, batch_tokens).batches(probe, "probe") if method in PROBED else []
+    batches = Reader(model, tokenizer, max_length, batch_tokens).batches(probe, "probe") if method in PROBED else []
     with experts_split(model):
         return derive_proxy(model, batches, size, settings, loss_fn=loss_fn)[0]
 
@@ -141,7 +139,7 @@ def align(
     Returns:
         Losses by step.
     """
-    reader = _Reader(model, tokenizer, max_length, batch_tokens=0)
+    reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
     else:
@@ -265,7 +263,7 @@ def score(
                 sample = None if curvature_sample is None else list(curvature_sample)
                 tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample, adam))
                 continue
-            reader = _Reader(checkpoint, tokenizer, max_length, batch_tokens)
+            reader = Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
             source = reader.pool(pool, "pool")
             rows = source.scan().rows
@@ -328,7 +326,7 @@ def attribute(
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")
     settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
-    reader = _Reader(model, tokenizer, max_length, batch_tokens)
+    reader = Reader(model, tokenizer, max_length, batch_tokens)
     encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
     source = reader.pool(examples, "examples")
     source.scan()
@@ -389,43 +387,6 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = 
         InputError: it holds none.
     """
     return load_model(path, dtype=dtype, device=device)
-
-
-class _Reader:
-    """Turns what a caller gives as examples into batches on the model's device."""
-
-    def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int, batch_tokens: int
-    ) -> None:
-        self.model, self.max_length, self.batch_tokens = model, max_length, batch_tokens
-        self.device = next(model.parameters()).device
-        self._tokenizer = tokenizer
-        self._encoder: ChatEncoder | None = None
-
-    @property
-    def encoder(self) -> ChatEncoder:
-        if self._encoder is None:
-            tokenizer = self._tokenizer
-            if tokenizer is None:
-                name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-                if not name:
-                    raise InputError("the model does not say where it was loaded from; pass tokenizer=")
-                tokenizer = AutoTokenizer.from_pretrained(name)
-            self._encoder = ChatEncoder(tokenizer, self.max_length)
-        return self._encoder
-
-    def pool(self, examples: Examples, name: str) -> Pool:
-        return examples if isinstance(examples, Pool) else Pool(examples, name=name)
-
-    def encode(self, examples: Examples, name: str) -> list[Encoded]:
-        source = self.pool(examples, name)
-        source.scan()
-        return self.encoder.encode(list(source))
-
-    def batches(self, examples: Examples, name: str) -> Iterable[Any]:
-        if isinstance(examples, DataLoader):
-            return examples
-        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens, 0), self.device)
 
 
 def _score_batches(

@@ -19,14 +19,21 @@ from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
 from iprox import commands as run_commands
-from iprox import stage_commands
+from iprox import index_commands, stage_commands
 from iprox.errors import InputError
+from iprox.influence.index import DIMENSION
 from iprox.recipe import GRADIENT_FREE
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # Commands that go on where they stopped; the others start anew.
-RESUMABLE = ("run", "quickstart", "score")
+RESUMABLE = ("run", "quickstart", "score", "index")
+
+# Where a command's function is; the others are in `stage_commands`.
+MODULES = {
+    **dict.fromkeys(("quickstart", "run", "plan", "report"), run_commands),
+    **dict.fromkeys(("index", "query"), index_commands),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_compress,
         _add_align,
         _add_score,
+        _add_index,
+        _add_query,
         _add_select,
         _add_audit,
         _add_finetune,
@@ -136,8 +145,7 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole_runs = ("quickstart", "run", "plan", "report")
-    module = run_commands if name in whole_runs else stage_commands
+    module = MODULES.get(name, stage_commands)
     parser.set_defaults(command=name, run=getattr(module, name))
     common = parser.add_argument_group("options of every command")
     common.add_argument("--seed", type=int, default=None, help="seed of every draw and order (default 0)")
@@ -155,6 +163,16 @@ def _command(commands: Any, name: str, summary: str, example: str) -> argparse.A
     common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
     common.add_argument("--json", action="store_true", help="one machine-readable line on standard output at the end")
     return parser
+
+
+def _streaming_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-proc",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that tokenise ahead (default: none on a CPU, up to 4 on an accelerator)",
+    )
 
 
 def _reading_options(parser: argparse.ArgumentParser) -> None:
@@ -323,6 +341,58 @@ def _add_score(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--output", required=True, help="folder for scores.parquet")
     _influence_options(parser)
+    _streaming_option(parser)
+    _reading_options(parser)
+
+
+def _add_index(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "index",
+        "Keep a pool's gradients, randomly projected, to score it against later tasks without reading it again.",
+        "iprox index --model aligned --pool pool/*.jsonl --output index",
+    )
+    parser.add_argument("--model", required=True, help="model or proxy folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--output", required=True, help="folder for the index")
+    parser.add_argument(
+        "--dimension", type=_positive, default=DIMENSION, help=f"numbers an example, 2 bytes each (default {DIMENSION})"
+    )
+    parser.add_argument(
+        "--estimator",
+        choices=("tracin", "adam"),
+        default="tracin",
+        help="what is projected: gradients (tracin, default), or the steps of the warm-up's optimizer (adam, LESS)",
+    )
+    parser.add_argument("--target", help="with adam, the target of a proxy (default: the one it names)")
+    _gradient_option(parser)
+    _compile_option(parser)
+    _streaming_option(parser)
+    _reading_options(parser)
+
+
+def _add_query(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "query",
+        "Score a pool against validation tasks by its index, at the speed of the disk.",
+        "iprox query --index index --validation code=code.val.jsonl --output scores",
+    )
+    parser.add_argument(
+        "--index", required=True, nargs="+", metavar="INDEX_DIR", help="several are checkpoints of TracIn"
+    )
+    parser.add_argument("--model", nargs="+", help="the model of each index, where it is no longer where it was")
+    parser.add_argument("--target", help="target of a proxy, for its validation gradients (default: the one it names)")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="learning rate of each index (default: from the checkpoints.json beside its model)",
+    )
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet")
+    _query_option(parser)
+    _aggregation_options(parser)
     _reading_options(parser)
 
 
@@ -344,19 +414,8 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--damping", type=float, default=None, help="as a share of the curvature's mean eigenvalue (default 0.1)"
     )
-    parser.add_argument(
-        "--gradient",
-        choices=("factors", "weight"),
-        default=None,
-        help="of a proxy: those of its layers as if dense (weight, default), or of its factors",
-    )
-    parser.add_argument(
-        "--query",
-        choices=("target", "proxy"),
-        default="target",
-        help="where a proxy's validation gradients are taken: on its target (default; a few examples, more faithful) "
-        "or on the proxy itself",
-    )
+    _gradient_option(parser)
+    _query_option(parser)
     parser.add_argument(
         "--query-norm",
         type=float,
@@ -364,6 +423,30 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
         help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.95 on a "
         "proxy, 1 on a model itself)",
     )
+    _aggregation_options(parser)
+    _compile_option(parser)
+
+
+def _gradient_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gradient",
+        choices=("factors", "weight"),
+        default=None,
+        help="of a proxy: those of its layers as if dense (weight, default), or of its factors",
+    )
+
+
+def _query_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--query",
+        choices=("target", "proxy"),
+        default="target",
+        help="where a proxy's validation gradients are taken: on its target (default; a few examples, more faithful) "
+        "or on the proxy itself",
+    )
+
+
+def _aggregation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
     parser.add_argument(
         "--aggregate",
@@ -381,6 +464,9 @@ def _influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-example", action="store_true", help="keep the scores by validation example, as examples/TASK"
     )
+
+
+def _compile_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
@@ -453,11 +539,11 @@ def _add_export(commands: Any) -> None:
     parser = _command(
         commands,
         "export",
-        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox.",
-        "iprox export runs/quickstart/aligned --output dense-proxy",
+        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or make an index one of FAISS.",
+        "iprox export runs/quickstart/aligned --output dense-proxy\n  iprox export index --output pool.faiss",
     )
-    parser.add_argument("proxy", metavar="PROXY_DIR")
-    parser.add_argument("--output", required=True, help="folder for the dense checkpoint")
+    parser.add_argument("source", metavar="PROXY_DIR|INDEX_DIR")
+    parser.add_argument("--output", required=True, help="folder for the dense checkpoint, or FAISS file")
 
 
 def _add_push(commands: Any) -> None:

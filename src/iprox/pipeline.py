@@ -16,7 +16,6 @@ from typing import Any
 from iprox import score_stages, stages
 from iprox.data import Pool
 from iprox.influence.ray_engine import ray_engine
-from iprox.influence.windows import local_engine
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
@@ -355,7 +354,7 @@ def _score(run: Run, context: _Context) -> None:
     identity = {"inputs": run.record["identity"], "stages": key_of([_common(run), context.keys])}
     chosen = run.recipe.engine
     # Where windows are scored does not change the scores, so the engine is in no key.
-    engine = local_engine if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
+    engine = None if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
     context.keys["score"] = run.stage(
         "score",
         [_common(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],

@@ -28,13 +28,17 @@ class _Section(BaseModel):
 
 
 class DataSection(_Section):
-    """The pool, the validation set of each task, and how they are read."""
+    """The pool, the validation set of each task, and how they are read.
+
+    `num_proc` processes tokenise ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
+    """
 
     pool: list[str] = Field(min_length=1)
     validation: dict[str, str | list[str]] = Field(min_length=1)
     max_length: int = Field(2048, ge=8)
     chat_template: str | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
+    num_proc: int | None = Field(None, ge=0)
 
     @field_validator("pool", mode="before")
     @classmethod

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from iprox.audit import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Example, Pool
+from iprox.files import replacing
 from iprox.influence.aggregate import TaskSpread, combine
 from iprox.influence.gradient_free import Corpus
+from iprox.influence.prefetch import prefetching_engine
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.influence.windows import Engine, fitting_scorer, local_engine, score_windows, windows_of
@@ -55,9 +57,9 @@ def score(
     output: Path,
     settings: InfluenceSection,
     identity: Mapping[str, Any],
-    engine: Engine = local_engine,
+    engine: Engine | None = None,
 ) -> StageRecord:
-    """Score a pool at one or more checkpoints; writes `scores.parquet`."""
+    """Score a pool at one or more checkpoints; writes `scores.parquet`. Without an engine, in this process."""
     summary = pool.scan()
     first = models[0].path
     tokenizer = session.tokenizer(first)
@@ -102,17 +104,11 @@ def score(
                 "compile": compile_model,
             },
             progress=progress,
-            engine=engine,
+            engine=engine or engine_of(session),
             sample=sample,
             corpus=corpus,
         )
-    _say_what_fitted(session, stats)
-    if stats.uncompiled:
-        session.reporter.warn(f"the model is scored without being compiled, more slowly: {stats.uncompiled}")
-    if stats.unscored:
-        session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
-    if stats.truncated:
-        session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
+    say_what_was_read(session, stats)
     model = skeleton(first, trust_remote_code=session.trust_remote_code)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     curvature = 0.0
@@ -187,9 +183,8 @@ def audit(
     proxies, targets = (combine(tables[kind], rates, how, TaskSpread()) for kind in ("proxy", "target"))
     report = compare_scores(proxies, targets)
     output.mkdir(parents=True, exist_ok=True)
-    partial = output / "audit.parquet.partial"
-    pq.write_table(report.scores, partial)
-    partial.replace(output / "audit.parquet")
+    with replacing(output / "audit.parquet") as partial:
+        pq.write_table(report.scores, partial)
     write_json(output / "audit.json", report.as_dict())
     if len(pairs) == 1 and (Path(pairs[0][1]) / CARD).is_file():
         note_fidelity(Path(pairs[0][1]), report.sample, report.tasks)
@@ -279,6 +274,22 @@ def _say_what_fitted(session: Session, stats: ScoringStats) -> None:
             f"memory did not hold {session.batch_tokens} tokens at once: batches of {stats.batch_tokens} were scored; "
             f"--batch-tokens {stats.batch_tokens} saves the tries"
         )
+
+
+def say_what_was_read(session: Session, stats: ScoringStats) -> None:
+    """Warn of what did not go as asked, and say which examples were cut."""
+    _say_what_fitted(session, stats)
+    if stats.uncompiled:
+        session.reporter.warn(f"the model runs without being compiled, more slowly: {stats.uncompiled}")
+    if stats.unscored:
+        session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
+    if stats.truncated:
+        session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
+
+
+def engine_of(session: Session) -> Engine:
+    """Where windows are worked through unless a recipe names an engine: in this process, tokenised ahead if asked."""
+    return prefetching_engine(session.num_proc) if session.num_proc else local_engine
 
 
 def curvature_sample(

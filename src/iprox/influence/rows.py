@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,30 @@ from torch import Tensor
 
 from iprox.data import Batch, Encoded, Example, iter_batches
 from iprox.models.memory import RELEASE_EVERY, out_of_memory, release_memory
+
+T = TypeVar("T")
+
+
+def fitting(make: Callable[[int], T], batch_tokens: int, least: int) -> tuple[T, int]:
+    """Make something of batches that are halved until it fits in memory.
+
+    Args:
+        make: takes the largest rows × longest row of a batch.
+        batch_tokens: to start with.
+        least: where halving ends: the longest row.
+
+    Returns:
+        What was made, and the `batch_tokens` that fitted.
+    """
+    while True:
+        try:
+            return make(batch_tokens), batch_tokens
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or batch_tokens <= least:
+                raise
+        # Outside the handler: its traceback holds on to what did not fit.
+        release_memory()
+        batch_tokens = batch_tokens // 2
 
 
 @dataclass(slots=True)

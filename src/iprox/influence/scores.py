@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.errors import InputError
+from iprox.files import replacing
 
 TASK_PREFIX = "influence/"
 EXAMPLES_PREFIX = "examples/"
@@ -96,21 +96,20 @@ def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
     Returns:
         The number of rows.
     """
-    partial = path.with_name(path.name + ".partial")
     rows = 0
     writer: pq.ParquetWriter | None = None
-    try:
-        for part in parts:
-            if writer is None:
-                writer = pq.ParquetWriter(partial, part.schema, compression="zstd")
-            writer.write_table(part)
-            rows += part.num_rows
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is None:
-        raise ValueError("no scores to write")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        try:
+            for part in parts:
+                if writer is None:
+                    writer = pq.ParquetWriter(partial, part.schema, compression="zstd")
+                writer.write_table(part)
+                rows += part.num_rows
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is None:
+            raise ValueError("no scores to write")
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Example, iter_batches
+from iprox.files import write_text
 from iprox.influence.aggregate import Aggregation, TaskSpread, by_task, combine
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.scores import scores_metadata, write_parts
@@ -23,7 +23,7 @@ from iprox.influence.windows import (
     Engine,
     ScoredWindow,
     WindowScorer,
-    compile_scorer,
+    compile_model,
     fitting_scorer,
     local_engine,
     windows_of,
@@ -171,7 +171,7 @@ def _window_scorer(
     if settings.compile:
         few = next(iter(validation.values()))
         trial = next(iter_batches(few, settings.batch_tokens, pad_id)).to(scorer.device)
-        uncompiled = compile_scorer(scorer, trial)
+        uncompiled = compile_model(scorer.model, scorer, trial)
     return WindowScorer(scorer, encoder, pad_id, settings, uncompiled)
 
 
@@ -189,6 +189,4 @@ def claim(shards: Path, identity: Mapping[str, object]) -> None:
         return
     shutil.rmtree(shards, ignore_errors=True)
     shards.mkdir(parents=True)
-    partial = marker.with_suffix(".partial")
-    partial.write_text(written, encoding="utf-8")
-    os.replace(partial, marker)
+    write_text(marker, written)

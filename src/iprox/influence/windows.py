@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from iprox.data import Batch, ChatEncoder, Encoded, Example
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.gradient_free import Corpus, RowScorer
-from iprox.influence.rows import RowRunner
+from iprox.influence.rows import RowRunner, fitting
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import ScoringSettings, ScoringStats, build_scorer
 from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.memory import out_of_memory, release_memory
 from iprox.models.optimizer_state import AdamState
 
 Window = list[Example]
@@ -45,16 +44,13 @@ def fitting_scorer(
         The scorer, and the settings with the `batch_tokens` that fitted.
     """
     least = max((len(example.input_ids) for rows in validation.values() for example in rows), default=1)
-    while True:
-        try:
-            scorer = build_scorer(model, validation, pad_id, settings, loss_fn, target, sample, corpus, adam)
-            return scorer, settings
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or settings.batch_tokens <= least:
-                raise
-        # Outside the handler: its traceback holds on to what did not fit.
-        release_memory()
-        settings = replace(settings, batch_tokens=settings.batch_tokens // 2)
+
+    def make(batch_tokens: int) -> BatchScorer | RowScorer:
+        smaller = replace(settings, batch_tokens=batch_tokens)
+        return build_scorer(model, validation, pad_id, smaller, loss_fn, target, sample, corpus, adam)
+
+    scorer, batch_tokens = fitting(make, settings.batch_tokens, least)
+    return scorer, replace(settings, batch_tokens=batch_tokens)
 
 
 class WindowWorker(Protocol):
@@ -124,27 +120,28 @@ class WindowScorer:
         return scores_table(ids, sources, lengths, means, self.scorer.tasks, examples=by_example), stats
 
 
-def compile_scorer(scorer: BatchScorer | RowScorer, trial: Batch) -> str:
-    """Have a scorer's model run compiled from now on.
+def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial: Batch) -> str:
+    """Have a model run compiled from now on.
 
     Args:
-        scorer: whose model is compiled in place.
+        model: compiled in place.
+        run: runs it.
         trial: a batch that is scored to see whether it works.
 
     Returns:
         Why it cannot be; empty where it can. The model is then as it was.
     """
-    if scorer.model is None:
+    if model is None:
         return ""  # nothing runs that could be
-    reason = why_not_compiled(scorer.model)
+    reason = why_not_compiled(model)
     if reason is not None:
         return reason
-    assert isinstance(scorer.model, PreTrainedModel)
-    compile_layers(scorer.model)
+    assert isinstance(model, PreTrainedModel)
+    compile_layers(model)
     try:
-        scorer(trial)
+        run(trial)
     except TorchDynamoException as error:  # no compiler, or code it cannot follow
-        uncompile_layers(scorer.model)
+        uncompile_layers(model)
         return " ".join(str(error).split())[:300]
     return ""
 

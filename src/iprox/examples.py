@@ -1,0 +1,57 @@
+"""What callers of the Python API give as examples, turned into tokens and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
+from iprox.errors import InputError
+
+# A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
+Examples = Any
+
+
+class Reader:
+    """Turns what a caller gives as examples into batches on the model's device."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int, batch_tokens: int
+    ) -> None:
+        self.model, self.max_length, self.batch_tokens = model, max_length, batch_tokens
+        self.device = next(model.parameters()).device
+        self._tokenizer = tokenizer
+        self._encoder: ChatEncoder | None = None
+
+    @property
+    def encoder(self) -> ChatEncoder:
+        """The tokenizer given, or the model's own."""
+        if self._encoder is None:
+            tokenizer = self._tokenizer
+            if tokenizer is None:
+                name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
+                if not name:
+                    raise InputError("the model does not say where it was loaded from; pass tokenizer=")
+                tokenizer = AutoTokenizer.from_pretrained(name)
+            self._encoder = ChatEncoder(tokenizer, self.max_length)
+        return self._encoder
+
+    def pool(self, examples: Examples, name: str) -> Pool:
+        """The examples as a stream."""
+        return examples if isinstance(examples, Pool) else Pool(examples, name=name)
+
+    def encode(self, examples: Examples, name: str) -> list[Encoded]:
+        """The examples as tokens, checked."""
+        source = self.pool(examples, name)
+        source.scan()
+        return self.encoder.encode(list(source))
+
+    def batches(self, examples: Examples, name: str) -> Iterable[Any]:
+        """Length-sorted batches of the examples on the model's device, or the batches given."""
+        if isinstance(examples, DataLoader):
+            return examples
+        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens, 0), self.device)

@@ -1,0 +1,201 @@
+"""From parsed options to what the commands work with: a session, pools, settings, an output folder."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from iprox.data import Pool
+from iprox.errors import InputError
+from iprox.models.loading import load_config, model_fingerprint
+from iprox.models.optimizer_state import load_adam_state
+from iprox.progress import Reporter
+from iprox.recipe import InfluenceSection, validate_section
+from iprox.run_folder import environment, read_json, write_json
+from iprox.session import Session, draw_rows
+from iprox.stages import StageRecord
+
+# Probe examples unless asked otherwise: past some hundreds the moments hardly change.
+PROBE_SIZE = 512
+
+
+def session_of(arguments: Namespace) -> Session:
+    """The session that the options of every command ask for."""
+    given = {name: getattr(arguments, name, None) for name in ("batch_tokens", "max_length", "seed", "num_proc")}
+    return Session.create(
+        arguments.device or "auto",
+        arguments.dtype or "auto",
+        trust_remote_code=getattr(arguments, "trust_remote_code", False),
+        chat_template=getattr(arguments, "chat_template", None),
+        reporter=Reporter(arguments.quiet),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
+    """The examples of some files."""
+    return Pool(files, name=name, on_bad_row=arguments.on_bad_row)
+
+
+def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
+    """The validation sets of `TASK=FILE` pairs.
+
+    Raises:
+        InputError: a pair is written otherwise.
+    """
+    files: dict[str, list[str]] = {}
+    for pair in pairs:
+        task, equals, file = pair.partition("=")
+        if not equals or not task or not file:
+            raise InputError(f"--validation {pair}: write it as TASK=FILE, e.g. gsm8k=gsm8k.val.jsonl")
+        files.setdefault(task, []).append(file)
+    return {task: pool_of(names, arguments, task) for task, names in files.items()}
+
+
+def influence_of(arguments: Namespace) -> InfluenceSection:
+    """The settings of influence; what is not given, or no option of the command, is at its default."""
+    names = (
+        *("estimator", "curvature", "curvature_examples", "damping"),
+        *("gradient", "query", "query_norm", "normalise", "aggregate", "over_examples", "per_example", "compile"),
+    )
+    given = {name: getattr(arguments, name, None) for name in names}
+    return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
+
+
+def query_target(model: str, arguments: Namespace, settings: InfluenceSection, session: Session) -> str | None:
+    """Where the validation gradients of a scored model are taken: the target, given or named by a proxy; None: on it.
+
+    A proxy whose target is not to be found is scored with its own, and that is said.
+
+    Raises:
+        InputError: --target with a model that is no factorised proxy, or the target is not the proxy's.
+    """
+    config = load_config(model, trust_remote_code=session.trust_remote_code)
+    proxy = getattr(config, "quantization_config", None) or {}
+    if proxy.get("quant_method") != "iprox" or not proxy["ranks"]:
+        if arguments.target:
+            raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
+        return None
+    if settings.query == "proxy" or settings.gradient_free:
+        return None
+    target = arguments.target or proxy["target"]
+    try:
+        loaded = session.model(str(target))
+    except InputError as error:
+        if arguments.target:
+            raise
+        session.reporter.warn(
+            f"the target of {model} cannot be read ({error}); validation gradients are taken on the proxy, which is "
+            "less faithful: give --target"
+        )
+        return None
+    if proxy["target_fingerprint"] not in (None, model_fingerprint(loaded)):
+        raise InputError(
+            f"{target}: is not the target of {model} (the weights differ); give the right --target, or --query proxy"
+        )
+    return str(target)
+
+
+def warmed_folder(model: str, target: str | None, settings: InfluenceSection) -> str | None:
+    """The folder that holds the optimizer's state, for the estimator `adam`.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if settings.estimator != "adam":
+        return None
+    load_adam_state(target or model)  # refused now rather than after the model is loaded
+    return target or model
+
+
+def sample_of(pool: Pool, session: Session, name: str, size: int | None) -> list[Any]:
+    """A seeded random sample of a pool's examples."""
+    total = session.read(pool).rows
+    if size is None:
+        size = min(PROBE_SIZE, total)
+    elif size > total:
+        session.reporter.warn(f"{name}: {size} examples asked for, the files hold only {total}; all are used")
+    return pool.take(draw_rows(name, session.seed, total, size))
+
+
+def learning_rates_of(models: list[str], given: list[float] | None) -> list[float]:
+    """As given, else from the `checkpoints.json` that the warm-up wrote beside them; 1 for a single model."""
+    if given is not None:
+        if len(given) != len(models):
+            raise InputError(f"{len(models)} models but {len(given)} learning rates")
+        return given
+    if len(models) == 1:
+        return [1.0]
+    rates = []
+    for model in models:
+        listing = Path(model).parent / "checkpoints.json"
+        known = {entry["path"]: entry["learning_rate"] for entry in read_json(listing)} if listing.is_file() else {}
+        if Path(model).name not in known:
+            raise InputError(f"{model}: its learning rate is not in {listing}; give --learning-rates")
+        rates.append(known[Path(model).name])
+    return rates
+
+
+def new_folder(path: str) -> Path:
+    """An output folder that holds nothing yet.
+
+    Raises:
+        InputError: it holds something.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; choose another output or remove it")
+    return folder
+
+
+def resumable_folder(path: str, *left: str) -> Path:
+    """An output folder that holds nothing, or only what an interrupted command leaves (names or patterns)."""
+    folder = Path(path)
+    if folder.is_dir() and all(any(fnmatch(file.name, name) for name in left) for file in folder.iterdir()):
+        return folder
+    return new_folder(path)
+
+
+def single_stage(
+    session: Session,
+    name: str,
+    output: Path,
+    arguments: Namespace,
+    work: Callable[[], StageRecord],
+    kept: str | None = None,
+) -> dict[str, Any]:
+    """Do one stage by itself and write its `run.json` beside its output.
+
+    What it leaves half-made goes, unless files of the pattern `kept` are there, which the same command goes on after.
+    """
+    existed = output.exists()
+    try:
+        with session.metered() as usage:
+            record = work()
+        record = {**record, **asdict(usage), "warnings": session.reporter.take_warnings(), "skipped": False}
+        write_json(
+            output / "run.json",
+            {
+                **environment(),
+                "command": arguments.started_as,
+                "seed": session.seed,
+                "device": str(session.device),
+                "dtype": str(session.dtype).removeprefix("torch."),
+                "stages": {name: record},
+            },
+        )
+    except BaseException:
+        if kept is None or not any(output.glob(kept)):
+            shutil.rmtree(output, ignore_errors=True)
+            if existed:
+                output.mkdir()
+        shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
+        raise
+    if not arguments.json:
+        print(f"{name}: {record['seconds']:.1f} s, {output}")
+    return {**record, "output": str(output)}

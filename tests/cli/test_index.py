@@ -1,0 +1,129 @@
+"""A gradient index through the command line: written once, queried, resumed, exported, refused."""
+
+import json
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from scipy.stats import spearmanr
+
+from iprox.cli import main
+
+
+@pytest.fixture(scope="module")
+def indexed(make_place, tmp_path_factory):
+    """A run with two checkpoints that kept the optimizer's state, and indexes of its proxies."""
+    place = make_place(tmp_path_factory.mktemp("indexed") / "place")
+    options = ["influence.checkpoints=all", "influence.estimator=adam", "audit=false"]
+    assert place.run("--set", *options, "--stop-after", "compress") == 0
+    place.proxies = sorted((place.output / "proxy").glob("checkpoint-*"))
+    place.indexes = [place.path / f"index-{number}" for number in range(2)]
+    for proxy, index in zip(place.proxies, place.indexes, strict=True):
+        assert make(place, proxy, index) == 0
+    return place
+
+
+def make(place, model, output, *arguments):
+    common = ["--pool", str(place.pool), "--output", str(output), "--max-length=48", "--quiet"]
+    return main(["index", "--model", str(model), *common, *arguments])
+
+
+def tasks(place):
+    return [f"{task}={place.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+
+
+def query(place, indexes, output, *arguments):
+    named = ["--validation", *tasks(place), "--output", str(output), "--quiet"]
+    return main(["query", "--index", *map(str, indexes), *named, *arguments])
+
+
+def score(place, models, output, *arguments):
+    common = ["--pool", str(place.pool), "--validation", *tasks(place), "--output", str(output), "--max-length=48"]
+    assert main(["score", "--model", *map(str, models), *common, "--quiet", *arguments]) == 0
+    return pq.read_table(output / "scores.parquet")
+
+
+@pytest.mark.parametrize("normalise", ["none", "cosine"])
+def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalise):
+    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--normalise", normalise)
+    assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalise", normalise) == 0
+    queried = pq.read_table(tmp_path / "queried/scores.parquet")
+    assert queried.schema.names == exact.schema.names
+    assert queried["id"].equals(exact["id"])
+    assert queried["tokens"].equals(exact["tokens"])
+    for task in ("arithmetic", "spelling"):
+        a, b = (table[f"influence/{task}"].to_numpy() for table in (exact, queried))
+        assert spearmanr(a, b).statistic > 0.85
+        assert np.std(b) == pytest.approx(np.std(a), rel=0.25)
+    record = json.loads((tmp_path / "queried/run.json").read_text())["stages"]["query"]
+    assert record["query"] == "target"
+    assert record["rows"] == 200
+    index = json.loads((indexed.indexes[1] / "run.json").read_text())["stages"]["index"]
+    assert index["tokens"] == sum(exact["tokens"].to_pylist())
+    assert index["dimension"] == 8192
+
+
+def test_a_query_twice_gives_the_same_bytes(indexed, tmp_path):
+    for name in ("once", "twice"):
+        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--per-example") == 0
+    table = pq.read_table(tmp_path / "once/scores.parquet")
+    assert table.schema.field("examples/spelling").type.list_size == 8
+    assert (tmp_path / "once/scores.parquet").read_bytes() == (tmp_path / "twice/scores.parquet").read_bytes()
+
+
+def test_several_indexes_are_checkpoints(indexed, tmp_path):
+    rates = [0.25, 0.5]
+    for number, index in enumerate(indexed.indexes):
+        assert query(indexed, [index], tmp_path / f"{number}") == 0
+    assert query(indexed, indexed.indexes, tmp_path / "both", "--learning-rates", *map(str, rates)) == 0
+    parts = [pq.read_table(tmp_path / name / "scores.parquet")["influence/spelling"].to_numpy() for name in "01"]
+    both = pq.read_table(tmp_path / "both/scores.parquet")["influence/spelling"].to_numpy()
+    np.testing.assert_allclose(both, sum(r * part for r, part in zip(rates, parts, strict=True)), rtol=1e-9)
+
+
+def test_the_steps_of_adam_are_indexed(indexed, tmp_path):
+    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--normalise=cosine")
+    assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=adam") == 0
+    assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--normalise=cosine") == 0
+    queried = pq.read_table(tmp_path / "queried/scores.parquet")
+    a, b = (table["influence/spelling"].to_numpy() for table in (exact, queried))
+    np.testing.assert_allclose(b, a, rtol=0, atol=6 / 8192**0.5)  # six standard errors of a cosine near 0
+    assert np.corrcoef(a, b)[0, 1] > 0.9
+
+
+def test_tokenising_ahead_gives_the_same_bytes(indexed, tmp_path):
+    assert make(indexed, indexed.proxies[0], tmp_path / "index", "--num-proc=2") == 0
+    ours, theirs = (folder / "000000.arrow" for folder in (tmp_path / "index", indexed.indexes[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_an_index_becomes_one_of_faiss(indexed, tmp_path):
+    assert main(["export", str(indexed.indexes[0]), "--output", str(tmp_path / "pool.faiss"), "--quiet"]) == 0
+    index = faiss.read_index(str(tmp_path / "pool.faiss"))
+    assert (index.ntotal, index.d) == (200, 8192)
+    cosines, rows = index.search(index.reconstruct_n(0, 5), 1)
+    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]  # each is nearest to itself
+    np.testing.assert_allclose(cosines, 1, atol=1e-3)
+
+
+def refusal(capfd):
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+def test_what_cannot_be_is_refused(indexed, tmp_path, capfd):
+    assert make(indexed, indexed.proxies[0], indexed.indexes[0]) == 2
+    assert "exists already" in refusal(capfd)
+    assert make(indexed, indexed.proxies[0], tmp_path / "index", "--dimension=101") == 2
+    assert "power of two" in refusal(capfd)
+    assert not (tmp_path / "index").exists()
+    assert query(indexed, [tmp_path], tmp_path / "out") == 2
+    assert "is no index" in refusal(capfd)
+    assert query(indexed, indexed.indexes[:1], tmp_path / "out", "--model", str(indexed.proxies[1])) == 2
+    assert "is not the model of the index" in refusal(capfd)
+    assert query(indexed, indexed.indexes, tmp_path / "out") == 2
+    assert "learning rate" in refusal(capfd)
+    assert main(["export", str(indexed.path / "run/warmup"), "--output", str(tmp_path / "out"), "--quiet"]) == 2
+    refusal(capfd)
+    assert not (tmp_path / "out").exists()
