@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from iprox.data import Encoded, Pool, iter_batches
+from iprox.influence.rows import filled_rows
 from iprox.influence.scores import score_matrix
 from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.influence.windows import WindowScorer, fitting_scorer
@@ -59,6 +60,30 @@ def test_batches_are_halved_until_they_fit(tiny, window, error):
     tried = sum(size > 20 for size in sizes)
     worker(window)
     assert sum(size > 20 for size in sizes) == tried  # what did not fit is not tried again
+
+
+@pytest.mark.parametrize(
+    ("rows", "full", "expected"), [(1, 100, 25), (26, 100, 50), (100, 100, 100), (2, 2, 2), (3, 1, 3)]
+)
+def test_batches_are_filled_up_to_quarters(rows, full, expected):
+    assert filled_rows(rows, full) == expected
+
+
+def test_shapes_repeat_whatever_the_number_of_rows(tiny, window):
+    model, encoder, settings = tiny.model("qwen3"), Numbers(), ScoringSettings(batch_tokens=128)
+    validation = {"task": encoder.encode(window[:2])}
+    scorer = build_scorer(model, validation, 0, settings)
+    worker, shapes = WindowScorer(scorer, encoder, 0, settings), set()
+    whole = score_matrix(worker(window)[0])
+
+    def losses(model, batch):
+        shapes.add(tuple(batch.input_ids.shape))
+        return causal_lm_losses(model, batch)
+
+    scorer.loss_fn = losses
+    for count in range(1, len(window) + 1):
+        np.testing.assert_allclose(score_matrix(worker(window[:count])[0]), whole[:count], rtol=1e-9)
+    assert len(shapes) <= 8  # two widths, four numbers of rows
 
 
 def test_one_row_that_does_not_fit_is_an_error(tiny, window):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.windows import compile_scorer
+from iprox.influence.windows import compile_model
 from iprox.models.compiled import compile_layers, compiled, why_not_compiled, wire_of
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, low_rank_layers
@@ -106,7 +106,7 @@ def test_what_cannot_be_compiled_says_why_and_is_scored_as_it_was(tiny, monkeypa
 
     torch._dynamo.reset()
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: COMPILE(self, backend=no_compiler, **options))
-    assert "no C++ compiler on this machine" in compile_scorer(scorer, batch)
+    assert "no C++ compiler on this machine" in compile_model(scorer.model, scorer, batch)
     torch.testing.assert_close(scorer(batch)[0], expected, rtol=0, atol=0)
 
 
@@ -117,7 +117,7 @@ def test_experts_and_foreign_models_are_not_compiled(tiny):
     assert why_not_compiled(nn.Linear(2, 2)) == "it is no transformers model"
     assert why_not_compiled(tiny.model()) is None
     scorer = BatchScorer(experts, {"task": mean_gradient(experts, [tiny.batch([9, 3])])[0]})
-    assert "experts" in compile_scorer(scorer, tiny.batch([9, 3]))
+    assert "experts" in compile_model(scorer.model, scorer, tiny.batch([9, 3]))
 
 
 def test_a_model_that_goes_away_takes_its_wires_along(tiny):

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from iprox.data.batching import padded_width
 from iprox.models import loss as module
 from iprox.models.loss import TokenLosses, causal_lm_logits, causal_lm_losses, mean_by_row
 
@@ -35,9 +36,18 @@ def test_logits_are_made_only_where_supervised(tiny):
     logits, targets, rows = causal_lm_logits(model, batch)
     handle.remove()
     count = int((batch.labels[:, 1:] != -100).sum())
-    assert [tuple(shape) for shape in seen] == [(1, count, 64)]
+    assert [tuple(shape) for shape in seen] == [(1, padded_width(count), 64)]
     assert len(logits) == len(targets) == len(rows) == count
     assert not model.lm_head._forward_pre_hooks
+
+
+def test_shapes_of_the_head_repeat(tiny):
+    model, seen = tiny.model("qwen3"), set()
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.shape[1]))
+    for seed in range(8):
+        causal_lm_losses(model, tiny.batch([9, 8, 7, 5], seed=seed)).sum().backward()
+    handle.remove()
+    assert seen <= {8, 16, 24}
 
 
 def test_an_example_without_supervised_tokens_has_no_loss(tiny):

@@ -20,7 +20,7 @@ class Batch:
         input_ids: int64 [B, L], padded with the pad id.
         labels: int64 [B, L], -100 where there is no loss; not shifted.
         lengths: int64 [B], tokens of each row without padding.
-        indices: Position of each row in the caller's list.
+        indices: Position of each row in the caller's list; rows past them only fill up.
     """
 
     input_ids: torch.Tensor
@@ -45,6 +45,13 @@ class Batch:
             for rows in (slice(middle), slice(middle, None))
         )
         return first, second
+
+    def filled(self, rows: int) -> Batch:
+        """The same batch with copies of its first row up to a number of rows; `indices` stay as they are."""
+        if rows == len(self.indices):
+            return self
+        index = [*range(len(self.indices)), *[0] * (rows - len(self.indices))]
+        return Batch(self.input_ids[index], self.labels[index], self.lengths[index], self.indices)
 
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -38,6 +38,16 @@ def fitting(make: Callable[[int], T], batch_tokens: int, least: int) -> tuple[T,
         batch_tokens = batch_tokens // 2
 
 
+def filled_rows(rows: int, full: int) -> int:
+    """Rows that a batch is filled up to: a quarter, half, three quarters or all of a full batch.
+
+    Only the last batch of a window is not full. Without this it would be of a new shape in most windows, and what CPU
+    libraries generate and keep for new shapes (`iprox.models.shapes`) would let memory grow with the pool.
+    """
+    quarter = max(1, full // 4)
+    return max(rows, min(full, -(-rows // quarter) * quarter))
+
+
 @dataclass(slots=True)
 class RowRunner:
     """Gives every row of a window its numbers, batch by batch.
@@ -92,8 +102,9 @@ class RowRunner:
     def _fitting(self, batch: Batch) -> Tensor:
         """Numbers of a batch, in halves where it does not fit in memory; later batches are then smaller."""
         if len(batch.indices) == 1 or batch.input_ids.numel() <= self.batch_tokens:
+            rows = filled_rows(len(batch.indices), self.batch_tokens // batch.input_ids.shape[1])
             try:
-                return self.run(batch)
+                return self.run(batch.filled(rows))[: len(batch.indices)]
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error) or len(batch.indices) == 1:
                     raise

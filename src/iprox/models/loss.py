@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
-from iprox.data.batching import Batch
+from iprox.data.batching import Batch, padded_width
 from iprox.models.layers import output_head
 from iprox.models.precision import accumulation_dtype
 
@@ -30,15 +31,22 @@ def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
     Returns:
         logits [N, V] in the model's dtype, targets [N] and example numbers [N], N supervised tokens in all.
     """
+    logits, targets, rows = _filled_logits(model, batch)
+    return logits[: len(targets)], targets, rows
+
+
+def _filled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_lm_logits` with meaningless rows after the N, so that the head's shapes repeat (`padded_width`)."""
     head = output_head(model)
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output head; pass loss_fn for such a model")
     targets = batch.labels[:, 1:]
     supervised = targets != -100
-    rows = supervised.nonzero(as_tuple=True)[0]
+    rows, positions = supervised.nonzero(as_tuple=True)
+    surplus = padded_width(len(rows)) - len(rows)
 
     def gather(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][:, :-1][supervised].unsqueeze(0), *inputs[1:])
+        return (inputs[0][pad(rows, (0, surplus)), pad(positions, (0, surplus))].unsqueeze(0), *inputs[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -56,13 +64,13 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         Losses [B]; 0 for an example without a supervised token.
     """
-    logits, targets, rows = causal_lm_logits(model, batch)
+    logits, targets, rows = _filled_logits(model, batch)
     token_losses = TokenLosses.apply(logits, targets)
     return mean_by_row(token_losses, rows, batch.input_ids.shape[0])  # pyright: ignore[reportArgumentType]
 
 
 class TokenLosses(torch.autograd.Function):
-    """Cross-entropy of each row of logits [N, V] with targets [N], a few rows at a time.
+    """Cross-entropy of the first N rows of logits with targets [N], a few rows at a time.
 
     Logits are the largest tensor of a batch. In float32, with their softmax and the gradient of each, they would take
     six times what they do in bfloat16, and every pass over them goes to main memory; here float32 exists for a few
@@ -73,9 +81,10 @@ class TokenLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         """Losses [N] in float32 or better."""
         dtype = accumulation_dtype(logits)
-        normalisers = torch.cat([torch.logsumexp(rows.to(dtype), 1) for rows in _few_rows(logits)])
+        counted = logits[: len(targets)]
+        normalisers = torch.cat([torch.logsumexp(rows.to(dtype), 1) for rows in _few_rows(counted)])
         ctx.save_for_backward(logits, targets, normalisers)
-        return normalisers - logits.gather(1, targets[:, None])[:, 0]
+        return normalisers - counted.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     @once_differentiable
@@ -84,8 +93,9 @@ class TokenLosses(torch.autograd.Function):
         logits, targets, normalisers = ctx.saved_tensors
         (gradient,) = gradients
         result = torch.empty_like(logits)
+        result[len(targets) :] = 0
         start = 0
-        for rows in _few_rows(logits):
+        for rows in _few_rows(logits[: len(targets)]):
             some = slice(start, start + rows.shape[0])
             part = (rows.to(normalisers.dtype) - normalisers[some, None]).exp_()
             part.scatter_add_(1, targets[some, None], part.new_full((len(part), 1), -1.0))
