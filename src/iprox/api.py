@@ -114,6 +114,7 @@ def align(
     *,
     epochs: int = 5,
     learning_rate: float = 1e-4,
+    gradient_weight: float = 1.0,
     kl_weight: float = 0.1,
     temperature: float = 2.0,
     seed: int = 0,
@@ -129,6 +130,7 @@ def align(
         data: examples to align on.
         epochs: passes over them.
         learning_rate: peak.
+        gradient_weight: weight of the gradients' distance; 0 matches the logits only.
         kl_weight: weight of the KL anchor.
         temperature: of the KL anchor.
         seed: of the order.
@@ -151,6 +153,7 @@ def align(
             batches,
             steps=epochs * len(batches),
             learning_rate=learning_rate,
+            gradient_weight=gradient_weight,
             kl_weight=kl_weight,
             temperature=temperature,
             seed=seed,

@@ -315,6 +315,12 @@ def _add_align(commands: Any) -> None:
     parser.add_argument("--output", required=True, help="folder for the aligned proxy")
     parser.add_argument("--steps", type=_positive, help="optimiser steps (default: 5 epochs)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="default 1e-4")
+    parser.add_argument(
+        "--gradient-weight",
+        type=float,
+        default=1.0,
+        help="of the gradient part (default 1); 0 matches the logits only, at a third of the cost",
+    )
     parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL anchor (default 0.1)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the KL anchor (default 2)")
     _reading_options(parser)

@@ -123,8 +123,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
         if recipe.proxy.factorised and recipe.proxy.align:
             rows = checkpoints * recipe.proxy.align.epochs * share(total, recipe.proxy.align.fraction)
-            per_token = (3 + 8 * kept) * flops.forward_flops(model)
-            cost = rows * (mean * per_token + mean_supervised * 8 * flops.head_flops(model))
+            # As `flops.alignment_flops` counts, before there is a proxy.
+            passes, heads = (3 + 8 * kept, 8) if recipe.proxy.align.gradient_weight else (1 + 3 * kept, 4)
+            per_token = passes * flops.forward_flops(model)
+            cost = rows * (mean * per_token + mean_supervised * heads * flops.head_flops(model))
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":

@@ -68,14 +68,26 @@ class ProbeSection(_Section):
 
 
 class AlignSection(_Section):
-    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples."""
+    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
+
+    Without a `gradient_weight` only the logits are matched, by KL: cheaper, and less faithful.
+    """
 
     fraction: float = Field(0.01, gt=0, le=1)
     epochs: int = Field(5, ge=1)
     batch_size: int = Field(8, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
+    gradient_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(0.1, ge=0)
     temperature: float = Field(2.0, gt=0)
+
+    @model_validator(mode="after")
+    def _something_to_match(self) -> AlignSection:
+        if not self.gradient_weight and not self.kl_weight:
+            raise ValueError(
+                "gradient_weight and kl_weight are both 0, so there is nothing to align by; or align: false"
+            )
+        return self
 
 
 class ProxySection(_Section):

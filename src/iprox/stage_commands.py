@@ -79,6 +79,7 @@ def align(arguments: Namespace) -> dict[str, Any]:
     settings = validate_section(
         AlignSection,
         learning_rate=arguments.learning_rate,
+        gradient_weight=arguments.gradient_weight,
         kl_weight=arguments.kl_weight,
         temperature=arguments.temperature,
     )

@@ -136,6 +136,7 @@ def align_proxy(
             batches,
             steps=steps,
             learning_rate=settings.learning_rate,
+            gradient_weight=settings.gradient_weight,
             kl_weight=settings.kl_weight,
             temperature=settings.temperature,
             seed=session.seed,
@@ -149,7 +150,13 @@ def align_proxy(
     tokens, supervised = tokens_of(encoded)
     return {
         "tokens": history.tokens,
-        "flops": flops.alignment_flops(target, proxy, history.tokens, round(supervised * history.tokens / tokens)),
+        "flops": flops.alignment_flops(
+            target,
+            proxy,
+            history.tokens,
+            round(supervised * history.tokens / tokens),
+            gradients=settings.gradient_weight > 0,
+        ),
         "examples": len(examples),
         "steps": steps,
         "first_loss": history.steps[0].loss,

@@ -122,6 +122,36 @@ def test_a_bfloat16_proxy_stays_bfloat16_and_keeps_its_rotary_frequencies(tiny):
         assert torch.equal(buffer, buffers[name])
 
 
+def test_without_gradients_only_logits_are_matched(pair, monkeypatch):
+    from iprox.proxy import align as module
+
+    model, proxy, batches = pair
+    monkeypatch.setattr(module, "gradient_distance", None)  # is not called
+    history = align(proxy, model, batches, steps=30, learning_rate=5e-3, gradient_weight=0, kl_weight=1.0)
+    first, last = history.steps[0], history.steps[-1]
+    assert first.gradient is None
+    assert first.loss == pytest.approx(first.kl)
+    assert last.kl < 0.5 * first.kl
+
+
+def test_the_weights_weigh(pair):
+    model, proxy, (batch, _) = pair
+    layers = low_rank_layers(proxy)
+    proxy.requires_grad_(True)
+    signals = target_signals(model, list(layers), batch)
+    loss, gradient, kl = alignment_loss(
+        proxy, layers, batch, *signals, gradient_weight=0.5, kl_weight=0.25, temperature=2.0
+    )
+    torch.testing.assert_close(loss, 0.5 * gradient + 0.25 * kl)
+    torch.testing.assert_close(target_signals(model, (), batch)[1], signals[1])
+
+
+def test_nothing_to_align_by_is_refused(pair):
+    model, proxy, batches = pair
+    with pytest.raises(InputError, match="both 0"):
+        align(proxy, model, batches, steps=1, gradient_weight=0, kl_weight=0)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(pair):
     model, proxy, batches = pair
     with torch.no_grad():

@@ -106,7 +106,15 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int) -> float:
     return tokens * (2 * forward_flops(model) + moments) + supervised * 2 * head_flops(model) + factorise
 
 
-def alignment_flops(model: nn.Module, proxy: nn.Module, tokens: int, supervised: int) -> float:
-    """Alignment: the target's weight gradients (6P), the proxy's and the backward of both (about 16P′)."""
+def alignment_flops(
+    model: nn.Module, proxy: nn.Module, tokens: int, supervised: int, *, gradients: bool = True
+) -> float:
+    """Alignment: the target's weight gradients (6P), the proxy's and the backward of both (about 16P′).
+
+    Of the logits only: the target forward (2P), the proxy forward and backward (6P′).
+    """
+    if not gradients:
+        linear = forward_flops(model) + 3 * forward_flops(proxy)
+        return tokens * linear + supervised * (1 + 3) * head_flops(model)
     target = 3 * forward_flops(model) + 8 * forward_flops(proxy)
     return tokens * target + supervised * (2 + 6) * head_flops(model)

@@ -3,10 +3,11 @@
 Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
 factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
 
-    mean over aligned layers of  d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
+    gradient_weight · mean over aligned layers of  d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
     + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens,
 
-d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient. Only factors train.
+d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient. Only factors train. With a
+gradient_weight of 0 only the logits are distilled: first-order, at a third of the cost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,11 +36,14 @@ from iprox.models.precision import accumulation_dtype, cast_parameters
 
 @dataclass(frozen=True, slots=True)
 class AlignmentStep:
-    """One optimiser step: the whole loss, its gradient part, its KL part (per token, nats), the learning rate."""
+    """One optimiser step: the whole loss, its gradient part, its KL part (per token, nats), the learning rate.
+
+    The gradient part is None where it has no weight, and so was not computed.
+    """
 
     step: int
     loss: float
-    gradient: float
+    gradient: float | None
     kl: float
     learning_rate: float
 
@@ -97,25 +102,34 @@ def alignment_loss(
     target_gradients: dict[str, Tensor],
     target_logits: Tensor,
     *,
+    gradient_weight: float = 1.0,
     kl_weight: float,
     temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole loss of one batch, its gradient part and its KL part, scalars with their graph.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The whole loss of one batch, its gradient part (None without weight) and its KL part, scalars with their graph.
 
-    The proxy runs with the `math` attention kernel: it is the one with a second derivative.
+    For the gradient part the proxy runs with the `math` attention kernel: it is the one with a second derivative.
     """
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH) if gradient_weight else nullcontext():
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
         count = batch.input_ids.shape[0]
+        kl = kl_divergence(target_logits, logits, temperature).mean()
+        if not gradient_weight:
+            return kl_weight * kl, None, kl
         losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, count)
         gradient = gradient_distance(layers, losses.mean(), target_gradients)
-        kl = kl_divergence(target_logits, logits, temperature).mean()
-    return gradient + kl_weight * kl, gradient, kl
+    return gradient_weight * gradient + kl_weight * kl, gradient, kl
 
 
 def target_signals(target: nn.Module, layer_names: Sequence[str], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """What the proxy is to match on a batch: ∇_W of the mean loss by layer name, and the logits [N, V]."""
+    """What the proxy is to match on a batch: ∇_W of the mean loss by layer name, and the logits [N, V].
+
+    Without layers there is no backward pass.
+    """
+    if not layer_names:
+        with frozen(target), torch.no_grad():
+            return {}, causal_lm_logits(target, batch)[0]
     layers = {name: target.get_submodule(name) for name in layer_names}
     gradients: dict[str, Tensor] = {}
     kept: list[Tensor] = []
@@ -143,6 +157,7 @@ def align(
     *,
     steps: int,
     learning_rate: float = 1e-4,
+    gradient_weight: float = 1.0,
     kl_weight: float = 0.1,
     temperature: float = 2.0,
     seed: int = 0,
@@ -155,7 +170,8 @@ def align(
     rate of each factor is `learning_rate` times its own root mean square over the mean root mean square of all:
     every factor moves by the same share of itself.
 
-    Cost per token: target 6P, proxy about 16P′ FLOPs (forward, backward, and the backward of both).
+    Cost per token: target 6P, proxy about 16P′ FLOPs (forward, backward, and the backward of both); without the
+    gradient part 2P and 6P′.
 
     Args:
         proxy: the model to tune; its dtype is restored at the end.
@@ -163,13 +179,14 @@ def align(
         batches: the alignment batches; each is one optimiser step.
         steps: optimiser steps; batches are taken in a new seeded order each time round.
         learning_rate: peak step size of a factor of average scale.
+        gradient_weight: of the gradient part; 0 leaves it out.
         kl_weight: λ_KL.
         temperature: τ.
         seed: of the order.
         progress: called with 1 after each step.
 
     Raises:
-        InputError: the proxy has no low-rank layer, or there is nothing to align on.
+        InputError: the proxy has no low-rank layer, there is nothing to align on, or both weights are 0.
         FloatingPointError: the loss is not finite (the step is named).
     """
     started = time.perf_counter()
@@ -180,6 +197,8 @@ def align(
         )
     if not batches:
         raise InputError("no supervised example to align on")
+    if not gradient_weight and not kl_weight:
+        raise InputError("gradient_weight and kl_weight are both 0, so there is nothing to align by")
     dtype = next(iter(layers.values())).A.weight.dtype
     history = AlignmentHistory()
     training = proxy.training
@@ -205,9 +224,16 @@ def align(
             batch = batches[index]
             if step % RELEASE_EVERY == 0:
                 release_memory()
-            gradients, logits = target_signals(target, list(layers), batch)
+            gradients, logits = target_signals(target, list(layers) if gradient_weight else (), batch)
             loss, gradient, kl = alignment_loss(
-                proxy, layers, batch, gradients, logits, kl_weight=kl_weight, temperature=temperature
+                proxy,
+                layers,
+                batch,
+                gradients,
+                logits,
+                gradient_weight=gradient_weight,
+                kl_weight=kl_weight,
+                temperature=temperature,
             )
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the alignment loss is {loss.item()} at step {step} (batch {index})")
@@ -218,7 +244,9 @@ def align(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.step()
-            history.steps.append(AlignmentStep(step, loss.item(), gradient.item(), kl.item(), rate))
+            history.steps.append(
+                AlignmentStep(step, loss.item(), None if gradient is None else gradient.item(), kl.item(), rate)
+            )
             history.tokens += int(batch.lengths.sum())
             if progress is not None:
                 progress(1)
