@@ -1,10 +1,11 @@
 """How faithfully does each kind of proxy rank data? Spearman and top-5 % overlap with the target's scores, by size.
 
-Every method is given the same warmed target, the same probe, the same pool examples (none of them used for warm-up
-or probe) and the same size. Cells are cached in the work folder, so a stopped benchmark goes on where it was.
+Every method is given the same warmed target, the same probe, the same pool examples (none of them used for warm-up,
+probe or alignment) and the same size. Cells are cached in the work folder, so a stopped benchmark goes on where it was.
 
     python benchmarks/fidelity.py                                       # the whole table: hours on two cores
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
+    python benchmarks/fidelity.py --queries target --seeds 1 --methods ipsvd 'ipsvd, aligned' 'ipsvd, aligned by logits'
 
 Scores are raw TracIn at the warm-up's last checkpoint. `query` says where validation gradients are taken: on the target
 (iprox's default), or on the proxy (the paper's way, and the only one for proxies that are not factorised).
@@ -26,7 +27,7 @@ import torch
 from transformers import PreTrainedModel
 
 from iprox.audit.fidelity import fidelity_metrics
-from iprox.data import Batch, ChatEncoder, Encoded, Pool, iter_batches
+from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
 from iprox.influence.scoring import QUERY_NORM
 from iprox.models import flops
@@ -37,6 +38,7 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
+from iprox.proxy.align import align
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
@@ -62,6 +64,13 @@ FACTORISED: dict[str, tuple[Any, Any, Any]] = {
     "svd": ("svd", "global", "auto"),
     "random": ("random", "uniform", "auto"),
 }
+# Stage 2 on top of the first: settings of `iprox.proxy.align.align` that differ from its defaults.
+ALIGNED: dict[str, dict[str, float]] = {
+    "ipsvd, aligned": {},
+    "ipsvd, aligned by gradients": {"kl_weight": 0.0},
+    "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
+}
+FACTORISED.update(dict.fromkeys(ALIGNED, FACTORISED["ipsvd"]))
 METHODS = (*FACTORISED, "layers", "off-the-shelf")
 
 
@@ -74,6 +83,7 @@ class Setting:
     validation: dict[str, list[Encoded]]
     sample: list[Encoded]
     probe: list[Batch]
+    alignment: list[Batch]
     queries: dict[str, ModelGradient]
     target_scores: np.ndarray
     batch_tokens: int
@@ -109,6 +119,8 @@ def main() -> None:
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.85])
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--probe-size", type=int, default=139)
+    parser.add_argument("--align-size", type=int, default=139, help="rows to align on: by default 1 %% of the pool")
+    parser.add_argument("--align-epochs", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the warm-up: 5 %% of the pool, 2 epochs")
     parser.add_argument("--batch-tokens", type=int, default=4096)
@@ -125,6 +137,12 @@ def main() -> None:
     print_table(rows)
 
 
+def cell_name(arguments: argparse.Namespace, method: str, sparsity: float | None, query: str) -> str:
+    """The file of one cell."""
+    alignment = f"-{arguments.align_size}x{arguments.align_epochs}" if method in ALIGNED else ""
+    return f"{method.replace(' ', '-')}-{sparsity}-{query}{alignment}.json"
+
+
 def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """All cells of one seed; those on disk are read."""
     folder = arguments.work / f"seed-{seed}-examples-{arguments.examples}-probe-{arguments.probe_size}"
@@ -133,7 +151,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     for method in arguments.methods:
         for sparsity in [None] if method == "off-the-shelf" else arguments.sparsities:
             for query in arguments.queries if method in FACTORISED else ["proxy"]:
-                cell = folder / f"{method.replace(' ', '-')}-{sparsity}-{query}.json"
+                cell = folder / cell_name(arguments, method, sparsity, query)
                 if cell.is_file():
                     cells.append(json.loads(cell.read_text()))
                 else:
@@ -145,13 +163,17 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     started = time.perf_counter()
     moments, _ = collect_moments(setting.target, layers, setting.probe)
     seconds = {"moments": time.perf_counter() - started}
-    made: tuple[str, SpectrumStore, dict[str, budget.LayerSpectrum]] | None = None
+    made: tuple[tuple[Any, Any, Any], SpectrumStore, dict[str, budget.LayerSpectrum]] | None = None
     for method, sparsity, query in missing:
-        if method in FACTORISED and (made is None or made[0] != method):
+        if method in FACTORISED and (made is None or made[0] != FACTORISED[method]):
             started = time.perf_counter()
-            made = (method, *weigh(setting.target, moments, method, seed))
+            made = (FACTORISED[method], *weigh(setting.target, moments, method, seed))
             seconds["svd"] = time.perf_counter() - started
         proxy = make_proxy(arguments, setting, made, method, sparsity, seed)
+        aligned = None
+        if method in ALIGNED:
+            steps = arguments.align_epochs * len(setting.alignment)
+            aligned = align(proxy, setting.target, setting.alignment, steps=steps, seed=seed, **ALIGNED[method])  # pyright: ignore
         cast_parameters(proxy, setting.dtype)
         if query == "target":
             queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}
@@ -171,9 +193,11 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             "relative_flops": (flops.forward_flops(proxy) + flops.head_flops(proxy))
             / (flops.forward_flops(setting.target) + head),
             "stage1_seconds": sum(seconds.values()) if method in FACTORISED else None,
+            "align_seconds": aligned and aligned.seconds,
+            "align_tokens": aligned and aligned.tokens,
             "fidelity": fidelity,
         }
-        write_json(folder / f"{method.replace(' ', '-')}-{sparsity}-{query}.json", entry)
+        write_json(folder / cell_name(arguments, method, sparsity, query), entry)
         cells.append(entry)
         print_table([entry])
     return cells
@@ -186,6 +210,7 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
     warm_rows = draw_rows("warmup", seed, total, round(0.05 * total))
     probe_rows = draw_rows("probe", seed, total, arguments.probe_size, warm_rows)
     sample_rows = draw_rows("sample", seed, total, arguments.examples, [*warm_rows, *probe_rows])
+    align_rows = draw_rows("align", seed, total, arguments.align_size, [*warm_rows, *probe_rows, *sample_rows])
     path = warmed(arguments, arguments.model, "target", seed)
     encoder = ChatEncoder(load_tokenizer(path), 512)
     target = load_model(path)
@@ -194,8 +219,11 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
         task: encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))) for task in arguments.tasks
     }
     sample = encoder.encode(pool.take(sample_rows))
+    alignment = list(example_batches(encoder.encode(pool.take(align_rows)), 8, 0, arguments.batch_tokens // 4))
     dtype = resolve_dtype(arguments.dtype, torch.device("cpu"))
-    setting = Setting(target, encoder, validation, sample, probe, {}, np.empty(0), arguments.batch_tokens, dtype)
+    setting = Setting(
+        target, encoder, validation, sample, probe, alignment, {}, np.empty(0), arguments.batch_tokens, dtype
+    )
     scored = load_model(path, dtype=dtype)
     setting.queries = setting.own_queries(scored)
     # What proxies are compared with is exact: whole gradients.
