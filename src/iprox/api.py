@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.data import Encoded, example_batches, on_device
 from iprox.errors import InputError
-from iprox.examples import Examples, Reader
+from iprox.examples import Examples, Reader, as_pool
 from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise
 from iprox.influence.gradient_free import Corpus
+from iprox.influence.index import GradientIndex
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import Estimator, Query, ScoringSettings, scorer_of_batches
@@ -39,7 +40,7 @@ from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
-from iprox.selection.strategies import select_rows
+from iprox.selection import SelectionSettings, Strategy, select_rows
 from iprox.session import draw_rows
 
 
@@ -268,7 +269,7 @@ def score(
                 continue
             reader = Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            source = reader.pool(pool, "pool")
+            source = as_pool(pool, "pool")
             rows = source.scan().rows
             curved: list[Encoded] = []
             if estimator in CURVED:
@@ -331,7 +332,7 @@ def attribute(
     settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
     reader = Reader(model, tokenizer, max_length, batch_tokens)
     encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
-    source = reader.pool(examples, "examples")
+    source = as_pool(examples, "examples")
     source.scan()
     with experts_split(model, *([] if target is None else [target])):
         scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
@@ -345,17 +346,65 @@ def _refuse_adapter(model: nn.Module) -> None:
 
 
 def select(
-    scores: pa.Table, *, fraction: float | None = None, count: int | None = None, strategy: str = "top"
+    scores: pa.Table,
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    tokens: int | None = None,
+    strategy: Strategy = "top",
+    threshold: float | None = None,
+    temperature: float = 1.0,
+    source_floor: Mapping[str, float] | None = None,
+    source_cap: float | Mapping[str, float] | None = None,
+    deduplicate: float | None = None,
+    control_length: bool = False,
+    pool: Examples | None = None,
+    features: str | Path | None = None,
+    seed: int = 0,
 ) -> np.ndarray:
     """The chosen rows of a scores table: int64 row numbers, best first.
 
     Args:
         scores: from `score`.
-        fraction: share of the rows; exactly one of this and `count`.
+        fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
         count: number of rows.
-        strategy: `top`: the highest influence; `round-robin`: the tasks take turns.
+        tokens: number of tokens that they may have in all.
+        strategy: `top`, `round-robin`, `balanced`, `diverse` or `sample` (`iprox.selection.SelectionSettings`).
+        threshold: lowest influence to choose; there may then be fewer rows.
+        temperature: of `sample`, in standard deviations of the score.
+        source_floor: by source, the least share of the selection.
+        source_cap: the largest share of the selection, of any source or by source.
+        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
+            needs `pool`.
+        control_length: compare rows with those of about their length only.
+        pool: what was scored.
+        features: for `diverse`, the folder of the pool's `iprox index`.
+        seed: of `sample`.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
     """
-    return select_rows(scores, fraction=fraction, count=count, strategy=strategy).rows
+    settings = SelectionSettings(
+        fraction,
+        count,
+        tokens,
+        strategy,
+        threshold,
+        temperature,
+        source_floor or {},
+        source_cap,
+        deduplicate,
+        control_length,
+        seed,
+    )
+    index = None if features is None else GradientIndex.open(features)
+    source = None if pool is None else as_pool(pool, "pool")
+    return select_rows(
+        scores,
+        settings,
+        texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
+        features=None if index is None else lambda rows: index.take(rows.tolist())[1],
+    ).rows
 
 
 def audit(

@@ -491,15 +491,37 @@ def _add_select(commands: Any) -> None:
     parser.add_argument("--scores", required=True, help="scores.parquet or its folder")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
     parser.add_argument("--output", required=True, help="file to write")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--fraction", type=float, help="share of the pool")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, help="share of the pool (default 0.05)")
     size.add_argument("--count", type=int, help="number of rows")
+    size.add_argument("--tokens", type=int, help="number of tokens of all rows")
     parser.add_argument(
         "--strategy",
-        choices=("top", "round-robin"),
+        choices=("top", "round-robin", "balanced", "diverse", "sample"),
         default="top",
-        help="top: the highest influence; round-robin: the tasks take turns (default top)",
+        help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
+        "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
     )
+    parser.add_argument("--threshold", type=float, help="lowest influence to choose; may leave fewer rows")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of sample, in standard deviations of the score (default 1)"
+    )
+    parser.add_argument(
+        "--source-cap",
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="largest share of the selection: 0.3 of any source, or SOURCE=0.3 ...",
+    )
+    parser.add_argument("--source-floor", nargs="+", default=[], metavar="SOURCE=SHARE", help="least share, by source")
+    parser.add_argument(
+        "--deduplicate",
+        type=float,
+        metavar="SIMILARITY",
+        help="keep the better of two rows whose words are this similar, 0 to 1, e.g. 0.8",
+    )
+    parser.add_argument("--control-length", action="store_true", help="compare rows with those of their length only")
+    parser.add_argument("--features", metavar="INDEX", help="index of the pool's gradients, for --strategy diverse")
     _reading_options(parser)
 
 

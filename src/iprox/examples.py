@@ -16,6 +16,11 @@ from iprox.errors import InputError
 Examples = Any
 
 
+def as_pool(examples: Examples, name: str) -> Pool:
+    """The examples as a stream."""
+    return examples if isinstance(examples, Pool) else Pool(examples, name=name)
+
+
 class Reader:
     """Turns what a caller gives as examples into batches on the model's device."""
 
@@ -40,13 +45,9 @@ class Reader:
             self._encoder = ChatEncoder(tokenizer, self.max_length)
         return self._encoder
 
-    def pool(self, examples: Examples, name: str) -> Pool:
-        """The examples as a stream."""
-        return examples if isinstance(examples, Pool) else Pool(examples, name=name)
-
     def encode(self, examples: Examples, name: str) -> list[Encoded]:
         """The examples as tokens, checked."""
-        source = self.pool(examples, name)
+        source = as_pool(examples, name)
         source.scan()
         return self.encoder.encode(list(source))
 

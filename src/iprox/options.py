@@ -57,6 +57,34 @@ def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
     return {task: pool_of(names, arguments, task) for task, names in files.items()}
 
 
+def shares_of(pairs: list[str], option: str) -> dict[str, float]:
+    """The shares of `SOURCE=SHARE` pairs.
+
+    Raises:
+        InputError: a pair is written otherwise.
+    """
+    shares = {}
+    for pair in pairs:
+        source, equals, share = pair.rpartition("=")
+        try:
+            shares[source] = float(share)
+        except ValueError:
+            equals = ""
+        if not equals or not source:
+            raise InputError(f"{option} {pair}: write it as SOURCE=SHARE, e.g. gsm8k=0.1")
+    return shares
+
+
+def cap_of(given: list[str]) -> float | dict[str, float] | None:
+    """One cap for any source, or caps by source."""
+    if len(given) == 1 and "=" not in given[0]:
+        try:
+            return float(given[0])
+        except ValueError as error:
+            raise InputError(f"--source-cap {given[0]}: give a share such as 0.3, or SOURCE=0.3 ...") from error
+    return shares_of(given, "--source-cap") or None
+
+
 def influence_of(arguments: Namespace) -> InfluenceSection:
     """The settings of influence; what is not given, or no option of the command, is at its default."""
     names = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from iprox import score_stages, stages
 from iprox.data import Pool
+from iprox.influence.index import GradientIndex
 from iprox.influence.ray_engine import ray_engine
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
@@ -134,6 +135,7 @@ def _open(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     validation = _tasks(recipe.data.validation, recipe)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
+        stages.selection_settings(recipe.select, recipe.seed)
         summary = session.read(pool)
         encoder = session.encoder(session.tokenizer(recipe.model))
         encode_validation(encoder, validation)
@@ -392,9 +394,16 @@ def _select(run: Run, context: _Context) -> None:
     settings = run.recipe.select
     context.keys["select"] = run.stage(
         "select",
-        [context.keys["score"], settings.model_dump()],
+        [
+            context.keys["score"],
+            settings.model_dump(exclude={"features"}),
+            run.recipe.seed,
+            GradientIndex.open(settings.features).description if settings.features else None,
+        ],
         [run.folder.selected, run.folder.selection],
-        lambda: stages.select(run.folder.scores, run.pool, run.folder.selected, run.folder.selection, settings),
+        lambda: stages.select(
+            run.session, run.folder.scores, run.pool, run.folder.selected, run.folder.selection, settings
+        ),
     )
 
 

@@ -207,18 +207,36 @@ def curvature_passes(settings: InfluenceSection) -> int:
     return 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2
 
 
+# Of a whole, from nothing to all.
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class SelectSection(_Section):
-    """What is chosen."""
+    """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
+
+    `features` is an index of the pool's gradients (`iprox index`), which the strategy `diverse` compares.
+    """
 
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
-    strategy: Literal["top", "round-robin"] = "top"
+    tokens: int | None = Field(None, ge=1)
+    strategy: Literal["top", "round-robin", "balanced", "diverse", "sample"] = "top"
+    threshold: float | None = None
+    temperature: float = Field(1.0, gt=0)
+    source_floor: dict[str, Share] = {}
+    source_cap: Share | dict[str, Share] | None = None
+    deduplicate: float | None = Field(None, gt=0, le=1)
+    control_length: bool = False
+    features: str | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> SelectSection:
-        if self.fraction is not None and self.count is not None:
-            raise ValueError("give exactly one of fraction and count, and leave the other out or null")
-        if self.fraction is None and self.count is None:
+        given = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
+        if (self.strategy == "diverse") != (self.features is not None):
+            raise ValueError("the strategy diverse takes `features`, an index of the pool; no other strategy does")
+        if not given and self.threshold is None:
             # Past the validate_assignment machinery, which would run this validator again.
             object.__setattr__(self, "fraction", 0.05)
         return self
@@ -294,6 +312,8 @@ class Recipe(_Section):
         template = copy.data.chat_template
         if template and len(template) < 4096 and Path(template).is_file():
             copy.data.chat_template = str(Path(template).resolve())
+        if copy.select.features:
+            copy.select.features = str(Path(copy.select.features).resolve())
         copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
         copy.data.validation = _absolute_tasks(copy.data.validation)
         if copy.finetune:

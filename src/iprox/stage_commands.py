@@ -130,16 +130,23 @@ def score(arguments: Namespace) -> dict[str, Any]:
 
 def select(arguments: Namespace) -> dict[str, Any]:
     """`iprox select`."""
+    names = ("fraction", "count", "tokens", "strategy", "threshold", "temperature")
     settings = validate_section(
-        SelectSection, fraction=arguments.fraction, count=arguments.count, strategy=arguments.strategy
+        SelectSection,
+        **{name: getattr(arguments, name) for name in (*names, "deduplicate", "control_length", "features")},
+        source_floor=options.shares_of(arguments.source_floor, "--source-floor"),
+        source_cap=options.cap_of(arguments.source_cap),
     )
+    session = options.session_of(arguments)
     output = Path(arguments.output)
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = options.pool_of(arguments.pool, arguments)
-    record = stages.select(Path(arguments.scores), pool, output, description, settings)
+    record = stages.select(session, Path(arguments.scores), pool, output, description, settings)
     if not arguments.json:
-        print(f"{record['count']:,} rows, best first: {output}")
+        print(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
+        for reason, number in record["passed_over"].items():
+            print(f"passed over: {number:,} {reason}")
     return {**record, "output": str(output)}
 
 

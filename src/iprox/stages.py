@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from iprox.data import Batch, Encoded, Example, Pool, example_batches, on_device
 from iprox.errors import InputError
 from iprox.finetune import evaluate, save_model, train
+from iprox.influence.index import GradientIndex
 from iprox.influence.scores import read_scores
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
@@ -30,7 +32,7 @@ from iprox.proxy.moments import MomentSettings
 from iprox.proxy.size import Size
 from iprox.recipe import AlignSection, FinetuneSection, ProxySection, SelectSection, WarmupSection
 from iprox.run_folder import read_json, write_json
-from iprox.selection import select_rows
+from iprox.selection import SelectionSettings, select_rows
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
 
 # What a stage says of itself in run.json: tokens, flops, and anything particular to it.
@@ -164,16 +166,49 @@ def align_proxy(
     }
 
 
-def select(scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection) -> StageRecord:
+def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:
+    """What a recipe asks to be chosen, checked.
+
+    Raises:
+        InputError: it cannot be meant; or there is no index of features.
+    """
+    if settings.features is not None:
+        GradientIndex.open(settings.features)
+    return SelectionSettings(**settings.model_dump(exclude={"features"}), seed=seed)
+
+
+def select(
+    session: Session, scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection
+) -> StageRecord:
     """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
     table = read_scores(scores)
-    selection = select_rows(table, fraction=settings.fraction, count=settings.count, strategy=settings.strategy)
+
+    def texts(rows: Sequence[int]) -> list[str]:
+        return [example.words for example in pool.take(rows)]
+
+    def features(rows: np.ndarray) -> np.ndarray:
+        ids, gradients = GradientIndex.open(str(settings.features)).take(rows.tolist())
+        if ids != table["id"].take(pa.array(rows)).to_pylist():
+            raise InputError(f"{settings.features}: is not an index of the pool that was scored")
+        return gradients
+
+    selection = select_rows(
+        table,
+        selection_settings(settings, session.seed),
+        texts=texts,
+        features=features if settings.features else None,
+    )
+    if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
+        session.reporter.warn(
+            f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have an "
+            f"influence of {settings.threshold} or above"
+        )
     rows = selection.rows.tolist()
     ids = table["id"].take(pa.array(rows)).to_pylist()
     pool.write_rows(rows, output, ids)
     chosen = selection.as_dict()
     write_json(description, chosen)
-    return {key: chosen[key] for key in ("strategy", "count", "fraction", "threshold")}
+    return {key: chosen[key] for key in ("strategy", "count", "fraction", "threshold", "tokens", "passed_over")}
 
 
 def finetune(

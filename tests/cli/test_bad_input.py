@@ -284,6 +284,25 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--source-cap", "0.3", "0.4"], "write it as SOURCE=SHARE"),
+        (["--source-cap", "lots"], "give a share such as 0.3"),
+        (["--source-floor", "a=0.6", "b=0.7"], "add up to 1.3"),
+        (["--strategy=diverse"], "takes `features`"),
+        (["--deduplicate=2"], "deduplicate"),
+        (["--threshold=1e30"], "no row has an influence of"),
+    ],
+)
+def test_a_selection_that_cannot_be_meant(finished, tmp_path, refused, options, said):
+    output = tmp_path / "out.jsonl"
+    assert said in refused(
+        "select", "--scores", finished.output, "--pool", finished.pool, "--output", output, "--count=5", *options
+    )
+    assert not output.exists()
+
+
 def test_no_scores(finished, tmp_path, refused):
     said = refused("select", "--scores", tmp_path, "--pool", finished.pool, "--count=5", "--output", tmp_path / "o")
     assert "no such scores file" in said

@@ -1,16 +1,20 @@
 """The single commands in a chain, as someone without a recipe uses them."""
 
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import iprox
 from iprox.cli import main
 
 
@@ -100,10 +104,61 @@ def test_select_takes_rows_of_the_scored_pool(chain, capfd):
     output = chain.path / "chosen.jsonl"
     arguments = ["--scores", str(chain.path / "scores"), "--pool", str(chain.place.pool), "--output", str(output)]
     assert main(["select", *arguments, "--count", "15"]) == 0
-    assert capfd.readouterr().out.strip() == f"15 rows, best first: {output}"
+    assert re.fullmatch(rf"15 rows, [\d,]+ tokens, best first: {output}", capfd.readouterr().out.strip())
     lines = chain.place.pool.read_bytes().splitlines(keepends=True)
     rows = json.loads((chain.path / "chosen.selection.json").read_text())["rows"]
     assert output.read_bytes() == b"".join(lines[row] for row in rows)
+
+
+def choose(chain, tmp_path, *arguments):
+    """Rows chosen by `iprox select` with some options, and what it said."""
+    output = tmp_path / "chosen.jsonl"
+    common = ["--scores", str(chain.path / "scores"), "--pool", str(chain.place.pool), "--output", str(output)]
+    assert main(["select", *common, "--json", *map(str, arguments)]) == 0
+    return json.loads((tmp_path / "chosen.selection.json").read_text())["rows"]
+
+
+def test_select_within_tokens_and_caps(chain, tmp_path):
+    table = pq.read_table(chain.path / "scores/scores.parquet")
+    tokens, sources = table["tokens"].to_numpy(), table["source"].to_pylist()
+    assert tokens[choose(chain, tmp_path, "--tokens=500")].sum() <= 500
+    rows = choose(chain, tmp_path, "--count=20", "--source-cap", 0.3, "--control-length")
+    assert max(Counter(sources[row] for row in rows).values()) == 6
+    (common, _), *_ = Counter(sources).most_common()
+    rows = choose(chain, tmp_path, "--count=20", "--strategy=balanced", "--source-floor", f"{common}=0.5")
+    assert sum(sources[row] == common for row in rows) >= 10
+
+
+def test_select_without_near_duplicates(chain, tmp_path):
+    """A pool said twice gives the rows of the pool said once."""
+    scores = pq.read_table(chain.path / "scores/scores.parquet")
+    lines = [json.loads(line) for line in chain.place.pool.read_text().splitlines()]
+    twice = [{**row, "id": f"{row['id']}-{copy}"} for copy in range(2) for row in lines]
+    (tmp_path / "twice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twice))
+    table = pa.concat_tables([scores, scores]).set_column(0, "id", pa.array([row["id"] for row in twice]))
+    pq.write_table(table, tmp_path / "scores.parquet")
+    output = tmp_path / "out.jsonl"
+    common = ["--scores", str(tmp_path / "scores.parquet"), "--pool", str(tmp_path / "twice.jsonl"), "--quiet"]
+    assert main(["select", *common, "--output", str(output), "--count=15", "--deduplicate=0.99"]) == 0
+    record = json.loads((tmp_path / "out.selection.json").read_text())
+    assert max(record["rows"]) < len(lines)
+    assert record["passed_over"]["near-duplicate"] >= 14
+
+
+def test_select_diverse_rows_by_an_index(chain, tmp_path):
+    index = tmp_path / "index"
+    assert main(["index", "--model", str(chain.path / "aligned"), "--pool", str(chain.place.pool), "--output",
+                 str(index), "--max-length=48", "--quiet"]) == 0  # fmt: skip
+    rows = choose(chain, tmp_path, "--count=15", "--strategy=diverse", "--features", index)
+    assert len(set(rows)) == 15
+    top = choose(chain, tmp_path, "--count=15")
+    gradients = iprox.GradientIndex.open(index)
+    closeness = {}
+    for name, chosen in (("diverse", rows), ("top", top)):
+        features = gradients.take(chosen)[1]
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        closeness[name] = (features @ features.T).mean()
+    assert closeness["diverse"] < closeness["top"]
 
 
 def test_a_plain_model_scores_too(chain, tmp_path, capfd):

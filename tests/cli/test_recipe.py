@@ -33,7 +33,10 @@ def test_defaults_are_those_of_the_design():
         (with_section(warmup={"zzzzzz": 1}), "known here: fraction, epochs, learning_rate, batch_size"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
         (with_section(proxy={"sparsity": 0}), "(given: 0)"),
-        (with_section(select={"fraction": 0.1, "count": 5}), "select: give exactly one of fraction and count"),
+        (
+            with_section(select={"fraction": 0.1, "count": 5}),
+            "select: give exactly one of fraction, count and tokens, not fraction and count",
+        ),
         (with_section(data={"pool": "p.jsonl"}), "the key 'data.validation' is missing"),
         (with_section(data={"pool": [], "validation": {"t": "v"}}), "data.pool: "),
         (with_section(data={"pool": "p", "validation": {}}), "data.validation: "),

@@ -5,9 +5,14 @@ from hypothesis import strategies as st
 
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
-from iprox.selection import select_rows
+from iprox.selection import SelectionSettings
+from iprox.selection import select_rows as choose_rows
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
+
+
+def select_rows(scores, **settings):
+    return choose_rows(scores, SelectionSettings(**settings))
 
 
 def table(values):

@@ -60,6 +60,13 @@ class Example:
     text: str | None
     supervised_from: int = 0
 
+    @property
+    def words(self) -> str:
+        """All that it says, without roles or template."""
+        if self.messages is not None:
+            return "\n".join(message["content"] for message in self.messages)
+        return "\n".join(part for part in (self.prompt, self.completion, self.text) if part is not None)
+
 
 def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     """Recognise the format of one raw row and read it.

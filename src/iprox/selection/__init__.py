@@ -1,5 +1,5 @@
 """Selection: from scores to the chosen rows."""
 
-from iprox.selection.strategies import Selection, select_rows
+from iprox.selection.select import Selection, SelectionSettings, Strategy, select_rows
 
-__all__ = ["Selection", "select_rows"]
+__all__ = ["Selection", "SelectionSettings", "Strategy", "select_rows"]

@@ -1,127 +1,117 @@
-"""Selection strategies: which rows of a scores table to train on."""
+"""Selection strategies: in which order rows of a scores table are worth taking.
+
+Each ranks rows best first and breaks ties by the earlier row. Asked for a longer ranking it gives the same one, further
+on, so whoever takes rows may ask for as many as it turns out to need.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import pyarrow as pa
 
-from iprox.errors import InputError
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX
-
-STRATEGIES = ("top", "round-robin")
+# How many rows to rank -> their numbers, best first (fewer where fewer have a score).
+Ranking = Callable[[int], np.ndarray]
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The chosen rows of a scores table.
-
-    Attributes:
-        rows: int64 [K], row numbers, best first.
-        strategy: how they were chosen.
-        fraction: the share asked for, if a share was.
-        threshold: the lowest `influence` chosen by `top`; None for a strategy that does not cut at a score.
-    """
-
-    rows: np.ndarray
-    strategy: str
-    fraction: float | None
-    threshold: float | None
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
-        return {
-            "strategy": self.strategy,
-            "count": len(self.rows),
-            "fraction": self.fraction,
-            "threshold": self.threshold,
-            "rows": self.rows.tolist(),
-        }
-
-
-def select_rows(
-    scores: pa.Table, *, fraction: float | None = None, count: int | None = None, strategy: str = "top"
-) -> Selection:
-    """Choose rows of a scores table, best first.
-
-    Ties go to the earlier row. A row without a score is never chosen.
+def top(influence: np.ndarray, limit: int) -> np.ndarray:
+    """The `limit` highest scores, best first. O(n + k log k).
 
     Args:
-        scores: a scores table.
-        fraction: share of all rows to choose, in (0, 1]; rounded to the nearest row, at least one.
-        count: number of rows to choose. Exactly one of `fraction` and `count`.
-        strategy: `top`: the highest `influence`; `round-robin`: the tasks take turns.
-
-    Raises:
-        InputError: not exactly one of fraction and count, out of range, unknown strategy, or more rows asked for
-            than have a score.
-    """
-    if strategy not in STRATEGIES:
-        raise InputError(f"unknown strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
-    if (fraction is None) == (count is None):
-        raise InputError("give exactly one of fraction and count")
-    if fraction is not None:
-        if not 0 < fraction <= 1:
-            raise InputError(f"the fraction to select is {fraction}; it must be above 0 and at most 1")
-        count = max(1, round(fraction * scores.num_rows))
-    assert count is not None
-    if count < 1:
-        raise InputError(f"the number of rows to select is {count}; it must be at least 1")
-    influence = scores[AGGREGATE].to_numpy(zero_copy_only=False).astype(np.float64)
-    scored = int(np.isfinite(influence).sum())
-    if count > scored:
-        raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
-    if strategy == "top":
-        rows = top(influence, count)
-        return Selection(rows, strategy, fraction, float(influence[rows[-1]]))
-    tasks = [scores[name] for name in scores.column_names if name.startswith(TASK_PREFIX)]
-    return Selection(round_robin(tasks, count), strategy, fraction, None)
-
-
-def top(influence: np.ndarray, count: int) -> np.ndarray:
-    """The `count` highest scores, best first, ties to the earlier row; NaN last. O(n + k log k).
-
-    Args:
-        influence: float64 [N], NaN where there is no score.
-        count: at most the number of scores that are not NaN.
+        influence: float64 [N], NaN where a row is not to be taken.
+        limit: how many, if there are as many.
 
     Returns:
-        int64 [count] row numbers.
+        int64 [<= limit] row numbers.
     """
     loss = np.where(np.isnan(influence), np.inf, -influence)
-    if count < len(loss):
-        cut = np.partition(loss, count - 1)[count - 1]
+    limit = min(limit, int(np.isfinite(influence).sum()))
+    if limit == 0:
+        return np.empty(0, np.int64)
+    if limit < len(loss):
+        cut = np.partition(loss, limit - 1)[limit - 1]
         better = np.flatnonzero(loss < cut)
-        equal = np.flatnonzero(loss == cut)[: count - len(better)]
+        equal = np.flatnonzero(loss == cut)[: limit - len(better)]
         candidates = np.sort(np.concatenate([better, equal]))
     else:
         candidates = np.arange(len(loss))
     return candidates[np.argsort(loss[candidates], kind="stable")]
 
 
-def round_robin(tasks: Sequence[pa.ChunkedArray], count: int) -> np.ndarray:
+def round_robin(tasks: Sequence[np.ndarray], limit: int) -> np.ndarray:
     """The tasks take turns: each, in order, takes the best row for it that none has taken, until there are enough.
 
     Every task gets its share, however large its scores. With each validation example as a task of its own
     the selection is as varied as they are, where the mean over them would follow the largest and most common kind.
-    A task has no need to look beyond its best `count` rows, so this is O(T·(n + k log k)) for T tasks.
+    A task has no need to look beyond its best `limit` rows, so this is O(T·(n + k log k)) for T tasks.
 
     Args:
-        tasks: scores of each task, N rows, null where there is none.
-        count: at most the number of rows with a score.
+        tasks: scores of each task, float64 [N], NaN where a row is not to be taken.
+        limit: how many, if there are as many.
 
     Returns:
-        int64 [count] row numbers, in the order taken.
+        int64 [<= limit] row numbers, in the order taken.
     """
-    best = [iter(top(task.to_numpy(zero_copy_only=False).astype(np.float64), count).tolist()) for task in tasks]
-    taken: dict[int, None] = {}  # keeps its order
-    for queue in itertools.cycle(best):
-        if len(taken) == count:
-            break
-        row = next((row for row in queue if row not in taken), None)
+    turns = itertools.cycle(range(len(tasks)))
+    return _by_turns(tasks, limit, lambda _row: next(turns))
+
+
+def balanced(tasks: Sequence[np.ndarray], limit: int) -> np.ndarray:
+    """The task that the rows taken so far have served least takes its best row next (BIDS, arXiv:2501.12147).
+
+    Scores are standardised by task over the rows that may be taken. What a task has been served is the sum of its
+    standardised scores over the rows taken, whoever took them: a row that helps several tasks counts for all.
+    O(T·(n + k log k)).
+
+    Args:
+        tasks: as for `round_robin`.
+        limit: as for `round_robin`.
+
+    Returns:
+        int64 [<= limit] row numbers, in the order taken.
+    """
+    scores = np.stack([standardised(task) for task in tasks])
+    served = np.zeros(len(tasks))
+
+    def next_task(row: int | None) -> int:
         if row is not None:
-            taken[row] = None
-    return np.fromiter(taken, dtype=np.int64, count=count)
+            served[:] += scores[:, row]
+        return int(served.argmin())
+
+    return _by_turns(tasks, limit, next_task)
+
+
+def _by_turns(tasks: Sequence[np.ndarray], limit: int, next_task: Callable[[int | None], int]) -> np.ndarray:
+    """Each turn's task takes its best row that is left; `next_task` is told the row taken last."""
+    queues = [iter(top(task, limit).tolist()) for task in tasks]
+    limit = min(limit, int(np.isfinite(tasks[0]).sum()))
+    taken: dict[int, None] = {}  # keeps its order
+    row = None
+    while len(taken) < limit:
+        queue = queues[next_task(row)]
+        row = next(row for row in queue if row not in taken)
+        taken[row] = None
+    return np.fromiter(taken, dtype=np.int64, count=limit)
+
+
+def sampled(influence: np.ndarray, limit: int, temperature: float, seed: int) -> np.ndarray:
+    """Drawn without replacement, with chances ∝ exp(standardised score / temperature); in the order drawn.
+
+    The largest scores plus independent Gumbel noise are such a draw (the Gumbel-top-k trick, arXiv:1903.06059).
+    A low temperature is `top`, a high one uniform. O(n + k log k).
+
+    Args:
+        influence: float64 [N], NaN where a row is not to be taken.
+        limit: how many, if there are as many.
+        temperature: in standard deviations of the score, above 0.
+        seed: of the noise.
+    """
+    noise = np.random.default_rng(seed).gumbel(size=len(influence))
+    return top(standardised(influence) / temperature + noise, limit)
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores [N] less their mean, over their standard deviation; NaN stays. Equal scores all become 0."""
+    deviation = np.nanstd(scores)
+    return (scores - np.nanmean(scores)) / (deviation if deviation > 0 else 1.0)

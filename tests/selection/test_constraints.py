@@ -1,0 +1,170 @@
+import contextlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iprox.errors import InputError
+from iprox.selection import SelectionSettings, select_rows
+from iprox.selection.constraints import Limits, take, without_length_bias
+from iprox.selection.duplicates import NearDuplicates, word_runs
+from iprox.selection.strategies import top
+
+
+@given(st.data())
+def test_caps_and_floors_hold_and_nothing_better_is_left_out(data):
+    """Against brute force: the best-first feasible set, greedily, row by row."""
+    rows = data.draw(st.integers(1, 30))
+    sources = data.draw(st.lists(st.sampled_from("abc"), min_size=rows, max_size=rows))
+    influence = np.array(data.draw(st.permutations(range(rows))), dtype=np.float64)
+    count = data.draw(st.integers(1, rows))
+    floors = {"a": data.draw(st.integers(0, min(count, sources.count("a"))))}
+    caps = {"b": data.draw(st.integers(0, rows))}
+
+    def feasible(chosen):
+        left = [row for row in range(rows) if row not in chosen]
+        if sum(sources[row] == "b" for row in chosen) > caps["b"]:
+            return False
+        need = max(0, floors["a"] - sum(sources[row] == "a" for row in chosen))
+        return need <= count - len(chosen) and need <= sum(sources[row] == "a" for row in left)
+
+    expected: list[int] = []
+    for row in np.argsort(-influence).tolist():
+        if len(expected) < count and feasible([*expected, row]):
+            expected.append(row)
+    limits = Limits(count, None, floors, caps)
+    ranking = lambda limit: top(influence, limit)  # noqa: E731
+    if len(expected) < count:
+        # Short of the count, or of a floor, which is refused.
+        with contextlib.suppress(InputError):
+            assert len(take(ranking, rows, limits, sources, np.ones(rows)).rows) < count
+    else:
+        assert take(ranking, rows, limits, sources, np.ones(rows)).rows.tolist() == expected
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 60))
+def test_a_token_budget_ends_before_the_first_row_that_would_not_fit(tokens, budget):
+    influence = -np.arange(len(tokens), dtype=np.float64)
+    taken = take(lambda limit: top(influence, limit), len(tokens), Limits(tokens=budget), [None] * 30, np.array(tokens))
+    expected = int((np.cumsum(tokens) <= budget).sum())
+    assert taken.rows.tolist() == list(range(expected))
+
+
+def test_the_tail_is_ranked_only_if_it_is_needed():
+    asked = []
+
+    def ranking(limit):
+        asked.append(limit)
+        return np.arange(limit)
+
+    sources = ["common"] * 5000 + ["rare"] * 10
+    taken = take(ranking, 5010, Limits(20, None, {"rare": 5}), sources, np.ones(5010))
+    assert taken.rows.tolist() == [*range(15), *range(5000, 5005)]
+    assert asked == [1024, 2048, 4096, 5010]
+    asked.clear()
+    take(ranking, 5010, Limits(20, None, {}, {"rare": 1}), sources, np.ones(5010))
+    assert asked == [1024]
+
+
+def test_shares_of_sources_are_of_the_selection(scores_of):
+    table = scores_of(np.arange(100.0)[::-1], ["big"] * 80 + ["small"] * 20)
+    chosen = select_rows(table, SelectionSettings(count=20, source_floor={"small": 0.25}, source_cap=0.8))
+    assert chosen.rows.tolist() == [*range(15), *range(80, 85)]
+    assert chosen.threshold is None
+    assert chosen.passed_over == {"place owed to another source": 65}
+    capped = select_rows(table, SelectionSettings(count=20, source_cap={"big": 0.5}))
+    assert capped.rows.tolist() == [*range(10), *range(80, 90)]
+
+
+def test_a_floor_that_cannot_be_met_is_refused(scores_of):
+    table = scores_of([3.0, 2.0, 1.0, 0.0], ["a", "a", "a", "b"])
+    with pytest.raises(InputError, match="only 1 rows of the source 'b' can be chosen, fewer than its floor of 2"):
+        select_rows(table, SelectionSettings(count=4, source_floor={"b": 0.5}))
+    with pytest.raises(InputError, match=r"only 3 can be chosen \(1 source at its cap\)"):
+        select_rows(table, SelectionSettings(count=4, source_cap=0.5))
+    assert select_rows(table, SelectionSettings(count=4, source_cap=0.5, threshold=0.5)).rows.tolist() == [0]
+
+
+def test_a_threshold_leaves_fewer_and_says_so(scores_of):
+    chosen = select_rows(scores_of([3.0, float("nan"), 1.0, 2.0]), SelectionSettings(count=3, threshold=1.5))
+    assert chosen.rows.tolist() == [0, 3]
+    assert chosen.count_asked == 3
+    assert select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=2.0)).rows.tolist() == [0]
+    with pytest.raises(InputError, match="no row has an influence of 9"):
+        select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=9.0))
+
+
+def test_no_length_is_favoured_where_length_is_controlled(scores_of):
+    """Scores that fall with the length, plus noise: top takes the short, with control every length has its share."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 500, 4000)
+    scores = 100 / tokens * (1 + 0.2 * rng.normal(size=4000))
+    table = scores_of(scores, tokens=tokens.tolist())
+    plain = select_rows(table, SelectionSettings(fraction=0.1)).rows
+    controlled = select_rows(table, SelectionSettings(fraction=0.1, control_length=True)).rows
+    assert np.median(tokens[plain]) < 60
+    assert abs(np.median(tokens[controlled]) - np.median(tokens)) < 60
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.data())
+def test_control_of_length_keeps_the_order_within_a_length(scores, data):
+    tokens = np.array(data.draw(st.lists(st.sampled_from([5, 50]), min_size=len(scores), max_size=len(scores))))
+    scores = np.array(scores)
+    adjusted = without_length_bias(scores, tokens)
+    for length in (5, 50):
+        rows = np.flatnonzero(tokens == length)
+        order = np.argsort(scores[rows], kind="stable")
+        assert (np.diff(adjusted[rows][order]) >= 0).all()
+
+
+def texts_of(texts):
+    return lambda rows: [texts[row] for row in rows]
+
+
+def test_of_near_duplicates_the_better_is_kept(scores_of):
+    story = "the quick brown fox jumps over the lazy dog and runs far away into the deep dark forest at night " * 3
+    texts = ["something else entirely, about numbers and sums and nothing more", story, story.upper() + "!", "", ""]
+    table = scores_of([1.0, 2.0, 3.0, 0.5, 0.4])
+    chosen = select_rows(table, SelectionSettings(count=3, deduplicate=0.8), texts=texts_of(texts))
+    assert chosen.rows.tolist() == [2, 0, 3]
+    assert chosen.passed_over == {"near-duplicate": 1}
+    with pytest.raises(InputError, match="give the pool"):
+        select_rows(table, SelectionSettings(count=3, deduplicate=0.8))
+
+
+def test_the_estimate_follows_the_jaccard_similarity():
+    """Pairs of known similarity around the threshold: far ones are kept, close ones are not."""
+    rng = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(4000)]
+    verdicts = {}
+    for changed in (2, 60):
+        text = rng.choice(words, 200).tolist()
+        other = list(text)
+        for position in rng.choice(200, changed, replace=False):
+            other[position] = "changed"
+        first, second = " ".join(text), " ".join(other)
+        jaccard = len(word_runs(first) & word_runs(second)) / len(word_runs(first) | word_runs(second))
+        kept = NearDuplicates(0.7, texts_of([first, second]))
+        kept.read([0, 1])
+        verdicts[changed] = (jaccard, kept.add(0) and kept.add(1))
+    assert verdicts[2][0] > 0.85
+    assert not verdicts[2][1]
+    assert verdicts[60][0] < 0.5
+    assert verdicts[60][1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 2, "source_floor": {"a": 0.7, "b": 0.7}}, "more than all"),
+        ({"count": 2, "source_cap": 1.5}, "from 0 to 1"),
+        ({"tokens": 9, "source_cap": 0.5}, "give fraction or count"),
+        ({"count": 2, "temperature": 0.0}, "above 0"),
+        ({"count": 2, "deduplicate": 1.5}, "at most 1"),
+        ({"tokens": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        SelectionSettings(**settings)
