@@ -67,7 +67,7 @@ def print_run(folder: RunFolder) -> None:
         lines.append(
             (
                 "fidelity",
-                f"Spearman {fidelity['spearman']:.2f} with the target's own scores, "
+                f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores, "
                 f"{fidelity['overlap']['0.05']:.0%} of its top 5 % shared ({done['audit']['examples']} audited)",
             )
         )
@@ -136,8 +136,16 @@ def print_fidelity(audit: dict[str, Any]) -> None:
         column.justify = "right"
     for task, entry in [*audit["tasks"].items(), ("mean", audit["mean"])]:
         overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
-        table.add_row(task, f"{entry['spearman']:.3f}", f"{entry['kendall']:.3f}", *overlaps)
+        table.add_row(task, f"{entry['spearman']:.3f}{_interval(entry)}", f"{entry['kendall']:.3f}", *overlaps)
     console.print(table)
+
+
+def _interval(fidelity: dict[str, Any]) -> str:
+    """The interval of the Spearman correlation."""
+    if "intervals" not in fidelity:  # of an audit made before there were any
+        return ""
+    low, high = fidelity["intervals"]["spearman"]
+    return f" ({low:.2f} to {high:.2f})"
 
 
 def print_test_losses(record: dict[str, Any]) -> None:

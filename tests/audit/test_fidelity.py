@@ -1,9 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from iprox.audit import compare_scores
+from iprox.audit.breakdown import calibration, disagreements
 from iprox.audit.fidelity import top_overlap
+from iprox.audit.intervals import bootstrap_intervals
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 
@@ -27,14 +31,68 @@ def test_metrics_are_those_of_scipy_and_of_sets(matrices):
         entry = report.tasks[task]
         assert entry["spearman"] == pytest.approx(stats.spearmanr(proxy[:, column], target[:, column])[0])
         assert entry["kendall"] == pytest.approx(stats.kendalltau(proxy[:, column], target[:, column])[0])
-        for share in (0.01, 0.05, 0.1):
+        for share in (0.01, 0.02, 0.05, 0.1, 0.2):
             k = round(200 * share)
             best = [set(np.argsort(-scores[:, column])[:k]) for scores in (proxy, target)]
             assert entry["overlap"][str(share)] == pytest.approx(len(best[0] & best[1]) / k)
     assert report.tasks["a"]["spearman"] > report.tasks["b"]["spearman"]
     assert report.mean["spearman"] == pytest.approx(np.mean([report.tasks[t]["spearman"] for t in "ab"]))
-    assert report.scores.column_names == ["id", "source", "proxy/a", "target/a", "proxy/b", "target/b"]
+    assert report.scores.column_names == ["id", "source", "tokens", "proxy/a", "target/a", "proxy/b", "target/b"]
     np.testing.assert_array_equal(report.scores["target/b"].to_numpy(), target[:, 1])
+
+
+def test_intervals_hold_the_figure_and_narrow_with_the_sample(matrices):
+    proxy, target = matrices
+    wide = compare_scores(table(proxy[:50]), table(target[:50]))
+    narrow = compare_scores(table(proxy), table(target))
+    for report in (wide, narrow):
+        for entry in (*report.tasks.values(), report.mean):
+            low, high = entry["intervals"]["spearman"]
+            assert low <= entry["spearman"] <= high
+            assert entry["intervals"]["overlap"]["0.2"][0] <= entry["overlap"]["0.2"]
+    spans = [np.diff(report.mean["intervals"]["spearman"])[0] for report in (wide, narrow)]
+    assert spans[1] < 0.7 * spans[0]
+    json.dumps(narrow.as_dict(), allow_nan=False)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """The mean of 40 normal numbers: 95 % intervals miss 0 in about one of twenty draws."""
+    rng = np.random.default_rng(1)
+    missed = 0
+    for _ in range(100):
+        sample = rng.normal(size=40)
+        low, high = bootstrap_intervals(lambda rows, sample=sample: {"mean": sample[rows].mean()}, 40)["mean"]
+        missed += not low <= 0 <= high
+    assert 1 <= missed <= 14
+
+
+def test_breakdowns_by_source_and_length(matrices):
+    proxy, target = matrices
+    sources = ["x"] * 120 + ["y"] * 75 + ["few"] * 5
+    lengths = np.arange(200) // 2
+    tables = [
+        scores_table([str(i) for i in range(200)], sources, lengths, matrix, ["a", "b"]) for matrix in (proxy, target)
+    ]
+    report = compare_scores(*tables)
+    assert list(report.by_source) == ["x", "y"]
+    assert report.by_source["y"]["rows"] == 75
+    within = [stats.spearmanr(proxy[120:195, task], target[120:195, task])[0] for task in range(2)]
+    assert report.by_source["y"]["spearman"] == pytest.approx(np.mean(within))
+    assert [entry["tokens"] for entry in report.by_length] == [[0, 19], [20, 39], [40, 59], [60, 79], [80, 99]]
+    assert sum(entry["rows"] for entry in report.by_length) == 200
+
+
+def test_calibration_and_disagreements():
+    target = np.arange(100, dtype=float)
+    proxy = target.copy()
+    proxy[[3, 96]] = proxy[[96, 3]]  # one row is rated far too high, one far too low
+    tenths = calibration(proxy, target, 0.05)
+    assert [part["of_target_top"] for part in tenths] == [0.8, 0, 0, 0, 0, 0, 0, 0, 0, 0.2]
+    assert tenths[1]["target_score"] == pytest.approx((target[80:90].mean() - target.mean()) / target.std())
+    apart = disagreements(proxy, target)
+    assert [entry["position"] for entry in apart] == [3, 96]
+    assert apart[0]["proxy"] == pytest.approx(0.035)
+    assert apart[0]["target"] == pytest.approx(0.965)
 
 
 def test_the_same_scores_agree_wholly_and_reversed_ones_not_at_all(matrices):

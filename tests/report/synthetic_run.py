@@ -8,6 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from iprox.audit import compare_scores
+from iprox.influence.scores import scores_table
+
 ROWS = 600
 SCRIPT = "<script>window.pwned = true; document.title = 'pwned'</script>"
 HOSTILE_SOURCE = "<img src=x onerror=alert(1)> & <b>co</b>"
@@ -146,14 +149,17 @@ def write_audit(folder: Path, scores: dict[str, np.ndarray], sources: list[str |
     folder.mkdir()
     sample = np.sort(rng.choice(np.arange(4, len(sources)), size=min(200, len(sources) - 4), replace=False))
     columns: dict[str, Any] = {"id": [f"row-{i:04d}" for i in sample], "source": [sources[i] for i in sample]}
-    tasks = {}
+    columns["tokens"] = rng.integers(20, 300, len(sample))
+    sides = {}
     for task, values in scores.items():
         columns[f"target/{task}"] = values[sample]
         columns[f"proxy/{task}"] = 0.7 * values[sample] + rng.normal(size=len(sample)) * 2.5e-3
-        tasks[task] = {"spearman": 0.81, "kendall": 0.62, "overlap": {"0.01": 0.5, "0.05": 0.7, "0.1": 0.75}}
-    pq.write_table(pa.table(columns), folder / "audit.parquet")
-    mean = {"spearman": 0.81, "kendall": 0.62, "overlap": {"0.01": 0.5, "0.05": 0.7, "0.1": 0.75}}
-    write_json(folder / "audit.json", {"sample": len(sample), "tasks": tasks, "mean": mean})
+    for side in ("proxy", "target"):
+        matrix = np.stack([columns[f"{side}/{task}"] for task in scores], axis=1)
+        sides[side] = scores_table(columns["id"], columns["source"], columns["tokens"], matrix, list(scores))
+    report = compare_scores(sides["proxy"], sides["target"])
+    pq.write_table(report.scores, folder / "audit.parquet")
+    write_json(folder / "audit.json", report.as_dict())
 
 
 def run_json(pool: Path, rows: int, tasks: tuple[str, ...], without: tuple[str, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,14 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from iprox.audit.breakdown import by_group, by_length, calibration, disagreements
+from iprox.audit.intervals import bootstrap_intervals
 from iprox.errors import InputError
-from iprox.influence.scores import TASK_PREFIX, task_names
+from iprox.influence.scores import score_matrix, task_names
 
-OVERLAP_AT = (0.01, 0.05, 0.1)
+OVERLAP_AT = (0.01, 0.02, 0.05, 0.1, 0.2)
+# The share that a calibration looks at.
+TOP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +26,27 @@ class AuditReport:
 
     Attributes:
         sample: examples compared.
-        tasks: by task `spearman`, `kendall` (-1 to 1) and `overlap` (share of the target's top k % that the proxy
-            also puts in its top k %, by k as a fraction).
-        mean: the same, averaged over tasks.
-        scores: the scores compared: `id`, `source`, `proxy/<task>`, `target/<task>`.
+        tasks: by task `spearman`, `kendall` (-1 to 1), `overlap` (share of the target's top k % that the proxy
+            also puts in its top k %, by k as a fraction), `intervals` (the bounds of each at 95 %), `calibration`
+            (what the target thinks of each tenth of the proxy's ranking) and `disagreements` (the rows whose places
+            are furthest apart, 0 the best and 1 the worst).
+        mean: `spearman`, `kendall`, `overlap` and `intervals`, averaged over tasks.
+        by_source: by source of ten rows or more, `rows` and the mean `spearman` within it.
+        by_length: the same by fifths of length, with the range of `tokens`.
+        scores: the scores compared: `id`, `source`, `tokens`, `proxy/<task>`, `target/<task>`.
     """
 
     sample: int
     tasks: dict[str, dict[str, Any]]
     mean: dict[str, Any]
+    by_source: dict[str, dict[str, Any]]
+    by_length: list[dict[str, Any]]
     scores: pa.Table
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON, without the scores."""
-        return {"sample": self.sample, "tasks": self.tasks, "mean": self.mean}
+        names = ("sample", "tasks", "mean", "by_source", "by_length")
+        return {name: getattr(self, name) for name in names}
 
 
 def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
@@ -50,38 +62,48 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     tasks = task_names(proxy)
     if tasks != task_names(target):
         raise InputError(f"the proxy was scored on {tasks}, the target on {task_names(target)}")
-    columns: dict[str, Any] = {"id": proxy["id"], "source": proxy["source"]}
+    on_proxy, on_target = score_matrix(proxy), score_matrix(target)
+    (both,) = np.nonzero(np.isfinite(on_proxy).all(1) & np.isfinite(on_target).all(1))
+    if len(both) < 10:
+        raise InputError(f"only {len(both)} examples have both scores; an audit needs at least 10")
+    x, y = on_proxy[both].T, on_target[both].T
+
+    def figures(rows: np.ndarray) -> dict[tuple[str | None, str], float]:
+        """Every figure by task and name; the mean over tasks is of no task."""
+        each = [_figures(x[number][rows], y[number][rows]) for number in range(len(tasks))]
+        named = {(task, name): value for task, entry in zip(tasks, each, strict=True) for name, value in entry.items()}
+        return {**named, **{(None, name): float(np.mean([entry[name] for entry in each])) for name in each[0]}}
+
+    def spearman(rows: np.ndarray) -> float:
+        return float(np.mean([_spearman(x[number][rows], y[number][rows]) for number in range(len(tasks))]))
+
+    measured = figures(np.arange(len(both)))
+    bounds = bootstrap_intervals(figures, len(both))
+
+    def entry(task: str | None) -> dict[str, Any]:
+        own, intervals = (
+            _nested({name: value for (of, name), value in found.items() if of == task}) for found in (measured, bounds)
+        )
+        return {**own, "intervals": intervals}
+
+    ids = proxy["id"].take(pa.array(both)).to_pylist()
     fidelity: dict[str, dict[str, Any]] = {}
-    sample = 0
-    for task in tasks:
-        x = proxy[TASK_PREFIX + task].to_numpy(zero_copy_only=False).astype(np.float64)
-        y = target[TASK_PREFIX + task].to_numpy(zero_copy_only=False).astype(np.float64)
-        columns[f"proxy/{task}"], columns[f"target/{task}"] = x, y
-        both = np.isfinite(x) & np.isfinite(y)
-        sample = int(both.sum())
-        if sample < 10:
-            raise InputError(f"only {sample} examples have both scores; an audit needs at least 10")
-        fidelity[task] = fidelity_metrics(x[both], y[both])
-    mean = {
-        "spearman": float(np.mean([fidelity[task]["spearman"] for task in tasks])),
-        "kendall": float(np.mean([fidelity[task]["kendall"] for task in tasks])),
-        "overlap": {
-            key: float(np.mean([fidelity[task]["overlap"][key] for task in tasks]))
-            for key in fidelity[tasks[0]]["overlap"]
-        },
-    }
-    return AuditReport(sample, fidelity, mean, pa.table(columns))
+    for number, task in enumerate(tasks):
+        apart = [{"id": ids[found.pop("position")], **found} for found in disagreements(x[number], y[number])]
+        fidelity[task] = {**entry(task), "calibration": calibration(x[number], y[number], TOP), "disagreements": apart}
+    columns: dict[str, Any] = {name: proxy[name] for name in ("id", "source", "tokens")}
+    for number, task in enumerate(tasks):
+        columns[f"proxy/{task}"], columns[f"target/{task}"] = on_proxy[:, number], on_target[:, number]
+    sources = proxy["source"].take(pa.array(both)).to_pylist()
+    tokens = proxy["tokens"].to_numpy(zero_copy_only=False)[both]
+    return AuditReport(
+        len(both), fidelity, entry(None), by_group(spearman, sources), by_length(spearman, tokens), pa.table(columns)
+    )
 
 
 def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:
     """Spearman, Kendall and top-k overlap of two score vectors [N]."""
-    spearman: Any = stats.spearmanr(proxy, target)
-    kendall: Any = stats.kendalltau(proxy, target)
-    return {
-        "spearman": float(spearman.statistic),
-        "kendall": float(kendall.statistic),
-        "overlap": {str(share): top_overlap(proxy, target, share) for share in OVERLAP_AT},
-    }
+    return _nested(_figures(proxy, target))
 
 
 def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
@@ -90,3 +112,23 @@ def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
     chosen = np.argsort(-proxy, kind="stable")[:count]
     wanted = np.argsort(-target, kind="stable")[:count]
     return len(np.intersect1d(chosen, wanted)) / count
+
+
+def _spearman(proxy: np.ndarray, target: np.ndarray) -> float:
+    result: Any = stats.spearmanr(proxy, target)
+    return float(result.statistic)
+
+
+def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    kendall: Any = stats.kendalltau(proxy, target)
+    return {
+        "spearman": _spearman(proxy, target),
+        "kendall": float(kendall.statistic),
+        **{f"overlap/{share}": top_overlap(proxy, target, share) for share in OVERLAP_AT},
+    }
+
+
+def _nested(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The overlaps by share in a mapping of their own."""
+    overlap = {name.removeprefix("overlap/"): value for name, value in figures.items() if name.startswith("overlap/")}
+    return {"spearman": figures["spearman"], "kendall": figures["kendall"], "overlap": overlap}

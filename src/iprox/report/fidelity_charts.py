@@ -1,12 +1,13 @@
 """Charts of the audit: proxy scores against target scores on the sampled rows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from iprox.report import formats
-from iprox.report.charts import ACCENT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
+from iprox.report.charts import ACCENT, FAINT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
 
 TOP_SHARE = 0.05
 # Keeps the page small and quick where somebody audits a very large sample.
@@ -105,4 +106,103 @@ def fidelity_chart(
         hovermode="closest",
         xaxis=axis("target score", nticks=5, zeroline=True),
         yaxis=axis("proxy score", nticks=5, zeroline=True),
+    )
+
+
+def overlap_chart(mean: Mapping[str, Any]) -> Chart | None:
+    """Draws which part of the target's top rows the proxy finds, by how many are asked for.
+
+    Args:
+        mean: `mean` of audit.json.
+
+    Returns:
+        The chart, or None where fewer than two shares were measured.
+    """
+    overlap, bounds = mean.get("overlap", {}), mean.get("intervals", {}).get("overlap", {})
+    shares = sorted(overlap, key=float)
+    if len(shares) < 2:
+        return None
+    x, y = [float(share) for share in shares], [overlap[share] for share in shares]
+    names = [formats.percent(share, 0) for share in x]
+    traces: list[Any] = []
+    keys = [Key("accent line", "proxy"), Key("neutral line", "chance")]
+    if all(share in bounds for share in shares):
+        edges = [[bounds[share][side] for share in shares] for side in (0, 1)]
+        traces.append(
+            go.Scatter(
+                x=[*x, *reversed(x)],
+                y=[*edges[1], *reversed(edges[0])],
+                mode="lines",
+                fill="toself",
+                line={"width": 0},
+                meta=FAINT,
+                hoverinfo="skip",
+            )
+        )
+        keys.append(Key("faint", "95 % interval"))
+    traces.append(go.Scatter(x=x, y=x, mode="lines", line={"dash": "dash"}, meta=NEUTRAL, hoverinfo="skip"))
+    traces.append(
+        go.Scatter(
+            x=x,
+            y=y,
+            mode="lines+markers",
+            meta=ACCENT,
+            hoverinfo="text",
+            hovertext=[
+                f"top {name}<br>{formats.percent(value, 0)} found" for name, value in zip(names, y, strict=True)
+            ],
+        )
+    )
+    at = " ".join(f"{formats.percent(value, 0)} of the top {name}," for name, value in zip(names, y, strict=True))
+    return make_chart(
+        traces,
+        id="chart-overlap",
+        title="Top rows found",
+        caption="The part of the target's top rows that are in the proxy's top as well; the mean over tasks.",
+        label=f"Curve of the overlap of the top rows by their share of the sample: {at.rstrip(',')}.",
+        height=300,
+        keys=tuple(keys),
+        xaxis=axis("top share of the sample", type="log", tickvals=x, ticktext=names),
+        yaxis=axis("found", range=[0, 1.03], tickformat=".0%"),
+    )
+
+
+def calibration_chart(tasks: Mapping[str, Mapping[str, Any]]) -> Chart | None:
+    """Draws how the target scores each tenth of the rows in the proxy's order, averaged over tasks.
+
+    Args:
+        tasks: `tasks` of audit.json.
+
+    Returns:
+        The chart, or None where it was not measured.
+    """
+    tables = [entry["calibration"] for entry in tasks.values() if entry.get("calibration")]
+    if not tables or len({len(table) for table in tables}) > 1:
+        return None
+    means = np.mean([[part["target_score"] for part in table] for table in tables], axis=0)
+    found = np.mean([[part["of_target_top"] for part in table] for table in tables], axis=0)
+    tenths = [str(number + 1) for number in range(len(means))]
+    caption = f"The first tenth holds {formats.percent(found[0], 0)} of the target's top 5 %."
+    values = ", ".join(formats.decimal(value) for value in means)
+    return make_chart(
+        [
+            go.Bar(
+                x=tenths,
+                y=means,
+                meta=ACCENT,
+                hoverinfo="text",
+                hovertext=[
+                    f"tenth {tenth}<br>mean target score {formats.decimal(mean)} σ<br>"
+                    f"{formats.percent(part, 0)} of the target's top 5 %"
+                    for tenth, mean, part in zip(tenths, means, found, strict=True)
+                ],
+            )
+        ],
+        id="chart-calibration",
+        title="What the target thinks of the proxy's ranking",
+        caption=f"Mean target score by tenth of the sample, best by the proxy first. {caption}",
+        label=f"Bars of the target's mean score, in standard deviations, by tenth of the proxy's ranking: {values}.",
+        height=300,
+        xaxis=axis("tenth of the proxy's ranking", type="category"),
+        yaxis=axis("target score (σ)", nticks=6, zeroline=True),
     )

@@ -36,6 +36,7 @@
       if (trace.marker.line) trace.marker.line = { ...trace.marker.line, color: colour };
     } else {
       trace.line = { ...trace.line, color: colour };
+      if (trace.fill) trace.fillcolor = colour;
     }
     return trace;
   };

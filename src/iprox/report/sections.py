@@ -9,9 +9,9 @@ import numpy as np
 
 from iprox.report import formats
 from iprox.report.charts import Chart
-from iprox.report.fidelity_charts import FIDELITY_KEYS, fidelity_chart
+from iprox.report.fidelity_charts import FIDELITY_KEYS, calibration_chart, fidelity_chart, overlap_chart
 from iprox.report.proxy_charts import rank_chart, tail_chart
-from iprox.report.run_folder import RunFolder
+from iprox.report.run_folder import Audit, RunFolder
 from iprox.report.score_charts import (
     SHARE_KEYS,
     length_chart,
@@ -32,6 +32,9 @@ STAGES = {
     "select": "Select",
     "finetune": "Fine-tune",
 }
+
+
+MOST_DISAGREEMENTS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +173,8 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
     shares = sorted({s for task in audit.summary["tasks"].values() for s in task.get("overlap", {})}, key=float)
 
     def row(name: str, values: dict[str, Any]) -> tuple[str, ...]:
-        overlap = values.get("overlap", {})
-        agreement = (formats.decimal(values.get("spearman")), formats.decimal(values.get("kendall")))
+        overlap, bounds = values.get("overlap", {}), values.get("intervals", {})
+        agreement = (_with_interval(values.get(key), bounds.get(key)) for key in ("spearman", "kendall"))
         return (name, *agreement, *(formats.percent(overlap.get(share), 0) for share in shares))
 
     charts = []
@@ -195,7 +198,46 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
         "rows": [row(task, values) for task, values in audit.summary["tasks"].items()],
         "mean": row("Mean", mean) if len(audit.summary["tasks"]) > 1 and mean else None,
         "sample": formats.count(len(audit.ids)),
+        "whole": [c for c in (overlap_chart(mean), calibration_chart(audit.summary["tasks"])) if c is not None],
+        "by_source": [
+            (name, formats.count(entry["rows"]), formats.decimal(entry["spearman"]))
+            for name, entry in audit.summary.get("by_source", {}).items()
+        ],
+        "by_length": [
+            (f"{first:,} to {last:,} tokens", formats.count(entry["rows"]), formats.decimal(entry["spearman"]))
+            for entry in audit.summary.get("by_length", [])
+            for first, last in [entry["tokens"]]
+        ],
+        "disagreements": _disagreements(audit),
     }
+
+
+def _with_interval(value: float | None, bounds: list[float] | None) -> str:
+    """A figure and the interval it lies in: `0.81 (0.76 to 0.85)`."""
+    if bounds is None:
+        return formats.decimal(value)
+    return f"{formats.decimal(value)} ({formats.decimal(bounds[0])} to {formats.decimal(bounds[1])})"
+
+
+def _disagreements(audit: Audit) -> list[tuple[str, ...]]:
+    """The rows that proxy and target place furthest apart, over all tasks."""
+    sources = dict(zip(audit.ids, audit.sources, strict=True))
+    found = [
+        (abs(entry["proxy"] - entry["target"]), task, entry)
+        for task, values in audit.summary["tasks"].items()
+        for entry in values.get("disagreements", [])
+    ]
+    found.sort(key=lambda item: -item[0])
+    return [
+        (
+            entry["id"],
+            sources.get(entry["id"]) or "(no source)",
+            task,
+            f"top {formats.percent(entry['proxy'], 0)}",
+            f"top {formats.percent(entry['target'], 0)}",
+        )
+        for _, task, entry in found[:MOST_DISAGREEMENTS]
+    ]
 
 
 def asked_size(size: dict[str, float]) -> str:
