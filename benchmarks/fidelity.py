@@ -38,7 +38,8 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
-from iprox.proxy.align import align
+from iprox.proxy.align import AlignSettings, align
+from iprox.proxy.align_loss import Objective
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
@@ -64,11 +65,12 @@ FACTORISED: dict[str, tuple[Any, Any, Any]] = {
     "svd": ("svd", "global", "auto"),
     "random": ("random", "uniform", "auto"),
 }
-# Stage 2 on top of the first: settings of `iprox.proxy.align.align` that differ from its defaults.
+# Stage 2 on top of the first: what of `iprox.proxy.align_loss.Objective` differs from its defaults.
 ALIGNED: dict[str, dict[str, float]] = {
     "ipsvd, aligned": {},
     "ipsvd, aligned by gradients": {"kl_weight": 0.0},
     "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
+    "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
 }
 FACTORISED.update(dict.fromkeys(ALIGNED, FACTORISED["ipsvd"]))
 METHODS = (*FACTORISED, "layers", "off-the-shelf")
@@ -173,7 +175,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         aligned = None
         if method in ALIGNED:
             steps = arguments.align_epochs * len(setting.alignment)
-            aligned = align(proxy, setting.target, setting.alignment, steps=steps, seed=seed, **ALIGNED[method])  # pyright: ignore
+            tuned = AlignSettings(steps, seed=seed)
+            aligned = align(proxy, setting.target, setting.alignment, tuned, Objective(**ALIGNED[method]))
         cast_parameters(proxy, setting.dtype)
         if query == "target":
             queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}

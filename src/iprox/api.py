@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.audit.fidelity import AuditReport, compare_scores
+from iprox.audit.held_out import HeldOutFidelity
 from iprox.data import Encoded, example_batches, on_device
 from iprox.errors import InputError
 from iprox.examples import Examples, Reader, as_pool
@@ -32,8 +34,9 @@ from iprox.models.layers import GradientSpace, low_rank_layers
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.proxy.align import AlignmentHistory
+from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
+from iprox.proxy.align_loss import Distance, Objective
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
 from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
@@ -117,7 +120,16 @@ def align(
     learning_rate: float = 1e-4,
     gradient_weight: float = 1.0,
     kl_weight: float = 0.1,
+    hidden_weight: float = 0.0,
     temperature: float = 2.0,
+    distance: Distance = "cosine",
+    layer_weights: Mapping[str, float] | None = None,
+    accumulate: int = 1,
+    held_out: Examples | None = None,
+    validation: Mapping[str, Examples] | None = None,
+    normalise: Normalise = "none",
+    evaluations: int = 4,
+    patience: int = 2,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -133,31 +145,49 @@ def align(
         learning_rate: peak.
         gradient_weight: weight of the gradients' distance; 0 matches the logits only.
         kl_weight: weight of the KL anchor.
+        hidden_weight: weight of the distance of hidden states.
         temperature: of the KL anchor.
+        distance: of gradients: `cosine` or `frobenius`.
+        layer_weights: by pattern of layer names, the weight of a layer's distance.
+        accumulate: batches an optimiser step; with a `batch_size` of 1 every example's own gradient is matched.
+        held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
+            `validation` is needed.
+        validation: validation examples by task.
+        normalise: of the scores whose fidelity is measured.
+        evaluations: how often that is done, evenly over the steps.
+        patience: evaluations in a row that may be no better before it stops.
         seed: of the order.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
-        batch_size: examples a step.
+        batch_size: examples a batch.
 
     Returns:
-        Losses by step.
+        Losses by step, and the fidelity where it was measured.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
     """
+    if (held_out is None) != (validation is None):
+        raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
     else:
         batches = list(on_device(example_batches(reader.encode(data, "data"), batch_size, 0), reader.device))
     with experts_split(model):
+        watched = None
+        if held_out is not None and validation is not None:
+            tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
+            scoring = ScoringSettings("weight", normalise)
+            watched = HeldOutFidelity(proxy, model, reader.encode(held_out, "held_out"), tasks, 0, scoring)
+        steps = epochs * math.ceil(len(batches) / accumulate)
         return align_factors(
             proxy,
             model,
             batches,
-            steps=epochs * len(batches),
-            learning_rate=learning_rate,
-            gradient_weight=gradient_weight,
-            kl_weight=kl_weight,
-            temperature=temperature,
-            seed=seed,
+            AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed),
+            Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {}),
+            held_out=watched,
         )
 
 

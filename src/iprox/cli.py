@@ -27,7 +27,7 @@ from iprox.recipe import GRADIENT_FREE
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # Commands that go on where they stopped; the others start anew.
-RESUMABLE = ("run", "quickstart", "score", "index")
+RESUMABLE = ("run", "quickstart", "align", "score", "index", "refine")
 
 # Where a command's function is; the others are in `stage_commands`.
 MODULES = {
@@ -125,8 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
         _add_score,
         _add_index,
         _add_query,
-        _add_select,
         _add_audit,
+        _add_refine,
+        _add_select,
         _add_finetune,
         _add_report,
         _add_export,
@@ -322,7 +323,24 @@ def _add_align(commands: Any) -> None:
         help="of the gradient part (default 1); 0 matches the logits only, at a third of the cost",
     )
     parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL anchor (default 0.1)")
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="weight of the hidden states (default 0)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of the KL anchor (default 2)")
+    parser.add_argument(
+        "--distance", choices=("cosine", "frobenius"), default="cosine", help="of gradients (default cosine)"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=8, help="examples a batch (default 8)")
+    parser.add_argument(
+        "--accumulate",
+        type=_positive,
+        default=1,
+        help="batches an optimiser step (default 1); with --batch-size 1 every example's own gradient is matched",
+    )
+    parser.add_argument(
+        "--held-out", nargs="+", default=[], metavar="FILE", help="keep the factors most faithful on these examples"
+    )
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --held-out: what fidelity is for"
+    )
     _reading_options(parser)
 
 
@@ -539,6 +557,46 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--sample", type=_positive, default=500, help="examples to compare (default 500)")
     parser.add_argument("--output", required=True, help="folder for audit.json")
+    _influence_options(parser)
+    _reading_options(parser)
+
+
+def _add_refine(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "refine",
+        "Correct a proxy's scores by an audit, and have the target score the best ones again.",
+        "iprox refine --scores scores --audit audit --pool pool/*.jsonl --output refined\n  iprox refine --scores "
+        "scores --audit audit --pool pool/*.jsonl --output refined --recall 0.9 \\\n    --fraction 0.05 --model "
+        "warm/checkpoint-44 --validation gsm8k=val.jsonl",
+    )
+    parser.add_argument("--scores", required=True, help="scores.parquet of the proxy, or its folder")
+    parser.add_argument("--audit", required=True, help="folder of the proxy's audit")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet and refine.json")
+    parser.add_argument(
+        "--correct",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take out what the proxy gets wrong by source and length, where that helps (default)",
+    )
+    parser.add_argument(
+        "--recall",
+        type=float,
+        metavar="SHARE",
+        help="have the target score as many of the best rows again as it takes to find this part of its own best",
+    )
+    parser.add_argument("--model", help="with --recall: the target")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --recall")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, help="with --recall: share of the pool to be selected (default 0.05)")
+    size.add_argument("--count", type=int, help="with --recall: number of rows to be selected")
+    parser.add_argument(
+        "--strategy",
+        choices=("top", "round-robin", "balanced", "sample"),
+        default="top",
+        help="with --recall: how rows will be selected: by all tasks together (top, sample) or by each (default top)",
+    )
     _influence_options(parser)
     _reading_options(parser)
 

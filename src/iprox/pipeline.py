@@ -1,8 +1,8 @@
 """The whole method, stage by stage: each reads and writes the run folder and is skipped when it is done (design 3).
 
-data → warm-up → compress → align → audit → score → select → fine-tune → report. A stage is done when `run.json` has
-its key (its settings, its inputs' fingerprints and the keys of the stages it reads) and its output is there. Keys hold
-no paths, so a run folder can be moved.
+data → warm-up → compress → align → audit → score → refine → select → fine-tune → report. A stage is done when
+`run.json` has its key (its settings, its inputs' fingerprints and the keys of the stages it reads) and its output is
+there. Keys hold no paths, so a run folder can be moved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import score_stages, stages
+from iprox import align_stage, refine_stages, score_stages, stages
 from iprox.data import Pool
 from iprox.influence.index import GradientIndex
 from iprox.influence.ray_engine import ray_engine
@@ -21,7 +21,7 @@ from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.progress import Reporter
-from iprox.recipe import STAGES, Recipe
+from iprox.recipe import OF_GRADIENTS, STAGES, Recipe
 from iprox.report import build_report
 from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, share
@@ -108,7 +108,7 @@ def run_recipe(
     """
     recipe = recipe.resolved()
     run = _open(recipe, reporter, fresh, command)
-    steps = (_warmup, _compress, _align, _audit, _score, _select, _finetune, _report)
+    steps = (_warmup, _compress, _align, _audit, _score, _refine, _select, _finetune, _report)
     context = _Context()
     if stop_after == "data":
         return run
@@ -121,10 +121,12 @@ def run_recipe(
 
 @dataclass(slots=True)
 class _Context:
-    """What later stages need of earlier ones: model folders with learning rates, and stage keys."""
+    """What later stages need of earlier ones: model folders with learning rates, the scores, and stage keys."""
 
     targets: list[tuple[str, float]] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
+    scores: Path | None = None
+    audit: str = ""  # its key, apart: scores do not hang on it
     keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -137,6 +139,7 @@ def _open(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
         fingerprint = checkpoint_fingerprint(recipe.model)
         stages.selection_settings(recipe.select, recipe.seed)
         summary = session.read(pool)
+        refine_stages.check_sample(recipe, summary.rows)
         encoder = session.encoder(session.tokenizer(recipe.model))
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
@@ -305,23 +308,36 @@ def _align(run: Run, context: _Context) -> None:
     if not settings:
         return
     rows = _draw(run, "align", share(run.total, settings.fraction))
+    watched = _draw(run, "held-out", settings.held_out) if settings.held_out else []
+    influence = run.recipe.influence
     folders = _variants(run.folder.aligned, context)
     proxies = context.proxies
+    key = [_common(run), context.keys["compress"], settings.model_dump()]
+    if watched:
+        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.recipe.batch_tokens]
 
     def work() -> stages.StageRecord:
         examples = run.pool.take(rows)
+        held_out = align_stage.HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool)
         made = (
-            stages.align_proxy(run.session, path, proxy, examples, folder, settings)
+            align_stage.align_proxy(
+                run.session,
+                path,
+                proxy,
+                examples,
+                folder,
+                settings,
+                held_out=held_out if watched else None,
+                state=run.folder.align_state / f"{folder.name}.safetensors",
+                identity=key_of([key, folder.name]),
+            )
             for (path, _), proxy, folder in zip(context.targets, proxies, folders, strict=True)
         )
-        return _afresh(run.folder.aligned, folders, "alignment.json", made)
+        record = _afresh(run.folder.aligned, folders, "alignment.json", made)
+        shutil.rmtree(run.folder.align_state, ignore_errors=True)
+        return record
 
-    context.keys["align"] = run.stage(
-        "align",
-        [_common(run), context.keys["compress"], settings.model_dump()],
-        [folder / "alignment.json" for folder in folders],
-        work,
-    )
+    context.keys["align"] = run.stage("align", key, [folder / "alignment.json" for folder in folders], work)
     context.proxies = [str(folder) for folder in folders]
 
 
@@ -331,7 +347,7 @@ def _audit(run: Run, context: _Context) -> None:
         return
     rows = _draw(run, "audit", settings.sample)
     pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
-    run.stage(
+    context.audit = run.stage(
         "audit",
         [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump()],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
@@ -365,7 +381,43 @@ def _score(run: Run, context: _Context) -> None:
             run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )
+    context.scores = run.folder.scores
     _cost(run)
+
+
+def _refine(run: Run, context: _Context) -> None:
+    settings = run.recipe.refine
+    if not settings:
+        return
+    influence, chosen = run.recipe.influence, run.recipe.select
+    folder = run.folder.refined
+    models = [
+        score_stages.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
+        for path, rate in context.targets
+    ]
+
+    def on_target(candidates: Pool, file: Path) -> stages.StageRecord:
+        identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([_common(run), context.keys])}
+        return score_stages.score(run.session, models, candidates, run.validation, file, influence, identity)
+
+    context.keys["refine"] = run.stage(
+        "refine",
+        [context.keys, context.audit, settings.model_dump(), chosen.model_dump(), run.recipe.batch_tokens],
+        [folder / "scores.parquet", folder / "refine.json"],
+        lambda: refine_stages.refine(
+            folder=folder,
+            scores=run.folder.scores,
+            audit=run.folder.audit,
+            pool=run.pool,
+            settings=settings,
+            chosen=chosen,
+            how=score_stages.scoring_settings(run.session, influence).aggregation,
+            score_on_target=on_target,
+        ),
+    )
+    context.scores = folder / "scores.parquet"
+    run.record["cost"]["refine_flops"] = run.record["stages"]["refine"]["flops"]
+    run.save()
 
 
 def _cost(run: Run) -> None:
@@ -392,18 +444,18 @@ def _cost(run: Run) -> None:
 
 def _select(run: Run, context: _Context) -> None:
     settings = run.recipe.select
+    scores = context.scores
+    assert scores is not None  # the stage before has written it
     context.keys["select"] = run.stage(
         "select",
         [
-            context.keys["score"],
+            context.keys.get("refine", context.keys["score"]),
             settings.model_dump(exclude={"features"}),
             run.recipe.seed,
             GradientIndex.open(settings.features).description if settings.features else None,
         ],
         [run.folder.selected, run.folder.selection],
-        lambda: stages.select(
-            run.session, run.folder.scores, run.pool, run.folder.selected, run.folder.selection, settings
-        ),
+        lambda: stages.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
     )
 
 

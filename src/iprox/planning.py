@@ -77,7 +77,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         task: Pool(files, name=task, on_bad_row=recipe.data.on_bad_row)
         for task, files in recipe.data.validation.items()
     }
-    encode_validation(encoder, validation)
+    encoded = encode_validation(encoder, validation)
     step = max(1, total // SAMPLE)
     tokens, supervised = tokens_of(encoder.encode(pool.take(range(0, total, step))))
     sampled = len(range(0, total, step))
@@ -127,6 +127,14 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             passes, heads = (3 + 8 * kept, 8) if recipe.proxy.align.gradient_weight else (1 + 3 * kept, 4)
             per_token = passes * flops.forward_flops(model)
             cost = rows * (mean * per_token + mean_supervised * heads * flops.head_flops(model))
+            if recipe.proxy.align.held_out:
+                watched = checkpoints * min(recipe.proxy.align.held_out, total)
+                each = round(watched * mean), round(watched * mean_supervised)
+                on_proxy = flops.scoring_flops(model, *each, 0.0) * kept + each[0] * whole
+                cost += flops.scoring_flops(model, *each, each[0] * whole)
+                cost += (1 + recipe.proxy.align.evaluations) * on_proxy
+                queries = [tokens_of(rows) for rows in encoded.values()]
+                cost += checkpoints * sum(flops.compression_flops(model, *counted) for counted in queries)
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":
@@ -155,6 +163,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     add("score", scored, scored * per_row + curvature, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
+        if recipe.select.tokens:
+            size = round(recipe.select.tokens / mean)
         rows = recipe.finetune.epochs * size
         cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
         add("finetune", rows, cost, 16 * parameters + 2 * activations)

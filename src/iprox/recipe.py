@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from iprox.errors import InputError
 
 # In the order they are done.
-STAGES = ("data", "warmup", "compress", "align", "audit", "score", "select", "finetune", "report")
+STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
 
 
 # How large a proxy may be, in the order they are documented.
@@ -70,23 +70,36 @@ class ProbeSection(_Section):
 class AlignSection(_Section):
     """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
 
-    Without a `gradient_weight` only the logits are matched, by KL: cheaper, and less faithful.
+    Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
+    `hidden_weight` the hidden states. `distance` and `layer_weights` are of the gradients
+    (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best fidelity on `held_out` examples of the
+    pool, measured before the first step and `evaluations` times after it; 0 of them keeps the last factors.
     """
 
     fraction: float = Field(0.01, gt=0, le=1)
     epochs: int = Field(5, ge=1)
     batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     gradient_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(0.1, ge=0)
+    hidden_weight: float = Field(0.0, ge=0)
     temperature: float = Field(2.0, gt=0)
+    distance: Literal["cosine", "frobenius"] = "cosine"
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    held_out: int = Field(128, ge=0)
+    evaluations: int = Field(4, ge=1)
+    patience: int = Field(2, ge=1)
 
     @model_validator(mode="after")
     def _something_to_match(self) -> AlignSection:
-        if not self.gradient_weight and not self.kl_weight:
+        if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise ValueError(
-                "gradient_weight and kl_weight are both 0, so there is nothing to align by; or align: false"
+                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
+                "or align: false"
             )
+        if 0 < self.held_out < 16:
+            raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
         return self
 
 
@@ -126,6 +139,12 @@ class ProxySection(_Section):
 
 # Estimators that divide by curvature, which they measure on a sample of the pool.
 CURVED = ("influence-function", "datainf")
+
+# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+OF_GRADIENTS = (
+    *("estimator", "curvature", "curvature_examples", "damping"),
+    *("gradient", "query", "query_norm", "normalise"),
+)
 
 # Scorers without gradients, and those among them that need tokens only.
 GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
@@ -248,6 +267,18 @@ class AuditSection(_Section):
     sample: int = Field(500, ge=10)
 
 
+class RefineSection(_Section):
+    """What is made of the proxy's scores with the target's of some rows; both rest on the audit.
+
+    `correct` takes out what the proxy gets wrong by source and by length, for tasks where that raises the held-out
+    fidelity. With a `recall` the target scores as many of the proxy's best rows again as it takes to find that part
+    of its own best ones, and the selection is among these.
+    """
+
+    correct: bool = True
+    recall: float | None = Field(None, gt=0, lt=1)
+
+
 class FinetuneSection(_Section):
     """SFT of the original target on the selection, evaluated on `test` before and after."""
 
@@ -279,6 +310,7 @@ class Recipe(_Section):
     influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
     select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
     audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
+    refine: RefineSection | Literal[False] = False
     finetune: FinetuneSection | Literal[False] = False
     engine: Literal["local"] | EngineSection = "local"
     output: str
@@ -292,6 +324,14 @@ class Recipe(_Section):
     def _no_idle_proxy(self) -> Recipe:
         if self.proxy and not self.influence.runs_model:
             raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
+        return self
+
+    @model_validator(mode="after")
+    def _refined_by_an_audit(self) -> Recipe:
+        if self.refine and not (self.proxy and self.audit):
+            raise ValueError("refine compares a proxy with its target on the audit's sample: it needs proxy and audit")
+        if self.refine and self.refine.recall and self.select.strategy == "diverse":
+            raise ValueError("refine.recall goes with strategies that choose by scores, not with diverse")
         return self
 
     @model_validator(mode="after")

@@ -31,9 +31,11 @@ class RunFolder:
         "warmup",
         "proxy",
         "aligned",
+        "align-state",
         "audit",
         "scores.parquet",
         "scores.parquet.shards",
+        "refined",
         "selected.jsonl",
         "selection.json",
         "finetune",
@@ -47,8 +49,10 @@ class RunFolder:
         self.warmup = self.path / "warmup"
         self.proxy = self.path / "proxy"
         self.aligned = self.path / "aligned"
+        self.align_state = self.path / "align-state"
         self.audit = self.path / "audit"
         self.scores = self.path / "scores.parquet"
+        self.refined = self.path / "refined"
         self.selected = self.path / "selected.jsonl"
         self.selection = self.path / "selection.json"
         self.finetune = self.path / "finetune"

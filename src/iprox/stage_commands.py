@@ -6,7 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from iprox import hub, index_stages, options, score_stages, stages, summary
+from iprox import align_stage, hub, index_stages, options, refine_stages, score_stages, stages, summary
+from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
 from iprox.influence.index import DESCRIPTION, GradientIndex
@@ -17,13 +18,15 @@ from iprox.recipe import (
     SIZES,
     AlignSection,
     FinetuneSection,
+    InfluenceSection,
     ProbeSection,
     ProxySection,
+    RefineSection,
     SelectSection,
     WarmupSection,
     validate_section,
 )
-from iprox.run_folder import read_json
+from iprox.run_folder import key_of, read_json
 from iprox.session import draw_rows
 
 SHARDS = "scores.parquet.shards"
@@ -81,19 +84,39 @@ def align(arguments: Namespace) -> dict[str, Any]:
         learning_rate=arguments.learning_rate,
         gradient_weight=arguments.gradient_weight,
         kl_weight=arguments.kl_weight,
+        hidden_weight=arguments.hidden_weight,
         temperature=arguments.temperature,
+        distance=arguments.distance,
+        batch_size=arguments.batch_size,
+        accumulate=arguments.accumulate,
     )
+    if bool(arguments.held_out) != bool(arguments.validation):
+        raise InputError("--held-out goes with --validation: fidelity is of scores for some task")
     session, pool = options.session_of(arguments), options.pool_of(arguments.data, arguments, "data")
+    validation = options.tasks_of(arguments.validation, arguments)
+    apart = options.pool_of(arguments.held_out, arguments, "held-out") if arguments.held_out else None
     output = options.new_folder(arguments.output)
-    session.read(pool)
+    key = [checkpoint_fingerprint(arguments.model), checkpoint_fingerprint(arguments.proxy)]
+    key += [session.read(pool).fingerprint, settings.model_dump(), arguments.steps, session.seed, str(session.dtype)]
+    key += [source.scan().fingerprint for source in (*validation.values(), *([apart] if apart else []))]
     examples = list(pool)
+    held_out = apart and align_stage.HeldOutRows(list(apart), validation, validate_section(InfluenceSection), apart)
     return options.single_stage(
         session,
         "align",
         output,
         arguments,
-        lambda: stages.align_proxy(
-            session, arguments.model, arguments.proxy, examples, output, settings, arguments.steps
+        lambda: align_stage.align_proxy(
+            session,
+            arguments.model,
+            arguments.proxy,
+            examples,
+            output,
+            settings,
+            held_out=held_out,
+            max_steps=arguments.steps,
+            state=output.with_name(f"{output.name}.state.safetensors"),
+            identity=key_of(key),
         ),
     )
 
@@ -168,6 +191,53 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     if not arguments.json:
         summary.print_fidelity(read_json(output / "audit.json"))
     return {**record, **read_json(output / "audit.json")}
+
+
+def refine(arguments: Namespace) -> dict[str, Any]:
+    """`iprox refine`."""
+    settings = validate_section(RefineSection, correct=arguments.correct, recall=arguments.recall)
+    chosen = validate_section(
+        SelectSection, fraction=arguments.fraction, count=arguments.count, strategy=arguments.strategy
+    )
+    influence = options.influence_of(arguments)
+    session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
+    if (settings.recall is not None) != bool(arguments.model and arguments.validation):
+        raise InputError("--recall goes with --model and --validation, with which the best rows are scored again")
+    validation = options.tasks_of(arguments.validation, arguments)
+    output = options.resumable_folder(arguments.output, "candidates.*")
+    session.read(pool)
+
+    def on_target(candidates: Pool, file: Path) -> stages.StageRecord:
+        identity = {
+            "models": [checkpoint_fingerprint(arguments.model)],
+            "pool": candidates.scan().fingerprint,
+            "validation": {task: source.scan().fingerprint for task, source in validation.items()},
+        }
+        model = score_stages.ScoredModel(
+            arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence)
+        )
+        return score_stages.score(session, [model], candidates, validation, file, influence, identity)
+
+    record = options.single_stage(
+        session,
+        "refine",
+        output,
+        arguments,
+        lambda: refine_stages.refine(
+            scores=Path(arguments.scores),
+            audit=Path(arguments.audit),
+            pool=pool,
+            folder=output,
+            settings=settings,
+            chosen=chosen,
+            how=score_stages.scoring_settings(session, influence).aggregation,
+            score_on_target=on_target,
+        ),
+        kept="candidates.parquet.shards/*/*.parquet",
+    )
+    if not arguments.json:
+        summary.print_refinement(record)
+    return record
 
 
 def finetune(arguments: Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from iprox.data import Batch, Encoded, Example, Pool, example_batches, on_device
+from iprox.data import Batch, Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.finetune import evaluate, save_model, train
 from iprox.influence.index import GradientIndex
@@ -25,12 +25,11 @@ from iprox.influence.scores import read_scores
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
-from iprox.proxy.align import align
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers
 from iprox.proxy.factorise import FactorSettings
 from iprox.proxy.moments import MomentSettings
 from iprox.proxy.size import Size
-from iprox.recipe import AlignSection, FinetuneSection, ProxySection, SelectSection, WarmupSection
+from iprox.recipe import FinetuneSection, ProxySection, SelectSection, WarmupSection
 from iprox.run_folder import read_json, write_json
 from iprox.selection import SelectionSettings, select_rows
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
@@ -107,63 +106,6 @@ def make_proxy(
     how = FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)
     with session.reporter.bar("compress", len(flops.compressible_layers(target)), "layers") as progress:
         return derive_proxy(target, batches, size, how, target=name, progress=progress)
-
-
-def align_proxy(
-    session: Session,
-    model: str,
-    proxy_path: str,
-    examples: Sequence[Example],
-    output: Path,
-    settings: AlignSection,
-    max_steps: int | None = None,
-) -> StageRecord:
-    """Align a proxy with its target; writes a proxy folder with `alignment.json`.
-
-    `max_steps`, if given, takes the place of the number of epochs.
-    """
-    tokenizer = session.tokenizer(model)
-    encoded = session.encoder(tokenizer).encode(examples)
-    target = session.model(model)
-    proxy = session.model(proxy_path)
-    check_belongs(proxy, proxy_path, target, model)
-    # A second-order step keeps several times what a plain one does, so a step gets a quarter of the tokens of a batch.
-    steps_of = example_batches(encoded, settings.batch_size, pad_id_of(tokenizer), max(1, session.batch_tokens // 4))
-    batches = list(on_device(steps_of, session.device))
-    steps = max_steps or settings.epochs * len(batches)
-    with session.reporter.bar("align", steps, "steps") as progress:
-        history = align(
-            proxy,
-            target,
-            batches,
-            steps=steps,
-            learning_rate=settings.learning_rate,
-            gradient_weight=settings.gradient_weight,
-            kl_weight=settings.kl_weight,
-            temperature=settings.temperature,
-            seed=session.seed,
-            progress=progress,
-        )
-    save_model(proxy, tokenizer, output)
-    write_json(output / "alignment.json", history.as_dict())
-    compression = Path(proxy_path) / "compression.json"
-    if compression.is_file():
-        shutil.copyfile(compression, output / "compression.json")
-    tokens, supervised = tokens_of(encoded)
-    return {
-        "tokens": history.tokens,
-        "flops": flops.alignment_flops(
-            target,
-            proxy,
-            history.tokens,
-            round(supervised * history.tokens / tokens),
-            gradients=settings.gradient_weight > 0,
-        ),
-        "examples": len(examples),
-        "steps": steps,
-        "first_loss": history.steps[0].loss,
-        "last_loss": history.steps[-1].loss,
-    }
 
 
 def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:

@@ -31,7 +31,8 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
         summary["fidelity"] = done["audit"]["fidelity"]
     if "cost" in record:
         cost = record["cost"]
-        summary["relative_cost"] = (cost["construction_flops"] + cost["score_flops"]) / cost["target_score_flops"]
+        spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
+        summary["relative_cost"] = spent / cost["target_score_flops"]
     if "finetune" in done:
         summary["test"] = done["finetune"]["test"]
     if "report" in done:
@@ -71,6 +72,8 @@ def print_run(folder: RunFolder) -> None:
                 f"{fidelity['overlap']['0.05']:.0%} of its top 5 % shared ({done['audit']['examples']} audited)",
             )
         )
+    if "refine" in done:
+        lines.append(("refined", _refined(done["refine"])))
     if "relative_cost" in summary:
         cost = record["cost"]
         text = f"{summary['relative_cost']:.0%} of the FLOPs of scoring on the target"
@@ -84,6 +87,14 @@ def print_run(folder: RunFolder) -> None:
     for name, text in lines:
         console.print(f"[bold]{name:<10}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)
+
+
+def _refined(entry: dict[str, Any]) -> str:
+    corrected = [task for task, each in entry.get("correction", {}).items() if each["used"]]
+    parts = [f"scores of {formats.listing(corrected)} corrected by source and length"] if corrected else []
+    if "candidates" in entry:
+        parts.append(f"the best {entry['candidates']:,} rows scored again on the target")
+    return "; ".join(parts) or "no correction helped, so scores are as they were"
 
 
 def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
@@ -138,6 +149,19 @@ def print_fidelity(audit: dict[str, Any]) -> None:
         overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
         table.add_row(task, f"{entry['spearman']:.3f}{_interval(entry)}", f"{entry['kendall']:.3f}", *overlaps)
     console.print(table)
+
+
+def print_refinement(record: dict[str, Any]) -> None:
+    """What a correction did for the fidelity, and how many rows a cascade scored again."""
+    for task, entry in record.get("correction", {}).items():
+        before, after = entry["spearman"]["before"], entry["spearman"]["after"]
+        verdict = "corrected" if entry["used"] else "left as it is"
+        console.print(f"{task}: held-out Spearman {before:.3f}, corrected {after:.3f}: {verdict}", markup=False)
+    if "candidates" in record:
+        console.print(
+            f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target, for an "
+            f"expected recall of {record['recall']:g}"
+        )
 
 
 def _interval(fidelity: dict[str, Any]) -> str:

@@ -87,7 +87,8 @@ def test_run_json_says_what_every_stage_cost(finished):
         assert entry["seconds"] > 0, name
         assert entry["peak_memory_bytes"] > 0, name
         assert entry["skipped"] is False, name
-        assert entry["warnings"] == [], name
+        # Four steps need not raise the fidelity, and then that is said.
+        assert [text for text in entry["warnings"] if "did not raise the fidelity" not in text] == [], name
         assert isinstance(entry["tokens"], int), name
         assert isinstance(entry["flops"], float), name
     for name in ("warmup", "compress", "align", "audit", "score"):

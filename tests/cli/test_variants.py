@@ -250,3 +250,88 @@ def test_tasks_take_turns_and_the_report_draws_no_cut(place):
     report = (place.output / "report.html").read_text()
     assert "round-robin" in report
     assert "cut at" not in report
+
+
+def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(place):
+    """A cascade finds the target's own best rows, and selects by the target's own scores."""
+    options = ["audit.sample=120", "refine.recall=0.8", "proxy.sparsity=0.7", "proxy.align=false"]
+    assert place.run("--set", *options) == 0
+    refined = pq.read_table(place.output / "refined/scores.parquet")
+    record = json.loads((place.output / "refined/refine.json").read_text())
+    known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
+    assert known.sum() == record["candidates"] < 200
+    assert set(record["correction"]) == {"arithmetic", "spelling"}
+    (checkpoint,) = json.loads((place.output / "warmup/checkpoints.json").read_text())[-1:]
+    score(place, [place.output / "warmup" / checkpoint["path"]], place.path / "own")
+    own = pq.read_table(place.path / "own/scores.parquet")
+    np.testing.assert_allclose(
+        refined["influence/arithmetic"].to_numpy(zero_copy_only=False)[known],
+        own["influence/arithmetic"].to_numpy()[known] * checkpoint["learning_rate"],
+        rtol=1e-3,
+    )
+    chosen = json.loads((place.output / "selection.json").read_text())["rows"]
+    assert known[chosen].all()
+    best = set(np.argsort(-own["influence"].to_numpy())[: len(chosen)].tolist())
+    assert len(best & set(chosen)) >= 0.6 * len(best)
+    assert not list((place.output / "refined").glob("candidates*"))
+    assert place.record()["cost"]["refine_flops"] > 0
+    assert place.run("--set", *options) == 0
+    assert "refine" not in place.done()
+
+
+def test_a_cascade_that_cannot_be_promised_is_refused_before_any_work(place, capfd):
+    assert place.run("--set", "audit.sample=40", "refine.recall=0.9") == 2
+    assert "audit 85 or more" in capfd.readouterr().err
+    assert not (place.output / "warmup").exists()
+
+
+def test_refine_alone_corrects_scores(finished, tmp_path, capfd):
+    files = ["--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool", str(finished.pool)]
+    assert main(["refine", *files, "--output", str(tmp_path / "refined"), "--quiet"]) == 0
+    assert "held-out Spearman" in capfd.readouterr().out
+    before, after = (pq.read_table(path / "scores.parquet") for path in (finished.output, tmp_path / "refined"))
+    record = json.loads((tmp_path / "refined/refine.json").read_text())["correction"]
+    assert after["id"].equals(before["id"])
+    for task, entry in record.items():
+        same = after[f"influence/{task}"].equals(before[f"influence/{task}"])
+        assert same is not entry["used"]
+        assert entry["used"] is (entry["spearman"]["after"] > entry["spearman"]["before"])
+    assert main(["refine", *files, "--output", str(tmp_path / "other"), "--recall=0.9"]) == 2
+    assert "--recall goes with --model and --validation" in capfd.readouterr().err
+
+
+def test_an_alignment_is_watched_on_held_out_rows(finished):
+    history = json.loads((finished.output / "aligned/alignment.json").read_text())
+    points = history["held_out"]
+    assert points[0]["step"] == 0
+    assert history["best_step"] == max(points, key=lambda point: point["fidelity"])["step"]
+    entry = finished.record()["stages"]["align"]["fidelity"]
+    assert entry["after"] >= entry["before"] == points[0]["fidelity"]
+
+
+def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    from iprox.proxy import align as module
+
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    arguments = [
+        "align", "--model", str(finished.output / "warmup" / target), "--proxy", str(finished.output / "proxy"),
+        "--data", str(finished.path / "spelling.jsonl"), "--steps=6", "--max-length=48", "--quiet", "--held-out",
+        str(finished.pool), "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}",
+    ]  # fmt: skip
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    step, count = module._step, []
+
+    def stopped(*given):
+        count.append(given)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(module, "_step", stopped)
+    assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 130
+    assert (tmp_path / "resumed.state.safetensors").is_file()
+    assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 0
+    assert len(count) == 5 + 2  # four steps were done and saved
+    assert not (tmp_path / "resumed.state.safetensors").exists()
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert whole == resumed

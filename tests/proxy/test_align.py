@@ -1,10 +1,19 @@
 import pytest
 import torch
 
+from iprox.data import Batch
 from iprox.errors import InputError
 from iprox.models.layers import low_rank_layers
 from iprox.models.loss import causal_lm_losses
-from iprox.proxy.align import align, alignment_loss, kl_divergence, schedule, target_signals
+from iprox.proxy.align import AlignSettings, align, schedule
+from iprox.proxy.align_loss import (
+    Objective,
+    alignment_loss,
+    cosine_distance,
+    frobenius_distance,
+    kl_divergence,
+    target_signals,
+)
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 
@@ -18,21 +27,30 @@ def pair(tiny):
     return model, proxy, batches
 
 
-def loss_of(proxy, model, batch, kl_weight=0.3, temperature=2.0):
+DEFAULT = Objective(kl_weight=0.3)
+
+
+def loss_of(proxy, model, batch, objective=DEFAULT):
     layers = low_rank_layers(proxy)
-    gradients, logits = target_signals(model, list(layers), batch)
-    return alignment_loss(proxy, layers, batch, gradients, logits, kl_weight=kl_weight, temperature=temperature)
+    return alignment_loss(proxy, layers, batch, target_signals(model, layers, batch, objective), objective)
 
 
-def test_the_gradient_equals_finite_differences(pair):
+@pytest.mark.parametrize(
+    "objective",
+    [
+        DEFAULT,
+        Objective(distance="frobenius", layer_weights={"*attention*": 0.0, "*4h_to_h": 3.0}),
+        Objective(gradient_weight=0, hidden_weight=0.7),
+    ],
+)
+def test_the_gradient_equals_finite_differences(pair, objective):
     """Second-order autograd through the gradient distances, against central differences of the loss itself."""
     model, proxy, (batch, _) = pair
     proxy.requires_grad_(False)
     factors = [f for layer in low_rank_layers(proxy).values() for f in (layer.A.weight, layer.B.weight)]
     for factor in factors:
         factor.requires_grad_(True)
-    loss, _, _ = loss_of(proxy, model, batch)
-    loss.backward()
+    loss_of(proxy, model, batch, objective).whole.backward()
     generator = torch.Generator().manual_seed(0)
     step = 1e-5
     for factor in factors[:4] + factors[-4:]:
@@ -41,21 +59,22 @@ def test_the_gradient_equals_finite_differences(pair):
         for sign in (1, -1):
             with torch.no_grad():
                 factor.view(-1)[index] += sign * step
-            ends.append(loss_of(proxy, model, batch)[0].item())
+            ends.append(loss_of(proxy, model, batch, objective).whole.item())
             with torch.no_grad():
                 factor.view(-1)[index] -= sign * step
-        assert factor.grad.view(-1)[index].item() == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-8)
+        found = 0.0 if factor.grad is None else factor.grad.view(-1)[index].item()
+        assert found == pytest.approx((ends[0] - ends[1]) / (2 * step), rel=1e-4, abs=1e-8)
 
 
 def test_target_signals_are_the_gradient_of_the_mean_loss(pair):
     model, proxy, (batch, _) = pair
     names = list(low_rank_layers(proxy))
-    gradients, logits = target_signals(model, names, batch)
+    signals = target_signals(model, low_rank_layers(proxy), batch, DEFAULT)
     weights = [model.get_submodule(name).weight for name in names]
     expected = torch.autograd.grad(causal_lm_losses(model, batch).mean(), weights)
     for name, gradient in zip(names, expected, strict=True):
-        torch.testing.assert_close(gradients[name], gradient)
-    assert logits.shape == (int((batch.labels[:, 1:] != -100).sum()), 64)
+        torch.testing.assert_close(signals.gradients[name], gradient)
+    assert signals.logits.shape == (int((batch.labels[:, 1:] != -100).sum()), 64)
 
 
 def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
@@ -71,10 +90,10 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     for name, layer in layers.items():
         spectra.put(name, weighted_svd(layer.weight.detach(), None, None))
     proxy = with_factors(model, layers, spectra, full)
-    loss, gradient, kl = loss_of(proxy, model, batch)
-    assert loss.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
-    assert gradient.item() >= -1e-12
-    assert kl.item() >= 0
+    losses = loss_of(proxy, model, batch, Objective(kl_weight=0.3, hidden_weight=1.0))
+    assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
+    assert losses.gradient.item() >= -1e-12
+    assert losses.kl.item() >= 0
 
 
 def test_kl_is_the_textbook_sum():
@@ -87,9 +106,9 @@ def test_alignment_lowers_the_loss_and_moves_only_factors(pair):
     model, proxy, batches = pair
     before = {name: parameter.clone() for name, parameter in proxy.named_parameters()}
     target_before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    start = sum(loss_of(proxy, model, batch)[0].item() for batch in batches)
-    history = align(proxy, model, batches, steps=30, learning_rate=5e-3, kl_weight=0.3)
-    end = sum(loss_of(proxy, model, batch)[0].item() for batch in batches)
+    start = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
+    history = align(proxy, model, batches, AlignSettings(30, 5e-3), DEFAULT)
+    end = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
     assert end < 0.9 * start
     assert [step.step for step in history.steps] == list(range(1, 31))
     assert history.tokens == 15 * sum(int(batch.lengths.sum()) for batch in batches)
@@ -106,7 +125,7 @@ def test_the_same_seed_gives_the_same_factors(pair, tiny):
     model, proxy, batches = pair
     other = copy.deepcopy(proxy)
     for candidate in (proxy, other):
-        align(candidate, model, batches, steps=4, learning_rate=1e-3, seed=7)
+        align(candidate, model, batches, AlignSettings(4, 1e-3, seed=7))
     for one, two in zip(proxy.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -116,18 +135,19 @@ def test_a_bfloat16_proxy_stays_bfloat16_and_keeps_its_rotary_frequencies(tiny):
     batch = tiny.batch([9, 6])
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     buffers = {name: buffer.clone() for name, buffer in proxy.named_buffers()}
-    align(proxy, model, [batch], steps=2)
+    align(proxy, model, [batch], AlignSettings(2))
     assert {parameter.dtype for parameter in proxy.parameters()} == {torch.bfloat16}
+    assert all(factor.isfinite().all() for factor in proxy.parameters())
     for name, buffer in proxy.named_buffers():
         assert torch.equal(buffer, buffers[name])
 
 
 def test_without_gradients_only_logits_are_matched(pair, monkeypatch):
-    from iprox.proxy import align as module
+    from iprox.proxy import align_loss as module
 
     model, proxy, batches = pair
     monkeypatch.setattr(module, "gradient_distance", None)  # is not called
-    history = align(proxy, model, batches, steps=30, learning_rate=5e-3, gradient_weight=0, kl_weight=1.0)
+    history = align(proxy, model, batches, AlignSettings(30, 5e-3), Objective(gradient_weight=0, kl_weight=1.0))
     first, last = history.steps[0], history.steps[-1]
     assert first.gradient is None
     assert first.loss == pytest.approx(first.kl)
@@ -138,18 +158,157 @@ def test_the_weights_weigh(pair):
     model, proxy, (batch, _) = pair
     layers = low_rank_layers(proxy)
     proxy.requires_grad_(True)
-    signals = target_signals(model, list(layers), batch)
-    loss, gradient, kl = alignment_loss(
-        proxy, layers, batch, *signals, gradient_weight=0.5, kl_weight=0.25, temperature=2.0
+    objective = Objective(gradient_weight=0.5, kl_weight=0.25, hidden_weight=2.0)
+    losses = loss_of(proxy, model, batch, objective)
+    torch.testing.assert_close(losses.whole, 0.5 * losses.gradient + 0.25 * losses.kl + 2 * losses.hidden)
+    without = target_signals(model, layers, batch, Objective(gradient_weight=0))
+    torch.testing.assert_close(without.logits, target_signals(model, layers, batch, objective).logits)
+    assert (without.gradients, without.hidden) == ({}, [])
+
+
+def test_distances_are_the_textbook_ones():
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    assert cosine_distance(x, y).item() == pytest.approx(1 - (x * y).sum().item() / (x.norm() * y.norm()).item())
+    assert frobenius_distance(x, y).item() == pytest.approx(((x - y).norm() / y.norm()).item() ** 2)
+
+
+def test_layer_weights_are_those_of_a_weighted_mean(pair):
+    model, proxy, (batch, _) = pair
+    proxy.requires_grad_(True)
+    layers = list(low_rank_layers(proxy))
+    alone = {
+        name: loss_of(proxy, model, batch, Objective(layer_weights={"*": 0.0, name: 1.0})).gradient for name in layers
+    }
+    weights = {name: 1.0 + number for number, name in enumerate(layers)}
+    mixed = loss_of(proxy, model, batch, Objective(layer_weights=weights)).gradient
+    expected = sum(weights[name] * alone[name] for name in layers) / sum(weights.values())
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_hidden_states_are_those_that_transformers_gives(pair):
+    """The last layer's, before the final norm, are not among `hidden_states`; the others are."""
+    model, proxy, (batch, _) = pair
+    objective = Objective(gradient_weight=0, hidden_weight=1.0)
+    found = target_signals(model, low_rank_layers(proxy), batch, objective).hidden
+    with torch.no_grad():
+        expected = model(input_ids=batch.input_ids, output_hidden_states=True).hidden_states[1:]
+    assert len(found) == len(expected)
+    for one, other in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_padding_does_not_change_the_loss(pair):
+    model, proxy, (batch, _) = pair
+    proxy.requires_grad_(True)
+    pad = torch.nn.functional.pad
+    padded = Batch(
+        pad(batch.input_ids, (0, 5), value=3), pad(batch.labels, (0, 5), value=-100), batch.lengths, batch.indices
     )
-    torch.testing.assert_close(loss, 0.5 * gradient + 0.25 * kl)
-    torch.testing.assert_close(target_signals(model, (), batch)[1], signals[1])
+    losses = [loss_of(proxy, model, each, Objective(hidden_weight=1.0)).whole for each in (batch, padded)]
+    torch.testing.assert_close(*losses)
 
 
-def test_nothing_to_align_by_is_refused(pair):
+def test_accumulated_batches_are_one_step_on_their_mean_loss(pair):
+    """Of two batches with a step each, and of both in one step."""
+    import copy
+
     model, proxy, batches = pair
-    with pytest.raises(InputError, match="both 0"):
-        align(proxy, model, batches, steps=1, gradient_weight=0, kl_weight=0)
+    other = copy.deepcopy(proxy)
+    history = align(proxy, model, batches, AlignSettings(1, 1e-3, accumulate=2), DEFAULT)
+    losses = [loss_of(other, model, batch).whole.item() for batch in batches]
+    assert history.steps[0].loss == pytest.approx(sum(losses) / 2)
+    assert history.tokens == sum(int(batch.lengths.sum()) for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"layer_weights": {"*nothing*": 1.0}}, "no low-rank layer is called '\\*nothing\\*'"),
+        ({"layer_weights": {"*": 0.0}}, "every layer weighs 0"),
+    ],
+)
+def test_layer_weights_that_fit_nothing_are_refused(pair, objective, said):
+    model, proxy, batches = pair
+    with pytest.raises(InputError, match=said):
+        align(proxy, model, batches, AlignSettings(1), Objective(**objective))
+
+
+def test_nothing_to_align_by_is_refused():
+    with pytest.raises(InputError, match="all 0"):
+        Objective(gradient_weight=0, kl_weight=0)
+
+
+def factors_of(proxy):
+    return {
+        name: parameter.detach().clone() for name, parameter in proxy.named_parameters() if name.endswith("B.weight")
+    }
+
+
+def test_the_best_factors_are_kept_and_training_stops_when_fidelity_falls(pair):
+    model, proxy, batches = pair
+    fidelities = iter([0.5, 0.7, 0.6, 0.65, 0.9])
+    seen = []
+
+    def held_out():
+        seen.append(factors_of(proxy))
+        return next(fidelities)
+
+    history = align(proxy, model, batches, AlignSettings(8, 1e-3, evaluations=4), DEFAULT, held_out=held_out)
+    assert [(point.step, point.fidelity) for point in history.held_out] == [(0, 0.5), (2, 0.7), (4, 0.6), (6, 0.65)]
+    assert (history.best_step, history.stopped_early, len(history.steps)) == (2, True, 6)
+    for name, factor in factors_of(proxy).items():
+        assert torch.equal(factor, seen[1][name])
+
+
+def test_a_proxy_that_alignment_makes_worse_is_left_as_it_was(pair):
+    model, proxy, batches = pair
+    before = factors_of(proxy)
+    fidelities = iter([0.5, 0.4, 0.3])
+    history = align(proxy, model, batches, AlignSettings(8, 1.0), DEFAULT, held_out=lambda: next(fidelities))
+    assert history.best_step == 0
+    for name, factor in factors_of(proxy).items():
+        assert torch.equal(factor, before[name])
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_path, watched):
+    import copy
+
+    model, proxy, batches = pair
+    settings = AlignSettings(8, 1e-3, evaluations=4)
+    copies = [copy.deepcopy(proxy) for _ in range(2)]
+
+    def fidelity_of(one):
+        return (lambda: -loss_of(one, model, batches[0]).whole.item()) if watched else None
+
+    whole = align(copies[0], model, batches, settings, DEFAULT, held_out=fidelity_of(copies[0]))
+    state = tmp_path / "state.safetensors"
+    interrupted = copy.deepcopy(proxy)
+    steps = []
+
+    def progress(count):
+        steps.append(count)
+        if len(steps) == 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        align(interrupted, model, batches, settings, DEFAULT, held_out=fidelity_of(interrupted), state=state,
+              identity="a", progress=progress)  # fmt: skip
+    with pytest.raises(InputError, match="another alignment"):
+        align(copy.deepcopy(proxy), model, batches, settings, DEFAULT, state=state, identity="b")
+    done = []
+    resumed = align(copies[1], model, batches, settings, DEFAULT, held_out=fidelity_of(copies[1]), state=state,
+                    identity="a", progress=done.append)  # fmt: skip
+    assert done[0] == 4
+    assert sum(done) == 8
+    assert resumed.steps == whole.steps
+    assert resumed.held_out == whole.held_out
+    for one, other in zip(copies[0].parameters(), copies[1].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(pair):
@@ -157,13 +316,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(pair):
     with torch.no_grad():
         next(iter(low_rank_layers(proxy).values())).A.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1"):
-        align(proxy, model, batches, steps=2)
+        align(proxy, model, batches, AlignSettings(2))
 
 
 def test_a_dense_model_is_refused(tiny):
     model, batch = tiny.model(), tiny.batch([6])
     with pytest.raises(InputError, match="nothing to align"):
-        align(model, model, [batch], steps=1)
+        align(model, model, [batch], AlignSettings(1))
 
 
 def test_the_schedule_rises_and_falls():

@@ -1,58 +1,68 @@
-"""Stage 2: tune the factors until the proxy's gradients match the target's and its logits stay anchored.
-
-Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
-factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
-
-    gradient_weight · mean over aligned layers of  d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
-    + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens,
-
-d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient. Only factors train. With a
-gradient_weight of 0 only the logits are distilled: first-order, at a third of the cost.
-"""
+"""Stage 2: tune the factors until the proxy matches its target (`align_loss` says in what)."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iprox.data.batching import Batch
 from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, low_rank_layers
-from iprox.models.loss import causal_lm_logits, mean_by_row
 from iprox.models.memory import RELEASE_EVERY, release_memory
-from iprox.models.observe import frozen, watched_backward
-from iprox.models.precision import accumulation_dtype, cast_parameters
+from iprox.models.precision import cast_parameters
+from iprox.proxy.align_loss import Objective, alignment_loss, target_signals
+from iprox.proxy.align_state import load_state, save_state
 
 
 @dataclass(frozen=True, slots=True)
 class AlignmentStep:
-    """One optimiser step: the whole loss, its gradient part, its KL part (per token, nats), the learning rate.
+    """One optimiser step: the whole loss, its parts (KL per token, nats), the learning rate.
 
-    The gradient part is None where it has no weight, and so was not computed.
+    Parts without weight are None, and were not computed. Of several batches a step they are means.
     """
 
     step: int
     loss: float
     gradient: float | None
     kl: float
+    hidden: float | None
     learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Fidelity on held-out examples after some steps; 0 is before alignment."""
+
+    step: int
+    fidelity: float
 
 
 @dataclass(slots=True)
 class AlignmentHistory:
-    """What alignment did; written beside the proxy as `alignment.json`."""
+    """What alignment did; written beside the proxy as `alignment.json`.
+
+    Attributes:
+        steps: one by one.
+        held_out: fidelity where it was measured.
+        best_step: the step whose factors were kept; the last one where fidelity was not measured.
+        stopped_early: whether fidelity had stopped rising before all steps were done.
+        tokens: read.
+        seconds: wall time.
+    """
 
     steps: list[AlignmentStep] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+    best_step: int = 0
+    stopped_early: bool = False
     tokens: int = 0
     seconds: float = 0.0
 
@@ -60,107 +70,51 @@ class AlignmentHistory:
         """Plain data for JSON."""
         return asdict(self)
 
-
-def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cos of two matrices seen as vectors, a scalar."""
-    return 1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0)
-
-
-def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
-    """τ² KL(target ‖ proxy) at temperature τ, per row of logits [N, V]. Returns [N] in float32 or better."""
-    dtype = accumulation_dtype(proxy_logits)
-    reference = F.log_softmax(target_logits.to(dtype) / temperature, dim=-1)
-    log_q = F.log_softmax(proxy_logits.to(dtype) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_q, reference, reduction="none", log_target=True).sum(-1)
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AlignmentHistory:
+        """The reverse of `as_dict`."""
+        steps = [AlignmentStep(**step) for step in data["steps"]]
+        return cls(**{**data, "steps": steps, "held_out": [HeldOut(**point) for point in data["held_out"]]})
 
 
-def gradient_distance(layers: dict[str, LowRankLinear], loss: Tensor, target: dict[str, Tensor]) -> Tensor:
-    """The gradient part of the alignment loss, differentiable in the factors (second order).
+@dataclass(frozen=True, slots=True)
+class AlignSettings:
+    """How factors are tuned.
 
-    Args:
-        layers: the proxy's low-rank layers.
-        loss: ℓ of the proxy on the batch, a scalar with its graph.
-        target: ∇_W ℓ_target [m, n] by layer name, without a graph.
+    Attributes:
+        steps: optimiser steps; batches are taken in a new seeded order each time round.
+        learning_rate: peak step size of a factor of average scale.
+        accumulate: batches an optimiser step. With batches of one example each, every example's own gradient is matched
+            rather than a batch's mean.
+        evaluations: how often held-out fidelity is measured, evenly over the steps, beside once before them; that is
+            also when the state is saved.
+        patience: evaluations in a row that may be no better than the best before it stops.
+        seed: of the order.
     """
-    names = list(layers)
-    factors = [weight for name in names for weight in (layers[name].A.weight, layers[name].B.weight)]
-    gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
-    distances = []
-    for name, grad_A, grad_B in zip(names, gradients[::2], gradients[1::2], strict=True):
-        if grad_A is None or grad_B is None or name not in target:
-            continue  # an expert that no token of the batch was routed to, on the proxy or on the target
-        A, B = layers[name].A.weight, layers[name].B.weight
-        G = target[name].to(A.dtype)
-        distances.append(cosine_distance(grad_A, G @ B.mT) + cosine_distance(grad_B, A.mT @ G))
-    return torch.stack(distances).mean()
 
+    steps: int
+    learning_rate: float = 1e-4
+    accumulate: int = 1
+    evaluations: int = 4
+    patience: int = 2
+    seed: int = 0
 
-def alignment_loss(
-    proxy: nn.Module,
-    layers: dict[str, LowRankLinear],
-    batch: Batch,
-    target_gradients: dict[str, Tensor],
-    target_logits: Tensor,
-    *,
-    gradient_weight: float = 1.0,
-    kl_weight: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The whole loss of one batch, its gradient part (None without weight) and its KL part, scalars with their graph.
-
-    For the gradient part the proxy runs with the `math` attention kernel: it is the one with a second derivative.
-    """
-    with sdpa_kernel(SDPBackend.MATH) if gradient_weight else nullcontext():
-        logits, targets, rows = causal_lm_logits(proxy, batch)
-        logits = logits.to(accumulation_dtype(logits))
-        count = batch.input_ids.shape[0]
-        kl = kl_divergence(target_logits, logits, temperature).mean()
-        if not gradient_weight:
-            return kl_weight * kl, None, kl
-        losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, count)
-        gradient = gradient_distance(layers, losses.mean(), target_gradients)
-    return gradient_weight * gradient + kl_weight * kl, gradient, kl
-
-
-def target_signals(target: nn.Module, layer_names: Sequence[str], batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-    """What the proxy is to match on a batch: ∇_W of the mean loss by layer name, and the logits [N, V].
-
-    Without layers there is no backward pass.
-    """
-    if not layer_names:
-        with frozen(target), torch.no_grad():
-            return {}, causal_lm_logits(target, batch)[0]
-    layers = {name: target.get_submodule(name) for name in layer_names}
-    gradients: dict[str, Tensor] = {}
-    kept: list[Tensor] = []
-    count = batch.input_ids.shape[0]
-
-    def losses() -> Tensor:
-        logits, targets, rows = causal_lm_logits(target, batch)
-        kept.append(logits.detach())
-        logits = logits.to(accumulation_dtype(logits))
-        return mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, count)
-
-    def sink(name: str, h: Tensor, delta: Tensor) -> None:
-        rows = delta.reshape(-1, delta.shape[-1]).to(accumulation_dtype(delta))
-        gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
-
-    with frozen(target):
-        watched_backward(target, layers, losses, sink)
-    return gradients, kept[0]
+    @property
+    def every(self) -> int:
+        """Steps between evaluations."""
+        return max(1, math.ceil(self.steps / self.evaluations))
 
 
 def align(
     proxy: nn.Module,
     target: nn.Module,
     batches: Sequence[Batch],
+    settings: AlignSettings,
+    objective: Objective | None = None,
     *,
-    steps: int,
-    learning_rate: float = 1e-4,
-    gradient_weight: float = 1.0,
-    kl_weight: float = 0.1,
-    temperature: float = 2.0,
-    seed: int = 0,
+    held_out: Callable[[], float] | None = None,
+    state: Path | None = None,
+    identity: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> AlignmentHistory:
     """Align a proxy with its target, in place.
@@ -168,27 +122,30 @@ def align(
     AdamW without weight decay on float32 master copies of the factors, a tenth of the steps as warm-up, cosine
     decay, gradient norm clipped to 1. Adam's steps have unit size whatever the factor's scale, so the learning
     rate of each factor is `learning_rate` times its own root mean square over the mean root mean square of all:
-    every factor moves by the same share of itself.
+    every factor moves by the same share of itself. A bfloat16 proxy runs in bfloat16.
+
+    With `held_out` the best factors are kept, those before alignment among them: the fidelity that it measures is never
+    lower than it was.
 
     Cost per token: target 6P, proxy about 16P′ FLOPs (forward, backward, and the backward of both); without the
     gradient part 2P and 6P′.
 
     Args:
         proxy: the model to tune; its dtype is restored at the end.
-        target: the model to match; left as it was.
-        batches: the alignment batches; each is one optimiser step.
-        steps: optimiser steps; batches are taken in a new seeded order each time round.
-        learning_rate: peak step size of a factor of average scale.
-        gradient_weight: of the gradient part; 0 leaves it out.
-        kl_weight: λ_KL.
-        temperature: τ.
-        seed: of the order.
-        progress: called with 1 after each step.
+        target: the model to match; left as it was. It may be on another device, or quantised.
+        batches: the alignment batches.
+        settings: how factors are tuned.
+        objective: what is minimised.
+        held_out: fidelity of the proxy as it is, on examples that are not aligned on.
+        state: file that an interrupted alignment goes on from.
+        identity: of the run that may go on from it.
+        progress: called with the number of steps done.
 
     Raises:
-        InputError: the proxy has no low-rank layer, there is nothing to align on, or both weights are 0.
-        FloatingPointError: the loss is not finite (the step is named).
+        InputError: the proxy has no low-rank layer, there is nothing to align on, or the objective fits no layer.
+        FloatingPointError: the loss is not finite (the step and the batch are named).
     """
+    objective = objective or Objective()
     started = time.perf_counter()
     layers = low_rank_layers(proxy)
     if not layers:
@@ -197,66 +154,162 @@ def align(
         )
     if not batches:
         raise InputError("no supervised example to align on")
-    if not gradient_weight and not kl_weight:
-        raise InputError("gradient_weight and kl_weight are both 0, so there is nothing to align by")
+    objective.aligned(layers)
+    with _trainable(proxy, layers) as (factors, autocast):
+        optimizer = _optimizer(factors, settings.learning_rate)
+        run = _Run(factors, optimizer, held_out)
+        if state is not None and state.is_file():
+            run.load(state, identity)
+        elif held_out is not None:
+            run.evaluate(0)
+        done = len(run.history.steps)
+        if progress is not None and done:
+            progress(done)
+        generator = torch.Generator().manual_seed(settings.seed)
+        rounds = (torch.randperm(len(batches), generator=generator).tolist() for _ in itertools.count())
+        order = itertools.chain.from_iterable(rounds)
+        for step in range(1, settings.steps + 1):
+            indices = list(itertools.islice(order, settings.accumulate))
+            if step <= done:
+                continue
+            if run.worse_since() >= settings.patience:
+                run.history.stopped_early = True
+                break
+            if step % RELEASE_EVERY == 0:
+                release_memory()
+            rate = settings.learning_rate * schedule(step, settings.steps)
+            some = [batches[index] for index in indices]
+            try:
+                parts = _step(proxy, target, layers, some, objective, optimizer, list(factors.values()), rate, autocast)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} at step {step} (batch {', '.join(map(str, indices))})") from None
+            run.history.steps.append(AlignmentStep(step, *parts, rate))
+            run.history.tokens += sum(int(batch.lengths.sum()) for batch in some)
+            if progress is not None:
+                progress(1)
+            if step % settings.every == 0 or step == settings.steps:
+                if held_out is not None:
+                    run.evaluate(step)
+                if state is not None and step < settings.steps:
+                    run.history.seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                    run.save(state, identity)
+        run.finish()
+    run.history.seconds += time.perf_counter() - started
+    return run.history
+
+
+def _step(
+    proxy: nn.Module,
+    target: nn.Module,
+    layers: dict[str, LowRankLinear],
+    batches: Sequence[Batch],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    factors: Sequence[nn.Parameter],
+    rate: float,
+    autocast: bool,
+) -> tuple[float, float | None, float, float | None]:
+    """One optimiser step. Returns the mean losses of its batches: whole, gradient, KL, hidden."""
+    here, there = (next(model.parameters()).device for model in (proxy, target))
+    optimizer.zero_grad(set_to_none=True)
+    found = []
+    for batch in batches:
+        signals = target_signals(target, layers, batch.to(there), objective).to(here)
+        with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
+            losses = alignment_loss(proxy, layers, batch.to(here), signals, objective)
+        if not torch.isfinite(losses.whole):
+            raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
+        (losses.whole / len(batches)).backward()
+        parts = (losses.whole, losses.gradient, losses.kl, losses.hidden)
+        found.append([None if part is None else part.item() for part in parts])
+    torch.nn.utils.clip_grad_norm_(factors, 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    optimizer.step()
+    whole, gradient, kl, hidden = (
+        None if column[0] is None else math.fsum(column) / len(column) for column in zip(*found, strict=True)
+    )
+    assert whole is not None and kl is not None  # noqa: PT018
+    return whole, gradient, kl, hidden
+
+
+class _Run:
+    """An alignment in progress: the factors, the best ones so far, and what happened."""
+
+    def __init__(
+        self, factors: dict[str, nn.Parameter], optimizer: torch.optim.AdamW, held_out: Callable[[], float] | None
+    ) -> None:
+        self.factors, self.optimizer, self.held_out = factors, optimizer, held_out
+        self.history = AlignmentHistory()
+        self.best: dict[str, Tensor] = {}
+
+    def evaluate(self, step: int) -> None:
+        """Measure fidelity, and keep the factors if they are the best yet."""
+        assert self.held_out is not None
+        fidelity = self.held_out()
+        highest = max((point.fidelity for point in self.history.held_out), default=-math.inf)
+        self.history.held_out.append(HeldOut(step, fidelity))
+        if fidelity > highest:
+            self.history.best_step = step
+            self.best = {name: factor.detach().clone() for name, factor in self.factors.items()}
+
+    def worse_since(self) -> int:
+        """Evaluations since the best one."""
+        return sum(point.step > self.history.best_step for point in self.history.held_out)
+
+    def save(self, file: Path, identity: str) -> None:
+        """Write all that it takes to go on."""
+        save_state(file, identity, self.factors, self.optimizer, self.best, self.history.as_dict())
+
+    def load(self, file: Path, identity: str) -> None:
+        """Go on from what `save` wrote.
+
+        Raises:
+            InputError: it is of another alignment.
+        """
+        self.best, history = load_state(file, identity, self.factors, self.optimizer)
+        self.history = AlignmentHistory.from_dict(history)
+
+    def finish(self) -> None:
+        """Leave the proxy with the best factors."""
+        if self.held_out is None:
+            self.history.best_step = len(self.history.steps)
+            return
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                factor.copy_(self.best[name])
+
+
+@contextmanager
+def _trainable(proxy: nn.Module, layers: dict[str, LowRankLinear]) -> Iterator[tuple[dict[str, nn.Parameter], bool]]:
+    """A proxy whose factors alone train, in float32 or better; gives them by name, and whether it runs in bfloat16."""
     dtype = next(iter(layers.values())).A.weight.dtype
-    history = AlignmentHistory()
     training = proxy.training
     flags = {id(parameter): parameter.requires_grad for parameter in proxy.parameters()}
     proxy.eval()  # dropout would make the proxy's gradient noisy against the target's
     proxy.requires_grad_(False)
     cast_parameters(proxy, torch.promote_types(dtype, torch.float32))
-    trainable = [factor for layer in layers.values() for factor in (layer.A.weight, layer.B.weight)]
-    for factor in trainable:
+    factors = {
+        f"{name}.{part}.weight": getattr(layer, part).weight for name, layer in layers.items() for part in ("A", "B")
+    }
+    for factor in factors.values():
         factor.requires_grad_(True)
-    scales = torch.stack([factor.detach().square().mean().sqrt() for factor in trainable])
-    rates = (scales / scales.mean()).tolist()
-    optimizer = torch.optim.AdamW(
-        [{"params": [factor], "scale": rate} for factor, rate in zip(trainable, rates, strict=True)],
-        lr=learning_rate,
-        weight_decay=0.0,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    rounds = (torch.randperm(len(batches), generator=generator).tolist() for _ in itertools.count())
-    order = itertools.islice(itertools.chain.from_iterable(rounds), steps)
     try:
-        for step, index in enumerate(order, start=1):
-            batch = batches[index]
-            if step % RELEASE_EVERY == 0:
-                release_memory()
-            gradients, logits = target_signals(target, list(layers) if gradient_weight else (), batch)
-            loss, gradient, kl = alignment_loss(
-                proxy,
-                layers,
-                batch,
-                gradients,
-                logits,
-                gradient_weight=gradient_weight,
-                kl_weight=kl_weight,
-                temperature=temperature,
-            )
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the alignment loss is {loss.item()} at step {step} (batch {index})")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            rate = learning_rate * schedule(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            optimizer.step()
-            history.steps.append(
-                AlignmentStep(step, loss.item(), None if gradient is None else gradient.item(), kl.item(), rate)
-            )
-            history.tokens += int(batch.lengths.sum())
-            if progress is not None:
-                progress(1)
+        yield factors, dtype == torch.bfloat16
     finally:
         cast_parameters(proxy, dtype)
         proxy.train(training)
         for parameter in proxy.parameters():
             parameter.requires_grad_(flags.get(id(parameter), True))
-    history.seconds = time.perf_counter() - started
-    return history
+
+
+def _optimizer(factors: dict[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW with a rate for each factor in proportion to its scale (see `align`)."""
+    scales = torch.stack([factor.detach().square().mean().sqrt() for factor in factors.values()])
+    rates = (scales / scales.mean()).tolist()
+    groups = [{"params": [factor], "scale": rate} for factor, rate in zip(factors.values(), rates, strict=True)]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
 
 
 def schedule(step: int, total: int) -> float:

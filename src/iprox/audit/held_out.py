@@ -1,0 +1,113 @@
+"""Fidelity of a proxy that is being tuned, on held-out rows, measured as often as asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+
+from iprox.data import Batch, Encoded, iter_batches, on_device
+from iprox.errors import InputError
+from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery, seen_from
+from iprox.influence.scoring import ScoringSettings, scorer_of_batches, task_queries
+from iprox.recipe import CURVED
+
+# Fewest rows that a correlation is worth keeping factors by.
+FEWEST = 16
+
+
+class HeldOutFidelity:
+    """The mean over tasks of the Spearman correlation of proxy and target scores; each call measures it anew.
+
+    Scores are TracIn's, or an influence function's where that is the estimator: what Adam would have stepped, or a
+    maximum over validation examples, moves with them.
+
+    Args:
+        proxy: the model that is tuned, in place.
+        target: its target; what it says of the rows is measured now, once.
+        rows: encoded held-out examples; those without a supervised token are left out.
+        validation: encoded validation examples by task.
+        pad_id: fills padding.
+        settings: how candidates will be scored.
+        query_on_target: whether validation gradients are taken on the target.
+        sample: encoded examples of the pool, for an influence function.
+
+    Raises:
+        InputError: fewer than 16 rows have a supervised token.
+    """
+
+    def __init__(
+        self,
+        proxy: nn.Module,
+        target: nn.Module,
+        rows: Sequence[Encoded],
+        validation: Mapping[str, Sequence[Encoded]],
+        pad_id: int,
+        settings: ScoringSettings,
+        *,
+        query_on_target: bool = True,
+        sample: Sequence[Encoded] = (),
+    ) -> None:
+        estimator = settings.estimator if settings.estimator in CURVED else "tracin"
+        self.proxy, self.target, self.pad_id = proxy, target, pad_id
+        self.settings = replace(settings, estimator=estimator, over_examples="mean", per_example=False)
+        self.rows = [row for row in rows if row.supervised]
+        if len(self.rows) < FEWEST:
+            raise InputError(f"{len(self.rows)} held-out examples have a supervised token; give at least {FEWEST}")
+        self.validation, self.sample, self.query_on_target = validation, sample, query_on_target
+        whole = replace(self.settings, gradient="weight")
+        queries = task_queries(target, self._validation(target), whole, sample=self._measured(target))
+        keep = self.settings.kept_norm(target)
+        on_target = BatchScorer(target, queries, normalise=self.settings.normalise, gradient="weight", keep=keep)
+        self._wanted = self._scores(on_target)
+        # Gradients of whole layers do not hang on the factors, so what candidates meet stays as it is.
+        self._queries = queries if query_on_target and self.settings.gradient == "weight" else None
+        self._scorer: BatchScorer | None = None
+
+    def __call__(self) -> float:
+        """The fidelity of the proxy as it is now."""
+        scores = self._scores(self._current())
+        correlations: list[Any] = [stats.spearmanr(x, y) for x, y in zip(scores.T, self._wanted.T, strict=True)]
+        return float(np.mean([found.statistic for found in correlations]))
+
+    def _current(self) -> BatchScorer:
+        if self._queries is not None:
+            # Made at the first call, when the proxy has the dtype that it is tuned in.
+            seen: dict[str, TaskQuery] = {
+                task: seen_from(cast(ModelGradient, query), self.proxy, "weight")
+                for task, query in self._queries.items()
+            }
+            keep = self.settings.kept_norm(self.proxy)
+            self._scorer = BatchScorer(
+                self.proxy, seen, normalise=self.settings.normalise, gradient="weight", keep=keep
+            )
+            self._queries = None
+        if self._scorer is not None:
+            return self._scorer
+        target = self.target if self.query_on_target else None
+        source = self.target if self.query_on_target else self.proxy
+        return scorer_of_batches(
+            self.proxy, self._validation(source), self.settings, target=target, sample=self._measured(source)
+        )
+
+    def _validation(self, model: nn.Module) -> dict[str, list[Batch]]:
+        return {task: self._batches(rows, model) for task, rows in self.validation.items()}
+
+    def _measured(self, model: nn.Module) -> list[Batch]:
+        return self._batches(self.sample, model)
+
+    def _batches(self, rows: Sequence[Encoded], model: nn.Module) -> list[Batch]:
+        device = next(model.parameters()).device
+        return list(on_device(iter_batches(rows, self.settings.batch_tokens, self.pad_id), device))
+
+    def _scores(self, scorer: BatchScorer) -> np.ndarray:
+        """Scores of the held-out rows [rows, tasks]."""
+        out = torch.empty(len(self.rows), len(scorer.tasks), dtype=torch.float64)
+        for batch in self._batches(self.rows, scorer.model):
+            out[torch.as_tensor(batch.indices)] = scorer(batch)[0].double().cpu()
+        return out.numpy()

@@ -1,0 +1,254 @@
+"""The alignment loss: what the proxy is to match of its target on a batch, and how far it is from it.
+
+Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
+factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
+
+    gradient_weight · weighted mean over aligned layers of
+        d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
+    + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens
+    + hidden_weight · mean over decoder layers of the relative squared distance of what they pass on,
+
+d the cosine distance or the relative Frobenius distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
+The first part needs second derivatives; the other two do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from iprox.data.batching import Batch
+from iprox.errors import InputError
+from iprox.models.layers import LowRankLinear, decoder_layers
+from iprox.models.loss import causal_lm_logits, mean_by_row
+from iprox.models.observe import frozen, watched_backward
+from iprox.models.precision import accumulation_dtype
+
+Distance = Literal["cosine", "frobenius"]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What alignment minimises.
+
+    Attributes:
+        gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
+        kl_weight: λ_KL.
+        hidden_weight: of the hidden states.
+        temperature: τ.
+        distance: of gradients: `cosine`, or `frobenius`: squared and relative to the target's.
+        layer_weights: by pattern of layer names (`*.mlp.*`), the weight of a layer's distance; the last pattern that
+            fits counts, layers that none fits weigh 1, and layers of weight 0 are not aligned.
+    """
+
+    gradient_weight: float = 1.0
+    kl_weight: float = 0.1
+    hidden_weight: float = 0.0
+    temperature: float = 2.0
+    distance: Distance = "cosine"
+    layer_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be minimised."""
+        if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
+            raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
+
+    def aligned(self, layers: Mapping[str, LowRankLinear]) -> dict[str, float]:
+        """The weight of each layer whose gradients are matched.
+
+        Raises:
+            InputError: a pattern fits no layer, or no layer is left.
+        """
+        if not self.gradient_weight:
+            return {}
+        for pattern in self.layer_weights:
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise InputError(
+                    f"layer_weights: no low-rank layer is called {pattern!r}; the first is {next(iter(layers))!r}"
+                )
+        weights = {}
+        for name in layers:
+            fitting = [weight for pattern, weight in self.layer_weights.items() if fnmatchcase(name, pattern)]
+            weights[name] = fitting[-1] if fitting else 1.0
+        weights = {name: weight for name, weight in weights.items() if weight}
+        if not weights:
+            raise InputError("layer_weights: every layer weighs 0, so there is no gradient to align")
+        return weights
+
+
+@dataclass(frozen=True, slots=True)
+class Signals:
+    """What the proxy is to match on a batch, without a graph.
+
+    Attributes:
+        gradients: ∇_W ℓ_target [m, n] by layer name.
+        logits: [N, V] where a supervised token is predicted.
+        hidden: what each decoder layer passes on [B, L, d]; empty where it is not matched.
+    """
+
+    gradients: dict[str, Tensor]
+    logits: Tensor
+    hidden: list[Tensor]
+
+    def to(self, device: torch.device) -> Signals:
+        """The same on another device."""
+        return Signals(
+            {name: gradient.to(device) for name, gradient in self.gradients.items()},
+            self.logits.to(device),
+            [state.to(device) for state in self.hidden],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """The whole loss of a batch and its parts, scalars with their graph; a part without weight is None."""
+
+    whole: Tensor
+    gradient: Tensor | None
+    kl: Tensor
+    hidden: Tensor | None
+
+
+def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
+    """1 - cos of two matrices seen as vectors, a scalar."""
+    return 1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0)
+
+
+def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
+    """‖x - y‖² / ‖y‖² of two matrices, a scalar; it also matches lengths, which the cosine does not see."""
+    return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
+
+
+DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": cosine_distance,
+    "frobenius": frobenius_distance,
+}
+
+
+def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
+    """τ² KL(target ‖ proxy) at temperature τ, per row of logits [N, V]. Returns [N] in float32 or better."""
+    dtype = accumulation_dtype(proxy_logits)
+    reference = F.log_softmax(target_logits.to(dtype) / temperature, dim=-1)
+    log_q = F.log_softmax(proxy_logits.to(dtype) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q, reference, reduction="none", log_target=True).sum(-1)
+
+
+def gradient_distance(
+    layers: Mapping[str, LowRankLinear],
+    loss: Tensor,
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    distance: Distance = "cosine",
+) -> Tensor:
+    """The gradient part of the alignment loss, differentiable in the factors (second order).
+
+    Args:
+        layers: the proxy's low-rank layers.
+        loss: ℓ of the proxy on the batch, a scalar with its graph.
+        target: ∇_W ℓ_target [m, n] by layer name, without a graph.
+        weights: of the layers that are aligned.
+        distance: d.
+    """
+    names = list(weights)
+    factors = [weight for name in names for weight in (layers[name].A.weight, layers[name].B.weight)]
+    gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
+    measure = DISTANCES[distance]
+    distances, shares = [], []
+    with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
+        for name, grad_A, grad_B in zip(names, gradients[::2], gradients[1::2], strict=True):
+            if grad_A is None or grad_B is None or name not in target:
+                continue  # an expert that no token of the batch was routed to, on the proxy or on the target
+            A, B = layers[name].A.weight, layers[name].B.weight
+            G = target[name].to(A.dtype)
+            distances.append(weights[name] * (measure(grad_A, G @ B.mT) + measure(grad_B, A.mT @ G)))
+            shares.append(weights[name])
+    return torch.stack(distances).sum() / sum(shares)
+
+
+def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) -> Tensor:
+    """Mean over decoder layers of ‖h - h_target‖² / ‖h_target‖² over all real tokens, a scalar."""
+    real = torch.arange(target[0].shape[1], device=lengths.device) < lengths[:, None]
+    dtype = accumulation_dtype(proxy[0])
+    pairs = zip(proxy, target, strict=True)
+    return torch.stack([frobenius_distance(h[real].to(dtype), t[real].to(dtype)) for h, t in pairs]).mean()
+
+
+def alignment_loss(
+    proxy: nn.Module,
+    layers: Mapping[str, LowRankLinear],
+    batch: Batch,
+    signals: Signals,
+    objective: Objective,
+) -> Losses:
+    """The loss of one batch.
+
+    For the gradient part the proxy runs with the `math` attention kernel: it is the one with a second derivative.
+    """
+    weights = objective.aligned(layers)
+    with sdpa_kernel(SDPBackend.MATH) if weights else nullcontext(), passed_on(proxy, bool(signals.hidden)) as hidden:
+        logits, targets, rows = causal_lm_logits(proxy, batch)
+        logits = logits.to(accumulation_dtype(logits))
+        kl = kl_divergence(signals.logits, logits, objective.temperature).mean()
+        whole = objective.kl_weight * kl
+        apart = hidden_distance(hidden, signals.hidden, batch.lengths) if signals.hidden else None
+        if apart is not None:
+            whole = whole + objective.hidden_weight * apart
+        gradient = None
+        if weights:
+            losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients, weights, objective.distance)
+            whole = whole + objective.gradient_weight * gradient
+    return Losses(whole, gradient, kl, apart)
+
+
+def target_signals(
+    target: nn.Module, layers: Mapping[str, LowRankLinear], batch: Batch, objective: Objective
+) -> Signals:
+    """What the proxy is to match on a batch. Where gradients have no weight there is no backward pass."""
+    names = objective.aligned(layers)
+    with passed_on(target, objective.hidden_weight > 0) as hidden:
+        if not names:
+            with frozen(target), torch.no_grad():
+                return Signals({}, causal_lm_logits(target, batch)[0], [state.detach() for state in hidden])
+        watched = {name: target.get_submodule(name) for name in names}
+        gradients: dict[str, Tensor] = {}
+        kept: list[Tensor] = []
+        count = batch.input_ids.shape[0]
+
+        def losses() -> Tensor:
+            logits, targets, rows = causal_lm_logits(target, batch)
+            kept.append(logits.detach())
+            logits = logits.to(accumulation_dtype(logits))
+            return mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, count)
+
+        def sink(name: str, h: Tensor, delta: Tensor) -> None:
+            rows = delta.reshape(-1, delta.shape[-1]).to(accumulation_dtype(delta))
+            gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
+
+        with frozen(target):
+            watched_backward(target, watched, losses, sink)
+        return Signals(gradients, kept[0], [state.detach() for state in hidden])
+
+
+@contextmanager
+def passed_on(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Gather what each decoder layer passes on while the model runs."""
+    states: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in decoder_layers(model)[1]] if wanted else []  # pyright: ignore[reportArgumentType]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()

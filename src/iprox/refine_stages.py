@@ -1,0 +1,196 @@
+"""The stage that refines scores with what the target says of some rows: a correction, and a cascade (design 2).
+
+Both rest on the audit's sample, whose rows have scores of both models. The correction takes out what the proxy gets
+wrong by source and by length; the cascade has the target score the proxy's best rows again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from iprox.audit.cascade import best_rows, candidate_share, rows_needed, too_few
+from iprox.audit.correction import Covariates, fit_correction
+from iprox.data import Pool
+from iprox.errors import InputError
+from iprox.influence.aggregate import Aggregation, TaskSpread
+from iprox.influence.scores import AGGREGATE, TASK_PREFIX, read_scores, score_matrix, task_names, write_parts
+from iprox.recipe import Recipe, RefineSection, SelectSection
+from iprox.run_folder import write_json
+from iprox.stages import StageRecord
+
+# Strategies that choose by the tasks' own scores rather than by their aggregate.
+BY_TASK = ("round-robin", "balanced")
+
+NO_SIZE = "a cascade looks for a given number of rows: select a fraction, a count or tokens"
+
+# Pool of candidates, file to write -> what scoring them on the target took.
+ScoreOnTarget = Callable[[Pool, Path], StageRecord]
+
+
+def refine(
+    *,
+    scores: Path,
+    audit: Path,
+    pool: Pool,
+    folder: Path,
+    settings: RefineSection,
+    chosen: SelectSection,
+    how: Aggregation,
+    score_on_target: ScoreOnTarget,
+) -> StageRecord:
+    """Refine a scores table; writes `scores.parquet` and `refine.json`.
+
+    After a cascade only the candidates have scores, those of the target, so that nothing else can be selected.
+
+    Args:
+        scores: the proxy's, a file or its folder.
+        audit: folder of the audit.
+        pool: what was scored.
+        folder: where to write.
+        settings: what to do.
+        chosen: what is to be selected, which says how deep a cascade has to look.
+        how: how several tasks make one score.
+        score_on_target: scores the candidates.
+
+    Raises:
+        InputError: the audit is of other tasks, or the pool is not what was scored.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    table = read_scores(scores)
+    tasks = task_names(table)
+    sample = _read_audit(audit, tasks)
+    known = sample["known"]
+    proxy, target = (np.stack([sample[f"{side}/{task}"] for task in tasks], 1)[known] for side in ("proxy", "target"))
+    spread = TaskSpread()
+    spread.add(target)
+    record: StageRecord = {"tokens": 0, "flops": 0.0, "audited": len(target)}
+    matrix = score_matrix(table)
+    if settings.correct:
+        seen = Covariates(sample["source"][known], sample["tokens"][known])
+        every = Covariates(
+            np.array(table["source"].to_pylist(), dtype=object), table["tokens"].to_numpy(zero_copy_only=False)
+        )
+        record["correction"] = {}
+        for number, task in enumerate(tasks):
+            correction = fit_correction(proxy[:, number], target[:, number], seen)
+            record["correction"][task] = {
+                "used": correction.helps,
+                "spearman": {"before": correction.before, "after": correction.after},
+            }
+            if correction.helps:
+                proxy[:, number] = correction.held_out
+                matrix[:, number] = correction.apply(matrix[:, number], every)
+    if settings.recall is None:
+        influence = how.over_tasks(matrix, _spread_of(matrix))
+    else:
+        share = _share_selected(chosen, table)
+        rankings = _rankings(matrix, how, chosen)
+        pairs = zip(_rankings(proxy, how, chosen), _rankings(target, how, chosen), strict=True)
+        shares = [candidate_share(on_proxy, on_target, share, settings.recall) for on_proxy, on_target in pairs]
+        candidates = np.unique(
+            np.concatenate([best_rows(ranking, part) for ranking, part in zip(rankings, shares, strict=True)])
+        )
+        again, scored = _score_again(table, candidates, pool, folder, score_on_target)
+        matrix = np.full_like(matrix, np.nan)
+        matrix[candidates] = score_matrix(again)
+        influence = how.over_tasks(matrix, spread)
+        record |= {
+            **{name: scored[name] for name in ("tokens", "flops")},
+            "recall": settings.recall,
+            "candidates": len(candidates),
+            "candidate_share": len(candidates) / table.num_rows,
+        }
+    write_parts(folder / "scores.parquet", [_with_scores(table, tasks, matrix, influence)])
+    write_json(folder / "refine.json", record)
+    return record
+
+
+def check_sample(recipe: Recipe, rows: int) -> None:
+    """Refuse an audit too small for a recipe's cascade, before any work.
+
+    Raises:
+        InputError: it is.
+    """
+    if not (recipe.refine and recipe.refine.recall and recipe.audit):
+        return
+    share = recipe.select.fraction or (recipe.select.count and recipe.select.count / rows)
+    if share is None and recipe.select.tokens is None:
+        raise InputError(NO_SIZE)
+    sample = min(recipe.audit.sample, rows)
+    if share and sample < rows_needed(share, recipe.refine.recall):
+        raise too_few(sample, share, recipe.refine.recall)
+
+
+def _read_audit(folder: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """The columns of an audit, and which rows have all scores."""
+    file = folder / "audit.parquet" if folder.is_dir() else folder
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; `iprox audit` writes it")
+    table = pq.read_table(file)
+    names = [f"{side}/{task}" for task in tasks for side in ("proxy", "target")]
+    missing = [name for name in (*names, "tokens", "source") if name not in table.column_names]
+    if missing:
+        raise InputError(f"{file}: has no column {missing[0]!r}; audit the tasks that were scored: {', '.join(tasks)}")
+    columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names}
+    found: dict[str, np.ndarray] = {
+        **columns,
+        "source": np.array(table["source"].to_pylist(), dtype=object),
+        "tokens": table["tokens"].to_numpy(zero_copy_only=False),
+        "known": np.asarray(np.isfinite(np.stack(list(columns.values()))).all(0)),
+    }
+    return found
+
+
+def _share_selected(chosen: SelectSection, table: pa.Table) -> float:
+    """The share of the pool that is to be selected."""
+    if chosen.fraction is not None:
+        return chosen.fraction
+    if chosen.count is not None:
+        return min(1.0, chosen.count / table.num_rows)
+    if chosen.tokens is not None:
+        return min(1.0, chosen.tokens / max(1, int(np.sum(table["tokens"].to_numpy(zero_copy_only=False)))))
+    raise InputError(NO_SIZE)
+
+
+def _rankings(matrix: np.ndarray, how: Aggregation, chosen: SelectSection) -> list[np.ndarray]:
+    """The scores that the strategy chooses by: the tasks' own, or their aggregate."""
+    if chosen.strategy in BY_TASK:
+        return list(matrix.T)
+    return [how.over_tasks(matrix, _spread_of(matrix))]
+
+
+def _score_again(
+    table: pa.Table, candidates: np.ndarray, pool: Pool, folder: Path, score_on_target: ScoreOnTarget
+) -> tuple[pa.Table, StageRecord]:
+    """The target's scores of the candidates, and what they took."""
+    file, scores = folder / "candidates.jsonl", folder / "candidates.parquet"
+    ids = table["id"].take(pa.array(candidates)).to_pylist()
+    pool.write_rows(candidates.tolist(), file, ids)
+    scored = score_on_target(Pool([file], name="candidates"), scores)
+    table = read_scores(scores)
+    file.unlink()
+    scores.unlink()
+    return table, scored
+
+
+def _spread_of(matrix: np.ndarray) -> TaskSpread:
+    spread = TaskSpread()
+    spread.add(matrix)
+    return spread
+
+
+def _with_scores(table: pa.Table, tasks: Sequence[str], matrix: np.ndarray, influence: np.ndarray) -> pa.Table:
+    """The table with other scores; rows without one have null."""
+    columns: Mapping[str, Any] = {
+        **{TASK_PREFIX + task: matrix[:, number] for number, task in enumerate(tasks)},
+        AGGREGATE: influence,
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.float64(), from_pandas=True))
+    return table
