@@ -1,0 +1,189 @@
+"""Recall of the target's own best rows against what finding them costs: proxies, corrections, cascades, baselines.
+
+    python benchmarks/selection.py                               # the whole shared pool
+    python benchmarks/selection.py --examples 2500 --work runs/selection-2500
+
+Every method is a run of the pipeline (warm-up, proxy, audit, scores), the truth is a run without a proxy, and all are
+kept in the work folder, so a stopped benchmark goes on where it was. Costs are FLOPs over those of scoring the pool on
+the target: making the proxy, the audit, and the rows that the target scores again are all counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from iprox.audit.cascade import best_rows, candidate_share
+from iprox.audit.correction import Covariates, fit_correction
+from iprox.data import Pool
+from iprox.influence.scores import score_matrix
+from iprox.pipeline import run_recipe
+from iprox.progress import Reporter
+from iprox.recipe import parse_recipe
+from iprox.run_folder import environment, write_json
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
+PROMISED = (0.75, 0.9)
+METHODS: dict[str, dict[str, Any]] = {
+    "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
+    "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
+    "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},
+    "ipsvd 0.7, aligned": {"proxy": {"sparsity": 0.7}},
+    "sibling": {"proxy": {"method": "off-the-shelf"}},
+    "first layers 0.7": {"proxy": {"method": "layers", "sparsity": 0.7}},
+    "rds": {"proxy": False, "audit": False, "influence": {"estimator": "rds"}},
+}
+
+
+def main() -> None:
+    """Run what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
+    parser.add_argument("--sibling", default=str(SHARED / "models/sibling-7m"))
+    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
+    parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "summarization", "science", "bbh"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--examples", type=int, help="rows of the pool, evenly spaced (default: all)")
+    parser.add_argument("--audit", type=int, default=300, help="audited rows")
+    parser.add_argument("--share", type=float, default=0.05, help="of the pool that is selected")
+    parser.add_argument("--work", type=Path, default=Path("runs/selection"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/selection.json")
+    arguments = parser.parse_args()
+    pool = subset(arguments)
+    truth = scores_of(arguments, pool, "target", {"proxy": False, "audit": False})
+    seconds = stages_of(arguments, "target")["score"]["seconds"]
+    found = {}
+    for method in arguments.methods:
+        scores = scores_of(arguments, pool, method, METHODS[method])
+        found[method] = figures(arguments, method, scores, truth, seconds)
+        print_method(method, found[method])
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+    write_json(arguments.output, {**environment(), "settings": settings, "rows": len(truth), "methods": found})
+
+
+def subset(arguments: argparse.Namespace) -> Path:
+    """The pool's rows that are used, as a file."""
+    if arguments.examples is None:
+        return Path(arguments.pool)
+    file = arguments.work / "pool.jsonl"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        source = Pool([arguments.pool])
+        total = source.scan().rows
+        source.write_rows(np.linspace(0, total - 1, arguments.examples).astype(int).tolist(), file)
+    return file
+
+
+def scores_of(arguments: argparse.Namespace, pool: Path, name: str, sections: dict[str, Any]) -> np.ndarray:
+    """Scores [N, tasks] of a run, done now if it is not."""
+    sections = {**sections}
+    if name == "sibling":
+        sections["proxy"] = {**sections["proxy"], "model": arguments.sibling}
+    recipe = {
+        "model": arguments.model,
+        "data": {
+            "pool": str(pool),
+            "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
+        },
+        "audit": {"sample": arguments.audit},
+        "output": str(folder_of(arguments, name)),
+        **sections,
+    }
+    run_recipe(parse_recipe(recipe, "selection.py"), reporter=Reporter(quiet=True), stop_after="score")
+    return score_matrix(pq.read_table(folder_of(arguments, name) / "scores.parquet"))
+
+
+def folder_of(arguments: argparse.Namespace, name: str) -> Path:
+    """Of a method's run."""
+    return arguments.work / name.replace(",", "").replace(" ", "-")
+
+
+def stages_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """What each stage of a method's run took."""
+    return json.loads((folder_of(arguments, name) / "run.json").read_text())["stages"]
+
+
+def figures(
+    arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray, seconds: float
+) -> dict[str, Any]:
+    """Recall by task and costs of a method, alone, corrected, and with cascades of fixed and of promised depth."""
+    run = json.loads((folder_of(arguments, method) / "run.json").read_text())
+    stages, cost = run["stages"], run["cost"]
+    whole = json.loads((folder_of(arguments, "target") / "run.json").read_text())["stages"]["score"]["flops"]
+    construction = cost["construction_flops"] / whole
+    audit = stages.get("audit", {}).get("flops", 0.0) / whole
+    alone = construction + stages["score"]["flops"] / whole
+    taken = sum(stages[name]["seconds"] for name in ("compress", "align", "score") if name in stages)
+    result: dict[str, Any] = {
+        "cost": {"construction": construction, "scoring": stages["score"]["flops"] / whole, "audit": audit},
+        "relative_seconds": taken / seconds,
+        "alone": {"cost": alone, "recall": recalls(arguments, scores, truth, arguments.share)},
+        "cascade": [
+            {"candidates": share, "cost": alone + share, "recall": recalls(arguments, scores, truth, share)}
+            for share in CANDIDATES[1:]
+        ],
+    }
+    if "audit" not in stages:
+        return result
+    sample = pq.read_table(folder_of(arguments, method) / "audit/audit.parquet")
+    pool = pq.read_table(folder_of(arguments, method) / "scores.parquet", columns=["source", "tokens"])
+    seen, every = (
+        Covariates(np.array(table["source"].to_pylist(), dtype=object), table["tokens"].to_numpy())
+        for table in (sample, pool)
+    )
+    corrected, promised = scores.copy(), {recall: [] for recall in PROMISED}
+    for number, task in enumerate(arguments.tasks):
+        on_proxy, on_target = (sample[f"{side}/{task}"].to_numpy() for side in ("proxy", "target"))
+        fitted = fit_correction(on_proxy, on_target, seen)
+        if fitted.helps:
+            corrected[:, number] = fitted.apply(scores[:, number], every)
+            on_proxy = fitted.held_out
+        for recall, shares in promised.items():
+            shares.append(candidate_share(on_proxy, on_target, arguments.share, recall))
+    result["corrected"] = {"cost": alone + audit, "recall": recalls(arguments, corrected, truth, arguments.share)}
+    result["promised"] = [
+        {
+            "asked": recall,
+            "candidates": dict(zip(arguments.tasks, shares, strict=True)),
+            "cost": alone + audit + float(np.mean(shares)),
+            "recall": recalls(arguments, corrected, truth, shares),
+        }
+        for recall, shares in promised.items()
+    ]
+    return result
+
+
+def recalls(
+    arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarray, shares: float | list[float]
+) -> dict[str, float]:
+    """By task, the part of the target's best rows among a share of the best by these scores; and the mean."""
+    depths = shares if isinstance(shares, list) else [shares] * len(arguments.tasks)
+    found = {}
+    for number, (task, depth) in enumerate(zip(arguments.tasks, depths, strict=True)):
+        wanted = best_rows(truth[:, number], arguments.share)
+        found[task] = len(np.intersect1d(wanted, best_rows(scores[:, number], depth))) / len(wanted)
+    return {**found, "mean": float(np.mean(list(found.values())))}
+
+
+def print_method(name: str, entry: dict[str, Any]) -> None:
+    """A line for each way of using the method's scores."""
+    print(f"{name}: scoring {entry['cost']['scoring']:.2f} of the target's, {entry['relative_seconds']:.2f} in seconds")
+    ways = [("alone", entry["alone"])]
+    ways += [("corrected", entry["corrected"])] if "corrected" in entry else []
+    ways += [(f"best {way['candidates']:.1%} again", way) for way in entry["cascade"]]
+    ways += [(f"recall {way['asked']:g} promised", way) for way in entry.get("promised", [])]
+    for label, way in ways:
+        recall = way["recall"]
+        least = min(value for task, value in recall.items() if task != "mean")
+        print(f"  {label:<22} cost {way['cost']:.2f}  recall {recall['mean']:.2f} (least {least:.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
