@@ -4,41 +4,19 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from iprox.audit.held_out import HeldOutFidelity
-from iprox.data import ChatEncoder, Encoded, Example, Pool, example_batches
+from iprox.data import Example, example_batches
 from iprox.finetune import save_model
+from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
 from iprox.models import flops
-from iprox.models.layers import low_rank_layers
-from iprox.proxy.align import AlignmentHistory, AlignSettings, align
+from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective
-from iprox.recipe import CURVED, AlignSection, InfluenceSection, curvature_passes
+from iprox.recipe import AlignSection
 from iprox.run_folder import write_json
-from iprox.score_stages import curvature_sample, scoring_settings
-from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+from iprox.session import Session, pad_id_of, tokens_of
 from iprox.stages import StageRecord, check_belongs
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutRows:
-    """What fidelity is measured on while a proxy is aligned.
-
-    Attributes:
-        examples: that are not aligned on.
-        validation: validation sets by task.
-        influence: how candidates will be scored.
-        pool: where an influence function takes the examples that it measures curvature on.
-    """
-
-    examples: Sequence[Example]
-    validation: Mapping[str, Pool]
-    influence: InfluenceSection
-    pool: Pool
 
 
 def align_proxy(
@@ -78,7 +56,7 @@ def align_proxy(
     steps_of = example_batches(encoded, settings.batch_size, pad_id_of(tokenizer), max(1, session.batch_tokens // 4))
     batches = list(steps_of)
     steps = max_steps or settings.epochs * math.ceil(len(batches) / settings.accumulate)
-    watched = None if held_out is None else _watch(session, proxy, target, encoder, held_out)
+    watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
     if state.is_file():
         session.reporter.say(f"align: goes on from {state}")
     with session.reporter.bar("align", steps, "steps") as progress:
@@ -102,7 +80,7 @@ def align_proxy(
                 settings.distance,
                 settings.layer_weights,
             ),
-            held_out=watched,
+            held_out=None if watched is None else watched.watch(proxy),
             state=state,
             identity=identity,
             progress=progress,
@@ -121,7 +99,7 @@ def align_proxy(
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0)
     if watched is not None and held_out is not None:
-        spent += _watching_flops(target, proxy, watched, history, held_out.influence)
+        spent += watching_flops(target, [proxy] * len(history.held_out), watched, held_out.influence)
     return {
         "tokens": history.tokens,
         "flops": spent,
@@ -139,43 +117,3 @@ def align_proxy(
         if history.held_out
         else None,
     }
-
-
-def _watch(
-    session: Session, proxy: PreTrainedModel, target: PreTrainedModel, encoder: ChatEncoder, held_out: HeldOutRows
-) -> HeldOutFidelity:
-    """Fidelity on the held-out rows, with what the target says of them measured now."""
-    settings = held_out.influence
-    return HeldOutFidelity(
-        proxy,
-        target,
-        encoder.encode(held_out.examples),
-        encode_validation(encoder, dict(held_out.validation)),
-        0,
-        scoring_settings(session, settings),
-        query_on_target=settings.query == "target" and bool(low_rank_layers(proxy)),
-        sample=curvature_sample(session, held_out.pool, encoder, settings),
-    )
-
-
-def _watching_flops(
-    target: PreTrainedModel,
-    proxy: PreTrainedModel,
-    watched: HeldOutFidelity,
-    history: AlignmentHistory,
-    settings: InfluenceSection,
-) -> float:
-    """Of the validation gradients, the target's scores of the held-out rows, and the proxy's at each evaluation."""
-    rows: list[Encoded] = watched.rows
-    tokens, supervised = tokens_of(rows)
-    tasks = len(watched.validation)
-    queries = [tokens_of(task) for task in watched.validation.values()]
-    spent = sum(flops.compression_flops(target, *counted) for counted in queries)
-    if settings.estimator in CURVED:
-        spent += flops.curvature_flops(
-            target, settings.gradient, *tokens_of(watched.sample), curvature_passes(settings)
-        )
-    whole = tasks * flops.contraction_flops(target, "weight") * tokens
-    spent += flops.scoring_flops(target, tokens, supervised, whole)
-    # Of the proxy the contraction is counted as if it were whole, as its low-rank form is not known here.
-    return spent + len(history.held_out) * flops.scoring_flops(proxy, tokens, supervised, whole)

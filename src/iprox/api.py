@@ -179,7 +179,7 @@ def align(
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
             scoring = ScoringSettings("weight", normalise)
-            watched = HeldOutFidelity(proxy, model, reader.encode(held_out, "held_out"), tasks, 0, scoring)
+            watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
         return align_factors(
             proxy,

@@ -279,6 +279,11 @@ def _add_compress(commands: Any) -> None:
     )
     size.add_argument("--parameters", type=_positive, help="parameters of the whole proxy, embeddings included")
     size.add_argument("--flops", type=float, help="FLOPs per token as a share of the target's, in (0, 1)")
+    size.add_argument(
+        "--fidelity",
+        type=float,
+        help="take the smallest proxy whose Spearman correlation with the target's scores is at least this",
+    )
     parser.add_argument(
         "--method",
         choices=("ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"),
@@ -300,7 +305,15 @@ def _add_compress(commands: Any) -> None:
         "--probe-tokens", choices=("all", "supervised"), default="all", help="tokens that count (default all)"
     )
     parser.add_argument("--probe-size", type=_positive, help="random sample of this many examples (default 512)")
+    _held_out_options(parser, "with --fidelity: examples that it is measured on")
     _reading_options(parser)
+
+
+def _held_out_options(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help=what)
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --held-out: what fidelity is for"
+    )
 
 
 def _add_align(commands: Any) -> None:
@@ -335,12 +348,7 @@ def _add_align(commands: Any) -> None:
         default=1,
         help="batches an optimiser step (default 1); with --batch-size 1 every example's own gradient is matched",
     )
-    parser.add_argument(
-        "--held-out", nargs="+", default=[], metavar="FILE", help="keep the factors most faithful on these examples"
-    )
-    parser.add_argument(
-        "--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --held-out: what fidelity is for"
-    )
+    _held_out_options(parser, "keep the factors most faithful on these examples")
     _reading_options(parser)
 
 

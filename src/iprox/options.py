@@ -12,6 +12,7 @@ from typing import Any
 
 from iprox.data import Pool
 from iprox.errors import InputError
+from iprox.held_out_rows import HeldOutRows
 from iprox.models.loading import load_config, model_fingerprint
 from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
@@ -93,6 +94,21 @@ def influence_of(arguments: Namespace) -> InfluenceSection:
     )
     given = {name: getattr(arguments, name, None) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
+
+
+def held_out_of(arguments: Namespace) -> HeldOutRows | None:
+    """The rows that fidelity is measured on while a proxy is made, where they are given.
+
+    Raises:
+        InputError: --held-out without --validation, or the other way round.
+    """
+    if bool(arguments.held_out) != bool(arguments.validation):
+        raise InputError("--held-out goes with --validation: fidelity is of scores for some task")
+    if not arguments.held_out:
+        return None
+    pool = pool_of(arguments.held_out, arguments, "held-out")
+    pool.scan()
+    return HeldOutRows(list(pool), tasks_of(arguments.validation, arguments), validate_section(InfluenceSection), pool)
 
 
 def query_target(model: str, arguments: Namespace, settings: InfluenceSection, session: Session) -> str | None:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, refine_stages, score_stages, stages
+from iprox import align_stage, compress_stage, refine_stages, score_stages, stages
 from iprox.data import Pool
+from iprox.held_out_rows import HeldOutRows
 from iprox.influence.index import GradientIndex
 from iprox.influence.ray_engine import ray_engine
 from iprox.models import flops
@@ -278,24 +279,26 @@ def _compress(run: Run, context: _Context) -> None:
     if not settings:
         return
     rows = _draw(run, "probe", share(run.total, settings.probe.fraction))
+    by_fidelity = settings.fidelity is not None
+    watched = _draw(run, "size", settings.held_out) if by_fidelity else []
+    influence = run.recipe.influence
     folders = _variants(run.folder.proxy, context)
 
     def work() -> stages.StageRecord:
         examples = run.pool.take(rows)
+        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
         made = (
-            stages.compress(run.session, path, examples, folder, settings)
+            compress_stage.compress(run.session, path, examples, folder, settings, held_out)
             for (path, _), folder in zip(context.targets, folders, strict=True)
         )
         return _afresh(run.folder.proxy, folders, "compression.json", made)
 
+    key = [_common(run), context.keys["warmup"], len(context.targets), settings.model_dump(exclude={"align"})]
+    if by_fidelity:
+        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.recipe.batch_tokens]
     context.keys["compress"] = run.stage(
         "compress",
-        [
-            _common(run),
-            context.keys["warmup"],
-            len(context.targets),
-            settings.model_dump(exclude={"align"}),
-        ],
+        key,
         [folder / "compression.json" for folder in folders],
         work,
     )
@@ -318,7 +321,7 @@ def _align(run: Run, context: _Context) -> None:
 
     def work() -> stages.StageRecord:
         examples = run.pool.take(rows)
-        held_out = align_stage.HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool)
+        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool)
         made = (
             align_stage.align_proxy(
                 run.session,

@@ -20,6 +20,8 @@ from iprox.session import Session, encode_validation, share, tokens_of
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
 EFFICIENCY = 0.25
 SAMPLE = 512
+# Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
+KEPT_BY_FIDELITY = 0.5
 # What low-rank validation gradients cost beside whole ones: an estimate, their ranks are known only once they are made.
 LOW_RANK_QUERY = 0.12
 
@@ -51,6 +53,8 @@ def kept_share(recipe: Recipe, model: PreTrainedModel) -> float:
     if settings.method == "off-the-shelf":
         other = skeleton(str(settings.model), trust_remote_code=recipe.trust_remote_code)
         return flops.forward_flops(other) / flops.forward_flops(model)
+    if settings.fidelity is not None:
+        return KEPT_BY_FIDELITY
     dense = flops.linear_parameters(model)
     return Size(settings.sparsity, settings.parameters, settings.flops).budget(model, dense) / dense
 

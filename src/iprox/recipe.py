@@ -17,7 +17,7 @@ STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "se
 
 
 # How large a proxy may be, in the order they are documented.
-SIZES = ("sparsity", "parameters", "flops")
+SIZES = ("sparsity", "parameters", "flops", "fidelity")
 
 # Examples of the pool that an influence function measures curvature on, unless told.
 CURVATURE_EXAMPLES = 512
@@ -104,12 +104,18 @@ class AlignSection(_Section):
 
 
 class ProxySection(_Section):
-    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`."""
+    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`.
+
+    Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
+    `held_out` examples of the pool, is at least that with confidence.
+    """
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
     sparsity: float | None = Field(None, gt=0, lt=1)
     parameters: int | None = Field(None, ge=1)
     flops: float | None = Field(None, gt=0, lt=1)
+    fidelity: float | None = Field(None, gt=0, lt=1)
+    held_out: int = Field(256, ge=16)
     model: str | None = None
     ranks: Literal["global", "uniform"] = "global"
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
@@ -125,6 +131,8 @@ class ProxySection(_Section):
             return self
         if self.model is not None:
             raise ValueError("`model` goes with the method off-the-shelf only")
+        if self.fidelity is not None and self.method == "layers":
+            raise ValueError("fidelity goes with methods that factorise layers: give the method layers a size")
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, hub, index_stages, options, refine_stages, score_stages, stages, summary
+from iprox import align_stage, compress_stage, hub, index_stages, options, refine_stages, score_stages, stages, summary
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
@@ -18,7 +18,6 @@ from iprox.recipe import (
     SIZES,
     AlignSection,
     FinetuneSection,
-    InfluenceSection,
     ProbeSection,
     ProxySection,
     RefineSection,
@@ -68,12 +67,15 @@ def compress(arguments: Namespace) -> dict[str, Any]:
     session, pool = options.session_of(arguments), options.pool_of(arguments.probe, arguments, "probe")
     output = options.new_folder(arguments.output)
     examples = options.sample_of(pool, session, "probe", arguments.probe_size)
+    held_out = options.held_out_of(arguments)
+    if (settings.fidelity is not None) != (held_out is not None):
+        raise InputError("--fidelity goes with --held-out and --validation, on which it is measured")
     return options.single_stage(
         session,
         "compress",
         output,
         arguments,
-        lambda: stages.compress(session, arguments.model, examples, output, settings),
+        lambda: compress_stage.compress(session, arguments.model, examples, output, settings, held_out),
     )
 
 
@@ -90,17 +92,14 @@ def align(arguments: Namespace) -> dict[str, Any]:
         batch_size=arguments.batch_size,
         accumulate=arguments.accumulate,
     )
-    if bool(arguments.held_out) != bool(arguments.validation):
-        raise InputError("--held-out goes with --validation: fidelity is of scores for some task")
+    held_out = options.held_out_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.data, arguments, "data")
-    validation = options.tasks_of(arguments.validation, arguments)
-    apart = options.pool_of(arguments.held_out, arguments, "held-out") if arguments.held_out else None
     output = options.new_folder(arguments.output)
     key = [checkpoint_fingerprint(arguments.model), checkpoint_fingerprint(arguments.proxy)]
     key += [session.read(pool).fingerprint, settings.model_dump(), arguments.steps, session.seed, str(session.dtype)]
-    key += [source.scan().fingerprint for source in (*validation.values(), *([apart] if apart else []))]
+    if held_out is not None:
+        key += [source.scan().fingerprint for source in (held_out.pool, *held_out.validation.values())]
     examples = list(pool)
-    held_out = apart and align_stage.HeldOutRows(list(apart), validation, validate_section(InfluenceSection), apart)
     return options.single_stage(
         session,
         "align",

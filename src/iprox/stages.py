@@ -17,22 +17,18 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from iprox.data import Batch, Encoded, Example, Pool
+from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
-from iprox.finetune import evaluate, save_model, train
+from iprox.finetune import evaluate, train
 from iprox.influence.index import GradientIndex
 from iprox.influence.scores import read_scores
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
-from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers
-from iprox.proxy.factorise import FactorSettings
-from iprox.proxy.moments import MomentSettings
-from iprox.proxy.size import Size
-from iprox.recipe import FinetuneSection, ProxySection, SelectSection, WarmupSection
+from iprox.recipe import FinetuneSection, SelectSection, WarmupSection
 from iprox.run_folder import read_json, write_json
 from iprox.selection import SelectionSettings, select_rows
-from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+from iprox.session import Session, encode_validation, tokens_of
 
 # What a stage says of itself in run.json: tokens, flops, and anything particular to it.
 StageRecord = dict[str, Any]
@@ -52,60 +48,6 @@ def warm_up(
     `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `adam`.
     """
     return _sft(session, model, examples, output, settings, every_epoch=True, optimizer_state=optimizer_state)
-
-
-def compress(
-    session: Session, model: str, examples: Sequence[Example], output: Path, settings: ProxySection
-) -> StageRecord:
-    """Derive a proxy from a model; writes a checkpoint folder with `compression.json`."""
-    tokenizer = session.tokenizer(model)
-    encoded = session.encoder(tokenizer).encode(examples)
-    target = session.model(model)
-    batches = list(session.batches(encoded, pad_id_of(tokenizer)))
-    proxy, report = make_proxy(session, target, model, batches, settings)
-    save_model(proxy, tokenizer, output)
-    write_json(output / "compression.json", report.as_dict())
-    if report.unreached:
-        session.reporter.warn(
-            f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
-            "compressed by the plain norm; give more probe examples"
-        )
-    tokens, supervised = tokens_of(encoded)
-    return {
-        "tokens": tokens,
-        "flops": report.passes * flops.compression_flops(target, tokens, supervised),
-        "examples": len(examples),
-        "labels": session.encoder(tokenizer).describe,
-        "method": report.method,
-        "sparsity": report.achieved_sparsity,
-        "relative_flops": report.relative_flops,
-        "parameters": sum(p.numel() for p in proxy.parameters()),
-        "target_parameters": sum(p.numel() for p in target.parameters()),
-    }
-
-
-def make_proxy(
-    session: Session, target: PreTrainedModel, name: str, batches: Sequence[Batch], settings: ProxySection
-) -> tuple[PreTrainedModel, CompressionReport]:
-    """A proxy of a loaded target by the method that a recipe names.
-
-    Args:
-        session: how to compute.
-        target: the model.
-        name: where it was loaded from.
-        batches: the probe.
-        settings: of the recipe.
-    """
-    if settings.method == "off-the-shelf":
-        assert settings.model is not None
-        return adopt(target, session.model(settings.model), name)
-    size = Size(settings.sparsity, settings.parameters, settings.flops)
-    if settings.method == "layers":
-        return extract_layers(target, size, name)
-    moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
-    how = FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)
-    with session.reporter.bar("compress", len(flops.compressible_layers(target)), "layers") as progress:
-        return derive_proxy(target, batches, size, how, target=name, progress=progress)
 
 
 def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from iprox import align_stage, pipeline, stages
+from iprox import align_stage, compress_stage, pipeline
 from iprox.cli import main
 from iprox.influence import scoring, shards
 
@@ -130,14 +130,14 @@ def windows_of_100(init):
 
 def test_a_stage_stopped_half_way_is_not_taken_for_the_earlier_one(copied, monkeypatch):
     """Sparsity changed, stopped after the proxy was replaced, sparsity changed back: the proxy must be made again."""
-    make = stages.compress
+    make = compress_stage.compress
 
     def make_and_stop(*arguments, **settings):
         make(*arguments, **settings)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "compress", make_and_stop)
+        patch.setattr(compress_stage, "compress", make_and_stop)
         assert copied.run("--set", "proxy.sparsity=0.8") == 130
     assert copied.run("--stop-after", "compress") == 0
     assert copied.done() == ["compress"]

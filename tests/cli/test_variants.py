@@ -335,3 +335,31 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert not (tmp_path / "resumed.state.safetensors").exists()
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
+
+
+def test_a_proxy_sized_by_its_fidelity(place, capfd):
+    """The search's own bound is reached, and no try that is smaller reached it."""
+    options = ["proxy.sparsity=null", "proxy.fidelity=0.6", "proxy.held_out=60", "proxy.align=false", "warmup.fraction=0.02"]
+    assert place.run("--set", *options, "--stop-after", "audit") == 0
+    found = json.loads((place.output / "proxy/compression.json").read_text())
+    assert found["size"] == {"fidelity": 0.6}
+    faithful = [entry for entry in found["tries"] if entry["lower"] >= 0.6]
+    assert max(entry["sparsity"] for entry in faithful) == pytest.approx(found["achieved_sparsity"], abs=0.03)
+    assert place.record()["stages"]["compress"]["tries"] == found["tries"]
+    assert place.run("--set", *options, "influence.aggregate=mean", "--stop-after", "audit") == 0
+    assert "compress" not in place.done()
+    assert place.run("--set", *options, "proxy.fidelity=0.9999", "--fresh") == 2
+    assert "reaches a fidelity of" in capfd.readouterr().err
+
+
+def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    arguments = [
+        "compress", "--model", str(finished.output / "warmup" / target), "--probe", str(finished.pool), "--probe-size",
+        "64", "--max-length=48", "--quiet", "--fidelity=0.5", "--output", str(tmp_path / "proxy"),
+    ]  # fmt: skip
+    assert main(arguments) == 2
+    assert "--fidelity goes with --held-out and --validation" in capfd.readouterr().err
+    files = ["--held-out", str(finished.path / "spelling.jsonl"), str(finished.path / "arithmetic.jsonl")]
+    assert main([*arguments, *files, "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}"]) == 0
+    assert json.loads((tmp_path / "proxy/compression.json").read_text())["tries"]

@@ -1,8 +1,8 @@
-"""Fidelity of a proxy that is being tuned, on held-out rows, measured as often as asked."""
+"""Fidelity on held-out rows of proxies that are being made: many of them, or one again and again as it is tuned."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from iprox.audit.intervals import bootstrap_intervals
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery, seen_from
@@ -22,19 +23,18 @@ FEWEST = 16
 
 
 class HeldOutFidelity:
-    """The mean over tasks of the Spearman correlation of proxy and target scores; each call measures it anew.
+    """The mean over tasks of the Spearman correlation of proxy and target scores, the target's measured once.
 
     Scores are TracIn's, or an influence function's where that is the estimator: what Adam would have stepped, or a
     maximum over validation examples, moves with them.
 
     Args:
-        proxy: the model that is tuned, in place.
-        target: its target; what it says of the rows is measured now, once.
+        target: the target; what it says of the rows is measured now.
         rows: encoded held-out examples; those without a supervised token are left out.
         validation: encoded validation examples by task.
         pad_id: fills padding.
         settings: how candidates will be scored.
-        query_on_target: whether validation gradients are taken on the target.
+        query_on_target: whether validation gradients of proxies are taken on the target.
         sample: encoded examples of the pool, for an influence function.
 
     Raises:
@@ -43,7 +43,6 @@ class HeldOutFidelity:
 
     def __init__(
         self,
-        proxy: nn.Module,
         target: nn.Module,
         rows: Sequence[Encoded],
         validation: Mapping[str, Sequence[Encoded]],
@@ -54,7 +53,7 @@ class HeldOutFidelity:
         sample: Sequence[Encoded] = (),
     ) -> None:
         estimator = settings.estimator if settings.estimator in CURVED else "tracin"
-        self.proxy, self.target, self.pad_id = proxy, target, pad_id
+        self.target, self.pad_id = target, pad_id
         self.settings = replace(settings, estimator=estimator, over_examples="mean", per_example=False)
         self.rows = [row for row in rows if row.supervised]
         if len(self.rows) < FEWEST:
@@ -65,34 +64,48 @@ class HeldOutFidelity:
         keep = self.settings.kept_norm(target)
         on_target = BatchScorer(target, queries, normalise=self.settings.normalise, gradient="weight", keep=keep)
         self._wanted = self._scores(on_target)
-        # Gradients of whole layers do not hang on the factors, so what candidates meet stays as it is.
-        self._queries = queries if query_on_target and self.settings.gradient == "weight" else None
-        self._scorer: BatchScorer | None = None
+        # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
+        fixed = query_on_target and self.settings.gradient == "weight"
+        self._queries = cast(dict[str, ModelGradient], queries) if fixed else None
 
-    def __call__(self) -> float:
-        """The fidelity of the proxy as it is now."""
-        scores = self._scores(self._current())
-        correlations: list[Any] = [stats.spearmanr(x, y) for x, y in zip(scores.T, self._wanted.T, strict=True)]
-        return float(np.mean([found.statistic for found in correlations]))
+    def of(self, proxy: nn.Module) -> float:
+        """The fidelity of a proxy."""
+        return self._fidelity(self._scores(self._scorer(proxy)), self._wanted)
 
-    def _current(self) -> BatchScorer:
+    def with_bound(self, proxy: nn.Module) -> tuple[float, float]:
+        """The fidelity of a proxy and its lower confidence bound, of a 95 % interval from resampling the rows."""
+        scores = self._scores(self._scorer(proxy))
+
+        def measure(rows: np.ndarray) -> dict[str, float]:
+            return {"fidelity": self._fidelity(scores[rows], self._wanted[rows])}
+
+        low, _ = bootstrap_intervals(measure, len(scores))["fidelity"]
+        return self._fidelity(scores, self._wanted), low
+
+    def watch(self, proxy: nn.Module) -> Callable[[], float]:
+        """What measures the fidelity of one proxy that is tuned in place, at each call anew."""
+        made: list[BatchScorer] = []
+
+        def fidelity() -> float:
+            # Made at the first call, when the proxy has the dtype that it is tuned in, and again where candidates meet
+            # something that hangs on the factors.
+            if not made or self._queries is None:
+                made[:] = [self._scorer(proxy)]
+            return self._fidelity(self._scores(made[0]), self._wanted)
+
+        return fidelity
+
+    def _scorer(self, proxy: nn.Module) -> BatchScorer:
         if self._queries is not None:
-            # Made at the first call, when the proxy has the dtype that it is tuned in.
             seen: dict[str, TaskQuery] = {
-                task: seen_from(cast(ModelGradient, query), self.proxy, "weight")
-                for task, query in self._queries.items()
+                task: seen_from(query, proxy, "weight") for task, query in self._queries.items()
             }
-            keep = self.settings.kept_norm(self.proxy)
-            self._scorer = BatchScorer(
-                self.proxy, seen, normalise=self.settings.normalise, gradient="weight", keep=keep
-            )
-            self._queries = None
-        if self._scorer is not None:
-            return self._scorer
+            keep = self.settings.kept_norm(proxy)
+            return BatchScorer(proxy, seen, normalise=self.settings.normalise, gradient="weight", keep=keep)
         target = self.target if self.query_on_target else None
-        source = self.target if self.query_on_target else self.proxy
+        source = self.target if self.query_on_target else proxy
         return scorer_of_batches(
-            self.proxy, self._validation(source), self.settings, target=target, sample=self._measured(source)
+            proxy, self._validation(source), self.settings, target=target, sample=self._measured(source)
         )
 
     def _validation(self, model: nn.Module) -> dict[str, list[Batch]]:
@@ -111,3 +124,8 @@ class HeldOutFidelity:
         for batch in self._batches(self.rows, scorer.model):
             out[torch.as_tensor(batch.indices)] = scorer(batch)[0].double().cpu()
         return out.numpy()
+
+    @staticmethod
+    def _fidelity(scores: np.ndarray, wanted: np.ndarray) -> float:
+        correlations: list[Any] = [stats.spearmanr(x, y) for x, y in zip(scores.T, wanted.T, strict=True)]
+        return float(np.mean([found.statistic for found in correlations]))

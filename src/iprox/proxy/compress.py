@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from iprox.models.layers import compressible_layers, weight_shape
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
-from iprox.proxy.factorise import Factorisation, FactorSettings, factorise
+from iprox.proxy.factorise import Factorisation, FactorSettings, Spectra, measured_spectra
 from iprox.proxy.methods import FactorMethod
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Size
@@ -110,32 +111,72 @@ def derive_proxy(
     """
     started = time.perf_counter()
     settings = settings or FactorSettings()
+    with proxies_of(model, probe, settings, size, loss_fn=loss_fn, target=target, progress=progress) as make:
+        proxy, report = make(size)
+    report.seconds = time.perf_counter() - started
+    return proxy, report
+
+
+# A size -> the proxy of that size, and a report.
+MakeProxy = Callable[[Size], tuple[PreTrainedModel, CompressionReport]]
+
+
+@contextmanager
+def proxies_of(
+    model: PreTrainedModel,
+    probe: Iterable[Any],
+    settings: FactorSettings,
+    largest: Size,
+    *,
+    loss_fn: LossFn = causal_lm_losses,
+    target: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[MakeProxy]:
+    """What makes proxies of a model, of any size, from moments and spectra measured once (see `derive_proxy`).
+
+    Args:
+        model: the target.
+        probe: batches.
+        settings: how layers are factorised.
+        largest: refused now if even this is out of reach; later sizes are given in the same unit.
+        loss_fn: per-example losses.
+        target: what to name the target in the proxy's config.
+        progress: called with 1 as each layer is done.
+    """
     _refuse_proxy(model)
     layers = compressible_layers(model)
     # A budget of FLOPs charges a parameter for the share of tokens that use it; the others for what is stored.
-    shares = flops.active_shares(model) if size.flops is not None else {}
+    shares = flops.active_shares(model) if largest.flops is not None else {}
     prices = {name: shares.get(name, 1.0) for name in layers}
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     dense = sum(m * n * prices[name] for name, (m, n) in shapes.items())
     least = sum((m + n) * prices[name] for name, (m, n) in shapes.items())
-    allowed = size.budget(model, dense)
-    if least > allowed:
-        raise size.refusal(model, dense, least)
+    if least > largest.budget(model, dense):
+        raise largest.refusal(model, dense, least)
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read once more
-    proxy, done = factorise(model, layers, probe, prices, allowed, settings, loss_fn, progress)
-    report = CompressionReport(settings.method, settings.ranks, size.as_dict())
-    if refit:
-        report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
-    report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
-    report.layers = {
-        name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])
-        for name, shape in shapes.items()
-    }
-    _describe(model, proxy, report, done, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+
+    def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
+        started = time.perf_counter()
+        allowed = size.budget(model, dense)
+        if least > allowed:
+            raise size.refusal(model, dense, least)
+        proxy, done = spectra.cut(allowed)
+        report = CompressionReport(settings.method, settings.ranks, size.as_dict())
+        if refit:
+            report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
+        report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
+        report.layers = {
+            name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])
+            for name, shape in shapes.items()
+        }
+        _describe(model, proxy, report, done, target)
+        report.seconds = time.perf_counter() - started
+        return proxy, report
+
+    with measured_spectra(model, layers, probe, prices, settings, loss_fn, progress) as spectra:
+        yield lambda size: make(spectra, size)
 
 
 def extract_layers(

@@ -10,7 +10,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,24 +77,50 @@ class Factorisation:
     unreached: list[str] = field(default_factory=list)
 
 
-def factorise(
+class Spectra:
+    """The spectra of all layers of a model, from which proxies of any size are cut."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, nn.Module],
+        store: SpectrumStore,
+        spectra: Mapping[str, budget.LayerSpectrum],
+        done: Factorisation,
+        rule: RankRule,
+    ) -> None:
+        self._model, self._layers, self._store = model, layers, store
+        self._spectra, self._done, self._rule = spectra, done, rule
+
+    def cut(self, allowed: float) -> tuple[PreTrainedModel, Factorisation]:
+        """A copy of the model with its layers as factors of ranks that together cost no more than `allowed`.
+
+        Args:
+            allowed: the budget, at least that of rank 1 everywhere.
+        """
+        ranks = budget.RULES[self._rule](self._spectra, allowed)
+        tails = {name: 0.0 if rank is None else self._store.get(name).tail(rank) for name, rank in ranks.items()}
+        done = replace(self._done, ranks=ranks, tails=tails)
+        return with_factors(self._model, self._layers, self._store, ranks), done
+
+
+@contextmanager
+def measured_spectra(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Module],
     probe: Iterable[Any],
     prices: Mapping[str, float],
-    allowed: float,
     settings: FactorSettings,
     loss_fn: LossFn,
     progress: Callable[[int], None] | None = None,
-) -> tuple[PreTrainedModel, Factorisation]:
-    """A copy of a model with its layers as factors of ranks that together cost no more than `allowed`.
+) -> Iterator[Spectra]:
+    """Measure every layer of a model once.
 
     Args:
         model: left as it was.
         layers: its compressible layers.
         probe: batches over which second moments are measured.
         prices: cost of one parameter of each layer.
-        allowed: the budget, at least that of rank 1 everywhere.
         settings: how.
         loss_fn: per-example losses.
         progress: called with 1 as each layer is done.
@@ -110,10 +136,7 @@ def factorise(
             store.put(name, spectrum.cut(budget.largest_rank(shapes[name])))
             if progress is not None:
                 progress(1)
-        done.ranks = budget.RULES[settings.ranks](spectra, allowed)
-        for name, rank in done.ranks.items():
-            done.tails[name] = 0.0 if rank is None else store.get(name).tail(rank)
-        return with_factors(model, layers, store, done.ranks), done
+        yield Spectra(model, layers, store, spectra, done, settings.ranks)
 
 
 def _weighed_layers(

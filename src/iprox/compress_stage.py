@@ -1,0 +1,146 @@
+"""The stage that derives a proxy from its target: of a given size, or of the size that a fidelity takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from iprox.data import Batch, ChatEncoder, Example
+from iprox.finetune import save_model
+from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
+from iprox.models import flops
+from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
+from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.moments import MomentSettings
+from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
+from iprox.proxy.size import Size
+from iprox.recipe import ProxySection
+from iprox.run_folder import write_json
+from iprox.session import Session, pad_id_of, tokens_of
+from iprox.stages import StageRecord
+
+
+def compress(
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    output: Path,
+    settings: ProxySection,
+    held_out: HeldOutRows | None = None,
+) -> StageRecord:
+    """Derive a proxy from a model; writes a checkpoint folder with `compression.json`.
+
+    Args:
+        session: how to compute.
+        model: the target's folder.
+        examples: the probe.
+        output: folder to write.
+        settings: of the recipe.
+        held_out: what fidelity is measured on, where the size is given by it.
+    """
+    tokenizer = session.tokenizer(model)
+    encoder = session.encoder(tokenizer)
+    encoded = encoder.encode(examples)
+    target = session.model(model)
+    batches = list(session.batches(encoded, pad_id_of(tokenizer)))
+    searched: StageRecord = {"flops": 0.0}
+    if settings.fidelity is None:
+        proxy, report = make_proxy(session, target, model, batches, settings)
+    else:
+        assert held_out is not None
+        proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
+    save_model(proxy, tokenizer, output)
+    write_json(output / "compression.json", {**report.as_dict(), **searched})
+    if report.unreached:
+        session.reporter.warn(
+            f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
+            "compressed by the plain norm; give more probe examples"
+        )
+    tokens, supervised = tokens_of(encoded)
+    return {
+        **searched,
+        "tokens": tokens,
+        "flops": report.passes * flops.compression_flops(target, tokens, supervised) + searched["flops"],
+        "examples": len(examples),
+        "labels": encoder.describe,
+        "method": report.method,
+        "sparsity": report.achieved_sparsity,
+        "relative_flops": report.relative_flops,
+        "parameters": sum(p.numel() for p in proxy.parameters()),
+        "target_parameters": sum(p.numel() for p in target.parameters()),
+    }
+
+
+def _search(
+    session: Session,
+    target: PreTrainedModel,
+    name: str,
+    encoder: ChatEncoder,
+    batches: Sequence[Batch],
+    settings: ProxySection,
+    held_out: HeldOutRows,
+) -> tuple[PreTrainedModel, CompressionReport, StageRecord]:
+    """The smallest proxy that is as faithful as asked, its report, and what was tried."""
+    assert settings.fidelity is not None
+    how = factor_settings(session, settings)
+    watched = held_out_fidelity(session, target, None, encoder, held_out)
+    layers = len(flops.compressible_layers(target))
+    with (
+        session.reporter.bar("compress", layers, "layers") as progress,
+        proxies_of(target, batches, how, Size(sparsity=LEAST), target=name, progress=progress) as make,
+        session.reporter.bar("size", most_tries(), "sizes") as tried,
+    ):
+        proxy, report, tries = smallest_faithful(make, settings.fidelity, watched.with_bound, tried)
+    report.size = {"fidelity": settings.fidelity}
+    session.reporter.say(_found(tries, report))
+    record: StageRecord = {
+        "tries": [asdict(each) for each in tries],
+        "further": cost_of(FURTHER, tries),
+        "flops": watching_flops(target, [proxy] * len(tries), watched, held_out.influence),
+    }
+    return proxy, report, record
+
+
+def _found(tries: Sequence[Try], report: CompressionReport) -> str:
+    """What the search found, and what more fidelity would cost."""
+    chosen = max((each for each in tries if each.relative_flops == report.relative_flops), key=lambda each: each.lower)
+    said = (
+        f"sparsity {report.achieved_sparsity:.2f} reaches a fidelity of {chosen.fidelity:.3f} (at least "
+        f"{chosen.lower:.3f}) at {chosen.relative_flops:.0%} of the target's FLOPs"
+    )
+    further = cost_of(FURTHER, list(tries))
+    if further is not None:
+        said += f"; {FURTHER} would take about {further['relative_flops']:.0%}"
+    return said
+
+
+def factor_settings(session: Session, settings: ProxySection) -> FactorSettings:
+    """How a recipe has layers factorised."""
+    moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
+    return FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)  # pyright: ignore[reportArgumentType]
+
+
+def make_proxy(
+    session: Session, target: PreTrainedModel, name: str, batches: Sequence[Batch], settings: ProxySection
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """A proxy of a loaded target by the method that a recipe names.
+
+    Args:
+        session: how to compute.
+        target: the model.
+        name: where it was loaded from.
+        batches: the probe.
+        settings: of the recipe.
+    """
+    if settings.method == "off-the-shelf":
+        assert settings.model is not None
+        return adopt(target, session.model(settings.model), name)
+    size = Size(settings.sparsity, settings.parameters, settings.flops)
+    if settings.method == "layers":
+        return extract_layers(target, size, name)
+    how = factor_settings(session, settings)
+    with session.reporter.bar("compress", len(flops.compressible_layers(target)), "layers") as progress:
+        return derive_proxy(target, batches, size, how, target=name, progress=progress)

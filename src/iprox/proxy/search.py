@@ -1,0 +1,107 @@
+"""A proxy sized by the fidelity that it must reach: the smallest whose lower confidence bound does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from iprox.errors import InputError
+from iprox.proxy.compress import CompressionReport, MakeProxy
+from iprox.proxy.size import Size
+
+# Sparsities that are looked at, and how closely the one found is.
+LEAST, MOST, CLOSENESS = 0.05, 0.95, 0.02
+# What further fidelity would cost is said for this much of it.
+FURTHER = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """A size that was measured.
+
+    Attributes:
+        sparsity: share of the compressible parameters removed.
+        relative_flops: of a token's forward pass.
+        fidelity: on held-out rows.
+        lower: its lower confidence bound.
+    """
+
+    sparsity: float
+    relative_flops: float
+    fidelity: float
+    lower: float
+
+
+# A proxy -> its fidelity and the lower confidence bound of that.
+MeasureFidelity = Callable[[PreTrainedModel], tuple[float, float]]
+
+
+def smallest_faithful(
+    make: MakeProxy, asked: float, measure: MeasureFidelity, progress: Callable[[int], None] | None = None
+) -> tuple[PreTrainedModel, CompressionReport, list[Try]]:
+    """Bisect the sparsity for the smallest proxy whose lower bound reaches what is asked.
+
+    Fidelity falls as sparsity grows, but for noise that the bound allows for. Moments and spectra are measured once; a
+    try costs cutting the ranks, refitting the norms and scoring the held-out rows.
+
+    Args:
+        make: makes a proxy of a size, from `proxies_of`.
+        asked: the fidelity to reach, in (0, 1).
+        measure: measures it.
+        progress: called with 1 after each try.
+
+    Returns:
+        The proxy, its report, and all tries in order of sparsity.
+
+    Raises:
+        InputError: not even the largest proxy reaches it.
+    """
+    tries: list[Try] = []
+
+    def look(sparsity: float) -> tuple[PreTrainedModel, CompressionReport] | None:
+        proxy, report = make(Size(sparsity=sparsity))
+        fidelity, lower = measure(proxy)
+        tries.append(Try(sparsity, report.relative_flops, fidelity, lower))
+        if progress is not None:
+            progress(1)
+        return (proxy, report) if lower >= asked else None
+
+    best = look(LEAST)
+    if best is None:
+        (found,) = tries
+        raise InputError(
+            f"the most faithful proxy, of sparsity {LEAST}, reaches a fidelity of {found.fidelity:.3f} (at least "
+            f"{found.lower:.3f}), not {asked}: ask for less, or give more held-out examples, which narrows the bound"
+        )
+    low, high = LEAST, MOST
+    while high - low > CLOSENESS:
+        middle = (low + high) / 2
+        found = look(middle)
+        if found is None:
+            high = middle
+        else:
+            low, best = middle, found
+    return (*best, sorted(tries, key=lambda each: each.sparsity))
+
+
+def most_tries() -> int:
+    """How many sizes a search looks at."""
+    return 1 + math.ceil(math.log2((MOST - LEAST) / CLOSENESS))
+
+
+def cost_of(fidelity: float, tries: list[Try]) -> dict[str, Any] | None:
+    """What a fidelity would cost, interpolated between the tries on either side; None where they do not enclose it."""
+    for smaller, larger in zip(tries[1:], tries, strict=False):
+        if smaller.lower <= fidelity <= larger.lower:
+            at = [smaller.lower, larger.lower]
+            return {
+                "fidelity": fidelity,
+                "sparsity": float(np.interp(fidelity, at, [smaller.sparsity, larger.sparsity])),
+                "relative_flops": float(np.interp(fidelity, at, [smaller.relative_flops, larger.relative_flops])),
+            }
+    return None
