@@ -339,7 +339,13 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
 def test_a_proxy_sized_by_its_fidelity(place, capfd):
     """The search's own bound is reached, and no try that is smaller reached it."""
-    options = ["proxy.sparsity=null", "proxy.fidelity=0.6", "proxy.held_out=60", "proxy.align=false", "warmup.fraction=0.02"]
+    options = [
+        "proxy.sparsity=null",
+        "proxy.fidelity=0.6",
+        "proxy.held_out=60",
+        "proxy.align=false",
+        "warmup.fraction=0.02",
+    ]
     assert place.run("--set", *options, "--stop-after", "audit") == 0
     found = json.loads((place.output / "proxy/compression.json").read_text())
     assert found["size"] == {"fidelity": 0.6}

@@ -138,7 +138,10 @@ def write_run(
             {"step": s, "loss": 0.2 + 0.9 / s, "gradient": 0.18 + 0.7 / s, "kl": 0.2 / s, "learning_rate": 1e-4}
             for s in range(1, 41)
         ]
-        write_json(run / "aligned/alignment.json", {"steps": steps, "seconds": 20.0})
+        held_out = [{"step": s, "fidelity": f} for s, f in ((0, 0.7), (10, 0.76), (20, 0.79), (30, 0.81), (40, 0.805))]
+        write_json(
+            run / "aligned/alignment.json", {"steps": steps, "held_out": held_out, "best_step": 30, "seconds": 20.0}
+        )
     if "audit" not in without:
         write_audit(run / "audit", scores, sources, rng)
     write_json(run / "run.json", run_json(pool, rows, tasks, without))

@@ -62,7 +62,7 @@ def build(run: Path, pool: Pool | None = None) -> Page:
 
 def charts(html: str) -> dict[str, Any]:
     found = re.findall(r'<script type="application/json" id="([\w-]+)-data">(.*?)</script>', html, re.S)
-    return {name: json.loads(spec) for name, spec in found}
+    return {name: json.loads(spec) for name, spec in found if name.startswith("chart-")}
 
 
 def test_full_run_shows_every_section(make_run: MakeRun) -> None:
@@ -77,7 +77,7 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     assert "0.52×" in page.text
     assert set(charts(html)) == {
         *("chart-influence", "chart-task-0", "chart-task-1", "chart-sources", "chart-lengths"),
-        *("chart-overlap", "chart-calibration"),
+        *("chart-overlap", "chart-calibration", "chart-held-out"),
         *("chart-fidelity-0", "chart-fidelity-1", "chart-ranks", "chart-tails", "chart-warmup", "chart-alignment"),
     }
     for words in ("2.1 GB", "1 min 25 s", "3.4 TFLOP", "73,000", "reused", "iprox run recipe.yaml", "49.98 %"):
@@ -95,7 +95,7 @@ def test_page_is_accessible_and_self_contained(make_run: MakeRun) -> None:
     assert page.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     drawn = [div for div in page.all("div") if div.get("class") == "chart"]
-    assert len(drawn) == 13
+    assert len(drawn) == 14
     assert all(div["role"] == "img" and len(div["aria-label"] or "") > 30 for div in drawn)
     assert len({div["id"] for div in drawn}) == len(drawn)
     # Nothing in the markup points anywhere but into the page.
@@ -112,8 +112,8 @@ def test_hostile_text_is_only_text(make_run: MakeRun) -> None:
     assert HOSTILE_SOURCE in page.text
     assert SCRIPT not in html
     assert not page.all("img")
-    # Two of ours, and one of data for each chart.
-    assert len(page.all("script")) == 2 + 13
+    # Three of ours, one of data for each chart and one for the browser of examples.
+    assert len(page.all("script")) == 4 + 14
     # Plotly reads <b> in labels, so they reach it escaped.
     hovers = charts(html)["chart-sources"]["data"][0]["hovertext"]
     assert any("&lt;img src=x onerror=alert(1)&gt; &amp; &lt;b&gt;co&lt;/b&gt;" in text for text in hovers)

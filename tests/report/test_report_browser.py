@@ -84,7 +84,7 @@ def test_report_in_a_browser(make_run: Callable[..., Path], browser: Any) -> Non
         " const s = c.querySelector('svg.main-svg').getBoundingClientRect();"
         " return [c.id, s.width, s.height, c.getBoundingClientRect().height]; })"
     )
-    assert len(drawn) == 13
+    assert len(drawn) == 14
     for name, width, height, kept in drawn:
         assert width > 200, name
         assert height == pytest.approx(kept, abs=1), name
@@ -101,6 +101,7 @@ def test_report_in_a_browser(make_run: Callable[..., Path], browser: Any) -> Non
     blocked = [entry for entry in browser.get_log("browser") if "Content Security Policy" in entry["message"]]
     assert len(blocked) == 1
 
+    browses(browser)
     hovers(browser)
     themes(browser)
     widths(browser)
@@ -110,6 +111,44 @@ def test_report_in_a_browser(make_run: Callable[..., Path], browser: Any) -> Non
     schemes = requested(browser)
     assert "file" in schemes
     assert schemes <= {"file", "data", "blob"}
+
+
+def browses(browser: Any) -> None:
+    """Search narrows the list, filters and orders work, and text is text."""
+
+    def shown(then: str = "") -> list[dict[str, Any]]:
+        return browser.execute_script(
+            then + "return [...document.querySelectorAll('#browser-list .card')].map(c => ({"
+            " id: c.querySelector('bdi').textContent, selected: !!c.querySelector('.badge'),"
+            " source: c.querySelector('.meta bdi').textContent, text: c.innerText,"
+            " influence: c.querySelector('dd').textContent}))"
+        )
+
+    def choose(control: str, value: str) -> list[dict[str, Any]]:
+        return shown(
+            f"const e = document.getElementById('browser-{control}'); e.value = {json.dumps(value)};"
+            "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));"
+        )
+
+    first = shown()
+    assert len(first) == 12
+    assert SCRIPT in first[0]["text"]  # the best row
+    (found,) = choose("search", "safe MARKUP window.pwned")
+    assert found["id"] == first[0]["id"]
+    assert browser.find_element("id", "browser-count").text == "1 example"
+    assert choose("search", "nothing says this") == []
+    assert [row["id"] for row in choose("search", "")] == [row["id"] for row in first]
+    assert {row["source"] for row in choose("source", "code")} == {"code"}
+    assert not any(row["selected"] for row in choose("kind", "others"))
+    assert all(row["selected"] for row in choose("kind", "selected"))
+    choose("source", "")
+    choose("kind", "")
+    lowest = choose("order", "0 -1")
+    assert lowest[0]["influence"].startswith("−")
+    assert choose("order", "2 1")[0]["id"] == first[0]["id"]  # the best for the second task
+    choose("order", "0 1")
+    browser.execute_script("document.getElementById('browser-more').click()")
+    assert len(shown()) == 24
 
 
 def hovers(browser: Any) -> None:

@@ -12,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 from iprox.data import Pool
 from iprox.report import formats, sections
-from iprox.report.examples import example_cards
+from iprox.report.browser import browser_data, browser_rows
+from iprox.report.examples import example_cards, extreme_rows, fetch_examples
 from iprox.report.run_folder import read_run_folder
 
 
@@ -35,7 +36,10 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     folder = read_run_folder(run_dir)
-    best, worst, warning = example_cards(folder, pool)
+    best_rows, worst_rows, _ = extreme_rows(folder.scores.influence)
+    held = browser_rows(folder)
+    examples, warning = fetch_examples(folder, pool, sorted({*best_rows, *worst_rows, *held}))
+    best, worst = example_cards(folder, examples)
     page = _render(
         name=run_dir.resolve().name,
         created=formats.moment(folder.run.get("created")),
@@ -46,6 +50,7 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         best=best,
         worst=worst,
         examples_warning=warning,
+        browser=browser_data(folder, held, examples),
         fidelity=sections.fidelity_section(folder),
         proxy=sections.proxy_section(folder),
         training=sections.training_section(folder),
@@ -61,17 +66,19 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
 def _render(**context: object) -> str:
     assets = files("iprox.report")
     own_js = assets.joinpath("report.js").read_text(encoding="utf-8")
+    browser_js = assets.joinpath("browser.js").read_text(encoding="utf-8")
     plotly_js = get_plotlyjs()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(assets.joinpath("template.html").read_text(encoding="utf-8"))
     return template.render(
-        # These three are ours or Plotly's and go in as they are; everything else is escaped.
+        # These four are ours or Plotly's and go in as they are; everything else is escaped.
         style=Markup(assets.joinpath("style.css").read_text(encoding="utf-8")),
         report_js=Markup(own_js),
+        browser_js=Markup(browser_js),
         plotly_js=Markup(plotly_js),
-        script_hashes=" ".join(_script_hash(script) for script in (own_js, plotly_js)),
+        script_hashes=" ".join(_script_hash(script) for script in (own_js, browser_js, plotly_js)),
         **context,
     )
 

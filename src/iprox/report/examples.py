@@ -1,6 +1,6 @@
 """The best and the worst rows, with their texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,11 +72,12 @@ def _turn(role: str, text: str) -> Turn:
     )
 
 
-def _turns(example: Example) -> tuple[Turn, ...]:
+def roles_and_texts(example: Example) -> list[tuple[str, str]]:
+    """What an example says, turn by turn."""
     if example.messages is not None:
-        return tuple(_turn(m["role"], m["content"]) for m in example.messages)
+        return [(message["role"], message["content"]) for message in example.messages]
     parts = (("prompt", example.prompt), ("completion", example.completion), ("text", example.text))
-    return tuple(_turn(role, text) for role, text in parts if text is not None)
+    return [(role, text) for role, text in parts if text is not None]
 
 
 def _fetch(folder: RunFolder, pool: Pool | None, rows: Sequence[int]) -> tuple[dict[int, Example], str | None]:
@@ -99,19 +100,19 @@ def _fetch(folder: RunFolder, pool: Pool | None, rows: Sequence[int]) -> tuple[d
         return {}, f"Texts are not shown, because the pool cannot be read: {error}"
 
 
-def example_cards(folder: RunFolder, pool: Pool | None) -> tuple[list[ExampleCard], list[ExampleCard], str | None]:
-    """Builds the cards of the best and the worst rows.
+def fetch_examples(folder: RunFolder, pool: Pool | None, rows: Sequence[int]) -> tuple[dict[int, Example], str | None]:
+    """Reads the texts of some rows, those left out whose pool has changed since.
 
     Args:
         folder: the run.
         pool: where texts come from; None opens the files that run.json names.
+        rows: row numbers.
 
     Returns:
-        Best first; worst first; a warning, or None.
+        Examples by row; a warning, or None.
     """
     scores = folder.scores
-    best, worst, scored = extreme_rows(scores.influence)
-    examples, warning = _fetch(folder, pool, best + worst)
+    examples, warning = _fetch(folder, pool, rows)
     moved = [row for row, example in examples.items() if example.id != scores.id(row)]
     if moved:
         row = min(moved)
@@ -121,6 +122,21 @@ def example_cards(folder: RunFolder, pool: Pool | None) -> tuple[list[ExampleCar
         )
         for row in moved:
             del examples[row]
+    return examples, warning
+
+
+def example_cards(folder: RunFolder, examples: Mapping[int, Example]) -> tuple[list[ExampleCard], list[ExampleCard]]:
+    """Builds the cards of the best and the worst rows.
+
+    Args:
+        folder: the run.
+        examples: texts by row; cards of others show none.
+
+    Returns:
+        Best first; worst first.
+    """
+    scores = folder.scores
+    best, worst, scored = extreme_rows(scores.influence)
     chosen = set() if folder.selection is None else {int(row) for row in folder.selection.rows}
 
     def card(row: int, rank: int) -> ExampleCard:
@@ -133,12 +149,11 @@ def example_cards(folder: RunFolder, pool: Pool | None) -> tuple[list[ExampleCar
             influence=formats.score(scores.influence[row]),
             selected=row in chosen,
             tasks=tuple((task, formats.score(values[row])) for task, values in scores.tasks.items()),
-            turns=() if example is None else _turns(example),
+            turns=() if example is None else tuple(_turn(*turn) for turn in roles_and_texts(example)),
             origin="" if example is None else example.origin,
         )
 
     return (
         [card(row, place + 1) for place, row in enumerate(best)],
         [card(row, scored - place) for place, row in enumerate(worst)],
-        warning,
     )

@@ -20,7 +20,7 @@ from iprox.report.score_charts import (
     source_shares,
     task_histogram,
 )
-from iprox.report.training_charts import alignment_chart, warmup_chart
+from iprox.report.training_charts import alignment_chart, held_out_chart, warmup_chart
 
 STAGES = {
     "data": "Data",
@@ -29,6 +29,7 @@ STAGES = {
     "align": "Align",
     "audit": "Audit",
     "score": "Score",
+    "refine": "Refine",
     "select": "Select",
     "finetune": "Fine-tune",
 }
@@ -279,6 +280,7 @@ def training_section(folder: RunFolder) -> list[Chart]:
         charts.append(warmup_chart(folder.warmup_history, folder.checkpoints or []))
     if folder.alignment is not None:
         charts.append(alignment_chart(folder.alignment.get("steps", [])))
+        charts.append(held_out_chart(folder.alignment.get("held_out", []), folder.alignment.get("best_step")))
     return [chart for chart in charts if chart is not None]
 
 

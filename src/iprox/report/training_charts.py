@@ -127,3 +127,42 @@ def alignment_chart(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
         xaxis=axis("step", tickformat=",", nticks=7),
         yaxis=axis("loss", nticks=6, rangemode="tozero"),
     )
+
+
+def held_out_chart(points: Sequence[Mapping[str, Any]], best_step: int | None) -> Chart | None:
+    """Draws the fidelity on held-out rows while the proxy was aligned, with the step that was kept.
+
+    Args:
+        points: `held_out` of alignment.json.
+        best_step: the step whose factors were kept.
+
+    Returns:
+        The chart, or None where it was not measured.
+    """
+    curve = _curve(points, "fidelity", "Spearman", ACCENT, "solid")
+    if curve is None:
+        return None
+    curve.mode = "lines+markers"
+    first = points[0]["fidelity"]
+    kept = next((point for point in points if point["step"] == best_step), points[-1])
+    ring = go.Scatter(
+        x=[kept["step"]],
+        y=[kept["fidelity"]],
+        mode="markers",
+        marker={"size": 14, "symbol": "circle-open", "line": {"width": 2}},
+        meta=INK,
+        hoverinfo="skip",
+    )
+    caption = f"From {formats.decimal(first, 3)} before alignment to {formats.decimal(kept['fidelity'], 3)}, kept."
+    return make_chart(
+        [curve, ring],
+        id="chart-held-out",
+        title="Fidelity on held-out rows",
+        caption=caption,
+        label=f"Curve of the mean Spearman correlation with the target's scores on held-out rows. {caption}",
+        height=290,
+        keys=(Key("accent line", "Spearman"), Key("ink ring", "kept")),
+        hovermode="closest",
+        xaxis=axis("step", tickformat=",", nticks=7),
+        yaxis=axis("Spearman", nticks=6),
+    )
