@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
+import shtab
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
@@ -31,7 +32,7 @@ RESUMABLE = ("run", "quickstart", "align", "score", "index", "refine")
 
 # Where a command's function is; the others are in `stage_commands`.
 MODULES = {
-    **dict.fromkeys(("quickstart", "run", "plan", "report"), run_commands),
+    **dict.fromkeys(("quickstart", "run", "plan", "report", "doctor"), run_commands),
     **dict.fromkeys(("index", "query"), index_commands),
 }
 
@@ -111,6 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Start with:  iprox quickstart\nHelp of a command:  iprox COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    shtab.add_argument_to(
+        parser, "--print-completion", help="print a script of completions for this shell, to be sourced by it"
+    )
     parser.add_argument("--version", action="version", version=f"iprox {__version__}")
     # Without a command, the help says more than "COMMAND is required".
     parser.set_defaults(command=None)
@@ -130,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_select,
         _add_finetune,
         _add_report,
+        _add_doctor,
         _add_export,
         _add_push,
     ):
@@ -627,6 +632,15 @@ def _add_finetune(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     parser = _command(commands, "report", "Write report.html of a run folder anew.", "iprox report runs/quickstart")
     parser.add_argument("run_dir", metavar="RUN_DIR")
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(
+        commands,
+        "doctor",
+        "Say what this machine can do: device, number format, speed, memory, optional packages.",
+        "iprox doctor --device cuda:0",
+    )
 
 
 def _add_export(commands: Any) -> None:

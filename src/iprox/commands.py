@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox import summary
+from iprox.doctor import examine
 from iprox.errors import InputError
 from iprox.pipeline import run_recipe
 from iprox.planning import measured_gemm_rate, plan_recipe
@@ -49,6 +50,15 @@ def plan(arguments: Namespace) -> dict[str, Any]:
     if not arguments.json:
         summary.print_plan(planned)
     return planned
+
+
+def doctor(arguments: Namespace) -> dict[str, Any]:
+    """`iprox doctor`."""
+    session = Session.create(arguments.device or "auto")  # refuses a device that is not there
+    found = examine(str(session.device))
+    if not arguments.json:
+        summary.print_machine(found)
+    return found
 
 
 def report(arguments: Namespace) -> dict[str, Any]:

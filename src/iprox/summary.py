@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from iprox.doctor import OPTIONAL
 from iprox.report import formats
 from iprox.run_folder import RunFolder, read_json
 
@@ -149,6 +150,33 @@ def print_fidelity(audit: dict[str, Any]) -> None:
         overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
         table.add_row(task, f"{entry['spearman']:.3f}{_interval(entry)}", f"{entry['kendall']:.3f}", *overlaps)
     console.print(table)
+
+
+def print_machine(found: dict[str, Any]) -> None:
+    """What `iprox doctor` found."""
+    rates = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in found["gemm_flops_per_second"].items())
+    memory = f"{formats.size(found['free_bytes'])} free of {formats.size(found['memory_bytes'])}"
+    versions = {"iprox": found["iprox"], **found["versions"]}
+    lines = [
+        ("device", f"{found['device']} ({found['device_name']})"),
+        ("dtype", f"{found['dtype']}, which is what auto takes"),
+        ("products", rates),
+        ("memory", memory),
+        ("cores", f"{found['cores']}, of which torch uses {found['threads']}"),
+        ("disk", f"{formats.size(found['disk_free_bytes'])} free here"),
+        ("compiler", found["compiler"] or "none found"),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]
+    for name, text in lines:
+        console.print(f"[bold]{name:<10}[/bold]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+    console.print()
+    table = Table("optional package", "version", "what for", box=None, pad_edge=False)
+    for name, number in found["optional"].items():
+        table.add_row(name, number or "–", OPTIONAL[name])
+    console.print(table)
+    for note in found["notes"] or ["nothing is missing that iprox would need"]:
+        console.print(f"→ {note}", markup=False, soft_wrap=True)
 
 
 def print_refinement(record: dict[str, Any]) -> None:
