@@ -89,8 +89,11 @@ def align_proxy(
         session.reporter.warn(
             "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
+    data = history.as_dict()
+    session.tracker.curve("align", data["steps"])
+    session.tracker.curve("align/held_out", data["held_out"])
     save_model(proxy, tokenizer, output)
-    write_json(output / "alignment.json", history.as_dict())
+    write_json(output / "alignment.json", data)
     compression = Path(proxy_path) / "compression.json"
     if compression.is_file():
         shutil.copyfile(compression, output / "compression.json")

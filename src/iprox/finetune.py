@@ -67,6 +67,7 @@ def train(
     store_dtype: torch.dtype | None = None,
     optimizer_state: bool = False,
     progress: Callable[[int], None] | None = None,
+    report_to: str = "none",
 ) -> TrainingResult:
     """Fine-tune a model on the supervised tokens, as TRL does, and save checkpoints.
 
@@ -88,6 +89,7 @@ def train(
         store_dtype: what checkpoints are stored in; the model's own dtype if None.
         optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
         progress: called with 1 after each optimiser step.
+        report_to: the tracking service that transformers logs to.
 
     Raises:
         InputError: nothing to train on.
@@ -127,7 +129,7 @@ def train(
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # a loss that is not finite must be seen, and stops the training
         save_strategy="no",  # Trainer's own checkpoints hold pickles; `_Recorder` saves safetensors
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,

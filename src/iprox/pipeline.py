@@ -26,6 +26,7 @@ from iprox.recipe import OF_GRADIENTS, STAGES, Recipe
 from iprox.report import build_report
 from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, share
+from iprox.tracking import Tracker, check_tracking
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class Run:
                 "skipped": False,
                 "key": key,
             }
+            self.session.tracker.stage(name, entry)
         self.record["stages"][name] = entry
         self.save()
         return key
@@ -113,10 +115,14 @@ def run_recipe(
     context = _Context()
     if stop_after == "data":
         return run
-    for name, step in zip(STAGES[1:], steps, strict=True):
-        step(run, context)
-        if name == stop_after:
-            break
+    run.session.tracker = Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"))
+    try:
+        for name, step in zip(STAGES[1:], steps, strict=True):
+            step(run, context)
+            if name == stop_after:
+                break
+    finally:
+        run.session.tracker.close()
     return run
 
 
@@ -136,6 +142,7 @@ def _open(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     session = Session.of_recipe(recipe, reporter)
     pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
     validation = _tasks(recipe.data.validation, recipe)
+    check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
         stages.selection_settings(recipe.select, recipe.seed)

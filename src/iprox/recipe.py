@@ -321,6 +321,7 @@ class Recipe(_Section):
     refine: RefineSection | Literal[False] = False
     finetune: FinetuneSection | Literal[False] = False
     engine: Literal["local"] | EngineSection = "local"
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     output: str
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -40,6 +40,7 @@ class RunFolder:
         "selection.json",
         "finetune",
         "report.html",
+        "tensorboard",
         "recipe.yaml",
         "run.json",  # last: with it goes the sign that the folder is ours
     )

@@ -24,6 +24,7 @@ from iprox.models.memory import out_of_memory
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
+from iprox.tracking import Tracker
 
 # Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
 AT_LEAST = 64
@@ -46,6 +47,7 @@ class Session:
         chat_template: instead of the tokenizer's own.
         num_proc: processes that tokenise ahead of scoring; 0 tokenises in this one.
         reporter: where progress and warnings go.
+        tracker: where numbers go.
     """
 
     device: torch.device
@@ -57,6 +59,7 @@ class Session:
     chat_template: str | None = None
     num_proc: int = 0
     reporter: Reporter = field(default_factory=Reporter)
+    tracker: Tracker = field(default_factory=lambda: Tracker("none", Path(), {}))
 
     @classmethod
     def create(cls, device: str = "auto", dtype: str = "auto", **settings: object) -> Session:

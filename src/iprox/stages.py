@@ -159,7 +159,7 @@ def _sft(
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * math.ceil(kept / settings.batch_size)
     name = "warm-up" if every_epoch else "finetune"
-    with session.reporter.bar(name, steps, "steps") as progress:
+    with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
         result = train(
             target,
             tokenizer,
@@ -174,6 +174,7 @@ def _sft(
             store_dtype=stored,
             optimizer_state=optimizer_state,
             progress=progress,
+            report_to=session.tracker.kind,
         )
     write_json(output / "history.json", result.history)
     write_json(output / "checkpoints.json", [asdict(checkpoint) for checkpoint in result.checkpoints])

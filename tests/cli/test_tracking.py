@@ -1,0 +1,58 @@
+"""Runs that are tracked; each service's own package says what it was told."""
+
+import pytest
+
+from iprox import tracking
+
+
+def test_tensorboard_has_training_alignment_and_stages(place):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert place.run("--set", "tracking=tensorboard") == 0
+
+    def scalars(folder):
+        found = accumulator.EventAccumulator(str(place.output / "tensorboard" / folder))
+        found.Reload()
+        return {name: [(event.step, event.value) for event in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+    training = scalars("warm-up")
+    assert len(training["train/loss"]) > 1
+    stages = scalars("stages")
+    record = place.record()["stages"]
+    assert [step for step, _ in stages["align/loss"]] == list(range(1, record["align"]["steps"] + 1))
+    assert stages["align/held_out/fidelity"][0][0] == 0
+    ((_, spearman),) = stages["audit/fidelity/spearman"]
+    assert spearman == pytest.approx(record["audit"]["fidelity"]["spearman"])
+    assert stages["score/seconds"][0][1] > 0
+
+
+def test_wandb_is_told_offline_too(place, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(place.path))
+    assert place.run("--set", "tracking=wandb", "proxy.align=false", "audit=false") == 0
+    assert list((place.path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_mlflow_has_metrics(place, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place.path}/mlflow.db")
+    if not hasattr(mlflow, "search_runs"):
+        pytest.skip("needs mlflow with its tracking store")
+    pytest.importorskip("sqlalchemy")
+    assert place.run("--set", "tracking=mlflow", "proxy.align=false") == 0
+    (run,) = mlflow.search_runs(output_format="list")
+    assert run.data.metrics["audit/fidelity/spearman"] == pytest.approx(
+        place.record()["stages"]["audit"]["fidelity"]["spearman"]
+    )
+
+
+def test_a_service_that_is_not_installed_is_refused_before_any_work(place, monkeypatch, capfd):
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    assert place.run("--set", "tracking=wandb") == 2
+    assert "pip install wandb" in capfd.readouterr().err
+    assert not place.output.exists()
+
+
+def test_numbers_are_found_by_path():
+    entry = {"a": 1, "b": {"c": 0.5, "d": "text", "e": [1]}, "flag": True, "none": None}
+    assert dict(tracking.numbers(entry, "s")) == {"s/a": 1.0, "s/b/c": 0.5}
