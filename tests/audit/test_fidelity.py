@@ -130,3 +130,17 @@ def test_overlap_has_at_least_one_row():
 def test_what_cannot_be_compared_is_refused(other, message):
     with pytest.raises(InputError, match=message):
         compare_scores(table(np.zeros((12, 2))), other)
+
+
+def test_a_notebook_shows_a_table_and_plots(matrices):
+    proxy, target = matrices
+    report = compare_scores(table(proxy, ("a", "<b>")), table(target, ("a", "<b>")))
+    shown = report._repr_html_()
+    assert f"{report.tasks['a']['spearman']:.3f}" in shown
+    assert "&lt;b&gt;" in shown
+    assert "<b>" not in shown
+    whole, one = report.plot(), report.plot("a")
+    assert len(whole.data) == 2
+    np.testing.assert_array_equal(one.data[0].x, target[:, 0])
+    with pytest.raises(KeyError):
+        report.plot("c")

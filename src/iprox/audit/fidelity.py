@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import pyarrow as pa
 from scipy import stats
 
 from iprox.audit.breakdown import by_group, by_length, calibration, disagreements
+from iprox.audit.display import audit_figure, audit_html
 from iprox.audit.intervals import bootstrap_intervals
 from iprox.errors import InputError
 from iprox.influence.scores import score_matrix, task_names
@@ -47,6 +49,18 @@ class AuditReport:
         """Plain data for JSON, without the scores."""
         names = ("sample", "tasks", "mean", "by_source", "by_length")
         return {name: getattr(self, name) for name in names}
+
+    def _repr_html_(self) -> str:
+        """The table that a notebook shows."""
+        return audit_html(self.sample, self.tasks, self.mean)
+
+    def plot(self, task: str | None = None) -> go.Figure:
+        """Proxy scores against target scores, as a Plotly figure.
+
+        Args:
+            task: the one to draw; all if None.
+        """
+        return audit_figure(self.scores, self.tasks, task)
 
 
 def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:

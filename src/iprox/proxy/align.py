@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 from torch import Tensor, nn
 
 from iprox.data.batching import Batch
@@ -69,6 +71,20 @@ class AlignmentHistory:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
+
+    def plot(self) -> go.Figure:
+        """The losses by step and, where it was measured, the held-out fidelity, as a Plotly figure."""
+        figure = make_subplots(specs=[[{"secondary_y": True}]])
+        steps = [step.step for step in self.steps]
+        for part in ("loss", "gradient", "kl", "hidden"):
+            values = [getattr(step, part) for step in self.steps]
+            if values and values[0] is not None:
+                figure.add_scatter(x=steps, y=values, name=part)
+        if self.held_out:
+            x, y = [point.step for point in self.held_out], [point.fidelity for point in self.held_out]
+            figure.add_scatter(x=x, y=y, name="held-out fidelity", mode="lines+markers", secondary_y=True)
+            figure.update_yaxes(title_text="Spearman", secondary_y=True)
+        return figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", secondary_y=False)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AlignmentHistory:
