@@ -1,0 +1,52 @@
+"""The recipe: everything a run depends on, section by section."""
+
+from iprox.recipe.influence import (
+    ALIKE,
+    CURVATURE_EXAMPLES,
+    CURVED,
+    GRADIENT_FREE,
+    MODEL_FREE,
+    OF_GRADIENTS,
+    GradientFree,
+    InfluenceSection,
+    curvature_passes,
+)
+from iprox.recipe.recipe import STAGES, Recipe, absolute_pattern, load_recipe, parse_recipe, validate_section
+from iprox.recipe.sections import (
+    SIZES,
+    AlignSection,
+    AuditSection,
+    FinetuneSection,
+    ProbeSection,
+    ProxySection,
+    RefineSection,
+    SelectSection,
+    WarmupSection,
+)
+
+__all__ = [
+    "ALIKE",
+    "CURVATURE_EXAMPLES",
+    "CURVED",
+    "GRADIENT_FREE",
+    "MODEL_FREE",
+    "OF_GRADIENTS",
+    "SIZES",
+    "STAGES",
+    "AlignSection",
+    "AuditSection",
+    "FinetuneSection",
+    "GradientFree",
+    "InfluenceSection",
+    "ProbeSection",
+    "ProxySection",
+    "Recipe",
+    "RefineSection",
+    "SelectSection",
+    "WarmupSection",
+    "absolute_pattern",
+    "curvature_passes",
+    "load_recipe",
+    "parse_recipe",
+    "validate_section",
+]

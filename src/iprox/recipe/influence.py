@@ -1,0 +1,100 @@
+"""The section `influence`, and which estimators need what."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from iprox.recipe.section import Section
+
+# Examples of the pool that an influence function measures curvature on, unless told.
+CURVATURE_EXAMPLES = 512
+
+# Estimators that divide by curvature, which they measure on a sample of the pool.
+CURVED = ("influence-function", "datainf")
+
+# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+OF_GRADIENTS = (
+    *("estimator", "curvature", "curvature_examples", "damping"),
+    *("gradient", "query", "query_norm", "normalise"),
+)
+
+# Scorers without gradients, and those among them that need tokens only.
+GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
+GRADIENT_FREE = get_args(GradientFree)
+MODEL_FREE = ("random", "length", "bm25")
+# Those that look at a candidate alone, so that all tasks and validation examples have the same score.
+ALIKE = ("random", "length", "perplexity")
+
+
+class InfluenceSection(Section):
+    """What is scored, and at which of the warm-up's checkpoints.
+
+    `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
+    examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
+    are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
+    whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
+    function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
+    A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the
+    scores by example too. `aggregate` says how `influence` is made of several tasks.
+    `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
+    The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
+    none of these settings.
+    """
+
+    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = "tracin"
+    curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
+    curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
+    damping: float = Field(0.1, gt=0)
+    gradient: Literal["factors", "weight"] = "weight"
+    query: Literal["target", "proxy"] = "target"
+    query_norm: float | None = Field(None, gt=0, le=1)
+    normalise: Literal["none", "cosine"] = "none"
+    aggregate: Literal["standardised", "mean", "max"] = "standardised"
+    over_examples: Literal["mean", "max"] = "mean"
+    per_example: bool = False
+    checkpoints: Literal["last", "all"] = "last"
+    compile: Literal["auto"] | bool = "auto"
+
+    @property
+    def gradient_free(self) -> bool:
+        """Whether the estimator takes no gradients."""
+        return self.estimator in GRADIENT_FREE
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the estimator needs more of a model than its tokenizer."""
+        return self.estimator not in MODEL_FREE
+
+    @model_validator(mode="after")
+    def _without_gradients(self) -> InfluenceSection:
+        if self.gradient_free and self.normalise != "none":
+            raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it at none")
+        if self.gradient_free and self.checkpoints == "all":
+            raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
+        return self
+
+    @model_validator(mode="after")
+    def _by_example(self) -> InfluenceSection:
+        if (self.over_examples == "max" or self.per_example) and self.estimator in (*CURVED, *ALIKE):
+            raise ValueError(
+                f"over_examples: max and per_example go with tracin, adam, rds and bm25; {self.estimator} has no "
+                "scores by validation example"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inverse_of_weights(self) -> InfluenceSection:
+        if self.estimator == "adam" and self.gradient == "factors":
+            raise ValueError("adam takes the optimizer's moments of the target's weights: leave gradient at weight")
+        if self.estimator in CURVED and self.gradient == "factors" and self.query == "target":
+            raise ValueError(
+                f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
+            )
+        return self
+
+
+def curvature_passes(settings: InfluenceSection) -> int:
+    """How often the curvature sample is read: EK-FAC and DataInf take a second reading."""
+    return 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2

@@ -1,0 +1,219 @@
+"""The recipe: everything a run depends on, validated whole before any work starts (design 5)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from iprox.errors import InputError
+from iprox.recipe.influence import InfluenceSection
+from iprox.recipe.section import Section
+from iprox.recipe.sections import (
+    AuditSection,
+    DataSection,
+    EngineSection,
+    FinetuneSection,
+    ProxySection,
+    RefineSection,
+    SelectSection,
+    WarmupSection,
+)
+
+# In the order they are done.
+STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
+
+
+class Recipe(Section):
+    """A whole run. Paths are relative to the working directory, as on the command line."""
+
+    model: str
+    data: DataSection
+    warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
+    proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
+    influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
+    select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
+    audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
+    refine: RefineSection | Literal[False] = False
+    finetune: FinetuneSection | Literal[False] = False
+    engine: Literal["local"] | EngineSection = "local"
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    output: str
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    batch_tokens: int = Field(4096, ge=1)
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _no_idle_proxy(self) -> Recipe:
+        if self.proxy and not self.influence.runs_model:
+            raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
+        return self
+
+    @model_validator(mode="after")
+    def _refined_by_an_audit(self) -> Recipe:
+        if self.refine and not (self.proxy and self.audit):
+            raise ValueError("refine compares a proxy with its target on the audit's sample: it needs proxy and audit")
+        if self.refine and self.refine.recall and self.select.strategy == "diverse":
+            raise ValueError("refine.recall goes with strategies that choose by scores, not with diverse")
+        return self
+
+    @model_validator(mode="after")
+    def _adam_of_a_warm_up(self) -> Recipe:
+        if self.influence.estimator == "adam" and not self.warmup:
+            raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
+        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorised:
+            raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
+        return self
+
+    def resolved(self) -> Recipe:
+        """The same recipe with every local path absolute, so that it runs from anywhere."""
+        copy = self.model_copy(deep=True)
+        if Path(copy.model).exists():
+            copy.model = str(Path(copy.model).resolve())
+        if copy.proxy and copy.proxy.model and Path(copy.proxy.model).exists():
+            copy.proxy.model = str(Path(copy.proxy.model).resolve())
+        template = copy.data.chat_template
+        if template and len(template) < 4096 and Path(template).is_file():
+            copy.data.chat_template = str(Path(template).resolve())
+        if copy.select.features:
+            copy.select.features = str(Path(copy.select.features).resolve())
+        copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
+        copy.data.validation = _absolute_tasks(copy.data.validation)
+        if copy.finetune:
+            copy.finetune.test = _absolute_tasks(copy.finetune.test)
+        copy.output = str(Path(copy.output).resolve())
+        return copy
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that gives the same run again."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe file.
+
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value` strings, values in YAML.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key (the nearest known one is named), or a bad value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such recipe file")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: a recipe is a mapping of sections (model, data, ...), not {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(file))
+
+
+def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
+    """Validate a recipe given as plain data.
+
+    Raises:
+        InputError: an unknown key or a bad value; one line that names them all.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
+        problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
+        raise InputError(f"{name}: " + "; ".join(_explain(problem) for problem in problems)) from error
+
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+
+
+def validate_section(section: type[AnySection], **values: Any) -> AnySection:
+    """One section of a recipe from the options of a command.
+
+    Raises:
+        InputError: a bad value; the option is named.
+    """
+    try:
+        return section(**values)
+    except ValidationError as error:
+        clauses = []
+        for problem in error.errors():
+            option = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-") if problem["loc"] else ""
+            clauses.append(
+                f"{option} {problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}".strip()
+            )
+        raise InputError("; ".join(clauses)) from error
+
+
+def absolute_pattern(pattern: str) -> str:
+    """A local path or glob made absolute; hub addresses stay."""
+    return pattern if "://" in pattern else str(Path.cwd() / Path(pattern).expanduser())
+
+
+def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
+    return {
+        task: absolute_pattern(files) if isinstance(files, str) else [absolute_pattern(file) for file in files]
+        for task, files in tasks.items()
+    }
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.get(parent), dict):
+            section[parent] = {}
+        section = section[parent]
+    try:
+        section[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML") from error
+
+
+def _explain(problem: Any) -> str:
+    """One clause for one of pydantic's problems."""
+    path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
+    where = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+        return f"unknown key {where!r}{hint}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing"
+    if problem["type"] == "model_type":
+        return f"{where}: give a section of keys (or false where the recipe allows it), not {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return message  # of the recipe as a whole: it names the keys itself
+    return f"{where}: {message[0].lower()}{message[1:]} (given: {problem['input']!r})"
+
+
+def _is_false_branch(problem: Any) -> bool:
+    return bool(problem["loc"]) and str(problem["loc"][-1]).startswith("literal[")
+
+
+def _is_union_tag(part: str) -> bool:
+    # For `Section | False` pydantic puts the branch it tried into the path, with its validator's name if it has one.
+    return part.endswith(("Section", "Section]")) or part.startswith("literal[")
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: Any = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,204 @@
+"""The sections of a recipe beside `influence`, in the order of the stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from iprox.recipe.section import Section
+
+# How large a proxy may be, in the order they are documented.
+SIZES = ("sparsity", "parameters", "flops", "fidelity")
+
+
+class DataSection(Section):
+    """The pool, the validation set of each task, and how they are read.
+
+    `num_proc` processes tokenise ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
+    """
+
+    pool: list[str] = Field(min_length=1)
+    validation: dict[str, str | list[str]] = Field(min_length=1)
+    max_length: int = Field(2048, ge=8)
+    chat_template: str | None = None
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    num_proc: int | None = Field(None, ge=0)
+
+    @field_validator("pool", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WarmupSection(Section):
+    """Brief SFT of the target on a random share of the pool before anything is scored."""
+
+    fraction: float = Field(0.05, gt=0, le=1)
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+
+
+class ProbeSection(Section):
+    """What second moments are measured on: a share of the pool, at least 64 examples.
+
+    `labels` are those of the data, or `sampled` from the model (true Fisher); `tokens` all, or only those at which a
+    supervised token is predicted.
+    """
+
+    fraction: float = Field(0.001, gt=0, le=1)
+    labels: Literal["data", "sampled"] = "data"
+    tokens: Literal["all", "supervised"] = "all"
+
+
+class AlignSection(Section):
+    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
+
+    Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
+    `hidden_weight` the hidden states. `distance` and `layer_weights` are of the gradients
+    (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best fidelity on `held_out` examples of the
+    pool, measured before the first step and `evaluations` times after it; 0 of them keeps the last factors.
+    """
+
+    fraction: float = Field(0.01, gt=0, le=1)
+    epochs: int = Field(5, ge=1)
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    gradient_weight: float = Field(1.0, ge=0)
+    kl_weight: float = Field(0.1, ge=0)
+    hidden_weight: float = Field(0.0, ge=0)
+    temperature: float = Field(2.0, gt=0)
+    distance: Literal["cosine", "frobenius"] = "cosine"
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    held_out: int = Field(128, ge=0)
+    evaluations: int = Field(4, ge=1)
+    patience: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _something_to_match(self) -> AlignSection:
+        if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
+            raise ValueError(
+                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
+                "or align: false"
+            )
+        if 0 < self.held_out < 16:
+            raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
+        return self
+
+
+class ProxySection(Section):
+    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`.
+
+    Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
+    `held_out` examples of the pool, is at least that with confidence.
+    """
+
+    method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
+    sparsity: float | None = Field(None, gt=0, lt=1)
+    parameters: int | None = Field(None, ge=1)
+    flops: float | None = Field(None, gt=0, lt=1)
+    fidelity: float | None = Field(None, gt=0, lt=1)
+    held_out: int = Field(256, ge=16)
+    model: str | None = None
+    ranks: Literal["global", "uniform"] = "global"
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
+    align: AlignSection | Literal[False] = AlignSection()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ProxySection:
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if self.method == "off-the-shelf":
+            if self.model is None or given:
+                raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
+            return self
+        if self.model is not None:
+            raise ValueError("`model` goes with the method off-the-shelf only")
+        if self.fidelity is not None and self.method == "layers":
+            raise ValueError("fidelity goes with methods that factorise layers: give the method layers a size")
+        if len(given) > 1:
+            raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "sparsity", 0.7)
+        return self
+
+    @property
+    def factorised(self) -> bool:
+        """Whether the proxy has low-rank factors, which is what alignment tunes."""
+        return self.method not in ("layers", "off-the-shelf")
+
+
+# Of a whole, from nothing to all.
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class SelectSection(Section):
+    """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
+
+    `features` is an index of the pool's gradients (`iprox index`), which the strategy `diverse` compares.
+    """
+
+    fraction: float | None = Field(None, gt=0, le=1)
+    count: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1)
+    strategy: Literal["top", "round-robin", "balanced", "diverse", "sample"] = "top"
+    threshold: float | None = None
+    temperature: float = Field(1.0, gt=0)
+    source_floor: dict[str, Share] = Field(default_factory=dict)
+    source_cap: Share | dict[str, Share] | None = None
+    deduplicate: float | None = Field(None, gt=0, le=1)
+    control_length: bool = False
+    features: str | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SelectSection:
+        given = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
+        if (self.strategy == "diverse") != (self.features is not None):
+            raise ValueError("the strategy diverse takes `features`, an index of the pool; no other strategy does")
+        if not given and self.threshold is None:
+            # Past the validate_assignment machinery, which would run this validator again.
+            object.__setattr__(self, "fraction", 0.05)
+        return self
+
+
+class AuditSection(Section):
+    """Scores of a random sample on the target itself, to compare the proxy's with."""
+
+    sample: int = Field(500, ge=10)
+
+
+class RefineSection(Section):
+    """What is made of the proxy's scores with the target's of some rows; both rest on the audit.
+
+    `correct` takes out what the proxy gets wrong by source and by length, for tasks where that raises the held-out
+    fidelity. With a `recall` the target scores as many of the proxy's best rows again as it takes to find that part
+    of its own best ones, and the selection is among these.
+    """
+
+    correct: bool = True
+    recall: float | None = Field(None, gt=0, lt=1)
+
+
+class FinetuneSection(Section):
+    """SFT of the original target on the selection, evaluated on `test` before and after."""
+
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+    test: dict[str, str | list[str]] = Field(default_factory=dict)
+
+
+class RaySection(Section):
+    """How many Ray actors score, each with a copy of the model."""
+
+    workers: int = Field(ge=1)
+
+
+class EngineSection(Section):
+    """Where scoring runs, if not in this process."""
+
+    ray: RaySection
