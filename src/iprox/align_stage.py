@@ -43,7 +43,7 @@ def align_proxy(
         settings: how to align.
         held_out: what fidelity is measured on; None keeps the last factors.
         max_steps: in place of the number of epochs.
-        state: file that an interrupted alignment goes on from; it goes when the proxy is written.
+        state: file that an interrupted alignment goes on from; the caller removes it when all is done.
         identity: of the alignment that may go on from it.
     """
     tokenizer = session.tokenizer(model)
@@ -90,14 +90,13 @@ def align_proxy(
             "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
     data = history.as_dict()
-    session.tracker.curve("align", data["steps"])
-    session.tracker.curve("align/held_out", data["held_out"])
     save_model(proxy, tokenizer, output)
     write_json(output / "alignment.json", data)
     compression = Path(proxy_path) / "compression.json"
     if compression.is_file():
         shutil.copyfile(compression, output / "compression.json")
-    state.unlink(missing_ok=True)
+    session.tracker.curve("align", data["steps"])
+    session.tracker.curve("align/held_out", data["held_out"])
     tokens, supervised = tokens_of(encoded)
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0)

@@ -433,7 +433,7 @@ def select(
         scores,
         settings,
         texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
-        features=None if index is None else lambda rows: index.take(rows.tolist())[1],
+        features=None if index is None else lambda rows: index.features_of(scores, rows),
     ).rows
 
 

@@ -22,6 +22,7 @@ from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.progress import Reporter
+from iprox.proxy.align_state import discard_other_states
 from iprox.recipe import OF_GRADIENTS, STAGES, Recipe
 from iprox.report import build_report
 from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
@@ -75,9 +76,10 @@ class Run:
                 "skipped": False,
                 "key": key,
             }
-            self.session.tracker.stage(name, entry)
         self.record["stages"][name] = entry
         self.save()
+        if not entry["skipped"]:
+            self.session.tracker.stage(name, entry)
         return key
 
     def save(self) -> None:
@@ -115,14 +117,12 @@ def run_recipe(
     context = _Context()
     if stop_after == "data":
         return run
-    run.session.tracker = Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"))
-    try:
+    with Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"), reporter.warn) as tracker:
+        run.session.tracker = tracker
         for name, step in zip(STAGES[1:], steps, strict=True):
             step(run, context)
             if name == stop_after:
                 break
-    finally:
-        run.session.tracker.close()
     return run
 
 
@@ -322,9 +322,13 @@ def _align(run: Run, context: _Context) -> None:
     influence = run.recipe.influence
     folders = _variants(run.folder.aligned, context)
     proxies = context.proxies
-    key = [_common(run), context.keys["compress"], settings.model_dump()]
+    # The order of patterns counts, which a mapping in a key does not keep.
+    patterns = list(settings.layer_weights.items())
+    key = [_common(run), context.keys["compress"], settings.model_dump(), patterns, run.recipe.batch_tokens]
     if watched:
-        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.recipe.batch_tokens]
+        key.append(influence.model_dump(include=set(OF_GRADIENTS)))
+    identity = key_of(key)
+    discard_other_states(run.folder.align_state, identity)
 
     def work() -> stages.StageRecord:
         examples = run.pool.take(rows)
@@ -339,7 +343,7 @@ def _align(run: Run, context: _Context) -> None:
                 settings,
                 held_out=held_out if watched else None,
                 state=run.folder.align_state / f"{folder.name}.safetensors",
-                identity=key_of([key, folder.name]),
+                identity=identity,
             )
             for (path, _), proxy, folder in zip(context.targets, proxies, folders, strict=True)
         )
@@ -401,6 +405,9 @@ def _refine(run: Run, context: _Context) -> None:
         return
     influence, chosen = run.recipe.influence, run.recipe.select
     folder = run.folder.refined
+    # A cascade hangs on how many rows are selected, and by which ranking; a correction on neither.
+    by_task = chosen.strategy in refine_stages.BY_TASK
+    looked_for = settings.recall and [chosen.fraction, chosen.count, by_task]
     models = [
         score_stages.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
         for path, rate in context.targets
@@ -412,7 +419,7 @@ def _refine(run: Run, context: _Context) -> None:
 
     context.keys["refine"] = run.stage(
         "refine",
-        [context.keys, context.audit, settings.model_dump(), chosen.model_dump(), run.recipe.batch_tokens],
+        [context.keys, context.audit, settings.model_dump(), looked_for, run.recipe.batch_tokens],
         [folder / "scores.parquet", folder / "refine.json"],
         lambda: refine_stages.refine(
             folder=folder,

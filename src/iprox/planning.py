@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from iprox.data import Pool
 from iprox.models import flops
 from iprox.models.loading import skeleton
+from iprox.proxy.search import most_tries
 from iprox.proxy.size import Size
 from iprox.recipe import CURVED, Recipe, curvature_passes
 from iprox.session import Session, encode_validation, share, tokens_of
@@ -123,6 +124,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         kept = kept_share(recipe, model)
         rows = checkpoints * share(total, recipe.proxy.probe.fraction)
         cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
+        if recipe.proxy.fidelity is not None:
+            tried = checkpoints * min(recipe.proxy.held_out, total)
+            each = round(tried * mean), round(tried * mean_supervised)
+            cost += (1 + most_tries() * kept) * flops.scoring_flops(model, *each, each[0] * whole)
         construction += cost
         add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
         if recipe.proxy.factorised and recipe.proxy.align:
@@ -165,6 +170,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
     add("score", scored, scored * per_row + curvature, memory)
+    if recipe.refine and recipe.refine.recall:
+        # At least the selection itself; how many more, the audit will say.
+        share_again = recipe.select.fraction or (recipe.select.count or 0) / total
+        add("refine", share_again * scored, share_again * on_target, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

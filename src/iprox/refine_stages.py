@@ -19,7 +19,15 @@ from iprox.audit.correction import Covariates, fit_correction
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation, TaskSpread
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX, read_scores, score_matrix, task_names, write_parts
+from iprox.influence.scores import (
+    AGGREGATE,
+    TASK_PREFIX,
+    read_scores,
+    score_matrix,
+    source_column,
+    task_names,
+    write_parts,
+)
 from iprox.recipe import Recipe, RefineSection, SelectSection
 from iprox.run_folder import write_json
 from iprox.stages import StageRecord
@@ -27,7 +35,7 @@ from iprox.stages import StageRecord
 # Strategies that choose by the tasks' own scores rather than by their aggregate.
 BY_TASK = ("round-robin", "balanced")
 
-NO_SIZE = "a cascade looks for a given number of rows: select a fraction, a count or tokens"
+NO_SIZE = "a cascade looks for a given number of rows: select a fraction or a count"
 
 # Pool of candidates, file to write -> what scoring them on the target took.
 ScoreOnTarget = Callable[[Pool, Path], StageRecord]
@@ -73,9 +81,7 @@ def refine(
     matrix = score_matrix(table)
     if settings.correct:
         seen = Covariates(sample["source"][known], sample["tokens"][known])
-        every = Covariates(
-            np.array(table["source"].to_pylist(), dtype=object), table["tokens"].to_numpy(zero_copy_only=False)
-        )
+        every = Covariates(source_column(table), table["tokens"].to_numpy(zero_copy_only=False))
         record["correction"] = {}
         for number, task in enumerate(tasks):
             correction = fit_correction(proxy[:, number], target[:, number], seen)
@@ -86,6 +92,9 @@ def refine(
             if correction.helps:
                 proxy[:, number] = correction.held_out
                 matrix[:, number] = correction.apply(matrix[:, number], every)
+            elif how.tasks != "standardised":
+                # Corrected scores have the target's unit, so where tasks are weighed as they are all have to.
+                matrix[:, number] *= _scale(target[:, number]) / _scale(proxy[:, number])
     if settings.recall is None:
         influence = how.over_tasks(matrix, _spread_of(matrix))
     else:
@@ -96,9 +105,9 @@ def refine(
         candidates = np.unique(
             np.concatenate([best_rows(ranking, part) for ranking, part in zip(rankings, shares, strict=True)])
         )
-        again, scored = _score_again(table, candidates, pool, folder, score_on_target)
+        again, scored = _score_again(table, tasks, candidates, pool, folder, score_on_target)
         matrix = np.full_like(matrix, np.nan)
-        matrix[candidates] = score_matrix(again)
+        matrix[candidates] = again
         influence = how.over_tasks(matrix, spread)
         record |= {
             **{name: scored[name] for name in ("tokens", "flops")},
@@ -120,10 +129,10 @@ def check_sample(recipe: Recipe, rows: int) -> None:
     if not (recipe.refine and recipe.refine.recall and recipe.audit):
         return
     share = recipe.select.fraction or (recipe.select.count and recipe.select.count / rows)
-    if share is None and recipe.select.tokens is None:
+    if share is None:
         raise InputError(NO_SIZE)
     sample = min(recipe.audit.sample, rows)
-    if share and sample < rows_needed(share, recipe.refine.recall):
+    if sample < rows_needed(share, recipe.refine.recall):
         raise too_few(sample, share, recipe.refine.recall)
 
 
@@ -153,8 +162,6 @@ def _share_selected(chosen: SelectSection, table: pa.Table) -> float:
         return chosen.fraction
     if chosen.count is not None:
         return min(1.0, chosen.count / table.num_rows)
-    if chosen.tokens is not None:
-        return min(1.0, chosen.tokens / max(1, int(np.sum(table["tokens"].to_numpy(zero_copy_only=False)))))
     raise InputError(NO_SIZE)
 
 
@@ -166,17 +173,34 @@ def _rankings(matrix: np.ndarray, how: Aggregation, chosen: SelectSection) -> li
 
 
 def _score_again(
-    table: pa.Table, candidates: np.ndarray, pool: Pool, folder: Path, score_on_target: ScoreOnTarget
-) -> tuple[pa.Table, StageRecord]:
-    """The target's scores of the candidates, and what they took."""
+    table: pa.Table,
+    tasks: Sequence[str],
+    candidates: np.ndarray,
+    pool: Pool,
+    folder: Path,
+    score_on_target: ScoreOnTarget,
+) -> tuple[np.ndarray, StageRecord]:
+    """The target's scores of the candidates [candidates, tasks], and what they took.
+
+    Raises:
+        InputError: they are of other tasks.
+    """
     file, scores = folder / "candidates.jsonl", folder / "candidates.parquet"
     ids = table["id"].take(pa.array(candidates)).to_pylist()
     pool.write_rows(candidates.tolist(), file, ids)
     scored = score_on_target(Pool([file], name="candidates"), scores)
-    table = read_scores(scores)
+    again = read_scores(scores)
     file.unlink()
     scores.unlink()
-    return table, scored
+    if set(task_names(again)) != set(tasks):
+        raise InputError(
+            f"--validation: the scores are of {', '.join(tasks)}; give the validation sets of these tasks, no others"
+        )
+    return score_matrix(again.select([TASK_PREFIX + task for task in tasks])), scored
+
+
+def _scale(scores: np.ndarray) -> float:
+    return float(scores.std()) or 1.0
 
 
 def _spread_of(matrix: np.ndarray) -> TaskSpread:

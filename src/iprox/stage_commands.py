@@ -97,10 +97,12 @@ def align(arguments: Namespace) -> dict[str, Any]:
     output = options.new_folder(arguments.output)
     key = [checkpoint_fingerprint(arguments.model), checkpoint_fingerprint(arguments.proxy)]
     key += [session.read(pool).fingerprint, settings.model_dump(), arguments.steps, session.seed, str(session.dtype)]
+    key += [session.max_length, session.batch_tokens, session.chat_template]
     if held_out is not None:
         key += [source.scan().fingerprint for source in (held_out.pool, *held_out.validation.values())]
     examples = list(pool)
-    return options.single_stage(
+    state = output.with_name(f"{output.name}.state.safetensors")
+    record = options.single_stage(
         session,
         "align",
         output,
@@ -114,10 +116,12 @@ def align(arguments: Namespace) -> dict[str, Any]:
             settings,
             held_out=held_out,
             max_steps=arguments.steps,
-            state=output.with_name(f"{output.name}.state.safetensors"),
+            state=state,
             identity=key_of(key),
         ),
     )
+    state.unlink(missing_ok=True)
+    return record
 
 
 def score(arguments: Namespace) -> dict[str, Any]:

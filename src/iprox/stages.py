@@ -71,10 +71,7 @@ def select(
         return [example.words for example in pool.take(rows)]
 
     def features(rows: np.ndarray) -> np.ndarray:
-        ids, gradients = GradientIndex.open(str(settings.features)).take(rows.tolist())
-        if ids != table["id"].take(pa.array(rows)).to_pylist():
-            raise InputError(f"{settings.features}: is not an index of the pool that was scored")
-        return gradients
+        return GradientIndex.open(str(settings.features)).features_of(table, rows)
 
     selection = select_rows(
         table,
@@ -86,6 +83,7 @@ def select(
         session.reporter.warn(
             f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have an "
             f"influence of {settings.threshold} or above"
+            + "".join(f", and {number} were passed over ({why})" for why, number in selection.passed_over.items())
         )
     rows = selection.rows.tolist()
     ids = table["id"].take(pa.array(rows)).to_pylist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +27,26 @@ class Tracker:
         kind: which.
         folder: the run folder; TensorBoard's files go to `tensorboard` in it.
         config: what the run is, kept where the service has a place for it.
+        warn: told once where the service fails later on; the run itself goes on.
 
     Raises:
-        InputError: the service's package is not installed.
+        InputError: the service's package is not installed, or it cannot be reached or logged in to.
     """
 
-    def __init__(self, kind: Tracking, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, kind: Tracking, folder: Path, config: Mapping[str, Any], warn: Callable[[str], None] | None = None
+    ) -> None:
         check_tracking(kind)
-        self.kind, self.folder = kind, folder
+        self.kind, self.folder, self._warn = kind, folder, warn
         self._writer: Any = None
+        self._failed = False
+        try:
+            self._open(config)
+        except Exception as error:
+            raise InputError(f"tracking: {kind} cannot be started: {' '.join(str(error).split())}") from error
+
+    def _open(self, config: Mapping[str, Any]) -> None:
+        kind, folder = self.kind, self.folder
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -60,14 +72,17 @@ class Tracker:
             values = {key: value for key, value in point.items() if key != "step"}
             self._log(dict(numbers(values, name)), int(point["step"]))
 
-    def close(self) -> None:
-        """Finish the run."""
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        """Finish the service's run, as failed where the block did."""
         if self.kind == "tensorboard":
             self._writer.close()
         elif self.kind == "wandb":
-            self._writer.finish()
+            self._writer.finish(exit_code=0 if kind is None else 1)
         elif self.kind == "mlflow":
-            self._writer.end_run()
+            self._writer.end_run("FINISHED" if kind is None else "FAILED")
 
     @contextmanager
     def training(self, name: str) -> Iterator[None]:
@@ -86,6 +101,17 @@ class Tracker:
                 os.environ[TENSORBOARD_FOLDER] = before
 
     def _log(self, values: dict[str, float], step: int) -> None:
+        """Log numbers; a service that fails is given up with a warning, as no stage must be lost to it."""
+        if self._failed:
+            return
+        try:
+            self._send(values, step)
+        except Exception as error:
+            self._failed = True
+            if self._warn is not None:
+                self._warn(f"tracking: {self.kind} failed, so it is told nothing more: {' '.join(str(error).split())}")
+
+    def _send(self, values: dict[str, float], step: int) -> None:
         if self.kind == "tensorboard":
             for key, value in values.items():
                 self._writer.add_scalar(key, value, step)
@@ -94,7 +120,9 @@ class Tracker:
             # W&B's own counter goes on from the trainers', so ours is a value of its own.
             self._writer.log({**values, "iprox/step": step})
         elif self.kind == "mlflow":
-            self._writer.log_metrics(values, step=step)
+            # MLflow takes only some characters in a name.
+            named = {re.sub(r"[^\w\-. /:]", "_", name): value for name, value in values.items()}
+            self._writer.log_metrics(named, step=step)
 
 
 def check_tracking(kind: Tracking) -> None:

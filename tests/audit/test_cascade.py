@@ -42,6 +42,13 @@ def test_too_small_a_sample_is_refused_with_the_size_it_takes():
         candidate_share(scores, scores, 0.05, 0.9)
 
 
+@pytest.mark.parametrize(("share", "recall"), [(0.05, 0.9), (0.1, 0.9), (0.01, 0.9), (0.02, 0.9), (0.1, 0.95)])
+def test_exactly_the_size_asked_for_is_enough(share, recall):
+    """Half a row is rounded up, as the size is reckoned, not to the even number."""
+    scores = np.random.default_rng(0).normal(size=rows_needed(share, recall))
+    assert share <= candidate_share(scores, scores, share, recall) <= share + 1 / len(scores)
+
+
 @given(st.floats(0.01, 0.5), st.floats(0.5, 0.97))
 @settings(max_examples=50)
 def test_the_size_asked_for_is_enough_and_not_much_too_large(share, recall):

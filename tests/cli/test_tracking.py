@@ -3,6 +3,7 @@
 import pytest
 
 from iprox import tracking
+from iprox.errors import InputError
 
 
 def test_tensorboard_has_training_alignment_and_stages(place):
@@ -51,6 +52,23 @@ def test_a_service_that_is_not_installed_is_refused_before_any_work(place, monke
     assert place.run("--set", "tracking=wandb") == 2
     assert "pip install wandb" in capfd.readouterr().err
     assert not place.output.exists()
+
+
+def test_a_service_that_fails_is_given_up_with_a_warning(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    warned = []
+    with tracking.Tracker("tensorboard", tmp_path, {}, warned.append) as tracker:
+        monkeypatch.setattr(tracker, "_send", lambda *given: 1 / 0)
+        for _ in range(3):
+            tracker.stage("score", {"seconds": 1.0})
+    assert warned == ["tracking: tensorboard failed, so it is told nothing more: division by zero"]
+
+
+def test_a_service_that_cannot_be_started_is_refused(tmp_path):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("a file where its folder should be")
+    with pytest.raises(InputError, match="tensorboard cannot be started"):
+        tracking.Tracker("tensorboard", tmp_path, {})
 
 
 def test_numbers_are_found_by_path():

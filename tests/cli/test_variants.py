@@ -369,3 +369,50 @@ def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
     files = ["--held-out", str(finished.path / "spelling.jsonl"), str(finished.path / "arithmetic.jsonl")]
     assert main([*arguments, *files, "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}"]) == 0
     assert json.loads((tmp_path / "proxy/compression.json").read_text())["tries"]
+
+
+def test_a_cascade_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd):
+    """Given in another order, each task's column holds its own scores."""
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    common = [
+        "refine", "--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool",
+        str(finished.pool), "--recall=0.5", "--model", str(finished.output / "warmup" / target), "--max-length=48",
+        "--quiet",
+    ]  # fmt: skip
+    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    for name, given in (("one", tasks), ("other", tasks[::-1])):
+        assert main([*common, "--validation", *given, "--output", str(tmp_path / name)]) == 0
+    one, other = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("one", "other"))
+    for task in ("arithmetic", "spelling"):
+        a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (one, other))
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+    assert main([*common, "--validation", tasks[0], "--output", str(tmp_path / "third")]) == 2
+    assert "give the validation sets of these tasks" in capfd.readouterr().err
+
+
+def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypatch):
+    from iprox.proxy import align as module
+
+    options = ["audit=false", "proxy.align.epochs=4", "proxy.align.evaluations=4", "proxy.align.patience=9"]
+    step, count = module._step, []
+
+    def stopped(*given):
+        count.append(given)
+        if len(count) == 14:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(module, "_step", stopped)
+    assert place.run("--set", *options, "--stop-after", "align") == 130
+    assert list((place.output / "align-state").iterdir())
+    assert place.run("--set", *options, "proxy.align.learning_rate=1e-4", "--stop-after", "align") == 0
+    assert len(count) == 14 + 16
+    assert not (place.output / "align-state").exists()
+
+
+def test_a_cascade_is_told_of_in_the_report(place):
+    options = ["audit.sample=120", "refine.recall=0.5", "proxy.align=false", "refine.correct=false"]
+    assert place.run("--set", *options) == 0
+    page = (place.output / "report.html").read_text()
+    assert "These are the proxy" in page
+    assert "Scoring the best rows again took" in page

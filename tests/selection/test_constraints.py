@@ -168,3 +168,16 @@ def test_the_estimate_follows_the_jaccard_similarity():
 def test_what_cannot_be_meant_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
         SelectionSettings(**settings)
+
+
+def test_texts_without_words_are_told_apart_by_their_characters():
+    assert word_runs("😀 😀") != word_runs("∀ → ∃")
+    assert word_runs("∀ → ∃") == word_runs("∀→∃")
+
+
+def test_a_budget_of_tokens_passes_over_a_capped_row_that_would_not_fit():
+    """A long row of a source at its cap ends nothing: it would not have been taken."""
+    tokens, sources = np.array([4, 90, 5]), ["a", "a", "b"]
+    limits = Limits(tokens=10, caps={"a": 1})
+    taken = take(lambda limit: np.arange(min(limit, 3)), 3, limits, sources, tokens)
+    assert taken.rows.tolist() == [0, 2]

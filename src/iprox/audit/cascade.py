@@ -46,7 +46,7 @@ def candidate_share(proxy: np.ndarray, target: np.ndarray, share: float, recall:
     Raises:
         InputError: the sample holds too few of the best rows to promise that much.
     """
-    count = max(1, round(share * len(target)))
+    count = max(1, math.floor(share * len(target) + 0.5 + 1e-9))
     best = np.argsort(-target, kind="stable")[:count]
     places = np.empty(len(proxy))
     places[np.argsort(-proxy, kind="stable")] = np.arange(1, len(proxy) + 1) / len(proxy)

@@ -178,6 +178,8 @@ class GradientIndex:
     def take(self, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
         """The ids and the normalised features [M, D], float32, of some rows, in the order asked."""
         wanted = np.asarray(rows, dtype=np.int64)
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
+            raise InputError(f"{self.folder}: holds {self.rows:,} rows, so there is no row {wanted.max():,}")
         ids: list[str] = [""] * len(wanted)
         features = np.empty((len(wanted), self.dimension), np.float32)
         start = 0
@@ -190,6 +192,17 @@ class GradientIndex:
                     ids[position] = example
             start += len(table)
         return ids, features
+
+    def features_of(self, scores: pa.Table, rows: np.ndarray) -> np.ndarray:
+        """The normalised features [M, D], float32, of rows of a scores table.
+
+        Raises:
+            InputError: the index is of another pool than the scores.
+        """
+        ids, features = self.take(rows.tolist())
+        if ids != scores["id"].take(pa.array(rows)).to_pylist():
+            raise InputError(f"{self.folder}: is not an index of the pool that was scored")
+        return features
 
     def scores(
         self,

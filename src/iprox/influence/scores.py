@@ -74,6 +74,15 @@ def score_matrix(table: pa.Table) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.float64)
 
 
+def source_column(table: pa.Table) -> np.ndarray:
+    """The source of each row, object [N], None where it has none; every name is held once."""
+    encoded = table["source"].combine_chunks()
+    if not pa.types.is_dictionary(encoded.type):
+        encoded = encoded.dictionary_encode()
+    names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+    return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
+
+
 def example_matrix(table: pa.Table, task: str) -> np.ndarray:
     """Scores by validation example of a task, float64 [N, V], NaN where null.
 

@@ -264,6 +264,11 @@ class _Run:
         """Measure fidelity, and keep the factors if they are the best yet."""
         assert self.held_out is not None
         fidelity = self.held_out()
+        if not math.isfinite(fidelity):
+            raise FloatingPointError(
+                f"the held-out fidelity is {fidelity} at step {step}: scores of a task are all alike, so they have no "
+                "ranking; give other held-out examples, or none"
+            )
         highest = max((point.fidelity for point in self.history.held_out), default=-math.inf)
         self.history.held_out.append(HeldOut(step, fidelity))
         if fidelity > highest:

@@ -84,3 +84,15 @@ def load_state(
     except SafetensorError as error:
         raise InputError(f"{file}: cannot be read ({error}); remove it to start anew") from error
     return best, history
+
+
+def discard_other_states(folder: Path, identity: str) -> None:
+    """Remove the saved states of other alignments from a folder, so that a changed setting starts anew."""
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as saved:
+                known = (saved.metadata() or {}).get("identity")
+        except SafetensorError:
+            known = None
+        if known != identity:
+            file.unlink()

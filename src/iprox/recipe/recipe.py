@@ -59,8 +59,19 @@ class Recipe(Section):
     def _refined_by_an_audit(self) -> Recipe:
         if self.refine and not (self.proxy and self.audit):
             raise ValueError("refine compares a proxy with its target on the audit's sample: it needs proxy and audit")
-        if self.refine and self.refine.recall and self.select.strategy == "diverse":
-            raise ValueError("refine.recall goes with strategies that choose by scores, not with diverse")
+        if self.refine and self.refine.recall:
+            if self.select.strategy in ("diverse", "sample"):
+                raise ValueError(
+                    f"refine.recall finds the target's best rows, which the strategy {self.select.strategy} does not "
+                    "choose by alone; use top, round-robin or balanced"
+                )
+            limits = ("tokens", "threshold", "source_floor", "source_cap", "deduplicate", "control_length")
+            given = [name for name in limits if getattr(self.select, name)]
+            if given:
+                raise ValueError(
+                    f"refine.recall scores just as many rows again as are selected by rank, which select.{given[0]} "
+                    "passes over; leave one of the two out"
+                )
         return self
 
     @model_validator(mode="after")

@@ -85,6 +85,7 @@ class RunFolder:
     run: dict[str, Any]
     recipe: str
     scores: Scores
+    refined: dict[str, Any] | None
     selection: Selection | None
     audit: Audit | None
     compression: dict[str, Any] | None
@@ -110,7 +111,11 @@ def read_run_folder(path: Path) -> RunFolder:
     run = _read_json(path / "run.json", dict)
     if run is None:
         raise InputError(f"{path / 'run.json'}: missing; run `iprox run RECIPE.yaml` with this output folder first")
-    scores_path = path / "scores.parquet"
+    done = run.get("stages", {})
+    refined = _read_json(path / "refined" / "refine.json", dict) if "refine" in done else None
+    # A correction leaves every row a score. A cascade leaves most without, so there the proxy's are shown.
+    corrected = refined is not None and "candidates" not in refined
+    scores_path = path / ("refined/scores.parquet" if corrected else "scores.parquet")
     if not scores_path.is_file():
         raise InputError(
             f"{scores_path}: missing, the score stage has not finished; "
@@ -119,12 +124,12 @@ def read_run_folder(path: Path) -> RunFolder:
     scores = _read_scores(scores_path)
     recipe = path / "recipe.yaml"
     # A stage switched off since an earlier start leaves its files behind; only what run.json lists is of this run.
-    done = run.get("stages", {})
     return RunFolder(
         path=path,
         run=run,
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         scores=scores,
+        refined=refined,
         selection=_read_selection(path / "selection.json", scores.rows),
         audit=_read_audit(path / "audit") if "audit" in done else None,
         compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,

@@ -122,6 +122,12 @@ def score_section(folder: RunFolder) -> dict[str, Any]:
     positive = formats.percent((scores.influence[finite] > 0).mean(), 0)
     caption = f"Training on a row with a positive score lowers the validation loss: {positive} of the scored rows."
     cut = None if selection is None else selection.threshold
+    if folder.refined is not None and "candidates" in folder.refined:
+        cut = None  # it is of the target's scores
+        note = (
+            f"{note} These are the proxy's scores. The target scored the best "
+            f"{formats.rows(folder.refined['candidates'])} again, and the selection is among them, by its own scores."
+        ).strip()
     aggregate = score_histogram(
         scores.influence,
         chosen,
@@ -314,10 +320,12 @@ def _cost_sentence(folder: RunFolder) -> str:
     if folder.compression is None or not target or scoring is None:
         return ""
     making = sum(stages.get(name, {}).get("flops") or 0.0 for name in ("compress", "align"))
+    again = cost.get("refine_flops") or 0.0
+    rescored = f" Scoring the best rows again took {formats.flops(again)}." if again else ""
     return (
         f"Scoring the pool on the proxy took {formats.flops(scoring)}, {formats.ratio(scoring, target)} of what the "
         f"target would take ({formats.flops(target)}). With the {formats.flops(making)} that making the proxy took, "
-        f"it is {formats.ratio(scoring + making, target)}. The larger the pool, the less the making weighs."
+        f"it is {formats.ratio(scoring + making, target)}.{rescored} The larger the pool, the less the making weighs."
     )
 
 

@@ -99,8 +99,11 @@ def take(
     passed_over: Counter[str] = Counter()
     rows: list[int] = []
     spent = 0
-    for row in _in_order(ranking, available, places, kept):
-        if len(rows) == places or (limits.tokens is not None and spent + tokens[row] > limits.tokens):
+    expected = places
+    if limits.tokens is not None:
+        expected = min(places, int(limits.tokens / max(1.0, float(np.mean(tokens)))) + 1)
+    for row in _in_order(ranking, available, expected, kept):
+        if len(rows) == places:
             break
         source = sources[row]
         cap = limits.caps.get(source, limits.caps.get(None))
@@ -109,6 +112,8 @@ def take(
             passed_over["source at its cap"] += 1
         elif places - len(rows) <= owed.total() and not owed.get(source):  # pyright: ignore[reportArgumentType]
             passed_over["place owed to another source"] += 1
+        elif limits.tokens is not None and spent + tokens[row] > limits.tokens:
+            break
         elif kept is not None and not kept.add(row):
             passed_over["near-duplicate"] += 1
         else:

@@ -52,5 +52,6 @@ class NearDuplicates:
 
 def word_runs(text: str) -> set[str]:
     """Runs of `SHINGLE` words, case and punctuation aside."""
-    words = re.findall(r"\w+", text.lower())
+    # Of a text without a word, such as one of emoji, every character counts as one.
+    words = re.findall(r"\w+", text.lower()) or list("".join(text.split()))
     return {" ".join(words[start : start + SHINGLE]) for start in range(max(1, len(words) - SHINGLE + 1))}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 
 from iprox.errors import InputError
-from iprox.influence.scores import AGGREGATE, score_matrix
+from iprox.influence.scores import AGGREGATE, score_matrix, source_column
 from iprox.selection.constraints import Limits, take, without_length_bias
 from iprox.selection.diverse import Features, diverse
 from iprox.selection.duplicates import NearDuplicates, Texts
@@ -122,8 +122,8 @@ def select_rows(
 ) -> Selection:
     """Choose rows of a scores table, best first.
 
-    Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates to look for, 10 million
-    rows take seconds (`benchmarks/selection_speed.py`).
+    Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates or gradients to
+    compare, 10 million rows take seconds (`benchmarks/selection_speed.py`).
 
     Args:
         scores: a scores table.
@@ -165,7 +165,7 @@ def select_rows(
         floors={source: _share(share, count) for source, share in settings.source_floor.items()},
         caps={source: _share(share, count) for source, share in _caps(settings.source_cap).items()},
     )
-    sources = _sources(scores) if limits.by_source else [None] * scores.num_rows
+    sources = source_column(scores).tolist() if limits.by_source else [None] * scores.num_rows
     seen = None
     if settings.deduplicate is not None:
         assert texts is not None
@@ -173,9 +173,12 @@ def select_rows(
     taken = take(ranking, available, limits, sources, tokens, seen)
     if count is not None and len(taken.rows) < count and settings.threshold is None:
         why = ", ".join(f"{number:,} {reason}" for reason, number in taken.passed_over.items())
-        raise InputError(f"{count} rows asked for, but only {len(taken.rows)} can be chosen ({why}); ask for fewer")
+        raise InputError(
+            f"{count} rows asked for, but only {len(taken.rows)} can be chosen ({why}); ask for fewer, or loosen the "
+            "limits"
+        )
     if not len(taken.rows):
-        raise InputError(f"no row fits into {settings.tokens} tokens")
+        raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise the budget")
     by_score = settings.strategy == "top" and not settings.control_length and not taken.passed_over
     return Selection(
         taken.rows,
@@ -206,15 +209,6 @@ def _ranking(
         assert features is not None
         return partial(diverse, ranked, features=features)
     return partial(top, ranked)
-
-
-def _sources(scores: pa.Table) -> Sequence[str | None]:
-    """The source of each row, every name held once."""
-    encoded = scores["source"].combine_chunks()
-    if not pa.types.is_dictionary(encoded.type):
-        encoded = encoded.dictionary_encode()
-    names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
-    return cast(Sequence[str | None], names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)])
 
 
 def _caps(cap: float | Mapping[str, float] | None) -> dict[str | None, float]:
