@@ -71,7 +71,6 @@ def watching_flops(
     if settings.estimator in CURVED:
         passes = curvature_passes(settings)
         spent += flops.curvature_flops(target, settings.gradient, *tokens_of(watched.sample), passes)
-    whole = len(queries) * flops.contraction_flops(target, "weight") * tokens
-    spent += flops.scoring_flops(target, tokens, supervised, whole)
-    # Of a proxy the contraction is counted as if it were whole, as its low-rank form is not known here.
-    return spent + sum(flops.scoring_flops(proxy, tokens, supervised, whole) for proxy in proxies)
+    meeting = {kind: tokens * each for kind, each in watched.contraction_flops.items()}
+    spent += flops.scoring_flops(target, tokens, supervised, meeting["target"])
+    return spent + sum(flops.scoring_flops(proxy, tokens, supervised, meeting["proxy"]) for proxy in proxies)

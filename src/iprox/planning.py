@@ -139,7 +139,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             if recipe.proxy.align.held_out:
                 watched = checkpoints * min(recipe.proxy.align.held_out, total)
                 each = round(watched * mean), round(watched * mean_supervised)
-                on_proxy = flops.scoring_flops(model, *each, 0.0) * kept + each[0] * whole
+                on_proxy = flops.scoring_flops(model, *each, 0.0) * kept + each[0] * whole * LOW_RANK_QUERY
                 cost += flops.scoring_flops(model, *each, each[0] * whole)
                 cost += (1 + recipe.proxy.align.evaluations) * on_proxy
                 queries = [tokens_of(rows) for rows in encoded.values()]

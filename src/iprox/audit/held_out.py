@@ -65,6 +65,8 @@ class HeldOutFidelity:
         on_target = BatchScorer(target, queries, normalise=self.settings.normalise, gradient="weight", keep=keep)
         self._wanted = self._scores(on_target)
         # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
+        # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
+        self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
         fixed = query_on_target and self.settings.gradient == "weight"
         self._queries = cast(dict[str, ModelGradient], queries) if fixed else None
 
@@ -96,6 +98,11 @@ class HeldOutFidelity:
         return fidelity
 
     def _scorer(self, proxy: nn.Module) -> BatchScorer:
+        scorer = self._made(proxy)
+        self.contraction_flops["proxy"] = scorer.contraction_flops
+        return scorer
+
+    def _made(self, proxy: nn.Module) -> BatchScorer:
         if self._queries is not None:
             seen: dict[str, TaskQuery] = {
                 task: seen_from(query, proxy, "weight") for task, query in self._queries.items()
