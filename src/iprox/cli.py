@@ -606,9 +606,9 @@ def _add_refine(commands: Any) -> None:
     size.add_argument("--count", type=int, help="with --recall: number of rows to be selected")
     parser.add_argument(
         "--strategy",
-        choices=("top", "round-robin", "balanced", "sample"),
+        choices=("top", "round-robin", "balanced"),
         default="top",
-        help="with --recall: how rows will be selected: by all tasks together (top, sample) or by each (default top)",
+        help="with --recall: how rows will be selected: by all tasks together (top, default) or by each",
     )
     _influence_options(parser)
     _reading_options(parser)

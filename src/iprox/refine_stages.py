@@ -1,4 +1,4 @@
-"""The stage that refines scores with what the target says of some rows: a correction, and a cascade (design 2).
+"""The stage that refines scores with what the target says of some rows: a correction, and a cascade.
 
 Both rest on the audit's sample, whose rows have scores of both models. The correction takes out what the proxy gets
 wrong by source and by length; the cascade has the target score the proxy's best rows again.
