@@ -52,12 +52,12 @@ class Tracker:
 
             self._writer = SummaryWriter(str(folder / "tensorboard" / "stages"))
         elif kind == "wandb":
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             project = os.environ.get("WANDB_PROJECT", "iprox")
             self._writer = wandb.init(project=project, name=folder.name, config=dict(config))
         elif kind == "mlflow":
-            import mlflow
+            import mlflow  # pyright: ignore[reportMissingImports]
 
             self._writer = mlflow
             mlflow.start_run(run_name=folder.name)
