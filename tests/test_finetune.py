@@ -121,6 +121,19 @@ def test_evaluation_is_the_mean_of_the_examples_losses(tiny, encoded):
     assert (result["examples"], result["tokens"]) == (24, 96)
 
 
+def test_an_exact_match_is_what_greedy_decoding_would_give(tiny):
+    model = tiny.model(dtype=torch.float32)
+    prompts = torch.arange(1, 25).view(6, 4)
+    greedy = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, do_sample=False)
+    assert greedy.shape == (6, 7)
+    for row in (1, 4):  # one early, one late token is another
+        greedy[row, 4 + row // 2] = (greedy[row, 4 + row // 2] + 1) % model.config.vocab_size
+    ids = greedy.numpy().astype(np.int32)
+    labels = np.where(np.arange(7) < 4, -100, ids)
+    result = evaluate(model, [Encoded(*row, truncated=False) for row in zip(ids, labels, strict=True)], 16, 0)
+    assert result["exact_match"] == pytest.approx(4 / 6)
+
+
 def test_nothing_supervised_is_refused(tiny, tokenizer, tmp_path):
     empty = [Encoded(np.arange(5, dtype=np.int32), np.full(5, -100, dtype=np.int32), truncated=False)]
     with pytest.raises(InputError, match="to train on"):

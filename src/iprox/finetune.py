@@ -156,10 +156,12 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
 
     Returns:
         `loss`: mean over examples of the mean loss over their supervised tokens, nats (what influence is about);
-        `token_loss`: mean over all supervised tokens; `examples`; `tokens` (supervised).
+        `token_loss`: mean over all supervised tokens; `exact_match`: share of examples that greedy decoding answers
+        as they are, its every supervised token being the likeliest given those before it; `examples`; `tokens`
+        (supervised).
     """
     example_sum = token_sum = 0.0
-    examples = tokens = 0
+    examples = tokens = exact = 0
     with torch.no_grad():
         for batch in iter_batches(encoded, batch_tokens, pad_id):
             logits, targets, rows = causal_lm_logits(model, batch.to(model.device))
@@ -169,6 +171,8 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
             sums = losses.new_zeros(count).index_add(0, rows, losses)
             example_sum += float((sums / numbers).sum())
             token_sum += float(sums.sum())
+            missed = torch.bincount(rows[logits.argmax(1) != targets], minlength=count)
+            exact += int(((missed == 0) & (numbers > 0)).sum())
             examples += count
             tokens += int(numbers.sum())
     if examples == 0:
@@ -176,6 +180,7 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
     return {
         "loss": example_sum / examples,
         "token_loss": token_sum / tokens,
+        "exact_match": exact / examples,
         "examples": examples,
         "tokens": tokens,
     }

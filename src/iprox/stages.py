@@ -101,17 +101,24 @@ def finetune(
     settings: FinetuneSection,
     tests: Mapping[str, Pool],
 ) -> StageRecord:
-    """SFT of a model; writes the last checkpoint to `output/model`, and `finetune.json` with the test losses."""
+    """SFT of a model; writes the last checkpoint to `output/model`, and `finetune.json` with what tests show."""
     encoder = session.encoder(session.tokenizer(model))
     encoded = encode_validation(encoder, dict(tests))
-    before = _test_losses(session, model, encoded)
+    before = _tested(session, model, encoded)
     record = _sft(session, model, examples, output, settings, every_epoch=False)
     (last,) = read_json(output / "checkpoints.json")
     final = output / "model"
     (output / last["path"]).replace(final)
     write_json(output / "checkpoints.json", [{**last, "path": final.name}])
-    after = _test_losses(session, str(final), encoded)
-    record["test"] = {task: {"before": before[task], "after": after[task]} for task in encoded}
+    after = _tested(session, str(final), encoded)
+    record["test"] = {
+        task: {
+            "before": before[task]["loss"],
+            "after": after[task]["loss"],
+            "exact_match": {"before": before[task]["exact_match"], "after": after[task]["exact_match"]},
+        }
+        for task in encoded
+    }
     write_json(output / "finetune.json", record)
     return record
 
@@ -131,9 +138,9 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
         )
 
 
-def _test_losses(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, float]:
+def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, float]]:
     loaded = session.model(model)
-    return {task: evaluate(loaded, rows, session.batch_tokens, 0)["loss"] for task, rows in encoded.items()}
+    return {task: evaluate(loaded, rows, session.batch_tokens, 0) for task, rows in encoded.items()}
 
 
 def _sft(
