@@ -180,7 +180,8 @@ def test_finetune_reports_test_losses_before_and_after(place, capfd):
     assert list(place.record()["stages"]) == ["data", "score", "select", "finetune", "report"]
     losses = place.record()["stages"]["finetune"]["test"]["spelling"]
     assert losses["after"] < losses["before"]
-    assert 0 <= losses["exact_match"]["before"] <= 1 and 0 <= losses["exact_match"]["after"] <= 1
+    assert 0 <= losses["exact_match"]["before"] <= 1
+    assert 0 <= losses["exact_match"]["after"] <= 1
     assert (place.output / "finetune/model/model.safetensors").is_file()
     (listed,) = json.loads((place.output / "finetune/checkpoints.json").read_text())
     assert (place.output / "finetune" / listed["path"]).is_dir()
