@@ -1,6 +1,7 @@
 """Training through TRL: what is trained on, what is kept, and what evaluation says."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_the_same_seed_trains_the_same_weights(tiny, tokenizer, encoded, tmp_pat
         train(model, tokenizer, encoded, tmp_path / name, epochs=1, learning_rate=1e-3, batch_size=8, seed=3)
     one, two = ((tmp_path / name / "checkpoint-3" / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
+def test_a_compiled_training_takes_the_same_steps(tiny, tokenizer, encoded, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        result = train(
+            *(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path),
+            epochs=2,
+            learning_rate=1e-3,
+            batch_size=8,
+            compile_model=compiled,
+        )
+        assert result.uncompiled == ""
+        losses[compiled] = [step["loss"] for step in result.history]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
 def test_evaluation_is_the_mean_of_the_examples_losses(tiny, encoded):

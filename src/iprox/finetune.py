@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -22,7 +22,8 @@ from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loss import causal_lm_logits
+from iprox.models.fast_training import COMPILE_STEPS, fast_training
+from iprox.models.loss import causal_lm_logits, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.optimizer_state import save_adam_state
 
@@ -40,12 +41,16 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class TrainingResult:
-    """What a training run did. `history` has one entry an optimiser step: step, epoch, loss, learning_rate."""
+    """What a training run did. `history` has one entry an optimiser step: step, epoch, loss, learning_rate.
+
+    `uncompiled` says why the model did not run compiled although asked to; empty where it did or need not.
+    """
 
     checkpoints: list[Checkpoint] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    uncompiled: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -66,6 +71,7 @@ def train(
     seed: int = 0,
     store_dtype: torch.dtype | None = None,
     optimizer_state: bool = False,
+    compile_model: bool | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
     report_to: str = "none",
 ) -> TrainingResult:
@@ -88,6 +94,7 @@ def train(
         seed: of the order.
         store_dtype: what checkpoints are stored in; the model's own dtype if None.
         optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
+        compile_model: run the decoder layers compiled, on a CPU; auto does where there are steps to repay it.
         progress: called with 1 after each optimiser step.
         report_to: the tracking service that transformers logs to.
 
@@ -144,8 +151,16 @@ def train(
         callbacks=[recorder],
     )
     _silence(trainer)
-    trainer.train()
+    first = next(iter_batches(rows[:batch_size], 1 << 30, 0))
+
+    def trial() -> torch.Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            return causal_lm_losses(model.train(), first).mean()
+
+    with fast_training(model, steps >= COMPILE_STEPS if compile_model == "auto" else compile_model, trial) as reason:
+        trainer.train()
     result = recorder.result
+    result.uncompiled = reason
     result.tokens = epochs * sum(len(row.input_ids) for row in rows)
     result.seconds = time.perf_counter() - started
     return result

@@ -178,9 +178,12 @@ def _sft(
             seed=session.seed,
             store_dtype=stored,
             optimizer_state=optimizer_state,
+            compile_model=settings.compile,
             progress=progress,
             report_to=session.tracker.kind,
         )
+    if result.uncompiled:
+        session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
     write_json(output / "history.json", result.history)
     write_json(output / "checkpoints.json", [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)

@@ -163,6 +163,8 @@ def _forward(
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if torch.is_autocast_enabled("cpu"):  # which casts for torch's kernel, but not for ours
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     scaling = options.get("scaling")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
     return causal_attention(query, key, value, scale)[0], None

@@ -32,12 +32,16 @@ class DataSection(Section):
 
 
 class WarmupSection(Section):
-    """Brief SFT of the target on a random share of the pool before anything is scored."""
+    """Brief SFT of the target on a random share of the pool before anything is scored.
+
+    `compile` says whether it runs compiled, on a CPU; `auto` does that for trainings long enough to repay it.
+    """
 
     fraction: float = Field(0.05, gt=0, le=1)
     epochs: int = Field(4, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
     batch_size: int = Field(16, ge=1)
+    compile: Literal["auto"] | bool = "auto"
 
 
 class ProbeSection(Section):
@@ -189,6 +193,7 @@ class FinetuneSection(Section):
     epochs: int = Field(4, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
     batch_size: int = Field(16, ge=1)
+    compile: Literal["auto"] | bool = "auto"
     test: dict[str, str | list[str]] = Field(default_factory=dict)
 
 

@@ -1,0 +1,70 @@
+"""Training on a CPU at about twice the speed: attention's own backward pass, and decoder layers compiled.
+
+On target-17m (2 cores, bfloat16) a step of 16 examples takes 1.25 s as transformers runs it, 1.1 s with `attention.py`
+and 0.58 s with both; the rest is GEMMs for a half, and what is fused around them. GPUs have kernels of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from iprox.models.attention import fast_attention
+from iprox.models.compiled import PIECES, why_not_compiled
+from iprox.models.layers import decoder_layers
+
+# Optimiser steps that repay compiling: it takes up to a minute once on a machine, seconds after that.
+COMPILE_STEPS = 128
+
+
+@contextmanager
+def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Tensor]) -> Iterator[str]:
+    """Inside, a model on a CPU trains faster; on other devices it is left as it is.
+
+    Args:
+        model: changed in place and, after it, as it was.
+        compiled: run the decoder layers compiled, where they can be.
+        trial: a training loss, to see with its gradient whether the compiled layers work.
+
+    Yields:
+        Why the model does not run compiled although asked to; empty where it does or need not.
+    """
+    if model.device.type != "cpu":
+        yield ""
+        return
+    with fast_attention(model):
+        if not compiled:
+            yield ""
+            return
+        blocks = decoder_layers(model)[1]
+        reason = why_not_compiled(model) or _compile(model, blocks, trial)
+        try:
+            yield reason
+        finally:
+            _uncompile(blocks)
+
+
+def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], Tensor]) -> str:
+    """Compile the decoder layers, and say why they cannot be."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
+    for block in blocks:
+        block.compile(dynamic=True)
+    try:
+        with torch.random.fork_rng(devices=()):  # the trial's dropout moves no random number of the training
+            trial().backward()
+    except TorchDynamoException as error:  # no compiler, or code it cannot follow
+        _uncompile(blocks)
+        return " ".join(str(error).split())[:300]
+    finally:
+        model.zero_grad(set_to_none=True)
+    return ""
+
+
+def _uncompile(blocks: nn.ModuleList) -> None:
+    for block in blocks:
+        block._compiled_call_impl = None
