@@ -3,9 +3,9 @@
     python benchmarks/selection.py                               # the whole shared pool
     python benchmarks/selection.py --examples 2500 --work runs/selection-2500
 
-Every method is a run of the pipeline (warm-up, proxy, audit, scores), the truth is a run without a proxy, and all are
-kept in the work folder, so a stopped benchmark goes on where it was. Costs are FLOPs over those of scoring the pool on
-the target: making the proxy, the audit, and the rows that the target scores again are all counted.
+Every method is a run of the pipeline (proxy, audit, scores), all with the warm-up of the truth, which is a run without
+a proxy. They are kept in the work folder, so a stopped benchmark goes on where it was. Costs are FLOPs over those of
+scoring the pool on the target: making the proxy, the audit, and the rows that the target scores again all count.
 """
 
 from __future__ import annotations
@@ -21,13 +21,9 @@ import pyarrow.parquet as pq
 from iprox.audit.cascade import best_rows, candidate_share
 from iprox.audit.correction import Covariates, fit_correction
 from iprox.data import Pool
-from iprox.influence.scores import score_matrix
-from iprox.pipeline import run_recipe
-from iprox.progress import Reporter
-from iprox.recipe import parse_recipe
 from iprox.run_folder import environment, write_json
+from paper.runs import SHARED, run, scores_in
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 PROMISED = (0.75, 0.9)
 METHODS: dict[str, dict[str, Any]] = {
@@ -96,8 +92,8 @@ def scores_of(arguments: argparse.Namespace, pool: Path, name: str, sections: di
         "output": str(folder_of(arguments, name)),
         **sections,
     }
-    run_recipe(parse_recipe(recipe, "selection.py"), reporter=Reporter(quiet=True), stop_after="score")
-    return score_matrix(pq.read_table(folder_of(arguments, name) / "scores.parquet"))
+    run(recipe, folder_of(arguments, "target") if name != "target" else None)
+    return scores_in(folder_of(arguments, name))
 
 
 def folder_of(arguments: argparse.Namespace, name: str) -> Path:
@@ -114,8 +110,8 @@ def figures(
     arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray, seconds: float
 ) -> dict[str, Any]:
     """Recall by task and costs of a method, alone, corrected, and with cascades of fixed and of promised depth."""
-    run = json.loads((folder_of(arguments, method) / "run.json").read_text())
-    stages, cost = run["stages"], run["cost"]
+    record = json.loads((folder_of(arguments, method) / "run.json").read_text())
+    stages, cost = record["stages"], record["cost"]
     whole = json.loads((folder_of(arguments, "target") / "run.json").read_text())["stages"]["score"]["flops"]
     construction = cost["construction_flops"] / whole
     audit = stages.get("audit", {}).get("flops", 0.0) / whole

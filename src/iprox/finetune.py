@@ -124,7 +124,7 @@ def train(
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(0.03 * steps),
+        warmup_steps=int(0.03 * steps),  # whole steps: the rate of the first one of them is 0
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
         # Recomputing activations pays on a GPU, where memory is short, and only costs time on a CPU.

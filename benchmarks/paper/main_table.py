@@ -1,0 +1,200 @@
+"""The main table: what fine-tuning on the 5 % that each method selects does for each task, and what selecting cost.
+
+    python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
+    python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
+    python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
+
+A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
+fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
+cosine-normalised (raw ones pick the shortest answers, see docs/method.md). Every cell is kept in the results file, so
+a stopped benchmark goes on where it was; run folders are in `--work`.
+
+With hub ids the same command runs on a GPU, see README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import reference
+import scorer
+from runs import SHARED, Results, run, scores_in
+
+from iprox.audit.fidelity import fidelity_metrics
+from iprox.data import Pool
+from iprox.influence.scores import read_scores
+from iprox.progress import Reporter
+from iprox.recipe import FinetuneSection
+from iprox.run_folder import read_json
+from iprox.selection.strategies import top
+from iprox.session import Session, draw_rows
+from iprox.stages import finetune
+
+# Row -> the proxy section of its recipe.
+PROXIES: dict[str, Any] = {
+    "target": False,
+    **{f"ipsvd {size}, aligned": {"sparsity": size} for size in (0.3, 0.5, 0.7)},
+    **{f"ipsvd {size}": {"sparsity": size, "align": False} for size in (0.3, 0.5, 0.7)},
+    "svd-llm 0.7": {"method": "svd-llm", "sparsity": 0.7, "align": False},
+    "svd 0.7": {"method": "svd", "sparsity": 0.7, "align": False},
+    "first layers 0.7": {"method": "layers", "sparsity": 0.7},
+    "sibling": {"method": "off-the-shelf"},
+}
+# Rows that are made here: the published code's proxies, and a model that predicts influence from text.
+OWN = ("reference code 0.7", "influence scorer")
+METHODS = ("random", *PROXIES, *OWN, "full pool")
+
+
+def main() -> None:
+    """Compute what is missing and print the table."""
+    arguments = parse()
+    kept = ("work", "output", "fresh", "seeds", "methods", "scores_only")
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
+    results = Results(arguments.output, settings, fresh=arguments.fresh)
+    for seed in range(arguments.seeds):
+        for method in [name for name in arguments.methods if name not in ("random", "full pool")]:
+            results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
+        if not arguments.scores_only:
+            for method, task in itertools.product(arguments.methods, arguments.tasks):
+                results(f"{method}/{task}/{seed}", lambda m=method, t=task, s=seed: tested(arguments, m, t, s))
+    print_table(results.content["cells"], arguments)
+
+
+def parse() -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
+    parser.add_argument("--sibling", default=str(SHARED / "models/sibling-7m"))
+    parser.add_argument("--pool", nargs="+", default=[str(SHARED / "data/pool.jsonl")])
+    parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val/test.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "bbh", "summarization"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fraction", type=float, default=0.05, help="of the pool that is selected")
+    parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")
+    parser.add_argument("--warmup-epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4, help="of the fine-tuning")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of warm-up and fine-tuning")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--scores-only", action="store_true", help="no fine-tuning: fidelity and cost")
+    parser.add_argument("--work", type=Path, help="run folders (default: runs/paper-ESTIMATOR)")
+    parser.add_argument("--output", type=Path, help="results (default: benchmarks/results/paper-ESTIMATOR.json)")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    arguments = parser.parse_args()
+    name = f"paper-{arguments.estimator}"
+    arguments.work = arguments.work or Path("runs") / name
+    arguments.output = arguments.output or Path(__file__).parents[1] / f"results/{name}.json"
+    return arguments
+
+
+def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """The run of one row."""
+    proxy = PROXIES.get(method, False)
+    if method == "sibling":
+        proxy = {**proxy, "model": arguments.sibling}
+    return {
+        "model": arguments.model,
+        "data": {
+            "pool": arguments.pool,
+            "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
+            "max_length": arguments.max_length,
+        },
+        "warmup": {"fraction": 0.05, "epochs": arguments.warmup_epochs, "learning_rate": arguments.learning_rate},
+        "proxy": proxy,
+        "influence": {"estimator": arguments.estimator, "curvature": "k-fac", "normalise": arguments.normalise},
+        "audit": False,
+        "batch_tokens": arguments.batch_tokens,
+        "seed": seed,
+        "output": str(folder_of(arguments, method, seed)),
+    }
+
+
+def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
+    """Of a row's run."""
+    return arguments.work / f"seed-{seed}" / method.replace(",", "").replace(" ", "-")
+
+
+def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """Score the pool: what it cost, relative to scoring on the target, and how it agrees with the target's scores."""
+    folder, target = (folder_of(arguments, name, seed) for name in (method, "target"))
+    if method in OWN:
+        recipe = recipe_of(arguments, method, seed)
+        if method == "influence scorer":
+            record = scorer.score(recipe, arguments.sibling, target, folder)
+        else:
+            record = reference.score(recipe, target, folder)
+    else:
+        done = run(recipe_of(arguments, method, seed), target if method != "target" else None)
+        stages = {name: done["stages"][name] for name in ("compress", "align", "score") if name in done["stages"]}
+        record = {
+            "parameters": done["cost"]["proxy_parameters"],
+            "flops": {name: stage["flops"] for name, stage in stages.items()},
+            "seconds": {name: stage["seconds"] for name, stage in stages.items()},
+            "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
+        }
+    whole = read_json(target / "run.json")["stages"]["score"]["flops"]
+    record["relative_flops"] = {name: flops / whole for name, flops in record["flops"].items()}
+    truth, scores = scores_in(target), scores_in(folder)
+    record["fidelity"] = {
+        task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
+    }
+    return record
+
+
+def tested(arguments: argparse.Namespace, method: str, task: str, seed: int) -> dict[str, Any]:
+    """Fine-tune the target on a row's selection for a task, and test it."""
+    pool = Pool(arguments.pool)
+    total = pool.scan().rows
+    count = round(arguments.fraction * total)
+    if method == "full pool":
+        rows = list(range(total))
+    elif method == "random":
+        rows = draw_rows("random", seed, total, count)
+    else:
+        scores = read_scores(folder_of(arguments, method, seed) / "scores.parquet")
+        rows = top(scores[f"influence/{task}"].to_numpy(), count).tolist()
+    session = Session.create(
+        max_length=arguments.max_length, batch_tokens=arguments.batch_tokens, seed=seed, reporter=Reporter(quiet=True)
+    )
+    training = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
+    folder = folder_of(arguments, f"{method}-{task}", seed)
+    tests = {task: Pool([str(arguments.targets / f"{task}.test.jsonl")])}
+    with session.metered() as usage:
+        record = finetune(session, arguments.model, pool.take(rows), folder, training, tests)
+    shutil.rmtree(folder)
+    return {**record["test"][task], "rows": len(rows), "tokens": record["tokens"], "seconds": usage.seconds}
+
+
+def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Test losses by task with their standard errors over seeds, exact matches, and costs; what is known so far."""
+    print(f"{'selected by':<22}" + "".join(f"{task:>18}" for task in arguments.tasks) + f"{'mean':>9}{'FLOPs':>7}")
+    for method in arguments.methods:
+        losses = [
+            [
+                cells[f"{method}/{task}/{seed}"]["after"]
+                for seed in range(arguments.seeds)
+                if f"{method}/{task}/{seed}" in cells
+            ]
+            for task in arguments.tasks
+        ]
+        if not all(losses):
+            continue
+        columns = "".join(f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" for each in losses)
+        cost = cells.get(f"{method}/scores/0", {"relative_flops": {}})["relative_flops"]
+        print(f"{method:<22}{columns}{np.mean([np.mean(each) for each in losses]):>9.3f}{sum(cost.values()):>7.2f}")
+
+
+def standard_error(values: list[float]) -> float:
+    """Of a mean over seeds; NaN of one seed."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    main()

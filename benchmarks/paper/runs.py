@@ -1,0 +1,73 @@
+"""Pipeline runs that share a warm-up, and a file of results that is its own cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from iprox.influence.scores import score_matrix
+from iprox.pipeline import run_recipe
+from iprox.progress import Reporter
+from iprox.recipe import parse_recipe
+from iprox.run_folder import environment, write_json
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+class Results:
+    """Cells by name in one JSON file, with machine, versions and settings: what is there is not computed again.
+
+    A stopped benchmark goes on where it was, on another machine too; then both machines are named.
+
+    Args:
+        path: of the file.
+        settings: what the cells hang on.
+        fresh: forget what is there.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path, here = path, environment()
+        self.content: dict[str, Any] = {"machines": [], "settings": dict(settings), "cells": {}}
+        if path.is_file() and not fresh:
+            self.content = json.loads(path.read_text())
+            if self.content["settings"] != json.loads(json.dumps(settings)):
+                raise SystemExit(f"{path}: made with other settings; give another --output, or --fresh to forget it")
+        self._here = here
+
+    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
+        """The cell of that name, computed now if it is not there."""
+        if name not in self.content["cells"]:
+            self.content["cells"][name] = work()
+            if self._here not in self.content["machines"]:
+                self.content["machines"].append(self._here)
+            write_json(self.path, self.content)
+        return self.content["cells"][name]
+
+
+def run(recipe: dict[str, Any], warmed: Path | None = None, stop_after: str = "score") -> dict[str, Any]:
+    """Do a run as far as `stop_after`, or go on with it, and return its `run.json`.
+
+    Args:
+        recipe: with its `output`.
+        warmed: folder of a run with the same data and warm-up, whose checkpoints are taken.
+        stop_after: the last stage.
+    """
+    folder = Path(recipe["output"])
+    if warmed is not None and not folder.exists():
+        record = json.loads((warmed / "run.json").read_text())
+        record["stages"] = {name: record["stages"][name] for name in ("data", "warmup")}
+        shutil.copytree(warmed / "warmup", folder / "warmup")
+        write_json(folder / "run.json", record)
+    run_recipe(parse_recipe(recipe, "benchmark"), reporter=Reporter(quiet=True), stop_after=stop_after)
+    return json.loads((folder / "run.json").read_text())
+
+
+def scores_in(folder: Path) -> np.ndarray:
+    """The scores [N, tasks] of a run."""
+    return score_matrix(pq.read_table(folder / "scores.parquet"))
