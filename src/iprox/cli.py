@@ -570,6 +570,15 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--sample", type=_positive, default=500, help="examples to compare (default 500)")
     parser.add_argument("--output", required=True, help="folder for audit.json")
+    parser.add_argument(
+        "--lds",
+        type=_positive,
+        metavar="SUBSETS",
+        help="retrain on so many random halves of the sample, and say how well the scores foretold what came of it",
+    )
+    parser.add_argument(
+        "--lds-learning-rate", type=float, default=2e-5, metavar="RATE", help="of each training (default 2e-5)"
+    )
     _influence_options(parser)
     _reading_options(parser)
 

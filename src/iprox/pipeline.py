@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, compress_stage, refine_stages, score_stages, stages
+from iprox import align_stage, compress_stage, lds_stage, refine_stages, score_stages, stages
 from iprox.data import Pool
 from iprox.held_out_rows import HeldOutRows
 from iprox.influence.index import GradientIndex
@@ -363,11 +363,23 @@ def _audit(run: Run, context: _Context) -> None:
     pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
     context.audit = run.stage(
         "audit",
-        [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump()],
+        [_common(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(exclude={"lds"})],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
         lambda: score_stages.audit(
             run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
         )[0],
+    )
+    if not settings.lds:
+        return
+    chosen, (path, _) = settings.lds, context.targets[-1]
+    identity = key_of([_common(run), context.keys["warmup"], rows])
+    run.stage(
+        "lds",
+        [context.audit, identity, chosen.model_dump()],
+        [run.folder.audit / lds_stage.RESULT],
+        lambda: lds_stage.measure_lds(
+            run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen, identity
+        ),
     )
 
 

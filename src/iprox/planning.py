@@ -168,6 +168,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         per_token = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1)
         cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * per_token) / scored)
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
+        if lds := recipe.audit.lds:
+            rows = lds.subsets * lds.epochs * lds.fraction * min(recipe.audit.sample, total)
+            cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
+            add("lds", rows, cost, 16 * parameters + 2 * activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
     add("score", scored, scored * per_row + curvature, memory)
     if recipe.refine and recipe.refine.recall:

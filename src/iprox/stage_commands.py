@@ -6,7 +6,18 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, compress_stage, hub, index_stages, options, refine_stages, score_stages, stages, summary
+from iprox import (
+    align_stage,
+    compress_stage,
+    hub,
+    index_stages,
+    lds_stage,
+    options,
+    refine_stages,
+    score_stages,
+    stages,
+    summary,
+)
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
@@ -18,6 +29,7 @@ from iprox.recipe import (
     SIZES,
     AlignSection,
     FinetuneSection,
+    LdsSection,
     ProbeSection,
     ProxySection,
     RefineSection,
@@ -181,19 +193,28 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     settings = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     validation = options.tasks_of(arguments.validation, arguments)
-    output = options.new_folder(arguments.output)
+    retrain = arguments.lds and validate_section(
+        LdsSection, subsets=arguments.lds, learning_rate=arguments.lds_learning_rate
+    )
+    output = options.resumable_folder(arguments.output, "audit.json", "audit.parquet", lds_stage.LOSSES)
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
-    record = options.single_stage(
-        session,
-        "audit",
-        output,
-        arguments,
-        lambda: score_stages.audit(session, pairs, examples, pool, validation, output, settings)[0],
-    )
+
+    def work() -> stages.StageRecord:
+        record, _ = score_stages.audit(session, pairs, examples, pool, validation, output, settings)
+        if not retrain:
+            return record
+        identity = [checkpoint_fingerprint(arguments.model), pool.scan().fingerprint, arguments.sample, session.seed]
+        more = lds_stage.measure_lds(session, arguments.model, examples, validation, output, retrain, identity)
+        return {**record, **more, **{name: record[name] + more[name] for name in ("tokens", "flops")}}
+
+    record = options.single_stage(session, "audit", output, arguments, work, kept=lds_stage.LOSSES)
+    found = read_json(output / "audit.json")
     if not arguments.json:
-        summary.print_fidelity(read_json(output / "audit.json"))
-    return {**record, **read_json(output / "audit.json")}
+        summary.print_fidelity(found)
+        if retrain:
+            summary.print_lds(read_json(output / lds_stage.RESULT))
+    return {**record, **found, **({"lds": read_json(output / lds_stage.RESULT)} if retrain else {})}
 
 
 def refine(arguments: Namespace) -> dict[str, Any]:

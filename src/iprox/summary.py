@@ -152,6 +152,14 @@ def print_fidelity(audit: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_lds(found: dict[str, Any]) -> None:
+    """Linear datamodelling scores as a table."""
+    table = Table("task", "LDS, proxy", "LDS, target", box=None, pad_edge=False)
+    for task, entry in found["tasks"].items():
+        table.add_row(task, *(f"{side['lds']:.3f} ({_bounds(side['interval'])})" for side in entry.values()))
+    console.print(table)
+
+
 def print_machine(found: dict[str, Any]) -> None:
     """What `iprox doctor` found."""
     rates = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in found["gemm_flops_per_second"].items())
@@ -196,8 +204,12 @@ def _interval(fidelity: dict[str, Any]) -> str:
     """The interval of the Spearman correlation."""
     if "intervals" not in fidelity:  # of an audit made before there were any
         return ""
-    low, high = fidelity["intervals"]["spearman"]
-    return f" ({low:.2f} to {high:.2f})"
+    return f" ({_bounds(fidelity['intervals']['spearman'])})"
+
+
+def _bounds(interval: list[float]) -> str:
+    low, high = interval
+    return f"{low:.2f} to {high:.2f}"
 
 
 def print_test_losses(record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from iprox import lds_stage
 from iprox.cli import main
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -418,3 +419,34 @@ def test_a_cascade_is_told_of_in_the_report(place):
     page = (place.output / "report.html").read_text()
     assert "These are the proxy" in page
     assert "Scoring the best rows again took" in page
+
+
+def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(copied, monkeypatch):
+    """With a high rate the warm-up's own scores foretell what training on halves of them does."""
+    settings = ["audit.lds={subsets: 10, learning_rate: 1.0e-3, batch_size: 4}", "audit.sample=60"]
+    trained = []
+
+    def stopping(*arguments, **options):
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        trained.append(1)
+        return retrained(*arguments, **options)
+
+    retrained = lds_stage._retrained
+    monkeypatch.setattr(lds_stage, "_retrained", stopping)
+    assert copied.run("--set", *settings, "--stop-after", "audit") == 130
+    assert len(json.loads((copied.output / "audit/lds-losses.json").read_text())["losses"]) == 4
+    monkeypatch.setattr(lds_stage, "_retrained", lambda *a, **o: (trained.append(1), retrained(*a, **o))[1])
+    assert copied.run("--set", *settings) == 0
+    assert len(trained) == 10
+    found = json.loads((copied.output / "audit/lds.json").read_text())
+    assert found["subsets"] == 10
+    for sides in found["tasks"].values():
+        for side in ("proxy", "target"):
+            assert -1 <= sides[side]["lds"] <= 1
+            assert sides[side]["interval"][0] <= sides[side]["interval"][1]
+    assert copied.record()["stages"]["lds"]["flops"] > 0
+    assert "linear datamodelling score" in (copied.output / "report.html").read_text()
+    # Nothing hangs on it, and it is done once.
+    assert copied.run("--set", *settings) == 0
+    assert copied.done() == []

@@ -147,7 +147,34 @@ def test_examples_come_from_the_pool_with_their_roles(make_run: MakeRun) -> None
     assert "Whole text (2,239 characters)" in best
     assert "#599" in worst
     assert page.text.count("selected\n") >= 10
-    assert len([a for a in page.all("article") if a.get("class") == "card"]) == 20
+    assert (best + worst.split("Fidelity of the proxy")[0]).count(" tokens") == 20
+
+
+def test_rows_that_proxy_and_target_disagree_on_are_shown_with_their_texts(make_run: MakeRun) -> None:
+    run = make_run()
+    summary = json.loads((run / "audit/audit.json").read_text())
+    apart = [entry for task in summary["tasks"].values() for entry in task["disagreements"]]
+    worst = max(apart, key=lambda entry: abs(entry["proxy"] - entry["target"]))["id"]
+    part = build(run).text.split("Where proxy and target disagree most")[1].split("The proxy\n")[0]
+    table, cards = part.split("#", 1)
+    assert worst in table
+    assert worst in cards.split("#")[0]
+    assert f"What is {int(worst[4:])} plus" in cards
+
+
+def test_the_linear_datamodelling_score_is_told_where_it_was_measured(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "random subsets" not in build(run).text
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["lds"] = {"seconds": 3.0, "tokens": 10, "flops": 1e9, "warnings": []}
+    write_json(run / "run.json", record)
+    sides = {"proxy": {"lds": 0.41, "interval": [0.2, 0.6]}, "target": {"lds": 0.52, "interval": [0.3, 0.7]}}
+    measured = {"subsets": 50, "fraction": 0.5, "rows": 300, "tasks": dict.fromkeys(("gsm8k", "code"), sides)}
+    write_json(run / "audit/lds.json", {**measured, "mean": {"proxy": 0.41, "target": 0.52}})
+    text = build(run).text
+    assert "50 random subsets of 150 audited rows" in text
+    assert "0.41 (0.20 to 0.60)" in text
+    assert "0.52 (0.30 to 0.70)" in text
 
 
 @pytest.mark.parametrize(
@@ -317,12 +344,11 @@ def test_no_bar_mixes_both_sides_of_the_cut(values: list[int], share: float) -> 
 @given(values=st.lists(st.one_of(finite, st.just(float("nan"))), max_size=50), most=st.integers(1, 12))
 def test_extreme_rows_are_the_ends_of_the_ranking(values: list[float], most: int) -> None:
     data = np.array(values, dtype=float)
-    best, worst, scored = extreme_rows(data, most)
+    best, worst = extreme_rows(data, most)
     ranked = np.sort(data[np.isfinite(data)])
-    assert scored == len(ranked)
     assert not set(best) & set(worst)
     assert list(data[best]) == list(ranked[::-1][:most])
-    assert len(worst) == min(most, scored - len(best))
+    assert len(worst) == min(most, len(ranked) - len(best))
     assert list(data[worst]) == list(ranked[: len(worst)])
 
 

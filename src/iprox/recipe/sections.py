@@ -169,10 +169,24 @@ class SelectSection(Section):
         return self
 
 
+class LdsSection(Section):
+    """Retraining on random subsets of the audited rows, to see whether the scores foretell what comes of it.
+
+    As many trainings as `subsets`, each on a `fraction` of the rows, from where the scores were taken.
+    """
+
+    subsets: int = Field(50, ge=10)
+    fraction: float = Field(0.5, gt=0, lt=1)
+    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+
+
 class AuditSection(Section):
     """Scores of a random sample on the target itself, to compare the proxy's with."""
 
     sample: int = Field(500, ge=10)
+    lds: LdsSection | Literal[False] = False
 
 
 class RefineSection(Section):

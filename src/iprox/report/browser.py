@@ -44,8 +44,6 @@ def browser_data(folder: RunFolder, rows: Sequence[int], examples: Mapping[int, 
     """
     scores = folder.scores
     selected = set() if folder.selection is None else set(folder.selection.rows.tolist())
-    ranks = np.empty(scores.rows, np.int64)
-    ranks[np.argsort(-scores.influence, kind="stable")] = np.arange(1, scores.rows + 1)
     held: list[dict[str, Any]] = []
     characters = 0
     for row in rows:
@@ -61,7 +59,7 @@ def browser_data(folder: RunFolder, rows: Sequence[int], examples: Mapping[int, 
         held.append(
             {
                 "row": row,
-                "rank": formats.count(int(ranks[row])),
+                "rank": formats.count(int(scores.ranks[row])),
                 "id": scores.id(row),
                 "source": scores.source(row) or "(no source)",
                 "tokens": formats.count(scores.tokens[row]),

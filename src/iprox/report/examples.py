@@ -43,7 +43,7 @@ class ExampleCard:
     origin: str
 
 
-def extreme_rows(influence: np.ndarray, most: int = SHOWN_EACH) -> tuple[list[int], list[int], int]:
+def extreme_rows(influence: np.ndarray, most: int = SHOWN_EACH) -> tuple[list[int], list[int]]:
     """Finds the rows with the highest and the lowest scores.
 
     Args:
@@ -51,14 +51,14 @@ def extreme_rows(influence: np.ndarray, most: int = SHOWN_EACH) -> tuple[list[in
         most: how many of each; fewer where the pool is so small that the two would meet.
 
     Returns:
-        Best rows, best first; worst rows, worst first; how many rows have a score.
+        Best rows, best first; worst rows, worst first.
     """
     order = np.argsort(-influence, kind="stable")  # NaN sorts last
     scored = int(np.isfinite(influence).sum())
     order = order[:scored]
     best = [int(row) for row in order[:most]]
     worst = [int(row) for row in order[len(best) :][-most:][::-1]]
-    return best, worst, scored
+    return best, worst
 
 
 def _turn(role: str, text: str) -> Turn:
@@ -125,24 +125,22 @@ def fetch_examples(folder: RunFolder, pool: Pool | None, rows: Sequence[int]) ->
     return examples, warning
 
 
-def example_cards(folder: RunFolder, examples: Mapping[int, Example]) -> tuple[list[ExampleCard], list[ExampleCard]]:
-    """Builds the cards of the best and the worst rows.
+def example_cards(folder: RunFolder, examples: Mapping[int, Example], rows: Sequence[int]) -> list[ExampleCard]:
+    """Builds the cards of some rows.
 
     Args:
         folder: the run.
         examples: texts by row; cards of others show none.
-
-    Returns:
-        Best first; worst first.
+        rows: in the order of the cards.
     """
     scores = folder.scores
-    best, worst, scored = extreme_rows(scores.influence)
+    ranks = scores.ranks
     chosen = set() if folder.selection is None else {int(row) for row in folder.selection.rows}
 
-    def card(row: int, rank: int) -> ExampleCard:
+    def card(row: int) -> ExampleCard:
         example = examples.get(row)
         return ExampleCard(
-            rank=formats.count(rank),
+            rank=formats.count(int(ranks[row])),
             id=scores.id(row),
             source=scores.source(row) or "(no source)",
             tokens=formats.count(scores.tokens[row]),
@@ -153,7 +151,4 @@ def example_cards(folder: RunFolder, examples: Mapping[int, Example]) -> tuple[l
             origin="" if example is None else example.origin,
         )
 
-    return (
-        [card(row, place + 1) for place, row in enumerate(best)],
-        [card(row, scored - place) for place, row in enumerate(worst)],
-    )
+    return [card(row) for row in rows]

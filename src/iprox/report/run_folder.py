@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ class Scores:
         """Number of rows N."""
         return len(self.influence)
 
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """Place of each row by influence, int64 [N], the best 1; rows without a score come last."""
+        ranks = np.empty(self.rows, np.int64)
+        ranks[np.argsort(-self.influence, kind="stable")] = np.arange(1, self.rows + 1)
+        return ranks
+
     def id(self, row: int) -> str:
         """Returns the id of one row."""
         return str(self.ids[row].as_py())
@@ -68,6 +76,7 @@ class Audit:
         sources: S sources.
         proxy: task name to float64 [S].
         target: task name to float64 [S].
+        lds: lds.json as read, or None where nothing was retrained.
     """
 
     summary: dict[str, Any]
@@ -75,6 +84,7 @@ class Audit:
     sources: list[str | None]
     proxy: dict[str, np.ndarray]
     target: dict[str, np.ndarray]
+    lds: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ def read_run_folder(path: Path) -> RunFolder:
         scores=scores,
         refined=refined,
         selection=_read_selection(path / "selection.json", scores.rows),
-        audit=_read_audit(path / "audit") if "audit" in done else None,
+        audit=_read_audit(path / "audit", lds="lds" in done) if "audit" in done else None,
         compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,
         checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,
         warmup_history=_read_json(path / "warmup" / "history.json", list) if "warmup" in done else None,
@@ -206,7 +216,7 @@ def _read_selection(path: Path, pool_rows: int) -> Selection | None:
     return Selection(rows, str(content.get("strategy", "unknown")), content.get("threshold"))
 
 
-def _read_audit(folder: Path) -> Audit | None:
+def _read_audit(folder: Path, *, lds: bool) -> Audit | None:
     summary = _read_json(folder / "audit.json", dict)
     if summary is None:
         return None
@@ -219,4 +229,5 @@ def _read_audit(folder: Path) -> Audit | None:
         sources=_column(file, "source").to_pylist(),
         proxy={task: _floats(file, f"proxy/{task}") for task in tasks},
         target={task: _floats(file, f"target/{task}") for task in tasks},
+        lds=_read_json(folder / "lds.json", dict) if lds else None,
     )

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from iprox.report import formats
 from iprox.report.charts import Chart
@@ -28,6 +30,7 @@ STAGES = {
     "compress": "Compress",
     "align": "Align",
     "audit": "Audit",
+    "lds": "Retrain (LDS)",
     "score": "Score",
     "refine": "Refine",
     "select": "Select",
@@ -184,6 +187,7 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
         agreement = (_with_interval(values.get(key), bounds.get(key)) for key in ("spearman", "kendall"))
         return (name, *agreement, *(formats.percent(overlap.get(share), 0) for share in shares))
 
+    sources = dict(zip(audit.ids, audit.sources, strict=True))
     charts = []
     for index, (task, values) in enumerate(audit.summary["tasks"].items()):
         chart = fidelity_chart(
@@ -215,7 +219,32 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
             for entry in audit.summary.get("by_length", [])
             for first, last in [entry["tokens"]]
         ],
-        "disagreements": _disagreements(audit),
+        "disagreements": [
+            (
+                entry["id"],
+                sources.get(entry["id"]) or "(no source)",
+                task,
+                f"top {formats.percent(entry['proxy'], 0)}",
+                f"top {formats.percent(entry['target'], 0)}",
+            )
+            for task, entry in disagreements(audit)
+        ],
+        "lds": None if audit.lds is None else _lds(audit.lds),
+    }
+
+
+def _lds(measured: dict[str, Any]) -> dict[str, Any]:
+    """How far the scores foretold what retraining did, by task."""
+    rows = [
+        (task, *(_with_interval(values[side]["lds"], values[side]["interval"]) for side in ("proxy", "target")))
+        for task, values in measured["tasks"].items()
+    ]
+    if len(rows) > 1:
+        rows.append(("Mean", *(formats.decimal(measured["mean"][side]) for side in ("proxy", "target"))))
+    return {
+        "rows": rows,
+        "subsets": formats.count(measured["subsets"]),
+        "size": formats.count(round(measured["fraction"] * measured["rows"])),
     }
 
 
@@ -226,25 +255,27 @@ def _with_interval(value: float | None, bounds: list[float] | None) -> str:
     return f"{formats.decimal(value)} ({formats.decimal(bounds[0])} to {formats.decimal(bounds[1])})"
 
 
-def _disagreements(audit: Audit) -> list[tuple[str, ...]]:
-    """The rows that proxy and target place furthest apart, over all tasks."""
-    sources = dict(zip(audit.ids, audit.sources, strict=True))
+def disagreements(audit: Audit) -> list[tuple[str, dict[str, Any]]]:
+    """The rows that proxy and target place furthest apart, over all tasks: (task, entry of audit.json)."""
     found = [
         (abs(entry["proxy"] - entry["target"]), task, entry)
         for task, values in audit.summary["tasks"].items()
         for entry in values.get("disagreements", [])
     ]
     found.sort(key=lambda item: -item[0])
-    return [
-        (
-            entry["id"],
-            sources.get(entry["id"]) or "(no source)",
-            task,
-            f"top {formats.percent(entry['proxy'], 0)}",
-            f"top {formats.percent(entry['target'], 0)}",
-        )
-        for _, task, entry in found[:MOST_DISAGREEMENTS]
-    ]
+    return [(task, entry) for _, task, entry in found[:MOST_DISAGREEMENTS]]
+
+
+def disagreeing_rows(folder: RunFolder) -> list[int]:
+    """Row numbers of the disagreements, the largest first, each once."""
+    if folder.audit is None:
+        return []
+    ids = list(dict.fromkeys(entry["id"] for _, entry in disagreements(folder.audit)))
+    wanted = pa.array(ids, folder.scores.ids.type)
+    found = pc.is_in(folder.scores.ids, wanted)  # pyright: ignore[reportAttributeAccessIssue]
+    (among,) = np.nonzero(found.to_numpy())
+    rows = {folder.scores.id(row): row for row in among.tolist()}
+    return [rows[id] for id in ids if id in rows]
 
 
 def asked_size(size: dict[str, float]) -> str:
