@@ -26,7 +26,11 @@ from paper.runs import SHARED, run, scores_in
 
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 PROMISED = (0.75, 0.9)
+# The target as the engine scores it at its cheapest, with validation gradients made low-rank as on a proxy: what all
+# others are charged against. (The truth is of whole gradients, which with several tasks cost several times as much.)
+CHARGED = "target, low-rank"
 METHODS: dict[str, dict[str, Any]] = {
+    CHARGED: {"proxy": False, "audit": False, "influence": {"query_norm": 0.95}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},
@@ -54,11 +58,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pool = subset(arguments)
     truth = scores_of(arguments, pool, "target", {"proxy": False, "audit": False})
-    seconds = stages_of(arguments, "target")["score"]["seconds"]
     found = {}
-    for method in arguments.methods:
+    for method in dict.fromkeys([CHARGED, *arguments.methods]):
         scores = scores_of(arguments, pool, method, METHODS[method])
-        found[method] = figures(arguments, method, scores, truth, seconds)
+        found[method] = figures(arguments, method, scores, truth)
         print_method(method, found[method])
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
     write_json(arguments.output, {**environment(), "settings": settings, "rows": len(truth), "methods": found})
@@ -106,20 +109,19 @@ def stages_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     return json.loads((folder_of(arguments, name) / "run.json").read_text())["stages"]
 
 
-def figures(
-    arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray, seconds: float
-) -> dict[str, Any]:
+def figures(arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     """Recall by task and costs of a method, alone, corrected, and with cascades of fixed and of promised depth."""
     record = json.loads((folder_of(arguments, method) / "run.json").read_text())
     stages, cost = record["stages"], record["cost"]
-    whole = json.loads((folder_of(arguments, "target") / "run.json").read_text())["stages"]["score"]["flops"]
+    charged = stages_of(arguments, CHARGED)["score"]
+    whole = charged["flops"]
     construction = cost["construction_flops"] / whole
     audit = stages.get("audit", {}).get("flops", 0.0) / whole
     alone = construction + stages["score"]["flops"] / whole
     taken = sum(stages[name]["seconds"] for name in ("compress", "align", "score") if name in stages)
     result: dict[str, Any] = {
         "cost": {"construction": construction, "scoring": stages["score"]["flops"] / whole, "audit": audit},
-        "relative_seconds": taken / seconds,
+        "relative_seconds": taken / charged["seconds"],
         "alone": {"cost": alone, "recall": recalls(arguments, scores, truth, arguments.share)},
         "cascade": [
             {"candidates": share, "cost": alone + share, "recall": recalls(arguments, scores, truth, share)}

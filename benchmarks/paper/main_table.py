@@ -30,7 +30,6 @@ from iprox.data import Pool
 from iprox.influence.scores import read_scores
 from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection
-from iprox.run_folder import read_json
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
 from iprox.stages import finetune
@@ -122,7 +121,7 @@ def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
 
 
 def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """Score the pool: what it cost, relative to scoring on the target, and how it agrees with the target's scores."""
+    """Score the pool: what it cost, and how it agrees with the target's scores, which are of whole gradients."""
     folder, target = (folder_of(arguments, name, seed) for name in (method, "target"))
     if method in OWN:
         recipe = recipe_of(arguments, method, seed)
@@ -139,8 +138,9 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},
             "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
         }
-    whole = read_json(target / "run.json")["stages"]["score"]["flops"]
-    record["relative_flops"] = {name: flops / whole for name, flops in record["flops"].items()}
+        if done["cost"]["construction_flops"]:
+            # Of scoring on the target as the engine does by default: with validation gradients made low-rank.
+            record["target_flops"] = done["cost"]["target_score_flops"]
     truth, scores = scores_in(target), scores_in(folder)
     record["fidelity"] = {
         task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
@@ -187,8 +187,18 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
         if not all(losses):
             continue
         columns = "".join(f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" for each in losses)
-        cost = cells.get(f"{method}/scores/0", {"relative_flops": {}})["relative_flops"]
-        print(f"{method:<22}{columns}{np.mean([np.mean(each) for each in losses]):>9.3f}{sum(cost.values()):>7.2f}")
+        cost = relative_flops(cells, method)
+        print(f"{method:<22}{columns}{np.mean([np.mean(each) for each in losses]):>9.3f}{cost:>7.2f}")
+
+
+def relative_flops(cells: dict[str, Any], method: str) -> float:
+    """What a row's selection cost, making its proxy counted, over scoring the pool on the target."""
+    of_target = [cell["target_flops"] for name, cell in cells.items() if "/scores/" in name and "target_flops" in cell]
+    if method == "target":
+        return 1.0
+    if not of_target or f"{method}/scores/0" not in cells:
+        return 0.0 if method in ("random", "full pool") else float("nan")
+    return sum(cells[f"{method}/scores/0"]["flops"].values()) / of_target[0]
 
 
 def standard_error(values: list[float]) -> float:
