@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, compress_stage, lds_stage, refine_stages, score_stages, stages
+from iprox import align_stage, attribute_stage, compress_stage, lds_stage, refine_stages, score_stages, stages
 from iprox.data import Pool
 from iprox.held_out_rows import HeldOutRows
 from iprox.influence.index import GradientIndex
@@ -24,7 +24,7 @@ from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.progress import Reporter
 from iprox.proxy.align_state import discard_other_states
 from iprox.recipe import OF_GRADIENTS, STAGES, Recipe
-from iprox.report import build_report
+from iprox.report import build_report, shown_rows
 from iprox.run_folder import RunFolder, environment, key_of, read_json, write_json, write_text
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, share
 from iprox.tracking import Tracker, check_tracking
@@ -132,6 +132,7 @@ class _Context:
 
     targets: list[tuple[str, float]] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
+    scored: list[score_stages.ScoredModel] = field(default_factory=list)
     scores: Path | None = None
     audit: str = ""  # its key, apart: scores do not hang on it
     keys: dict[str, str] = field(default_factory=dict)
@@ -407,7 +408,7 @@ def _score(run: Run, context: _Context) -> None:
             run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )
-    context.scores = run.folder.scores
+    context.scored, context.scores = models, run.folder.scores
     _cost(run)
 
 
@@ -509,7 +510,36 @@ def _finetune(run: Run, context: _Context) -> None:
     )
 
 
+def _attribute(run: Run, context: _Context) -> None:
+    settings, count = run.recipe.influence, run.recipe.report.attributed
+    if not count:
+        return
+    on = skeleton(context.scored[0].path, trust_remote_code=run.recipe.trust_remote_code)
+    why = attribute_stage.why_not_attributed(settings, on)
+    if why is not None:
+        run.record["unattributed"] = why
+        run.session.reporter.say(f"the report shades no tokens: {why}")
+        return
+    run.stage(
+        "attribute",
+        [[context.keys.get(name) for name in ("score", "refine", "select")], settings.model_dump(), count],
+        [run.folder.attribution],
+        lambda: attribute_stage.attribute(
+            run.session,
+            context.scored,
+            run.pool,
+            shown_rows(run.folder.path)[:count],
+            run.validation,
+            run.folder.scores,
+            run.folder.attribution,
+            settings,
+        ),
+    )
+
+
 def _report(run: Run, context: _Context) -> None:
+    _attribute(run, context)
+
     def work() -> stages.StageRecord:
         build_report(run.folder.path, run.pool)
         return {}

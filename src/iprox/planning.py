@@ -178,6 +178,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
         add("refine", share_again * scored, share_again * on_target, memory)
+    if recipe.report.attributed and recipe.influence.runs_model and not recipe.influence.gradient_free:
+        rows = min(recipe.report.attributed, total) * checkpoints
+        add("attribute", rows, rows * per_row, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

@@ -38,6 +38,7 @@ class RunFolder:
         "refined",
         "selected.jsonl",
         "selection.json",
+        "attribution.parquet",
         "finetune",
         "report.html",
         "tensorboard",
@@ -56,6 +57,7 @@ class RunFolder:
         self.refined = self.path / "refined"
         self.selected = self.path / "selected.jsonl"
         self.selection = self.path / "selection.json"
+        self.attribution = self.path / "attribution.parquet"
         self.finetune = self.path / "finetune"
         self.report = self.path / "report.html"
         self.recipe = self.path / "recipe.yaml"

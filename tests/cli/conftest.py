@@ -110,6 +110,7 @@ def _make_place(path: Path, model: Path) -> Place:
         },
         "audit": {"sample": 30},
         "select": {"fraction": 0.1},
+        "report": {"attributed": 8},
         "output": str(place.output),
     }
     place.recipe.write_text(yaml.safe_dump(recipe))

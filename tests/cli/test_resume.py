@@ -21,9 +21,9 @@ def test_a_moved_run_folder_is_done_already(copied, finished):
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ("select.fraction=0.2", ["select", "report"]),
-        ("influence.aggregate=mean", ["audit", "score", "select", "report"]),
-        ("proxy.sparsity=0.6", ["compress", "align", "audit", "score", "select", "report"]),
+        ("select.fraction=0.2", ["select", "attribute", "report"]),
+        ("influence.aggregate=mean", ["audit", "score", "select", "attribute", "report"]),
+        ("proxy.sparsity=0.6", ["compress", "align", "audit", "score", "select", "attribute", "report"]),
         ("audit=false", ["report"]),
     ],
 )
@@ -86,7 +86,7 @@ def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkey
     assert "interrupted" in capfd.readouterr().err
     assert list(place.record()["stages"]) == ["data", "warmup", "compress"]
     assert place.run() == 0
-    assert place.done() == ["align", "audit", "score", "select", "report"]
+    assert place.done() == ["align", "audit", "score", "select", "attribute", "report"]
     assert place.result() == finished.result()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from iprox.cli import main
 
-STAGES = ["data", "warmup", "compress", "align", "audit", "score", "select", "report"]
+STAGES = ["data", "warmup", "compress", "align", "audit", "score", "select", "attribute", "report"]
 SMALL = ["--set", "proxy=false", "warmup=false", "audit=false"]
 
 

@@ -15,7 +15,7 @@ NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
 def test_proxy_off_scores_on_the_target(place):
     assert place.run("--set", "proxy=false") == 0
-    assert list(place.record()["stages"]) == ["data", "warmup", "score", "select", "report"]
+    assert list(place.record()["stages"]) == ["data", "warmup", "score", "select", "attribute", "report"]
     cost = place.record()["cost"]
     assert cost["score_flops"] == cost["target_score_flops"]
     assert cost["construction_flops"] == 0
@@ -24,7 +24,7 @@ def test_proxy_off_scores_on_the_target(place):
 
 def test_warm_up_align_and_audit_off(place):
     assert place.run("--set", "warmup=false", "proxy.align=false", "audit=false") == 0
-    assert list(place.record()["stages"]) == ["data", "compress", "score", "select", "report"]
+    assert list(place.record()["stages"]) == ["data", "compress", "score", "select", "attribute", "report"]
     config = json.loads((place.output / "proxy/config.json").read_text())
     assert config["quantization_config"]["target"] == place.record()["model"]
 
@@ -178,7 +178,7 @@ def test_finetune_reports_test_losses_before_and_after(place, capfd):
     place.set(finetune=settings)
     assert place.run(*NO_PROXY) == 0
     assert "test loss" in capfd.readouterr().out
-    assert list(place.record()["stages"]) == ["data", "score", "select", "finetune", "report"]
+    assert list(place.record()["stages"]) == ["data", "score", "select", "finetune", "attribute", "report"]
     losses = place.record()["stages"]["finetune"]["test"]["spelling"]
     assert losses["after"] < losses["before"]
     assert 0 <= losses["exact_match"]["before"] <= 1
@@ -326,7 +326,7 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
     def stopped(*given):
         count.append(given)
-        if len(count) == 5:
+        if len(count) == 4:
             raise KeyboardInterrupt
         return step(*given)
 
@@ -334,7 +334,8 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 130
     assert (tmp_path / "resumed.state.safetensors").is_file()
     assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 0
-    assert len(count) == 5 + 2  # four steps were done and saved
+    done = len(json.loads((tmp_path / "whole/alignment.json").read_text())["steps"])  # it may have stopped early
+    assert len(count) == 4 + done - 2  # three steps were done, and two of them saved
     assert not (tmp_path / "resumed.state.safetensors").exists()
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
@@ -450,3 +451,33 @@ def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(co
     # Nothing hangs on it, and it is done once.
     assert copied.run("--set", *settings) == 0
     assert copied.done() == []
+
+
+def test_the_terms_of_the_shown_rows_sum_to_their_scores_over_all_checkpoints(several):
+    terms = pq.read_table(several.output / "attribution.parquet")
+    scores = pq.read_table(several.output / "scores.parquet").take(terms["row"])
+    assert len(terms) == 8
+    assert terms["id"].to_pylist() == scores["id"].to_pylist()
+    for column in ("influence/spelling", "influence/arithmetic", "influence"):
+        sums = [sum(row) for row in terms[column].to_pylist()]
+        assert sums == pytest.approx(scores[column].to_pylist(), rel=0.05, abs=1e-4)  # in bfloat16
+    for tokens, supervised, row in zip(
+        *(terms[c].to_pylist() for c in ("tokens", "supervised", "influence")), strict=True
+    ):
+        assert len(tokens) == len(supervised) == len(row)
+        assert any(supervised)
+    assert "<summary>Token by token" in (several.output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("influence.estimator=length", "length takes no gradients"),
+        ("influence.over_examples=max", "no sum over tokens"),
+    ],
+)
+def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(place, setting, why):
+    assert place.run(*NO_PROXY, setting) == 0
+    assert why in place.record()["unattributed"]
+    assert "attribute" not in place.record()["stages"]
+    assert "<summary>Token by token" not in (place.output / "report.html").read_text()

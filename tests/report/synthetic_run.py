@@ -144,8 +144,24 @@ def write_run(
         )
     if "audit" not in without:
         write_audit(run / "audit", scores, sources, rng)
+    if "attribute" not in without:
+        write_attribution(run / "attribution.parquet", best)
     write_json(run / "run.json", run_json(pool, rows, tasks, without))
     return run
+
+
+def write_attribution(path: Path, best: int) -> None:
+    """Tokens of three rows: the one with a script, a long one, and one without a score."""
+    pieces = [["Is this ", SCRIPT, "\n", "20"], [f"word{place} " for place in range(1500)], ["nothing"]]
+    terms = [[-0.01, 0.02, 0.0, 0.08], [0.001 * (place % 7 - 3) for place in range(1500)], None]
+    columns = {
+        "row": pa.array([best, best + 1, 3], pa.int64()),
+        "id": [f"row-{row:04d}" for row in (best, best + 1, 3)],
+        "tokens": pieces,
+        "supervised": [[False, False, False, True], [False] * 1500, [False]],
+        "influence": pa.array(terms, pa.list_(pa.float64())),
+    }
+    pq.write_table(pa.table(columns), path)
 
 
 def write_audit(folder: Path, scores: dict[str, np.ndarray], sources: list[str | None], rng: Any) -> None:
@@ -174,6 +190,7 @@ def run_json(pool: Path, rows: int, tasks: tuple[str, ...], without: tuple[str, 
         "audit": (9.9, 60_000, 1.1e12, 1_500_000_000, []),
         "score": (84.6, 73_000, 3.4e12, 1_300_000_000, ["1 row has no supervised token and no score."]),
         "select": (0.05, 0, 0.0, 400_000_000, []),
+        "attribute": (2.1, 3_000, 1.4e10, 700_000_000, []),
     }
     keys = ("seconds", "tokens", "flops", "peak_memory_bytes", "warnings")
     return {

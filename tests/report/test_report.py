@@ -24,6 +24,7 @@ from iprox.report.examples import MOST_CHARACTERS, extreme_rows
 from iprox.report.fidelity_charts import fidelity_chart, top_rows
 from iprox.report.proxy_charts import layers_by_kind, rank_chart
 from iprox.report.score_charts import score_histogram, source_chart, source_shares
+from iprox.report.shading import shaded
 from iprox.report.training_charts import thin
 
 MakeRun = Callable[..., Path]
@@ -160,6 +161,31 @@ def test_rows_that_proxy_and_target_disagree_on_are_shown_with_their_texts(make_
     assert worst in table
     assert worst in cards.split("#")[0]
     assert f"What is {int(worst[4:])} plus" in cards
+
+
+def test_tokens_are_shaded_by_what_they_add_to_the_score(make_run: MakeRun) -> None:
+    page = build(make_run())
+    best = page.text.split("Highest influence")[1].split("Lowest influence")[0]
+    assert best.count("Token by token") == 2
+    tokens = [a for a in page.all("span") if a.get("class", "").startswith("tok")]
+    assert [(a["class"], a.get("title")) for a in tokens[3:7]] == [
+        ("tok harm1", "−0.01"),
+        ("tok help1", "+0.02"),
+        ("tok", "0"),
+        ("tok help5 sup", "+0.08"),
+    ]
+    assert "word299 " not in best  # a long row keeps its end
+    assert "word300 " in best
+
+
+def test_nothing_is_shaded_where_nothing_was_attributed(make_run: MakeRun) -> None:
+    assert "Token by token" not in build(make_run(without=("attribute",))).text
+
+
+def test_shades_are_relative_to_the_strongest_of_the_row() -> None:
+    tokens = shaded(["a", "b", "c", "d"], [True] * 4, np.array([-4.0, 1.0, 0.1, 2.0]))
+    assert [token.level for token in tokens] == [-5, 1, 0, 2]
+    assert {token.level for token in shaded(["a", "b"], [True, False], np.zeros(2))} == {0}
 
 
 def test_the_linear_datamodelling_score_is_told_where_it_was_measured(make_run: MakeRun) -> None:

@@ -149,6 +149,22 @@ def browses(browser: Any) -> None:
     choose("order", "0 1")
     browser.execute_script("document.getElementById('browser-more').click()")
     assert len(shown()) == 24
+    shades(browser)
+
+
+def shades(browser: Any) -> None:
+    """Tokens are shaded by their terms, as text, in the cards of the page and of the browser."""
+    for where in ("#examples .pair", "#browser-list"):
+        script = (
+            f"const d = document.querySelector('{where} details.shading'); d.open = true;"
+            "return [...d.querySelectorAll('.tok')].map(t =>"
+            " [t.textContent, getComputedStyle(t).backgroundColor, t.title])"
+        )
+        (first, harm, term), (script_text, help2, _), (_, plain, _), (_, help5, _) = browser.execute_script(script)
+        assert (first, term) == ("Is this ", "−0.01")
+        assert script_text == SCRIPT
+        assert len({harm, help2, plain, help5}) == 4
+        assert plain.endswith(" 0)")  # transparent
 
 
 def hovers(browser: Any) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from iprox.data import ChatEncoder, Example, iter_batches
+from iprox.data.pieces import token_pieces
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.scores import TASK_PREFIX
 
@@ -45,7 +46,7 @@ def attribute_examples(
     columns: dict[str, pa.Array] = {
         "id": pa.array([example.id for example in examples], pa.string()),
         "tokens": pa.array(
-            [[encoder.tokenizer.decode([token]) for token in row.input_ids] for row in encoded], pa.list_(pa.string())
+            [token_pieces(encoder.tokenizer, row.input_ids.tolist()) for row in encoded], pa.list_(pa.string())
         ),
         "supervised": pa.array([(row.labels != -100).tolist() for row in encoded], pa.list_(pa.bool_())),
     }

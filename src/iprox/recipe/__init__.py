@@ -21,6 +21,7 @@ from iprox.recipe.sections import (
     ProbeSection,
     ProxySection,
     RefineSection,
+    ReportSection,
     SelectSection,
     WarmupSection,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "ProxySection",
     "Recipe",
     "RefineSection",
+    "ReportSection",
     "SelectSection",
     "WarmupSection",
     "absolute_pattern",

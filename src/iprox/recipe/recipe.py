@@ -20,6 +20,7 @@ from iprox.recipe.sections import (
     FinetuneSection,
     ProxySection,
     RefineSection,
+    ReportSection,
     SelectSection,
     WarmupSection,
 )
@@ -40,6 +41,7 @@ class Recipe(Section):
     audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
     refine: RefineSection | Literal[False] = False
     finetune: FinetuneSection | Literal[False] = False
+    report: ReportSection = ReportSection()  # pyright: ignore[reportCallIssue]
     engine: Literal["local"] | EngineSection = "local"
     tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     output: str

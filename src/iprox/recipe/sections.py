@@ -211,6 +211,12 @@ class FinetuneSection(Section):
     test: dict[str, str | list[str]] = Field(default_factory=dict)
 
 
+class ReportSection(Section):
+    """The page. `attributed` rows of those it shows are scored again, token by token, to be shaded; 0 shades none."""
+
+    attributed: int = Field(120, ge=0)
+
+
 class RaySection(Section):
     """How many Ray actors score, each with a copy of the model."""
 

@@ -20,6 +20,21 @@
     return box;
   };
 
+  const shading = (pieces) => {
+    const box = element("details", "shading");
+    const text = element("div", "text");
+    text.dir = "auto";
+    text.append(
+      ...pieces.map(([piece, classes, term]) => {
+        const made = element("span", classes, piece);
+        made.title = term;
+        return made;
+      }),
+    );
+    box.append(element("summary", "", "Token by token"), text);
+    return box;
+  };
+
   const card = (row, tasks) => {
     const made = element("article", "card");
     const head = element("header");
@@ -38,6 +53,7 @@
     if (tasks.length > 1) tasks.forEach((task, place) => score(task, row.shown[place + 1], ""));
     head.append(title, meta, scores);
     made.append(head, ...row.turns.map(turn));
+    if (row.pieces) made.append(shading(row.pieces));
     return made;
   };
 

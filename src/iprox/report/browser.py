@@ -12,6 +12,7 @@ from iprox.report import formats
 from iprox.report.charts import safe_json
 from iprox.report.examples import roles_and_texts
 from iprox.report.run_folder import RunFolder
+from iprox.report.shading import browser_tokens
 
 # How many of each kind; a row may be of several.
 SELECTED, BEST_OF_TASK, WORST, ANY = 160, 40, 40, 80
@@ -67,6 +68,7 @@ def browser_data(folder: RunFolder, rows: Sequence[int], examples: Mapping[int, 
                 "scores": [float(value) for value in columns],
                 "shown": [formats.score(value) for value in columns],
                 "turns": turns,
+                "pieces": browser_tokens(folder.shading.get(row)),
             }
         )
     if not held:

@@ -37,8 +37,7 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
     run_dir = Path(run_dir)
     folder = read_run_folder(run_dir)
     best, worst = extreme_rows(folder.scores.influence)
-    disagreeing = sections.disagreeing_rows(folder)
-    held = browser_rows(folder)
+    disagreeing, held = sections.disagreeing_rows(folder), browser_rows(folder)
     examples, warning = fetch_examples(folder, pool, sorted({*best, *worst, *disagreeing, *held}))
     page = _render(
         name=run_dir.resolve().name,
@@ -58,10 +57,22 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         cost=sections.cost_section(folder),
         warnings=sections.warnings_section(folder, [warning] if warning else []),
         reproduce=sections.reproduce_section(folder),
+        shaded=bool(folder.shading),
     )
     path = run_dir / "report.html"
     _write_atomically(path, page)
     return path
+
+
+def shown_rows(run_dir: Path) -> list[int]:
+    """The rows whose texts the report of a run shows, each once: the most prominent first.
+
+    Raises:
+        InputError: as `build_report`.
+    """
+    folder = read_run_folder(Path(run_dir))
+    best, worst = extreme_rows(folder.scores.influence)
+    return list(dict.fromkeys([*best, *worst, *sections.disagreeing_rows(folder), *browser_rows(folder)]))
 
 
 def _render(**context: object) -> str:

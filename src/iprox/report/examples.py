@@ -9,6 +9,7 @@ from iprox.data import Example, Pool
 from iprox.errors import InputError
 from iprox.report import formats
 from iprox.report.run_folder import RunFolder
+from iprox.report.shading import ShadedToken
 
 SHOWN_EACH = 10
 # Longer texts start folded, with this much in view.
@@ -41,6 +42,7 @@ class ExampleCard:
     tasks: tuple[tuple[str, str], ...]
     turns: tuple[Turn, ...]
     origin: str
+    shading: tuple[ShadedToken, ...]
 
 
 def extreme_rows(influence: np.ndarray, most: int = SHOWN_EACH) -> tuple[list[int], list[int]]:
@@ -149,6 +151,7 @@ def example_cards(folder: RunFolder, examples: Mapping[int, Example], rows: Sequ
             tasks=tuple((task, formats.score(values[row])) for task, values in scores.tasks.items()),
             turns=() if example is None else tuple(_turn(*turn) for turn in roles_and_texts(example)),
             origin="" if example is None else example.origin,
+            shading=() if example is None else tuple(folder.shading.get(row, ())),
         )
 
     return [card(row) for row in rows]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.errors import InputError
+from iprox.report.shading import ShadedToken, read_shading
 
 TASK_PREFIX = "influence/"
 
@@ -102,6 +103,7 @@ class RunFolder:
     checkpoints: list[dict[str, Any]] | None
     warmup_history: list[dict[str, Any]] | None
     alignment: dict[str, Any] | None
+    shading: dict[int, list[ShadedToken]]
 
 
 def read_run_folder(path: Path) -> RunFolder:
@@ -146,6 +148,7 @@ def read_run_folder(path: Path) -> RunFolder:
         checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,
         warmup_history=_read_json(path / "warmup" / "history.json", list) if "warmup" in done else None,
         alignment=_read_json(path / "aligned" / "alignment.json", dict) if "align" in done else None,
+        shading=read_shading(path / "attribution.parquet") if "attribute" in done else {},
     )
 
 

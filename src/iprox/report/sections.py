@@ -35,6 +35,7 @@ STAGES = {
     "refine": "Refine",
     "select": "Select",
     "finetune": "Fine-tune",
+    "attribute": "Attribute",
 }
 
 

@@ -1,0 +1,120 @@
+"""The scores of the rows that a report shows, token by token, so that it can shade them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import nn
+
+from iprox.data import Pool
+from iprox.files import replacing
+from iprox.influence.aggregate import Aggregation, TaskSpread
+from iprox.influence.attribution import attribute_examples
+from iprox.influence.estimators import BatchScorer
+from iprox.influence.scores import TASK_PREFIX, read_scores, score_matrix
+from iprox.influence.windows import fitting_scorer
+from iprox.models import flops
+from iprox.models.experts import SplitExperts
+from iprox.models.loading import skeleton
+from iprox.recipe import InfluenceSection
+from iprox.score_stages import ScoredModel, curvature_sample, scoring_settings
+from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+from iprox.stages import StageRecord
+
+
+def why_not_attributed(settings: InfluenceSection, model: nn.Module) -> str | None:
+    """Why scores of this kind, on this model, are no sums of terms of tokens; None where they are."""
+    if settings.gradient_free:
+        return f"{settings.estimator} takes no gradients"
+    if settings.estimator == "adam":
+        return "Adam's step is no sum over tokens"
+    if settings.over_examples == "max":
+        return "the maximum over validation examples is no sum over tokens"
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        return "the layers of experts do not see every token"
+    return None
+
+
+def attribute(
+    session: Session,
+    models: Sequence[ScoredModel],
+    pool: Pool,
+    rows: Sequence[int],
+    validation: Mapping[str, Pool],
+    scores: Path,
+    output: Path,
+    settings: InfluenceSection,
+) -> StageRecord:
+    """Write which tokens the scores of some rows come from; a Parquet file with a row each.
+
+    Its columns: `row`, `id`, `tokens` and `supervised` (lists), and lists of one term a token: `influence/<task>`,
+    which sum to the task's score, and `influence`, which sum to the aggregate.
+
+    Args:
+        session: how to compute.
+        models: what the pool was scored on, all checkpoints.
+        pool: where the rows are.
+        rows: their numbers.
+        validation: validation sets by task.
+        scores: `scores.parquet`, whose spread weighs tasks against each other.
+        output: the file.
+        settings: how influence was scored; one that `why_not_attributed` says nothing of.
+    """
+    first = models[0].path
+    tokenizer = session.tokenizer(first)
+    encoder = session.encoder(tokenizer)
+    encoded = encode_validation(encoder, dict(validation))
+    scoring = replace(scoring_settings(session, settings), per_example=False)
+    curved = curvature_sample(session, pool, encoder, settings)
+    examples = pool.take(rows)
+    terms: list[np.ndarray | None] = [None] * len(examples)
+    table = None
+    with session.reporter.bar("attribute", len(models) * len(examples), "rows") as progress:
+        for each in models:
+            model = session.model(each.path)
+            target = session.model(each.target) if each.target else None
+            scorer, fitted = fitting_scorer(model, encoded, pad_id_of(tokenizer), scoring, target, curved)
+            assert isinstance(scorer, BatchScorer)
+            table = attribute_examples(scorer, examples, encoder, pad_id_of(tokenizer), fitted.batch_tokens)
+            for place, found in enumerate(_terms(table, list(encoded))):
+                if found is not None:
+                    before = terms[place]
+                    terms[place] = each.learning_rate * found + (0.0 if before is None else before)
+            progress(len(examples))
+    assert table is not None
+    spread = TaskSpread()
+    spread.add(score_matrix(read_scores(scores)))
+    columns: dict[str, pa.Array] = {"row": pa.array(list(rows), pa.int64())}
+    columns |= {name: table[name] for name in ("id", "tokens", "supervised")}
+    for number, task in enumerate(encoded):
+        columns[TASK_PREFIX + task] = _lists([None if term is None else term[:, number] for term in terms])
+    whole = [None if term is None else aggregate_terms(term, scoring.aggregation, spread) for term in terms]
+    columns["influence"] = _lists(whole)
+    with replacing(output) as partial:
+        pq.write_table(pa.table(columns), partial)
+    tokens, supervised = tokens_of(encoder.encode(examples))
+    counted = skeleton(first, trust_remote_code=session.trust_remote_code)
+    spent = len(models) * flops.scoring_flops(counted, tokens, supervised, 0.0)
+    return {"rows": len(rows), "tokens": tokens * len(models), "flops": spent}
+
+
+def aggregate_terms(terms: np.ndarray, how: Aggregation, spread: TaskSpread) -> np.ndarray:
+    """Terms [tokens, tasks] of one row as those of its aggregate [tokens]: linear but for the choice of a maximum."""
+    if how.tasks == "max":
+        return terms[:, terms.sum(axis=0).argmax()]
+    return how.over_tasks(terms, spread)
+
+
+def _terms(table: pa.Table, tasks: Sequence[str]) -> list[np.ndarray | None]:
+    """The terms [tokens, tasks] of each row; None for a row without a score."""
+    columns = [table[TASK_PREFIX + task].to_pylist() for task in tasks]
+    return [None if row[0] is None else np.stack(row, axis=1) for row in zip(*columns, strict=True)]
+
+
+def _lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
+    return pa.array([None if row is None else row.tolist() for row in rows], pa.list_(pa.float64()))
