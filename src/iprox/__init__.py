@@ -8,6 +8,7 @@ from importlib.metadata import version
 from iprox.api import align, attribute, audit, compress, load, score, select
 from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
+from iprox.views import view
 
 __version__ = version("iprox")
-__all__ = ["GradientIndex", "InputError", "align", "attribute", "audit", "compress", "load", "score", "select"]
+__all__ = ["GradientIndex", "InputError", "align", "attribute", "audit", "compress", "load", "score", "select", "view"]
