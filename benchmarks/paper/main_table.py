@@ -27,7 +27,6 @@ from runs import SHARED, Results, run, scores_in
 
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.influence.scores import read_scores
 from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection
 from iprox.selection.strategies import top
@@ -60,7 +59,10 @@ def main() -> None:
             results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
         if not arguments.scores_only:
             for method, task in itertools.product(arguments.methods, arguments.tasks):
-                results(f"{method}/{task}/{seed}", lambda m=method, t=task, s=seed: tested(arguments, m, t, s))
+                chosen = results.content["cells"].get(f"{method}/scores/{seed}", {}).get("selected", {}).get(task)
+                results(
+                    f"{method}/{task}/{seed}", lambda m=method, t=task, s=seed, c=chosen: tested(arguments, m, t, s, c)
+                )
     print_table(results.content["cells"], arguments)
 
 
@@ -142,24 +144,28 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
             # Of scoring on the target as the engine does by default: with validation gradients made low-rank.
             record["target_flops"] = done["cost"]["target_score_flops"]
     truth, scores = scores_in(target), scores_in(folder)
+    count = round(arguments.fraction * len(scores))
+    # As text, so that they take a line each. Kept, so that fine-tuning can go on without the run folders.
+    record["selected"] = {
+        task: " ".join(map(str, top(scores[:, number], count).tolist())) for number, task in enumerate(arguments.tasks)
+    }
     record["fidelity"] = {
         task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
     }
     return record
 
 
-def tested(arguments: argparse.Namespace, method: str, task: str, seed: int) -> dict[str, Any]:
+def tested(arguments: argparse.Namespace, method: str, task: str, seed: int, chosen: str | None) -> dict[str, Any]:
     """Fine-tune the target on a row's selection for a task, and test it."""
     pool = Pool(arguments.pool)
     total = pool.scan().rows
-    count = round(arguments.fraction * total)
     if method == "full pool":
         rows = list(range(total))
     elif method == "random":
-        rows = draw_rows("random", seed, total, count)
+        rows = draw_rows("random", seed, total, round(arguments.fraction * total))
     else:
-        scores = read_scores(folder_of(arguments, method, seed) / "scores.parquet")
-        rows = top(scores[f"influence/{task}"].to_numpy(), count).tolist()
+        assert chosen is not None
+        rows = [int(row) for row in chosen.split()]
     session = Session.create(
         max_length=arguments.max_length, batch_tokens=arguments.batch_tokens, seed=seed, reporter=Reporter(quiet=True)
     )
