@@ -5,18 +5,41 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from iprox.data import Example, example_batches
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from iprox.data import Batch, ChatEncoder, Example, Pool, example_batches
 from iprox.finetune import save_model
 from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
+from iprox.influence.estimators import has_bias
+from iprox.influence.gradients import LayerGradient
+from iprox.influence.preconditioning import kronecker_curvature
 from iprox.models import flops
+from iprox.models.layers import influence_layers, low_rank_layers
 from iprox.proxy.align import AlignSettings, align
-from iprox.proxy.align_loss import Objective
-from iprox.recipe import AlignSection
+from iprox.proxy.align_loss import Objective, Precondition
+from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
+from iprox.recipe import AlignSection, InfluenceSection, curvature_passes
 from iprox.run_folder import write_json
+from iprox.score_stages import curvature_sample
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.stages import StageRecord, check_belongs
+
+
+@dataclass(frozen=True, slots=True)
+class CurvedBy:
+    """An influence function that will be scored, and the pool that its curvature is measured on a sample of."""
+
+    influence: InfluenceSection
+    pool: Pool
+
+    @classmethod
+    def of(cls, influence: InfluenceSection, pool: Pool) -> CurvedBy | None:
+        """None for estimators that divide by no Kronecker-factored curvature."""
+        return cls(influence, pool) if influence.estimator == "influence-function" else None
 
 
 def align_proxy(
@@ -28,6 +51,7 @@ def align_proxy(
     settings: AlignSection,
     *,
     held_out: HeldOutRows | None = None,
+    curved: CurvedBy | None = None,
     max_steps: int | None = None,
     state: Path,
     identity: str,
@@ -42,6 +66,7 @@ def align_proxy(
         output: folder to write.
         settings: how to align.
         held_out: what fidelity is measured on; None keeps the last factors.
+        curved: the influence function that will be scored, whose curvature gradients are divided by; None for others.
         max_steps: in place of the number of epochs.
         state: file that an interrupted alignment goes on from; the caller removes it when all is done.
         identity: of the alignment that may go on from it.
@@ -57,6 +82,18 @@ def align_proxy(
     batches = list(steps_of)
     steps = max_steps or settings.epochs * math.ceil(len(batches) / settings.accumulate)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
+    objective = Objective(
+        settings.gradient_weight,
+        settings.kl_weight,
+        settings.hidden_weight,
+        settings.temperature,
+        settings.distance,
+        settings.layer_weights,
+    )
+    precondition, curvature = None, 0.0
+    if curved is not None and settings.gradient_weight and settings.precondition:
+        precondition, curvature = _inverse_curvature(session, target, proxy, encoder, curved)
+    store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
         session.reporter.say(f"align: goes on from {state}")
     with session.reporter.bar("align", steps, "steps") as progress:
@@ -72,15 +109,10 @@ def align_proxy(
                 settings.patience,
                 session.seed,
             ),
-            Objective(
-                settings.gradient_weight,
-                settings.kl_weight,
-                settings.hidden_weight,
-                settings.temperature,
-                settings.distance,
-                settings.layer_weights,
-            ),
+            objective,
             held_out=None if watched is None else watched.watch(proxy),
+            precondition=precondition,
+            store=store,
             state=state,
             identity=identity,
             progress=progress,
@@ -89,6 +121,9 @@ def align_proxy(
         session.reporter.warn(
             "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
+    asked = 1.0 if store is None else store.made / max(1, len(history.steps) * settings.accumulate)
+    if store is not None:
+        store.discard()
     data = history.as_dict()
     save_model(proxy, tokenizer, output)
     write_json(output / "alignment.json", data)
@@ -99,13 +134,16 @@ def align_proxy(
     session.tracker.curve("align/held_out", data["held_out"])
     tokens, supervised = tokens_of(encoded)
     read = history.tokens, round(supervised * history.tokens / tokens)
-    spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0)
+    spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0, asked=asked)
+    spent += curvature
     if watched is not None and held_out is not None:
         spent += watching_flops(target, [proxy] * len(history.held_out), watched, held_out.influence)
     return {
         "tokens": history.tokens,
         "flops": spent,
         "examples": len(examples),
+        "preconditioned": precondition is not None,
+        "target_asked": asked,
         "steps": len(history.steps),
         "first_loss": history.steps[0].loss,
         "last_loss": history.steps[-1].loss,
@@ -119,3 +157,47 @@ def align_proxy(
         if history.held_out
         else None,
     }
+
+
+def _inverse_curvature(
+    session: Session, target: PreTrainedModel, proxy: PreTrainedModel, encoder: ChatEncoder, curved: CurvedBy
+) -> tuple[Precondition, float]:
+    """(F + λI)⁻¹ of the target's layers, as scoring will have it, and the FLOPs of measuring F."""
+    influence = curved.influence
+    sample = curvature_sample(session, curved.pool, encoder, influence)
+    layers = influence_layers(target, "weight")
+    low_rank = low_rank_layers(proxy)
+    layers = {name: layer for name, layer in layers.items() if name in low_rank}
+    batches = list(session.batches(sample, 0))
+    bases = kronecker_curvature(target, layers, batches, corrected=influence.curvature == "ek-fac")
+    passes = curvature_passes(influence)
+
+    def precondition(name: str, gradient: Tensor) -> Tensor:
+        if name not in bases:  # no token of the sample reached it, so there is nothing to divide by
+            return gradient
+        bias = gradient.new_zeros(len(gradient)) if has_bias(layers[name]) else None
+        basis = bases[name].to(gradient.device)
+        return basis.solve(LayerGradient(gradient, bias), influence.damping).weight
+
+    return precondition, flops.curvature_flops(target, "weight", *tokens_of(sample), passes)
+
+
+def _store(
+    settings: AlignSection,
+    objective: Objective,
+    target: PreTrainedModel,
+    proxy: PreTrainedModel,
+    batches: Sequence[Batch],
+    steps: int,
+    state: Path,
+    identity: str,
+) -> SignalStore | None:
+    """Where what the target says of each batch is kept, if it is and pays."""
+    if settings.precompute is False or steps * settings.accumulate <= len(batches):
+        return None
+    layers = low_rank_layers(proxy)
+    vocabulary = target.config.get_text_config().vocab_size
+    size = stored_bytes(layers, objective.aligned(layers), batches, vocabulary)
+    if settings.precompute == "auto" and (size > AUTO_BYTES or objective.hidden_weight):
+        return None
+    return SignalStore(state.with_name(f"{state.stem}-{identity[:16]}.signals"))

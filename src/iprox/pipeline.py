@@ -325,8 +325,10 @@ def _align(run: Run, context: _Context) -> None:
     proxies = context.proxies
     # The order of patterns counts, which a mapping in a key does not keep.
     patterns = list(settings.layer_weights.items())
-    key = [_common(run), context.keys["compress"], settings.model_dump(), patterns, run.recipe.batch_tokens]
-    if watched:
+    chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
+    key = [_common(run), context.keys["compress"], chosen, patterns, run.recipe.batch_tokens]
+    curved = align_stage.CurvedBy.of(influence, run.pool)
+    if watched or curved:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)
     discard_other_states(run.folder.align_state, identity)
@@ -343,6 +345,7 @@ def _align(run: Run, context: _Context) -> None:
                 folder,
                 settings,
                 held_out=held_out if watched else None,
+                curved=curved,
                 state=run.folder.align_state / f"{folder.name}.safetensors",
                 identity=identity,
             )

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from iprox.data import Pool
 from iprox.models import flops
 from iprox.models.loading import skeleton
+from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.proxy.size import Size
 from iprox.recipe import CURVED, Recipe, curvature_passes
@@ -136,6 +137,13 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             passes, heads = (3 + 8 * kept, 8) if recipe.proxy.align.gradient_weight else (1 + 3 * kept, 4)
             per_token = passes * flops.forward_flops(model)
             cost = rows * (mean * per_token + mean_supervised * heads * flops.head_flops(model))
+            # What the target says is kept from the first epoch on, where it is not too large to be.
+            batches = share(total, recipe.proxy.align.fraction) / recipe.proxy.align.batch_size
+            kept_signals = recipe.proxy.align.precompute
+            if kept_signals is True or (kept_signals == "auto" and 4 * batches * linear <= AUTO_BYTES):
+                asked = 3 if recipe.proxy.align.gradient_weight else 1
+                again = rows * (1 - 1 / recipe.proxy.align.epochs)
+                cost -= again * mean * asked * flops.forward_flops(model)
             if recipe.proxy.align.held_out:
                 watched = checkpoints * min(recipe.proxy.align.held_out, total)
                 each = round(watched * mean), round(watched * mean_supervised)

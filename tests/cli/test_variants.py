@@ -481,3 +481,24 @@ def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(
     assert why in place.record()["unattributed"]
     assert "attribute" not in place.record()["stages"]
     assert "<summary>Token by token" not in (place.output / "report.html").read_text()
+
+
+def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvature(place):
+    options = ["warmup=false", "audit=false", "influence.estimator=influence-function", "influence.curvature=k-fac"]
+    options += ["proxy.align.epochs=2", "proxy.align.held_out=0", "influence.curvature_examples=16"]
+    assert place.run("--set", *options, "--stop-after", "align") == 0
+    entry = place.record()["stages"]["align"]
+    assert entry["preconditioned"]
+    assert entry["target_asked"] == 0.5  # the second epoch reads what it said in the first
+    assert list((place.output / "align-state").glob("*")) == []
+    first = (place.output / "aligned/model.safetensors").read_bytes()
+    # How the target's signals are kept is in no key, and changes no factor.
+    assert place.run("--set", *options, "proxy.align.precompute=false", "--stop-after", "align") == 0
+    assert place.done() == []
+    assert place.run("--set", *options, "proxy.align.precompute=false", "--stop-after", "align", "--fresh") == 0
+    assert place.record()["stages"]["align"]["target_asked"] == 1
+    assert (place.output / "aligned/model.safetensors").read_bytes() == first
+    # For TracIn, and where it is switched off, plain gradients are matched.
+    assert place.run("--set", *options, "proxy.align.precondition=false", "--stop-after", "align") == 0
+    assert not place.record()["stages"]["align"]["preconditioned"]
+    assert (place.output / "aligned/model.safetensors").read_bytes() != first

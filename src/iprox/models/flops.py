@@ -107,14 +107,21 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int) -> float:
 
 
 def alignment_flops(
-    model: nn.Module, proxy: nn.Module, tokens: int, supervised: int, *, gradients: bool = True
+    model: nn.Module, proxy: nn.Module, tokens: int, supervised: int, *, gradients: bool = True, asked: float = 1.0
 ) -> float:
     """Alignment: the target's weight gradients (6P), the proxy's and the backward of both (about 16P′).
 
     Of the logits only: the target forward (2P), the proxy forward and backward (6P′).
+
+    Args:
+        model: the target.
+        proxy: of it.
+        tokens: of all steps.
+        supervised: tokens among them.
+        gradients: whether they are matched.
+        asked: share of the steps at which the target was run; else what it said was read.
     """
-    if not gradients:
-        linear = forward_flops(model) + 3 * forward_flops(proxy)
-        return tokens * linear + supervised * (1 + 3) * head_flops(model)
-    target = 3 * forward_flops(model) + 8 * forward_flops(proxy)
-    return tokens * target + supervised * (2 + 6) * head_flops(model)
+    on_target, on_proxy = (3, 8) if gradients else (1, 3)
+    heads = (2 * asked + 6) if gradients else (asked + 3)
+    linear = asked * on_target * forward_flops(model) + on_proxy * forward_flops(proxy)
+    return tokens * linear + supervised * heads * head_flops(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.precision import cast_parameters
-from iprox.proxy.align_loss import Objective, alignment_loss, target_signals
+from iprox.proxy.align_loss import Objective, Precondition, Signals, alignment_loss, target_signals
+from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
 
 
@@ -129,6 +130,8 @@ def align(
     objective: Objective | None = None,
     *,
     held_out: Callable[[], float] | None = None,
+    precondition: Precondition | None = None,
+    store: SignalStore | None = None,
     state: Path | None = None,
     identity: str = "",
     progress: Callable[[int], None] | None = None,
@@ -143,8 +146,8 @@ def align(
     With `held_out` the best factors are kept, those before alignment among them: the fidelity that it measures is never
     lower than it was.
 
-    Cost per token: target 6P, proxy about 16P′ FLOPs (forward, backward, and the backward of both); without the
-    gradient part 2P and 6P′.
+    Cost per token: target 6P (once a batch with a `store`), proxy about 16P′ FLOPs (forward, backward, and the
+    backward of both); without the gradient part 2P and 6P′.
 
     Args:
         proxy: the model to tune; its dtype is restored at the end.
@@ -153,6 +156,8 @@ def align(
         settings: how factors are tuned.
         objective: what is minimised.
         held_out: fidelity of the proxy as it is, on examples that are not aligned on.
+        precondition: the inverse curvature S of an influence function, on the target's device and the proxy's.
+        store: keeps what the target says of each batch, so that it is asked once; None asks every time.
         state: file that an interrupted alignment goes on from.
         identity: of the run that may go on from it.
         progress: called with the number of steps done.
@@ -171,6 +176,14 @@ def align(
     if not batches:
         raise InputError("no supervised example to align on")
     objective.aligned(layers)
+    here, there = (next(model.parameters()).device for model in (proxy, target))
+
+    def signals_of(index: int) -> Signals:
+        def make() -> Signals:
+            return target_signals(target, layers, batches[index].to(there), objective, precondition)
+
+        return (make() if store is None else store(index, make)).to(here)
+
     with _trainable(proxy, layers) as (factors, autocast):
         optimizer = _optimizer(factors, settings.learning_rate)
         run = _Run(factors, optimizer, held_out)
@@ -195,8 +208,12 @@ def align(
                 release_memory()
             rate = settings.learning_rate * schedule(step, settings.steps)
             some = [batches[index] for index in indices]
+            told = (signals_of(index) for index in indices)  # one at a time: they are as large as the target
             try:
-                parts = _step(proxy, target, layers, some, objective, optimizer, list(factors.values()), rate, autocast)
+                parts = _step(
+                    *(proxy, layers, some, told, objective, precondition),
+                    *(optimizer, list(factors.values()), rate, autocast),
+                )
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step} (batch {', '.join(map(str, indices))})") from None
             run.history.steps.append(AlignmentStep(step, *parts, rate))
@@ -217,23 +234,23 @@ def align(
 
 def _step(
     proxy: nn.Module,
-    target: nn.Module,
     layers: dict[str, LowRankLinear],
     batches: Sequence[Batch],
+    signals: Iterable[Signals],
     objective: Objective,
+    precondition: Precondition | None,
     optimizer: torch.optim.Optimizer,
     factors: Sequence[nn.Parameter],
     rate: float,
     autocast: bool,
 ) -> tuple[float, float | None, float, float | None]:
     """One optimiser step. Returns the mean losses of its batches: whole, gradient, KL, hidden."""
-    here, there = (next(model.parameters()).device for model in (proxy, target))
+    here = next(proxy.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     found = []
-    for batch in batches:
-        signals = target_signals(target, layers, batch.to(there), objective).to(here)
+    for batch, told in zip(batches, signals, strict=True):
         with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
-            losses = alignment_loss(proxy, layers, batch.to(here), signals, objective)
+            losses = alignment_loss(proxy, layers, batch.to(here), told, objective, precondition)
         if not torch.isfinite(losses.whole):
             raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
         (losses.whole / len(batches)).backward()
