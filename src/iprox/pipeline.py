@@ -295,11 +295,19 @@ def _compress(run: Run, context: _Context) -> None:
     def work() -> stages.StageRecord:
         examples = run.pool.take(rows)
         held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
-        made = (
-            compress_stage.compress(run.session, path, examples, folder, settings, held_out)
-            for (path, _), folder in zip(context.targets, folders, strict=True)
-        )
-        return _afresh(run.folder.proxy, folders, "compression.json", made)
+        paths = [path for path, _ in context.targets]
+
+        def made() -> Iterator[stages.StageRecord]:
+            if not settings.shared_start:
+                for path, folder in zip(paths, folders, strict=True):
+                    yield compress_stage.compress(run.session, path, examples, folder, settings, held_out)
+                return
+            last = compress_stage.compress(run.session, paths[-1], examples, folders[-1], settings, held_out)
+            for path, folder in zip(paths[:-1], folders[:-1], strict=True):
+                yield compress_stage.start_from(run.session, paths[-1], folders[-1], path, folder)
+            yield last
+
+        return _afresh(run.folder.proxy, folders, "compression.json", made())
 
     key = [_common(run), context.keys["warmup"], len(context.targets), settings.model_dump(exclude={"align"})]
     if by_fidelity:

@@ -502,3 +502,19 @@ def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvat
     assert place.run("--set", *options, "proxy.align.precondition=false", "--stop-after", "align") == 0
     assert not place.record()["stages"]["align"]["preconditioned"]
     assert (place.output / "aligned/model.safetensors").read_bytes() != first
+
+
+def test_checkpoints_can_share_the_start_of_their_proxies(place):
+    options = ["influence.checkpoints=all", "proxy.shared_start=true", "audit.sample=12"]
+    assert place.run("--set", *options) == 0
+    first, last = (entry["path"] for entry in json.loads((place.output / "warmup/checkpoints.json").read_text()))
+    described = {
+        name: json.loads((place.output / f"proxy/{name}/compression.json").read_text()) for name in (first, last)
+    }
+    assert described[first]["started_from"] == last
+    assert "started_from" not in described[last]
+    # Each belongs to its own checkpoint, as alignment and audit have checked, and moments were measured once.
+    assert (place.output / "aligned" / first / "model.safetensors").is_file()
+    entry = place.record()["stages"]["compress"]
+    assert entry["tokens"] == described[last]["probe_tokens"]
+    assert place.record()["stages"]["audit"]["fidelity"]["spearman"] > 0.3
