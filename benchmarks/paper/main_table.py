@@ -15,6 +15,7 @@ With hub ids the same command runs on a GPU, see README.md here.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -45,6 +46,8 @@ PROXIES: dict[str, Any] = {
 }
 # Rows that are made here: the published code's proxies, and a model that predicts influence from text.
 OWN = ("reference code 0.7", "influence scorer")
+# Rows that select nothing by scores, so that one fine-tuning serves all tasks.
+WITHOUT_SCORES = ("random", "full pool")
 METHODS = ("random", *PROXIES, *OWN, "full pool")
 
 
@@ -55,13 +58,18 @@ def main() -> None:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
     results = Results(arguments.output, settings, fresh=arguments.fresh)
     for seed in range(arguments.seeds):
-        for method in [name for name in arguments.methods if name not in ("random", "full pool")]:
+        for method in [name for name in arguments.methods if name not in WITHOUT_SCORES]:
             results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
         if not arguments.scores_only:
+            for method in [name for name in arguments.methods if name in WITHOUT_SCORES]:
+                once = functools.cache(lambda m=method, s=seed: tested(arguments, m, arguments.tasks, s, None))
+                for task in arguments.tasks:
+                    results(f"{method}/{task}/{seed}", lambda t=task, o=once: o()[t])
             for method, task in itertools.product(arguments.methods, arguments.tasks):
                 chosen = results.content["cells"].get(f"{method}/scores/{seed}", {}).get("selected", {}).get(task)
                 results(
-                    f"{method}/{task}/{seed}", lambda m=method, t=task, s=seed, c=chosen: tested(arguments, m, t, s, c)
+                    f"{method}/{task}/{seed}",
+                    lambda m=method, t=task, s=seed, c=chosen: tested(arguments, m, [t], s, c)[t],
                 )
     print_table(results.content["cells"], arguments)
 
@@ -155,8 +163,10 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
     return record
 
 
-def tested(arguments: argparse.Namespace, method: str, task: str, seed: int, chosen: str | None) -> dict[str, Any]:
-    """Fine-tune the target on a row's selection for a task, and test it."""
+def tested(
+    arguments: argparse.Namespace, method: str, tasks: list[str], seed: int, chosen: str | None
+) -> dict[str, Any]:
+    """Fine-tune the target on a row's selection, and test it; by task."""
     pool = Pool(arguments.pool)
     total = pool.scan().rows
     if method == "full pool":
@@ -170,12 +180,13 @@ def tested(arguments: argparse.Namespace, method: str, task: str, seed: int, cho
         max_length=arguments.max_length, batch_tokens=arguments.batch_tokens, seed=seed, reporter=Reporter(quiet=True)
     )
     training = FinetuneSection(epochs=arguments.epochs, learning_rate=arguments.learning_rate)
-    folder = folder_of(arguments, f"{method}-{task}", seed)
-    tests = {task: Pool([str(arguments.targets / f"{task}.test.jsonl")])}
+    folder = folder_of(arguments, f"{method}-{tasks[0]}-tuned", seed)
+    tests = {task: Pool([str(arguments.targets / f"{task}.test.jsonl")]) for task in tasks}
     with session.metered() as usage:
         record = finetune(session, arguments.model, pool.take(rows), folder, training, tests)
     shutil.rmtree(folder)
-    return {**record["test"][task], "rows": len(rows), "tokens": record["tokens"], "seconds": usage.seconds}
+    cost = {"rows": len(rows), "tokens": record["tokens"], "seconds": usage.seconds}
+    return {task: {**record["test"][task], **cost} for task in tasks}
 
 
 def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -203,7 +214,7 @@ def relative_flops(cells: dict[str, Any], method: str) -> float:
     if method == "target":
         return 1.0
     if not of_target or f"{method}/scores/0" not in cells:
-        return 0.0 if method in ("random", "full pool") else float("nan")
+        return 0.0 if method in WITHOUT_SCORES else float("nan")
     return sum(cells[f"{method}/scores/0"]["flops"].values()) / of_target[0]
 
 

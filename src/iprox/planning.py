@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.data import Pool
+from iprox.influence.gradients import norm_flops
 from iprox.models import flops
+from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
@@ -117,6 +119,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     whole = tasks * flops.contraction_flops(model, gradient)
     kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
     contraction = whole * (1 if kept_whole else LOW_RANK_QUERY)
+    if recipe.influence.normalise == "cosine":
+        shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
+        contraction += norm_flops(shapes, [round(mean)]) / mean  # of rows of one length; longer ones cost more
     read = round(scored * mean), round(scored * mean_supervised)
     on_target = flops.scoring_flops(model, *read, read[0] * contraction)
     kept = 1.0

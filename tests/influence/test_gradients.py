@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
+from iprox.influence.gradients import LayerGradient, contract, norm_flops, squared_norms, summed_gradient
 
 
 def tensors(B, L, m, n, seed):
@@ -53,3 +53,10 @@ def test_squared_norm_counts_the_bias():
     gradient = LayerGradient(torch.full((2, 2), 2.0), torch.full((2,), 3.0))
     assert gradient.squared_norm().item() == pytest.approx(16 + 18)
     assert LayerGradient(gradient.weight, None).squared_norm().item() == pytest.approx(16)
+
+
+def test_norms_are_charged_the_cheaper_of_their_two_ways():
+    short = 2 * 3 * 3 * (10 + 20)  # two Gram matrices
+    long = 2 * 50 * 10 * 20  # the gradient itself
+    assert norm_flops([(10, 20)], [3, 50]) == short + long
+    assert norm_flops([(10, 20), (10, 20)], [3]) == 2 * short

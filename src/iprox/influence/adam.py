@@ -11,7 +11,7 @@ over mn numbers a candidate and layer, which memory bounds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,10 @@ class AdamScorer(BatchScorer):
         self.state = state
         check_state(state, self.layers)
         self.contraction_flops = sum(2.0 * m * n for m, n in map(weight_shape, self.layers.values()))
+
+    def norm_flops(self, lengths: Sequence[int]) -> float:
+        """None to speak of: directions are formed whole."""
+        return 0.0
 
     def by_token(self, batch: Any) -> Tensor:
         """Not to be had: Adam's direction is no sum over tokens."""

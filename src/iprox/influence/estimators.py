@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import LayerGradient, LowRankGradient, squared_norms, summed_gradient
+from iprox.influence.gradients import LayerGradient, LowRankGradient, norm_flops, squared_norms, summed_gradient
 from iprox.influence.queries import LayerQuery, layer_query, low_rank_query
-from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers
+from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
@@ -166,6 +166,12 @@ class BatchScorer:
     def device(self) -> torch.device:
         """Where batches are to be."""
         return next(self.model.parameters()).device
+
+    def norm_flops(self, lengths: Sequence[int]) -> float:
+        """FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
+        if self.normalise == "none":
+            return 0.0
+        return norm_flops([weight_shape(layer) for layer in self.layers.values()], lengths)
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.

@@ -48,6 +48,10 @@ class RowScorer:
         """Columns of each task."""
         return self.columns or [1] * len(self.tasks)
 
+    def norm_flops(self, lengths: Sequence[int]) -> float:
+        """There are no gradients to take norms of."""
+        return 0.0
+
     @property
     def kept(self) -> dict[str, float]:
         """There are no validation gradients to cut."""

@@ -6,8 +6,10 @@ needs is a contraction of it with something, and a contraction never needs G its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +93,13 @@ def contract(h: Tensor, delta: Tensor, query: LayerGradient, by_token: bool = Fa
         gradients = delta.to(dtype) if by_token else delta.sum(1, dtype=dtype)
         scores = scores + gradients @ query.bias.to(dtype)
     return scores
+
+
+def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> float:
+    """FLOPs of `squared_norms` for layers of shapes (m, n) and examples of some lengths."""
+    length = np.asarray(lengths, float)[:, None]
+    m, n = np.asarray(shapes, float).reshape(-1, 2).T
+    return float(np.minimum(2 * length**2 * (m + n), 2 * length * m * n).sum())
 
 
 def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:

@@ -99,7 +99,7 @@ class ScoringStats:
         tokens: tokens read.
         supervised: supervised tokens among them.
         truncated: over-long examples that were cut.
-        contraction_flops: spent on contracting with the validation gradients.
+        contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted.
         query_kept: share of the validation gradients' norm that was kept: of the task that lost most.
         uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
         batch_tokens: largest batch that memory held, in tokens.

@@ -107,8 +107,8 @@ class WindowScorer:
         scores = np.full((len(window), sum(self.scorer.widths)), np.nan)
         self._rows(window, encoded, scores, progress)
         stats = ScoringStats.of(encoded)
-        scored = sum(len(example.input_ids) for example in encoded if example.supervised)
-        stats.contraction_flops = scored * self.scorer.contraction_flops
+        scored = [len(example.input_ids) for example in encoded if example.supervised]
+        stats.contraction_flops = sum(scored) * self.scorer.contraction_flops + self.scorer.norm_flops(scored)
         stats.query_kept = min(self.scorer.kept.values())
         stats.uncompiled = self.uncompiled
         stats.batch_tokens = self._rows.batch_tokens
