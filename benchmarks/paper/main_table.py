@@ -54,7 +54,7 @@ METHODS = ("random", *PROXIES, *OWN, "full pool")
 def main() -> None:
     """Compute what is missing and print the table."""
     arguments = parse()
-    kept = ("work", "output", "fresh", "seeds", "methods", "scores_only")
+    kept = ("work", "output", "fresh", "seeds", "methods", "scores_only", "keep_models")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
     results = Results(arguments.output, settings, fresh=arguments.fresh)
     for seed in range(arguments.seeds):
@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of warm-up and fine-tuning")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--keep-models", action="store_true", help="keep each fine-tuned model, in --work")
     parser.add_argument("--scores-only", action="store_true", help="no fine-tuning: fidelity and cost")
     parser.add_argument("--work", type=Path, help="run folders (default: runs/paper-ESTIMATOR)")
     parser.add_argument("--output", type=Path, help="results (default: benchmarks/results/paper-ESTIMATOR.json)")
@@ -184,7 +185,8 @@ def tested(
     tests = {task: Pool([str(arguments.targets / f"{task}.test.jsonl")]) for task in tasks}
     with session.metered() as usage:
         record = finetune(session, arguments.model, pool.take(rows), folder, training, tests)
-    shutil.rmtree(folder)
+    if not arguments.keep_models:
+        shutil.rmtree(folder)
     cost = {"rows": len(rows), "tokens": record["tokens"], "seconds": usage.seconds}
     return {task: {**record["test"][task], **cost} for task in tasks}
 
