@@ -1,0 +1,175 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from iprox import commands as run_commands
+from iprox import index_commands, stage_commands
+from iprox.recipe import GRADIENT_FREE
+
+# Where a command's function is; the others are in `stage_commands`.
+MODULES = {
+    **dict.fromkeys(("quickstart", "run", "plan", "report", "doctor"), run_commands),
+    **dict.fromkeys(("index", "query"), index_commands),
+}
+
+
+def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """One command, with the options that every command has."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module = MODULES.get(name, stage_commands)
+    parser.set_defaults(command=name, run=getattr(module, name))
+    common = parser.add_argument_group("options of every command")
+    common.add_argument("--seed", type=int, default=None, help="seed of every draw and order (default 0)")
+    common.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default=None,
+        help="of the products; auto is bfloat16 where the device has it natively (default auto)",
+    )
+    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default auto)")
+    common.add_argument("--batch-tokens", type=positive, default=None, help="largest rows × longest row (default 4096)")
+    common.add_argument("--max-length", type=positive, default=None, help="longest example in tokens (default 2048)")
+    common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
+    common.add_argument("--json", action="store_true", help="one machine-readable line on standard output at the end")
+    return parser
+
+
+def streaming_option(parser: argparse.ArgumentParser) -> None:
+    """Of commands that read a pool as a stream."""
+    parser.add_argument(
+        "--num-proc",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that tokenise ahead (default: none on a CPU, up to 4 on an accelerator)",
+    )
+
+
+def reading_options(parser: argparse.ArgumentParser) -> None:
+    """How examples and models are read."""
+    parser.add_argument("--chat-template", help="instead of the tokenizer's own: chatml, or a Jinja file")
+    parser.add_argument(
+        "--on-bad-row", choices=("stop", "skip"), default="stop", help="bad rows: stop (default) or leave them out"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def number_or_auto(text: str) -> float | str:
+    """A number, or the word."""
+    return text if text == "auto" else float(text)
+
+
+def training_options(parser: argparse.ArgumentParser) -> None:
+    """Of a fine-tuning."""
+    parser.add_argument("--epochs", type=positive, default=4, help="default 4")
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="peak (default 2e-5)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="examples an optimiser step (default 16)")
+
+
+def held_out_options(parser: argparse.ArgumentParser, what: str) -> None:
+    """Rows that fidelity is measured on while a proxy is made."""
+    parser.add_argument("--held-out", nargs="+", default=[], metavar="FILE", help=what)
+    parser.add_argument(
+        "--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --held-out: what fidelity is for"
+    )
+
+
+def influence_options(parser: argparse.ArgumentParser) -> None:
+    """What is scored, and how."""
+    parser.add_argument(
+        "--estimator",
+        choices=("tracin", "adam", "influence-function", "datainf", *GRADIENT_FREE),
+        default="tracin",
+        help="tracin (default); adam, of the steps that the warm-up's optimizer would take (LESS); influence-function "
+        "and datainf divide by the curvature of the loss; random, length, perplexity, rds (hidden states) and bm25 "
+        "(words) take no gradients, to compare with",
+    )
+    parser.add_argument(
+        "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"
+    )
+    parser.add_argument(
+        "--curvature-examples", type=int, default=None, help="of the pool, to measure curvature on (default 512)"
+    )
+    parser.add_argument(
+        "--damping", type=float, default=None, help="as a share of the curvature's mean eigenvalue (default 0.1)"
+    )
+    gradient_option(parser)
+    query_option(parser)
+    parser.add_argument(
+        "--query-norm",
+        type=float,
+        default=None,
+        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.95 on a "
+        "proxy, 1 on a model itself)",
+    )
+    aggregation_options(parser)
+    compile_option(parser)
+
+
+def gradient_option(parser: argparse.ArgumentParser) -> None:
+    """Of which parameters gradients are."""
+    parser.add_argument(
+        "--gradient",
+        choices=("factors", "weight"),
+        default=None,
+        help="of a proxy: those of its layers as if dense (weight, default), or of its factors",
+    )
+
+
+def query_option(parser: argparse.ArgumentParser) -> None:
+    """Of validation gradients."""
+    parser.add_argument(
+        "--query",
+        choices=("target", "proxy"),
+        default="target",
+        help="where a proxy's validation gradients are taken: on its target (default; a few examples, more faithful) "
+        "or on the proxy itself",
+    )
+
+
+def aggregation_options(parser: argparse.ArgumentParser) -> None:
+    """How many scores become one."""
+    parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
+    parser.add_argument(
+        "--aggregate",
+        choices=("standardised", "mean", "max"),
+        default="standardised",
+        help="how several tasks make one score: the mean of scores divided by their standard deviations (default), or "
+        "mean or max of the scores as they are",
+    )
+    parser.add_argument(
+        "--over-examples",
+        choices=("mean", "max"),
+        default="mean",
+        help="how a task's validation examples make one score (default mean); max costs a column an example",
+    )
+    parser.add_argument(
+        "--per-example", action="store_true", help="keep the scores by validation example, as examples/TASK"
+    )
+
+
+def compile_option(parser: argparse.ArgumentParser) -> None:
+    """Whether the model runs compiled."""
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run the model compiled (default: where the pool is large enough to repay it)",
+    )

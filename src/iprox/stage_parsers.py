@@ -1,0 +1,334 @@
+"""The commands of single stages, as parsers."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from iprox.influence.index import DIMENSION
+from iprox.parser_options import (
+    aggregation_options,
+    command,
+    compile_option,
+    gradient_option,
+    held_out_options,
+    influence_options,
+    number_or_auto,
+    positive,
+    query_option,
+    reading_options,
+    streaming_option,
+    training_options,
+)
+
+
+def add_warmup(commands: Any) -> None:
+    """`iprox warmup`."""
+    parser = command(
+        commands,
+        "warmup",
+        "Fine-tune a model briefly on a random share of the pool, keeping each epoch's checkpoint and learning rate.",
+        "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm --fraction 0.05",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="files, globs or hf://datasets/...")
+    parser.add_argument("--output", required=True, help="folder for the checkpoints")
+    parser.add_argument("--fraction", type=float, default=0.05, help="share of the pool (default 0.05)")
+    parser.add_argument(
+        "--optimizer-state", action="store_true", help="keep Adam's moments with each checkpoint, for --estimator adam"
+    )
+    training_options(parser)
+    reading_options(parser)
+
+
+def add_compress(commands: Any) -> None:
+    """`iprox compress`."""
+    parser = command(
+        commands,
+        "compress",
+        "Derive a low-rank proxy from a model.",
+        "iprox compress --model warm/checkpoint-44 --probe pool/*.jsonl --output proxy --sparsity 0.7",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--probe", required=True, nargs="+", metavar="FILE", help="what moments are measured on")
+    parser.add_argument("--output", required=True, help="folder for the proxy")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--sparsity", type=float, help="share of the linear parameters to remove, in (0, 1) (default 0.7)"
+    )
+    size.add_argument("--parameters", type=positive, help="parameters of the whole proxy, embeddings included")
+    size.add_argument("--flops", type=float, help="FLOPs per token as a share of the target's, in (0, 1)")
+    size.add_argument(
+        "--fidelity",
+        type=float,
+        help="take the smallest proxy whose Spearman correlation with the target's scores is at least this",
+    )
+    parser.add_argument(
+        "--method",
+        choices=("ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"),
+        default="ipsvd",
+        help="default ipsvd; the others are baselines",
+    )
+    parser.add_argument("--proxy-model", metavar="MODEL", help="the proxy itself, with --method off-the-shelf")
+    parser.add_argument("--ranks", choices=("global", "uniform"), default="global", help="default global")
+    parser.add_argument(
+        "--ridge", type=number_or_auto, default="auto", help="share of the mean eigenvalue (default auto: Ledoit-Wolf)"
+    )
+    parser.add_argument(
+        "--probe-labels",
+        choices=("data", "sampled"),
+        default="data",
+        help="labels whose gradients count: the data's (default), or sampled from the model (true Fisher)",
+    )
+    parser.add_argument(
+        "--probe-tokens", choices=("all", "supervised"), default="all", help="tokens that count (default all)"
+    )
+    parser.add_argument("--probe-size", type=positive, help="random sample of this many examples (default 512)")
+    held_out_options(parser, "with --fidelity: examples that it is measured on")
+    reading_options(parser)
+
+
+def add_align(commands: Any) -> None:
+    """`iprox align`."""
+    parser = command(
+        commands,
+        "align",
+        "Tune a proxy's factors until its gradients match the target's.",
+        "iprox align --model warm/checkpoint-44 --proxy proxy --data align.jsonl --output aligned",
+    )
+    parser.add_argument("--model", required=True, help="the proxy's target")
+    parser.add_argument("--proxy", required=True, help="proxy folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="examples to align on")
+    parser.add_argument("--output", required=True, help="folder for the aligned proxy")
+    parser.add_argument("--steps", type=positive, help="optimiser steps (default: 5 epochs)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="default 1e-4")
+    parser.add_argument(
+        "--gradient-weight",
+        type=float,
+        default=1.0,
+        help="of the gradient part (default 1); 0 matches the logits only, at a third of the cost",
+    )
+    parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL anchor (default 0.1)")
+    parser.add_argument("--hidden-weight", type=float, default=0.0, help="weight of the hidden states (default 0)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL anchor (default 2)")
+    parser.add_argument(
+        "--distance", choices=("cosine", "frobenius"), default="cosine", help="of gradients (default cosine)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="examples a batch (default 8)")
+    parser.add_argument(
+        "--accumulate",
+        type=positive,
+        default=1,
+        help="batches an optimiser step (default 1); with --batch-size 1 every example's own gradient is matched",
+    )
+    held_out_options(parser, "keep the factors most faithful on these examples")
+    reading_options(parser)
+
+
+def add_score(commands: Any) -> None:
+    """`iprox score`."""
+    parser = command(
+        commands,
+        "score",
+        "Score a pool against validation tasks, on a proxy or on any causal language model.",
+        "iprox score --model aligned --pool pool/*.jsonl --validation gsm8k=gsm8k.val.jsonl --output scores",
+    )
+    parser.add_argument(
+        "--model", required=True, nargs="+", help="model or proxy folder; several are checkpoints of TracIn"
+    )
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="learning rate of each checkpoint (default: from the checkpoints.json beside them)",
+    )
+    parser.add_argument("--target", help="target of a proxy, for its validation gradients (default: the one it names)")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet")
+    influence_options(parser)
+    streaming_option(parser)
+    reading_options(parser)
+
+
+def add_index(commands: Any) -> None:
+    """`iprox index`."""
+    parser = command(
+        commands,
+        "index",
+        "Keep a pool's gradients, randomly projected, to score it against later tasks without reading it again.",
+        "iprox index --model aligned --pool pool/*.jsonl --output index",
+    )
+    parser.add_argument("--model", required=True, help="model or proxy folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--output", required=True, help="folder for the index")
+    parser.add_argument(
+        "--dimension", type=positive, default=DIMENSION, help=f"numbers an example, 2 bytes each (default {DIMENSION})"
+    )
+    parser.add_argument(
+        "--estimator",
+        choices=("tracin", "adam"),
+        default="tracin",
+        help="what is projected: gradients (tracin, default), or the steps of the warm-up's optimizer (adam, LESS)",
+    )
+    parser.add_argument("--target", help="with adam, the target of a proxy (default: the one it names)")
+    gradient_option(parser)
+    compile_option(parser)
+    streaming_option(parser)
+    reading_options(parser)
+
+
+def add_query(commands: Any) -> None:
+    """`iprox query`."""
+    parser = command(
+        commands,
+        "query",
+        "Score a pool against validation tasks by its index, at the speed of the disk.",
+        "iprox query --index index --validation code=code.val.jsonl --output scores",
+    )
+    parser.add_argument(
+        "--index", required=True, nargs="+", metavar="INDEX_DIR", help="several are checkpoints of TracIn"
+    )
+    parser.add_argument("--model", nargs="+", help="the model of each index, where it is no longer where it was")
+    parser.add_argument("--target", help="target of a proxy, for its validation gradients (default: the one it names)")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="learning rate of each index (default: from the checkpoints.json beside its model)",
+    )
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet")
+    query_option(parser)
+    aggregation_options(parser)
+    reading_options(parser)
+
+
+def add_audit(commands: Any) -> None:
+    """`iprox audit`."""
+    parser = command(
+        commands,
+        "audit",
+        "Score a sample on the target itself and say how faithfully the proxy ranks it.",
+        "iprox audit --model warm/checkpoint-44 --proxy aligned --pool pool/*.jsonl --validation gsm8k=val.jsonl "
+        "--output audit\n  iprox audit ... --lds 50     # and do the scores foretell what training does?",
+    )
+    parser.add_argument("--model", required=True, help="the proxy's target")
+    parser.add_argument("--proxy", required=True, help="proxy folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
+    parser.add_argument("--sample", type=positive, default=500, help="examples to compare (default 500)")
+    parser.add_argument("--output", required=True, help="folder for audit.json")
+    parser.add_argument(
+        "--lds",
+        type=positive,
+        metavar="SUBSETS",
+        help="retrain on so many random halves of the sample, and say how well the scores foretold what came of it",
+    )
+    parser.add_argument(
+        "--lds-learning-rate", type=float, default=2e-5, metavar="RATE", help="of each training (default 2e-5)"
+    )
+    influence_options(parser)
+    reading_options(parser)
+
+
+def add_refine(commands: Any) -> None:
+    """`iprox refine`."""
+    parser = command(
+        commands,
+        "refine",
+        "Correct a proxy's scores by an audit, and have the target score the best ones again.",
+        "iprox refine --scores scores --audit audit --pool pool/*.jsonl --output refined\n  iprox refine --scores "
+        "scores --audit audit --pool pool/*.jsonl --output refined --recall 0.9 \\\n    --fraction 0.05 --model "
+        "warm/checkpoint-44 --validation gsm8k=val.jsonl",
+    )
+    parser.add_argument("--scores", required=True, help="scores.parquet of the proxy, or its folder")
+    parser.add_argument("--audit", required=True, help="folder of the proxy's audit")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
+    parser.add_argument("--output", required=True, help="folder for scores.parquet and refine.json")
+    parser.add_argument(
+        "--correct",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="take out what the proxy gets wrong by source and length, where that helps (default)",
+    )
+    parser.add_argument(
+        "--recall",
+        type=float,
+        metavar="SHARE",
+        help="have the target score as many of the best rows again as it takes to find this part of its own best",
+    )
+    parser.add_argument("--model", help="with --recall: the target")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --recall")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, help="with --recall: share of the pool to be selected (default 0.05)")
+    size.add_argument("--count", type=int, help="with --recall: number of rows to be selected")
+    parser.add_argument(
+        "--strategy",
+        choices=("top", "round-robin", "balanced"),
+        default="top",
+        help="with --recall: how rows will be selected: by all tasks together (top, default) or by each",
+    )
+    influence_options(parser)
+    reading_options(parser)
+
+
+def add_select(commands: Any) -> None:
+    """`iprox select`."""
+    parser = command(
+        commands,
+        "select",
+        "Write the best rows of the pool, byte for byte, best first.",
+        "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05",
+    )
+    parser.add_argument("--scores", required=True, help="scores.parquet or its folder")
+    parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
+    parser.add_argument("--output", required=True, help="file to write")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--fraction", type=float, help="share of the pool (default 0.05)")
+    size.add_argument("--count", type=int, help="number of rows")
+    size.add_argument("--tokens", type=int, help="number of tokens of all rows")
+    parser.add_argument(
+        "--strategy",
+        choices=("top", "round-robin", "balanced", "diverse", "sample"),
+        default="top",
+        help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
+        "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
+    )
+    parser.add_argument("--threshold", type=float, help="lowest influence to choose; may leave fewer rows")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="of sample, in standard deviations of the score (default 1)"
+    )
+    parser.add_argument(
+        "--source-cap",
+        nargs="+",
+        default=[],
+        metavar="SHARE",
+        help="largest share of the selection: 0.3 of any source, or SOURCE=0.3 ...",
+    )
+    parser.add_argument("--source-floor", nargs="+", default=[], metavar="SOURCE=SHARE", help="least share, by source")
+    parser.add_argument(
+        "--deduplicate",
+        type=float,
+        metavar="SIMILARITY",
+        help="keep the better of two rows whose words are this similar, 0 to 1, e.g. 0.8",
+    )
+    parser.add_argument("--control-length", action="store_true", help="compare rows with those of their length only")
+    parser.add_argument("--features", metavar="INDEX", help="index of the pool's gradients, for --strategy diverse")
+    reading_options(parser)
+
+
+def add_finetune(commands: Any) -> None:
+    """`iprox finetune`."""
+    parser = command(
+        commands,
+        "finetune",
+        "Fine-tune a model on a selection, with the loss on test sets before and after.",
+        "iprox finetune --model Qwen/Qwen3-4B --data selected.jsonl --output tuned --validation gsm8k=gsm8k.test.jsonl",
+    )
+    parser.add_argument("--model", required=True, help="hub id or folder")
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the selection")
+    parser.add_argument("--output", required=True, help="folder; the model is in its sub-folder model")
+    parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="sets to measure the loss on")
+    training_options(parser)
+    reading_options(parser)
