@@ -14,6 +14,7 @@ from iprox.data import Pool
 from iprox.report import formats, sections
 from iprox.report.browser import browser_data, browser_rows
 from iprox.report.examples import example_cards, extreme_rows, fetch_examples
+from iprox.report.fidelity_section import disagreeing_rows, fidelity_section
 from iprox.report.run_folder import read_run_folder
 
 
@@ -37,7 +38,7 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
     run_dir = Path(run_dir)
     folder = read_run_folder(run_dir)
     best, worst = extreme_rows(folder.scores.influence)
-    disagreeing, held = sections.disagreeing_rows(folder), browser_rows(folder)
+    disagreeing, held = disagreeing_rows(folder), browser_rows(folder)
     examples, warning = fetch_examples(folder, pool, sorted({*best, *worst, *disagreeing, *held}))
     page = _render(
         name=run_dir.resolve().name,
@@ -51,7 +52,7 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         disagreeing=example_cards(folder, examples, disagreeing),
         examples_warning=warning,
         browser=browser_data(folder, held, examples),
-        fidelity=sections.fidelity_section(folder),
+        fidelity=fidelity_section(folder),
         proxy=sections.proxy_section(folder),
         training=sections.training_section(folder),
         cost=sections.cost_section(folder),
@@ -72,7 +73,7 @@ def shown_rows(run_dir: Path) -> list[int]:
     """
     folder = read_run_folder(Path(run_dir))
     best, worst = extreme_rows(folder.scores.influence)
-    return list(dict.fromkeys([*best, *worst, *sections.disagreeing_rows(folder), *browser_rows(folder)]))
+    return list(dict.fromkeys([*best, *worst, *disagreeing_rows(folder), *browser_rows(folder)]))
 
 
 def _render(**context: object) -> str:
