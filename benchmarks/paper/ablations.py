@@ -43,7 +43,7 @@ class Ablation:
         self.total, seed = self.pool.scan().rows, arguments.seed
         warm = draw_rows("warmup", seed, self.total, round(0.05 * self.total))
         self.probe_rows = draw_rows("probe", seed, self.total, 5 * PROBE, warm)
-        self.align_rows = draw_rows("align", seed, self.total, PROBE, [*warm, *self.probe_rows])
+        self.align_rows = draw_rows("align", seed, self.total, 5 * PROBE, [*warm, *self.probe_rows])
         used = [*warm, *self.probe_rows, *self.align_rows]
         self.rows = self.pool.take(draw_rows("sample", seed, self.total, arguments.rows, used))
         self.validation = {task: list(Pool([str(arguments.targets / f"{task}.val.jsonl")])) for task in arguments.tasks}
@@ -84,10 +84,10 @@ class Ablation:
             self.arguments, self.scores(proxy.bfloat16(), target=self.target(number), **options), self.truth
         )
 
-    def aligned(self, **options: Any) -> Cell:
-        """Of the base proxy, aligned."""
+    def aligned(self, rows: int = PROBE, **options: Any) -> Cell:
+        """Of the base proxy, aligned on some rows."""
         proxy = self.proxy()
-        data = self.pool.take(self.align_rows)
+        data = self.pool.take(self.align_rows[:rows])
         history = iprox.align(
             proxy, self.target(dtype=torch.float32), data, tokenizer=self.tokenizer, max_length=512, **options
         )
@@ -128,11 +128,15 @@ def compared(arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarra
 def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
     """By ablation, what is compared."""
     make, measure = ablation.proxy, ablation.fidelity
+    logits = {"gradient_weight": 0.0, "kl_weight": 1.0}
     return {
         "sparsity": {f"{size}": lambda size=size: measure(make(sparsity=size)) for size in (0.3, 0.5, 0.7, 0.85)},
         "alignment": {
             "stage 1 only": lambda: measure(make()),
-            "KL only": lambda: ablation.aligned(gradient_weight=0.0, kl_weight=1.0),
+            "KL only": lambda: ablation.aligned(**logits),
+            "KL only, 5 × the rows, one epoch": lambda: ablation.aligned(5 * PROBE, epochs=1, **logits),
+            "KL only, 5 × the rows": lambda: ablation.aligned(5 * PROBE, **logits),
+            "KL only, 3 × the rate": lambda: ablation.aligned(learning_rate=3e-4, **logits),
             "gradient only": lambda: ablation.aligned(kl_weight=0.0),
             "both": lambda: ablation.aligned(),
         },
