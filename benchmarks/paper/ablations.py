@@ -27,7 +27,7 @@ from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.progress import Reporter
 from iprox.recipe import WarmupSection
-from iprox.run_folder import read_json
+from iprox.run_folder import key_of, read_json
 from iprox.session import Session, draw_rows
 from iprox.stages import warm_up
 
@@ -45,9 +45,11 @@ class Ablation:
         self.probe_rows = draw_rows("probe", seed, self.total, 5 * PROBE, warm)
         self.align_rows = draw_rows("align", seed, self.total, 5 * PROBE, [*warm, *self.probe_rows])
         used = [*warm, *self.probe_rows, *self.align_rows]
-        self.rows = self.pool.take(draw_rows("sample", seed, self.total, arguments.rows, used))
+        sample = draw_rows("sample", seed, self.total, arguments.rows, used)
+        self.rows, self.used = self.pool.take(sample), [*used, *sample]
         self.validation = {task: list(Pool([str(arguments.targets / f"{task}.val.jsonl")])) for task in arguments.tasks}
-        folder = arguments.work / f"warm-{seed}"
+        made_by = key_of([arguments.model, arguments.pool, arguments.learning_rate, seed])
+        folder = arguments.work / f"warm-{made_by[:12]}"
         if not (folder / "checkpoints.json").is_file():
             session = Session.create(max_length=512, seed=seed, reporter=Reporter(quiet=True))
             settings = WarmupSection(epochs=4, learning_rate=arguments.learning_rate)
@@ -94,10 +96,11 @@ class Ablation:
         return {**self.fidelity(proxy), "seconds": history.seconds}
 
     def of_one_source(self) -> list[int]:
-        """A probe as large as the base's, all of the pool's commonest source among the candidates for a probe."""
+        """A probe as large as the base's, all of the pool's commonest source, of rows that nothing else uses."""
         sources = [example.source for example in self.pool.take(range(self.total))]
         common = max(set(sources), key=sources.count)
-        return [row for row in range(self.total) if sources[row] == common][:PROBE]
+        others = [row for row in range(self.total) if sources[row] != common]
+        return draw_rows("one source", self.arguments.seed, self.total, PROBE, {*others, *self.used})
 
     def over_checkpoints(self, used: int, on_proxy: bool) -> Cell:
         """Scores at the last `used` checkpoints, on proxies or the target, against the target's at all of them."""

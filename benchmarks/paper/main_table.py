@@ -58,7 +58,8 @@ def main() -> None:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
     results = Results(arguments.output, settings, fresh=arguments.fresh)
     for seed in range(arguments.seeds):
-        for method in [name for name in arguments.methods if name not in WITHOUT_SCORES]:
+        needed = [name for name in arguments.methods if name not in WITHOUT_SCORES]
+        for method in dict.fromkeys(["target", *needed]) if needed else ():  # the others share its warm-up
             results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
         if not arguments.scores_only:
             for method in [name for name in arguments.methods if name in WITHOUT_SCORES]:

@@ -20,7 +20,7 @@ from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy
 from iprox.models.layers import LowRankLinear, compressible_layers, dense_weight, layer_bias, replace_module
-from iprox.models.loading import load_model, load_tokenizer, model_fingerprint
+from iprox.models.loading import checkpoint_fingerprint, load_model, load_tokenizer, model_fingerprint
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.progress import Reporter
@@ -45,9 +45,15 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path) -> dict[str, Any]:
         load_tokenizer(checkpoint).save_pretrained(folder / "proxy")
     validation = {task: Pool(files) for task, files in settings.data.validation.items()}
     influence = settings.influence.model_copy(update={"gradient": "factors", "query": "proxy"})
+    path = str(folder / "proxy")
+    identity = {
+        "model": checkpoint_fingerprint(path),
+        "pool": pool.scan().fingerprint,
+        "validation": {task: source.scan().fingerprint for task, source in validation.items()},
+    }
     with session.metered() as usage:
         entry = score_pool(
-            session, [ScoredModel(str(folder / "proxy"))], pool, validation, folder / "scores.parquet", influence, {}
+            session, [ScoredModel(path)], pool, validation, folder / "scores.parquet", influence, identity
         )
     return {
         "parameters": entry["parameters"],

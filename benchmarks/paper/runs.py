@@ -40,10 +40,11 @@ class Results:
                 raise SystemExit(f"{path}: made with other settings; give another --output, or --fresh to forget it")
         self._here = here
 
-    def __call__(self, name: str, work: Callable[[], Any]) -> Any:
-        """The cell of that name, computed now if it is not there."""
-        if name not in self.content["cells"]:
-            self.content["cells"][name] = work()
+    def __call__(self, name: str, work: Callable[[], Any], of: str = "") -> Any:
+        """The cell of that name, computed now if it is not there, or is of something else than `of`."""
+        known = self.content["cells"].get(name)
+        if known is None or (of and known.get("of") != of):
+            self.content["cells"][name] = {**work(), "of": of} if of else work()
             if self._here not in self.content["machines"]:
                 self.content["machines"].append(self._here)
             write_json(self.path, self.content)

@@ -30,6 +30,7 @@ from iprox.finetune import evaluate
 from iprox.influence.projector import GradientProjector
 from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer
+from iprox.run_folder import key_of
 from iprox.session import draw_rows
 
 DIMENSION, DIRECTIONS, PROBE = 4096, 16, 139
@@ -127,7 +128,8 @@ def main() -> None:
             method: [int(row) for row in selected[task].split()[: arguments.top]] for method, selected in chosen.items()
         }
         for method, some in rows.items():
-            cell = results(f"selection/{method}/{task}", lambda r=some, t=task: why.selection(r, t))
+            # The main table may have been made anew since.
+            cell = results(f"selection/{method}/{task}", lambda r=some, t=task: why.selection(r, t), key_of(some))
             print(f"{task:<15}{method:<22}affinity {cell['affinity']:.2f}, nearest {cell['nearest']:.2f}", flush=True)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -121,7 +122,8 @@ def align_proxy(
         session.reporter.warn(
             "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
-    asked = 1.0 if store is None else store.made / max(1, len(history.steps) * settings.accumulate)
+    read_batches = len(history.steps) * settings.accumulate
+    asked = 1.0 if store is None else min(len(batches), read_batches) / max(1, read_batches)
     if store is not None:
         store.discard()
     data = history.as_dict()
@@ -135,7 +137,8 @@ def align_proxy(
     tokens, supervised = tokens_of(encoded)
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0, asked=asked)
-    spent += curvature
+    if precondition is not None:
+        spent += curvature + flops.preconditioning_flops(target, proxy, history.tokens, read_batches, asked)
     if watched is not None and held_out is not None:
         spent += watching_flops(target, [proxy] * len(history.held_out), watched, held_out.influence)
     return {
@@ -162,7 +165,10 @@ def align_proxy(
 def _inverse_curvature(
     session: Session, target: PreTrainedModel, proxy: PreTrainedModel, encoder: ChatEncoder, curved: CurvedBy
 ) -> tuple[Precondition, float]:
-    """(F + λI)⁻¹ of the target's layers, as scoring will have it, and the FLOPs of measuring F."""
+    """(F + λI)⁻¹ of the target's layers in weight space, and the FLOPs of measuring F.
+
+    It stays in the host's memory, m² + n² + mn numbers a layer, and visits the device a layer at a time.
+    """
     influence = curved.influence
     sample = curvature_sample(session, curved.pool, encoder, influence)
     layers = influence_layers(target, "weight")
@@ -170,10 +176,16 @@ def _inverse_curvature(
     layers = {name: layer for name, layer in layers.items() if name in low_rank}
     batches = list(session.batches(sample, 0))
     bases = kronecker_curvature(target, layers, batches, corrected=influence.curvature == "ek-fac")
+    bases = {name: basis.to(torch.device("cpu")) for name, basis in bases.items()}
     passes = curvature_passes(influence)
+    if missed := [name for name in layers if name not in bases]:
+        session.reporter.warn(
+            f"no example of the curvature sample moved {missed[0]} ({len(missed)} layers in all), so their gradients "
+            "are matched as they are; take more curvature examples"
+        )
 
     def precondition(name: str, gradient: Tensor) -> Tensor:
-        if name not in bases:  # no token of the sample reached it, so there is nothing to divide by
+        if name not in bases:
             return gradient
         bias = gradient.new_zeros(len(gradient)) if has_bias(layers[name]) else None
         basis = bases[name].to(gradient.device)
@@ -200,4 +212,8 @@ def _store(
     size = stored_bytes(layers, objective.aligned(layers), batches, vocabulary)
     if settings.precompute == "auto" and (size > AUTO_BYTES or objective.hidden_weight):
         return None
-    return SignalStore(state.with_name(f"{state.stem}-{identity[:16]}.signals"))
+    folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
+    for other in state.parent.glob(f"{state.stem}-*.signals"):
+        if other != folder:  # of an alignment that was interrupted and then set otherwise
+            SignalStore(other).discard()
+    return SignalStore(folder, optional=settings.precompute == "auto")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,13 @@ from iprox.files import replacing
 from iprox.influence.aggregate import Aggregation, TaskSpread
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer
+from iprox.influence.rows import fitting
 from iprox.influence.scores import TASK_PREFIX, read_scores, score_matrix
 from iprox.influence.windows import fitting_scorer
 from iprox.models import flops
 from iprox.models.experts import SplitExperts
 from iprox.models.loading import skeleton
-from iprox.recipe import InfluenceSection
+from iprox.recipe import InfluenceSection, curvature_passes
 from iprox.score_stages import ScoredModel, curvature_sample, scoring_settings
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
 from iprox.stages import StageRecord
@@ -72,6 +74,9 @@ def attribute(
     scoring = replace(scoring_settings(session, settings), per_example=False)
     curved = curvature_sample(session, pool, encoder, settings)
     examples = pool.take(rows)
+    read = encoder.encode(examples)
+    longest = max((len(row.input_ids) for row in read), default=1)
+    spent = 0.0
     terms: list[np.ndarray | None] = [None] * len(examples)
     table = None
     with session.reporter.bar("attribute", len(models) * len(examples), "rows") as progress:
@@ -80,11 +85,14 @@ def attribute(
             target = session.model(each.target) if each.target else None
             scorer, fitted = fitting_scorer(model, encoded, pad_id_of(tokenizer), scoring, target, curved)
             assert isinstance(scorer, BatchScorer)
-            table = attribute_examples(scorer, examples, encoder, pad_id_of(tokenizer), fitted.batch_tokens)
+            attributed = functools.partial(attribute_examples, scorer, examples, encoder, pad_id_of(tokenizer))
+            table, _ = fitting(attributed, fitted.batch_tokens, longest)
             for place, found in enumerate(_terms(table, list(encoded))):
                 if found is not None:
                     before = terms[place]
                     terms[place] = each.learning_rate * found + (0.0 if before is None else before)
+            lengths = [len(row.input_ids) for row in read if row.supervised]
+            spent += sum(lengths) * scorer.contraction_flops + scorer.norm_flops(lengths)
             progress(len(examples))
     assert table is not None
     spread = TaskSpread()
@@ -97,9 +105,15 @@ def attribute(
     columns["influence"] = _lists(whole)
     with replacing(output) as partial:
         pq.write_table(pa.table(columns), partial)
-    tokens, supervised = tokens_of(encoder.encode(examples))
-    counted = skeleton(first, trust_remote_code=session.trust_remote_code)
-    spent = len(models) * flops.scoring_flops(counted, tokens, supervised, 0.0)
+    tokens, supervised = tokens_of(read)
+    counted, source = (
+        skeleton(path, trust_remote_code=session.trust_remote_code) for path in (first, models[0].target or first)
+    )
+    spent += len(models) * flops.scoring_flops(counted, tokens, supervised, 0.0)
+    spent += len(models) * sum(flops.training_flops(source, *tokens_of(task)) for task in encoded.values())
+    if curved:
+        passes = curvature_passes(settings)
+        spent += len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(curved), passes)
     return {"rows": len(rows), "tokens": tokens * len(models), "flops": spent}
 
 

@@ -71,6 +71,6 @@ def watching_flops(
     if settings.estimator in CURVED:
         passes = curvature_passes(settings)
         spent += flops.curvature_flops(target, settings.gradient, *tokens_of(watched.sample), passes)
-    meeting = {kind: tokens * each for kind, each in watched.contraction_flops.items()}
+    meeting = {kind: tokens * each + watched.norm_flops for kind, each in watched.contraction_flops.items()}
     spent += flops.scoring_flops(target, tokens, supervised, meeting["target"])
     return spent + sum(flops.scoring_flops(proxy, tokens, supervised, meeting["proxy"]) for proxy in proxies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
-from iprox.models.loading import skeleton
+from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.recipe import LdsSection
 from iprox.run_folder import read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
@@ -32,7 +33,6 @@ def measure_lds(
     validation: Mapping[str, Pool],
     folder: Path,
     settings: LdsSection,
-    identity: Any,
 ) -> StageRecord:
     """Retrain a target on random subsets of the audited rows; writes `lds.json` beside `audit.parquet`.
 
@@ -46,7 +46,6 @@ def measure_lds(
         validation: validation sets by task.
         folder: of the audit.
         settings: how many subsets, how large, how trained.
-        identity: what the losses hang on beside the settings.
 
     Raises:
         InputError: fewer than two audited rows have scores.
@@ -64,7 +63,9 @@ def measure_lds(
     encoded = encoder.encode([examples[row] for row in kept.tolist()])
     held = encode_validation(encoder, dict(validation))
     members = draw_subsets(len(kept), settings.subsets, settings.fraction, session.seed)
-    known = _known(folder / LOSSES, [identity, settings.model_dump(exclude={"subsets"})])
+    # All that the losses hang on: another validation set, or other rows, start anew.
+    of = [checkpoint_fingerprint(model), _digest(encoded), {task: _digest(rows) for task, rows in held.items()}]
+    known = _known(folder / LOSSES, [*of, str(session.dtype), session.seed, settings.model_dump(exclude={"subsets"})])
     counted = skeleton(model, trust_remote_code=session.trust_remote_code)
     record: StageRecord = {"tokens": 0, "flops": 0.0}
     with session.reporter.bar("lds", settings.subsets, "subsets") as progress:
@@ -94,6 +95,15 @@ def _known(path: Path, identity: Any) -> dict[str, Any]:
     return known if known.get("of") == identity else {"of": identity, "losses": []}
 
 
+def _digest(encoded: Sequence[Encoded]) -> str:
+    """Of the tokens and labels of some examples."""
+    digest = hashlib.sha256()
+    for row in encoded:
+        for part in (row.input_ids, row.labels):
+            digest.update(np.int64(len(part)).tobytes() + np.asarray(part, np.int32).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def _retrained(
     session: Session,
     model: str,
@@ -120,4 +130,6 @@ def _retrained(
         )
         # Losses of subsets differ by little, so they are measured in float32.
         trained = session.model(Path(folder) / result.checkpoints[-1].path, torch.float32)
+    if result.uncompiled:
+        session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
     return [evaluate(trained, held[task], session.batch_tokens, 0)["loss"] for task in tasks]

@@ -384,14 +384,11 @@ def _audit(run: Run, context: _Context) -> None:
     if not settings.lds:
         return
     chosen, (path, _) = settings.lds, context.targets[-1]
-    identity = key_of([_common(run), context.keys["warmup"], rows])
     run.stage(
         "lds",
-        [context.audit, identity, chosen.model_dump()],
+        [context.audit, chosen.model_dump()],
         [run.folder.audit / lds_stage.RESULT],
-        lambda: lds_stage.measure_lds(
-            run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen, identity
-        ),
+        lambda: lds_stage.measure_lds(run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen),
     )
 
 
@@ -531,15 +528,16 @@ def _attribute(run: Run, context: _Context) -> None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report shades no tokens: {why}")
         return
+    rows = shown_rows(run.folder.path)[:count]
     run.stage(
         "attribute",
-        [[context.keys.get(name) for name in ("score", "refine", "select")], settings.model_dump(), count],
+        [context.keys["score"], rows],
         [run.folder.attribution],
         lambda: attribute_stage.attribute(
             run.session,
             context.scored,
             run.pool,
-            shown_rows(run.folder.path)[:count],
+            rows,
             run.validation,
             run.folder.scores,
             run.folder.attribution,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from iprox.attribute_stage import why_not_attributed
 from iprox.data import Pool
 from iprox.influence.gradients import norm_flops
 from iprox.models import flops
@@ -128,7 +129,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     construction = 0.0
     if recipe.proxy:
         kept = kept_share(recipe, model)
-        rows = checkpoints * share(total, recipe.proxy.probe.fraction)
+        measured = 1 if recipe.proxy.shared_start else checkpoints
+        rows = measured * share(total, recipe.proxy.probe.fraction)
         cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
         if recipe.proxy.fidelity is not None:
             tried = checkpoints * min(recipe.proxy.held_out, total)
@@ -191,9 +193,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
         add("refine", share_again * scored, share_again * on_target, memory)
-    if recipe.report.attributed and recipe.influence.runs_model and not recipe.influence.gradient_free:
+    if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
-        add("attribute", rows, rows * per_row, memory)
+        add("attribute", rows, rows * per_row + curvature, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

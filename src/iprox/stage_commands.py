@@ -204,8 +204,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
         record, _ = score_stages.audit(session, pairs, examples, pool, validation, output, settings)
         if not retrain:
             return record
-        identity = [checkpoint_fingerprint(arguments.model), pool.scan().fingerprint, arguments.sample, session.seed]
-        more = lds_stage.measure_lds(session, arguments.model, examples, validation, output, retrain, identity)
+        more = lds_stage.measure_lds(session, arguments.model, examples, validation, output, retrain)
         return {**record, **more, **{name: record[name] + more[name] for name in ("tokens", "flops")}}
 
     record = options.single_stage(session, "audit", output, arguments, work, kept=lds_stage.LOSSES)

@@ -9,6 +9,9 @@ import pytest
 
 from iprox import lds_stage
 from iprox.cli import main
+from iprox.data import Pool
+from iprox.recipe import LdsSection
+from iprox.session import Session
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -423,7 +426,6 @@ def test_a_cascade_is_told_of_in_the_report(place):
 
 
 def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(copied, monkeypatch):
-    """With a high rate the warm-up's own scores foretell what training on halves of them does."""
     settings = ["audit.lds={subsets: 10, learning_rate: 1.0e-3, batch_size: 4}", "audit.sample=60"]
     trained = []
 
@@ -486,6 +488,7 @@ def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(
 def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvature(place):
     options = ["warmup=false", "audit=false", "influence.estimator=influence-function", "influence.curvature=k-fac"]
     options += ["proxy.align.epochs=2", "proxy.align.held_out=0", "influence.curvature_examples=16"]
+    options += ["proxy.align.precondition=true"]
     assert place.run("--set", *options, "--stop-after", "align") == 0
     entry = place.record()["stages"]["align"]
     assert entry["preconditioned"]
@@ -498,7 +501,7 @@ def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvat
     assert place.run("--set", *options, "proxy.align.precompute=false", "--stop-after", "align", "--fresh") == 0
     assert place.record()["stages"]["align"]["target_asked"] == 1
     assert (place.output / "aligned/model.safetensors").read_bytes() == first
-    # For TracIn, and where it is switched off, plain gradients are matched.
+    # Where it is switched off, plain gradients are matched.
     assert place.run("--set", *options, "proxy.align.precondition=false", "--stop-after", "align") == 0
     assert not place.record()["stages"]["align"]["preconditioned"]
     assert (place.output / "aligned/model.safetensors").read_bytes() != first
@@ -518,3 +521,40 @@ def test_checkpoints_can_share_the_start_of_their_proxies(place):
     entry = place.record()["stages"]["compress"]
     assert entry["tokens"] == described[last]["probe_tokens"]
     assert place.record()["stages"]["audit"]["fidelity"]["spearman"] > 0.3
+
+
+def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_path, monkeypatch):
+    """Retraining is replaced by losses that fall by the target's own scores of the rows trained on."""
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    audited = pq.read_table(finished.output / "audit/audit.parquet")
+    known = {}
+
+    def falling(session, model, rows, held, settings, tasks):
+        chosen = [known[tuple(row.input_ids.tolist())] for row in rows]
+        return [-sum(scores[task] for scores in chosen) for task in tasks]
+
+    pool = Pool([str(finished.pool)])
+    session = Session.create(max_length=48)
+    checkpoint = str(finished.output / "warmup" / target)
+    encoder = session.encoder(session.tokenizer(checkpoint))
+    ids = audited["id"].to_pylist()
+    examples = [example for example in pool if example.id in set(ids)]
+    tasks = ("arithmetic", "spelling")
+    for example, row in zip(examples, encoder.encode(examples), strict=True):
+        place = ids.index(example.id)
+        known[tuple(row.input_ids.tolist())] = {task: audited[f"target/{task}"][place].as_py() for task in tasks}
+    monkeypatch.setattr(lds_stage, "_retrained", falling)
+    shutil.copytree(finished.output / "audit", tmp_path / "audit")
+    validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
+    by_place = sorted(examples, key=lambda example: ids.index(example.id))
+    settings = LdsSection(subsets=30)
+    lds_stage.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
+    found = json.loads((tmp_path / "audit/lds.json").read_text())
+    for task in tasks:
+        assert found["tasks"][task]["target"]["lds"] == pytest.approx(1)
+        assert found["tasks"][task]["proxy"]["lds"] > 0.5
+    # Another validation set is another measurement.
+    before = json.loads((tmp_path / "audit/lds-losses.json").read_text())
+    other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
+    lds_stage.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
+    assert json.loads((tmp_path / "audit/lds-losses.json").read_text())["of"] != before["of"]

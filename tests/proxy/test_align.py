@@ -400,3 +400,20 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     assert len(asked) == 8 + 2 + 1
     store.discard()
     assert not store.folder.exists()
+
+
+def test_a_full_disk_spares_the_alignment_where_keeping_is_optional(pair, tmp_path, monkeypatch):
+    from iprox.proxy import align_signals
+
+    def full(*_given, **_options):
+        raise OSError(28, "No space left on device")
+
+    model, proxy, batches = pair
+    monkeypatch.setattr(align_signals, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        align(proxy, model, batches, AlignSettings(4, 1e-3), DEFAULT, store=SignalStore(tmp_path / "must"))
+    with pytest.warns(UserWarning, match="asked at every step"):
+        align(
+            proxy, model, batches, AlignSettings(4, 1e-3), DEFAULT, store=SignalStore(tmp_path / "may", optional=True)
+        )
+    assert not (tmp_path / "may").exists()

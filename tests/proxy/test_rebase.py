@@ -5,7 +5,7 @@ import torch
 
 from iprox.errors import InputError
 from iprox.models.checkpoint import proxy_config
-from iprox.models.layers import compressible_layers, low_rank_layers
+from iprox.models.layers import compressible_layers, dense_weight, layer_bias, low_rank_layers
 from iprox.models.loading import model_fingerprint
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.rebase import followed, rebased
@@ -47,6 +47,29 @@ def test_what_is_not_factorised_is_the_other_checkpoints_and_it_belongs_to_it(st
     assert {name: layer.rank for name, layer in low_rank_layers(moved).items()} == proxy_config(proxy).ranks
     for name, layer in compressible_layers(moved).items():  # left dense
         assert torch.equal(layer.weight, compressible_layers(other)[name].weight)
+
+
+def test_every_layer_comes_closer_to_its_checkpoints_weight(start):
+    base, proxy, scales = start
+    other = nudged(base, 0.5)
+    moved = low_rank_layers(rebased(proxy, base, other, scales))
+    for name, layer in low_rank_layers(proxy).items():
+        wanted = dense_weight(compressible_layers(other)[name])
+        before, after = ((wanted - factors.weight).norm().item() for factors in (layer, moved[name]))
+        assert after < before, name
+        bias = layer_bias(compressible_layers(other)[name])
+        assert (bias is None) == (moved[name].bias is None)
+        if bias is not None:
+            assert torch.equal(moved[name].bias, bias)
+
+
+def test_rows_of_zeros_are_no_obstacle():
+    B = torch.zeros(3, 8, dtype=torch.float64)
+    B[0, 0] = 2.0
+    change = torch.randn(5, 8, dtype=torch.float64)
+    found = followed(change, B)
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close((found @ B)[:, 0], change[:, 0])
 
 
 def test_the_factors_follow_a_change_in_their_row_space_whole_and_any_other_as_well_as_they_can():

@@ -53,7 +53,7 @@ def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], 
     """Compile the decoder layers, and say why they cannot be."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
     for block in blocks:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, fullgraph=True)  # a part left uncompiled is an error, and so is told
     try:
         with torch.random.fork_rng(devices=()):  # the trial's dropout moves no random number of the training
             trial().backward()

@@ -7,6 +7,7 @@ bytes of the target's linear layers a batch: little for a small model, too much 
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -28,11 +29,12 @@ class SignalStore:
 
     Args:
         folder: made if missing; what is in it is of the same target, batches and objective.
+        optional: go on without it, and warn, where the disk is full.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.made = 0
+    def __init__(self, folder: Path, *, optional: bool = False) -> None:
+        self.folder, self.optional = folder, optional
+        self.full = False
 
     def __call__(self, index: int, make: Callable[[], Signals]) -> Signals:
         """The signals of a batch, bit for bit those that `make` gives."""
@@ -43,13 +45,21 @@ class SignalStore:
             except SafetensorError:
                 file.unlink()  # cut off by a full disk or a crash of the machine: made again
         signals = make()
-        self.made += 1
+        if self.full:
+            return signals
         tensors = {f"gradient/{name}": gradient for name, gradient in signals.gradients.items()}
         tensors |= {f"hidden/{place:04d}": state for place, state in enumerate(signals.hidden)}
         tensors["logits"] = signals.logits
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as partial:
+                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+        except (OSError, SafetensorError) as error:
+            if not self.optional:
+                raise
+            self.full = True
+            self.discard()
+            warnings.warn(f"the target is asked at every step, as what it says cannot be kept: {error}", stacklevel=2)
         return signals
 
     def discard(self) -> None:

@@ -64,4 +64,5 @@ def rebased(
 
 def followed(change: Tensor, B: Tensor) -> Tensor:
     """ΔA [m, r] with the least ‖D - ΔA B‖_F for a change D [m, n] of the weight, B [r, n]."""
-    return torch.linalg.lstsq(B.mT, change.mT).solution.mT
+    # The pseudo-inverse, as a factor of a weight of low rank has rows of zeros; least squares on a GPU knows none.
+    return change @ B.mT @ torch.linalg.pinv(B @ B.mT, hermitian=True)

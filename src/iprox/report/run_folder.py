@@ -105,6 +105,11 @@ class RunFolder:
     alignment: dict[str, Any] | None
     shading: dict[int, list[ShadedToken]]
 
+    @property
+    def corrected(self) -> bool:
+        """Whether `scores` are the proxy's as an audit corrected them."""
+        return self.refined is not None and "candidates" not in self.refined
+
 
 def read_run_folder(path: Path) -> RunFolder:
     """Reads a run folder.
