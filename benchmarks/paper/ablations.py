@@ -162,6 +162,9 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
                 ablation.arguments, ablation.scores(make().bfloat16(), gradient="factors"), ablation.truth
             ),
         },
+        "share of the query's norm": {
+            f"{keep}": lambda keep=keep: measure(make(), query_norm=keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+        },
         "checkpoints": {
             "target, last of 4": lambda: ablation.over_checkpoints(1, on_proxy=False),
             "proxy, last of 4": lambda: ablation.over_checkpoints(1, on_proxy=True),
