@@ -64,18 +64,21 @@ def main_rows(results: dict[str, Any]) -> str:
     rows = []
     for method in METHODS:
         entries = [of_seeds(cells, f"{method}/{task}") for task in tasks]
-        if not all(entries):
+        if not any(entries):
             continue
         losses = [[entry["after"] for entry in each] for each in entries]
-        seeds = min(len(each) for each in losses)
+        seeds = max(len(each) for each in losses)
         shown = [
-            f"{np.mean(each):.3f}" + (f" ± {standard_error(each):.3f}" if len(each) > 1 else "") for each in losses
+            f"{np.mean(each):.3f}" + (f" ± {standard_error(each):.3f}" if len(each) > 1 else "") if each else "–"
+            for each in losses
         ]
-        exact = [f"{np.mean([entry['exact_match']['after'] for entry in each]):.0%}" for each in entries]
+        exact = [
+            f"{np.mean([entry['exact_match']['after'] for entry in each]):.0%}" if each else "–" for each in entries
+        ]
         scored = of_seeds(cells, f"{method}/scores")
         size = f"{scored[0]['parameters'] / 1e6:.1f} M" if scored else ""
         cost = f"{relative_flops(cells, method):.2f}" if scored else ""
-        mean = f"{np.mean([np.mean(each) for each in losses]):.3f}"
+        mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
         rows.append([method, *shown, mean, ", ".join(exact), size, cost, str(seeds)])
     heads = ["selected by", *tasks, "mean", f"exact match ({', '.join(tasks)})", "parameters", "FLOPs", "seeds"]
     return f"{table(heads, rows)}\n\n{made_on(results)}"
