@@ -195,7 +195,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("refine", share_again * scored, share_again * on_target, memory)
     if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
-        add("attribute", rows, rows * per_row + curvature, memory)
+        anew = checkpoints * sum(flops.training_flops(model, *tokens_of(rows)) for rows in encoded.values())
+        add("attribute", rows, rows * per_row + anew + curvature, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

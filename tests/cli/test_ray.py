@@ -15,4 +15,5 @@ def test_a_run_on_ray_scores_the_same(copied):
     after = read_scores(copied.output)
     assert after["id"].equals(before["id"])
     scale = np.nanstd(score_matrix(before), axis=0)
-    np.testing.assert_allclose(score_matrix(after) / scale, score_matrix(before) / scale, atol=1e-3)
+    # In bfloat16, and with another number of threads, sums are taken in another order.
+    np.testing.assert_allclose(score_matrix(after) / scale, score_matrix(before) / scale, rtol=5e-3, atol=1e-3)
