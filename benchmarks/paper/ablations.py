@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import SHARED, Results
+from runs import SHARED, Results, as_rows
 
 import iprox
 from iprox.audit.fidelity import fidelity_metrics
@@ -46,8 +46,10 @@ class Ablation:
         self.align_rows = draw_rows("align", seed, self.total, 5 * PROBE, [*warm, *self.probe_rows])
         used = [*warm, *self.probe_rows, *self.align_rows]
         sample = draw_rows("sample", seed, self.total, arguments.rows, used)
-        self.rows, self.used = self.pool.take(sample), [*used, *sample]
-        self.validation = {task: list(Pool([str(arguments.targets / f"{task}.val.jsonl")])) for task in arguments.tasks}
+        self.rows, self.used = as_rows(self.pool.take(sample)), [*used, *sample]
+        self.validation = {
+            task: as_rows(Pool([str(arguments.targets / f"{task}.val.jsonl")])) for task in arguments.tasks
+        }
         made_by = key_of([arguments.model, arguments.pool, arguments.learning_rate, seed])
         folder = arguments.work / f"warm-{made_by[:12]}"
         if not (folder / "checkpoints.json").is_file():
@@ -75,7 +77,7 @@ class Ablation:
 
     def proxy(self, number: int = -1, probe: list[int] | None = None, sparsity: float = 0.7, **options: Any) -> Any:
         """A proxy of a checkpoint, in float32."""
-        rows = self.pool.take(self.probe_rows[:PROBE] if probe is None else probe)
+        rows = as_rows(self.pool.take(self.probe_rows[:PROBE] if probe is None else probe))
         target = self.target(number, torch.float32)
         common = {"tokenizer": self.tokenizer, "max_length": 512}
         return iprox.compress(target, rows, sparsity=sparsity, **common, **options)
@@ -89,7 +91,7 @@ class Ablation:
     def aligned(self, rows: int = PROBE, **options: Any) -> Cell:
         """Of the base proxy, aligned on some rows."""
         proxy = self.proxy()
-        data = self.pool.take(self.align_rows[:rows])
+        data = as_rows(self.pool.take(self.align_rows[:rows]))
         history = iprox.align(
             proxy, self.target(dtype=torch.float32), data, tokenizer=self.tokenizer, max_length=512, **options
         )

@@ -151,7 +151,7 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
             "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
         }
         if done["cost"]["construction_flops"]:
-            # Of scoring on the target as the engine does by default: with validation gradients made low-rank.
+            # Of scoring on the target with validation gradients made low-rank, as a proxy's are.
             record["target_flops"] = done["cost"]["target_score_flops"]
     truth, scores = scores_in(target), scores_in(folder)
     count = round(arguments.fraction * len(scores))
@@ -214,8 +214,6 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
 def relative_flops(cells: dict[str, Any], method: str) -> float:
     """What a row's selection cost, making its proxy counted, over scoring the pool on the target."""
     of_target = [cell["target_flops"] for name, cell in cells.items() if "/scores/" in name and "target_flops" in cell]
-    if method == "target":
-        return 1.0
     if not of_target or f"{method}/scores/0" not in cells:
         return 0.0 if method in WITHOUT_SCORES else float("nan")
     return sum(cells[f"{method}/scores/0"]["flops"].values()) / of_target[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
+from iprox.data import Example
 from iprox.influence.scores import score_matrix
 from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
@@ -67,6 +68,13 @@ def run(recipe: dict[str, Any], warmed: Path | None = None, stop_after: str = "s
         write_json(folder / "run.json", record)
     run_recipe(parse_recipe(recipe, "benchmark"), reporter=Reporter(quiet=True), stop_after=stop_after)
     return json.loads((folder / "run.json").read_text())
+
+
+def as_rows(examples: Iterable[Example]) -> list[dict[str, Any]]:
+    """Examples as the rows that iprox's Python functions take."""
+    fields = ("id", "source", "messages", "prompt", "completion", "text")
+    known = ({name: getattr(example, name) for name in fields} for example in examples)
+    return [{name: value for name, value in row.items() if value is not None} for row in known]
 
 
 def scores_in(folder: Path) -> np.ndarray:

@@ -35,7 +35,8 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
     truth = read_scores(warmed / "scores.parquet")
     tasks = [name for name in truth.column_names if name.startswith(TASK_PREFIX)]
     values = np.stack([truth[name].to_numpy() for name in tasks], axis=1)
-    rows = draw_rows("scorer", settings.seed, len(truth), round(SHARE * len(truth)))
+    unscored = np.flatnonzero(~np.isfinite(values).all(1)).tolist()
+    rows = draw_rows("scorer", settings.seed, len(truth), round(SHARE * len(truth)), unscored)
     tokenizer = load_tokenizer(sibling)
     encoded = ChatEncoder(tokenizer, settings.data.max_length).encode(list(pool))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

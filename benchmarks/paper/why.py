@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import SHARED, Results
+from runs import SHARED, Results, as_rows
 
 import iprox
 from iprox.audit.fidelity import fidelity_metrics
@@ -71,27 +71,37 @@ class Why:
             "nearest": float((1 - alike.max(1)).mean()),
         }
 
+    @cached_property
+    def probe_rows(self) -> list[int]:
+        """What proxies are made from."""
+        return draw_rows("probe", 0, self.total, PROBE)
+
+    @cached_property
+    def sample(self) -> list[dict[str, Any]]:
+        """The rows whose influence is compared, none of them in the probe."""
+        return as_rows(self.pool.take(draw_rows("sample", 0, self.total, self.arguments.rows, self.probe_rows)))
+
+    @cached_property
+    def wanted(self) -> tuple[np.ndarray, float]:
+        """The target's own scores of the sample [N, tasks], and its loss."""
+        target = iprox.load(self.arguments.model, dtype=torch.bfloat16)
+        return self.scores(target), self.loss(target)
+
+    def scores(self, model: Any, **options: Any) -> np.ndarray:
+        """Scores [N, tasks] of the sample."""
+        validation = {task: as_rows(rows) for task, rows in self.validation.items()}
+        common = {"tokenizer": self.tokenizer, "max_length": 512}
+        return score_matrix(iprox.score(model, self.sample, validation, **common, **options))
+
     def kept(self, method: Any, sparsity: float) -> dict[str, float]:
         """What a proxy of this size still has of the target's influence and loss."""
-        target = iprox.load(self.arguments.model)
-        probe_rows = draw_rows("probe", 0, self.total, PROBE)
+        target, rows = iprox.load(self.arguments.model), as_rows(self.pool.take(self.probe_rows))
         common = {"tokenizer": self.tokenizer, "max_length": 512}
-        proxy = iprox.compress(target, self.pool.take(probe_rows), sparsity=sparsity, method=method, **common)
-        rows = self.pool.take(draw_rows("sample", 0, self.total, self.arguments.rows, probe_rows))
-        scores = score_matrix(iprox.score(proxy.bfloat16(), rows, self.validation, target=target.bfloat16(), **common))
-        spearman = [
-            fidelity_metrics(scores[:, number], self.truth(target, rows)[:, number])["spearman"]
-            for number in range(len(self.validation))
-        ]
-        losses = [self.loss(model) for model in (target, proxy)]
-        return {"influence": float(np.mean(spearman)), "loss": losses[1] / losses[0]}
-
-    def truth(self, target: Any, rows: list[Example]) -> np.ndarray:
-        """The target's own scores of the rows, taken once."""
-        if not hasattr(self, "_truth"):
-            scores = iprox.score(target, rows, self.validation, tokenizer=self.tokenizer, max_length=512)
-            self._truth = score_matrix(scores)
-        return self._truth
+        proxy = iprox.compress(target, rows, sparsity=sparsity, method=method, **common).bfloat16()
+        truth, loss = self.wanted
+        scores = self.scores(proxy, target=target.bfloat16())
+        spearman = [fidelity_metrics(x, y)["spearman"] for x, y in zip(scores.T, truth.T, strict=True)]
+        return {"influence": float(np.mean(spearman)), "loss": self.loss(proxy) / loss}
 
     def loss(self, model: Any) -> float:
         """Mean loss over the validation sets."""
