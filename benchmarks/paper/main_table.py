@@ -26,6 +26,7 @@ import reference
 import scorer
 from runs import SHARED, Results, run, scores_in
 
+from iprox.audit.cascade import best_rows
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.progress import Reporter
@@ -49,6 +50,8 @@ OWN = ("reference code 0.7", "influence scorer")
 # Rows that select nothing by scores, so that one fine-tuning serves all tasks.
 WITHOUT_SCORES = ("random", "full pool")
 METHODS = ("random", *PROXIES, *OWN, "full pool")
+# Shares of the pool that a cascade scores again on the target.
+CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def main() -> None:
@@ -161,6 +164,14 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
     }
     record["fidelity"] = {
         task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
+    }
+    # The part of the target's own best rows that is found when the best candidates are scored again on the target.
+    record["recall"] = {
+        str(share): {
+            task: float(np.isin(best_rows(truth[:, n], arguments.fraction), best_rows(scores[:, n], share)).mean())
+            for n, task in enumerate(arguments.tasks)
+        }
+        for share in CANDIDATES
     }
     return record
 

@@ -62,10 +62,12 @@ def compress(
             "compressed by the plain norm; give more probe examples"
         )
     tokens, supervised = tokens_of(encoded)
+    # Of the baselines that factorise nothing, there is nothing to count.
+    made = flops.compression_flops(target, tokens, supervised, report.passes) if report.layers else 0.0
     return {
         **searched,
         "tokens": tokens,
-        "flops": report.passes * flops.compression_flops(target, tokens, supervised) + searched["flops"],
+        "flops": made + searched["flops"],
         "examples": len(examples),
         "labels": encoder.describe,
         "method": report.method,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from iprox.proxy.second_moment import Root
+from iprox.proxy.thin_svd import thin_svd
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) ->
     """SVD of a weight in the space weighted by C_δ = R_δ R_δᵀ on the left and C_h = R_h R_hᵀ on the right.
 
     Args:
-        weight: W [m, n].
+        weight: W [m, n], in float64.
         root_out: R_δ, or None for the identity.
         root_in: R_h, or None for the identity.
     """
@@ -75,7 +76,7 @@ def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) ->
         S = root_out.weigh(S)
     if root_in is not None:
         S = root_in.weigh(S.mT).mT
-    U, sigma, Vh = torch.linalg.svd(S, full_matrices=False)
+    U, sigma, Vh = thin_svd(S)
     if root_out is not None:
         U = root_out.unweigh(U)
     if root_in is not None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iprox.proxy.thin_svd import thin_svd
+
 # The ridge that the rule below may choose, as a share of the mean eigenvalue. The lower end keeps every root
 # invertible in float64; the upper end is as good as the plain norm.
 LEAST_RIDGE, LARGEST_RIDGE = 1e-4, 1e2
@@ -219,9 +221,10 @@ class SketchedMoment(SecondMoment):
         return (kept[:, None] * basis[:, : self.directions].mT).to(self.sketch.dtype)
 
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [k], descending, and eigenvectors [d, k] of SᵀS, by an SVD of the thinner side of S."""
-        _, sigma, basis = torch.linalg.svd(self.sketch.double(), full_matrices=False)
-        return sigma.square(), basis.mT
+        """Eigenvalues [k], descending, and eigenvectors [d, k] of SᵀS; those that are nothing but rounding left out."""
+        _, sigma, basis = thin_svd(self.sketch.double())
+        kept = sigma > 1e-7 * sigma[:1]
+        return sigma[kept].square(), basis[kept].mT
 
     def squared_norm(self) -> float:
         """‖C‖_F², with the lost trace spread evenly."""

@@ -1,0 +1,34 @@
+"""The thin SVD, by an eigendecomposition of the smaller Gram matrix (pure maths)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def thin_svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, k], σ [k] descending and Vᵀ [k, n] with S = U diag(σ) Vᵀ, for S [m, n] and k = min(m, n).
+
+    About 4mnk + 9k³ FLOPs, most of them GEMMs, where LAPACK's SVD spends about 14mnk, half of them bound by memory:
+    twice as fast on a CPU. A Gram matrix squares the condition, so σ and U are taken from the images S V instead of
+    its eigenvalues. The product U diag(σ) Vᵀ = S V Vᵀ is then as exact as V is orthogonal, whatever the condition; what
+    blurs is the split among directions with σ below about 1e-8 σ_max (float64), and the U of those is not orthogonal.
+
+    Args:
+        S: in float64.
+    """
+    if S.shape[0] < S.shape[1]:
+        V, sigma, Uh = thin_svd(S.mT)
+        return Uh.mT, sigma, V.mT
+    _, V = torch.linalg.eigh(S.mT @ S)
+    return along(S, V)
+
+
+def along(S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S V Vᵀ as (images of unit length [m, k], their lengths [k] descending, Vᵀ [k, n]), for orthonormal V [n, k].
+
+    Images of length zero stay zero. 2mnk FLOPs.
+    """
+    images = S @ V
+    lengths, order = images.norm(dim=0).sort(descending=True)
+    return images[:, order] / lengths.clamp(min=torch.finfo(S.dtype).tiny), lengths, V[:, order].mT
