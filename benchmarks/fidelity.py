@@ -30,6 +30,7 @@ from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
 from iprox.influence.scoring import QUERY_NORM
+from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
@@ -93,7 +94,8 @@ class Setting:
 
     def scores(self, model: PreTrainedModel, queries: dict[str, ModelGradient], keep: float) -> np.ndarray:
         """Scores [N, tasks] of the sample on a model."""
-        scorer = BatchScorer(model, queries, gradient="weight", keep=keep)
+        met = queries if keep == 1 else low_rank_queries(queries, keep)
+        scorer = BatchScorer(model, met, gradient="weight")
         scores = np.full((len(self.sample), len(queries)), np.nan)
         with compiled(model):
             for batch in iter_batches(self.sample, self.batch_tokens, 0):

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set
 from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scoring import QUERY_NORM
+from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compile_layers
 from iprox.models.layers import influence_layers
@@ -91,11 +92,13 @@ def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence
     scorers = {}
     for tasks in task_counts:
         # Tasks of the same size; which gradients they are makes no difference to the time.
-        making, scorers[tasks] = timed(
-            lambda tasks=tasks: BatchScorer(
-                model, dict.fromkeys(map(str, range(tasks)), gradient), gradient="weight", keep=keep
-            )
-        )
+        def make(tasks: int = tasks) -> BatchScorer:
+            queries: dict[str, Any] = dict.fromkeys(map(str, range(tasks)), gradient)
+            if keep < 1:
+                queries = dict(low_rank_queries(queries, keep))
+            return BatchScorer(model, queries, gradient="weight")
+
+        making, scorers[tasks] = timed(make)
         result["by_tasks"][tasks] = {"making_seconds": making}
     supervised = sum(row.supervised for row in work.pool)
     spent = flops.scoring_flops(model, work.tokens, supervised, work.tokens * scorers[1].contraction_flops)

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from iprox.audit.cascade import best_rows, candidate_share
 from iprox.audit.correction import Covariates, fit_correction
 from iprox.data import Pool
+from iprox.influence.scoring import QUERY_NORM
 from iprox.run_folder import environment, write_json
 from paper.runs import SHARED, run, scores_in
 
@@ -30,7 +31,7 @@ PROMISED = (0.75, 0.9)
 # others are charged against. (The truth is of whole gradients, which with several tasks cost several times as much.)
 CHARGED = "target, low-rank"
 METHODS: dict[str, dict[str, Any]] = {
-    CHARGED: {"proxy": False, "audit": False, "influence": {"query_norm": 0.95}},
+    CHARGED: {"proxy": False, "audit": False, "influence": {"query_norm": QUERY_NORM}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},

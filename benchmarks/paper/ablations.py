@@ -139,11 +139,11 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
         "alignment": {
             "stage 1 only": lambda: measure(make()),
             "KL only": lambda: ablation.aligned(**logits),
-            "KL only, 5 × the rows, one epoch": lambda: ablation.aligned(5 * PROBE, epochs=1, **logits),
-            "KL only, 5 × the rows": lambda: ablation.aligned(5 * PROBE, **logits),
-            "KL only, 3 × the rate": lambda: ablation.aligned(learning_rate=3e-4, **logits),
             "gradient only": lambda: ablation.aligned(kl_weight=0.0),
             "both": lambda: ablation.aligned(),
+            "KL only, 3 × the rate": lambda: ablation.aligned(learning_rate=3e-4, **logits),
+            "KL only, 5 × the rows, one epoch": lambda: ablation.aligned(5 * PROBE, epochs=1, **logits),
+            "KL only, 5 × the rows": lambda: ablation.aligned(5 * PROBE, **logits),
         },
         "probe": {
             f"{times} × {PROBE} rows": lambda times=times: measure(make(probe=ablation.probe_rows[: times * PROBE]))

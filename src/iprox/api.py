@@ -235,7 +235,7 @@ def score(
             to nothing, as they are few. None takes them on `model`.
         gradient: of a proxy: `factors` or `weight`.
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
-            None: 0.95 on a proxy, 1 on a model itself.
+            None: 0.9 on a proxy, 1 on a model itself.
         normalise: `none` or `cosine`.
         aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
             (`iprox.influence.aggregate.Aggregation`).

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from iprox.data import Encoded, Pool
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.truncation import low_rank_queries
 from iprox.models.compiled import compiled
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
@@ -39,7 +40,8 @@ def test_terms_are_those_of_autograd_and_sum_to_the_score(tiny, family, keep):
     batch = tiny.batch([9, 4, 7], seed=2, padding=3)
     queries = {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]}
     queries["b"] = mean_gradient(model, [tiny.batch([6], seed=5)])[0]
-    scorer = BatchScorer(model, queries, keep=keep)
+    cut = queries if keep == 1 else low_rank_queries(queries, keep)
+    scorer = BatchScorer(model, cut)
     terms = scorer.by_token(batch)
     torch.testing.assert_close(terms.sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
     for row, length in enumerate(batch.lengths.tolist()):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iprox.influence import queries
-from iprox.influence.gradients import LayerGradient, contract
+from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
 from iprox.influence.queries import layer_query, leading_directions, truncated
 
 
@@ -39,32 +39,45 @@ def test_what_is_kept_is_at_least_what_was_asked_and_no_more_ranks_than_that(m, 
         assert sigma[rank - 1 :].square().sum() > (1 - keep**2) * total - 1e-9
 
 
+def low_rank(weight: torch.Tensor, bias: torch.Tensor | None) -> LowRankGradient:
+    left, right, lost = truncated(weight, 0.9)
+    return LowRankGradient(left, right, bias, lost)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
 def test_contracting_equals_the_truncated_gradient(shape, bias):
     m, n = shape
     tasks = [gradient(m, n, 3, seed, bias) for seed in (0, 1, 2)]
-    query, lost = layer_query(tasks, 0.9, torch.float64)
+    query = layer_query([low_rank(task.weight, task.bias) for task in tasks], torch.float64)
     assert query.dense is None
     assert query.flops == 2 * sum(query.ranks) * (m + n) < 2 * 3 * m * n
     h, delta = torch.randn(5, 7, n, dtype=torch.float64), torch.randn(5, 7, m, dtype=torch.float64)
     scores = query.contract(h, delta)
     for column, task in enumerate(tasks):
-        left, right, dropped = truncated(task.weight, 0.9)
+        left, right, _ = truncated(task.weight, 0.9)
         expected = contract(h, delta, LayerGradient(left @ right.mT, task.bias))
         torch.testing.assert_close(scores[:, column], expected, rtol=1e-9, atol=1e-9)
-        assert lost[column] == dropped
 
 
-@pytest.mark.parametrize(("keep", "decay"), [(1.0, 3), (0.99, 0)])
-def test_a_gradient_stays_whole_where_that_is_asked_or_cheaper(keep, decay):
-    tasks = [gradient(12, 10, decay, seed) for seed in (0, 1)]
-    query, lost = layer_query(tasks, keep, torch.float64)
+def test_a_gradient_of_rank_zero_adds_nothing_but_its_bias():
+    whole, bias = gradient(8, 6, 1, bias=True), torch.randn(8, dtype=torch.float64)
+    nothing = LowRankGradient(whole.weight[:, :0], whole.weight.mT[:, :0], bias, torch.zeros(()))
+    h, delta = torch.randn(3, 4, 6, dtype=torch.float64), torch.randn(3, 4, 8, dtype=torch.float64)
+    for others in ([], [low_rank(whole.weight, whole.bias)]):
+        scores = layer_query([nothing, *others], torch.float64).contract(h, delta)
+        torch.testing.assert_close(scores[:, 0], delta.sum(1) @ bias)
+
+
+def test_whole_gradients_are_contracted_with_as_they_are():
+    tasks = [gradient(12, 10, 3, seed) for seed in (0, 1)]
+    query = layer_query(tasks, torch.float64)
     assert query.dense is not None
     assert query.flops == 2 * 2 * 12 * 10
-    assert (lost == 0).all()
     h, delta = torch.randn(3, 4, 10, dtype=torch.float64), torch.randn(3, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(query.contract(h, delta)[:, 1], contract(h, delta, tasks[1]))
+    with pytest.raises(ValueError, match="low-rank all, or whole all"):
+        layer_query([tasks[0], low_rank(tasks[1].weight, None)], torch.float64)
 
 
 def test_wide_gradients_are_sketched_until_enough_is_kept(monkeypatch):

@@ -15,7 +15,7 @@ from iprox.audit.intervals import bootstrap_intervals
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery, seen_from
-from iprox.influence.scoring import ScoringSettings, scorer_of_batches, task_queries
+from iprox.influence.scoring import ScoringSettings, scorer_of_batches, scorer_of_queries, task_queries
 from iprox.recipe import CURVED
 
 # Fewest rows that a correlation is worth keeping factors by.
@@ -61,8 +61,7 @@ class HeldOutFidelity:
         self.validation, self.sample, self.query_on_target = validation, sample, query_on_target
         whole = replace(self.settings, gradient="weight")
         queries = task_queries(target, self._validation(target), whole, sample=self._measured(target))
-        keep = self.settings.kept_norm(target)
-        on_target = BatchScorer(target, queries, normalise=self.settings.normalise, gradient="weight", keep=keep)
+        on_target = scorer_of_queries(target, queries, whole)
         self._wanted = self._scores(on_target)
         # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
         # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
@@ -109,8 +108,7 @@ class HeldOutFidelity:
             seen: dict[str, TaskQuery] = {
                 task: seen_from(query, proxy, "weight") for task, query in self._queries.items()
             }
-            keep = self.settings.kept_norm(proxy)
-            return BatchScorer(proxy, seen, normalise=self.settings.normalise, gradient="weight", keep=keep)
+            return scorer_of_queries(proxy, seen, self.settings)
         target = self.target if self.query_on_target else None
         source = self.target if self.query_on_target else proxy
         return scorer_of_batches(

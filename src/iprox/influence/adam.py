@@ -79,7 +79,6 @@ class AdamScorer(BatchScorer):
         queries: as for `BatchScorer`, of the space `weight`.
         state: of the warm-up's optimizer at this checkpoint.
         normalise: `none`, or `cosine` as in LESS: divide by ‖Γ(z)‖·‖Ḡ(V)‖.
-        keep: as for `BatchScorer`.
         loss_fn: as for `BatchScorer`.
 
     Raises:
@@ -93,10 +92,9 @@ class AdamScorer(BatchScorer):
         state: AdamState,
         *,
         normalise: Normalise = "none",
-        keep: float = 1.0,
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
-        super().__init__(model, queries, gradient="weight", normalise=normalise, keep=keep, loss_fn=loss_fn)
+        super().__init__(model, queries, gradient="weight", normalise=normalise, loss_fn=loss_fn)
         self.state = state
         check_state(state, self.layers)
         self.contraction_flops = sum(2.0 * m * n for m, n in map(weight_shape, self.layers.values()))

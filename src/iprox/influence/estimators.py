@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.influence.gradients import LayerGradient, LowRankGradient, norm_flops, squared_norms, summed_gradient
-from iprox.influence.queries import LayerQuery, layer_query, low_rank_query
+from iprox.influence.queries import LayerQuery, layer_query
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -28,8 +28,11 @@ ModelGradient = dict[str, LayerGradient]
 # The same of one example, low-rank.
 ExampleGradient = dict[str, LowRankGradient]
 
-# What candidates meet of a task: its mean gradient, or the gradients of its examples one by one.
-TaskQuery = ModelGradient | Sequence[ExampleGradient]
+# A mean gradient that is low-rank in the layers where that is cheaper.
+TruncatedGradient = dict[str, LayerGradient | LowRankGradient]
+
+# What candidates meet of a task: its mean gradient, whole or truncated, or the gradients of its examples one by one.
+TaskQuery = ModelGradient | TruncatedGradient | Sequence[ExampleGradient]
 
 
 def mean_gradient(
@@ -117,10 +120,10 @@ class BatchScorer:
     Args:
         model: a proxy or any model.
         queries: by task its mean validation gradient, from `mean_gradient` with the same `gradient` or from
-            `seen_from`, or the gradients of its examples, from `example_gradients`, which are a column of scores each.
+            `seen_from`, made low-rank by `iprox.influence.truncation` or not; or the gradients of its examples, from
+            `example_gradients`, which are a column of scores each.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
-        keep: share of the norm of each layer's validation gradient that is kept when it is made low-rank; 1 is exact.
         loss_fn: per-example losses of a model that is no language model.
 
     Attributes:
@@ -137,7 +140,6 @@ class BatchScorer:
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
-        keep: float = 1.0,
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model = model
@@ -155,8 +157,9 @@ class BatchScorer:
         for name, layer in self.layers.items():
             if all(name in each for each in columns):
                 dtype = self._query_dtype(layer)
-                self._queries[name], dropped = _query_of([each[name] for each in columns], keep, dtype)
-                lost += dropped
+                parts = [each[name] for each in columns]
+                self._queries[name] = layer_query(parts, dtype)
+                lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
         self._query_norms = norms.sqrt()
         self.contraction_flops = sum(query.flops for query in self._queries.values())
         shares = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
@@ -228,13 +231,6 @@ class BatchScorer:
             # A zero gradient has no direction: its cosine is 0, not NaN.
             scores = torch.where(length > 0, scores / length, torch.zeros_like(scores))
         return scores, losses
-
-
-def _query_of(gradients: Sequence[Any], keep: float, dtype: torch.dtype) -> tuple[LayerQuery, Tensor]:
-    """What candidates meet of one layer, and the squared norm that it leaves out of each gradient."""
-    if all(isinstance(gradient, LowRankGradient) for gradient in gradients):
-        return low_rank_query(gradients, dtype), torch.stack([gradient.lost for gradient in gradients])
-    return layer_query(gradients, keep, dtype)
 
 
 def has_bias(layer: nn.Module) -> bool:

@@ -1,7 +1,8 @@
-"""Validation gradients in the form that contracts cheapest (pure maths): low-rank where that pays, else dense.
+"""Validation gradients ready to contract with, low-rank or dense (pure maths).
 
 The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs a token
-where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one.
+where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. What L and R are is said in
+`truncation.py`.
 """
 
 from __future__ import annotations
@@ -84,49 +85,24 @@ class LayerQuery:
         return torch.stack([part.sum(-1) for part in parts], dim=-1)
 
 
-def layer_query(gradients: Sequence[LayerGradient], keep: float, dtype: torch.dtype) -> tuple[LayerQuery, Tensor]:
-    """The query of one layer for several tasks.
+def layer_query(gradients: Sequence[LayerGradient | LowRankGradient], dtype: torch.dtype) -> LayerQuery:
+    """The query of one layer for several tasks, or for several examples of one.
 
     Args:
-        gradients: each task's mean gradient of the layer, in float32 or better.
-        keep: share of each gradient's Frobenius norm that its truncation keeps at least, in (0, 1]; 1 keeps it whole.
-        dtype: of the products.
-
-    Returns:
-        The query, and the squared norm dropped of each task's gradient [T].
-    """
-    m, n = gradients[0].weight.shape
-    dense_cost = len(gradients) * m * n
-    exact = gradients[0].weight.new_zeros(len(gradients))
-    if keep < 1:
-        factors = [truncated(gradient.weight, keep) for gradient in gradients]
-        ranks = tuple(left.shape[1] for left, _, _ in factors)
-        if sum(ranks) * (m + n) < dense_cost:
-            biases = [gradient.bias for gradient in gradients if gradient.bias is not None]
-            query = LayerQuery(
-                None,
-                round_columns(torch.cat([left for left, _, _ in factors], dim=1)).to(dtype),
-                round_columns(torch.cat([right for _, right, _ in factors], dim=1)).to(dtype),
-                ranks,
-                torch.stack(biases) if biases else None,
-                2.0 * sum(ranks) * (m + n),
-            )
-            return query, torch.stack([dropped for _, _, dropped in factors])
-    dense = [gradient.to(dtype) for gradient in gradients]
-    return LayerQuery(dense, None, None, (min(m, n),) * len(gradients), None, 2.0 * dense_cost), exact
-
-
-def low_rank_query(gradients: Sequence[LowRankGradient], dtype: torch.dtype) -> LayerQuery:
-    """The query of one layer for several gradients that are low-rank already, one column each.
-
-    Args:
-        gradients: say, of single validation examples.
+        gradients: one a column of scores: all of them low-rank, or all whole, in float32 or better.
         dtype: of the products.
     """
-    ranks = tuple(gradient.left.shape[1] for gradient in gradients)
-    left = torch.cat([gradient.left for gradient in gradients], dim=1)
-    right = torch.cat([gradient.right for gradient in gradients], dim=1)
-    biases = [gradient.bias for gradient in gradients if gradient.bias is not None]
+    low_rank = [gradient for gradient in gradients if isinstance(gradient, LowRankGradient)]
+    if not low_rank:
+        whole = [gradient.to(dtype) for gradient in gradients if isinstance(gradient, LayerGradient)]
+        m, n = whole[0].weight.shape
+        return LayerQuery(whole, None, None, (min(m, n),) * len(whole), None, 2.0 * len(whole) * m * n)
+    if len(low_rank) < len(gradients):
+        raise ValueError("gradients of one layer are low-rank all, or whole all")
+    ranks = tuple(gradient.left.shape[1] for gradient in low_rank)
+    left = torch.cat([gradient.left for gradient in low_rank], dim=1)
+    right = torch.cat([gradient.right for gradient in low_rank], dim=1)
+    biases = [gradient.bias for gradient in low_rank if gradient.bias is not None]
     return LayerQuery(
         None,
         round_columns(left).to(dtype),

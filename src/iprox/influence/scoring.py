@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -14,10 +14,11 @@ from iprox.errors import InputError
 from iprox.influence import gradient_free
 from iprox.influence.adam import AdamScorer
 from iprox.influence.aggregate import Aggregate, Aggregation, OverExamples
-from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, mean_gradient, seen_from
+from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, precondition
+from iprox.influence.truncation import low_rank_queries
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -30,7 +31,7 @@ WINDOW = 4096
 
 # Share of the validation gradients' norm that scores on a proxy keep unless asked otherwise: what is lost is small
 # beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact.
-QUERY_NORM = 0.95
+QUERY_NORM = 0.9
 
 # Where the validation gradients of a proxy are taken.
 Query = Literal["target", "proxy"]
@@ -54,9 +55,9 @@ class ScoringSettings:
         aggregate: how `influence` is made of several tasks (`Aggregation.tasks`).
         over_examples: how a task's score is made of its validation examples (`Aggregation.examples`).
         per_example: keep the scores by validation example.
-        query_norm: share of the norm of each layer's validation gradient that is kept when it is made low-rank, so that
-            many tasks cost little more than one; 1 scores with the whole gradient. None: 0.95 on a proxy, 1 on a model
-            itself.
+        query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
+            (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
+            gradient, as `adam`, which gains nothing by it, always does. None: 0.9 on a proxy, 1 on a model itself.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
@@ -146,6 +147,15 @@ def scorer_of_batches(
 ) -> BatchScorer:
     """A scorer of candidates against each task's validation gradients at one checkpoint (see `task_queries`).
 
+    Args:
+        model: what candidates are scored on.
+        validation: batches of each task's validation examples.
+        settings: how to score.
+        loss_fn: per-example losses of a model that is no language model.
+        target: the target of a proxy `model`, for the validation gradients.
+        sample: batches of the pool's examples, which an influence function measures curvature on.
+        adam: the state of the warm-up's optimizer.
+
     Raises:
         InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, or of factors, which
             no optimizer has moments of.
@@ -156,11 +166,23 @@ def scorer_of_batches(
         if settings.gradient == "factors":
             raise InputError("adam: the optimizer's moments are of the target's weights; set gradient to weight")
     queries = task_queries(model, validation, settings, loss_fn, target, sample)
-    how: Any = {"normalise": settings.normalise, "keep": settings.kept_norm(model), "loss_fn": loss_fn}
     if settings.estimator == "adam":
         assert adam is not None
-        return AdamScorer(model, queries, adam, **how)
-    return BatchScorer(model, queries, gradient=settings.gradient, **how)
+        return AdamScorer(model, queries, adam, normalise=settings.normalise, loss_fn=loss_fn)
+    return scorer_of_queries(model, queries, settings, loss_fn)
+
+
+def scorer_of_queries(
+    model: nn.Module,
+    queries: Mapping[str, TaskQuery],
+    settings: ScoringSettings,
+    loss_fn: LossFn = causal_lm_losses,
+) -> BatchScorer:
+    """A scorer of gradients against what `task_queries` gave, mean gradients made low-rank if the settings say so."""
+    keep = settings.kept_norm(model)
+    if keep < 1 and not settings.aggregation.by_example:  # those of single examples are low-rank already
+        queries = low_rank_queries(cast(Mapping[str, ModelGradient], queries), keep)
+    return BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
 
 
 def task_queries(

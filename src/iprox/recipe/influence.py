@@ -33,7 +33,7 @@ class InfluenceSection(Section):
 
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.95 on a proxy and 1 on a model itself. `compile` says
+    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. `compile` says
     whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
     function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
     A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the

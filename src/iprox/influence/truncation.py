@@ -1,0 +1,97 @@
+"""Validation gradients made low-rank (pure maths): which directions of which layers to keep.
+
+A low-rank gradient L Rᵀ is cheap to contract with (`queries.py`): k directions of a layer [m, n] cost 2k(m+n) FLOPs a
+token. So over all layers together directions are taken in the order of what they hold for what they cost, σ²/(m+n),
+until they hold the asked share of the gradient's norm. Cut each by itself, they would cost more than twice as
+much for the same scores (`benchmarks/queries.py`): layers that hold little of the gradient are then kept as finely as
+the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iprox.influence.estimators import ModelGradient, TruncatedGradient
+from iprox.influence.gradients import LayerGradient, LowRankGradient
+from iprox.influence.queries import truncated
+
+# Each layer is looked at until what is left unseen of it is this part of what may be lost on the whole: so the one
+# threshold has more to choose from than each layer's own would.
+UNSEEN = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """The leading singular directions of one layer's gradient.
+
+    Attributes:
+        left: [m, k].
+        right: [n, k]; the gradient is about left rightᵀ.
+        squares: what each holds of the squared norm [k], descending.
+        total: the whole squared norm.
+    """
+
+    left: Tensor
+    right: Tensor
+    squares: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: float) -> Directions:
+        """Those of a gradient [m, n]: more than it needs to keep the share by itself."""
+        left, right, _ = truncated(weight, math.sqrt(1 - UNSEEN * (1 - keep**2)))
+        # One of the two is orthonormal, the other carries the singular values.
+        squares = left.square().sum(0) * right.square().sum(0)
+        return cls(left, right, squares, weight.square().sum())
+
+    def cut(self, gradient: LayerGradient, rank: int) -> LowRankGradient:
+        """The first `rank` directions in the place of the gradient."""
+        lost = (self.total - self.squares[:rank].sum()).clamp(min=0)
+        return LowRankGradient(self.left[:, :rank], self.right[:, :rank], gradient.bias, lost)
+
+
+def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
+    """Each task's gradient with as few directions as hold the asked share of its norm; biases are kept whole.
+
+    Layers where that would not be cheaper stay whole. Cost: 4mnk + 9k³ a layer and task, k = min(m, n); about
+    10·m·n·r for wide layers, r the rank needed.
+
+    Args:
+        queries: mean validation gradients by task, in float32 or better.
+        keep: share of the Frobenius norm, all layers together, that is kept at least, in (0, 1).
+    """
+    first, *others = queries.values()
+    # Only the layers that all tasks have are met by candidates.
+    names = [name for name in first if all(name in other for other in others)]
+    found = {task: {name: Directions.of(query[name].weight, keep) for name in names} for task, query in queries.items()}
+    ranks = {
+        task: dict(zip(names, chosen_ranks(list(each.values()), keep), strict=True)) for task, each in found.items()
+    }
+    result: dict[str, TruncatedGradient] = {task: {} for task in queries}
+    for name in names:
+        m, n = first[name].weight.shape
+        cheaper = sum(each[name] for each in ranks.values()) * (m + n) < len(queries) * m * n
+        for task, query in queries.items():
+            rank = ranks[task][name]
+            result[task][name] = found[task][name].cut(query[name], rank) if cheaper else query[name]
+    return result
+
+
+def chosen_ranks(layers: Sequence[Directions], keep: float) -> list[int]:
+    """How many directions of each layer to keep so that all together hold `keep`² of the squared norm at least cost."""
+    squares = torch.cat([each.squares for each in layers])
+    worth = torch.cat([each.squares / (len(each.left) + len(each.right)) for each in layers])
+    order = worth.argsort(descending=True, stable=True)
+    total = torch.stack([each.total for each in layers]).sum(dtype=torch.float64)
+    held = squares[order].cumsum(0, dtype=torch.float64)
+    enough = (held >= keep**2 * total).nonzero()
+    count = int(enough[0]) + 1 if len(enough) else len(order)
+    taken = torch.zeros_like(order, dtype=torch.bool)
+    taken[order[:count]] = bool(total > 0)
+    # A layer's directions descend in worth, so those taken are its first ones.
+    return [int(part.sum()) for part in taken.split([len(each.squares) for each in layers])]
