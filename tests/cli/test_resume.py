@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 
-from iprox import align_stage, compress_stage, pipeline
+from iprox import align_stage, compress_stage
 from iprox.cli import main
 from iprox.influence import scoring, shards
+from iprox.session import draw_rows
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -184,4 +185,4 @@ def test_warnings_of_drawing_rows_belong_to_their_stage(copied):
 def test_seed_changes_every_draw(place):
     assert place.run("--seed", "1", "--stop-after", "data") == 0
     assert place.record()["seed"] == 1
-    assert pipeline.draw_rows("audit", 0, 1000, 20) != pipeline.draw_rows("audit", 1, 1000, 20)
+    assert draw_rows("audit", 0, 1000, 20) != draw_rows("audit", 1, 1000, 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
@@ -44,3 +45,13 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     except (ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"{path}: does not fit its base model ({str(error).splitlines()[0]})") from error
     return whole.requires_grad_(True)  # PEFT leaves the base model frozen, and a warm-up would train nothing
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Refuse a model that carries an adapter by PEFT: its layers are not those of the model that will be trained.
+
+    Raises:
+        InputError: it does.
+    """
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise InputError("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")

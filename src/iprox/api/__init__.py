@@ -1,0 +1,7 @@
+"""The Python API (design 7): the stages on models and data in memory."""
+
+from iprox.api.choosing import audit, select
+from iprox.api.making import align, compress, load
+from iprox.api.scoring import attribute, score
+
+__all__ = ["align", "attribute", "audit", "compress", "load", "score", "select"]

@@ -1,0 +1,106 @@
+"""What scores are for: choosing rows, and comparing a proxy's with its target's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from iprox.api.scoring import score
+from iprox.audit.fidelity import AuditReport, compare_scores
+from iprox.examples import Examples, as_pool
+from iprox.influence.index import GradientIndex
+from iprox.influence.scoring import Query
+from iprox.models.layers import low_rank_layers
+from iprox.selection import SelectionSettings, Strategy, select_rows
+
+
+def select(
+    scores: pa.Table,
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    tokens: int | None = None,
+    strategy: Strategy = "top",
+    threshold: float | None = None,
+    temperature: float = 1.0,
+    source_floor: Mapping[str, float] | None = None,
+    source_cap: float | Mapping[str, float] | None = None,
+    deduplicate: float | None = None,
+    control_length: bool = False,
+    pool: Examples | None = None,
+    features: str | Path | None = None,
+    seed: int = 0,
+) -> np.ndarray:
+    """The chosen rows of a scores table: int64 row numbers, best first.
+
+    Args:
+        scores: from `score`.
+        fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
+        count: number of rows.
+        tokens: number of tokens that they may have in all.
+        strategy: `top`, `round-robin`, `balanced`, `diverse` or `sample` (`iprox.selection.SelectionSettings`).
+        threshold: lowest influence to choose; there may then be fewer rows.
+        temperature: of `sample`, in standard deviations of the score.
+        source_floor: by source, the least share of the selection.
+        source_cap: the largest share of the selection, of any source or by source.
+        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
+            needs `pool`.
+        control_length: compare rows with those of about their length only.
+        pool: what was scored.
+        features: for `diverse`, the folder of the pool's `iprox index`.
+        seed: of `sample`.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
+    """
+    settings = SelectionSettings(
+        fraction,
+        count,
+        tokens,
+        strategy,
+        threshold,
+        temperature,
+        source_floor or {},
+        source_cap,
+        deduplicate,
+        control_length,
+        seed,
+    )
+    index = None if features is None else GradientIndex.open(features)
+    source = None if pool is None else as_pool(pool, "pool")
+    return select_rows(
+        scores,
+        settings,
+        texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
+        features=None if index is None else lambda rows: index.features_of(scores, rows),
+    ).rows
+
+
+def audit(
+    model: nn.Module,
+    proxy: nn.Module,
+    sample: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    query: Query = "target",
+    **settings: Any,
+) -> AuditReport:
+    """How faithfully a proxy ranks a sample: its scores against the target's.
+
+    Args:
+        model: the target.
+        proxy: its proxy.
+        sample: examples to compare on.
+        validation: validation examples by task.
+        query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
+            are not factorised take their own.
+        **settings: as for `score`.
+    """
+    target = model if query == "target" and low_rank_layers(proxy) else None
+    on_proxy = score(proxy, sample, validation, target=target, **settings)
+    return compare_scores(on_proxy, score(model, sample, validation, **settings))

@@ -1,0 +1,234 @@
+"""Influence in memory: of examples, and of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from iprox.data import Encoded
+from iprox.errors import InputError
+from iprox.examples import Examples, Reader, as_pool
+from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
+from iprox.influence.attribution import attribute_examples
+from iprox.influence.estimators import BatchScorer, Normalise
+from iprox.influence.gradient_free import Corpus
+from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
+from iprox.influence.scores import scores_table
+from iprox.influence.scoring import Estimator, ScoringSettings, scorer_of_batches
+from iprox.influence.windows import fitting_scorer, score_windows, windows_of
+from iprox.models.adapters import refuse_adapter
+from iprox.models.experts import SplitExperts, experts_split
+from iprox.models.layers import GradientSpace
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.optimizer_state import AdamState, load_adam_state
+from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
+from iprox.session import draw_rows
+
+
+def score(
+    model: nn.Module | Sequence[nn.Module],
+    pool: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    estimator: Estimator = "tracin",
+    curvature: KroneckerCurvature = "ek-fac",
+    curvature_sample: Examples | None = None,
+    optimizer_state: str | Path | Sequence[str | Path] = (),
+    damping: float = 0.1,
+    target: nn.Module | None = None,
+    gradient: GradientSpace = "weight",
+    query_norm: float | None = None,
+    normalise: Normalise = "none",
+    aggregate: Aggregate = "standardised",
+    over_examples: OverExamples = "mean",
+    per_example: bool = False,
+    learning_rates: Sequence[float] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+    loss_fn: LossFn = causal_lm_losses,
+    seed: int = 0,
+) -> pa.Table:
+    """Influence of every pool example on every task. Positive: training on it lowers the validation loss.
+
+    Args:
+        model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
+        pool: candidates.
+        validation: validation examples by task.
+        estimator: `tracin`; `adam`, of the steps that the warm-up's Adam would take (LESS, `iprox.influence.adam`); an
+            influence function, `influence-function` or `datainf` (`iprox.influence.curvature`); or without gradients,
+            to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`, `rds` (hidden states)
+            or `bm25` (words).
+        curvature: of `influence-function`: `ek-fac` or `k-fac`.
+        curvature_sample: what an influence function measures curvature on. None draws 512 examples of the pool, unless
+            the data are DataLoaders.
+        optimizer_state: for `adam`, the folder of the warm-up's checkpoint that holds the optimizer's state; of several
+            checkpoints, one each.
+        damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
+        target: the target of a proxy: validation gradients are then taken on it, which is more faithful and costs next
+            to nothing, as they are few. None takes them on `model`.
+        gradient: of a proxy: `factors` or `weight`.
+        query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
+            None: 0.9 on a proxy, 1 on a model itself.
+        normalise: `none` or `cosine`.
+        aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
+            (`iprox.influence.aggregate.Aggregation`).
+        over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
+        per_example: keep the scores by validation example, as columns `examples/<task>`.
+        learning_rates: one a checkpoint; 1 for a single model if None.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+        loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
+        seed: of the estimator `random`.
+
+    Returns:
+        The scores table (design 6), one row an example in pool order.
+
+    Raises:
+        InputError: bad input; the message says which and how to mend it.
+    """
+    known = (*get_args(InfluenceEstimator), *GRADIENT_FREE)
+    for name, given, names in (("estimator", estimator, known), ("curvature", curvature, get_args(KroneckerCurvature))):
+        if given not in names:
+            raise InputError(f"unknown {name} {given!r}; known: {', '.join(names)}")
+    if damping <= 0:
+        raise InputError(f"damping must be above 0, not {damping}")
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    for each in models:
+        refuse_adapter(each)
+    if learning_rates is None:
+        if len(models) != 1:
+            raise InputError("several checkpoints need their learning_rates")
+        learning_rates = [1.0]
+    if len(learning_rates) != len(models):
+        raise InputError(f"{len(models)} models but {len(learning_rates)} learning rates")
+    if target is not None and len(models) > 1:
+        raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
+    settings = ScoringSettings(
+        gradient,
+        normalise,
+        aggregate,
+        query_norm,
+        batch_tokens,
+        estimator=estimator,
+        curvature=curvature,
+        damping=damping,
+        seed=seed,
+        over_examples=over_examples,
+        per_example=per_example,
+    )
+    if settings.estimator in GRADIENT_FREE and len(models) > 1:
+        raise InputError(f"checkpoints are summed by TracIn; {estimator} takes one model")
+    states = [optimizer_state] if isinstance(optimizer_state, str | Path) else list(optimizer_state)
+    if len(states) != (len(models) if estimator == "adam" else 0):
+        raise InputError(f"optimizer_state= goes with the estimator adam, one a model: {len(states)} given")
+    tables = []
+    with experts_split(*models, *([] if target is None else [target])):
+        for number, checkpoint in enumerate(models):
+            adam = load_adam_state(states[number], next(checkpoint.parameters()).device) if states else None
+            if isinstance(pool, DataLoader):
+                sample = None if curvature_sample is None else list(curvature_sample)
+                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample, adam))
+                continue
+            reader = Reader(checkpoint, tokenizer, max_length, batch_tokens)
+            encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
+            source = as_pool(pool, "pool")
+            rows = source.scan().rows
+            curved: list[Encoded] = []
+            if estimator in CURVED:
+                curved = (
+                    reader.encoder.encode(source.take(draw_rows("curvature", 0, rows, CURVATURE_EXAMPLES)))
+                    if curvature_sample is None
+                    else reader.encode(curvature_sample, "curvature_sample")
+                )
+            corpus = None
+            if estimator == "bm25":
+                corpus = Corpus.of(
+                    row for some in windows_of(source, settings.window) for row in reader.encoder.encode(some)
+                )
+            scorer, fitted = fitting_scorer(checkpoint, encoded, 0, settings, target, curved, corpus, loss_fn, adam)
+            parts = score_windows(scorer, source, reader.encoder, 0, fitted)
+            tables.append(pa.concat_tables([table for table, _ in parts]))
+    spread = TaskSpread()
+    spread.add(by_task(tables, learning_rates, settings.aggregation))
+    return combine(tables, learning_rates, settings.aggregation, spread)
+
+
+def attribute(
+    model: nn.Module,
+    examples: Examples,
+    validation: Mapping[str, Examples],
+    *,
+    target: nn.Module | None = None,
+    gradient: GradientSpace = "weight",
+    query_norm: float | None = None,
+    normalise: Normalise = "none",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_length: int = 2048,
+    batch_tokens: int = 4096,
+) -> pa.Table:
+    """Which tokens the TracIn score of some examples comes from (`iprox.influence.attribution`).
+
+    Args:
+        model: what they were scored on.
+        examples: the few to look at.
+        validation: validation examples by task.
+        target: as for `score`.
+        gradient: as for `score`.
+        query_norm: as for `score`.
+        normalise: as for `score`.
+        tokenizer: the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+
+    Returns:
+        One row an example: `id`, `tokens`, `supervised`, and for each task a list `influence/<task>` of one term a
+        token, whose sum is the score. Positive terms help the task.
+
+    Raises:
+        InputError: bad input, or a model with experts, whose layers do not see every token.
+    """
+    refuse_adapter(model)
+    with experts_split(model):
+        if any(isinstance(module, SplitExperts) for module in model.modules()):
+            raise InputError("attribution: the model has experts, whose layers do not see every token")
+    settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
+    reader = Reader(model, tokenizer, max_length, batch_tokens)
+    encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
+    source = as_pool(examples, "examples")
+    source.scan()
+    with experts_split(model, *([] if target is None else [target])):
+        scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
+        assert isinstance(scorer, BatchScorer)
+        return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
+
+
+def _score_batches(
+    model: nn.Module,
+    pool: DataLoader,
+    validation: Mapping[str, DataLoader],
+    settings: ScoringSettings,
+    loss_fn: LossFn,
+    target: nn.Module | None,
+    sample: list[Any] | None,
+    adam: AdamState | None,
+) -> pa.Table:
+    """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
+    if settings.estimator in GRADIENT_FREE:
+        raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
+    if settings.aggregation.by_example:
+        raise InputError("scores by validation example are of examples, not of a DataLoader's batches")
+    if settings.estimator in CURVED and not sample:
+        raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
+    scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or (), adam)
+    scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
+    count = len(scores)
+    return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

@@ -1,0 +1,89 @@
+"""The steps that use the scores: selection, fine-tuning, report."""
+
+from __future__ import annotations
+
+from iprox import attribute_stage, stages
+from iprox.data import Pool
+from iprox.influence.index import GradientIndex
+from iprox.models.loading import skeleton
+from iprox.pipeline.run import Context, Run, common_key, tasks_of
+from iprox.report import build_report, shown_rows
+
+
+def select(run: Run, context: Context) -> None:
+    """Choose rows by the scores."""
+    settings = run.recipe.select
+    scores = context.scores
+    assert scores is not None  # the stage before has written it
+    context.keys["select"] = run.stage(
+        "select",
+        [
+            context.keys.get("refine", context.keys["score"]),
+            settings.model_dump(exclude={"features"}),
+            run.recipe.seed,
+            GradientIndex.open(settings.features).description if settings.features else None,
+        ],
+        [run.folder.selected, run.folder.selection],
+        lambda: stages.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
+    )
+
+
+def finetune(run: Run, context: Context) -> None:
+    """Train the original target on the chosen rows, if asked, and test it."""
+    settings = run.recipe.finetune
+    if not settings:
+        return
+    tests = tasks_of(settings.test, run.recipe)
+    fingerprints = {task: source.scan().fingerprint for task, source in tests.items()}
+    context.keys["finetune"] = run.stage(
+        "finetune",
+        [common_key(run), context.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
+        [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
+        lambda: stages.finetune(
+            run.session,
+            run.recipe.model,
+            list(Pool([run.folder.selected], name="selection")),
+            run.folder.finetune,
+            settings,
+            tests,
+        ),
+    )
+
+
+def _attribute(run: Run, context: Context) -> None:
+    settings, count = run.recipe.influence, run.recipe.report.attributed
+    if not count:
+        return
+    on = skeleton(context.scored[0].path, trust_remote_code=run.recipe.trust_remote_code)
+    why = attribute_stage.why_not_attributed(settings, on)
+    if why is not None:
+        run.record["unattributed"] = why
+        run.session.reporter.say(f"the report shades no tokens: {why}")
+        return
+    rows = shown_rows(run.folder.path)[:count]
+    run.stage(
+        "attribute",
+        [context.keys["score"], rows],
+        [run.folder.attribution],
+        lambda: attribute_stage.attribute(
+            run.session,
+            context.scored,
+            run.pool,
+            rows,
+            run.validation,
+            run.folder.scores,
+            run.folder.attribution,
+            settings,
+        ),
+    )
+
+
+def report(run: Run, context: Context) -> None:
+    """Shade the shown rows' tokens, where their scores are sums over tokens, and write the report."""
+    _attribute(run, context)
+
+    def work() -> stages.StageRecord:
+        build_report(run.folder.path, run.pool)
+        return {}
+
+    run.stage("report", [stage["key"] for stage in run.record["stages"].values()], [run.folder.report], work)

@@ -1,0 +1,186 @@
+"""A run in progress: its folder, what is known of it so far, and how a stage is done or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from iprox import refine_stages, score_stages, stages
+from iprox.data import Pool
+from iprox.models import flops
+from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.progress import Reporter
+from iprox.recipe import Recipe
+from iprox.run_folder import RunFolder, environment, key_of, write_json, write_text
+from iprox.session import AT_LEAST, Session, draw_rows, encode_validation
+from iprox.tracking import check_tracking
+
+
+@dataclass(slots=True)
+class Run:
+    """A run in progress: its recipe, its folder, and what is known so far.
+
+    `earlier` holds what earlier starts say of stages that this one has not reached, or that are switched off now.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    session: Session
+    pool: Pool
+    validation: dict[str, Pool]
+    command: str
+    earlier: dict[str, Any]
+    template: str | None
+    record: dict[str, Any] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Rows of the pool."""
+        return self.pool.scan().rows
+
+    def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], stages.StageRecord]) -> str:
+        """Do a stage, or skip it when it is done. Returns the stage's key for the stages that read it."""
+        key = key_of([name, key])
+        before = self.earlier.pop(name, None)
+        if before is not None and before["key"] == key and all(output.exists() for output in outputs):
+            self.session.reporter.take_warnings()  # the entry has them from when the stage was done
+            entry = {**before, "skipped": True}
+            self.session.reporter.say(f"✓ {name}: done already")
+        else:
+            self.save()  # without the stage: from here on its output is neither the earlier one nor the new one
+            try:
+                with self.session.metered() as usage:
+                    entry = {"tokens": 0, "flops": 0.0, **work()}
+            except BaseException:
+                self.folder.remove_partial()
+                raise
+            entry |= {
+                "seconds": usage.seconds,
+                "peak_memory_bytes": usage.peak_memory_bytes,
+                "warnings": self.session.reporter.take_warnings(),
+                "skipped": False,
+                "key": key,
+            }
+        self.record["stages"][name] = entry
+        self.save()
+        if not entry["skipped"]:
+            self.session.tracker.stage(name, entry)
+        return key
+
+    def save(self) -> None:
+        """Write `run.json`."""
+        seconds = sum(stage["seconds"] for stage in self.record["stages"].values())
+        write_json(self.folder.run, {**self.record, "seconds": seconds, "earlier": self.earlier})
+
+
+@dataclass(slots=True)
+class Context:
+    """What later stages need of earlier ones: model folders with learning rates, the scores, and stage keys."""
+
+    targets: list[tuple[str, float]] = field(default_factory=list)
+    proxies: list[str] = field(default_factory=list)
+    scored: list[score_stages.ScoredModel] = field(default_factory=list)
+    scores: Path | None = None
+    audit: str = ""  # its key, apart: scores do not hang on it
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
+    """Check every input, claim the folder, write the resolved recipe."""
+    session = Session.of_recipe(recipe, reporter)
+    pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
+    validation = tasks_of(recipe.data.validation, recipe)
+    check_tracking(recipe.tracking)
+    with session.metered() as usage:
+        fingerprint = checkpoint_fingerprint(recipe.model)
+        stages.selection_settings(recipe.select, recipe.seed)
+        summary = session.read(pool)
+        refine_stages.check_sample(recipe, summary.rows)
+        encoder = session.encoder(session.tokenizer(recipe.model))
+        encode_validation(encoder, validation)
+        encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
+        flops.compressible_layers(skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code))
+        if recipe.finetune:
+            encode_validation(encoder, tasks_of(recipe.finetune.test, recipe))
+        if summary.bad_rows:
+            reporter.warn(f"{summary.bad_rows} bad rows left out (first: {summary.bad_row_messages[0]})")
+    inputs = {
+        "pool": {"files": list(summary.files), "rows": summary.rows, "fingerprint": summary.fingerprint},
+        "validation": {
+            task: {"rows": source.scan().rows, "fingerprint": source.scan().fingerprint}
+            for task, source in validation.items()
+        },
+    }
+    identity = {
+        "model": fingerprint,
+        "pool": summary.fingerprint,
+        "validation": {task: entry["fingerprint"] for task, entry in inputs["validation"].items()},
+    }
+    folder = RunFolder(recipe.output)
+    earlier = folder.claim(identity, fresh)
+    done_before = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
+    run = Run(recipe, folder, session, pool, validation, command, done_before, encoder.chat_template)
+    run.record = {
+        **environment(),
+        "command": command,
+        "identity": identity,
+        "seed": recipe.seed,
+        "device": str(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "model": recipe.model,
+        "inputs": inputs,
+        "stages": {},
+    }
+    run.record["stages"]["data"] = {
+        "tokens": 0,
+        "flops": 0.0,
+        "seconds": usage.seconds,
+        "peak_memory_bytes": usage.peak_memory_bytes,
+        "warnings": reporter.take_warnings(),
+        "skipped": False,
+        "key": key_of([identity, encoder.describe]),
+        "sources": summary.sources,
+        "labels": encoder.describe,
+    }
+    run.earlier.pop("data", None)
+    run.save()
+    write_text(folder.recipe, recipe.to_yaml())
+    return run
+
+
+def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
+    """The examples of each task, validation or test."""
+    return {task: Pool(names, name=task, on_bad_row=recipe.data.on_bad_row) for task, names in files.items()}
+
+
+def common_key(run: Run) -> list[Any]:
+    """What every stage depends on beside its own settings."""
+    recipe = run.recipe
+    data = recipe.data
+    return [
+        run.record["identity"],
+        run.record["dtype"],
+        recipe.seed,
+        data.max_length,
+        run.template,
+        data.on_bad_row,
+    ]
+
+
+def draw(run: Run, name: str, count: int) -> list[int]:
+    """Rows for a stage: a seeded sample that no earlier stage has used, or, where the pool is too small, has."""
+    used = [row for rows in run.rows.values() for row in rows]
+    rows = draw_rows(name, run.recipe.seed, run.total, count, used)
+    shared = draw_rows(name, run.recipe.seed, run.total, min(count, AT_LEAST) - len(rows), rows)
+    if shared:
+        run.session.reporter.warn(
+            f"{name}: the pool is small, so {len(shared)} of its {len(rows) + len(shared)} examples "
+            f"are ones that {', '.join(run.rows)} use too"
+        )
+    elif len(rows) < count:
+        run.session.reporter.warn(f"{name}: {count} examples asked for, {len(rows)} are left of the pool")
+    run.rows[name] = sorted(rows + shared)
+    return run.rows[name]

@@ -1,0 +1,129 @@
+"""The steps that score: the audit, the pool, and what the target scores again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from iprox import lds_stage, refine_stages, score_stages, stages
+from iprox.data import Pool
+from iprox.influence.ray_engine import ray_engine
+from iprox.models import flops
+from iprox.models.loading import skeleton
+from iprox.pipeline.run import Context, Run, common_key, draw
+from iprox.run_folder import key_of
+
+
+def audit(run: Run, context: Context) -> None:
+    """Score a sample on proxies and targets; and retrain on parts of it, if asked."""
+    settings = run.recipe.audit
+    if not settings or not context.proxies:
+        return
+    rows = draw(run, "audit", settings.sample)
+    pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
+    context.audit = run.stage(
+        "audit",
+        [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(exclude={"lds"})],
+        [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
+        lambda: score_stages.audit(
+            run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
+        )[0],
+    )
+    if not settings.lds:
+        return
+    chosen, (path, _) = settings.lds, context.targets[-1]
+    run.stage(
+        "lds",
+        [context.audit, chosen.model_dump()],
+        [run.folder.audit / lds_stage.RESULT],
+        lambda: lds_stage.measure_lds(run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen),
+    )
+
+
+def score(run: Run, context: Context) -> None:
+    """Score the pool on the proxies, or on the targets where there are none."""
+    proxy = run.recipe.proxy
+    influence = run.recipe.influence
+    from_target = proxy and proxy.factorised and influence.query == "target" and not influence.gradient_free
+    models = [
+        score_stages.ScoredModel(
+            model, rate, path if from_target else None, path if influence.estimator == "adam" else None
+        )
+        for model, (path, rate) in zip(
+            context.proxies or [path for path, _ in context.targets], context.targets, strict=True
+        )
+    ]
+    identity = {"inputs": run.record["identity"], "stages": key_of([common_key(run), context.keys])}
+    chosen = run.recipe.engine
+    # Where windows are scored does not change the scores, so the engine is in no key.
+    engine = None if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
+    context.keys["score"] = run.stage(
+        "score",
+        [common_key(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
+        [run.folder.scores],
+        lambda: score_stages.score(
+            run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
+        ),
+    )
+    context.scored, context.scores = models, run.folder.scores
+    _cost(run)
+
+
+def refine(run: Run, context: Context) -> None:
+    """Correct the scores, and have the target score the best rows again, as far as asked."""
+    settings = run.recipe.refine
+    if not settings:
+        return
+    influence, chosen = run.recipe.influence, run.recipe.select
+    folder = run.folder.refined
+    # A cascade hangs on how many rows are selected, and by which ranking; a correction on neither.
+    by_task = chosen.strategy in refine_stages.BY_TASK
+    looked_for = settings.recall and [chosen.fraction, chosen.count, by_task]
+    models = [
+        score_stages.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
+        for path, rate in context.targets
+    ]
+
+    def on_target(candidates: Pool, file: Path) -> stages.StageRecord:
+        identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
+        return score_stages.score(run.session, models, candidates, run.validation, file, influence, identity)
+
+    context.keys["refine"] = run.stage(
+        "refine",
+        [context.keys, context.audit, settings.model_dump(), looked_for, run.recipe.batch_tokens],
+        [folder / "scores.parquet", folder / "refine.json"],
+        lambda: refine_stages.refine(
+            folder=folder,
+            scores=run.folder.scores,
+            audit=run.folder.audit,
+            pool=run.pool,
+            settings=settings,
+            chosen=chosen,
+            how=score_stages.scoring_settings(run.session, influence).aggregation,
+            score_on_target=on_target,
+        ),
+    )
+    context.scores = folder / "scores.parquet"
+    run.record["cost"]["refine_flops"] = run.record["stages"]["refine"]["flops"]
+    run.save()
+
+
+def _cost(run: Run) -> None:
+    """What scoring cost on the proxy, and what it would have cost on the target, with all construction counted."""
+    entry = run.record["stages"]["score"]
+    target = skeleton(run.recipe.model, trust_remote_code=run.recipe.trust_remote_code)
+    checkpoints = entry["checkpoints"]
+    # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank.
+    on_target = flops.scoring_flops(
+        target, entry["tokens"], entry["supervised"] * checkpoints, entry["contraction_flops"] * checkpoints
+    )
+    construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
+    run.record["cost"] = {
+        "proxy_flops_per_token": entry["flops_per_token"],
+        "target_flops_per_token": flops.forward_flops(target),
+        "proxy_parameters": entry["parameters"],
+        "target_parameters": sum(p.numel() for p in target.parameters()),
+        "score_flops": entry["flops"],
+        "construction_flops": construction,
+        "target_score_flops": on_target,
+    }
+    run.save()
