@@ -22,7 +22,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, TruncatedGrad
 from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
-from iprox.models.precision import DTYPES
+from iprox.models.precision import DTYPES, cast_parameters
 from iprox.run_folder import environment, write_json
 from iprox.session import draw_rows
 
@@ -72,7 +72,7 @@ def main() -> None:
         )[0]
         for task in arguments.tasks
     }
-    model.to(DTYPES[arguments.dtype])
+    cast_parameters(model, DTYPES[arguments.dtype])
 
     def scores(queries: Any, **options: Any) -> tuple[np.ndarray, float]:
         scorer = BatchScorer(model, queries, gradient="weight", **options)

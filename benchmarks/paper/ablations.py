@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import SHARED, Results, as_rows
+from runs import SHARED, Results, as_rows, in_bfloat16
 
 import iprox
 from iprox.audit.fidelity import fidelity_metrics
@@ -85,7 +85,7 @@ class Ablation:
     def fidelity(self, proxy: Any, number: int = -1, **options: Any) -> Cell:
         """Of a proxy's scores with the target's, by task and on average."""
         return compared(
-            self.arguments, self.scores(proxy.bfloat16(), target=self.target(number), **options), self.truth
+            self.arguments, self.scores(in_bfloat16(proxy), target=self.target(number), **options), self.truth
         )
 
     def aligned(self, rows: int = PROBE, **options: Any) -> Cell:
@@ -111,7 +111,7 @@ class Ablation:
         def at(number: int, on_proxy: bool) -> np.ndarray:
             if not on_proxy:
                 return self.scores(self.target(number), query_norm=1.0)
-            return self.scores(self.proxy(number).bfloat16(), target=self.target(number))
+            return self.scores(in_bfloat16(self.proxy(number)), target=self.target(number))
 
         truth = sum(self.checkpoints[number][1] * at(number, False) for number in numbers)
         found = sum(self.checkpoints[number][1] * at(number, on_proxy) for number in list(numbers)[-used:])
@@ -161,7 +161,7 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
             "weight, queries of the target": lambda: measure(make()),
             "factors, queries of the target": lambda: measure(make(), gradient="factors"),
             "factors, queries of the proxy": lambda: compared(
-                ablation.arguments, ablation.scores(make().bfloat16(), gradient="factors"), ablation.truth
+                ablation.arguments, ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth
             ),
         },
         "share of the query's norm": {

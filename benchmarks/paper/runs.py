@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from iprox.data import Example
 from iprox.influence.scores import score_matrix
+from iprox.models.precision import cast_parameters
 from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
@@ -68,6 +70,12 @@ def run(recipe: dict[str, Any], warmed: Path | None = None, stop_after: str = "s
         write_json(folder / "run.json", record)
     run_recipe(parse_recipe(recipe, "benchmark"), reporter=Reporter(quiet=True), stop_after=stop_after)
     return json.loads((folder / "run.json").read_text())
+
+
+def in_bfloat16(model: Any) -> Any:
+    """The model with its parameters in bfloat16, in place; its rotary frequencies stay as they are."""
+    cast_parameters(model, torch.bfloat16)
+    return model
 
 
 def as_rows(examples: Iterable[Example]) -> list[dict[str, Any]]:

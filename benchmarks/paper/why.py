@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import SHARED, Results, as_rows
+from runs import SHARED, Results, as_rows, in_bfloat16
 
 import iprox
 from iprox.audit.fidelity import fidelity_metrics
@@ -97,9 +97,9 @@ class Why:
         """What a proxy of this size still has of the target's influence and loss."""
         target, rows = iprox.load(self.arguments.model), as_rows(self.pool.take(self.probe_rows))
         common = {"tokenizer": self.tokenizer, "max_length": 512}
-        proxy = iprox.compress(target, rows, sparsity=sparsity, method=method, **common).bfloat16()
+        proxy = in_bfloat16(iprox.compress(target, rows, sparsity=sparsity, method=method, **common))
         truth, loss = self.wanted
-        scores = self.scores(proxy, target=target.bfloat16())
+        scores = self.scores(proxy, target=in_bfloat16(target))
         spearman = [fidelity_metrics(x, y)["spearman"] for x, y in zip(scores.T, truth.T, strict=True)]
         return {"influence": float(np.mean(spearman)), "loss": self.loss(proxy) / loss}
 

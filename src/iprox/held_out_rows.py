@@ -67,7 +67,7 @@ def watching_flops(
     """Of the validation gradients, the target's scores of the held-out rows, and each proxy's."""
     tokens, supervised = tokens_of(watched.rows)
     queries = [tokens_of(task) for task in watched.validation.values()]
-    spent = sum(flops.compression_flops(target, *counted) for counted in queries)
+    spent = sum(flops.training_flops(target, *counted) for counted in queries)
     if settings.estimator in CURVED:
         passes = curvature_passes(settings)
         spent += flops.curvature_flops(target, settings.gradient, *tokens_of(watched.sample), passes)

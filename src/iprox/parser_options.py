@@ -35,7 +35,7 @@ def command(commands: Any, name: str, summary: str, example: str) -> argparse.Ar
         default=None,
         help="of the products; auto is bfloat16 where the device has it natively (default auto)",
     )
-    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1, mps or auto (default auto)")
+    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1 or auto (default auto)")
     common.add_argument("--batch-tokens", type=positive, default=None, help="largest rows × longest row (default 4096)")
     common.add_argument("--max-length", type=positive, default=None, help="longest example in tokens (default 2048)")
     common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")

@@ -27,8 +27,9 @@ EFFICIENCY = 0.25
 SAMPLE = 512
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
 KEPT_BY_FIDELITY = 0.5
-# What low-rank validation gradients cost beside whole ones: an estimate, their ranks are known only once they are made.
-LOW_RANK_QUERY = 0.12
+# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones: an estimate, as their ranks are
+# known only once they are made.
+LOW_RANK_QUERY = 0.02
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -158,7 +159,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
                 cost += flops.scoring_flops(model, *each, each[0] * whole)
                 cost += (1 + recipe.proxy.align.evaluations) * on_proxy
                 queries = [tokens_of(rows) for rows in encoded.values()]
-                cost += checkpoints * sum(flops.compression_flops(model, *counted) for counted in queries)
+                cost += checkpoints * sum(flops.training_flops(model, *counted) for counted in queries)
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":

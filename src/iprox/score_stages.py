@@ -67,6 +67,7 @@ def score(
     encoded = encode_validation(encoder, dict(validation))
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
+    model = skeleton(first, trust_remote_code=session.trust_remote_code)
     sample = curvature_sample(session, pool, encoder, settings)
     corpus = _count_terms(session, pool, encoder) if settings.estimator == "bm25" else None
     checkpoints = [
@@ -96,7 +97,7 @@ def score(
                 "over_examples": settings.over_examples,
                 "per_example": settings.per_example,
                 "query": "target" if models[0].target else "own",
-                "query_norm": settings.query_norm,
+                "query_norm": scoring.kept_norm(model),
                 "learning_rates": [model.learning_rate for model in models],
                 "dtype": str(session.dtype).removeprefix("torch."),
                 "max_length": session.max_length,
@@ -109,7 +110,6 @@ def score(
             corpus=corpus,
         )
     say_what_was_read(session, stats)
-    model = skeleton(first, trust_remote_code=session.trust_remote_code)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     curvature = 0.0
     if sample:

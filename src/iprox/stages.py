@@ -1,6 +1,6 @@
 """The stages, one function each: read what it needs, do it with progress, write what it made, say what it cost.
 
-Both `iprox run` (pipeline.py) and the commands for single stages (cli.py) call these.
+Both `iprox run` (`iprox.pipeline`) and the commands for single stages (cli.py) call these.
 """
 
 from __future__ import annotations

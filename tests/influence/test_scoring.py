@@ -231,3 +231,19 @@ def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked(tiny):
     assert ScoringSettings().kept_norm(proxy) == QUERY_NORM < 1
     assert ScoringSettings(query_norm=0.5).kept_norm(model) == 0.5
     assert ScoringSettings(query_norm=1.0).kept_norm(proxy) == 1
+
+
+def test_a_proxys_validation_gradients_are_cut_and_its_targets_are_not(tiny, setup):
+    _, _, validation = setup
+    model = tiny.model()
+    proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
+    cut, whole, own = (
+        build_scorer(scored, validation, 0, ScoringSettings(query_norm=keep), target=target)
+        for scored, keep, target in ((proxy, None, model), (proxy, 1.0, model), (model, None, None))
+    )
+    assert isinstance(cut, BatchScorer)
+    assert isinstance(whole, BatchScorer)
+    assert isinstance(own, BatchScorer)
+    assert all(QUERY_NORM <= share < 1 for share in cut.kept.values())
+    assert set(whole.kept.values()) == set(own.kept.values()) == {1.0}
+    assert cut.contraction_flops < whole.contraction_flops

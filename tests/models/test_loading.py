@@ -11,7 +11,12 @@ from iprox.models.loading import (
     skeleton,
     stored_dtype,
 )
-from iprox.models.precision import cast_parameters, resolve_dtype
+from iprox.models.precision import (
+    cast_parameters,
+    resolve_device,
+    resolve_dtype,
+    warn_of_rounded_frequencies,
+)
 
 
 @pytest.fixture
@@ -97,3 +102,20 @@ def test_a_dtype_that_is_asked_for_is_taken():
     assert resolve_dtype("float32", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+def test_rounded_rotary_frequencies_are_warned_of(tiny, recwarn):
+    model = tiny.model("qwen3", torch.float32)
+    warn_of_rounded_frequencies(model)
+    cast_parameters(model, torch.bfloat16)
+    warn_of_rounded_frequencies(model)
+    assert not recwarn
+    model.bfloat16()
+    with pytest.warns(UserWarning, match="inv_freq is bfloat16"):
+        warn_of_rounded_frequencies(model)
+
+
+def test_a_device_without_float64_is_refused():
+    assert resolve_device("auto").type in ("cpu", "cuda")
+    with pytest.raises(InputError, match="no float64"):
+        resolve_device("mps")

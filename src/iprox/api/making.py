@@ -21,6 +21,7 @@ from iprox.models.adapters import refuse_adapter
 from iprox.models.experts import experts_split
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Distance, Objective
@@ -80,6 +81,7 @@ def compress(
         InputError: bad input; the message says which and how to mend it.
     """
     refuse_adapter(model)
+    warn_of_rounded_frequencies(model)
     if (method == "off-the-shelf") != (other is not None):
         raise InputError("method='off-the-shelf' takes other=, the model to use as the proxy; no other method does")
     if other is not None:

@@ -28,6 +28,7 @@ from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState, load_adam_state
+from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
 from iprox.session import draw_rows
 
@@ -104,6 +105,7 @@ def score(
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         refuse_adapter(each)
+        warn_of_rounded_frequencies(each)
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -197,6 +199,7 @@ def attribute(
         InputError: bad input, or a model with experts, whose layers do not see every token.
     """
     refuse_adapter(model)
+    warn_of_rounded_frequencies(model)
     with experts_split(model):
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")

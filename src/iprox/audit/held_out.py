@@ -63,11 +63,11 @@ class HeldOutFidelity:
         queries = task_queries(target, self._validation(target), whole, sample=self._measured(target))
         on_target = scorer_of_queries(target, queries, whole)
         self._wanted = self._scores(on_target)
-        # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
         # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
         self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
         # Of the rows' norms, where they are wanted; on a proxy as on the target, whose shapes its layers have.
         self.norm_flops = on_target.norm_flops([len(row.input_ids) for row in self.rows])
+        # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
         fixed = query_on_target and self.settings.gradient == "weight"
         self._queries = cast(dict[str, ModelGradient], queries) if fixed else None
 

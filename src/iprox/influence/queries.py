@@ -1,8 +1,8 @@
 """Validation gradients ready to contract with, low-rank or dense (pure maths).
 
 The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs a token
-where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. What L and R are is said in
-`truncation.py`.
+where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. Which directions of a mean
+gradient are kept is chosen over all layers together, in `truncation.py`; single examples are cut here, as they come.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class LayerQuery:
         right: [n, K].
         ranks: of each task.
         biases: [T, m], or None for a layer without a bias; never truncated.
-        flops: of one token: 2K(m+n), or 2Tmn.
+        flops: of one token: 2(m+n) a direction of each task, the rounding up left out, or 2Tmn.
+        stacked: the weights of `dense`, which are views of it [T, m, n].
     """
 
     dense: list[LayerGradient] | None
@@ -41,6 +42,7 @@ class LayerQuery:
     ranks: tuple[int, ...]
     biases: Tensor | None
     flops: float
+    stacked: Tensor | None = None
 
     def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
         """⟨G(z), Ḡ_task⟩ for every example z of a batch. Returns [B, T].
@@ -66,8 +68,8 @@ class LayerQuery:
     def inner(self, gradients: LayerGradient) -> Tensor:
         """⟨G, Ḡ_task⟩ of whole gradients, weight [B, m, n] and bias [B, m]. Returns [B, T]."""
         if self.dense is not None:
-            matrix = torch.stack([each.weight for each in self.dense]).flatten(1)
-            scores = gradients.weight.flatten(1) @ matrix.mT
+            assert self.stacked is not None
+            scores = gradients.weight.flatten(1) @ self.stacked.flatten(1).mT
             biases = [each.bias for each in self.dense if each.bias is not None]
         else:
             assert self.left is not None
@@ -89,14 +91,16 @@ def layer_query(gradients: Sequence[LayerGradient | LowRankGradient], dtype: tor
     """The query of one layer for several tasks, or for several examples of one.
 
     Args:
-        gradients: one a column of scores: all of them low-rank, or all whole, in float32 or better.
+        gradients: one a column of scores: all of them low-rank, or all whole.
         dtype: of the products.
     """
     low_rank = [gradient for gradient in gradients if isinstance(gradient, LowRankGradient)]
     if not low_rank:
         whole = [gradient.to(dtype) for gradient in gradients if isinstance(gradient, LayerGradient)]
-        m, n = whole[0].weight.shape
-        return LayerQuery(whole, None, None, (min(m, n),) * len(whole), None, 2.0 * len(whole) * m * n)
+        stacked = torch.stack([gradient.weight for gradient in whole])
+        views = [LayerGradient(weight, each.bias) for weight, each in zip(stacked, whole, strict=True)]
+        _, m, n = stacked.shape
+        return LayerQuery(views, None, None, (min(m, n),) * len(whole), None, 2.0 * stacked.numel(), stacked)
     if len(low_rank) < len(gradients):
         raise ValueError("gradients of one layer are low-rank all, or whole all")
     ranks = tuple(gradient.left.shape[1] for gradient in low_rank)

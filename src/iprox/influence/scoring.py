@@ -57,7 +57,8 @@ class ScoringSettings:
         per_example: keep the scores by validation example.
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
-            gradient, as `adam`, which gains nothing by it, always does. None: 0.9 on a proxy, 1 on a model itself.
+            gradient. None: 0.9 on a proxy, 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
+            whole mean gradients whatever it is.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.

@@ -2,7 +2,7 @@
 
 A low-rank gradient L Rᵀ is cheap to contract with (`queries.py`): k directions of a layer [m, n] cost 2k(m+n) FLOPs a
 token. So over all layers together directions are taken in the order of what they hold for what they cost, σ²/(m+n),
-until they hold the asked share of the gradient's norm. Cut each by itself, they would cost more than twice as
+until they hold the asked share of the gradient's norm. Cut each by itself, they would cost about twice as
 much for the same scores (`benchmarks/queries.py`): layers that hold little of the gradient are then kept as finely as
 the others.
 """
@@ -20,8 +20,8 @@ from iprox.influence.estimators import ModelGradient, TruncatedGradient
 from iprox.influence.gradients import LayerGradient, LowRankGradient
 from iprox.influence.queries import truncated
 
-# Each layer is looked at until what is left unseen of it is this part of what may be lost on the whole: so the one
-# threshold has more to choose from than each layer's own would.
+# Of each layer directions are found until what is left is this part of the share of its squared norm that may be lost;
+# the one threshold then chooses among them.
 UNSEEN = 0.25
 
 
@@ -56,10 +56,10 @@ class Directions:
 
 
 def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
-    """Each task's gradient with as few directions as hold the asked share of its norm; biases are kept whole.
+    """Each task's gradient with as cheap directions as hold the asked share of its norm; biases are kept whole.
 
-    Layers where that would not be cheaper stay whole. Cost: 4mnk + 9k³ a layer and task, k = min(m, n); about
-    10·m·n·r for wide layers, r the rank needed.
+    Layers where that would not be cheaper stay whole. Cost: 4mnk + 9k³ a layer and task, k = min(m, n); for wide layers
+    10·m·n·r for each sketch of r directions, of which there are twice as many until they do.
 
     Args:
         queries: mean validation gradients by task, in float32 or better.
@@ -83,7 +83,10 @@ def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[
 
 
 def chosen_ranks(layers: Sequence[Directions], keep: float) -> list[int]:
-    """How many directions of each layer to keep so that all together hold `keep`² of the squared norm at least cost."""
+    """How many directions of each layer to keep so that all together hold `keep`² of the squared norm.
+
+    No other choice among those given that costs as little holds more.
+    """
     squares = torch.cat([each.squares for each in layers])
     worth = torch.cat([each.squares / (len(each.left) + len(each.right)) for each in layers])
     order = worth.argsort(descending=True, stable=True)

@@ -101,13 +101,15 @@ def training_flops(model: nn.Module, tokens: int, supervised: int) -> float:
 def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: int = 1) -> float:
     """The probe: forward and backward to the activations in each pass, 2n² + 2m² a layer; then Cholesky and SVD.
 
-    Of a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods that need no moments read the probe in 0 passes.
+    Of a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods that need no moments read the probe in 0 passes;
+    of those that need one side's only, and of sketches, this is an upper bound.
     """
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
     moments = sum(2.0 * (m**2 + n**2) for m, n in shapes)
-    factorise = sum((m**3 + n**3) / 3 + 4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
+    roots = sum((m**3 + n**3) / 3 for m, n in shapes)
+    factorise = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
     reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))
-    return passes * reading + (tokens * moments if passes else 0.0) + factorise
+    return passes * reading + (tokens * moments + roots if passes else 0.0) + factorise
 
 
 def preconditioning_flops(model: nn.Module, proxy: nn.Module, tokens: int, batches: int, asked: float) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+from iprox.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -23,15 +27,29 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
+def warn_of_rounded_frequencies(model: nn.Module) -> None:
+    """Warn of rotary frequencies that somebody has rounded with the parameters (see `cast_parameters`)."""
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name and torch.finfo(buffer.dtype).bits < 32:
+            warnings.warn(
+                f"{name} is {str(buffer.dtype).removeprefix('torch.')}: model.to() and model.bfloat16() round "
+                "positions. Load the model in its dtype, by iprox.load(folder, dtype=...) or from_pretrained(..., dtype=...)",
+                stacklevel=3,
+            )
+            return
+
+
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is the first accelerator there is, else the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    """`auto` is a CUDA device if there is one, else the CPU.
+
+    Raises:
+        InputError: the device has no float64, which moments, factors and validation gradients are worked out in.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "mps":
+        raise InputError("device mps has no float64, which moments and factors are worked out in: use --device cpu")
+    return torch.device(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

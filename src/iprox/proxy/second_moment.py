@@ -198,7 +198,7 @@ class SketchedMoment(SecondMoment):
     Source: Ghashami, Liberty, Phillips and Woodruff 2016, "Frequent Directions". The sketch S [≤ 2ℓ, d] holds
     ‖Σ x xᵀ - SᵀS‖₂ ≤ ‖Σ x xᵀ - best rank k‖_F² / (ℓ - k) for every k < ℓ, deterministically and in one pass; with
     d ≤ ℓ or no more than 2ℓ rows it is exact. The trace it loses is known and is spread evenly over all directions,
-    as the ridge is. About 10·T·ℓ·d FLOPs for T rows.
+    as the ridge is. About 25·T·ℓ·d FLOPs for T rows.
     """
 
     def __init__(self, width: int, directions: int, device: torch.device, dtype: torch.dtype) -> None:

@@ -86,6 +86,12 @@ class InfluenceSection(Section):
 
     @model_validator(mode="after")
     def _inverse_of_weights(self) -> InfluenceSection:
+        if (
+            self.estimator == "adam"
+            and (self.query_norm or 1) < 1
+            and not (self.over_examples == "max" or self.per_example)
+        ):
+            raise ValueError("adam forms whole gradients, so a query_norm saves it nothing: leave it out")
         if self.estimator == "adam" and self.gradient == "factors":
             raise ValueError("adam takes the optimizer's moments of the target's weights: leave gradient at weight")
         if self.estimator in CURVED and self.gradient == "factors" and self.query == "target":
