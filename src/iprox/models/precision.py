@@ -33,7 +33,7 @@ def warn_of_rounded_frequencies(model: nn.Module) -> None:
         if "inv_freq" in name and torch.finfo(buffer.dtype).bits < 32:
             warnings.warn(
                 f"{name} is {str(buffer.dtype).removeprefix('torch.')}: model.to() and model.bfloat16() round "
-                "positions. Load the model in its dtype, by iprox.load(folder, dtype=...) or from_pretrained(..., dtype=...)",
+                "positions. Load the model in its dtype: iprox.load(..., dtype=...) or from_pretrained(..., dtype=...)",
                 stacklevel=3,
             )
             return
