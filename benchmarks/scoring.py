@@ -57,7 +57,6 @@ QWEN3_600M = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-TASKS = (1, 4, 16)
 
 
 class Work:
@@ -121,7 +120,7 @@ def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence
 
 def target(work: Work) -> dict[str, Any]:
     """Our engine on the model itself: exact."""
-    return iprox(work, work.model, 1.0, TASKS[:1])
+    return iprox(work, work.model, 1.0, [1])
 
 
 def proxy(work: Work) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def proxy(work: Work) -> dict[str, Any]:
     made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
     del work.model, model
     cast_parameters(made, work.dtype)
-    return iprox(work, made, QUERY_NORM, TASKS)
+    return iprox(work, made, QUERY_NORM, work.arguments.tasks)
 
 
 def autograd(work: Work) -> dict[str, Any]:
@@ -321,6 +320,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--peer-batch", type=int, default=8, help="examples a batch of kronfluence")
     parser.add_argument("--peer-tokens", type=int, default=2048, help="tokens a batch of bergson")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16], help="how many, for the proxy; 1 first")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path, default=None)
     parser.add_argument("--worker", choices=[*ENGINES, "bergson"], help=argparse.SUPPRESS)
@@ -342,6 +342,7 @@ def main() -> None:
                 command += [f"--{key}", str(getattr(arguments, key))]
             for key in ("batch_tokens", "peer_batch", "peer_tokens"):
                 command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
+            command += ["--tasks", *map(str, arguments.tasks)]
             command += ["--compile" if arguments.compile else "--no-compile"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
