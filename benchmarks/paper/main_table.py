@@ -227,7 +227,8 @@ def relative_flops(cells: dict[str, Any], method: str) -> float:
     of_target = [cell["target_flops"] for name, cell in cells.items() if "/scores/" in name and "target_flops" in cell]
     if not of_target or f"{method}/scores/0" not in cells:
         return 0.0 if method in WITHOUT_SCORES else float("nan")
-    return sum(cells[f"{method}/scores/0"]["flops"].values()) / of_target[0]
+    cell = cells[f"{method}/scores/0"]
+    return sum(cell["flops"].values()) / cell.get("target_flops", of_target[0])
 
 
 def standard_error(values: list[float]) -> float:
