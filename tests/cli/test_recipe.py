@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from iprox.errors import InputError
-from iprox.recipe import STAGES, Recipe, SelectSection, load_recipe, parse_recipe, validate_section
+from iprox.recipe import STAGES, InfluenceSection, Recipe, SelectSection, load_recipe, parse_recipe, validate_section
 
 SMALLEST = {"model": "m", "data": {"pool": "p.jsonl", "validation": {"t": "v.jsonl"}}, "output": "o"}
 
@@ -146,3 +146,9 @@ def test_the_stages_are_named_as_in_run_json():
     assert STAGES[0] == "data"
     assert STAGES[-1] == "report"
     assert set(Recipe.model_fields) >= {"warmup", "audit", "select", "finetune"}
+
+
+def test_adam_takes_no_query_norm_unless_examples_are_scored_one_by_one():
+    with pytest.raises(ValueError, match="query_norm saves it nothing"):
+        InfluenceSection(estimator="adam", query_norm=0.9)
+    assert InfluenceSection(estimator="adam", query_norm=0.9, per_example=True).query_norm == 0.9

@@ -137,3 +137,6 @@ def test_what_adam_needs_is_said(tiny):
         build_scorer(model, validation, 0, ScoringSettings(estimator="adam", gradient="weight"))
     with pytest.raises(InputError, match="set gradient to weight"):
         build_scorer(model, validation, 0, ScoringSettings(estimator="adam", gradient="factors"), adam=state)
+    cut = ScoringSettings(estimator="adam", gradient="weight", query_norm=0.9)
+    with pytest.raises(InputError, match="query_norm saves it nothing"):
+        build_scorer(model, validation, 0, cut, adam=state)

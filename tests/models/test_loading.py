@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from iprox.errors import InputError
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings
+from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import (
     checkpoint_fingerprint,
     load_config,
@@ -17,6 +19,8 @@ from iprox.models.precision import (
     resolve_dtype,
     warn_of_rounded_frequencies,
 )
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
 
 
 @pytest.fixture
@@ -119,3 +123,12 @@ def test_a_device_without_float64_is_refused():
     assert resolve_device("auto").type in ("cpu", "cuda")
     with pytest.raises(InputError, match="no float64"):
         resolve_device("mps")
+
+
+def test_the_skeleton_of_a_proxy_is_one(tmp_path, tiny):
+    proxy, _ = derive_proxy(tiny.model("qwen3", torch.float32), [tiny.batch([9, 7])], Size(0.5))
+    proxy.save_pretrained(tmp_path)
+    found = skeleton(tmp_path)
+    assert proxy_config(found) is not None
+    # So that what is said of scores on it is what was done.
+    assert ScoringSettings().kept_norm(found) == ScoringSettings().kept_norm(proxy) == QUERY_NORM

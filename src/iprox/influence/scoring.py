@@ -58,7 +58,7 @@ class ScoringSettings:
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
             gradient. None: 0.9 on a proxy, 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
-            whole mean gradients whatever it is.
+            whole mean gradients, and is refused another.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
@@ -158,14 +158,16 @@ def scorer_of_batches(
         adam: the state of the warm-up's optimizer.
 
     Raises:
-        InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, or of factors, which
-            no optimizer has moments of.
+        InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, of factors, which no
+            optimizer has moments of, or with a `query_norm`.
     """
     if settings.estimator == "adam":
         if adam is None:
             raise InputError("the estimator adam needs the state of the warm-up's optimizer")
         if settings.gradient == "factors":
             raise InputError("adam: the optimizer's moments are of the target's weights; set gradient to weight")
+        if (settings.query_norm or 1) < 1 and not settings.aggregation.by_example:
+            raise InputError("adam forms whole gradients, so a query_norm saves it nothing: leave it out")
     queries = task_queries(model, validation, settings, loss_fn, target, sample)
     if settings.estimator == "adam":
         assert adam is not None

@@ -17,7 +17,7 @@ from transformers import (
 
 from iprox.errors import InputError
 from iprox.models.adapters import ADAPTER, adapter_base, merged
-from iprox.models.checkpoint import make_low_rank
+from iprox.models.checkpoint import IproxConfig, make_low_rank
 from iprox.models.experts import split_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -157,6 +157,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     split_experts(model)
     if isinstance(proxy, dict) and proxy.get("quant_method") == "iprox":
         make_low_rank(model, proxy["ranks"])
+        model.config.quantization_config = IproxConfig.from_dict(proxy)  # a proxy, as a loaded one is
     return model
 
 

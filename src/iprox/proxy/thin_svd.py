@@ -10,9 +10,9 @@ def thin_svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [m, k], σ [k] descending and Vᵀ [k, n] with S = U diag(σ) Vᵀ, for S [m, n] and k = min(m, n).
 
     About 4mnk + 9k³ FLOPs, most of them GEMMs, where LAPACK's SVD spends about 14mnk, half of them bound by memory.
-    A Gram matrix squares the condition, so σ and U are taken from the images S V instead of
-    its eigenvalues. The product U diag(σ) Vᵀ = S V Vᵀ is then as exact as V is orthogonal, whatever the condition; what
-    blurs is the split among directions with σ below about 1e-8 σ_max (float64), and the U of those is not orthogonal.
+    A Gram matrix squares the condition, so σ and U are taken from the images S V instead of its eigenvalues. Then
+    U diag(σ) Vᵀ = S V Vᵀ is as exact as V is orthogonal, whatever the condition; what blurs is the split among
+    directions with σ below about 1e-8 σ_max (float64), and the U of those is not orthogonal.
 
     Args:
         S: in float64.
