@@ -30,6 +30,8 @@ KEPT_BY_FIDELITY = 0.5
 # What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones: an estimate, as their ranks are
 # known only once they are made.
 LOW_RANK_QUERY = 0.02
+# The same for the 0.95 that a target keeps of them where a proxy is watched on held-out rows.
+WATCHED_QUERY = 0.06
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -128,15 +130,23 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     on_target = flops.scoring_flops(model, *read, read[0] * contraction)
     kept = 1.0
     construction = 0.0
+
+    def watching(rows: float, proxies: float) -> float:
+        """Held-out rows scored on the target and on some proxies, and the validation gradients that they meet."""
+        each = round(rows * mean), round(rows * mean_supervised)
+        cut = recipe.influence.query_norm != 1
+        cost = flops.scoring_flops(model, *each, each[0] * whole * (WATCHED_QUERY if cut else 1))
+        per_token = 2 * kept * flops.forward_flops(model) + whole * (LOW_RANK_QUERY if cut else 1)
+        cost += proxies * (each[0] * per_token + each[1] * 2 * flops.head_flops(model))
+        return cost + checkpoints * sum(flops.training_flops(model, *tokens_of(task)) for task in encoded.values())
+
     if recipe.proxy:
         kept = kept_share(recipe, model)
         measured = 1 if recipe.proxy.shared_start else checkpoints
         rows = measured * share(total, recipe.proxy.probe.fraction)
         cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
         if recipe.proxy.fidelity is not None:
-            tried = checkpoints * min(recipe.proxy.held_out, total)
-            each = round(tried * mean), round(tried * mean_supervised)
-            cost += (1 + most_tries() * kept) * flops.scoring_flops(model, *each, each[0] * whole)
+            cost += watching(checkpoints * min(recipe.proxy.held_out, total), most_tries())
         construction += cost
         add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
         if recipe.proxy.factorised and recipe.proxy.align:
@@ -154,12 +164,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
                 cost -= again * mean * asked * flops.forward_flops(model)
             if recipe.proxy.align.held_out:
                 watched = checkpoints * min(recipe.proxy.align.held_out, total)
-                each = round(watched * mean), round(watched * mean_supervised)
-                on_proxy = flops.scoring_flops(model, *each, 0.0) * kept + each[0] * whole * LOW_RANK_QUERY
-                cost += flops.scoring_flops(model, *each, each[0] * whole)
-                cost += (1 + recipe.proxy.align.evaluations) * on_proxy
-                queries = [tokens_of(rows) for rows in encoded.values()]
-                cost += checkpoints * sum(flops.training_flops(model, *counted) for counted in queries)
+                cost += watching(watched, 1 + recipe.proxy.align.evaluations)
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":

@@ -14,12 +14,16 @@ from torch import nn
 from iprox.audit.intervals import bootstrap_intervals
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
-from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery, seen_from
-from iprox.influence.scoring import ScoringSettings, scorer_of_batches, scorer_of_queries, task_queries
+from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
+from iprox.influence.truncation import QueryDirections
 from iprox.recipe import CURVED
 
 # Fewest rows that a correlation is worth keeping factors by.
 FEWEST = 16
+# Share of the validation gradients' norm that the target's own scores keep: they rank as those of whole gradients do
+# (Spearman 1.000, `benchmarks/queries.py`), for a twentieth of the contraction.
+WANTED_NORM = 0.95
 
 
 class HeldOutFidelity:
@@ -61,7 +65,9 @@ class HeldOutFidelity:
         self.validation, self.sample, self.query_on_target = validation, sample, query_on_target
         whole = replace(self.settings, gradient="weight")
         queries = task_queries(target, self._validation(target), whole, sample=self._measured(target))
-        on_target = scorer_of_queries(target, queries, whole)
+        means = cast(dict[str, ModelGradient], queries)
+        finer, coarser = self._cut(means)
+        on_target = BatchScorer(target, finer, gradient="weight", normalise=settings.normalise)
         self._wanted = self._scores(on_target)
         # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
         self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
@@ -69,7 +75,7 @@ class HeldOutFidelity:
         self.norm_flops = on_target.norm_flops([len(row.input_ids) for row in self.rows])
         # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
         fixed = query_on_target and self.settings.gradient == "weight"
-        self._queries = cast(dict[str, ModelGradient], queries) if fixed else None
+        self._queries = coarser if fixed else None
 
     def of(self, proxy: nn.Module) -> float:
         """The fidelity of a proxy."""
@@ -98,6 +104,15 @@ class HeldOutFidelity:
 
         return fidelity
 
+    def _cut(self, queries: dict[str, ModelGradient]) -> tuple[Mapping[str, TaskQuery], Mapping[str, TaskQuery]]:
+        """What candidates meet on the target, and on a proxy."""
+        keep = self.settings.query_norm or QUERY_NORM
+        if keep == 1:
+            return queries, queries
+        finer = max(keep, WANTED_NORM)
+        found = QueryDirections(queries, finer)
+        return found.cut(finer), found.cut(keep)
+
     def _scorer(self, proxy: nn.Module) -> BatchScorer:
         scorer = self._made(proxy)
         self.contraction_flops["proxy"] = scorer.contraction_flops
@@ -105,10 +120,7 @@ class HeldOutFidelity:
 
     def _made(self, proxy: nn.Module) -> BatchScorer:
         if self._queries is not None:
-            seen: dict[str, TaskQuery] = {
-                task: seen_from(query, proxy, "weight") for task, query in self._queries.items()
-            }
-            return scorer_of_queries(proxy, seen, self.settings)
+            return BatchScorer(proxy, self._queries, gradient="weight", normalise=self.settings.normalise)
         target = self.target if self.query_on_target else None
         source = self.target if self.query_on_target else proxy
         return scorer_of_batches(

@@ -55,31 +55,52 @@ class Directions:
         return LowRankGradient(self.left[:, :rank], self.right[:, :rank], gradient.bias, lost)
 
 
-def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
-    """Each task's gradient with as cheap directions as hold the asked share of its norm; biases are kept whole.
+class QueryDirections:
+    """The singular directions of each task's gradient: found once, cut as coarsely as is wanted.
 
-    Layers where that would not be cheaper stay whole. Cost: 4mnk + 9k³ a layer and task, k = min(m, n); for wide layers
-    10·m·n·r for each sketch of r directions, of which there are twice as many until they do.
+    Cost: 4mnk + 9k³ a layer and task, k = min(m, n); for wide layers 10·m·n·r for each sketch of r directions, of which
+    there are twice as many until they do.
 
     Args:
         queries: mean validation gradients by task, in float32 or better.
-        keep: share of the Frobenius norm, all layers together, that is kept at least, in (0, 1).
+        finest: largest share of the Frobenius norm that a cut will keep, in (0, 1).
     """
-    first, *others = queries.values()
-    # Only the layers that all tasks have are met by candidates.
-    names = [name for name in first if all(name in other for other in others)]
-    found = {task: {name: Directions.of(query[name].weight, keep) for name in names} for task, query in queries.items()}
-    ranks = {
-        task: dict(zip(names, chosen_ranks(list(each.values()), keep), strict=True)) for task, each in found.items()
-    }
-    result: dict[str, TruncatedGradient] = {task: {} for task in queries}
-    for name in names:
-        m, n = first[name].weight.shape
-        cheaper = sum(each[name] for each in ranks.values()) * (m + n) < len(queries) * m * n
-        for task, query in queries.items():
-            rank = ranks[task][name]
-            result[task][name] = found[task][name].cut(query[name], rank) if cheaper else query[name]
-    return result
+
+    def __init__(self, queries: Mapping[str, ModelGradient], finest: float) -> None:
+        first, *others = queries.values()
+        self.queries = queries
+        # Only the layers that all tasks have are met by candidates.
+        self.names = [name for name in first if all(name in other for other in others)]
+        self.found = {
+            task: {name: Directions.of(query[name].weight, finest) for name in self.names}
+            for task, query in queries.items()
+        }
+
+    def cut(self, keep: float) -> dict[str, TruncatedGradient]:
+        """Each task's gradient with as cheap directions as hold a share of its norm; biases are kept whole.
+
+        Layers where that would not be cheaper stay whole.
+
+        Args:
+            keep: share of the Frobenius norm, all layers together, that is kept at least; no more than the finest.
+        """
+        ranks = {
+            task: dict(zip(self.names, chosen_ranks(list(each.values()), keep), strict=True))
+            for task, each in self.found.items()
+        }
+        result: dict[str, TruncatedGradient] = {task: {} for task in self.queries}
+        for name in self.names:
+            m, n = next(iter(self.queries.values()))[name].weight.shape
+            cheaper = sum(each[name] for each in ranks.values()) * (m + n) < len(self.queries) * m * n
+            for task, query in self.queries.items():
+                rank = ranks[task][name]
+                result[task][name] = self.found[task][name].cut(query[name], rank) if cheaper else query[name]
+        return result
+
+
+def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
+    """`QueryDirections` cut to one share."""
+    return QueryDirections(queries, keep).cut(keep)
 
 
 def chosen_ranks(layers: Sequence[Directions], keep: float) -> list[int]:

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from iprox.audit.held_out import FEWEST, HeldOutFidelity
+from iprox.data import Encoded, iter_batches
+from iprox.errors import InputError
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.scoring import ScoringSettings
+from iprox.proxy.compress import derive_proxy
+from iprox.proxy.size import Size
+
+
+def encoded(count, seed):
+    """Random examples of several lengths, supervised on their second half."""
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(1, 64, int(rng.integers(6, 14))).astype(np.int32) for _ in range(count)]
+    return [Encoded(row, np.where(np.arange(len(row)) < len(row) // 2, -100, row), False) for row in rows]
+
+
+@pytest.fixture
+def pair(tiny):
+    """A target and a proxy of it, in float64."""
+    model = tiny.model("gpt-neox")
+    proxy, _ = derive_proxy(model, [tiny.batch([9, 6]), tiny.batch([8, 7], seed=1)], Size(0.5))
+    return model, proxy
+
+
+ROWS, VALIDATION = encoded(24, 1), {"a": encoded(3, 2), "b": encoded(4, 3)}
+
+
+def whole_scores(model, queries):
+    scorer, scores = BatchScorer(model, queries, gradient="weight"), np.empty((len(ROWS), len(queries)))
+    for batch in iter_batches(ROWS, 64, 0):
+        scores[batch.indices] = scorer(batch)[0].numpy()
+    return scores
+
+
+@pytest.mark.parametrize(("query_norm", "tolerance"), [(1.0, 1e-12), (None, 0.1)])
+def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_norm, tolerance):
+    model, proxy = pair
+    settings = ScoringSettings("weight", query_norm=query_norm, batch_tokens=64)
+    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)
+    queries = {task: mean_gradient(model, iter_batches(rows, 64, 0), "weight")[0] for task, rows in VALIDATION.items()}
+    scores, truth = whole_scores(proxy, queries), whole_scores(model, queries)
+    wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(scores.T, truth.T, strict=True)])
+    assert 0.2 < wanted < 0.99  # a proxy that is neither useless nor perfect
+    assert watched.of(proxy) == watched.watch(proxy)() == pytest.approx(wanted, abs=tolerance)
+    assert watched.with_bound(proxy)[1] < watched.of(proxy)
+    cost = {kind: each / watched.contraction_flops["target"] for kind, each in watched.contraction_flops.items()}
+    assert cost["proxy"] == 1 if query_norm == 1 else cost["proxy"] < 1  # the target's own are cut less
+
+
+def test_the_target_is_faithful_to_itself(pair):
+    model, _ = pair
+    for query_norm in (None, 1.0):
+        settings = ScoringSettings("weight", query_norm=query_norm, batch_tokens=64)
+        assert HeldOutFidelity(model, ROWS, VALIDATION, 0, settings).of(model) > (
+            0.97 if query_norm is None else 1 - 1e-9
+        )
+
+
+def test_too_few_rows_are_refused(pair):
+    with pytest.raises(InputError, match="15 held-out examples"):
+        HeldOutFidelity(pair[0], ROWS[: FEWEST - 1], VALIDATION, 0, ScoringSettings("weight"))
