@@ -6,9 +6,12 @@ probe or alignment) and the same size. Cells are cached in the work folder, so a
     python benchmarks/fidelity.py                                       # the whole table: hours on two cores
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
     python benchmarks/fidelity.py --queries target --seeds 1 --methods ipsvd 'ipsvd, aligned' 'ipsvd, aligned by logits'
+    python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator influence-function \
+        --methods ipsvd 'ipsvd, aligned by gradients' 'ipsvd, aligned by divided gradients'
 
-Scores are raw TracIn at the warm-up's last checkpoint. `query` says where validation gradients are taken: on the target
-(iprox's default), or on the proxy (the paper's way, and the only one for proxies that are not factorised).
+Scores are raw, at the warm-up's last checkpoint: TracIn, or with --estimator an influence function. `query` says where
+validation gradients are taken: on the target (iprox's default), or on the proxy (the paper's way, and the only one for
+proxies that are not factorised).
 """
 
 from __future__ import annotations
@@ -29,18 +32,19 @@ from transformers import PreTrainedModel
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
+from iprox.influence.preconditioning import kronecker_curvature, precondition, weight_solver
 from iprox.influence.scoring import QUERY_NORM
 from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compiled
-from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
+from iprox.models.layers import compressible_layers, dense_weight, influence_layers, low_rank_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
 from iprox.proxy.align import AlignSettings, align
-from iprox.proxy.align_loss import Objective
+from iprox.proxy.align_loss import Objective, Precondition
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
@@ -70,10 +74,14 @@ FACTORISED: dict[str, tuple[Any, Any, Any]] = {
 ALIGNED: dict[str, dict[str, float]] = {
     "ipsvd, aligned": {},
     "ipsvd, aligned by gradients": {"kl_weight": 0.0},
+    "ipsvd, aligned by divided gradients": {"kl_weight": 0.0},
     "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
     "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
 }
 FACTORISED.update(dict.fromkeys(ALIGNED, FACTORISED["ipsvd"]))
+# Gradients divided by the target's curvature, as an influence function divides those of the validation examples.
+DIVIDED = ("ipsvd, aligned by divided gradients",)
+DAMPING = 0.1  # iprox's default
 METHODS = (*FACTORISED, "layers", "off-the-shelf")
 
 
@@ -91,6 +99,8 @@ class Setting:
     target_scores: np.ndarray
     batch_tokens: int
     dtype: torch.dtype
+    curvature_sample: list[Batch]
+    divide: Precondition | None = None
 
     def scores(self, model: PreTrainedModel, queries: dict[str, ModelGradient], keep: float) -> np.ndarray:
         """Scores [N, tasks] of the sample on a model."""
@@ -103,11 +113,14 @@ class Setting:
         return scores
 
     def own_queries(self, model: PreTrainedModel) -> dict[str, ModelGradient]:
-        """Validation gradients taken on a model itself."""
-        return {
+        """Validation gradients taken on a model itself, divided by its curvature for an influence function."""
+        queries = {
             task: mean_gradient(model, iter_batches(rows, self.batch_tokens, 0), "weight")[0]
             for task, rows in self.validation.items()
         }
+        if not self.curvature_sample:
+            return queries
+        return precondition(model, queries, self.curvature_sample, damping=DAMPING, gradient="weight")
 
 
 def main() -> None:
@@ -125,6 +138,8 @@ def main() -> None:
     parser.add_argument("--probe-size", type=int, default=139)
     parser.add_argument("--align-size", type=int, default=139, help="rows to align on: by default 1 %% of the pool")
     parser.add_argument("--align-epochs", type=int, default=5)
+    parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    parser.add_argument("--curvature-examples", type=int, default=256, help="of the pool, for an influence function")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the warm-up: 5 %% of the pool, 2 epochs")
     parser.add_argument("--batch-tokens", type=int, default=4096)
@@ -133,6 +148,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/fidelity.json")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
+    if arguments.estimator == "tracin" and set(DIVIDED) & set(arguments.methods):
+        if arguments.methods != list(METHODS):
+            parser.error("gradients divided by the curvature are for --estimator influence-function")
+        arguments.methods = [method for method in METHODS if method not in DIVIDED]
     if arguments.fresh:
         shutil.rmtree(arguments.work, ignore_errors=True)
     rows = list(itertools.chain.from_iterable(run_seed(arguments, seed) for seed in range(arguments.seeds)))
@@ -149,7 +168,8 @@ def cell_name(arguments: argparse.Namespace, method: str, sparsity: float | None
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """All cells of one seed; those on disk are read."""
-    folder = arguments.work / f"seed-{seed}-examples-{arguments.examples}-probe-{arguments.probe_size}"
+    estimator = "" if arguments.estimator == "tracin" else f"-{arguments.estimator}-{arguments.curvature_examples}"
+    folder = arguments.work / f"seed-{seed}-examples-{arguments.examples}-probe-{arguments.probe_size}{estimator}"
     cells: list[dict[str, Any]] = []
     missing: list[tuple[str, float | None, str]] = []
     for method in arguments.methods:
@@ -178,7 +198,9 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         if method in ALIGNED:
             steps = arguments.align_epochs * len(setting.alignment)
             tuned = AlignSettings(steps, seed=seed)
-            aligned = align(proxy, setting.target, setting.alignment, tuned, Objective(**ALIGNED[method]))
+            divide = setting.divide if method in DIVIDED else None
+            objective = Objective(**ALIGNED[method])
+            aligned = align(proxy, setting.target, setting.alignment, tuned, objective, precondition=divide)
         cast_parameters(proxy, setting.dtype)
         if query == "target":
             queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}
@@ -216,6 +238,9 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
     probe_rows = draw_rows("probe", seed, total, arguments.probe_size, warm_rows)
     sample_rows = draw_rows("sample", seed, total, arguments.examples, [*warm_rows, *probe_rows])
     align_rows = draw_rows("align", seed, total, arguments.align_size, [*warm_rows, *probe_rows, *sample_rows])
+    used = [*warm_rows, *probe_rows, *sample_rows, *align_rows]
+    curved = 0 if arguments.estimator == "tracin" else arguments.curvature_examples
+    curvature_rows = draw_rows("curvature", seed, total, curved, used) if curved else []
     path = warmed(arguments, arguments.model, "target", seed)
     encoder = ChatEncoder(load_tokenizer(path), 512)
     target = load_model(path)
@@ -226,10 +251,24 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
     sample = encoder.encode(pool.take(sample_rows))
     alignment = list(example_batches(encoder.encode(pool.take(align_rows)), 8, 0, arguments.batch_tokens // 4))
     dtype = resolve_dtype(arguments.dtype, torch.device("cpu"))
+    curvature_sample = list(iter_batches(encoder.encode(pool.take(curvature_rows)), arguments.batch_tokens, 0))
     setting = Setting(
-        target, encoder, validation, sample, probe, alignment, {}, np.empty(0), arguments.batch_tokens, dtype
+        target,
+        encoder,
+        validation,
+        sample,
+        probe,
+        alignment,
+        {},
+        np.empty(0),
+        arguments.batch_tokens,
+        dtype,
+        curvature_sample,
     )
     scored = load_model(path, dtype=dtype)
+    if curvature_sample and set(DIVIDED) & set(arguments.methods):
+        layers = influence_layers(scored, "weight")
+        setting.divide = weight_solver(kronecker_curvature(scored, layers, curvature_sample), layers, DAMPING)
     setting.queries = setting.own_queries(scored)
     # What proxies are compared with is exact: whole gradients.
     setting.target_scores = setting.scores(scored, setting.queries, 1.0)

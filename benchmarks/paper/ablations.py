@@ -88,6 +88,11 @@ class Ablation:
             self.arguments, self.scores(in_bfloat16(proxy), target=self.target(number), **options), self.truth
         )
 
+    @cached_property
+    def base(self) -> Cell:
+        """What every ablation has among its variants."""
+        return self.fidelity(self.proxy())
+
     def aligned(self, rows: int = PROBE, **options: Any) -> Cell:
         """Of the base proxy, aligned on some rows."""
         proxy = self.proxy()
@@ -135,9 +140,12 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
     make, measure = ablation.proxy, ablation.fidelity
     logits = {"gradient_weight": 0.0, "kl_weight": 1.0}
     return {
-        "sparsity": {f"{size}": lambda size=size: measure(make(sparsity=size)) for size in (0.3, 0.5, 0.7, 0.85)},
+        "sparsity": {
+            f"{size}": lambda size=size: ablation.base if size == 0.7 else measure(make(sparsity=size))
+            for size in (0.3, 0.5, 0.7, 0.85)
+        },
         "alignment": {
-            "stage 1 only": lambda: measure(make()),
+            "stage 1 only": lambda: ablation.base,
             "KL only": lambda: ablation.aligned(**logits),
             "gradient only": lambda: ablation.aligned(kl_weight=0.0),
             "both": lambda: ablation.aligned(),
@@ -146,26 +154,29 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
             "KL only, 5 × the rows": lambda: ablation.aligned(5 * PROBE, **logits),
         },
         "probe": {
-            f"{times} × {PROBE} rows": lambda times=times: measure(make(probe=ablation.probe_rows[: times * PROBE]))
-            for times in (1, 2, 3, 5)
-        }
-        | {
+            f"1 × {PROBE} rows": lambda: ablation.base,
+            **{
+                f"{times} × {PROBE} rows": lambda times=times: measure(make(probe=ablation.probe_rows[: times * PROBE]))
+                for times in (2, 3, 5)
+            },
             "a tenth of that": lambda: measure(make(probe=ablation.probe_rows[: PROBE // 10])),
             "of one source": lambda: measure(make(probe=ablation.of_one_source())),
         },
         "ridge": {
-            f"{ridge}": lambda ridge=ridge: measure(make(ridge=ridge)) for ridge in ("auto", 1e-3, 1e-2, 1e-1, 1.0)
+            "auto": lambda: ablation.base,
+            **{f"{ridge}": lambda ridge=ridge: measure(make(ridge=ridge)) for ridge in (1e-3, 1e-2, 1e-1, 1.0)},
         },
-        "ranks": {ranks: lambda ranks=ranks: measure(make(ranks=ranks)) for ranks in ("global", "uniform")},
+        "ranks": {"global": lambda: ablation.base, "uniform": lambda: measure(make(ranks="uniform"))},
         "gradient": {
-            "weight, queries of the target": lambda: measure(make()),
+            "weight, queries of the target": lambda: ablation.base,
             "factors, queries of the target": lambda: measure(make(), gradient="factors"),
             "factors, queries of the proxy": lambda: compared(
                 ablation.arguments, ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth
             ),
         },
         "share of the query's norm": {
-            f"{keep}": lambda keep=keep: measure(make(), query_norm=keep) for keep in (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
+            "0.9": lambda: ablation.base,
+            **{f"{keep}": lambda keep=keep: measure(make(), query_norm=keep) for keep in (1.0, 0.95, 0.8, 0.7, 0.5)},
         },
         "checkpoints": {
             "target, last of 4": lambda: ablation.over_checkpoints(1, on_proxy=False),

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example, Pool, example_batches
 from iprox.finetune import save_model
 from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
-from iprox.influence.estimators import has_bias
-from iprox.influence.gradients import LayerGradient
-from iprox.influence.preconditioning import kronecker_curvature
+from iprox.influence.preconditioning import kronecker_curvature, weight_solver
 from iprox.models import flops
 from iprox.models.layers import influence_layers, low_rank_layers
 from iprox.proxy.align import AlignSettings, align
@@ -183,15 +180,9 @@ def _inverse_curvature(
             f"no example of the curvature sample moved {missed[0]} ({len(missed)} layers in all), so their gradients "
             "are matched as they are; take more curvature examples"
         )
-
-    def precondition(name: str, gradient: Tensor) -> Tensor:
-        if name not in bases:
-            return gradient
-        bias = gradient.new_zeros(len(gradient)) if has_bias(layers[name]) else None
-        basis = bases[name].to(gradient.device)
-        return basis.solve(LayerGradient(gradient, bias), influence.damping).weight
-
-    return precondition, flops.curvature_flops(target, "weight", *tokens_of(sample), passes)
+    return weight_solver(bases, layers, influence.damping), flops.curvature_flops(
+        target, "weight", *tokens_of(sample), passes
+    )
 
 
 def _store(
