@@ -33,7 +33,7 @@ from iprox.recipe import FinetuneSection, parse_recipe
 from iprox.run_folder import environment, write_json
 from iprox.selection.strategies import round_robin, top
 from iprox.session import Session, draw_rows
-from iprox.stages import finetune
+from iprox.stages.training import finetune
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -53,7 +53,7 @@ from iprox.proxy.spectra import SpectrumStore
 from iprox.recipe import WarmupSection
 from iprox.run_folder import environment, write_json
 from iprox.session import Session, draw_rows
-from iprox.stages import warm_up
+from iprox.stages.training import warm_up
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -29,7 +29,7 @@ from iprox.progress import Reporter
 from iprox.recipe import WarmupSection
 from iprox.run_folder import key_of, read_json
 from iprox.session import Session, draw_rows
-from iprox.stages import warm_up
+from iprox.stages.training import warm_up
 
 PROBE = 139
 Cell = dict[str, Any]

@@ -16,8 +16,8 @@ from typing import Any
 
 from runs import Results, run
 
-from iprox.lds_stage import RESULT
 from iprox.run_folder import read_json
+from iprox.stages.lds import RESULT
 
 BUNDLED = files("iprox.quickstart")
 TASKS = ("arithmetic", "spelling")

@@ -33,7 +33,7 @@ from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
-from iprox.stages import finetune
+from iprox.stages.training import finetune
 
 # Row -> the proxy section of its recipe.
 PROXIES: dict[str, Any] = {

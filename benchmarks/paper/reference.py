@@ -25,9 +25,9 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.score_stages import ScoredModel
-from iprox.score_stages import score as score_pool
 from iprox.session import Session
+from iprox.stages.scoring import ScoredModel
+from iprox.stages.scoring import score as score_pool
 
 EXAMPLES, COLUMNS, MULTIPLE, SPARSITY = 14, 1024, 128, 0.7
 RIDGE = 1e-6  # on the eigenvalues inside the span, against division by nothing

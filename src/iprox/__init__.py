@@ -6,9 +6,9 @@ Importing it teaches transformers to load proxies: `AutoModelForCausalLM.from_pr
 from importlib.metadata import version
 
 from iprox.api import align, attribute, audit, compress, load, score, select
+from iprox.api.views import view
 from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
-from iprox.views import view
 
 __version__ = version("iprox")
 __all__ = ["GradientIndex", "InputError", "align", "attribute", "audit", "compress", "load", "score", "select", "view"]

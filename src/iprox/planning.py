@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from iprox.attribute_stage import why_not_attributed
 from iprox.data import Pool
 from iprox.influence.gradients import norm_flops
 from iprox.models import flops
@@ -20,6 +19,7 @@ from iprox.proxy.search import most_tries
 from iprox.proxy.size import Size
 from iprox.recipe import CURVED, Recipe, curvature_passes
 from iprox.session import Session, encode_validation, share, tokens_of
+from iprox.stages.attribution import why_not_attributed
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.

@@ -17,6 +17,9 @@ from typing import Any
 from iprox.errors import InputError
 from iprox.files import write_text
 
+# What a stage says of itself in run.json: tokens, flops, and anything particular to it.
+StageRecord = dict[str, Any]
+
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
 
 

@@ -202,7 +202,7 @@ def test_not_enough_memory_says_what_to_halve(place, refused, monkeypatch):
     def out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("iprox.score_stages.score_to_file", out_of_memory)
+    monkeypatch.setattr("iprox.stages.scoring.score_to_file", out_of_memory)
     said = refused("run", place.recipe, "--quiet", *OFF)
     assert "not enough memory on cpu" in said
     assert "--batch-tokens 2048" in said

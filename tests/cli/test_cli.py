@@ -10,8 +10,7 @@ from importlib.metadata import version
 
 import pytest
 
-from iprox import commands
-from iprox.cli import main
+from iprox.cli import main, run_commands
 
 COMMANDS = [
     "quickstart",
@@ -74,7 +73,7 @@ def fails_with(monkeypatch, error):
     def fail(_):
         raise error
 
-    monkeypatch.setattr(commands, "report", fail)
+    monkeypatch.setattr(run_commands, "report", fail)
 
 
 @pytest.mark.parametrize(

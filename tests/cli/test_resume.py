@@ -5,10 +5,10 @@ import json
 import pytest
 import yaml
 
-from iprox import align_stage, compress_stage
 from iprox.cli import main
 from iprox.influence import scoring, shards
 from iprox.session import draw_rows
+from iprox.stages import alignment, compression
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -82,7 +82,7 @@ def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(align_stage, "align_proxy", interrupt)
+        patch.setattr(alignment, "align_proxy", interrupt)
         assert place.run() == 130
     assert "interrupted" in capfd.readouterr().err
     assert list(place.record()["stages"]) == ["data", "warmup", "compress"]
@@ -131,14 +131,14 @@ def windows_of_100(init):
 
 def test_a_stage_stopped_half_way_is_not_taken_for_the_earlier_one(copied, monkeypatch):
     """Sparsity changed, stopped after the proxy was replaced, sparsity changed back: the proxy must be made again."""
-    make = compress_stage.compress
+    make = compression.compress
 
     def make_and_stop(*arguments, **settings):
         make(*arguments, **settings)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compress_stage, "compress", make_and_stop)
+        patch.setattr(compression, "compress", make_and_stop)
         assert copied.run("--set", "proxy.sparsity=0.8") == 130
     assert copied.run("--stop-after", "compress") == 0
     assert copied.done() == ["compress"]

@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from iprox import lds_stage
 from iprox.cli import main
 from iprox.data import Pool
 from iprox.recipe import LdsSection
 from iprox.session import Session
+from iprox.stages import lds
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -435,11 +435,11 @@ def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(co
         trained.append(1)
         return retrained(*arguments, **options)
 
-    retrained = lds_stage._retrained
-    monkeypatch.setattr(lds_stage, "_retrained", stopping)
+    retrained = lds._retrained
+    monkeypatch.setattr(lds, "_retrained", stopping)
     assert copied.run("--set", *settings, "--stop-after", "audit") == 130
     assert len(json.loads((copied.output / "audit/lds-losses.json").read_text())["losses"]) == 4
-    monkeypatch.setattr(lds_stage, "_retrained", lambda *a, **o: (trained.append(1), retrained(*a, **o))[1])
+    monkeypatch.setattr(lds, "_retrained", lambda *a, **o: (trained.append(1), retrained(*a, **o))[1])
     assert copied.run("--set", *settings) == 0
     assert len(trained) == 10
     found = json.loads((copied.output / "audit/lds.json").read_text())
@@ -543,12 +543,12 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     for example, row in zip(examples, encoder.encode(examples), strict=True):
         place = ids.index(example.id)
         known[tuple(row.input_ids.tolist())] = {task: audited[f"target/{task}"][place].as_py() for task in tasks}
-    monkeypatch.setattr(lds_stage, "_retrained", falling)
+    monkeypatch.setattr(lds, "_retrained", falling)
     shutil.copytree(finished.output / "audit", tmp_path / "audit")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
     by_place = sorted(examples, key=lambda example: ids.index(example.id))
     settings = LdsSection(subsets=30)
-    lds_stage.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
+    lds.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
     found = json.loads((tmp_path / "audit/lds.json").read_text())
     for task in tasks:
         assert found["tasks"][task]["target"]["lds"] == pytest.approx(1)
@@ -556,5 +556,5 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     # Another validation set is another measurement.
     before = json.loads((tmp_path / "audit/lds-losses.json").read_text())
     other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
-    lds_stage.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
+    lds.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
     assert json.loads((tmp_path / "audit/lds-losses.json").read_text())["of"] != before["of"]

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from iprox.api.examples import Examples, as_pool
 from iprox.api.scoring import score
 from iprox.audit.fidelity import AuditReport, compare_scores
-from iprox.examples import Examples, as_pool
 from iprox.influence.index import GradientIndex
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iprox.api.examples import Examples, Reader
 from iprox.audit.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
-from iprox.examples import Examples, Reader
 from iprox.influence.estimators import Normalise
 from iprox.influence.scoring import ScoringSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers

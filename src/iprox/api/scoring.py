@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data import Encoded
 from iprox.errors import InputError
-from iprox.examples import Examples, Reader, as_pool
 from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise

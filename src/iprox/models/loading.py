@@ -17,7 +17,7 @@ from transformers import (
 
 from iprox.errors import InputError
 from iprox.models.adapters import ADAPTER, adapter_base, merged
-from iprox.models.checkpoint import IproxConfig, make_low_rank
+from iprox.models.checkpoint import IproxConfig, make_low_rank, proxy_config
 from iprox.models.experts import split_experts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -159,6 +159,21 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         make_low_rank(model, proxy["ranks"])
         model.config.quantization_config = IproxConfig.from_dict(proxy)  # a proxy, as a loaded one is
     return model
+
+
+def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
+    """Refuse a proxy offered with another target.
+
+    Raises:
+        InputError: it is no proxy, or one of another model.
+    """
+    config = proxy_config(proxy)
+    if config is None:
+        raise InputError(f"{proxy_path}: is no iprox proxy; make one with iprox compress")
+    if config.target_fingerprint and config.target_fingerprint != model_fingerprint(target):
+        raise InputError(
+            f"{proxy_path}: is a proxy of {config.target or 'another model'}, not of {target_path} (the weights differ)"
+        )
 
 
 def _check_folder(path: str | Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from iprox import attribute_stage, stages
 from iprox.data import Pool
 from iprox.influence.index import GradientIndex
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, tasks_of
 from iprox.report import build_report, shown_rows
+from iprox.run_folder import StageRecord
+from iprox.stages import attribution, selection, training
 
 
 def select(run: Run, context: Context) -> None:
@@ -24,7 +25,7 @@ def select(run: Run, context: Context) -> None:
             GradientIndex.open(settings.features).description if settings.features else None,
         ],
         [run.folder.selected, run.folder.selection],
-        lambda: stages.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
+        lambda: selection.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
     )
 
 
@@ -39,7 +40,7 @@ def finetune(run: Run, context: Context) -> None:
         "finetune",
         [common_key(run), context.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
         [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
-        lambda: stages.finetune(
+        lambda: training.finetune(
             run.session,
             run.recipe.model,
             list(Pool([run.folder.selected], name="selection")),
@@ -55,7 +56,7 @@ def _attribute(run: Run, context: Context) -> None:
     if not count:
         return
     on = skeleton(context.scored[0].path, trust_remote_code=run.recipe.trust_remote_code)
-    why = attribute_stage.why_not_attributed(settings, on)
+    why = attribution.why_not_attributed(settings, on)
     if why is not None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report shades no tokens: {why}")
@@ -65,7 +66,7 @@ def _attribute(run: Run, context: Context) -> None:
         "attribute",
         [context.keys["score"], rows],
         [run.folder.attribution],
-        lambda: attribute_stage.attribute(
+        lambda: attribution.attribute(
             run.session,
             context.scored,
             run.pool,
@@ -82,7 +83,7 @@ def report(run: Run, context: Context) -> None:
     """Shade the shown rows' tokens, where their scores are sums over tokens, and write the report."""
     _attribute(run, context)
 
-    def work() -> stages.StageRecord:
+    def work() -> StageRecord:
         build_report(run.folder.path, run.pool)
         return {}
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from iprox import align_stage, compress_stage, stages
-from iprox.held_out_rows import HeldOutRows
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.proxy.align_state import discard_other_states
 from iprox.recipe import OF_GRADIENTS
-from iprox.run_folder import key_of, read_json
+from iprox.run_folder import StageRecord, key_of, read_json
 from iprox.session import share
+from iprox.stages import alignment, compression, training
+from iprox.stages.held_out import HeldOutRows
 
 
 def warm_up(run: Run, context: Context) -> None:
@@ -34,7 +34,7 @@ def warm_up(run: Run, context: Context) -> None:
         "warmup",
         [common_key(run), settings.model_dump()],
         [folder / "checkpoints.json", *kept, *states],
-        lambda: stages.warm_up(
+        lambda: training.warm_up(
             run.session, run.recipe.model, run.pool.take(rows), folder, settings, optimizer_state=adam
         ),
     )
@@ -55,7 +55,7 @@ def _variants(base: Path, context: Context) -> list[Path]:
     return [base / Path(path).name for path, _ in context.targets]
 
 
-def _afresh(base: Path, folders: list[Path], description: str, records: Iterator[stages.StageRecord]) -> Any:
+def _afresh(base: Path, folders: list[Path], description: str, records: Iterator[StageRecord]) -> Any:
     """Make the variants of a proxy in an empty folder, with the last one's description where a single one's is."""
     shutil.rmtree(base, ignore_errors=True)
     record = _total(records)
@@ -75,19 +75,19 @@ def compress(run: Run, context: Context) -> None:
     influence = run.recipe.influence
     folders = _variants(run.folder.proxy, context)
 
-    def work() -> stages.StageRecord:
+    def work() -> StageRecord:
         examples = run.pool.take(rows)
         held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
         paths = [path for path, _ in context.targets]
 
-        def made() -> Iterator[stages.StageRecord]:
+        def made() -> Iterator[StageRecord]:
             if not settings.shared_start:
                 for path, folder in zip(paths, folders, strict=True):
-                    yield compress_stage.compress(run.session, path, examples, folder, settings, held_out)
+                    yield compression.compress(run.session, path, examples, folder, settings, held_out)
                 return
-            last = compress_stage.compress(run.session, paths[-1], examples, folders[-1], settings, held_out)
+            last = compression.compress(run.session, paths[-1], examples, folders[-1], settings, held_out)
             for path, folder in zip(paths[:-1], folders[:-1], strict=True):
-                yield compress_stage.start_from(run.session, paths[-1], folders[-1], path, folder)
+                yield compression.start_from(run.session, paths[-1], folders[-1], path, folder)
             yield last
 
         return _afresh(run.folder.proxy, folders, "compression.json", made())
@@ -119,17 +119,17 @@ def align(run: Run, context: Context) -> None:
     patterns = list(settings.layer_weights.items())
     chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
     key = [common_key(run), context.keys["compress"], chosen, patterns, run.recipe.batch_tokens]
-    curved = align_stage.CurvedBy.of(influence, run.pool)
+    curved = alignment.CurvedBy.of(influence, run.pool)
     if watched or curved:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)
     discard_other_states(run.folder.align_state, identity)
 
-    def work() -> stages.StageRecord:
+    def work() -> StageRecord:
         examples = run.pool.take(rows)
         held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool)
         made = (
-            align_stage.align_proxy(
+            alignment.align_proxy(
                 run.session,
                 path,
                 proxy,
@@ -151,9 +151,9 @@ def align(run: Run, context: Context) -> None:
     context.proxies = [str(folder) for folder in folders]
 
 
-def _total(records: Any) -> stages.StageRecord:
+def _total(records: Any) -> StageRecord:
     """Records of the same stage at several checkpoints as one: work adds up, the rest is the last one's."""
-    total: stages.StageRecord = {}
+    total: StageRecord = {}
     for record in records:
         for name in ("tokens", "flops"):
             record[name] = total.get(name, 0) + record[name]

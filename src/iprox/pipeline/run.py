@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from iprox import refine_stages, score_stages, stages
 from iprox.data import Pool
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
-from iprox.run_folder import RunFolder, environment, key_of, write_json, write_text
+from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation
+from iprox.stages import refinement, scoring, selection
 from iprox.tracking import check_tracking
 
 
@@ -41,7 +41,7 @@ class Run:
         """Rows of the pool."""
         return self.pool.scan().rows
 
-    def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], stages.StageRecord]) -> str:
+    def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], StageRecord]) -> str:
         """Do a stage, or skip it when it is done. Returns the stage's key for the stages that read it."""
         key = key_of([name, key])
         before = self.earlier.pop(name, None)
@@ -82,7 +82,7 @@ class Context:
 
     targets: list[tuple[str, float]] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
-    scored: list[score_stages.ScoredModel] = field(default_factory=list)
+    scored: list[scoring.ScoredModel] = field(default_factory=list)
     scores: Path | None = None
     audit: str = ""  # its key, apart: scores do not hang on it
     keys: dict[str, str] = field(default_factory=dict)
@@ -96,9 +96,9 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
-        stages.selection_settings(recipe.select, recipe.seed)
+        selection.selection_settings(recipe.select, recipe.seed)
         summary = session.read(pool)
-        refine_stages.check_sample(recipe, summary.rows)
+        refinement.check_sample(recipe, summary.rows)
         encoder = session.encoder(session.tokenizer(recipe.model))
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now

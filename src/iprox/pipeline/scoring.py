@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from iprox import lds_stage, refine_stages, score_stages, stages
 from iprox.data import Pool
 from iprox.influence.ray_engine import ray_engine
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
-from iprox.run_folder import key_of
+from iprox.run_folder import StageRecord, key_of
+from iprox.stages import lds, refinement, scoring
 
 
 def audit(run: Run, context: Context) -> None:
@@ -24,7 +24,7 @@ def audit(run: Run, context: Context) -> None:
         "audit",
         [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(exclude={"lds"})],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
-        lambda: score_stages.audit(
+        lambda: scoring.audit(
             run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
         )[0],
     )
@@ -34,8 +34,8 @@ def audit(run: Run, context: Context) -> None:
     run.stage(
         "lds",
         [context.audit, chosen.model_dump()],
-        [run.folder.audit / lds_stage.RESULT],
-        lambda: lds_stage.measure_lds(run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen),
+        [run.folder.audit / lds.RESULT],
+        lambda: lds.measure_lds(run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen),
     )
 
 
@@ -45,9 +45,7 @@ def score(run: Run, context: Context) -> None:
     influence = run.recipe.influence
     from_target = proxy and proxy.factorised and influence.query == "target" and not influence.gradient_free
     models = [
-        score_stages.ScoredModel(
-            model, rate, path if from_target else None, path if influence.estimator == "adam" else None
-        )
+        scoring.ScoredModel(model, rate, path if from_target else None, path if influence.estimator == "adam" else None)
         for model, (path, rate) in zip(
             context.proxies or [path for path, _ in context.targets], context.targets, strict=True
         )
@@ -60,7 +58,7 @@ def score(run: Run, context: Context) -> None:
         "score",
         [common_key(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
         [run.folder.scores],
-        lambda: score_stages.score(
+        lambda: scoring.score(
             run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
         ),
     )
@@ -76,29 +74,29 @@ def refine(run: Run, context: Context) -> None:
     influence, chosen = run.recipe.influence, run.recipe.select
     folder = run.folder.refined
     # A cascade hangs on how many rows are selected, and by which ranking; a correction on neither.
-    by_task = chosen.strategy in refine_stages.BY_TASK
+    by_task = chosen.strategy in refinement.BY_TASK
     looked_for = settings.recall and [chosen.fraction, chosen.count, by_task]
     models = [
-        score_stages.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
+        scoring.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
         for path, rate in context.targets
     ]
 
-    def on_target(candidates: Pool, file: Path) -> stages.StageRecord:
+    def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
-        return score_stages.score(run.session, models, candidates, run.validation, file, influence, identity)
+        return scoring.score(run.session, models, candidates, run.validation, file, influence, identity)
 
     context.keys["refine"] = run.stage(
         "refine",
         [context.keys, context.audit, settings.model_dump(), looked_for, run.recipe.batch_tokens],
         [folder / "scores.parquet", folder / "refine.json"],
-        lambda: refine_stages.refine(
+        lambda: refinement.refine(
             folder=folder,
             scores=run.folder.scores,
             audit=run.folder.audit,
             pool=run.pool,
             settings=settings,
             chosen=chosen,
-            how=score_stages.scoring_settings(run.session, influence).aggregation,
+            how=scoring.scoring_settings(run.session, influence).aggregation,
             score_on_target=on_target,
         ),
     )

@@ -29,8 +29,7 @@ from iprox.influence.scores import (
     write_parts,
 )
 from iprox.recipe import Recipe, RefineSection, SelectSection
-from iprox.run_folder import write_json
-from iprox.stages import StageRecord
+from iprox.run_folder import StageRecord, write_json
 
 # Strategies that choose by the tasks' own scores rather than by their aggregate.
 BY_TASK = ("round-robin", "balanced")

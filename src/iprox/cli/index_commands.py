@@ -5,11 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from iprox import index_stages, options
+from iprox.cli import options
 from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
 from iprox.influence.shards import IDENTITY
 from iprox.models.loading import checkpoint_fingerprint
+from iprox.stages import indexing
 
 
 def index(arguments: Namespace) -> dict[str, Any]:
@@ -24,14 +25,14 @@ def index(arguments: Namespace) -> dict[str, Any]:
         warmed = options.warmed_folder(arguments.model, target, settings)
     elif arguments.target:
         raise InputError("--target goes with --estimator adam; a query names its own")
-    model = index_stages.IndexedModel(arguments.model, warmed)
+    model = indexing.IndexedModel(arguments.model, warmed)
     fingerprint = checkpoint_fingerprint(arguments.model)
     return options.single_stage(
         session,
         "index",
         output,
         arguments,
-        lambda: index_stages.build_index(session, model, pool, output, settings, arguments.dimension, fingerprint),
+        lambda: indexing.build_index(session, model, pool, output, settings, arguments.dimension, fingerprint),
         kept="*.arrow",
     )
 
@@ -59,7 +60,7 @@ def query(arguments: Namespace) -> dict[str, Any]:
     rates = options.learning_rates_of(models, arguments.learning_rates)
     output = options.new_folder(arguments.output)
     targets = [options.query_target(model, arguments, settings, session) for model in models]
-    asked = [index_stages.IndexQuery(*each) for each in zip(indexes, models, rates, targets, strict=True)]
+    asked = [indexing.IndexQuery(*each) for each in zip(indexes, models, rates, targets, strict=True)]
     identity = {
         "index": [each["pool"] for each in about],
         "models": [each["model_fingerprint"] for each in about],
@@ -74,5 +75,5 @@ def query(arguments: Namespace) -> dict[str, Any]:
         "query",
         output,
         arguments,
-        lambda: index_stages.query_indexes(session, asked, validation, output / "scores.parquet", settings, identity),
+        lambda: indexing.query_indexes(session, asked, validation, output / "scores.parquet", settings, identity),
     )

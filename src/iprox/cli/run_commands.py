@@ -7,8 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from iprox import summary
-from iprox.doctor import examine
+from iprox.cli import summary
+from iprox.cli.doctor import examine
 from iprox.errors import InputError
 from iprox.pipeline import run_recipe
 from iprox.planning import measured_gemm_rate, plan_recipe

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example, Pool, example_batches
 from iprox.finetune import save_model
-from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
 from iprox.influence.preconditioning import kronecker_curvature, weight_solver
 from iprox.models import flops
 from iprox.models.layers import influence_layers, low_rank_layers
+from iprox.models.loading import check_belongs
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective, Precondition
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
 from iprox.recipe import AlignSection, InfluenceSection, curvature_passes
-from iprox.run_folder import write_json
-from iprox.score_stages import curvature_sample
+from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
-from iprox.stages import StageRecord, check_belongs
+from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
+from iprox.stages.scoring import curvature_sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,4 @@
-"""The stages, one function each: read what it needs, do it with progress, write what it made, say what it cost.
-
-Both `iprox run` (`iprox.pipeline`) and the commands for single stages (cli.py) call these.
-"""
+"""The stages that train the target: the warm-up before scoring, and SFT on what was selected, with its tests."""
 
 from __future__ import annotations
 
@@ -10,28 +7,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
-from transformers import PreTrainedModel
 
 from iprox.data import Encoded, Example, Pool
-from iprox.errors import InputError
 from iprox.finetune import evaluate, train
-from iprox.influence.index import GradientIndex
-from iprox.influence.scores import read_scores
 from iprox.models import flops
-from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import model_fingerprint, skeleton, stored_dtype
-from iprox.recipe import FinetuneSection, SelectSection, WarmupSection
-from iprox.run_folder import read_json, write_json
-from iprox.selection import SelectionSettings, select_rows
+from iprox.models.loading import skeleton, stored_dtype
+from iprox.recipe import FinetuneSection, WarmupSection
+from iprox.run_folder import StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-
-# What a stage says of itself in run.json: tokens, flops, and anything particular to it.
-StageRecord = dict[str, Any]
 
 
 def warm_up(
@@ -48,49 +33,6 @@ def warm_up(
     `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `adam`.
     """
     return _sft(session, model, examples, output, settings, every_epoch=True, optimizer_state=optimizer_state)
-
-
-def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:
-    """What a recipe asks to be chosen, checked.
-
-    Raises:
-        InputError: it cannot be meant; or there is no index of features.
-    """
-    if settings.features is not None:
-        GradientIndex.open(settings.features)
-    return SelectionSettings(**settings.model_dump(exclude={"features"}), seed=seed)
-
-
-def select(
-    session: Session, scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection
-) -> StageRecord:
-    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
-    table = read_scores(scores)
-
-    def texts(rows: Sequence[int]) -> list[str]:
-        return [example.words for example in pool.take(rows)]
-
-    def features(rows: np.ndarray) -> np.ndarray:
-        return GradientIndex.open(str(settings.features)).features_of(table, rows)
-
-    selection = select_rows(
-        table,
-        selection_settings(settings, session.seed),
-        texts=texts,
-        features=features if settings.features else None,
-    )
-    if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
-        session.reporter.warn(
-            f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have an "
-            f"influence of {settings.threshold} or above"
-            + "".join(f", and {number} were passed over ({why})" for why, number in selection.passed_over.items())
-        )
-    rows = selection.rows.tolist()
-    ids = table["id"].take(pa.array(rows)).to_pylist()
-    pool.write_rows(rows, output, ids)
-    chosen = selection.as_dict()
-    write_json(description, chosen)
-    return {key: chosen[key] for key in ("strategy", "count", "fraction", "threshold", "tokens", "passed_over")}
 
 
 def finetune(
@@ -121,21 +63,6 @@ def finetune(
     }
     write_json(output / "finetune.json", record)
     return record
-
-
-def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
-    """Refuse a proxy offered with another target.
-
-    Raises:
-        InputError: it is no proxy, or one of another model.
-    """
-    config = proxy_config(proxy)
-    if config is None:
-        raise InputError(f"{proxy_path}: is no iprox proxy; make one with iprox compress")
-    if config.target_fingerprint and config.target_fingerprint != model_fingerprint(target):
-        raise InputError(
-            f"{proxy_path}: is a proxy of {config.target or 'another model'}, not of {target_path} (the weights differ)"
-        )
 
 
 def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, float]]:

@@ -24,12 +24,11 @@ from iprox.influence.windows import Engine, fitting_scorer, local_engine, score_
 from iprox.models import flops
 from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
-from iprox.models.loading import skeleton
+from iprox.models.loading import check_belongs, skeleton
 from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.recipe import CURVED, InfluenceSection, curvature_passes
-from iprox.run_folder import write_json
+from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of, tokens_of
-from iprox.stages import StageRecord, check_belongs
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
 COMPILE_ROWS = 8192

@@ -16,8 +16,8 @@ import datasets
 from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging as transformers_logging
 
+from iprox.cli.parser import build_parser
 from iprox.errors import InputError
-from iprox.parser import build_parser
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -86,7 +86,3 @@ def _quieten_libraries(quiet: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate)\b")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,9 +24,9 @@ from iprox.models import flops
 from iprox.models.experts import SplitExperts
 from iprox.models.loading import skeleton
 from iprox.recipe import InfluenceSection, curvature_passes
-from iprox.score_stages import ScoredModel, curvature_sample, scoring_settings
+from iprox.run_folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
-from iprox.stages import StageRecord
+from iprox.stages.scoring import ScoredModel, curvature_sample, scoring_settings
 
 
 def why_not_attributed(settings: InfluenceSection, model: nn.Module) -> str | None:

@@ -6,18 +6,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from iprox import (
-    align_stage,
-    compress_stage,
-    hub,
-    index_stages,
-    lds_stage,
-    options,
-    refine_stages,
-    score_stages,
-    stages,
-    summary,
-)
+from iprox import hub
+from iprox.cli import options, summary
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.finetune import save_model
@@ -37,8 +27,9 @@ from iprox.recipe import (
     WarmupSection,
     validate_section,
 )
-from iprox.run_folder import key_of, read_json
+from iprox.run_folder import StageRecord, key_of, read_json
 from iprox.session import draw_rows
+from iprox.stages import alignment, compression, indexing, lds, refinement, scoring, selection, training
 
 SHARDS = "scores.parquet.shards"
 
@@ -61,7 +52,7 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
         "warmup",
         output,
         arguments,
-        lambda: stages.warm_up(
+        lambda: training.warm_up(
             session, arguments.model, pool.take(rows), output, settings, optimizer_state=arguments.optimizer_state
         ),
     )
@@ -87,7 +78,7 @@ def compress(arguments: Namespace) -> dict[str, Any]:
         "compress",
         output,
         arguments,
-        lambda: compress_stage.compress(session, arguments.model, examples, output, settings, held_out),
+        lambda: compression.compress(session, arguments.model, examples, output, settings, held_out),
     )
 
 
@@ -119,7 +110,7 @@ def align(arguments: Namespace) -> dict[str, Any]:
         "align",
         output,
         arguments,
-        lambda: align_stage.align_proxy(
+        lambda: alignment.align_proxy(
             session,
             arguments.model,
             arguments.proxy,
@@ -153,7 +144,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     targets = [options.query_target(model, arguments, settings, session) for model in arguments.model]
     identity["targets"] = [target and checkpoint_fingerprint(target) for target in targets]
     models = [
-        score_stages.ScoredModel(model, rate, target, options.warmed_folder(model, target, settings))
+        scoring.ScoredModel(model, rate, target, options.warmed_folder(model, target, settings))
         for model, rate, target in zip(arguments.model, rates, targets, strict=True)
     ]
     return options.single_stage(
@@ -161,7 +152,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
         "score",
         output,
         arguments,
-        lambda: score_stages.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
+        lambda: scoring.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
         kept=f"{SHARDS}/*/*.parquet",
     )
 
@@ -180,7 +171,7 @@ def select(arguments: Namespace) -> dict[str, Any]:
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = options.pool_of(arguments.pool, arguments)
-    record = stages.select(session, Path(arguments.scores), pool, output, description, settings)
+    record = selection.select(session, Path(arguments.scores), pool, output, description, settings)
     if not arguments.json:
         print(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
         for reason, number in record["passed_over"].items():
@@ -196,24 +187,24 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     retrain = arguments.lds and validate_section(
         LdsSection, subsets=arguments.lds, learning_rate=arguments.lds_learning_rate
     )
-    output = options.resumable_folder(arguments.output, "audit.json", "audit.parquet", lds_stage.LOSSES)
+    output = options.resumable_folder(arguments.output, "audit.json", "audit.parquet", lds.LOSSES)
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 
-    def work() -> stages.StageRecord:
-        record, _ = score_stages.audit(session, pairs, examples, pool, validation, output, settings)
+    def work() -> StageRecord:
+        record, _ = scoring.audit(session, pairs, examples, pool, validation, output, settings)
         if not retrain:
             return record
-        more = lds_stage.measure_lds(session, arguments.model, examples, validation, output, retrain)
+        more = lds.measure_lds(session, arguments.model, examples, validation, output, retrain)
         return {**record, **more, **{name: record[name] + more[name] for name in ("tokens", "flops")}}
 
-    record = options.single_stage(session, "audit", output, arguments, work, kept=lds_stage.LOSSES)
+    record = options.single_stage(session, "audit", output, arguments, work, kept=lds.LOSSES)
     found = read_json(output / "audit.json")
     if not arguments.json:
         summary.print_fidelity(found)
         if retrain:
-            summary.print_lds(read_json(output / lds_stage.RESULT))
-    return {**record, **found, **({"lds": read_json(output / lds_stage.RESULT)} if retrain else {})}
+            summary.print_lds(read_json(output / lds.RESULT))
+    return {**record, **found, **({"lds": read_json(output / lds.RESULT)} if retrain else {})}
 
 
 def refine(arguments: Namespace) -> dict[str, Any]:
@@ -230,30 +221,28 @@ def refine(arguments: Namespace) -> dict[str, Any]:
     output = options.resumable_folder(arguments.output, "candidates.*")
     session.read(pool)
 
-    def on_target(candidates: Pool, file: Path) -> stages.StageRecord:
+    def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {
             "models": [checkpoint_fingerprint(arguments.model)],
             "pool": candidates.scan().fingerprint,
             "validation": {task: source.scan().fingerprint for task, source in validation.items()},
         }
-        model = score_stages.ScoredModel(
-            arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence)
-        )
-        return score_stages.score(session, [model], candidates, validation, file, influence, identity)
+        model = scoring.ScoredModel(arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence))
+        return scoring.score(session, [model], candidates, validation, file, influence, identity)
 
     record = options.single_stage(
         session,
         "refine",
         output,
         arguments,
-        lambda: refine_stages.refine(
+        lambda: refinement.refine(
             scores=Path(arguments.scores),
             audit=Path(arguments.audit),
             pool=pool,
             folder=output,
             settings=settings,
             chosen=chosen,
-            how=score_stages.scoring_settings(session, influence).aggregation,
+            how=scoring.scoring_settings(session, influence).aggregation,
             score_on_target=on_target,
         ),
         kept="candidates.parquet.shards/*/*.parquet",
@@ -281,7 +270,7 @@ def finetune(arguments: Namespace) -> dict[str, Any]:
         "finetune",
         output,
         arguments,
-        lambda: stages.finetune(session, arguments.model, examples, output, settings, tests),
+        lambda: training.finetune(session, arguments.model, examples, output, settings, tests),
     )
     if not arguments.json:
         summary.print_test_losses(record)
@@ -291,7 +280,7 @@ def finetune(arguments: Namespace) -> dict[str, Any]:
 def export(arguments: Namespace) -> dict[str, Any]:
     """`iprox export`."""
     if (Path(arguments.source) / DESCRIPTION).is_file():
-        rows = index_stages.export_faiss(GradientIndex.open(arguments.source), Path(arguments.output))
+        rows = indexing.export_faiss(GradientIndex.open(arguments.source), Path(arguments.output))
         if not arguments.json:
             print(f"FAISS index of {rows:,} normalised gradients: {arguments.output}")
         return {"output": arguments.output, "rows": rows}

@@ -7,10 +7,10 @@ from typing import Any
 
 import shtab
 
-from iprox.parser_options import (
+from iprox.cli.parser_options import (
     command,
 )
-from iprox.stage_parsers import (
+from iprox.cli.stage_parsers import (
     add_align,
     add_audit,
     add_compress,

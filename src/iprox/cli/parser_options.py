@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from iprox import commands as run_commands
-from iprox import index_commands, stage_commands
+from iprox.cli import index_commands, stage_commands
+from iprox.cli import run_commands as run_commands
 from iprox.recipe import GRADIENT_FREE
 
 # Where a command's function is; the others are in `stage_commands`.

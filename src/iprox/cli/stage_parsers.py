@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from iprox.influence.index import DIMENSION
-from iprox.parser_options import (
+from iprox.cli.parser_options import (
     aggregation_options,
     command,
     compile_option,
@@ -20,6 +19,7 @@ from iprox.parser_options import (
     streaming_option,
     training_options,
 )
+from iprox.influence.index import DIMENSION
 
 
 def add_warmup(commands: Any) -> None:

@@ -12,8 +12,8 @@ from iprox.data import ChatEncoder, Example, Pool
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.recipe import CURVED, InfluenceSection, curvature_passes
-from iprox.score_stages import curvature_sample, scoring_settings
 from iprox.session import Session, encode_validation, tokens_of
+from iprox.stages.scoring import curvature_sample, scoring_settings
 
 
 @dataclass(frozen=True, slots=True)

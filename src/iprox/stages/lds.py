@@ -19,9 +19,8 @@ from iprox.finetune import evaluate, train
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.recipe import LdsSection
-from iprox.run_folder import read_json, write_json
+from iprox.run_folder import StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-from iprox.stages import StageRecord
 
 RESULT, LOSSES = "lds.json", "lds-losses.json"
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.held_out_rows import HeldOutRows
 from iprox.models.loading import load_config, model_fingerprint
 from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
 from iprox.recipe import InfluenceSection, validate_section
-from iprox.run_folder import environment, read_json, write_json
+from iprox.run_folder import StageRecord, environment, read_json, write_json
 from iprox.session import Session, draw_rows
-from iprox.stages import StageRecord
+from iprox.stages.held_out import HeldOutRows
 
 # Probe examples unless asked otherwise: past some hundreds the moments hardly change.
 PROBE_SIZE = 512

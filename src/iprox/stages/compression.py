@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.finetune import save_model
-from iprox.held_out_rows import HeldOutRows, held_out_fidelity, watching_flops
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
@@ -20,9 +19,9 @@ from iprox.proxy.rebase import rebased
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Size
 from iprox.recipe import ProxySection
-from iprox.run_folder import read_json, write_json
+from iprox.run_folder import StageRecord, read_json, write_json
 from iprox.session import Session, pad_id_of, tokens_of
-from iprox.stages import StageRecord
+from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
 
 
 def compress(

@@ -1,0 +1,7 @@
+"""`python -m iprox.cli`."""
+
+import sys
+
+from iprox.cli.entry import main
+
+sys.exit(main())
