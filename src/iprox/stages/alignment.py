@@ -89,7 +89,7 @@ def align_proxy(
         settings.layer_weights,
     )
     precondition, curvature = None, 0.0
-    if curved is not None and settings.gradient_weight and settings.precondition:
+    if curved is not None and settings.precondition:
         precondition, curvature = _inverse_curvature(session, target, proxy, encoder, curved)
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
