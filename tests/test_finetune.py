@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from iprox import finetune
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
-from iprox.finetune import evaluate, save_model, train
+from iprox.finetune import evaluate, train
 from iprox.models.loss import causal_lm_losses
+from iprox.models.saving import save_model
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -20,12 +17,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
-from iprox.models.card import write_card
-from iprox.models.checkpoint import proxy_config
 from iprox.models.fast_training import COMPILE_STEPS, fast_training
 from iprox.models.loss import causal_lm_logits, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
-from iprox.models.optimizer_state import save_adam_state
+from iprox.models.saving import save_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,43 +266,6 @@ class _Recorder(TrainerCallback):
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])
         )
-
-
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    dtype: torch.dtype | None = None,
-    optimizer: Any = None,
-) -> None:
-    """Save model and tokenizer to a folder that appears only when it is whole.
-
-    Args:
-        model: what to save.
-        tokenizer: saved beside it.
-        folder: an older one of that name is replaced.
-        dtype: cast floating weights to this for storage; None keeps theirs.
-        optimizer: the Adam that trains it, to keep its moments; None keeps none.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if dtype is None:
-        model.save_pretrained(partial)
-    else:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        model.save_pretrained(partial, state_dict=state)
-        config = partial / "config.json"  # transformers writes the dtype of the module, not of the state given
-        stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
-        config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(partial)
-    if proxy_config(model) is not None:
-        write_card(model, partial)
-    if optimizer is not None:
-        save_adam_state(model, optimizer, partial)
-    for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes weights that only their owner can read
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
 
 
 def _silence(trainer: SFTTrainer) -> None:

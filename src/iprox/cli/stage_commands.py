@@ -10,10 +10,10 @@ from iprox import hub
 from iprox.cli import options, summary
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.finetune import save_model
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, stored_dtype
+from iprox.models.saving import save_model
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
     SIZES,

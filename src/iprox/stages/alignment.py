@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example, Pool, example_batches
-from iprox.finetune import save_model
 from iprox.influence.preconditioning import kronecker_curvature, weight_solver
 from iprox.models import flops
 from iprox.models.layers import influence_layers, low_rank_layers
 from iprox.models.loading import check_belongs
+from iprox.models.saving import save_model
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective, Precondition
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes

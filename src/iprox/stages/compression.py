@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
-from iprox.finetune import save_model
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
+from iprox.models.saving import save_model
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
 from iprox.proxy.factorise import FactorSettings
 from iprox.proxy.moments import MomentSettings
