@@ -29,7 +29,7 @@ from iprox.recipe import (
 )
 from iprox.run_folder import StageRecord, key_of, read_json
 from iprox.session import draw_rows
-from iprox.stages import alignment, compression, indexing, lds, refinement, scoring, selection, training
+from iprox.stages import alignment, auditing, compression, indexing, lds, refinement, scoring, selection, training
 
 SHARDS = "scores.parquet.shards"
 
@@ -192,7 +192,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 
     def work() -> StageRecord:
-        record, _ = scoring.audit(session, pairs, examples, pool, validation, output, settings)
+        record, _ = auditing.audit(session, pairs, examples, pool, validation, output, settings)
         if not retrain:
             return record
         more = lds.measure_lds(session, arguments.model, examples, validation, output, retrain)

@@ -10,7 +10,7 @@ from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
-from iprox.stages import lds, refinement, scoring
+from iprox.stages import auditing, lds, refinement, scoring
 
 
 def audit(run: Run, context: Context) -> None:
@@ -24,7 +24,7 @@ def audit(run: Run, context: Context) -> None:
         "audit",
         [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(exclude={"lds"})],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
-        lambda: scoring.audit(
+        lambda: auditing.audit(
             run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
         )[0],
     )

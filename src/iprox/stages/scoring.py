@@ -1,4 +1,4 @@
-"""The stages that score: a pool with its checkpoints, and a sample on proxy and target (the audit)."""
+"""The stage that scores a pool at its checkpoints, and what every stage that scores has in common."""
 
 from __future__ import annotations
 
@@ -8,26 +8,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from transformers import PreTrainedModel
-
-from iprox.audit import AuditReport, compare_scores
-from iprox.data import ChatEncoder, Encoded, Example, Pool
-from iprox.files import replacing
-from iprox.influence.aggregate import TaskSpread, combine
+from iprox.data import ChatEncoder, Encoded, Pool
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.prefetch import prefetching_engine
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
-from iprox.influence.windows import Engine, fitting_scorer, local_engine, score_windows, windows_of
+from iprox.influence.windows import Engine, local_engine, windows_of
 from iprox.models import flops
-from iprox.models.card import CARD, note_fidelity
-from iprox.models.layers import low_rank_layers
-from iprox.models.loading import check_belongs, skeleton
-from iprox.models.optimizer_state import AdamState, load_adam_state
+from iprox.models.loading import skeleton
+from iprox.models.optimizer_state import load_adam_state
 from iprox.recipe import CURVED, InfluenceSection, curvature_passes
-from iprox.run_folder import StageRecord, write_json
+from iprox.run_folder import StageRecord
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of, tokens_of
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
@@ -135,109 +126,6 @@ def score(
     }
 
 
-def audit(
-    session: Session,
-    pairs: Sequence[tuple[str, str, float]],
-    examples: Sequence[Example],
-    pool: Pool,
-    validation: Mapping[str, Pool],
-    output: Path,
-    settings: InfluenceSection,
-) -> tuple[StageRecord, AuditReport]:
-    """Score a sample on proxies and on their targets and compare; writes `audit.json` and `audit.parquet`.
-
-    Args:
-        session: how to compute.
-        pairs: (target, proxy, learning rate) of each checkpoint.
-        examples: the sample.
-        pool: where an influence function takes the examples that it measures curvature on.
-        validation: validation sets by task.
-        output: folder.
-        settings: how influence is scored.
-    """
-    tokenizer = session.tokenizer(pairs[0][0])
-    encoder = session.encoder(tokenizer)
-    encoded = encode_validation(encoder, dict(validation))
-    curved = curvature_sample(session, pool, encoder, settings)
-    rates = [rate for _, _, rate in pairs]
-    tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
-    total = 0.0
-    tokens = 0
-    with session.reporter.bar("audit", 2 * len(pairs) * len(examples), "rows") as progress:
-        for target_path, proxy_path, _ in pairs:
-            target, proxy = session.model(target_path), session.model(proxy_path)
-            check_belongs(proxy, proxy_path, target, target_path)
-            adam = load_adam_state(target_path, session.device) if settings.estimator == "adam" else None
-            for kind, model in (("target", target), ("proxy", proxy)):
-                query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
-                table, stats = score_examples(
-                    session, model, examples, encoded, encoder, settings, query, curved, progress, adam
-                )
-                _say_what_fitted(session, stats)
-                tables[kind].append(table)
-                tokens += stats.tokens
-                total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
-    # Tasks are compared one by one, so how they are weighed against each other does not matter here.
-    how = replace(scoring_settings(session, settings), per_example=False).aggregation
-    proxies, targets = (combine(tables[kind], rates, how, TaskSpread()) for kind in ("proxy", "target"))
-    report = compare_scores(proxies, targets)
-    output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / "audit.parquet") as partial:
-        pq.write_table(report.scores, partial)
-    write_json(output / "audit.json", report.as_dict())
-    if len(pairs) == 1 and (Path(pairs[0][1]) / CARD).is_file():
-        note_fidelity(Path(pairs[0][1]), report.sample, report.tasks)
-    return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
-
-
-def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
-    """Whether candidates on this model are to meet validation gradients of its target.
-
-    Only the layers of a factorised proxy stand for the target's layers one by one; those of a shorter or another
-    model do not, and take their own.
-    """
-    return settings.query == "target" and not settings.gradient_free and bool(low_rank_layers(proxy))
-
-
-def score_examples(
-    session: Session,
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    validation: Mapping[str, Sequence[Encoded]],
-    encoder: ChatEncoder,
-    settings: InfluenceSection,
-    target: PreTrainedModel | None = None,
-    curved: Sequence[Encoded] = (),
-    progress: Any = None,
-    adam: AdamState | None = None,
-) -> tuple[pa.Table, ScoringStats]:
-    """Score a list of examples on one model, in memory.
-
-    Args:
-        session: how to compute.
-        model: what candidates are scored on.
-        examples: the candidates.
-        validation: encoded validation examples by task.
-        encoder: makes tokens and labels.
-        settings: how influence is scored.
-        target: where validation gradients are taken, if not on `model`.
-        curved: from `curvature_sample`.
-        progress: called with the number of rows done.
-        adam: the optimizer's state, for the estimator `adam`.
-
-    Returns:
-        The scores table, and what was read.
-    """
-    scoring = scoring_settings(session, settings)
-    scorer, scoring = fitting_scorer(model, validation, 0, scoring, target, curved, adam=adam)
-    total = ScoringStats()
-    tables = []
-    for table, stats in score_windows(scorer, examples, encoder, 0, scoring, progress=progress):
-        tables.append(table)
-        total.add(stats)
-    return pa.concat_tables(tables), total
-
-
 def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
     """The scoring settings that a recipe and a session give."""
     return ScoringSettings(
@@ -267,7 +155,8 @@ def _count_terms(session: Session, pool: Pool, encoder: ChatEncoder) -> Corpus:
         return Corpus.of(encoded())
 
 
-def _say_what_fitted(session: Session, stats: ScoringStats) -> None:
+def say_what_fitted(session: Session, stats: ScoringStats) -> None:
+    """Warn of batches that memory did not hold, and so were made smaller."""
     if stats.batch_tokens < session.batch_tokens:
         session.reporter.warn(
             f"memory did not hold {session.batch_tokens} tokens at once: batches of {stats.batch_tokens} were scored; "
@@ -277,7 +166,7 @@ def _say_what_fitted(session: Session, stats: ScoringStats) -> None:
 
 def say_what_was_read(session: Session, stats: ScoringStats) -> None:
     """Warn of what did not go as asked, and say which examples were cut."""
-    _say_what_fitted(session, stats)
+    say_what_fitted(session, stats)
     if stats.uncompiled:
         session.reporter.warn(f"the model runs without being compiled, more slowly: {stats.uncompiled}")
     if stats.unscored:
