@@ -488,7 +488,7 @@ def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(
 def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvature(place):
     options = ["warmup=false", "audit=false", "influence.estimator=influence-function", "influence.curvature=k-fac"]
     options += ["proxy.align.epochs=2", "proxy.align.held_out=0", "influence.curvature_examples=16"]
-    options += ["proxy.align.precondition=true"]
+    options += ["proxy.align.gradient_weight=1", "proxy.align.precondition=true"]
     assert place.run("--set", *options, "--stop-after", "align") == 0
     entry = place.record()["stages"]["align"]
     assert entry["preconditioned"]

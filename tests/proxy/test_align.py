@@ -30,10 +30,10 @@ def pair(tiny):
     return model, proxy, batches
 
 
-DEFAULT = Objective(kl_weight=0.3)
+BOTH = Objective(gradient_weight=1.0, kl_weight=0.3)
 
 
-def loss_of(proxy, model, batch, objective=DEFAULT, precondition=None):
+def loss_of(proxy, model, batch, objective=BOTH, precondition=None):
     layers = low_rank_layers(proxy)
     signals = target_signals(model, layers, batch, objective, precondition)
     return alignment_loss(proxy, layers, batch, signals, objective, precondition)
@@ -50,10 +50,10 @@ def mixing(name, gradient):
 @pytest.mark.parametrize(
     ("objective", "precondition"),
     [
-        (DEFAULT, None),
-        (Objective(distance="frobenius", layer_weights={"*attention*": 0.0, "*4h_to_h": 3.0}), None),
+        (BOTH, None),
+        (Objective(1.0, distance="frobenius", layer_weights={"*attention*": 0.0, "*4h_to_h": 3.0}), None),
         (Objective(gradient_weight=0, hidden_weight=0.7), None),
-        (DEFAULT, mixing),
+        (BOTH, mixing),
     ],
 )
 def test_the_gradient_equals_finite_differences(pair, objective, precondition):
@@ -82,7 +82,7 @@ def test_the_gradient_equals_finite_differences(pair, objective, precondition):
 def test_target_signals_are_the_gradient_of_the_mean_loss(pair):
     model, proxy, (batch, _) = pair
     names = list(low_rank_layers(proxy))
-    signals = target_signals(model, low_rank_layers(proxy), batch, DEFAULT)
+    signals = target_signals(model, low_rank_layers(proxy), batch, BOTH)
     weights = [model.get_submodule(name).weight for name in names]
     expected = torch.autograd.grad(causal_lm_losses(model, batch).mean(), weights)
     for name, gradient in zip(names, expected, strict=True):
@@ -103,7 +103,7 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     for name, layer in layers.items():
         spectra.put(name, weighted_svd(layer.weight.detach(), None, None))
     proxy = with_factors(model, layers, spectra, full)
-    losses = loss_of(proxy, model, batch, Objective(kl_weight=0.3, hidden_weight=1.0))
+    losses = loss_of(proxy, model, batch, Objective(1.0, 0.3, hidden_weight=1.0))
     assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
     assert losses.gradient.item() >= -1e-12
     assert losses.kl.item() >= 0
@@ -120,7 +120,7 @@ def test_alignment_lowers_the_loss_and_moves_only_factors(pair):
     before = {name: parameter.clone() for name, parameter in proxy.named_parameters()}
     target_before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     start = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
-    history = align(proxy, model, batches, AlignSettings(30, 5e-3), DEFAULT)
+    history = align(proxy, model, batches, AlignSettings(30, 5e-3), BOTH)
     end = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
     assert end < 0.9 * start
     assert [step.step for step in history.steps] == list(range(1, 31))
@@ -190,10 +190,11 @@ def test_layer_weights_are_those_of_a_weighted_mean(pair):
     proxy.requires_grad_(True)
     layers = list(low_rank_layers(proxy))
     alone = {
-        name: loss_of(proxy, model, batch, Objective(layer_weights={"*": 0.0, name: 1.0})).gradient for name in layers
+        name: loss_of(proxy, model, batch, Objective(1.0, layer_weights={"*": 0.0, name: 1.0})).gradient
+        for name in layers
     }
     weights = {name: 1.0 + number for number, name in enumerate(layers)}
-    mixed = loss_of(proxy, model, batch, Objective(layer_weights=weights)).gradient
+    mixed = loss_of(proxy, model, batch, Objective(1.0, layer_weights=weights)).gradient
     expected = sum(weights[name] * alone[name] for name in layers) / sum(weights.values())
     torch.testing.assert_close(mixed, expected)
 
@@ -217,7 +218,7 @@ def test_padding_does_not_change_the_loss(pair):
     padded = Batch(
         pad(batch.input_ids, (0, 5), value=3), pad(batch.labels, (0, 5), value=-100), batch.lengths, batch.indices
     )
-    losses = [loss_of(proxy, model, each, Objective(hidden_weight=1.0)).whole for each in (batch, padded)]
+    losses = [loss_of(proxy, model, each, Objective(1.0, hidden_weight=1.0)).whole for each in (batch, padded)]
     torch.testing.assert_close(*losses)
 
 
@@ -227,7 +228,7 @@ def test_accumulated_batches_are_one_step_on_their_mean_loss(pair):
 
     model, proxy, batches = pair
     other = copy.deepcopy(proxy)
-    history = align(proxy, model, batches, AlignSettings(1, 1e-3, accumulate=2), DEFAULT)
+    history = align(proxy, model, batches, AlignSettings(1, 1e-3, accumulate=2), BOTH)
     losses = [loss_of(other, model, batch).whole.item() for batch in batches]
     assert history.steps[0].loss == pytest.approx(sum(losses) / 2)
     assert history.tokens == sum(int(batch.lengths.sum()) for batch in batches)
@@ -243,12 +244,18 @@ def test_accumulated_batches_are_one_step_on_their_mean_loss(pair):
 def test_layer_weights_that_fit_nothing_are_refused(pair, objective, said):
     model, proxy, batches = pair
     with pytest.raises(InputError, match=said):
-        align(proxy, model, batches, AlignSettings(1), Objective(**objective))
+        align(proxy, model, batches, AlignSettings(1), Objective(1.0, **objective))
 
 
 def test_nothing_to_align_by_is_refused():
     with pytest.raises(InputError, match="all 0"):
         Objective(gradient_weight=0, kl_weight=0)
+
+
+@pytest.mark.parametrize("of_gradients", [{"distance": "frobenius"}, {"layer_weights": {"*": 2.0}}])
+def test_settings_of_gradients_that_are_not_matched_are_refused(of_gradients):
+    with pytest.raises(InputError, match="whose gradient_weight is 0"):
+        Objective(0.0, **of_gradients)
 
 
 def factors_of(proxy):
@@ -266,7 +273,7 @@ def test_the_best_factors_are_kept_and_training_stops_when_fidelity_falls(pair):
         seen.append(factors_of(proxy))
         return next(fidelities)
 
-    history = align(proxy, model, batches, AlignSettings(8, 1e-3, evaluations=4), DEFAULT, held_out=held_out)
+    history = align(proxy, model, batches, AlignSettings(8, 1e-3, evaluations=4), BOTH, held_out=held_out)
     assert [(point.step, point.fidelity) for point in history.held_out] == [(0, 0.5), (2, 0.7), (4, 0.6), (6, 0.65)]
     assert (history.best_step, history.stopped_early, len(history.steps)) == (2, True, 6)
     assert [trace.name for trace in history.plot().data] == ["loss", "gradient", "kl", "held-out fidelity"]
@@ -278,7 +285,7 @@ def test_a_proxy_that_alignment_makes_worse_is_left_as_it_was(pair):
     model, proxy, batches = pair
     before = factors_of(proxy)
     fidelities = iter([0.5, 0.4, 0.3])
-    history = align(proxy, model, batches, AlignSettings(8, 1.0), DEFAULT, held_out=lambda: next(fidelities))
+    history = align(proxy, model, batches, AlignSettings(8, 1.0), BOTH, held_out=lambda: next(fidelities))
     assert history.best_step == 0
     for name, factor in factors_of(proxy).items():
         assert torch.equal(factor, before[name])
@@ -299,7 +306,7 @@ def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_p
     def fidelity_of(one):
         return (lambda: -loss_of(one, model, batches[0]).whole.item()) if watched else None
 
-    whole = align(copies[0], model, batches, settings, DEFAULT, held_out=fidelity_of(copies[0]))
+    whole = align(copies[0], model, batches, settings, BOTH, held_out=fidelity_of(copies[0]))
     state = tmp_path / "state.safetensors"
     interrupted = copy.deepcopy(proxy)
     steps = []
@@ -310,12 +317,12 @@ def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_p
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        align(interrupted, model, batches, settings, DEFAULT, held_out=fidelity_of(interrupted), state=state,
+        align(interrupted, model, batches, settings, BOTH, held_out=fidelity_of(interrupted), state=state,
               identity="a", progress=progress)  # fmt: skip
     with pytest.raises(InputError, match="another alignment"):
-        align(copy.deepcopy(proxy), model, batches, settings, DEFAULT, state=state, identity="b")
+        align(copy.deepcopy(proxy), model, batches, settings, BOTH, state=state, identity="b")
     done = []
-    resumed = align(copies[1], model, batches, settings, DEFAULT, held_out=fidelity_of(copies[1]), state=state,
+    resumed = align(copies[1], model, batches, settings, BOTH, held_out=fidelity_of(copies[1]), state=state,
                     identity="a", progress=done.append)  # fmt: skip
     assert done[0] == 4
     assert sum(done) == 8
@@ -370,9 +377,9 @@ def test_the_proxys_whole_gradients_are_those_of_a_dense_layer_beside_its_factor
 
 def test_dividing_by_nothing_is_the_plain_loss(pair):
     model, proxy, (batch, _) = pair
-    plain, same = (loss_of(proxy, model, batch, DEFAULT, S).whole.item() for S in (None, lambda _, gradient: gradient))
+    plain, same = (loss_of(proxy, model, batch, BOTH, S).whole.item() for S in (None, lambda _, gradient: gradient))
     assert same == pytest.approx(plain, rel=1e-9)
-    assert loss_of(proxy, model, batch, DEFAULT, mixing).whole.item() != pytest.approx(plain, rel=1e-3)
+    assert loss_of(proxy, model, batch, BOTH, mixing).whole.item() != pytest.approx(plain, rel=1e-3)
 
 
 def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tiny, tmp_path, monkeypatch):
@@ -381,7 +388,7 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     model, proxy, batches = pair
     asked = []
     monkeypatch.setattr(module, "target_signals", lambda *given: (asked.append(given), target_signals(*given))[1])
-    objective = Objective(kl_weight=0.3, hidden_weight=0.1)
+    objective = Objective(1.0, 0.3, hidden_weight=0.1)
     other, _ = derive_proxy(model, batches, Size(0.4))
     align(other, model, batches, AlignSettings(8, 1e-3), objective)
     assert len(asked) == 8
@@ -411,9 +418,7 @@ def test_a_full_disk_spares_the_alignment_where_keeping_is_optional(pair, tmp_pa
     model, proxy, batches = pair
     monkeypatch.setattr(align_signals, "save_file", full)
     with pytest.raises(OSError, match="No space"):
-        align(proxy, model, batches, AlignSettings(4, 1e-3), DEFAULT, store=SignalStore(tmp_path / "must"))
+        align(proxy, model, batches, AlignSettings(4, 1e-3), BOTH, store=SignalStore(tmp_path / "must"))
     with pytest.warns(UserWarning, match="asked at every step"):
-        align(
-            proxy, model, batches, AlignSettings(4, 1e-3), DEFAULT, store=SignalStore(tmp_path / "may", optional=True)
-        )
+        align(proxy, model, batches, AlignSettings(4, 1e-3), BOTH, store=SignalStore(tmp_path / "may", optional=True))
     assert not (tmp_path / "may").exists()

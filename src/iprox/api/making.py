@@ -121,7 +121,7 @@ def align(
     max_length: int = 2048,
     batch_size: int = 8,
 ) -> AlignmentHistory:
-    """Tune a proxy in place until its gradients match the target's (stage 2).
+    """Tune a proxy in place until its gradients, or its logits only, match the target's (stage 2).
 
     Args:
         proxy: from `compress`.
@@ -129,10 +129,10 @@ def align(
         data: examples to align on.
         epochs: passes over them.
         learning_rate: peak.
-        gradient_weight: weight of the gradients' distance; 0 matches the logits only.
-        kl_weight: weight of the KL anchor.
+        gradient_weight: weight of the gradients' distance; 0 matches the logits only, at a third of the cost.
+        kl_weight: weight of the KL of the logits.
         hidden_weight: weight of the distance of hidden states.
-        temperature: of the KL anchor.
+        temperature: of the KL.
         distance: of gradients: `cosine` or `frobenius`.
         layer_weights: by pattern of layer names, the weight of a layer's distance.
         accumulate: batches an optimiser step; with a `batch_size` of 1 every example's own gradient is matched.

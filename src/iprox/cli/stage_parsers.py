@@ -93,7 +93,7 @@ def add_align(commands: Any) -> None:
     parser = command(
         commands,
         "align",
-        "Tune a proxy's factors until its gradients match the target's.",
+        "Tune a proxy's factors until its gradients, or its logits only, match the target's.",
         "iprox align --model warm/checkpoint-44 --proxy proxy --data align.jsonl --output aligned",
     )
     parser.add_argument("--model", required=True, help="the proxy's target")
@@ -106,11 +106,11 @@ def add_align(commands: Any) -> None:
         "--gradient-weight",
         type=float,
         default=1.0,
-        help="of the gradient part (default 1); 0 matches the logits only, at a third of the cost",
+        help="weight of the gradients (default 1); 0 matches the logits only, at a third of the cost",
     )
-    parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL anchor (default 0.1)")
+    parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL of the logits (default 0.1)")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="weight of the hidden states (default 0)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL anchor (default 2)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL (default 2)")
     parser.add_argument(
         "--distance", choices=("cosine", "frobenius"), default="cosine", help="of gradients (default cosine)"
     )

@@ -47,7 +47,7 @@ class Objective:
 
     Attributes:
         gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
-        kl_weight: λ_KL.
+        kl_weight: λ_KL; Adam does not see its scale where nothing else has a weight.
         hidden_weight: of the hidden states.
         temperature: τ.
         distance: of gradients: `cosine`, or `frobenius`: squared and relative to the target's.
@@ -66,6 +66,9 @@ class Objective:
         """Refuse what cannot be minimised."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
+        if not self.gradient_weight and (self.distance != "cosine" or self.layer_weights):
+            key = "layer_weights" if self.layer_weights else "distance"
+            raise InputError(f"{key}: of the gradients, whose gradient_weight is 0: leave one of the two out")
 
     def aligned(self, layers: Mapping[str, LowRankLinear]) -> dict[str, float]:
         """The weight of each layer whose gradients are matched.
