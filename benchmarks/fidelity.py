@@ -145,9 +145,11 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--dtype", default="auto", help="of scoring; moments and factors are made in float32")
     parser.add_argument("--work", type=Path, default=Path("runs/fidelity"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/fidelity.json")
+    parser.add_argument("--output", type=Path, help="default: results/fidelity.json, or fidelity-ESTIMATOR.json")
     parser.add_argument("--fresh", action="store_true")
     arguments = parser.parse_args()
+    name = "fidelity" if arguments.estimator == "tracin" else f"fidelity-{arguments.estimator}"
+    arguments.output = arguments.output or Path(__file__).parent / f"results/{name}.json"
     if arguments.estimator == "tracin" and set(DIVIDED) & set(arguments.methods):
         if arguments.methods != list(METHODS):
             parser.error("gradients divided by the curvature are for --estimator influence-function")
@@ -213,6 +215,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         head = flops.head_flops(setting.target)
         entry = {
             "method": method,
+            "estimator": arguments.estimator,
             "sparsity": sparsity,
             "query": query,
             "seed": seed,

@@ -2,6 +2,7 @@
 
     python benchmarks/queries.py                                        # the shared target, 5 tasks, 300 pool rows
     python benchmarks/queries.py --model runs/mine/warmup/checkpoint-44
+    python benchmarks/queries.py --estimator influence-function         # gradients divided by the curvature (EK-FAC)
 
 Costs are FLOPs of contracting with all tasks, over a forward pass of the linear layers. Agreement is with the scores of
 whole gradients on the same model, raw and cosine, means over tasks.
@@ -19,6 +20,7 @@ from scipy import stats
 
 from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, TruncatedGradient, mean_gradient
+from iprox.influence.preconditioning import precondition
 from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
@@ -27,7 +29,10 @@ from iprox.run_folder import environment, write_json
 from iprox.session import draw_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-KEPT = {"all layers together": (0.5, 0.7, 0.8, 0.85, 0.9, 0.95), "each layer by itself": (0.7, 0.8, 0.9, 0.95)}
+KEPT = {
+    "tracin": {"all layers together": (0.5, 0.7, 0.8, 0.85, 0.9, 0.95), "each layer by itself": (0.7, 0.8, 0.9, 0.95)},
+    "influence-function": {"all layers together": (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)},
+}
 
 
 def agreement(scores: np.ndarray, whole: np.ndarray) -> dict[str, float]:
@@ -57,9 +62,13 @@ def main() -> None:
     parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val.jsonl")
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "summarization", "science", "bbh"])
     parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--estimator", choices=sorted(KEPT), default="tracin")
+    parser.add_argument("--curvature-examples", type=int, default=256, help="of the pool, for an influence function")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of scoring")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/queries.json")
+    parser.add_argument("--output", type=Path, help="default: results/queries.json, or queries-ESTIMATOR.json")
     arguments = parser.parse_args()
+    name = "queries" if arguments.estimator == "tracin" else f"queries-{arguments.estimator}"
+    arguments.output = arguments.output or Path(__file__).parent / f"results/{name}.json"
     pool, encoder = Pool(arguments.pool), ChatEncoder(load_tokenizer(arguments.model), 512)
     rows = draw_rows("queries", 0, pool.scan().rows, arguments.examples)
     candidates = list(iter_batches(encoder.encode(pool.take(rows)), 4096, 0))
@@ -72,6 +81,10 @@ def main() -> None:
         )[0]
         for task in arguments.tasks
     }
+    if arguments.estimator == "influence-function":
+        measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
+        sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))
+        gradients = precondition(model, gradients, sample, gradient="weight")
     cast_parameters(model, DTYPES[arguments.dtype])
 
     def scores(queries: Any, **options: Any) -> tuple[np.ndarray, float]:
@@ -83,7 +96,7 @@ def main() -> None:
     lengths, forward = cosine / whole, flops.forward_flops(model)
     print(f"whole gradients: {most / forward:.3f} of a forward pass")
     found = []
-    for by, shares in KEPT.items():
+    for by, shares in KEPT[arguments.estimator].items():
         for keep in shares:
             cut = low_rank_queries(gradients, keep) if by == "all layers together" else each_by_itself(gradients, keep)
             raw, spent = scores(cut)

@@ -90,7 +90,7 @@ class Ablation:
 
     @cached_property
     def base(self) -> Cell:
-        """What every ablation has among its variants."""
+        """What most ablations have among their variants."""
         return self.fidelity(self.proxy())
 
     def aligned(self, rows: int = PROBE, **options: Any) -> Cell:

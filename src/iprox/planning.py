@@ -122,23 +122,32 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     scored = total * checkpoints
     whole = tasks * flops.contraction_flops(model, gradient)
     kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
-    contraction = whole * (1 if kept_whole else LOW_RANK_QUERY)
+    norms = 0.0
     if recipe.influence.normalise == "cosine":
         shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
-        contraction += norm_flops(shapes, [round(mean)]) / mean  # of rows of one length; longer ones cost more
+        norms = norm_flops(shapes, [round(mean)]) / mean  # of rows of one length; longer ones cost more
+    contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + norms
+    curvature = 0.0  # at one checkpoint
+    if recipe.influence.estimator in CURVED:
+        rows = min(recipe.influence.curvature_examples, total)
+        passes = curvature_passes(recipe.influence)
+        curvature = flops.curvature_flops(model, gradient, round(rows * mean), round(rows * mean_supervised), passes)
+    gradients = sum(flops.training_flops(model, *tokens_of(rows)) for rows in encoded.values())  # the same, of queries
     read = round(scored * mean), round(scored * mean_supervised)
     on_target = flops.scoring_flops(model, *read, read[0] * contraction)
     kept = 1.0
     construction = 0.0
 
-    def watching(rows: float, proxies: float) -> float:
-        """Held-out rows scored on the target and on some proxies, and the validation gradients that they meet."""
-        each = round(rows * mean), round(rows * mean_supervised)
+    def watching(rows: int, proxies: int) -> float:
+        """At one checkpoint, held-out rows scored on the target and on some proxies, with the gradients they meet."""
+        each = round(min(rows, total) * mean), round(min(rows, total) * mean_supervised)
         cut = recipe.influence.query_norm != 1
-        cost = flops.scoring_flops(model, *each, each[0] * whole * (WATCHED_QUERY if cut else 1))
-        per_token = 2 * kept * flops.forward_flops(model) + whole * (LOW_RANK_QUERY if cut else 1)
+        on_target = whole * (WATCHED_QUERY if cut and not curvature else 1) + norms
+        cost = flops.scoring_flops(model, *each, each[0] * on_target)
+        per_token = 2 * kept * flops.forward_flops(model) + whole * (LOW_RANK_QUERY if cut else 1) + norms
         cost += proxies * (each[0] * per_token + each[1] * 2 * flops.head_flops(model))
-        return cost + checkpoints * sum(flops.training_flops(model, *tokens_of(task)) for task in encoded.values())
+        fixed = gradient == "weight" and recipe.influence.query == "target"  # else taken anew for each proxy
+        return cost + (1 if fixed else 1 + proxies) * (gradients + curvature)
 
     if recipe.proxy:
         kept = kept_share(recipe, model)
@@ -146,7 +155,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         rows = measured * share(total, recipe.proxy.probe.fraction)
         cost = flops.compression_flops(model, round(rows * mean), round(rows * mean_supervised))
         if recipe.proxy.fidelity is not None:
-            cost += watching(checkpoints * min(recipe.proxy.held_out, total), most_tries())
+            cost += measured * watching(recipe.proxy.held_out, most_tries())
         construction += cost
         add("compress", rows, cost, bytes_per * parameters + 16 * linear + activations)
         if recipe.proxy.factorised and recipe.proxy.align:
@@ -163,8 +172,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
                 again = rows * (1 - 1 / recipe.proxy.align.epochs)
                 cost -= again * mean * asked * flops.forward_flops(model)
             if recipe.proxy.align.held_out:
-                watched = checkpoints * min(recipe.proxy.align.held_out, total)
-                cost += watching(watched, 1 + recipe.proxy.align.evaluations)
+                cost += checkpoints * watching(recipe.proxy.align.held_out, 1 + recipe.proxy.align.evaluations)
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":
@@ -175,14 +183,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         forward = mean * kept * flops.forward_flops(model)
         head = mean_supervised * flops.head_flops(model) if recipe.influence.estimator == "perplexity" else 0.0
         per_row = forward + head if recipe.influence.runs_model else 0.0
-    curvature = 0.0
     if recipe.influence.estimator == "adam":
         # A gradient a candidate is formed, whatever the number of tasks; on a proxy of the target's shapes.
         per_row += mean * (flops.contraction_flops(model, "weight") - contraction)
-    elif recipe.influence.estimator in CURVED:
-        rows = checkpoints * min(recipe.influence.curvature_examples, total)
-        passes = curvature_passes(recipe.influence)
-        curvature = flops.curvature_flops(model, gradient, round(rows * mean), round(rows * mean_supervised), passes)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
         # The target's own scores are of whole gradients unless asked otherwise.
@@ -194,15 +197,14 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
             add("lds", rows, cost, 16 * parameters + 2 * activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
-    add("score", scored, scored * per_row + curvature, memory)
+    add("score", scored, scored * per_row + checkpoints * curvature, memory)
     if recipe.refine and recipe.refine.recall:
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
         add("refine", share_again * scored, share_again * on_target, memory)
     if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
-        anew = checkpoints * sum(flops.training_flops(model, *tokens_of(rows)) for rows in encoded.values())
-        add("attribute", rows, rows * per_row + anew + curvature, memory)
+        add("attribute", rows, rows * per_row + checkpoints * (gradients + curvature), memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

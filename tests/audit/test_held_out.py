@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -6,7 +8,7 @@ from iprox.audit.held_out import FEWEST, HeldOutFidelity
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scoring import ScoringSettings
+from iprox.influence.scoring import ScoringSettings, scorer_of_batches
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 
@@ -49,6 +51,40 @@ def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_no
     assert watched.with_bound(proxy)[1] < watched.of(proxy)
     cost = {kind: each / watched.contraction_flops["target"] for kind, each in watched.contraction_flops.items()}
     assert cost["proxy"] == 1 if query_norm == 1 else cost["proxy"] < 1  # the target's own are cut less
+
+
+@pytest.mark.parametrize(
+    ("changed", "on_target"),
+    [
+        ({"gradient": "factors"}, True),  # validation gradients seen from the factors, anew for each proxy
+        ({"gradient": "weight"}, False),  # the proxy's own
+        ({"gradient": "weight", "query_norm": 0.97}, True),
+        ({"gradient": "weight", "normalise": "cosine"}, True),
+        ({"gradient": "weight", "estimator": "influence-function"}, True),
+    ],
+)
+def test_what_is_watched_is_how_candidates_are_scored(pair, changed, on_target):
+    """Against whole gradients scored by `iprox score`'s own means, but for what the cuts lose."""
+    model, proxy = pair
+    settings = ScoringSettings(**changed, batch_tokens=64)
+    curved = ROWS[:12] if settings.estimator == "influence-function" else []
+    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings, query_on_target=on_target, sample=curved)
+    assert watched.fixed is (on_target and settings.gradient == "weight")
+    whole = replace(settings, query_norm=1.0)
+    validation, sample = {task: list(iter_batches(rows, 64, 0)) for task, rows in VALIDATION.items()}, []
+    if curved:
+        sample = list(iter_batches(curved, 64, 0))
+    of_proxy = scorer_of_batches(proxy, validation, whole, target=model if on_target else None, sample=sample)
+    of_target = scorer_of_batches(model, validation, replace(whole, gradient="weight"), sample=sample)
+    columns = []
+    for scorer in (of_proxy, of_target):
+        scores = np.empty((len(ROWS), 2))
+        for batch in iter_batches(ROWS, 64, 0):
+            scores[batch.indices] = scorer(batch)[0].numpy()
+        columns.append(scores)
+    wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(columns[0].T, columns[1].T, strict=True)])
+    assert watched.of(proxy) == pytest.approx(wanted, abs=0.12)
+    assert watched.watch(proxy)() == watched.of(proxy)
 
 
 def test_the_target_is_faithful_to_itself(pair):

@@ -135,7 +135,7 @@ def align(
         temperature: of the KL.
         distance: of gradients: `cosine` or `frobenius`.
         layer_weights: by pattern of layer names, the weight of a layer's distance.
-        accumulate: batches an optimiser step; with a `batch_size` of 1 every example's own gradient is matched.
+        accumulate: batches an optimiser step; with a `batch_size` of 1 every example is matched by itself.
         held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
             `validation` is needed.
         validation: validation examples by task.

@@ -30,7 +30,8 @@ class HeldOutFidelity:
     """The mean over tasks of the Spearman correlation of proxy and target scores, the target's measured once.
 
     Scores are TracIn's, or an influence function's where that is the estimator: what Adam would have stepped, or a
-    maximum over validation examples, moves with them.
+    maximum over validation examples, moves with them. The target's are of validation gradients that keep 0.95 of their
+    norm, or more if the settings ask for more; an influence function's of whole ones.
 
     Args:
         target: the target; what it says of the rows is measured now.
@@ -66,16 +67,15 @@ class HeldOutFidelity:
         whole = replace(self.settings, gradient="weight")
         queries = task_queries(target, self._validation(target), whole, sample=self._measured(target))
         means = cast(dict[str, ModelGradient], queries)
-        finer, coarser = self._cut(means)
+        # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
+        self.fixed = query_on_target and self.settings.gradient == "weight"
+        finer, self._queries = self._cut(means)
         on_target = BatchScorer(target, finer, gradient="weight", normalise=settings.normalise)
         self._wanted = self._scores(on_target)
         # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
         self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
         # Of the rows' norms, where they are wanted; on a proxy as on the target, whose shapes its layers have.
         self.norm_flops = on_target.norm_flops([len(row.input_ids) for row in self.rows])
-        # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
-        fixed = query_on_target and self.settings.gradient == "weight"
-        self._queries = coarser if fixed else None
 
     def of(self, proxy: nn.Module) -> float:
         """The fidelity of a proxy."""
@@ -104,14 +104,16 @@ class HeldOutFidelity:
 
         return fidelity
 
-    def _cut(self, queries: dict[str, ModelGradient]) -> tuple[Mapping[str, TaskQuery], Mapping[str, TaskQuery]]:
-        """What candidates meet on the target, and on a proxy."""
+    def _cut(self, queries: dict[str, ModelGradient]) -> tuple[Mapping[str, TaskQuery], Mapping[str, TaskQuery] | None]:
+        """What candidates meet on the target, and on every proxy; None where that hangs on the proxy."""
         keep = self.settings.query_norm or QUERY_NORM
         if keep == 1:
-            return queries, queries
+            return queries, queries if self.fixed else None
         finer = max(keep, WANTED_NORM)
         found = QueryDirections(queries, finer)
-        return found.cut(finer), found.cut(keep)
+        # What an influence function divides by its curvature is not seen by the candidates as large as its norm says.
+        on_target = queries if self.settings.estimator in CURVED else found.cut(finer)
+        return on_target, found.cut(keep) if self.fixed else None
 
     def _scorer(self, proxy: nn.Module) -> BatchScorer:
         scorer = self._made(proxy)

@@ -119,7 +119,7 @@ def add_align(commands: Any) -> None:
         "--accumulate",
         type=positive,
         default=1,
-        help="batches an optimiser step (default 1); with --batch-size 1 every example's own gradient is matched",
+        help="batches an optimiser step (default 1); with --batch-size 1 every example is matched by itself",
     )
     held_out_options(parser, "keep the factors most faithful on these examples")
     reading_options(parser)

@@ -64,13 +64,20 @@ def held_out_fidelity(
 def watching_flops(
     target: PreTrainedModel, proxies: Sequence[PreTrainedModel], watched: HeldOutFidelity, settings: InfluenceSection
 ) -> float:
-    """Of the validation gradients, the target's scores of the held-out rows, and each proxy's."""
+    """Of validation gradients and curvature, the target's scores of the held-out rows, and each proxy's."""
     tokens, supervised = tokens_of(watched.rows)
     queries = [tokens_of(task) for task in watched.validation.values()]
-    spent = sum(flops.training_flops(target, *counted) for counted in queries)
-    if settings.estimator in CURVED:
-        passes = curvature_passes(settings)
-        spent += flops.curvature_flops(target, settings.gradient, *tokens_of(watched.sample), passes)
+
+    def taking(model: PreTrainedModel) -> float:
+        spent = sum(flops.training_flops(model, *counted) for counted in queries)
+        if settings.estimator in CURVED:
+            passes = curvature_passes(settings)
+            spent += flops.curvature_flops(model, settings.gradient, *tokens_of(watched.sample), passes)
+        return spent
+
+    spent = taking(target)
+    if not watched.fixed:
+        spent += sum(taking(target if watched.query_on_target else proxy) for proxy in proxies)
     meeting = {kind: tokens * each + watched.norm_flops for kind, each in watched.contraction_flops.items()}
     spent += flops.scoring_flops(target, tokens, supervised, meeting["target"])
     return spent + sum(flops.scoring_flops(proxy, tokens, supervised, meeting["proxy"]) for proxy in proxies)
