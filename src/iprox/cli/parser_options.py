@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from iprox.cli import index_commands, stage_commands
-from iprox.cli import run_commands as run_commands
+from iprox.cli import index_commands, run_commands, stage_commands
 from iprox.recipe import GRADIENT_FREE
 
 # Where a command's function is; the others are in `stage_commands`.

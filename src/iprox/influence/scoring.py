@@ -172,16 +172,6 @@ def scorer_of_batches(
     if settings.estimator == "adam":
         assert adam is not None
         return AdamScorer(model, queries, adam, normalise=settings.normalise, loss_fn=loss_fn)
-    return scorer_of_queries(model, queries, settings, loss_fn)
-
-
-def scorer_of_queries(
-    model: nn.Module,
-    queries: Mapping[str, TaskQuery],
-    settings: ScoringSettings,
-    loss_fn: LossFn = causal_lm_losses,
-) -> BatchScorer:
-    """A scorer of gradients against what `task_queries` gave, mean gradients made low-rank if the settings say so."""
     keep = settings.kept_norm(model)
     if keep < 1 and not settings.aggregation.by_example:  # those of single examples are low-rank already
         queries = low_rank_queries(cast(Mapping[str, ModelGradient], queries), keep)
