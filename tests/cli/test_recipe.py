@@ -34,6 +34,10 @@ def test_defaults_are_those_of_the_design():
             with_section(proxy={"align": {"gradient_weight": 0, "precondition": True}}),
             "precondition is of the gradients, whose gradient_weight is 0",
         ),
+        (
+            with_section(proxy={"align": {"precondition": True}}),
+            "precondition divides gradients by the curvature of influence.estimator influence-function, not of tracin",
+        ),
         (with_section(warmup={"zzzzzz": 1}), "known here: fraction, epochs, learning_rate, batch_size"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
         (with_section(proxy={"sparsity": 0}), "(given: 0)"),

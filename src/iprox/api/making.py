@@ -155,6 +155,7 @@ def align(
     """
     if (held_out is None) != (validation is None):
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
+    objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {})
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
@@ -172,7 +173,7 @@ def align(
             model,
             batches,
             AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed),
-            Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {}),
+            objective,
             held_out=watched,
         )
 

@@ -7,9 +7,7 @@ from typing import Any
 
 import shtab
 
-from iprox.cli.parser_options import (
-    command,
-)
+from iprox.cli.parser_options import command
 from iprox.cli.stage_parsers import (
     add_align,
     add_audit,

@@ -91,8 +91,11 @@ class AlignSection(Section):
                 "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
                 "or align: false"
             )
-        of_gradients = {"distance": self.distance != "cosine", "precondition": self.precondition}
-        of_gradients["layer_weights"] = bool(self.layer_weights)
+        of_gradients = {
+            "distance": self.distance != "cosine",
+            "layer_weights": bool(self.layer_weights),
+            "precondition": self.precondition,
+        }
         if not self.gradient_weight and any(of_gradients.values()):
             key = next(key for key, given in of_gradients.items() if given)
             raise ValueError(f"{key} is of the gradients, whose gradient_weight is 0: leave one of the two out")
