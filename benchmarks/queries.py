@@ -54,17 +54,35 @@ def each_by_itself(gradients: dict[str, ModelGradient], keep: float) -> dict[str
     return found
 
 
-def main() -> None:
-    """Measure, print and keep the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options(description: str | None, examples: int) -> argparse.ArgumentParser:
+    """The options of what is scored."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
     parser.add_argument("--pool", nargs="+", default=[str(SHARED / "data/pool.jsonl")])
     parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val.jsonl")
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "summarization", "science", "bbh"])
-    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--examples", type=int, default=examples)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of scoring")
+    return parser
+
+
+def validation_gradients(model: Any, encoder: ChatEncoder, arguments: argparse.Namespace) -> dict[str, ModelGradient]:
+    """The mean gradient of each task's validation examples."""
+    return {
+        task: mean_gradient(
+            model,
+            iter_batches(encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))), 4096, 0),
+            "weight",
+        )[0]
+        for task in arguments.tasks
+    }
+
+
+def main() -> None:
+    """Measure, print and keep the table."""
+    parser = options(__doc__, 300)
     parser.add_argument("--estimator", choices=sorted(KEPT), default="tracin")
     parser.add_argument("--curvature-examples", type=int, default=256, help="of the pool, for an influence function")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16", help="of scoring")
     parser.add_argument("--output", type=Path, help="default: results/queries.json, or queries-ESTIMATOR.json")
     arguments = parser.parse_args()
     name = "queries" if arguments.estimator == "tracin" else f"queries-{arguments.estimator}"
@@ -73,14 +91,7 @@ def main() -> None:
     rows = draw_rows("queries", 0, pool.scan().rows, arguments.examples)
     candidates = list(iter_batches(encoder.encode(pool.take(rows)), 4096, 0))
     model = load_model(arguments.model, dtype=torch.float32)
-    gradients = {
-        task: mean_gradient(
-            model,
-            iter_batches(encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))), 4096, 0),
-            "weight",
-        )[0]
-        for task in arguments.tasks
-    }
+    gradients = validation_gradients(model, encoder, arguments)
     if arguments.estimator == "influence-function":
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))

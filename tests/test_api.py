@@ -94,8 +94,11 @@ def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(
 def test_attribution_splits_a_score_by_token(model):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3), "u": rows("spelling.val.jsonl", 5)}
     proxy = iprox.compress(model, pool, sparsity=0.5)
-    options = {"target": model, "normalise": "cosine", "query_norm": 1.0}
+    exact = {"target": model, "normalise": "cosine", "query_norm": 1.0, "norm_sketch": 0}
+    options = {**exact, "norm_sketch": 8}
     scores = iprox.score(proxy, pool, validation, **options)
+    apart = scores["influence/t"].to_numpy() / iprox.score(proxy, pool, validation, **exact)["influence/t"].to_numpy()
+    assert 1e-3 < np.abs(apart - 1).max() < 0.3
     table = iprox.attribute(proxy, pool[:4], validation, **options)
     assert table.column_names == ["id", "tokens", "supervised", "influence/t", "influence/u"]
     for name in ("influence/t", "influence/u"):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from iprox.data import Pool
 from iprox.influence.gradients import norm_flops
+from iprox.influence.scoring import NORM_SKETCH
 from iprox.models import flops
 from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
@@ -121,11 +122,17 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("warmup", rows, cost, 16 * parameters + 2 * activations)  # weights, gradients, Adam's two, in float32
     scored = total * checkpoints
     whole = tasks * flops.contraction_flops(model, gradient)
-    kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
-    norms = 0.0
-    if recipe.influence.normalise == "cosine":
-        shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
-        norms = norm_flops(shapes, [round(mean)]) / mean  # of rows of one length; longer ones cost more
+    factorised = bool(recipe.proxy and recipe.proxy.factorised)
+    kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not factorised)
+    shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
+
+    def norms_of(sketch: int) -> float:
+        """FLOPs a token of norms, where they are wanted, of rows of one length; exact ones of longer rows cost more."""
+        wanted = recipe.influence.normalise == "cosine" and recipe.influence.estimator != "adam"
+        return norm_flops(shapes, [round(mean)], sketch) / mean if wanted else 0.0
+
+    sketch = recipe.influence.norm_sketch
+    norms = norms_of((NORM_SKETCH if factorised else 0) if sketch is None else sketch)
     contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + norms
     curvature = 0.0  # at one checkpoint
     if recipe.influence.estimator in CURVED:
@@ -188,8 +195,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         per_row += mean * (flops.contraction_flops(model, "weight") - contraction)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
-        # The target's own scores are of whole gradients unless asked otherwise.
+        # The target's own scores are of whole gradients and exact norms unless asked otherwise.
         per_token = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1)
+        per_token += norms_of(recipe.influence.norm_sketch or 0)
         cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * per_token) / scored)
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
         if lds := recipe.audit.lds:

@@ -60,6 +60,8 @@ def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_no
         ({"gradient": "weight", "query_norm": 1.0}, False, 1e-9),  # the proxy's own
         ({"gradient": "factors", "query_norm": 1.0}, False, 1e-9),
         ({"gradient": "weight", "query_norm": 1.0, "normalise": "cosine"}, True, 1e-9),
+        ({"gradient": "weight", "query_norm": 1.0, "normalise": "cosine", "norm_sketch": 3}, True, 1e-9),
+        ({"gradient": "factors", "query_norm": 1.0, "normalise": "cosine", "norm_sketch": 3}, True, 1e-9),
         ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, True, 1e-9),
         ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, False, 1e-9),
         # With what the cuts lose.

@@ -53,6 +53,8 @@ def test_defaults_are_those_of_the_design():
         (with_section(influence={"estimator": "datainf", "gradient": "factors"}), "needs `query: proxy`"),
         (with_section(influence={"estimator": "rds", "normalise": "cosine"}), "normalise is of gradients"),
         (with_section(influence={"estimator": "rds", "checkpoints": "all"}), "checkpoints: all sums gradients"),
+        (with_section(influence={"norm_sketch": 16}), "norm_sketch is of the cosine's norms"),
+        (with_section(influence={"norm_sketch": 16, "normalise": "cosine", "estimator": "adam"}), "norm_sketch is of"),
         (with_section(influence={"estimator": "bm25"}), "runs no model; set proxy: false"),
         (with_section(refine={}, audit=False), "it needs proxy and audit"),
         (with_section(refine={"recall": 0.9}, select={"deduplicate": 0.8}), "which select.deduplicate passes over"),

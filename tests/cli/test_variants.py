@@ -63,6 +63,26 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
+def test_norms_of_a_cosine_are_sketched_and_that_is_recorded(tmp_path, make_place, capsys):
+    place = make_place(tmp_path / "place")
+    flops, cosines = {}, {}
+    for sketch in (0, 4):
+        options = ("--set", "influence.normalise=cosine", f"influence.norm_sketch={sketch}", "audit.sample=12")
+        assert place.run(*options) == 0
+        stages = place.record()["stages"]
+        table = pq.read_table(place.output / "scores.parquet")
+        made_by = json.loads(table.schema.metadata[b"iprox"])
+        assert made_by["norm_sketch"] == stages["score"]["norm_sketch"] == sketch
+        capsys.readouterr()
+        assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
+        planned = json.loads(capsys.readouterr().out)["stages"]
+        for name in ("score", "audit"):
+            assert planned[name]["flops"] == pytest.approx(stages[name]["flops"], rel=0.15), name
+        flops[sketch], cosines[sketch] = stages["score"]["flops"], table["influence/spelling"].to_numpy()
+    assert flops[4] < flops[0]
+    assert 0.9 < np.corrcoef(cosines[0], cosines[4])[0, 1] < 0.99999
+
+
 def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
     place = make_place(tmp_path / "place")
     options = ["--set", "influence.estimator=influence-function", "influence.curvature_examples=20", "audit.sample=12"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.projection import signs
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
@@ -44,10 +45,41 @@ def test_scores_equal_autograd_dot_products(tiny, case, padding):
     torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_scores_do_not_depend_on_the_batch(tiny):
+@pytest.mark.parametrize("case", ["tied, grouped heads", "biases everywhere"])
+def test_sketched_cosines_equal_those_of_the_sketch_of_each_gradient(tiny, case):
+    family, changes = CASES[case]
+    model = tiny.model(family, **changes)
+    pool = tiny.batch([9, 3, 7, 12], padding=3)
+    gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    scorer = BatchScorer(model, {"task": gradient}, normalise="cosine", norm_sketch=5)
+    expected, sketched = [], 0
+    for row in tiny.rows(pool):
+        score, norm, query = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+        for name, layer in influence_layers(model).items():
+            own = torch.autograd.grad(causal_lm_losses(model, row).sum(), list(layer.parameters()))
+            m, n = own[0].shape
+            S = signs(f"norm/{name}", max(layer.weight.shape), 5).double()
+            pays = 5 * (m + n) < m * n
+            sketched += pays
+            norm += ((own[0].mT if m > n else own[0]) @ S).square().sum() / 5 if pays else own[0].square().sum()
+            score += (own[0] * gradient[name].weight).sum()
+            query += gradient[name].squared_norm()
+            if len(own) > 1:
+                norm += own[1].square().sum()
+                score += own[1] @ gradient[name].bias
+        expected.append(score / (norm * query).sqrt())
+    assert sketched
+    torch.testing.assert_close(scorer(pool)[0][:, 0], torch.stack(expected), rtol=1e-9, atol=1e-9)
+    exact = BatchScorer(model, {"task": gradient}, normalise="cosine")
+    assert scorer.norm_flops([9, 3]) != exact.norm_flops([9, 3])
+    assert not torch.equal(exact(pool)[0], scorer(pool)[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"normalise": "cosine"}, {"normalise": "cosine", "norm_sketch": 5}])
+def test_scores_do_not_depend_on_the_batch(tiny, options):
     model, pool = tiny.model(), tiny.batch([9, 3, 7, 12], padding=4)
     gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
-    scorer = BatchScorer(model, {"task": gradient})
+    scorer = BatchScorer(model, {"task": gradient}, **options)
     together, _ = scorer(pool)
     apart = torch.cat([scorer(row)[0] for row in tiny.rows(pool)])
     torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-12)

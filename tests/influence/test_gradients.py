@@ -3,7 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.influence.gradients import LayerGradient, contract, norm_flops, squared_norms, summed_gradient
+from iprox.influence.gradients import (
+    LayerGradient,
+    contract,
+    norm_flops,
+    sketch_pays,
+    sketched_norms,
+    squared_norms,
+    summed_gradient,
+)
+from iprox.influence.projection import signs
 
 
 def tensors(B, L, m, n, seed):
@@ -60,3 +69,42 @@ def test_norms_are_charged_the_cheaper_of_their_two_ways():
     long = 2 * 50 * 10 * 20  # the gradient itself
     assert norm_flops([(10, 20)], [3, 50]) == short + long
     assert norm_flops([(10, 20), (10, 20)], [3]) == 2 * short
+
+
+def test_sketched_norms_are_charged_by_token_where_they_pay():
+    assert sketch_pays((10, 20), 6)  # 6 · 30 < 200
+    assert not sketch_pays((10, 20), 7)
+    assert not sketch_pays((10, 20), 0)
+    assert norm_flops([(10, 20)], [3, 50], sketch=6) == 2 * 53 * 6 * (10 + 20)
+    assert norm_flops([(10, 20)], [3, 50], sketch=7) == norm_flops([(10, 20)], [3, 50])
+
+
+@given(sizes)
+@settings(max_examples=30, deadline=None)
+def test_a_sketch_of_orthogonal_signs_is_exact(size):
+    """With S Sᵀ = kI, ‖G S‖²/k is ‖G‖²."""
+    B, L, m, n, seed = size
+    h, delta, _, G = tensors(B, L, m, n, seed)
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(4):
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    exact = G.square().sum((1, 2))
+    torch.testing.assert_close(sketched_norms(h, delta, False, hadamard[: max(m, n)]), exact)
+    with_bias = exact + delta.sum(1).square().sum(-1)
+    torch.testing.assert_close(sketched_norms(h, delta, True, hadamard[: max(m, n)]), with_bias)
+
+
+def test_sketched_norms_are_right_in_the_mean_and_spread_as_they_say():
+    h, delta, _, G = tensors(4, 30, 10, 12, 0)
+    exact = G.square().sum((1, 2))
+    drawn = torch.stack([sketched_norms(h, delta, False, signs(f"{i}", 12, 8).double()) for i in range(2000)]) / exact
+    assert (drawn.mean(0) - 1).abs().max() < 4 * drawn.std(0).max() / 2000**0.5
+    assert (drawn.std(0) < (2 / 8) ** 0.5).all()
+    one = (
+        torch.einsum("btm,btn->bmn", delta[:, :1], h[:, :1]).square().sum((1, 2))
+    )  # rank 1: the widest spread there is
+    drawn = torch.stack(
+        [sketched_norms(h[:, :1], delta[:, :1], False, signs(f"{i}", 12, 8).double()) for i in range(2000)]
+    )
+    assert ((drawn / one).std(0) > 0.7 * (2 / 8) ** 0.5).all()
+    assert ((drawn / one).std(0) < 1.05 * (2 / 8) ** 0.5).all()

@@ -16,7 +16,7 @@ from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
+from iprox.influence.scoring import NORM_SKETCH, QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.influence.windows import score_windows
 from iprox.models.loss import causal_lm_losses
@@ -231,6 +231,32 @@ def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked(tiny):
     assert ScoringSettings().kept_norm(proxy) == QUERY_NORM < 1
     assert ScoringSettings(query_norm=0.5).kept_norm(model) == 0.5
     assert ScoringSettings(query_norm=1.0).kept_norm(proxy) == 1
+
+
+def test_norms_are_sketched_for_the_cosine_on_a_proxy_unless_asked(tiny, setup):
+    _, _, validation = setup
+    model = tiny.model()
+    proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
+    cosine = ScoringSettings(normalise="cosine")
+    assert ScoringSettings().sketched(proxy) == cosine.sketched(model) == 0
+    assert cosine.sketched(proxy) == NORM_SKETCH > 0
+    assert dataclasses.replace(cosine, norm_sketch=0).sketched(proxy) == 0
+    assert dataclasses.replace(cosine, norm_sketch=8).sketched(model) == 8
+    assert dataclasses.replace(cosine, estimator="adam").sketched(proxy) == 0
+    exact, sketched = (
+        build_scorer(proxy, validation, 0, dataclasses.replace(cosine, norm_sketch=size), target=model)
+        for size in (0, 4)
+    )
+    assert isinstance(exact, BatchScorer)
+    assert isinstance(sketched, BatchScorer)
+    assert (exact.norm_sketch, sketched.norm_sketch) == (0, 4)
+    assert sketched.norm_flops([50]) < exact.norm_flops([50])
+    for refused in (
+        ScoringSettings(norm_sketch=4),
+        ScoringSettings(norm_sketch=4, normalise="cosine", estimator="adam"),
+    ):
+        with pytest.raises(InputError, match="norm_sketch is of the cosine's norms"):
+            build_scorer(model, validation, 0, refused)
 
 
 def test_a_proxys_validation_gradients_are_cut_and_its_targets_are_not(tiny, setup):

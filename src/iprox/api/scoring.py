@@ -47,6 +47,7 @@ def score(
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
     normalise: Normalise = "none",
+    norm_sketch: int | None = None,
     aggregate: Aggregate = "standardised",
     over_examples: OverExamples = "mean",
     per_example: bool = False,
@@ -79,6 +80,8 @@ def score(
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
             None: 0.9 on a proxy, 1 on a model itself.
         normalise: `none` or `cosine`.
+        norm_sketch: random signs a layer that the cosine's norms of candidates are estimated from; 0 is exact.
+            None: 32 on a proxy, 0 on a model itself.
         aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
             (`iprox.influence.aggregate.Aggregation`).
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
@@ -119,6 +122,7 @@ def score(
         normalise,
         aggregate,
         query_norm,
+        norm_sketch,
         batch_tokens,
         estimator=estimator,
         curvature=curvature,
@@ -173,6 +177,7 @@ def attribute(
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
     normalise: Normalise = "none",
+    norm_sketch: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
     batch_tokens: int = 4096,
@@ -187,6 +192,7 @@ def attribute(
         gradient: as for `score`.
         query_norm: as for `score`.
         normalise: as for `score`.
+        norm_sketch: as for `score`.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
@@ -203,7 +209,9 @@ def attribute(
     with experts_split(model):
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")
-    settings = ScoringSettings(gradient, normalise, query_norm=query_norm, batch_tokens=batch_tokens)
+    settings = ScoringSettings(
+        gradient, normalise, query_norm=query_norm, norm_sketch=norm_sketch, batch_tokens=batch_tokens
+    )
     reader = Reader(model, tokenizer, max_length, batch_tokens)
     encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
     source = as_pool(examples, "examples")

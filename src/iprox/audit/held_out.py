@@ -15,7 +15,7 @@ from iprox.audit.intervals import bootstrap_intervals
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
-from iprox.influence.scoring import QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
+from iprox.influence.scoring import NORM_SKETCH, QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
 from iprox.influence.truncation import QueryDirections
 from iprox.recipe import CURVED
 
@@ -31,7 +31,8 @@ class HeldOutFidelity:
 
     Scores are TracIn's, or an influence function's where that is the estimator: what Adam would have stepped, or a
     maximum over validation examples, moves with them. The target's are of validation gradients that keep 0.95 of their
-    norm, or more if the settings ask for more; an influence function's of whole ones.
+    norm, or more if the settings ask for more; an influence function's of whole ones. Norms of a cosine are sketched on
+    the target as on proxies.
 
     Args:
         target: the target; what it says of the rows is measured now.
@@ -59,7 +60,14 @@ class HeldOutFidelity:
     ) -> None:
         estimator = settings.estimator if settings.estimator in CURVED else "tracin"
         self.target, self.pad_id = target, pad_id
-        self.settings = replace(settings, estimator=estimator, over_examples="mean", per_example=False)
+        sketch = NORM_SKETCH if settings.norm_sketch is None else settings.norm_sketch
+        self.settings = replace(
+            settings,
+            estimator=estimator,
+            over_examples="mean",
+            per_example=False,
+            norm_sketch=sketch if settings.normalise == "cosine" else None,
+        )
         self.rows = [row for row in rows if row.supervised]
         if len(self.rows) < FEWEST:
             raise InputError(f"{len(self.rows)} held-out examples have a supervised token; give at least {FEWEST}")
@@ -70,7 +78,7 @@ class HeldOutFidelity:
         # Gradients of whole layers do not hang on the factors, so they are the same for every proxy.
         self.fixed = query_on_target and self.settings.gradient == "weight"
         finer, self._queries = self._cut(means)
-        on_target = BatchScorer(target, finer, gradient="weight", normalise=settings.normalise)
+        on_target = self._weighing(target, finer)
         self._wanted = self._scores(on_target)
         # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
         self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
@@ -124,12 +132,17 @@ class HeldOutFidelity:
 
     def _made(self, proxy: nn.Module) -> BatchScorer:
         if self._queries is not None:
-            return BatchScorer(proxy, self._queries, gradient="weight", normalise=self.settings.normalise)
+            return self._weighing(proxy, self._queries)
         target = self.target if self.query_on_target else None
         source = self.target if self.query_on_target else proxy
         return scorer_of_batches(
             proxy, self._validation(source), self.settings, target=target, sample=self._measured(source)
         )
+
+    def _weighing(self, model: nn.Module, queries: Mapping[str, TaskQuery]) -> BatchScorer:
+        """A scorer of gradients of whole layers."""
+        sketch = self.settings.sketched(model)
+        return BatchScorer(model, queries, gradient="weight", normalise=self.settings.normalise, norm_sketch=sketch)
 
     def _validation(self, model: nn.Module) -> dict[str, list[Batch]]:
         return {task: self._batches(rows, model) for task, rows in self.validation.items()}

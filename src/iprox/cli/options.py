@@ -89,7 +89,17 @@ def influence_of(arguments: Namespace) -> InfluenceSection:
     """The settings of influence; what is not given, or no option of the command, is at its default."""
     names = (
         *("estimator", "curvature", "curvature_examples", "damping"),
-        *("gradient", "query", "query_norm", "normalise", "aggregate", "over_examples", "per_example", "compile"),
+        *(
+            "gradient",
+            "query",
+            "query_norm",
+            "normalise",
+            "norm_sketch",
+            "aggregate",
+            "over_examples",
+            "per_example",
+            "compile",
+        ),
     )
     given = {name: getattr(arguments, name, None) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})

@@ -119,6 +119,13 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         "proxy, 1 on a model itself)",
     )
     aggregation_options(parser)
+    parser.add_argument(
+        "--norm-sketch",
+        type=int,
+        default=None,
+        help="random signs a layer that the norms of candidates, for a cosine, are estimated from; 0 is exact (default "
+        "32 on a proxy, 0 on a model itself)",
+    )
     compile_option(parser)
 
 

@@ -13,7 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import LayerGradient, LowRankGradient, norm_flops, squared_norms, summed_gradient
+from iprox.influence.gradients import (
+    LayerGradient,
+    LowRankGradient,
+    norm_flops,
+    sketch_pays,
+    sketched_norms,
+    squared_norms,
+    summed_gradient,
+)
+from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -124,6 +133,8 @@ class BatchScorer:
             `example_gradients`, which are a column of scores each.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
+        norm_sketch: random signs a layer that ‖G(z)‖ is estimated from where that is cheaper
+            (`iprox.influence.gradients.sketched_norms`); 0 is exact.
         loss_fn: per-example losses of a model that is no language model.
 
     Attributes:
@@ -140,13 +151,21 @@ class BatchScorer:
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
+        norm_sketch: int = 0,
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model = model
         self.tasks = list(queries)
         self.normalise = normalise
+        self.norm_sketch = norm_sketch
         self.loss_fn = loss_fn
         self.layers = influence_layers(model, gradient)
+        self._signs = {
+            # The same for a layer in every run, so that a score is too.
+            name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(next(layer.parameters()))
+            for name, layer in self.layers.items()
+            if normalise == "cosine" and sketch_pays(weight_shape(layer), norm_sketch)
+        }
         self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
         columns: list[Any] = []
         for query in queries.values():
@@ -174,7 +193,7 @@ class BatchScorer:
         """FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
         if self.normalise == "none":
             return 0.0
-        return norm_flops([weight_shape(layer) for layer in self.layers.values()], lengths)
+        return norm_flops([weight_shape(layer) for layer in self.layers.values()], lengths, self.norm_sketch)
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -203,8 +222,12 @@ class BatchScorer:
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
         """One layer's part of the scores, and of the candidates' squared norms where those are wanted."""
         column = self._queries[name].contract(h, delta, by_token) if name in self._queries else None
-        wanted = self.normalise == "cosine"
-        return column, squared_norms(h, delta, has_bias(self.layers[name])) if wanted else None
+        if self.normalise == "none":
+            return column, None
+        bias = has_bias(self.layers[name])
+        if name in self._signs:
+            return column, sketched_norms(h, delta, bias, self._signs[name])
+        return column, squared_norms(h, delta, bias)
 
     def _score(self, batch: Any, by_token: bool) -> tuple[Tensor, Tensor]:
         columns: dict[str, Tensor] = {}

@@ -95,11 +95,26 @@ def contract(h: Tensor, delta: Tensor, query: LayerGradient, by_token: bool = Fa
     return scores
 
 
-def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[int]) -> float:
-    """FLOPs of `squared_norms` for layers of shapes (m, n) and examples of some lengths."""
-    length = np.asarray(lengths, float)[:, None]
-    m, n = np.asarray(shapes, float).reshape(-1, 2).T
-    return float(np.minimum(2 * length**2 * (m + n), 2 * length * m * n).sum())
+def sketch_pays(shape: tuple[int, int], sketch: int) -> bool:
+    """Whether norms of a layer's gradients are sketched (`sketched_norms`), whatever an example's length.
+
+    Where a sketch costs less than the gradient itself. Short examples would be cheaper by their Gram matrices, but then
+    an example's score would hang on how far its batch is padded.
+    """
+    m, n = shape
+    return 0 < sketch * (m + n) < m * n
+
+
+def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[int], sketch: int = 0) -> float:
+    """FLOPs of norms for layers of shapes (m, n) and examples of some lengths: sketched where that pays, else exact."""
+    length = np.asarray(lengths, float)
+    total = 0.0
+    for m, n in shapes:
+        if sketch_pays((m, n), sketch):
+            total += 2.0 * sketch * (m + n) * length.sum()
+        else:
+            total += np.minimum(2 * length**2 * (m + n), 2 * length * m * n).sum()
+    return float(total)
 
 
 def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
@@ -126,4 +141,28 @@ def squared_norms(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
             for x, d in zip(h.split(at_once), delta.split(at_once), strict=True)
         ]
         norms = torch.cat(parts)
-    return norms + delta.sum(1, dtype=dtype).square().sum(-1) if bias else norms
+    return norms + _bias_norms(delta) if bias else norms
+
+
+def sketched_norms(h: Tensor, delta: Tensor, bias: bool, signs: Tensor) -> Tensor:
+    """‖G(z)‖² for every example of a batch, estimated without bias from k columns of random signs S. Returns [B].
+
+    ‖G S‖²/k, or ‖GᵀS‖²/k where m > n, so that the k images of an example are of the narrower side. With
+    G S = Σ_t δ_t (Sᵀh_t)ᵀ that is 2Lk(m+n) FLOPs an example, where two Gram matrices cost 2L²(m+n). The relative
+    standard deviation is at most √(2/k), of a gradient of rank 1; layers with signs of their own average further
+    (docs/method.md has what that comes to on a model).
+
+    Args:
+        h: inputs [B, L, n].
+        delta: output gradients [B, L, m], zero on padding.
+        bias: whether the layer has one (adds ‖Σ_t δ_t‖², exactly).
+        signs: ±1 [max(m, n), k], in the dtype of h.
+    """
+    wide, narrow = (delta, h) if delta.shape[2] > h.shape[2] else (h, delta)
+    images = (wide @ signs).mT @ narrow
+    norms = torch.linalg.vector_norm(images, dim=(1, 2), dtype=accumulation_dtype(h)).square() / signs.shape[1]
+    return norms + _bias_norms(delta) if bias else norms
+
+
+def _bias_norms(delta: Tensor) -> Tensor:
+    return delta.sum(1, dtype=accumulation_dtype(delta)).square().sum(-1)

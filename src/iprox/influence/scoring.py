@@ -32,6 +32,9 @@ WINDOW = 4096
 # Share of the validation gradients' norm that scores on a proxy keep unless asked otherwise: what is lost is small
 # beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact.
 QUERY_NORM = 0.9
+# Random signs a layer that candidates' norms are estimated from on a proxy unless asked otherwise, for their cosine.
+# Exact norms would cost a proxy as much as they do its target, up to half of its scoring.
+NORM_SKETCH = 32
 
 # Where the validation gradients of a proxy are taken.
 Query = Literal["target", "proxy"]
@@ -59,6 +62,9 @@ class ScoringSettings:
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
             gradient. None: 0.9 on a proxy, 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
             whole mean gradients, and is refused another.
+        norm_sketch: for the cosine, random signs a layer that a candidate's norm is estimated from
+            (`iprox.influence.gradients.sketched_norms`); 0 is exact. None: 32 on a proxy, 0 on a model itself. `adam`
+            has exact norms for nothing, and is refused another.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
@@ -69,6 +75,7 @@ class ScoringSettings:
     normalise: Normalise = "none"
     aggregate: Aggregate = "standardised"
     query_norm: float | None = None
+    norm_sketch: int | None = None
     batch_tokens: int = 4096
     window: int = WINDOW
     compile: bool = False
@@ -89,6 +96,14 @@ class ScoringSettings:
         if self.query_norm is not None:
             return self.query_norm
         return 1.0 if proxy_config(model) is None else QUERY_NORM
+
+    def sketched(self, model: nn.Module) -> int:
+        """The random signs a layer that norms of candidates are estimated from on this model; 0: none are."""
+        if self.normalise == "none" or self.estimator == "adam":
+            return 0
+        if self.norm_sketch is not None:
+            return self.norm_sketch
+        return 0 if proxy_config(model) is None else NORM_SKETCH
 
 
 @dataclass(slots=True)
@@ -159,8 +174,10 @@ def scorer_of_batches(
 
     Raises:
         InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, of factors, which no
-            optimizer has moments of, or with a `query_norm`.
+            optimizer has moments of, or with a `query_norm`; a `norm_sketch` where no norms are sketched.
     """
+    if settings.norm_sketch and (settings.normalise == "none" or settings.estimator == "adam"):
+        raise InputError("norm_sketch is of the cosine's norms, which adam has exact for nothing: leave it out")
     if settings.estimator == "adam":
         if adam is None:
             raise InputError("the estimator adam needs the state of the warm-up's optimizer")
@@ -175,7 +192,14 @@ def scorer_of_batches(
     keep = settings.kept_norm(model)
     if keep < 1 and not settings.aggregation.by_example:  # those of single examples are low-rank already
         queries = low_rank_queries(cast(Mapping[str, ModelGradient], queries), keep)
-    return BatchScorer(model, queries, gradient=settings.gradient, normalise=settings.normalise, loss_fn=loss_fn)
+    return BatchScorer(
+        model,
+        queries,
+        gradient=settings.gradient,
+        normalise=settings.normalise,
+        norm_sketch=settings.sketched(model),
+        loss_fn=loss_fn,
+    )
 
 
 def task_queries(

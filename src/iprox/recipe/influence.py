@@ -17,7 +17,7 @@ CURVED = ("influence-function", "datainf")
 # Settings of influence that say what a gradient is, and so how faithful a proxy's are.
 OF_GRADIENTS = (
     *("estimator", "curvature", "curvature_examples", "damping"),
-    *("gradient", "query", "query_norm", "normalise"),
+    *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
 )
 
 # Scorers without gradients, and those among them that need tokens only.
@@ -33,7 +33,9 @@ class InfluenceSection(Section):
 
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. `compile` says
+    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. `norm_sketch` is the
+    number of random signs a layer that the cosine's norms are estimated from; 0 is exact. Left out it is 32 on a proxy
+    and 0 on a model itself. `compile` says
     whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
     function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
     A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the
@@ -51,6 +53,7 @@ class InfluenceSection(Section):
     query: Literal["target", "proxy"] = "target"
     query_norm: float | None = Field(None, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "none"
+    norm_sketch: int | None = Field(None, ge=0)
     aggregate: Literal["standardised", "mean", "max"] = "standardised"
     over_examples: Literal["mean", "max"] = "mean"
     per_example: bool = False
@@ -73,6 +76,12 @@ class InfluenceSection(Section):
             raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it at none")
         if self.gradient_free and self.checkpoints == "all":
             raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
+        return self
+
+    @model_validator(mode="after")
+    def _norms(self) -> InfluenceSection:
+        if self.norm_sketch and (self.normalise == "none" or self.estimator == "adam"):
+            raise ValueError("norm_sketch is of the cosine's norms, which adam has exact for nothing: leave it out")
         return self
 
     @model_validator(mode="after")
