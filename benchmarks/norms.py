@@ -54,8 +54,8 @@ def main() -> None:
                 rate = sum(lengths) / (time.perf_counter() - started)
         return found, scorer.norm_flops(lengths) / sum(lengths) / forward, rate
 
-    raw, _, rate = scores()
-    print(f"no norms: {rate:.0f} tokens a second")
+    raw, _, without = scores()
+    print(f"no norms: {without:.0f} tokens a second")
     found, exact = [], raw
     for sketch in SKETCHES:
         cosine, cost, rate = scores(normalise="cosine", norm_sketch=sketch)
@@ -71,7 +71,7 @@ def main() -> None:
             flush=True,
         )
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-    write_json(arguments.output, {**environment(), "settings": settings, "without": {"rate": rate}, "found": found})
+    write_json(arguments.output, {**environment(), "settings": settings, "without": without, "found": found})
 
 
 if __name__ == "__main__":

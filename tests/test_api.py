@@ -109,6 +109,20 @@ def test_attribution_splits_a_score_by_token(model):
         assert any(row["supervised"])
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"norm_sketch": -1, "normalise": "cosine"}, "must be 0 or more"),
+        ({"norm_sketch": 8}, "set normalise to cosine"),
+        ({"norm_sketch": 8, "normalise": "cosine"}, "a model's own norms are exact"),
+    ],
+)
+def test_a_sketch_of_norms_that_are_not_wanted_is_refused(model, options, said):
+    for function in (iprox.score, iprox.attribute):
+        with pytest.raises(iprox.InputError, match=said):
+            function(model, [], {}, **options)
+
+
 def test_attribution_refuses_experts_before_any_work(tiny):
     with pytest.raises(iprox.InputError, match="experts"):
         iprox.attribute(tiny.model("qwen3-moe"), [], {})

@@ -3,6 +3,7 @@
     python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
     python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
     python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
+    python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --output sketched.json    # cost and fidelity
 
 A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
 fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
@@ -91,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fraction", type=float, default=0.05, help="of the pool that is selected")
     parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
     parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")
+    parser.add_argument("--norm-sketch", type=int, default=0, help="of the cosine on proxies; 0 (default) is exact")
     parser.add_argument("--warmup-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4, help="of the fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of warm-up and fine-tuning")
@@ -122,7 +124,12 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
         },
         "warmup": {"fraction": 0.05, "epochs": arguments.warmup_epochs, "learning_rate": arguments.learning_rate},
         "proxy": proxy,
-        "influence": {"estimator": arguments.estimator, "curvature": "k-fac", "normalise": arguments.normalise},
+        "influence": {
+            "estimator": arguments.estimator,
+            "curvature": "k-fac",
+            "normalise": arguments.normalise,
+            "norm_sketch": arguments.norm_sketch if proxy else 0,
+        },
         "audit": False,
         "batch_tokens": arguments.batch_tokens,
         "seed": seed,
@@ -154,7 +161,7 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
             "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
         }
         if done["cost"]["construction_flops"]:
-            # Of scoring on the target with validation gradients made low-rank, as a proxy's are.
+            # Of scoring on the target with validation gradients made low-rank, and norms, as a proxy's are.
             record["target_flops"] = done["cost"]["target_score_flops"]
     truth, scores = scores_in(target), scores_in(folder)
     count = round(arguments.fraction * len(scores))

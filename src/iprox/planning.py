@@ -122,18 +122,19 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         add("warmup", rows, cost, 16 * parameters + 2 * activations)  # weights, gradients, Adam's two, in float32
     scored = total * checkpoints
     whole = tasks * flops.contraction_flops(model, gradient)
-    factorised = bool(recipe.proxy and recipe.proxy.factorised)
-    kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not factorised)
-    shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
-
-    def norms_of(sketch: int) -> float:
-        """FLOPs a token of norms, where they are wanted, of rows of one length; exact ones of longer rows cost more."""
-        wanted = recipe.influence.normalise == "cosine" and recipe.influence.estimator != "adam"
-        return norm_flops(shapes, [round(mean)], sketch) / mean if wanted else 0.0
-
-    sketch = recipe.influence.norm_sketch
-    norms = norms_of((NORM_SKETCH if factorised else 0) if sketch is None else sketch)
-    contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + norms
+    kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
+    exact_norms = norms = 0.0  # FLOPs a token on a target, and on what candidates are scored on
+    if recipe.influence.normalise == "cosine":
+        shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
+        sketch = NORM_SKETCH if recipe.influence.norm_sketch is None else recipe.influence.norm_sketch
+        # Of rows of one length; exact ones of longer rows cost more.
+        exact_norms, norms = (
+            norm_flops(shapes, [round(mean)], size) / mean for size in (0, sketch if recipe.proxy else 0)
+        )
+    formed = recipe.influence.estimator == "adam"  # whole gradients, whose norms are to be had for nothing
+    contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + (0.0 if formed else norms)
+    # The target's own scores are of whole gradients unless asked otherwise, and of exact norms.
+    own = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1) + (0.0 if formed else exact_norms)
     curvature = 0.0  # at one checkpoint
     if recipe.influence.estimator in CURVED:
         rows = min(recipe.influence.curvature_examples, total)
@@ -149,7 +150,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         """At one checkpoint, held-out rows scored on the target and on some proxies, with the gradients they meet."""
         each = round(min(rows, total) * mean), round(min(rows, total) * mean_supervised)
         cut = recipe.influence.query_norm != 1
-        on_target = whole * (WATCHED_QUERY if cut and not curvature else 1) + norms
+        on_target = whole * (WATCHED_QUERY if cut and not curvature else 1) + exact_norms
         cost = flops.scoring_flops(model, *each, each[0] * on_target)
         per_token = 2 * kept * flops.forward_flops(model) + whole * (LOW_RANK_QUERY if cut else 1) + norms
         cost += proxies * (each[0] * per_token + each[1] * 2 * flops.head_flops(model))
@@ -183,7 +184,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
             construction += cost
             add("align", rows, cost, 2 * bytes_per * parameters + 20 * kept * linear + 4 * activations)
         if gradient == "factors":
-            contraction *= kept
+            contraction -= (1 - kept) * whole * (1 if kept_whole else LOW_RANK_QUERY)
     per_token = 2 * kept * flops.forward_flops(model) + contraction
     per_row = mean * per_token + mean_supervised * 2 * flops.head_flops(model)
     if recipe.influence.gradient_free:
@@ -195,10 +196,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         per_row += mean * (flops.contraction_flops(model, "weight") - contraction)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
-        # The target's own scores are of whole gradients and exact norms unless asked otherwise.
-        per_token = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1)
-        per_token += norms_of(recipe.influence.norm_sketch or 0)
-        cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * per_token) / scored)
+        cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * own) / scored)
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
         if lds := recipe.audit.lds:
             rows = lds.subsets * lds.epochs * lds.fraction * min(recipe.audit.sample, total)
@@ -209,7 +207,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     if recipe.refine and recipe.refine.recall:
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
-        add("refine", share_again * scored, share_again * on_target, memory)
+        cost = share_again * flops.scoring_flops(model, *read, read[0] * own)
+        add("refine", share_again * scored, cost, memory)
     if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
         add("attribute", rows, rows * per_row + checkpoints * (gradients + curvature), memory)

@@ -7,6 +7,7 @@ from scipy import stats
 from iprox.audit.held_out import FEWEST, HeldOutFidelity
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
+from iprox.influence import scoring
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scoring import ScoringSettings, scorer_of_batches
 from iprox.proxy.compress import derive_proxy
@@ -49,7 +50,7 @@ def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_no
     assert 0.2 < wanted < 0.99  # a proxy that is neither useless nor perfect
     assert watched.of(proxy) == watched.watch(proxy)() == pytest.approx(wanted, abs=tolerance)
     assert watched.with_bound(proxy)[1] < watched.of(proxy)
-    cost = {kind: each / watched.contraction_flops["target"] for kind, each in watched.contraction_flops.items()}
+    cost = {kind: each / watched.meeting_flops["target"] for kind, each in watched.meeting_flops.items()}
     assert cost["proxy"] == 1 if query_norm == 1 else cost["proxy"] < 1  # the target's own are cut less
 
 
@@ -93,6 +94,21 @@ def test_what_is_watched_is_how_candidates_are_scored(pair, changed, on_target, 
     wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(columns[0].T, columns[1].T, strict=True)])
     assert watched.of(proxy) == pytest.approx(wanted, abs=tolerance)
     assert watched.watch(proxy)() == watched.of(proxy)
+
+
+def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch):
+    monkeypatch.setattr(scoring, "NORM_SKETCH", 3)
+    model, proxy = pair
+    exact, default, sketched = (
+        HeldOutFidelity(
+            model, ROWS, VALIDATION, 0, ScoringSettings("weight", "cosine", norm_sketch=size, batch_tokens=64)
+        )
+        for size in (0, None, 3)
+    )
+    found = [watched.of(proxy) for watched in (exact, default, sketched)]
+    assert found[1] == found[2] != found[0]
+    assert exact.meeting_flops["target"] == sketched.meeting_flops["target"]
+    assert exact.meeting_flops["proxy"] > sketched.meeting_flops["proxy"] == default.meeting_flops["proxy"]
 
 
 def test_the_target_is_faithful_to_itself(pair):

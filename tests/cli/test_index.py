@@ -55,7 +55,7 @@ def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalise):
     for task in ("arithmetic", "spelling"):
         a, b = (table[f"influence/{task}"].to_numpy() for table in (exact, queried))
         assert spearmanr(a, b).statistic > 0.85
-        assert np.std(b) == pytest.approx(np.std(a), rel=0.3)  # projected norms are off by a fifth or so
+        assert np.std(b) == pytest.approx(np.std(a), rel=0.25)
     record = json.loads((tmp_path / "queried/run.json").read_text())["stages"]["query"]
     assert record["query"] == "target"
     assert record["rows"] == 200

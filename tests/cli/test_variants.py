@@ -63,24 +63,32 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
-def test_norms_of_a_cosine_are_sketched_and_that_is_recorded(tmp_path, make_place, capsys):
+def test_norms_of_a_cosine_are_sketched_and_that_is_recorded_and_planned(tmp_path, make_place, capsys):
     place = make_place(tmp_path / "place")
-    flops, cosines = {}, {}
-    for sketch in (0, 4):
-        options = ("--set", "influence.normalise=cosine", f"influence.norm_sketch={sketch}", "audit.sample=12")
-        assert place.run(*options) == 0
-        stages = place.record()["stages"]
+    found, planned, cosines = {}, {}, {}
+    for sketch in (0, 2, None):
+        given = [] if sketch is None else [f"influence.norm_sketch={sketch}"]
+        assert place.run("--set", "influence.normalise=cosine", "audit.sample=12", *given) == 0
+        found[sketch] = place.record()["stages"]
         table = pq.read_table(place.output / "scores.parquet")
         made_by = json.loads(table.schema.metadata[b"iprox"])
-        assert made_by["norm_sketch"] == stages["score"]["norm_sketch"] == sketch
+        assert made_by["norm_sketch"] == found[sketch]["score"]["norm_sketch"] == (32 if sketch is None else sketch)
+        cosines[sketch] = table["influence/spelling"].to_numpy()
         capsys.readouterr()
         assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
-        planned = json.loads(capsys.readouterr().out)["stages"]
-        for name in ("score", "audit"):
-            assert planned[name]["flops"] == pytest.approx(stages[name]["flops"], rel=0.15), name
-        flops[sketch], cosines[sketch] = stages["score"]["flops"], table["influence/spelling"].to_numpy()
-    assert flops[4] < flops[0]
-    assert 0.9 < np.corrcoef(cosines[0], cosines[4])[0, 1] < 0.99999
+        planned[sketch] = json.loads(capsys.readouterr().out)["stages"]
+        for name in ("align", "score", "audit"):
+            assert planned[sketch][name]["flops"] == pytest.approx(found[sketch][name]["flops"], rel=0.15), name
+    for name in ("score", "audit"):
+        saved, expected = (stages[0][name]["flops"] - stages[2][name]["flops"] for stages in (found, planned))
+        assert expected == pytest.approx(saved, rel=0.4), name  # exact norms of rows of one length cost less
+        assert saved > 0.05 * found[0][name]["flops"]
+    assert 0.9 < np.corrcoef(cosines[0], cosines[2])[0, 1] < 0.99999
+    warmed = next((place.output / "warmup").glob("checkpoint-*"))
+    data = ["--pool", str(place.pool), "--validation", f"spelling={place.path}/spelling.jsonl"]
+    asked = ["--output", str(tmp_path / "o"), "--normalise=cosine", "--norm-sketch=4", "--quiet"]
+    assert main(["score", "--model", str(warmed), *data, *asked]) == 2
+    assert "is no proxy, and a model's own norms are exact" in capsys.readouterr().err
 
 
 def test_an_influence_function_through_the_whole_run(tmp_path, make_place):

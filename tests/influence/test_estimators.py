@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.gradients import norm_flops
 from iprox.influence.projection import signs
-from iprox.models.layers import influence_layers
+from iprox.models.experts import expert_layers, experts_split
+from iprox.models.layers import influence_layers, weight_shape
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -73,6 +75,20 @@ def test_sketched_cosines_equal_those_of_the_sketch_of_each_gradient(tiny, case)
     exact = BatchScorer(model, {"task": gradient}, normalise="cosine")
     assert scorer.norm_flops([9, 3]) != exact.norm_flops([9, 3])
     assert not torch.equal(exact(pool)[0], scorer(pool)[0])
+
+
+def test_norms_of_experts_are_not_sketched(tiny):
+    with experts_split(model := tiny.model("qwen3-moe")):
+        layers = influence_layers(model)
+        experts = expert_layers(model)
+        assert experts == {name for name in layers if ".experts." in name}
+        assert 0 < len(experts) < len(layers)
+        gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
+        scorer = BatchScorer(model, {"task": gradient}, normalise="cosine", norm_sketch=2)
+        shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    exact = norm_flops([shapes[name] for name in experts], [9, 40])
+    others = norm_flops([shape for name, shape in shapes.items() if name not in experts], [9, 40], 2)
+    assert scorer.norm_flops([9, 40]) == exact + others
 
 
 @pytest.mark.parametrize("options", [{}, {"normalise": "cosine"}, {"normalise": "cosine", "norm_sketch": 5}])

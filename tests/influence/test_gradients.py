@@ -100,9 +100,8 @@ def test_sketched_norms_are_right_in_the_mean_and_spread_as_they_say():
     drawn = torch.stack([sketched_norms(h, delta, False, signs(f"{i}", 12, 8).double()) for i in range(2000)]) / exact
     assert (drawn.mean(0) - 1).abs().max() < 4 * drawn.std(0).max() / 2000**0.5
     assert (drawn.std(0) < (2 / 8) ** 0.5).all()
-    one = (
-        torch.einsum("btm,btn->bmn", delta[:, :1], h[:, :1]).square().sum((1, 2))
-    )  # rank 1: the widest spread there is
+    # Of rank 1: the widest spread there is.
+    one = torch.einsum("btm,btn->bmn", delta[:, :1], h[:, :1]).square().sum((1, 2))
     drawn = torch.stack(
         [sketched_norms(h[:, :1], delta[:, :1], False, signs(f"{i}", 12, 8).double()) for i in range(2000)]
     )

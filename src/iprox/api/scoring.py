@@ -24,6 +24,7 @@ from iprox.influence.scores import scores_table
 from iprox.influence.scoring import Estimator, ScoringSettings, scorer_of_batches
 from iprox.influence.windows import fitting_scorer, score_windows, windows_of
 from iprox.models.adapters import refuse_adapter
+from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -80,8 +81,8 @@ def score(
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
             None: 0.9 on a proxy, 1 on a model itself.
         normalise: `none` or `cosine`.
-        norm_sketch: random signs a layer that the cosine's norms of candidates are estimated from; 0 is exact.
-            None: 32 on a proxy, 0 on a model itself.
+        norm_sketch: of a cosine on a proxy: random signs a layer that norms of candidates are estimated from, which
+            saves time on rows of more tokens than that; 0 is exact. None: 32.
         aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
             (`iprox.influence.aggregate.Aggregation`).
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
@@ -109,6 +110,7 @@ def score(
     for each in models:
         refuse_adapter(each)
         warn_of_rounded_frequencies(each)
+    _check_norm_sketch(norm_sketch, normalise, models)
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -209,6 +211,7 @@ def attribute(
     with experts_split(model):
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")
+    _check_norm_sketch(norm_sketch, normalise, [model])
     settings = ScoringSettings(
         gradient, normalise, query_norm=query_norm, norm_sketch=norm_sketch, batch_tokens=batch_tokens
     )
@@ -220,6 +223,18 @@ def attribute(
         scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
         assert isinstance(scorer, BatchScorer)
         return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
+
+
+def _check_norm_sketch(sketch: int | None, normalise: Normalise, models: Sequence[nn.Module]) -> None:
+    """Refuse a sketch of norms that are not wanted, or not of a proxy."""
+    if not sketch:
+        return
+    if sketch < 0:
+        raise InputError(f"norm_sketch must be 0 or more, not {sketch}")
+    if normalise == "none":
+        raise InputError("norm_sketch is of the norms of a cosine: set normalise to cosine, or leave it out")
+    if any(proxy_config(model) is None for model in models):
+        raise InputError("norm_sketch is for a proxy: a model's own norms are exact")
 
 
 def _score_batches(

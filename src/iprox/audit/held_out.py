@@ -15,7 +15,7 @@ from iprox.audit.intervals import bootstrap_intervals
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
-from iprox.influence.scoring import NORM_SKETCH, QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
 from iprox.influence.truncation import QueryDirections
 from iprox.recipe import CURVED
 
@@ -31,8 +31,7 @@ class HeldOutFidelity:
 
     Scores are TracIn's, or an influence function's where that is the estimator: what Adam would have stepped, or a
     maximum over validation examples, moves with them. The target's are of validation gradients that keep 0.95 of their
-    norm, or more if the settings ask for more; an influence function's of whole ones. Norms of a cosine are sketched on
-    the target as on proxies.
+    norm, or more if the settings ask for more; an influence function's of whole ones.
 
     Args:
         target: the target; what it says of the rows is measured now.
@@ -60,14 +59,7 @@ class HeldOutFidelity:
     ) -> None:
         estimator = settings.estimator if settings.estimator in CURVED else "tracin"
         self.target, self.pad_id = target, pad_id
-        sketch = NORM_SKETCH if settings.norm_sketch is None else settings.norm_sketch
-        self.settings = replace(
-            settings,
-            estimator=estimator,
-            over_examples="mean",
-            per_example=False,
-            norm_sketch=sketch if settings.normalise == "cosine" else None,
-        )
+        self.settings = replace(settings, estimator=estimator, over_examples="mean", per_example=False)
         self.rows = [row for row in rows if row.supervised]
         if len(self.rows) < FEWEST:
             raise InputError(f"{len(self.rows)} held-out examples have a supervised token; give at least {FEWEST}")
@@ -80,10 +72,9 @@ class HeldOutFidelity:
         finer, self._queries = self._cut(means)
         on_target = self._weighing(target, finer)
         self._wanted = self._scores(on_target)
-        # FLOPs a token of contracting candidates with what they meet, on the target and on the last proxy looked at.
-        self.contraction_flops = {"target": on_target.contraction_flops, "proxy": 0.0}
-        # Of the rows' norms, where they are wanted; on a proxy as on the target, whose shapes its layers have.
-        self.norm_flops = on_target.norm_flops([len(row.input_ids) for row in self.rows])
+        # FLOPs of the rows' contraction with what they meet, and of their norms where those are wanted, on the target
+        # and on the last proxy looked at.
+        self.meeting_flops = {"target": self._meeting(on_target), "proxy": 0.0}
 
     def of(self, proxy: nn.Module) -> float:
         """The fidelity of a proxy."""
@@ -127,8 +118,12 @@ class HeldOutFidelity:
 
     def _scorer(self, proxy: nn.Module) -> BatchScorer:
         scorer = self._made(proxy)
-        self.contraction_flops["proxy"] = scorer.contraction_flops
+        self.meeting_flops["proxy"] = self._meeting(scorer)
         return scorer
+
+    def _meeting(self, scorer: BatchScorer) -> float:
+        lengths = [len(row.input_ids) for row in self.rows]
+        return sum(lengths) * scorer.contraction_flops + scorer.norm_flops(lengths)
 
     def _made(self, proxy: nn.Module) -> BatchScorer:
         if self._queries is not None:

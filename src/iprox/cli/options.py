@@ -89,17 +89,8 @@ def influence_of(arguments: Namespace) -> InfluenceSection:
     """The settings of influence; what is not given, or no option of the command, is at its default."""
     names = (
         *("estimator", "curvature", "curvature_examples", "damping"),
-        *(
-            "gradient",
-            "query",
-            "query_norm",
-            "normalise",
-            "norm_sketch",
-            "aggregate",
-            "over_examples",
-            "per_example",
-            "compile",
-        ),
+        *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
+        *("aggregate", "over_examples", "per_example", "compile"),
     )
     given = {name: getattr(arguments, name, None) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
@@ -126,10 +117,13 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
     A proxy whose target is not to be found is scored with its own, and that is said.
 
     Raises:
-        InputError: --target with a model that is no factorised proxy, or the target is not the proxy's.
+        InputError: --target with a model that is no factorised proxy, or the target is not the proxy's; --norm-sketch
+            with a model that is no proxy.
     """
     config = load_config(model, trust_remote_code=session.trust_remote_code)
     proxy = getattr(config, "quantization_config", None) or {}
+    if settings.norm_sketch and proxy.get("quant_method") != "iprox":
+        raise InputError(f"--norm-sketch: {model} is no proxy, and a model's own norms are exact; leave it out")
     if proxy.get("quant_method") != "iprox" or not proxy["ranks"]:
         if arguments.target:
             raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")

@@ -118,14 +118,14 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.9 on a "
         "proxy, 1 on a model itself)",
     )
-    aggregation_options(parser)
     parser.add_argument(
         "--norm-sketch",
         type=int,
         default=None,
-        help="random signs a layer that the norms of candidates, for a cosine, are estimated from; 0 is exact (default "
-        "32 on a proxy, 0 on a model itself)",
+        help="of --normalise cosine on a proxy: random signs a layer that norms of candidates are estimated from, "
+        "which saves time on rows of more tokens than that; 0 is exact (default 32)",
     )
+    aggregation_options(parser)
     compile_option(parser)
 
 

@@ -24,6 +24,7 @@ from iprox.influence.gradients import (
 )
 from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
+from iprox.models.experts import expert_layers
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -133,8 +134,8 @@ class BatchScorer:
             `example_gradients`, which are a column of scores each.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
-        norm_sketch: random signs a layer that ‖G(z)‖ is estimated from where that is cheaper
-            (`iprox.influence.gradients.sketched_norms`); 0 is exact.
+        norm_sketch: random signs a layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
+            0 is exact. Layers too small to gain are exact, and experts, which an example sends few tokens.
         loss_fn: per-example losses of a model that is no language model.
 
     Attributes:
@@ -160,11 +161,13 @@ class BatchScorer:
         self.norm_sketch = norm_sketch
         self.loss_fn = loss_fn
         self.layers = influence_layers(model, gradient)
+        sketched = norm_sketch > 0 and normalise == "cosine"
+        exact = expert_layers(model) if sketched else ()
         self._signs = {
             # The same for a layer in every run, so that a score is too.
             name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(next(layer.parameters()))
             for name, layer in self.layers.items()
-            if normalise == "cosine" and sketch_pays(weight_shape(layer), norm_sketch)
+            if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
         }
         self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
         columns: list[Any] = []
@@ -193,7 +196,10 @@ class BatchScorer:
         """FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
         if self.normalise == "none":
             return 0.0
-        return norm_flops([weight_shape(layer) for layer in self.layers.values()], lengths, self.norm_sketch)
+        shapes = {name: weight_shape(layer) for name, layer in self.layers.items()}
+        sketched = [shape for name, shape in shapes.items() if name in self._signs]
+        exact = [shape for name, shape in shapes.items() if name not in self._signs]
+        return norm_flops(sketched, lengths, self.norm_sketch) + norm_flops(exact, lengths)
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.

@@ -62,9 +62,9 @@ class ScoringSettings:
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
             gradient. None: 0.9 on a proxy, 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
             whole mean gradients, and is refused another.
-        norm_sketch: for the cosine, random signs a layer that a candidate's norm is estimated from
-            (`iprox.influence.gradients.sketched_norms`); 0 is exact. None: 32 on a proxy, 0 on a model itself. `adam`
-            has exact norms for nothing, and is refused another.
+        norm_sketch: for the cosine on a proxy, random signs a layer that a candidate's norm is estimated from
+            (`iprox.influence.gradients.sketched_norms`); 0 is exact, None is 32. A model's own norms are always exact,
+            so that what a proxy is judged by has no error in common with it; `adam` has them for nothing.
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
@@ -99,11 +99,9 @@ class ScoringSettings:
 
     def sketched(self, model: nn.Module) -> int:
         """The random signs a layer that norms of candidates are estimated from on this model; 0: none are."""
-        if self.normalise == "none" or self.estimator == "adam":
+        if self.normalise == "none" or self.estimator == "adam" or proxy_config(model) is None:
             return 0
-        if self.norm_sketch is not None:
-            return self.norm_sketch
-        return 0 if proxy_config(model) is None else NORM_SKETCH
+        return NORM_SKETCH if self.norm_sketch is None else self.norm_sketch
 
 
 @dataclass(slots=True)
@@ -174,10 +172,8 @@ def scorer_of_batches(
 
     Raises:
         InputError: from `task_queries`; the estimator `adam` without the state of the optimizer, of factors, which no
-            optimizer has moments of, or with a `query_norm`; a `norm_sketch` where no norms are sketched.
+            optimizer has moments of, or with a `query_norm`.
     """
-    if settings.norm_sketch and (settings.normalise == "none" or settings.estimator == "adam"):
-        raise InputError("norm_sketch is of the cosine's norms, which adam has exact for nothing: leave it out")
     if settings.estimator == "adam":
         if adam is None:
             raise InputError("the estimator adam needs the state of the warm-up's optimizer")

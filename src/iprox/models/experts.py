@@ -116,6 +116,17 @@ def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
                 del block._forward_pre_hooks[key]
 
 
+def expert_layers(model: nn.Module) -> set[str]:
+    """The names of the linear layers of split experts, which see only the tokens that are routed to them."""
+    return {
+        f"{name}.{inner}"
+        for name, block in model.named_modules()
+        if isinstance(block, SplitExperts)
+        for inner, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+    }
+
+
 @contextmanager
 def experts_split(*models: nn.Module) -> Iterator[None]:
     """The fused experts of some models are split inside the block, and as they were after it."""

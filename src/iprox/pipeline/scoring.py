@@ -110,7 +110,8 @@ def _cost(run: Run) -> None:
     entry = run.record["stages"]["score"]
     target = skeleton(run.recipe.model, trust_remote_code=run.recipe.trust_remote_code)
     checkpoints = entry["checkpoints"]
-    # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank.
+    # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank, and norms as
+    # sketched.
     on_target = flops.scoring_flops(
         target, entry["tokens"], entry["supervised"] * checkpoints, entry["contraction_flops"] * checkpoints
     )

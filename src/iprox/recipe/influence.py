@@ -34,12 +34,11 @@ class InfluenceSection(Section):
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
     are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. `norm_sketch` is the
-    number of random signs a layer that the cosine's norms are estimated from; 0 is exact. Left out it is 32 on a proxy
-    and 0 on a model itself. `compile` says
-    whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes. An influence
-    function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean eigenvalue.
-    A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example` keeps the
-    scores by example too. `aggregate` says how `influence` is made of several tasks.
+    number of random signs a layer that the cosine's norms are estimated from on a proxy; 0 is exact, left out it is 32.
+    `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
+    An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
+    eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
+    keeps the scores by example too. `aggregate` says how `influence` is made of several tasks.
     `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
@@ -80,8 +79,10 @@ class InfluenceSection(Section):
 
     @model_validator(mode="after")
     def _norms(self) -> InfluenceSection:
-        if self.norm_sketch and (self.normalise == "none" or self.estimator == "adam"):
-            raise ValueError("norm_sketch is of the cosine's norms, which adam has exact for nothing: leave it out")
+        if self.norm_sketch and self.normalise == "none":
+            raise ValueError("norm_sketch is of the norms of a cosine: set normalise to cosine, or leave it out")
+        if self.norm_sketch and self.estimator == "adam":
+            raise ValueError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -87,6 +87,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _sketch_of_a_proxy(self) -> Recipe:
+        if self.influence.norm_sketch and not self.proxy:
+            raise ValueError("influence.norm_sketch is for a proxy, and proxy is off: a model's own norms are exact")
+        return self
+
+    @model_validator(mode="after")
     def _adam_of_a_warm_up(self) -> Recipe:
         if self.influence.estimator == "adam" and not self.warmup:
             raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")

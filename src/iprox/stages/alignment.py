@@ -117,8 +117,7 @@ def align_proxy(
         )
     if watched is not None and history.best_step == 0:
         session.reporter.warn(
-            "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed; "
-            "a recipe with proxy.align: false saves its time"
+            "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
     read_batches = len(history.steps) * settings.accumulate
     asked = 1.0 if store is None else min(len(batches), read_batches) / max(1, read_batches)

@@ -78,6 +78,6 @@ def watching_flops(
     spent = taking(target)
     if not watched.fixed:
         spent += sum(taking(target if watched.query_on_target else proxy) for proxy in proxies)
-    meeting = {kind: tokens * each + watched.norm_flops for kind, each in watched.contraction_flops.items()}
+    meeting = watched.meeting_flops
     spent += flops.scoring_flops(target, tokens, supervised, meeting["target"])
     return spent + sum(flops.scoring_flops(proxy, tokens, supervised, meeting["proxy"]) for proxy in proxies)
