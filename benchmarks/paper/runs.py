@@ -36,10 +36,12 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path, here = path, environment()
-        self.content: dict[str, Any] = {"machines": [], "settings": dict(settings), "cells": {}}
+        # Where the checkout is does not matter.
+        settings = json.loads(json.dumps(dict(settings)).replace(str(SHARED), "../shared"))
+        self.content: dict[str, Any] = {"machines": [], "settings": settings, "cells": {}}
         if path.is_file() and not fresh:
             self.content = json.loads(path.read_text())
-            if self.content["settings"] != json.loads(json.dumps(settings)):
+            if self.content["settings"] != settings:
                 raise SystemExit(f"{path}: made with other settings; give another --output, or --fresh to forget it")
         self._here = here
 
