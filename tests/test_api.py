@@ -123,6 +123,11 @@ def test_a_sketch_of_norms_that_are_not_wanted_is_refused(model, options, said):
             function(model, [], {}, **options)
 
 
+def test_a_sketch_of_norms_that_adam_forms_is_refused(model):
+    with pytest.raises(iprox.InputError, match="adam forms whole gradients"):
+        iprox.score(model, [], {}, estimator="adam", normalise="cosine", norm_sketch=8)
+
+
 def test_attribution_refuses_experts_before_any_work(tiny):
     with pytest.raises(iprox.InputError, match="experts"):
         iprox.attribute(tiny.model("qwen3-moe"), [], {})

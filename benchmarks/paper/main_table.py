@@ -3,7 +3,7 @@
     python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
     python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
     python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
-    python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --output sketched.json    # cost and fidelity
+    python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --work runs/sketched --output sketched.json
 
 A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
 fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
@@ -150,7 +150,7 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
         if method == "influence scorer":
             record = scorer.score(recipe, arguments.sibling, target, folder)
         else:
-            record = reference.score(recipe, target, folder)
+            record = reference.score(recipe, target, folder, arguments.norm_sketch)
     else:
         done = run(recipe_of(arguments, method, seed), target if method != "target" else None)
         stages = {name: done["stages"][name] for name in ("compress", "align", "score") if name in done["stages"]}

@@ -33,7 +33,7 @@ EXAMPLES, COLUMNS, MULTIPLE, SPARSITY = 14, 1024, 128, 0.7
 RIDGE = 1e-6  # on the eigenvalues inside the span, against division by nothing
 
 
-def score(recipe: dict[str, Any], warmed: Path, folder: Path) -> dict[str, Any]:
+def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) -> dict[str, Any]:
     """Make the proxy of a run's warmed target, score its pool as the paper does, and say what it cost."""
     settings = parse_recipe(recipe, "reference.py")
     session = Session.of_recipe(settings, Reporter(quiet=True))
@@ -44,7 +44,9 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path) -> dict[str, Any]:
         proxy.save_pretrained(folder / "proxy")
         load_tokenizer(checkpoint).save_pretrained(folder / "proxy")
     validation = {task: Pool(files) for task, files in settings.data.validation.items()}
-    influence = settings.influence.model_copy(update={"gradient": "factors", "query": "proxy"})
+    influence = settings.influence.model_copy(
+        update={"gradient": "factors", "query": "proxy", "norm_sketch": norm_sketch}
+    )
     path = str(folder / "proxy")
     identity = {
         "model": checkpoint_fingerprint(path),

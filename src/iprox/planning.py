@@ -13,6 +13,7 @@ from iprox.data import Pool
 from iprox.influence.gradients import norm_flops
 from iprox.influence.scoring import NORM_SKETCH
 from iprox.models import flops
+from iprox.models.experts import expert_layers
 from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
 from iprox.proxy.align_signals import AUTO_BYTES
@@ -125,11 +126,15 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
     exact_norms = norms = 0.0  # FLOPs a token on a target, and on what candidates are scored on
     if recipe.influence.normalise == "cosine":
-        shapes = [weight_shape(layer) for layer in flops.compressible_layers(model).values()]
+        shapes = {name: weight_shape(layer) for name, layer in flops.compressible_layers(model).items()}
+        experts = expert_layers(model)
+        of_experts = [shape for name, shape in shapes.items() if name in experts]
+        others = [shape for name, shape in shapes.items() if name not in experts]
         sketch = NORM_SKETCH if recipe.influence.norm_sketch is None else recipe.influence.norm_sketch
         # Of rows of one length; exact ones of longer rows cost more.
         exact_norms, norms = (
-            norm_flops(shapes, [round(mean)], size) / mean for size in (0, sketch if recipe.proxy else 0)
+            (norm_flops(others, [round(mean)], size) + norm_flops(of_experts, [round(mean)])) / mean
+            for size in (0, sketch if recipe.proxy else 0)
         )
     formed = recipe.influence.estimator == "adam"  # whole gradients, whose norms are to be had for nothing
     contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + (0.0 if formed else norms)

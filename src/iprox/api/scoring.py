@@ -110,7 +110,7 @@ def score(
     for each in models:
         refuse_adapter(each)
         warn_of_rounded_frequencies(each)
-    _check_norm_sketch(norm_sketch, normalise, models)
+    _check_norm_sketch(norm_sketch, normalise, models, estimator)
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -225,14 +225,18 @@ def attribute(
         return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
 
 
-def _check_norm_sketch(sketch: int | None, normalise: Normalise, models: Sequence[nn.Module]) -> None:
-    """Refuse a sketch of norms that are not wanted, or not of a proxy."""
+def _check_norm_sketch(
+    sketch: int | None, normalise: Normalise, models: Sequence[nn.Module], estimator: Estimator = "tracin"
+) -> None:
+    """Refuse a sketch of norms that are not wanted, are had for nothing, or not of a proxy."""
     if not sketch:
         return
     if sketch < 0:
         raise InputError(f"norm_sketch must be 0 or more, not {sketch}")
     if normalise == "none":
         raise InputError("norm_sketch is of the norms of a cosine: set normalise to cosine, or leave it out")
+    if estimator == "adam":
+        raise InputError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
     if any(proxy_config(model) is None for model in models):
         raise InputError("norm_sketch is for a proxy: a model's own norms are exact")
 

@@ -78,6 +78,6 @@ def watching_flops(
     spent = taking(target)
     if not watched.fixed:
         spent += sum(taking(target if watched.query_on_target else proxy) for proxy in proxies)
-    meeting = watched.meeting_flops
-    spent += flops.scoring_flops(target, tokens, supervised, meeting["target"])
-    return spent + sum(flops.scoring_flops(proxy, tokens, supervised, meeting["proxy"]) for proxy in proxies)
+    on_target, on_proxy = watched.meeting_flops["target"], watched.meeting_flops["proxy"]
+    spent += flops.scoring_flops(target, tokens, supervised, on_target)
+    return spent + sum(flops.scoring_flops(proxy, tokens, supervised, on_proxy) for proxy in proxies)
