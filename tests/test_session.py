@@ -7,7 +7,7 @@ import pytest
 
 import iprox
 from iprox.progress import Reporter
-from iprox.session import Session
+from iprox.session import Session, draw_rows
 
 
 def warn_from(own: str, other: str) -> None:
@@ -22,3 +22,7 @@ def test_what_the_library_warns_of_is_reported_and_the_rest_left_alone():
         warn_from(own, "/elsewhere/module.py")
     assert session.reporter.take_warnings() == ["of ours"]
     assert len(others) == 1
+
+
+def test_no_rows_are_drawn_where_none_are_asked_for():
+    assert draw_rows("audit", 0, 100, -1, range(40)) == draw_rows("audit", 0, 100, 0, range(40)) == []

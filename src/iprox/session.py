@@ -191,7 +191,7 @@ def draw_rows(name: str, seed: int, total: int, count: int, exclude: Iterable[in
     Each `name` has its own stream, so changing one stage's sample leaves the others alone.
     """
     taken = set(exclude)
-    count = min(count, total - len(taken))
+    count = max(0, min(count, total - len(taken)))
     drawn = random.Random(f"{seed}:{name}").sample(range(total), min(total, count + len(taken)))
     return sorted([row for row in drawn if row not in taken][:count])
 

@@ -313,6 +313,26 @@ def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(
     assert "refine" not in place.done()
 
 
+def test_a_cascade_of_an_influence_function_measures_curvature_on_the_whole_pool(finished, tmp_path):
+    """Its scores are those that the target gives the same rows in the whole pool, not among the best alone."""
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    options = ["--estimator=influence-function", "--curvature-examples=64"]
+    score(finished, [finished.output / "warmup" / target], tmp_path / "whole", *options)
+    refine = [
+        "refine", "--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool",
+        str(finished.pool), "--recall=0.5", "--model", str(finished.output / "warmup" / target), "--max-length=48",
+        "--quiet", "--no-correct", *options,
+    ]  # fmt: skip
+    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    assert main([*refine, "--validation", *tasks, "--output", str(tmp_path / "refined")]) == 0
+    whole, refined = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("whole", "refined"))
+    for task in ("arithmetic", "spelling"):
+        a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (whole, refined))
+        known = np.isfinite(b)
+        assert 0 < known.sum() < len(b)
+        np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3 * np.abs(a).max())
+
+
 def test_a_cascade_that_cannot_be_promised_is_refused_before_any_work(place, capfd):
     assert place.run("--set", "audit.sample=40", "refine.recall=0.9") == 2
     assert "audit 85 or more" in capfd.readouterr().err

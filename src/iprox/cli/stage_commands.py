@@ -224,11 +224,12 @@ def refine(arguments: Namespace) -> dict[str, Any]:
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {
             "models": [checkpoint_fingerprint(arguments.model)],
-            "pool": candidates.scan().fingerprint,
+            "pool": pool.scan().fingerprint,
+            "candidates": candidates.scan().fingerprint,
             "validation": {task: source.scan().fingerprint for task, source in validation.items()},
         }
         model = scoring.ScoredModel(arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence))
-        return scoring.score(session, [model], candidates, validation, file, influence, identity)
+        return scoring.score(session, [model], candidates, validation, file, influence, identity, part_of=pool)
 
     record = options.single_stage(
         session,

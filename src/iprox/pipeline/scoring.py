@@ -83,7 +83,9 @@ def refine(run: Run, context: Context) -> None:
 
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
-        return scoring.score(run.session, models, candidates, run.validation, file, influence, identity)
+        return scoring.score(
+            run.session, models, candidates, run.validation, file, influence, identity, part_of=run.pool
+        )
 
     context.keys["refine"] = run.stage(
         "refine",

@@ -48,8 +48,13 @@ def score(
     settings: InfluenceSection,
     identity: Mapping[str, Any],
     engine: Engine | None = None,
+    part_of: Pool | None = None,
 ) -> StageRecord:
-    """Score a pool at one or more checkpoints; writes `scores.parquet`. Without an engine, in this process."""
+    """Score a pool at one or more checkpoints; writes `scores.parquet`. Without an engine, in this process.
+
+    `part_of` is the pool that this one is chosen from, if it is: curvature is measured on it, so that a row has the
+    score that it would have there.
+    """
     summary = pool.scan()
     first = models[0].path
     tokenizer = session.tokenizer(first)
@@ -58,8 +63,8 @@ def score(
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
     model = skeleton(first, trust_remote_code=session.trust_remote_code)
-    sample = curvature_sample(session, pool, encoder, settings)
-    corpus = _count_terms(session, pool, encoder) if settings.estimator == "bm25" else None
+    sample = curvature_sample(session, part_of or pool, encoder, settings)
+    corpus = _count_terms(session, part_of or pool, encoder) if settings.estimator == "bm25" else None
     checkpoints = [
         ScoringCheckpoint(
             session.loader(model.path),
