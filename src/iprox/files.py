@@ -1,4 +1,4 @@
-"""Write files so that a reader sees the old one or the whole new one."""
+"""Name files as a user does, and write them so that a reader sees the old one or the whole new one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from iprox.errors import InputError
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` expanded.
+
+    Raises:
+        InputError: it is the home of a user who is not there.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: there is no home of such a user") from error
 
 
 @contextmanager

@@ -78,13 +78,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file; choose a folder as output")
-        self.remove_partial()
         earlier: dict[str, Any] = {}
         if self.run.is_file():
-            earlier = read_json(self.run)
+            try:
+                earlier = read_json(self.run)
+            except ValueError as error:
+                raise InputError(f"{self.run}: not JSON ({error}); choose another output folder") from error
             if "identity" not in earlier:
                 raise InputError(f"{self.path}: its run.json is of a single command; choose another output folder")
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty and no iprox run; choose another output folder")
         if fresh:
             earlier = {}
@@ -98,6 +100,7 @@ class RunFolder:
                 "choose another output, or --fresh to replace it"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self.remove_partial()  # not before the folder is known to be ours
         return earlier
 
     def remove_partial(self) -> None:

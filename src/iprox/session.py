@@ -45,6 +45,7 @@ class Session:
         seed: of every draw and order.
         trust_remote_code: whether a model's own code may run.
         chat_template: instead of the tokenizer's own.
+        skip_refused: whether rows that the chat template cannot render have no score, rather than stop the run.
         num_proc: processes that tokenise ahead of scoring; 0 tokenises in this one.
         reporter: where progress and warnings go.
         tracker: where numbers go.
@@ -57,6 +58,7 @@ class Session:
     seed: int = 0
     trust_remote_code: bool = False
     chat_template: str | None = None
+    skip_refused: bool = False
     num_proc: int = 0
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=lambda: Tracker("none", Path(), {}))
@@ -93,6 +95,7 @@ class Session:
             seed=recipe.seed,
             trust_remote_code=recipe.trust_remote_code,
             chat_template=recipe.data.chat_template,
+            skip_refused=recipe.data.on_bad_row == "skip",
             reporter=reporter,
             **({} if recipe.data.num_proc is None else {"num_proc": recipe.data.num_proc}),
         )
@@ -169,7 +172,7 @@ class Session:
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
         """The encoder of a tokenizer; its warnings are reported."""
-        encoder = ChatEncoder(tokenizer, self.max_length, self.chat_template)
+        encoder = ChatEncoder(tokenizer, self.max_length, self.chat_template, skip_refused=self.skip_refused)
         for warning in encoder.warnings:
             self.reporter.warn(warning)
         return encoder

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -263,6 +264,87 @@ def test_output_folders_of_commands_must_be_new(finished, model, tmp_path, refus
         said = refused(*single(finished, command, "--model", model, "--output", tmp_path, *extra))
         assert f"{tmp_path}: exists already" in said
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finished, model, tmp_path, refused):
+    """Its files may have the very names that a command leaves."""
+    target = (
+        finished.output / "warmup" / json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    )
+    refine = ["refine", "--scores", finished.output, "--audit", tmp_path / "none", "--recall=0.5", "--model", target]
+    cases = {
+        "candidates.jsonl": [*refine, "--pool", finished.pool, "--validation", f"a={finished.path / 'spelling.jsonl'}"],
+        "mine.arrow": ["index", "--model", model, "--pool", finished.pool],
+        "scores.parquet": single(finished, "score", "--model", model),
+    }
+    for name, command in cases.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        assert f"{folder}: exists already" in refused(*command, "--quiet", "--output", folder)
+        assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "mine")]
+
+
+def test_what_is_half_written_in_a_foreign_folder_is_left_alone(place, refused):
+    (place.output / "proxy").mkdir(parents=True)
+    (place.output / "proxy/download.partial").write_text("mine")
+    assert "not empty and no iprox run" in refused("run", place.recipe, "--quiet")
+    assert (place.output / "proxy/download.partial").read_text() == "mine"
+
+
+def test_a_selection_over_the_pool_itself(finished, tmp_path, refused):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_bytes(finished.pool.read_bytes())
+    files = ["--scores", finished.output, "--pool", pool, "--output"]
+    assert "is a file of the pool itself" in refused("select", *files, pool, "--count=5")
+    assert pool.read_bytes() == finished.pool.read_bytes()
+    assert "is a directory" in refused("select", *files, tmp_path, "--count=5")
+    assert "choose another place" in refused("select", *files, pool / "out.jsonl", "--count=5")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "said"),
+    [(["tokens"], "no column 'tokens'"), (["influence/spelling", "influence/arithmetic"], "influence/TASK")],
+)
+def test_a_table_that_holds_no_scores(finished, tmp_path, refused, dropped, said):
+    table = pq.read_table(finished.output / "scores.parquet")
+    pq.write_table(table.drop_columns(dropped), tmp_path / "scores.parquet")
+    options = ["--pool", finished.pool, "--count=5", "--output", tmp_path / "o.jsonl"]
+    assert said in refused("select", "--scores", tmp_path, *options)
+    whole = (finished.output / "scores.parquet").read_bytes()
+    (tmp_path / "scores.parquet").write_bytes(whole[: len(whole) // 2])
+    assert "not a readable Parquet file" in refused("select", "--scores", tmp_path, *options)
+
+
+def test_an_unreadable_record_of_a_run(copied, refused):
+    (copied.output / "run.json").write_text("")
+    assert f"{copied.output / 'run.json'}: not JSON" in refused("run", copied.recipe, "--quiet", "--fresh")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["score", "--seed=-1"], "--seed: must be at least 0"),
+        (["score", "--num-proc=-1"], "--num-proc: must be at least 0"),
+        (["score", "--query=proxy", "--target=x"], "--target x: is not used with --query proxy"),
+        (["score", "--estimator=length", "--target=x"], "--target x: is not used with --estimator length"),
+        (["audit", "--lds=5"], "--lds 5: "),
+    ],
+)
+def test_options_that_cannot_be_meant(finished, tmp_path, refused, given, said):
+    model = [
+        "--model",
+        finished.output / "proxy",
+        *(["--proxy", finished.output / "proxy"] if "audit" in given else []),
+    ]
+    assert said in refused(*single(finished, given[0], *model, "--output", tmp_path / "out", *given[1:]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_cascade_looks_for_goes_with_one(finished, tmp_path, refused):
+    files = ["--scores", finished.output, "--audit", finished.output / "audit", "--pool", finished.pool]
+    said = refused("refine", *files, "--output", tmp_path / "out", "--fraction=0.1")
+    assert "--fraction says what --recall looks for" in said
 
 
 def test_scores_of_another_pool(finished, tmp_path, refused):

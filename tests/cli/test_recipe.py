@@ -4,7 +4,16 @@ import pytest
 import yaml
 
 from iprox.errors import InputError
-from iprox.recipe import STAGES, InfluenceSection, Recipe, SelectSection, load_recipe, parse_recipe, validate_section
+from iprox.recipe import (
+    STAGES,
+    InfluenceSection,
+    LdsSection,
+    Recipe,
+    SelectSection,
+    load_recipe,
+    parse_recipe,
+    validate_section,
+)
 
 SMALLEST = {"model": "m", "data": {"pool": "p.jsonl", "validation": {"t": "v.jsonl"}}, "output": "o"}
 
@@ -64,6 +73,10 @@ def test_defaults_are_those_of_the_design():
         (with_section(audit={"sample": "many"}), "audit.sample: "),
         (with_section(engine={"ray": {"worker": 2}}), "unknown key 'engine.ray.worker'; did you mean 'workers'?"),
         (with_section(engine="spark"), "engine: "),
+        (with_section(seed=-1), "seed: "),
+        (with_section(seed=2**32), "seed: "),
+        (with_section(refine={"recall": 0.9}, select={"threshold": 0.0}), "which select.threshold passes over"),
+        (with_section(refine={"recall": 0.9}, select={"source_cap": 0}), "which select.source_cap passes over"),
         ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
     ],
 )
@@ -102,6 +115,45 @@ def test_null_takes_a_value_of_the_file_away(file):
     file.write_text(yaml.safe_dump({**raw, "select": {"fraction": 0.1}}))
     recipe = load_recipe(file, ["select.count=7", "select.fraction=null"])
     assert (recipe.select.count, recipe.select.fraction) == (7, None)
+
+
+def test_a_fault_of_a_whole_section_does_not_show_all_of_it():
+    with pytest.raises(InputError) as refusal:
+        parse_recipe(with_section(proxy={"method": "off-the-shelf"}))
+    assert "given:" not in str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        validate_section(SelectSection, strategy="diverse")
+    assert str(refusal.value).startswith("the strategy diverse takes `features`")
+
+
+def test_an_option_of_another_name_than_its_key_is_named():
+    with pytest.raises(InputError, match=r"^--lds 5: "):
+        validate_section(LdsSection, {"subsets": "--lds"}, subsets=5)
+
+
+def test_a_key_given_twice_is_refused(file):
+    file.write_text("select: {count: 3}\n" + file.read_text() + "select: {count: 5}\n")
+    with pytest.raises(InputError, match="the key 'select' is given twice"):
+        load_recipe(file)
+    file.write_text(file.read_text().replace("select: {count: 5}\n", "").replace("count: 3", "count: 3, count: 4"))
+    with pytest.raises(InputError, match="the key 'count' is given twice"):
+        load_recipe(file)
+
+
+def test_a_home_is_meant_by_a_tilde_everywhere(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    raw = {**SMALLEST, "model": "~/m", "output": "~/runs/a", "data": {"pool": "~/p.jsonl", "validation": {"t": "~/v"}}}
+    recipe = parse_recipe(raw).resolved()
+    assert [recipe.model, recipe.output] == [str(tmp_path / "m"), str(tmp_path / "runs/a")]
+    assert recipe.data.pool == [str(tmp_path / "p.jsonl")]
+    with pytest.raises(InputError, match="there is no home of such a user"):
+        parse_recipe({**raw, "output": "~nobody-of-that-name/x"}).resolved()
+
+
+def test_a_template_given_as_source_may_be_long(file):
+    raw = {**SMALLEST, "data": {**SMALLEST["data"], "chat_template": "{{ messages }}" * 500}}
+    assert parse_recipe(raw).resolved().data.chat_template == "{{ messages }}" * 500
 
 
 @pytest.mark.parametrize("override", ["proxy.sparsity", "=3", "proxy..sparsity=0.5", "seed=[1", "model.name=x", "."])

@@ -1,7 +1,9 @@
 """Going on with a run: what is skipped, what is done again, and that the bytes are those of a run without a stop."""
 
 import json
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -120,6 +122,48 @@ def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, mon
     assert copied.run() == 0
     assert copied.result() == resumed
     assert not (copied.output / "scores.parquet.shards").exists()
+
+
+@pytest.mark.parametrize("left", ["scores.parquet.partial", "scores.parquet"])
+def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, monkeypatch, left):
+    """Killed outright, so that nothing is tidied away: the merged file is half written, or whole beside its shards."""
+    options = ["--model", str(finished.output / "aligned"), "--pool", str(finished.pool), "--max-length=48", "--quiet"]
+    options += ["--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
+    assert main(["score", *options, "--output", str(tmp_path / "whole")]) == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "merge_shards", stop)
+        assert main(["score", *options, "--output", str(tmp_path / "scores")]) == 130
+    (tmp_path / "scores" / left).write_bytes(b"half")
+    assert main(["score", *options, "--output", str(tmp_path / "scores")]) == 0
+    whole, resumed = (tmp_path / name / "scores.parquet" for name in ("whole", "scores"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert sorted(file.name for file in resumed.parent.iterdir()) == ["run.json", "scores.parquet"]
+
+
+def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(place, refused):
+    """It is met while scoring, after other work, and none of that is done again."""
+    template = place.path / "strict.jinja"
+    own = Path(yaml.safe_load(place.recipe.read_text())["model"]) / "chat_template.jinja"
+    strict = "{% for m in messages if 'forbidden' in m.content %}{{ raise_exception('not this one') }}{% endfor %}"
+    template.write_text(strict + own.read_text())
+    row = next(row for row in range(199, 0, -1) if row not in draw_rows("warmup", 0, 200, 64))
+    lines = place.pool.read_text().splitlines()
+    changed = json.loads(lines[row])
+    changed["messages"][0]["content"] += " forbidden"
+    lines[row] = json.dumps(changed)
+    place.pool.write_text("\n".join(lines) + "\n")
+    options = ["proxy=false", "audit=false", "warmup.fraction=0.06", f"data.chat_template={template}"]
+    said = refused("run", place.recipe, "--quiet", "--set", *options)
+    assert f"pool.jsonl:{row + 1}: the chat template refuses this row: not this one (--on-bad-row skip" in said
+    assert place.run("--set", *options, "data.on_bad_row=skip") == 0
+    assert place.done() == ["score", "select", "attribute", "report"]
+    influence = pq.read_table(place.output / "scores.parquet")["influence"]
+    assert [number for number, value in enumerate(influence.to_pylist()) if value is None] == [row]
+    assert "or the chat template refuses them" in place.record()["stages"]["score"]["warnings"][0]
 
 
 def windows_of_100(init):

@@ -221,6 +221,17 @@ def test_a_row_that_the_template_refuses_is_named():
         encode(ChatEncoder(TOKENIZER, 100, strict), good, TWO_TURNS)
 
 
+def test_rows_that_the_template_refuses_can_be_left_without_labels():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user goes first') }}{% endif %}" + MARKED
+    good, bad = chat(("user", "Q"), ("assistant", "A")), chat(("system", "S"), ("user", "Q"), ("assistant", "A"))
+    alone = encode(ChatEncoder(TOKENIZER, 100, strict), good)[0]
+    first, refused, last = encode(ChatEncoder(TOKENIZER, 100, strict, skip_refused=True), good, bad, good)
+    assert refused.supervised == 0
+    for kept in (first, last):
+        assert kept.input_ids.tolist() == alone.input_ids.tolist()
+        assert kept.labels.tolist() == alone.labels.tolist()
+
+
 def test_marks_that_mark_nothing_are_refused():
     useless = UNMARKED + "{% if false %}{% generation %}x{% endgeneration %}{% endif %}"
     with pytest.raises(InputError, match="row:1: the chat template marks no assistant token"):

@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import resource
 import tracemalloc
 
 import datasets
@@ -255,7 +257,7 @@ def test_json_arrays_read_in_chunks(tmp_path_factory, rows, indent, chunk):
     path = tmp_path_factory.mktemp("j") / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iprox.data.readers, "_CHUNK", chunk)
+        patch.setattr(iprox.data.readers, "_ARRAY_CHUNK", chunk)
         read = [record.data for record in iprox.data.readers.open_file(path, "a", "a").records()]
     assert read == rows
 
@@ -328,6 +330,45 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         Pool([{"text": "a", "image": b"x"}]).write_rows([0], out)
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_output_that_is_the_pool_itself_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "pool.jsonl", [row(i) for i in range(5)])
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="is a file of the pool itself"):
+        Pool(path).write_rows([0, 1], tmp_path / "." / "pool.jsonl")
+    assert path.read_bytes() == before
+
+
+def test_rows_of_more_files_than_may_be_open_are_written(tmp_path):
+    for number in range(60):
+        write_jsonl(tmp_path / f"{number:02d}.jsonl", [row(number)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 20, hard))
+    try:
+        Pool(str(tmp_path / "*.jsonl")).write_rows(range(59, -1, -1), tmp_path / "out" / "o.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    written = [json.loads(line)["id"] for line in (tmp_path / "out/o.jsonl").read_text().splitlines()]
+    assert written == [f"r{number}" for number in range(59, -1, -1)]
+
+
+def test_what_could_not_be_written_is_refused_when_it_is_scanned(tmp_path):
+    write_parquet(tmp_path / "b.parquet", [{"text": "a", "image": b"x"}, {"text": "b", "image": b"y"}])
+    with pytest.raises(InputError, match=r"b.parquet:1: a column holds bytes, which JSON cannot; remove the column"):
+        Pool(tmp_path / "b.parquet").scan()
+
+
+def test_numbers_that_json_has_no_word_for_are_null(tmp_path):
+    rows = [{"text": "a", "score": float("nan"), "more": [{"x": float("inf")}, 1.5]}]
+    Pool(rows).write_rows([0], tmp_path / "o.jsonl")
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    line = json.loads((tmp_path / "o.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"text": "a", "score": None, "more": [{"x": None}, 1.5]}
 
 
 def test_fingerprint_is_of_names_and_bytes(tmp_path):

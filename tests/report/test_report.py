@@ -23,6 +23,7 @@ from iprox.report.charts import safe_json
 from iprox.report.examples import MOST_CHARACTERS, extreme_rows
 from iprox.report.fidelity_charts import fidelity_chart, top_rows
 from iprox.report.proxy_charts import layers_by_kind, rank_chart
+from iprox.report.run_folder import read_run_folder
 from iprox.report.score_charts import score_histogram, source_chart, source_shares
 from iprox.report.shading import shaded
 from iprox.report.training_charts import thin
@@ -317,7 +318,7 @@ def test_report_is_replaced_whole(make_run: MakeRun, monkeypatch: pytest.MonkeyP
     assert (run / "report.html").read_text() == "old"
     build_report(run)
     assert (run / "report.html").stat().st_size > 1_000_000
-    assert not list(run.glob(".report*"))
+    assert not list(run.glob("*.partial"))
 
 
 def test_null_sources_and_unscored_pool(make_run: MakeRun) -> None:
@@ -330,6 +331,10 @@ def test_null_sources_and_unscored_pool(make_run: MakeRun) -> None:
     pq.write_table(table, run / "scores.parquet")
     assert "No row has a score." in build(run).text
     write_json(run / "selection.json", {"strategy": "random", "threshold": None, "rows": [5, 1]})
+    assert read_run_folder(run).selection is None  # of an earlier start, whose scores were others
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["select"] = record["stages"]["score"]
+    write_json(run / "run.json", record)
     assert "The rows of this pool name no source." in build(run).text
 
 

@@ -95,6 +95,12 @@ def test_a_threshold_leaves_fewer_and_says_so(scores_of):
         select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=9.0))
 
 
+def test_limits_that_leave_no_row_are_named(scores_of):
+    scores = scores_of([0.0, 1.0, 2.0], ["x"] * 3)
+    with pytest.raises(InputError, match=r"no row can be chosen .*cap"):
+        select_rows(scores, SelectionSettings(count=2, threshold=1.0, source_cap=0.3))
+
+
 def test_no_length_is_favoured_where_length_is_controlled(scores_of):
     """Scores that fall with the length, plus noise: top takes the short, with control every length has its share."""
     rng = np.random.default_rng(0)

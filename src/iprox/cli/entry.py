@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except PermissionError as error:
         return _refuse(f"{error.filename or 'output'}: permission denied; choose another place or change its rights")
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        return _refuse(f"{error.filename}: {(error.strerror or 'not to be written').lower()}; choose another place")
     except Exception as error:
         if _disk_is_full(error):
             place = getattr(error, "filename", None) or getattr(arguments, "output", None) or "the output folder"

@@ -17,7 +17,7 @@ def index(arguments: Namespace) -> dict[str, Any]:
     """`iprox index`."""
     settings = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
-    output = options.resumable_folder(arguments.output, IDENTITY, "*.arrow", "*.partial")
+    output = options.resumable_folder(arguments.output, IDENTITY, IDENTITY, "*.arrow", "*.partial")
     session.read(pool)
     warmed = None
     if settings.estimator == "adam":

@@ -12,6 +12,7 @@ from typing import Any
 
 from iprox.data import Pool
 from iprox.errors import InputError
+from iprox.files import expanded
 from iprox.models.loading import load_config, model_fingerprint
 from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
@@ -32,6 +33,7 @@ def session_of(arguments: Namespace) -> Session:
         arguments.dtype or "auto",
         trust_remote_code=getattr(arguments, "trust_remote_code", False),
         chat_template=getattr(arguments, "chat_template", None),
+        skip_refused=getattr(arguments, "on_bad_row", "stop") == "skip",
         reporter=Reporter(arguments.quiet),
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -129,6 +131,9 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
             raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
         return None
     if settings.query == "proxy" or settings.gradient_free:
+        if arguments.target:
+            why = f"--estimator {settings.estimator} takes no gradients" if settings.gradient_free else "--query proxy"
+            raise InputError(f"--target {arguments.target}: is not used with {why}; leave one of the two out")
         return None
     target = arguments.target or proxy["target"]
     try:
@@ -194,16 +199,25 @@ def new_folder(path: str) -> Path:
     Raises:
         InputError: it holds something.
     """
-    folder = Path(path)
+    folder = expanded(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; choose another output or remove it")
     return folder
 
 
-def resumable_folder(path: str, *left: str) -> Path:
-    """An output folder that holds nothing, or only what an interrupted command leaves (names or patterns)."""
-    folder = Path(path)
-    if folder.is_dir() and all(any(fnmatch(file.name, name) for name in left) for file in folder.iterdir()):
+def resumable_folder(path: str, marker: str, *left: str) -> Path:
+    """An output folder that holds nothing, or what an interrupted command left.
+
+    Args:
+        path: the folder.
+        marker: the file in it by which the command knows what it left; without it nothing there is taken for ours.
+        left: names or patterns of all that the command may have left.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    folder = expanded(path)
+    if (folder / marker).is_file() and all(any(fnmatch(file.name, name) for name in left) for file in folder.iterdir()):
         return folder
     return new_folder(path)
 
@@ -219,8 +233,10 @@ def single_stage(
     """Do one stage by itself and write its `run.json` beside its output.
 
     What it leaves half-made goes, unless files of the pattern `kept` are there, which the same command goes on after.
+    What was there before stays.
     """
     existed = output.exists()
+    before = set(output.iterdir()) if existed else set()
     try:
         with session.metered() as usage:
             record = work()
@@ -238,9 +254,8 @@ def single_stage(
         )
     except BaseException:
         if kept is None or not any(output.glob(kept)):
-            shutil.rmtree(output, ignore_errors=True)
-            if existed:
-                output.mkdir()
+            for made in set(output.iterdir()) - before if existed else {output}:
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
         shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
         raise
     if not arguments.json:

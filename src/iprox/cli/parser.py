@@ -7,7 +7,7 @@ from typing import Any
 
 import shtab
 
-from iprox.cli.parser_options import command
+from iprox.cli.parser_options import above_zero, command
 from iprox.cli.stage_parsers import (
     add_align,
     add_audit,
@@ -107,7 +107,7 @@ def add_plan(commands: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--tflops", type=float, help="GEMM rate to assume in TFLOP/s (default: measured here)")
+    parser.add_argument("--tflops", type=above_zero, help="GEMM rate to assume in TFLOP/s (default: measured here)")
 
 
 def add_report(commands: Any) -> None:

@@ -27,7 +27,7 @@ def command(commands: Any, name: str, summary: str, example: str) -> argparse.Ar
     module = MODULES.get(name, stage_commands)
     parser.set_defaults(command=name, run=getattr(module, name))
     common = parser.add_argument_group("options of every command")
-    common.add_argument("--seed", type=int, default=None, help="seed of every draw and order (default 0)")
+    common.add_argument("--seed", type=seed, default=None, help="seed of every draw and order (default 0)")
     common.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -46,7 +46,7 @@ def streaming_option(parser: argparse.ArgumentParser) -> None:
     """Of commands that read a pool as a stream."""
     parser.add_argument(
         "--num-proc",
-        type=int,
+        type=not_negative,
         default=None,
         metavar="N",
         help="processes that tokenise ahead (default: none on a CPU, up to 4 on an accelerator)",
@@ -67,6 +67,30 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """A whole number, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """What every library's generator takes."""
+    value = not_negative(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2**32, not {value}")
     return value
 
 
@@ -118,6 +142,12 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.9 on a "
         "proxy, 1 on a model itself)",
     )
+    aggregation_options(parser)
+    compile_option(parser)
+
+
+def norm_sketch_option(parser: argparse.ArgumentParser) -> None:
+    """Of commands that score a proxy."""
     parser.add_argument(
         "--norm-sketch",
         type=int,
@@ -125,8 +155,6 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         help="of --normalise cosine on a proxy: random signs a layer that norms of candidates are estimated from, "
         "which saves time on rows of more tokens than that; 0 is exact (default 32)",
     )
-    aggregation_options(parser)
-    compile_option(parser)
 
 
 def gradient_option(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,9 @@ from iprox import hub
 from iprox.cli import options, summary
 from iprox.data import Pool
 from iprox.errors import InputError
+from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
+from iprox.influence.shards import IDENTITY
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, stored_dtype
 from iprox.models.saving import save_model
@@ -62,10 +64,16 @@ def compress(arguments: Namespace) -> dict[str, Any]:
     """`iprox compress`."""
     settings = validate_section(
         ProxySection,
+        {"model": "--proxy-model"},
         **{name: getattr(arguments, name) for name in (*SIZES, "method", "ranks")},
         ridge=arguments.ridge,
         model=arguments.proxy_model,
-        probe=validate_section(ProbeSection, labels=arguments.probe_labels, tokens=arguments.probe_tokens),
+        probe=validate_section(
+            ProbeSection,
+            {"labels": "--probe-labels", "tokens": "--probe-tokens"},
+            labels=arguments.probe_labels,
+            tokens=arguments.probe_tokens,
+        ),
     )
     session, pool = options.session_of(arguments), options.pool_of(arguments.probe, arguments, "probe")
     output = options.new_folder(arguments.output)
@@ -135,7 +143,8 @@ def score(arguments: Namespace) -> dict[str, Any]:
     rates = options.learning_rates_of(arguments.model, arguments.learning_rates)
     if settings.gradient_free and len(rates) > 1:
         raise InputError(f"--model: checkpoints are summed by TracIn; {settings.estimator} takes one model")
-    output = options.resumable_folder(arguments.output, SHARDS)
+    marker = f"{SHARDS}/{IDENTITY}"
+    output = options.resumable_folder(arguments.output, marker, SHARDS, "scores.parquet", "*.partial")
     identity = {
         "models": [checkpoint_fingerprint(model) for model in arguments.model],
         "pool": session.read(pool).fingerprint,
@@ -167,7 +176,7 @@ def select(arguments: Namespace) -> dict[str, Any]:
         source_cap=options.cap_of(arguments.source_cap),
     )
     session = options.session_of(arguments)
-    output = Path(arguments.output)
+    output = expanded(arguments.output)
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = options.pool_of(arguments.pool, arguments)
@@ -185,9 +194,14 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     validation = options.tasks_of(arguments.validation, arguments)
     retrain = arguments.lds and validate_section(
-        LdsSection, subsets=arguments.lds, learning_rate=arguments.lds_learning_rate
+        LdsSection,
+        {"subsets": "--lds", "learning_rate": "--lds-learning-rate"},
+        subsets=arguments.lds,
+        learning_rate=arguments.lds_learning_rate,
     )
-    output = options.resumable_folder(arguments.output, "audit.json", "audit.parquet", lds.LOSSES)
+    output = options.resumable_folder(
+        arguments.output, lds.LOSSES, "audit.json", "audit.parquet", lds.LOSSES, "*.partial"
+    )
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 
@@ -210,15 +224,17 @@ def audit(arguments: Namespace) -> dict[str, Any]:
 def refine(arguments: Namespace) -> dict[str, Any]:
     """`iprox refine`."""
     settings = validate_section(RefineSection, correct=arguments.correct, recall=arguments.recall)
-    chosen = validate_section(
-        SelectSection, fraction=arguments.fraction, count=arguments.count, strategy=arguments.strategy
-    )
+    asked = {name: getattr(arguments, name) for name in ("fraction", "count", "strategy")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if asked and settings.recall is None:
+        raise InputError(f"--{next(iter(asked))} says what --recall looks for, which is not given; leave it out")
+    chosen = validate_section(SelectSection, **asked)
     influence = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     if (settings.recall is not None) != bool(arguments.model and arguments.validation):
         raise InputError("--recall goes with --model and --validation, with which the best rows are scored again")
     validation = options.tasks_of(arguments.validation, arguments)
-    output = options.resumable_folder(arguments.output, "candidates.*")
+    output = options.resumable_folder(arguments.output, f"candidates.parquet.shards/{IDENTITY}", "candidates.*")
     session.read(pool)
 
     def on_target(candidates: Pool, file: Path) -> StageRecord:

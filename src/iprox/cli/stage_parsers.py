@@ -12,6 +12,7 @@ from iprox.cli.parser_options import (
     gradient_option,
     held_out_options,
     influence_options,
+    norm_sketch_option,
     number_or_auto,
     positive,
     query_option,
@@ -147,6 +148,7 @@ def add_score(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--output", required=True, help="folder for scores.parquet")
     influence_options(parser)
+    norm_sketch_option(parser)
     streaming_option(parser)
     reading_options(parser)
 
@@ -229,6 +231,7 @@ def add_audit(commands: Any) -> None:
         "--lds-learning-rate", type=float, default=2e-5, metavar="RATE", help="of each training (default 2e-5)"
     )
     influence_options(parser)
+    norm_sketch_option(parser)
     reading_options(parser)
 
 
@@ -266,7 +269,6 @@ def add_refine(commands: Any) -> None:
     parser.add_argument(
         "--strategy",
         choices=("top", "round-robin", "balanced"),
-        default="top",
         help="with --recall: how rows will be selected: by all tasks together (top, default) or by each",
     )
     influence_options(parser)

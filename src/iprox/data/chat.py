@@ -39,6 +39,10 @@ class Encoded:
         return int(np.count_nonzero(self.labels[1:] != IGNORE))
 
 
+class RefusedRowError(InputError):
+    """The chat template cannot render one row, or not so that its assistant tokens can be told."""
+
+
 class ChatEncoder:
     """Turns examples into tokens and labels, the same that TRL's `SFTTrainer` trains on.
 
@@ -50,6 +54,8 @@ class ChatEncoder:
         max_length: Longest length in tokens. Of longer examples the answer is kept and the prompt is cut from
             the left (see `fit`).
         chat_template: Instead of the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
+        skip_refused: Whether a row that the chat template cannot render becomes one without a supervised token,
+            which is counted and never selected.
 
     Attributes:
         chat_template: The template in use (Jinja source), None if there is none.
@@ -61,7 +67,9 @@ class ChatEncoder:
         InputError: The tokenizer is a slow one, `max_length` is below 2, or the template cannot be read.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, chat_template: str | None = None, *, skip_refused: bool = False
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
                 f"{type(tokenizer).__name__} is a slow tokenizer and cannot say which characters a token covers; "
@@ -71,6 +79,7 @@ class ChatEncoder:
             raise InputError(f"max length must be at least 2 tokens, not {max_length}")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.skip_refused = skip_refused
         choice = choose_template(tokenizer, chat_template)
         self.chat_template = choice.template
         self.mode = choice.rule
@@ -88,7 +97,7 @@ class ChatEncoder:
 
         Raises:
             InputError: Messages without a chat template, a template that refuses a row or whose turns cannot be
-                told apart, or plain text with a tokenizer that has no EOS token.
+                told apart (unless such rows are skipped), or plain text with a tokenizer that has no EOS token.
         """
         # Chunks bound the memory of the tokenizer's own results, which are far larger than ours.
         chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
@@ -113,6 +122,20 @@ class ChatEncoder:
                 f"{examples[0].origin}: the row has messages, but the tokenizer has no chat template; "
                 "name one: --chat-template chatml (or a Jinja file)"
             )
+        try:
+            return self._render(examples)
+        except RefusedRowError:
+            if not self.skip_refused:
+                raise
+        return [self._rendered_or_empty(example) for example in examples]
+
+    def _rendered_or_empty(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            return self._render([example])[0]
+        except RefusedRowError:
+            return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
+
+    def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         rows = self._by_boundary(examples) if self.mode == "boundary" else self._by_mask(examples)
         # A conversational prompt may hold assistant turns of its own: TRL supervises only after the prompt.
         with_prompt = [index for index, example in enumerate(examples) if example.supervised_from]
@@ -132,7 +155,7 @@ class ChatEncoder:
         for example, ids, marks in zip(examples, out["input_ids"], out["assistant_masks"], strict=True):
             mask = np.asarray(marks, dtype=bool)
             if not mask.any():
-                raise InputError(
+                raise RefusedRowError(
                     f"{example.origin}: the chat template marks no assistant token in this row; "
                     "put {% generation %} and {% endgeneration %} around what the assistant says"
                 )
@@ -189,7 +212,7 @@ class ChatEncoder:
             text, origin = texts[index], examples[index].origin
             head = next(heads) if turns else self._first_head(whole, origin)
             if not (whole.startswith(head) and text.startswith(whole)):
-                raise InputError(
+                raise RefusedRowError(
                     f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
                     "so the assistant's tokens cannot be told; use a template that marks them with "
                     "{% generation %} (--chat-template FILE)"
@@ -206,7 +229,7 @@ class ChatEncoder:
         opening = asked[len(plain) :] if asked.startswith(plain) else ""
         at = whole.find(opening)
         if not opening or at < 0:
-            raise InputError(
+            raise RefusedRowError(
                 f"{origin}: the conversation opens with an assistant turn, and the chat template does not show "
                 "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
             )
@@ -264,7 +287,10 @@ class ChatEncoder:
                 try:
                     apply([chat], chat_template=self.chat_template, **kwargs)
                 except (TemplateError, TypeError, ValueError) as refusal:
-                    raise InputError(f"{example.origin}: the chat template refuses this row: {refusal}") from refusal
+                    raise RefusedRowError(
+                        f"{example.origin}: the chat template refuses this row: {refusal} (--on-bad-row skip leaves "
+                        "such rows out)"
+                    ) from refusal
             raise InputError(f"the chat template cannot be used: {error}") from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from iprox.errors import InputError
+from iprox.files import expanded
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 HUB_PREFIX = "hf://datasets/"
@@ -72,7 +73,7 @@ def _unique(choices: list[list[str]], paths: Sequence[Path]) -> list[str]:
 
 
 def _expand(pattern: str, name: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = expanded(pattern)
     if path.is_dir():
         return _folder(path, name)
     if path.exists():  # before globbing: a file name may hold brackets

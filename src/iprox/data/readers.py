@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from iprox.data.locate import HUB_PREFIX
 from iprox.errors import InputError
 
 _CHUNK = 1 << 20
+# Of a JSON array: what is left of a chunk is copied for every element, so a large one costs more than it saves.
+_ARRAY_CHUNK = 1 << 14
 _PARQUET_ROWS = 256
 
 
@@ -172,7 +176,7 @@ def json_line(data: Mapping[str, Any], origin: str) -> bytes:
         origin: File and row for messages.
 
     Returns:
-        UTF-8 bytes that end with a newline.
+        UTF-8 bytes that end with a newline; NaN and infinities are null, as pandas writes them.
 
     Raises:
         InputError: A column holds what JSON cannot (bytes, images).
@@ -183,12 +187,27 @@ def json_line(data: Mapping[str, Any], origin: str) -> bytes:
             return value.isoformat()
         raise TypeError(type(value).__name__)
 
+    dumps = functools.partial(json.dumps, default=other, allow_nan=False)
     try:
-        return json.dumps(data, ensure_ascii=False, default=other).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate in a column that is not read
-        return json.dumps(data, default=other).encode() + b"\n"
+        try:
+            text = dumps(data, ensure_ascii=False)
+        except ValueError:  # JSON has no word for NaN and infinity
+            data = _finite(data)
+            text = dumps(data, ensure_ascii=False)
+        try:
+            return text.encode() + b"\n"
+        except UnicodeEncodeError:  # a lone surrogate in a column that is not read
+            return dumps(data).encode() + b"\n"
     except TypeError as error:
         raise InputError(f"{origin}: a column holds {error}, which JSON cannot; remove the column") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
@@ -234,7 +253,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 def _json_array(file: Any, path: Path) -> Iterator[Record]:
     decode = json.JSONDecoder().raw_decode
-    buffer, row, separator, size = "", 0, "[", _CHUNK
+    buffer, row, separator, size = "", 0, "[", _ARRAY_CHUNK
 
     while True:
         buffer = buffer.lstrip()
@@ -265,9 +284,9 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
             buffer += chunk
             size *= 2  # a long element is parsed again after each read: doubling keeps the total linear
             continue
-        row, buffer, separator, size = row + 1, body[end:], ",", _CHUNK
+        row, buffer, separator, size = row + 1, body[end:], ",", _ARRAY_CHUNK
         yield Record(row, data)
-    if (buffer[1:] + file.read(_CHUNK)).strip():
+    if (buffer[1:] + file.read(_ARRAY_CHUNK)).strip():
         raise InputError(f"{path}: not JSON: there is more after the end of the array")
 
 

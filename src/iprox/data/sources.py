@@ -9,6 +9,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from iprox.data.formats import BadRowError, Example, to_example
 from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
 from iprox.errors import InputError
+from iprox.files import replacing
 
 if TYPE_CHECKING:
     import datasets
@@ -93,7 +95,8 @@ class Pool:
             The summary.
 
         Raises:
-            InputError: There are bad rows (and `on_bad_row="stop"`), two rows have the same id, or no row is good.
+            InputError: There are bad rows (and `on_bad_row="stop"`), two rows have the same id, no row is good, or
+                rows hold what could not be written as JSON when they are selected.
         """
         if self._summary is None:
             self._summary = self._scan(progress)
@@ -127,46 +130,47 @@ class Pool:
             ids: The ids that the rows should have, if they are known.
 
         Raises:
-            InputError: The pool has no such row, a row has another id, or a column holds what JSON cannot.
+            InputError: The pool has no such row, a row has another id, a column holds what JSON cannot, or `path` is
+                a file of the pool.
         """
         path = Path(path)
+        if any(reader.path is not None and _same_file(reader.path, path) for reader in self._readers):
+            raise InputError(f"{path}: is a file of the {self.name} itself; choose another output")
         path.parent.mkdir(parents=True, exist_ok=True)
         wanted = [int(row) for row in rows]
         expected = dict(zip(wanted, ids, strict=True)) if ids is not None else {}
-        places: dict[int, tuple[Reader | None, int, int]] = {}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            # Rows of other formats go to a spool file first, because they are met in another order.
-            with temporary.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
-                for example, record, reader in self._chosen(wanted):
-                    if expected and expected[example.row] != example.id:
-                        raise InputError(
-                            f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
-                            "the scores are of another pool, or of the same files in another order"
-                        )
-                    if record.offset >= 0:
-                        places[example.row] = (reader, record.offset, record.length)
-                    else:
-                        line = json_line(record.data, example.origin)
-                        places[example.row] = (None, spool.tell(), len(line))
-                        spool.write(line)
-                opened = {reader: reader.path.open("rb") for reader, _, _ in places.values() if reader and reader.path}
-                try:
-                    for row in wanted:
-                        reader, offset, length = places[row]
-                        file = opened[reader] if reader else spool
-                        file.seek(offset)
-                        line = file.read(length)
-                        # A byte order mark belongs to the file's start, not to the row.
-                        line = line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line
-                        out.write(line if line.endswith(b"\n") else line + b"\n")
-                finally:
-                    for file in opened.values():
-                        file.close()
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        places: dict[int, tuple[int, int]] = {}
+        # Rows go to a spool file first, because they are met in another order.
+        with replacing(path) as partial, partial.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
+            for example, line in self._lines(wanted):
+                if expected and expected[example.row] != example.id:
+                    raise InputError(
+                        f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
+                        "the scores are of another pool, or of the same files in another order"
+                    )
+                places[example.row] = (spool.tell(), len(line))
+                spool.write(line)
+            for row in wanted:
+                offset, length = places[row]
+                spool.seek(offset)
+                out.write(spool.read(length))
+
+    def _lines(self, wanted: Sequence[int]) -> Iterator[tuple[Example, bytes]]:
+        """Chosen rows as JSON lines, in the pool's order; one file is open at a time, however many there are."""
+        with ExitStack() as stack:
+            last, file = None, None
+            for example, record, reader in self._chosen(wanted):
+                if record.offset < 0 or reader.path is None:
+                    yield example, json_line(record.data, example.origin)
+                    continue
+                if file is None or reader is not last:
+                    stack.close()
+                    last, file = reader, stack.enter_context(reader.path.open("rb"))
+                file.seek(record.offset)
+                line = file.read(record.length)
+                # A byte order mark belongs to the file's start, not to the row.
+                line = line.removeprefix(b"\xef\xbb\xbf") if record.offset == 0 else line
+                yield example, line if line.endswith(b"\n") else line + b"\n"
 
     def _good_rows(self, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[Example, Record, Reader]]:
         """Every good row with its raw record; `on_bad(origin, reason)` hears of the others."""
@@ -218,8 +222,12 @@ class Pool:
                 hash_file(digest, reader.path)
         sources: Counter[str] = Counter()
         hashes = array("Q")
+        writable: set[Reader] = set()
         for example, record, reader in self._good_rows(note):
             hashes.append(_hash64(example.id))
+            if record.offset < 0 and reader not in writable:
+                json_line(record.data, example.origin)  # refused now rather than when rows are selected
+                writable.add(reader)
             if progress is not None and len(hashes) % _PROGRESS_ROWS == 0:
                 progress(_PROGRESS_ROWS)
             if example.source is not None:
@@ -292,6 +300,10 @@ def _open(patterns: Any, name: str) -> list[Reader]:
         open_place = open_saved if is_saved_dataset(place) else open_file
         readers.append(open_place(place, label, stem))
     return readers
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.exists() and one.exists() and one.samefile(other)
 
 
 def _hash64(text: str) -> int:

@@ -6,13 +6,13 @@ import copy
 import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from trl.chat_template_utils import get_training_chat_template
 
 from iprox.errors import InputError
+from iprox.files import expanded
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template, "the chat template given"
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8"), f"the chat template {chat_template}"
+        return expanded(chat_template).read_text(encoding="utf-8"), f"the chat template {chat_template}"
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"chat template {chat_template!r} is neither 'chatml' nor Jinja source nor a readable file"

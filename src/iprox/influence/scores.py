@@ -123,7 +123,7 @@ def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
 
 
 def read_scores(path: str | Path) -> pa.Table:
-    """Read a scores table from `scores.parquet` or a folder that holds it.
+    """Read a scores table from `scores.parquet` or a folder that holds it, without scores by validation example.
 
     Raises:
         InputError: there is none, or it is no scores table.
@@ -134,10 +134,11 @@ def read_scores(path: str | Path) -> pa.Table:
     if not file.is_file():
         raise InputError(f"{file}: no such scores file; `iprox score` or `iprox run` writes it")
     try:
-        table = pq.read_table(file)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file}: not a Parquet file: {error}") from error
-    missing = [name for name in ("id", AGGREGATE) if name not in table.column_names]
-    if missing:
-        raise InputError(f"{file}: has no column {missing[0]!r}, so it is no scores table")
-    return table
+        names = pq.read_schema(file).names
+        missing = [name for name in ("id", "source", "tokens", AGGREGATE) if name not in names]
+        if missing or not any(name.startswith(TASK_PREFIX) for name in names):
+            lacking = repr(missing[0]) if missing else f"{TASK_PREFIX}TASK"
+            raise InputError(f"{file}: has no column {lacking}, so it is no scores table")
+        return pq.read_table(file, columns=[name for name in names if not name.startswith(EXAMPLES_PREFIX)])
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error

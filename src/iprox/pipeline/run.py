@@ -160,13 +160,15 @@ def common_key(run: Run) -> list[Any]:
     """What every stage depends on beside its own settings."""
     recipe = run.recipe
     data = recipe.data
+    # Of rows that are all good the same is made either way, so that `skip` can go on where a refused row stopped a run.
+    bad_rows = data.on_bad_row if run.pool.scan().bad_rows else "stop"
     return [
         run.record["identity"],
         run.record["dtype"],
         recipe.seed,
         data.max_length,
         run.template,
-        data.on_bad_row,
+        bad_rows,
     ]
 
 

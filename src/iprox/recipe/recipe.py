@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from iprox.errors import InputError
+from iprox.files import expanded
 from iprox.recipe.influence import InfluenceSection
 from iprox.recipe.section import Section
 from iprox.recipe.sections import (
@@ -45,7 +48,7 @@ class Recipe(Section):
     engine: Literal["local"] | EngineSection = "local"
     tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
     output: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     device: str = "auto"
     batch_tokens: int = Field(4096, ge=1)
@@ -78,7 +81,8 @@ class Recipe(Section):
                     "choose by alone; use top, round-robin or balanced"
                 )
             limits = ("tokens", "threshold", "source_floor", "source_cap", "deduplicate", "control_length")
-            given = [name for name in limits if getattr(self.select, name)]
+            unlimited = SelectSection.model_construct()
+            given = [name for name in limits if getattr(self.select, name) != getattr(unlimited, name)]
             if given:
                 raise ValueError(
                     f"refine.recall scores just as many rows again as are selected by rank, which select.{given[0]} "
@@ -103,25 +107,36 @@ class Recipe(Section):
     def resolved(self) -> Recipe:
         """The same recipe with every local path absolute, so that it runs from anywhere."""
         copy = self.model_copy(deep=True)
-        if Path(copy.model).exists():
-            copy.model = str(Path(copy.model).resolve())
-        if copy.proxy and copy.proxy.model and Path(copy.proxy.model).exists():
-            copy.proxy.model = str(Path(copy.proxy.model).resolve())
-        template = copy.data.chat_template
-        if template and len(template) < 4096 and Path(template).is_file():
-            copy.data.chat_template = str(Path(template).resolve())
+        copy.model = _absolute_if_there(copy.model)
+        if copy.proxy and copy.proxy.model:
+            copy.proxy.model = _absolute_if_there(copy.proxy.model)
+        if copy.data.chat_template:
+            copy.data.chat_template = _absolute_if_there(copy.data.chat_template)
         if copy.select.features:
-            copy.select.features = str(Path(copy.select.features).resolve())
+            copy.select.features = str(expanded(copy.select.features).resolve())
         copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
         copy.data.validation = _absolute_tasks(copy.data.validation)
         if copy.finetune:
             copy.finetune.test = _absolute_tasks(copy.finetune.test)
-        copy.output = str(Path(copy.output).resolve())
+        copy.output = str(expanded(copy.output).resolve())
         return copy
 
     def to_yaml(self) -> str:
         """The recipe as a file that gives the same run again."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's readers keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -138,7 +153,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise InputError(f"{file}: no such recipe file")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -165,8 +180,15 @@ def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
-def validate_section(section: type[AnySection], **values: Any) -> AnySection:
+def validate_section(
+    section: type[AnySection], options: Mapping[str, str] = MappingProxyType({}), /, **values: Any
+) -> AnySection:
     """One section of a recipe from the options of a command.
+
+    Args:
+        section: its type.
+        options: by key, the options that are not named after their key.
+        values: by key.
 
     Raises:
         InputError: a bad value; the option is named.
@@ -176,16 +198,25 @@ def validate_section(section: type[AnySection], **values: Any) -> AnySection:
     except ValidationError as error:
         clauses = []
         for problem in error.errors():
-            option = "--" + ".".join(str(part) for part in problem["loc"]).replace("_", "-") if problem["loc"] else ""
-            clauses.append(
-                f"{option} {problem['input']!r}: {problem['msg'].removeprefix('Value error, ').lower()}".strip()
-            )
+            said = problem["msg"].removeprefix("Value error, ")
+            if problem["loc"]:
+                key = ".".join(str(part) for part in problem["loc"])
+                option = options.get(key, "--" + key.replace("_", "-"))
+                said = f"{option} {problem['input']!r}: {said.lower()}"
+            clauses.append(said)  # of the section as a whole: it names the keys itself
         raise InputError("; ".join(clauses)) from error
 
 
 def absolute_pattern(pattern: str) -> str:
     """A local path or glob made absolute; hub addresses stay."""
-    return pattern if "://" in pattern else str(Path.cwd() / Path(pattern).expanduser())
+    return pattern if "://" in pattern else str(Path.cwd() / expanded(pattern))
+
+
+def _absolute_if_there(text: str) -> str:
+    """A path made absolute; what names no file or folder (a hub id, a template's source) stays."""
+    path = expanded(text) if text.startswith("~") else Path(text)
+    # Unlike Path.exists, false for text that is too long to be a path.
+    return str(path.resolve()) if os.path.exists(path) else text
 
 
 def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[str]]:
@@ -227,6 +258,8 @@ def _explain(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
         return message  # of the recipe as a whole: it names the keys itself
+    if isinstance(problem["input"], dict | BaseModel):
+        return f"{where}: {message}"  # of a section as a whole
     return f"{where}: {message[0].lower()}{message[1:]} (given: {problem['input']!r})"
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import os
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from iprox.data import Pool
+from iprox.files import replacing
 from iprox.report import formats, sections
 from iprox.report.browser import browser_data, browser_rows
 from iprox.report.examples import example_cards, extreme_rows, fetch_examples
@@ -62,7 +62,9 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         corrected=folder.corrected,
     )
     path = run_dir / "report.html"
-    _write_atomically(path, page)
+    with replacing(path) as partial:
+        # JSON may hold half a surrogate pair, which no file can.
+        partial.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 
@@ -102,13 +104,3 @@ def _script_hash(script: str) -> str:
     # A browser hashes the script after it has turned line ends into \n.
     normal = script.replace("\r\n", "\n").replace("\r", "\n")
     return f"'sha256-{base64.b64encode(hashlib.sha256(normal.encode()).digest()).decode()}'"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # JSON may hold half a surrogate pair, which no file can.
-        temporary.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -147,7 +147,7 @@ def read_run_folder(path: Path) -> RunFolder:
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         scores=scores,
         refined=refined,
-        selection=_read_selection(path / "selection.json", scores.rows),
+        selection=_read_selection(path / "selection.json", scores.rows) if "select" in done else None,
         audit=_read_audit(path / "audit", lds="lds" in done) if "audit" in done else None,
         compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,
         checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,

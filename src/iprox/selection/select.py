@@ -171,14 +171,16 @@ def select_rows(
         assert texts is not None
         seen = NearDuplicates(settings.deduplicate, texts)
     taken = take(ranking, available, limits, sources, tokens, seen)
+    why = ", ".join(f"{number:,} {reason}" for reason, number in taken.passed_over.items())
     if count is not None and len(taken.rows) < count and settings.threshold is None:
-        why = ", ".join(f"{number:,} {reason}" for reason, number in taken.passed_over.items())
         raise InputError(
             f"{count} rows asked for, but only {len(taken.rows)} can be chosen ({why}); ask for fewer, or loosen the "
             "limits"
         )
     if not len(taken.rows):
-        raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise the budget")
+        if settings.tokens is not None:
+            raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise the budget")
+        raise InputError(f"no row can be chosen ({why}); loosen the limits")
     by_score = settings.strategy == "top" and not settings.control_length and not taken.passed_over
     return Selection(
         taken.rows,

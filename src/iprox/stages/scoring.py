@@ -178,7 +178,8 @@ def say_what_was_read(session: Session, stats: ScoringStats) -> None:
     if stats.uncompiled:
         session.reporter.warn(f"the model runs without being compiled, more slowly: {stats.uncompiled}")
     if stats.unscored:
-        session.reporter.warn(f"{stats.unscored} examples have no supervised token: no score, never selected")
+        refused = ", or the chat template refuses them" if session.skip_refused else ""
+        session.reporter.warn(f"{stats.unscored} examples have no supervised token{refused}: no score, never selected")
     if stats.truncated:
         session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
 
