@@ -12,9 +12,13 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoConfig,
+    OPTConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
@@ -31,6 +35,10 @@ CONFIGS = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "qwen3-moe": Qwen3MoeConfig,
+    "qwen2-moe": Qwen2MoeConfig,
+    "phimoe": PhimoeConfig,
+    "opt": OPTConfig,
+    "olmo": OlmoConfig,
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "gemma3": Gemma3TextConfig,
@@ -43,6 +51,19 @@ OWN = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64},
     "phi3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "smollm3": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    # Clamps its projections in place.
+    "olmo": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "clip_qkv": 1.0},
+    # Flattens what its MLP is given to [B·L, n].
+    "opt": {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    # Its shared expert is given [B·L, n].
+    "qwen2-moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    # Its router is a kind of linear layer.
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
 }
 SHAPE = {

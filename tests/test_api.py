@@ -206,3 +206,98 @@ def test_a_model_that_is_no_language_model():
         proxy, DataLoader(pool, batch_size=5), {"task": DataLoader(validation)}, loss_fn=classification_losses
     )
     assert np.corrcoef(approximate["influence"].to_numpy(), expected)[0, 1] > 0.5
+
+
+class Repeated(Classifier):
+    """Uses a layer twice."""
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.body[2](self.body(x))))
+
+
+class Tied(Classifier):
+    """Two layers with the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(16, 16)
+        self.more.weight = self.body[2].weight
+
+
+class ByWeight(Classifier):
+    """Uses a layer's weight without calling the layer, as torch's own attention does its output projection."""
+
+    def forward(self, x):
+        return nn.functional.linear(self.body(x), self.out.weight, self.out.bias)
+
+
+def loaders(rows=20, **options):
+    torch.manual_seed(0)
+    x, y = torch.randn(rows, 6, dtype=torch.float64), torch.randint(0, 3, (rows,))
+    pool = DataLoader(TensorDataset(x[:14], y[:14]), batch_size=5, **options)
+    return pool, {"task": DataLoader(TensorDataset(x[14:], y[14:]), batch_size=4)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(Repeated, "body.2: is used more than once"), (Tied, "more: shares its weights with body.2")]
+)
+def test_layers_whose_gradients_are_sums_over_uses_are_refused(kind, said):
+    with pytest.raises(iprox.InputError, match=said):
+        iprox.score(kind().double(), *loaders(), loss_fn=classification_losses)
+
+
+def test_a_layer_that_is_never_called_is_said():
+    with pytest.warns(UserWarning, match=r"out \(1 layers in all\) took no part"):
+        iprox.score(ByWeight().double(), *loaders(), loss_fn=classification_losses)
+
+
+def test_what_follows_a_layer_may_be_written_in_place():
+    torch.manual_seed(0)
+    inplace = nn.Sequential(nn.Linear(6, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)).double()
+    plain = nn.Sequential(inplace[0], nn.ReLU(), inplace[2])
+    one, other = (iprox.score(model, *loaders(), loss_fn=classification_losses) for model in (inplace, plain))
+    assert one["influence"].to_numpy() == pytest.approx(other["influence"].to_numpy(), rel=1e-12)
+
+
+def test_a_loader_that_shuffles_is_refused():
+    pool, validation = loaders(shuffle=True)
+    with pytest.raises(iprox.InputError, match="the DataLoader shuffles"):
+        iprox.score(Classifier().double(), pool, validation, loss_fn=classification_losses)
+
+
+def test_batches_of_text_need_their_lengths(model):
+    batches = DataLoader([{"input_ids": torch.ones(5, dtype=torch.int64)}], batch_size=1)
+    with pytest.raises(iprox.InputError, match=r"of the type iprox\.data\.Batch, not dict"):
+        iprox.score(model, batches, {"t": batches})
+
+
+def test_a_batch_row_without_supervised_tokens_has_no_score_and_no_part_in_the_mean(tiny):
+    network, batch, validation = tiny.model(), tiny.batch([9, 5, 7]), tiny.batch([8, 6], seed=1)
+    batch.labels[1] = validation.labels[1] = -100
+    alone = [each for number, each in enumerate(tiny.rows(validation)) if number == 0]
+    scores = iprox.score(network, Batches([batch]), {"t": Batches([validation])})["influence/t"].to_pylist()
+    expected = iprox.score(network, Batches(tiny.rows(batch)[::2]), {"t": Batches(alone)})["influence/t"].to_pylist()
+    assert scores[1] is None
+    assert scores[::2] == pytest.approx(expected, rel=1e-9)
+
+
+class Batches(DataLoader):
+    """A DataLoader of batches that are made already."""
+
+    def __init__(self, batches):
+        super().__init__(batches, batch_size=None)
+
+
+def test_a_target_that_is_not_the_proxys_is_refused(model):
+    pool, validation = rows("pool.jsonl", 6), {"t": rows("spelling.val.jsonl", 4)}
+    other = AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32)
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    proxy = iprox.compress(model, pool, sparsity=0.5, tokenizer=AutoTokenizerOf())
+    for call in (
+        lambda: iprox.score(proxy, pool, validation, target=other, tokenizer=AutoTokenizerOf()),
+        lambda: iprox.audit(other, proxy, pool, validation, tokenizer=AutoTokenizerOf()),
+        lambda: iprox.align(proxy, other, pool, epochs=1, tokenizer=AutoTokenizerOf()),
+    ):
+        with pytest.raises(iprox.InputError, match=r"is a proxy of .*, not of .* \(the weights differ\)"):
+            call()

@@ -12,6 +12,7 @@ from iprox.influence.adam import AdamScorer
 from iprox.influence.estimators import mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients
 from iprox.influence.scoring import ScoringSettings, build_scorer
+from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.optimizer_state import AdamState, Moments, load_adam_state, save_adam_state
@@ -113,6 +114,20 @@ def test_the_state_is_what_was_saved(tiny, tmp_path, family):
         for name, moments in getattr(kept, kind).items():
             torch.testing.assert_close(getattr(loaded, kind)[name].mean, moments.mean.float())
             torch.testing.assert_close(getattr(loaded, kind)[name].square, moments.square.float())
+
+
+def test_experts_trained_fused_are_scored_apart(tiny, tmp_path):
+    """The moments of an expert are its part of the stacked tensor's."""
+    model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
+    optimizer = warmed_optimizer(model, tiny)
+    save_adam_state(model, optimizer, tmp_path)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    with experts_split(model):
+        state = load_adam_state(tmp_path)
+        kept = state.weights["model.layers.1.mlp.experts.gate_up.2"].square
+        torch.testing.assert_close(kept, optimizer.state[experts.gate_up_proj]["exp_avg_sq"][2].float())
+        query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+        assert AdamScorer(model, {"t": query}, state)(pool)[0].abs().min() > 0
 
 
 def test_a_missing_or_broken_state_is_refused(tmp_path):

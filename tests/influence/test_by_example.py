@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradients import summed_gradient
 from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, read_scores, score_matrix, scores_table
+from iprox.influence.scores import example_matrix, score_matrix, scores_table
 from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.proxy.compress import derive_proxy
@@ -95,7 +96,7 @@ def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path
     how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max")
     checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
     score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
-    table = read_scores(tmp_path / "s.parquet")
+    table = pq.read_table(tmp_path / "s.parquet")
     columns = []
     for example in [row for rows in validation.values() for row in rows if row.supervised]:
         total = 0

@@ -204,7 +204,7 @@ def test_what_is_no_scores_table_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such scores file"):
         read_scores(tmp_path)
     (tmp_path / "scores.parquet").write_text("hello")
-    with pytest.raises(InputError, match="not a Parquet file"):
+    with pytest.raises(InputError, match="not a readable Parquet file"):
         read_scores(tmp_path)
     table = scores_table(["a"], [None], [1], np.zeros((1, 1)), ["t"])
     pq.write_table(table.drop_columns(["influence"]), tmp_path / "scores.parquet")

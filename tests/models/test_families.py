@@ -1,14 +1,17 @@
 """Every family: compress, save, load, full-rank equality, scores against autograd, in float64."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
 from iprox.models.checkpoint import proxy_config
-from iprox.models.experts import SplitExperts, experts_split, split_experts
+from iprox.models.experts import SplitExperts, expert_layers, experts_split, split_experts
 from iprox.models.flops import forward_flops, linear_parameters
 from iprox.models.layers import compressible_layers, dense_weight, influence_layers, layer_bias, low_rank_layers
 from iprox.models.loading import load_model
@@ -26,7 +29,7 @@ from iprox.proxy.spectra import SpectrumStore
 # Layers of a block that iprox compresses: what a family must not silently lose.
 LAYERS = {
     "qwen2": 7, "qwen3": 7, "llama": 7, "gemma3": 7, "mistral": 7, "phi3": 4, "gpt2": 4, "gpt-neox": 4, "olmo2": 7,
-    "smollm3": 7, "qwen3-moe": 4 + 2 * 4,
+    "smollm3": 7, "qwen3-moe": 4 + 2 * 4, "qwen2-moe": 4 + 2 * 4 + 4, "phimoe": 4 + 2 * 4, "opt": 6, "olmo": 7,
 }  # fmt: skip
 
 
@@ -168,6 +171,50 @@ def test_splitting_experts_changes_nothing_and_is_undone(tiny):
     assert list(model.state_dict()) == names
     assert torch.equal(logits(model, batch), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["DeepseekV4Experts", "Step3p7Experts", "Lfm2MoeExperts", "MixtralExperts"])
+def test_split_experts_gate_as_their_class_does(name):
+    """Some clamp what they gate, at a limit that most tokens pass here."""
+    package = {"DeepseekV4Experts": "deepseek_v4", "Step3p7Experts": "step3p7", "Lfm2MoeExperts": "lfm2_moe"}
+    module = importlib.import_module(f"transformers.models.{(p := package.get(name, 'mixtral'))}.modeling_{p}")
+    config = SimpleNamespace(
+        hidden_size=16, intermediate_size=24, moe_intermediate_size=24, num_experts=4, num_local_experts=4,
+        n_routed_experts=4, moe_num_experts=4, hidden_act="silu", swiglu_limit=0.5, _experts_implementation="eager",
+    )  # fmt: skip
+    limit = {"swiglu_limit": 0.5} if name == "Step3p7Experts" else {}
+    fused = getattr(module, name)(config, **limit)
+    torch.manual_seed(0)
+    for parameter in fused.parameters():
+        torch.nn.init.normal_(parameter)
+    hidden, chosen, weights = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    block = torch.nn.ModuleDict({"experts": fused})
+    with torch.no_grad():
+        whole = fused(hidden, chosen, weights)
+        with experts_split(block):
+            assert isinstance(block["experts"], SplitExperts)
+            torch.testing.assert_close(block["experts"](hidden, chosen, weights), whole)
+            assert len(list(block.parameters())) == 8  # none of the fused block's own
+
+
+def test_experts_in_a_layout_that_is_not_known_are_refused():
+    config = GptOssConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, num_local_experts=4, num_experts_per_tok=2, vocab_size=64, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"model.layers.0.mlp.experts: iprox cannot tell the linear layers"):
+        split_experts(model)
+    assert not any(isinstance(module, SplitExperts) for module in model.modules())
+
+
+def test_norms_of_low_rank_experts_are_of_experts(tiny):
+    model = split(tiny.model("qwen3-moe"))
+    proxy, _ = derive_proxy(model, [tiny.batch([9, 7, 12], seed=3)], Size(0.4))
+    for space in ("weight", "factors"):
+        named = {name for name in influence_layers(proxy, space) if "experts" in name}
+        assert named
+        assert named <= expert_layers(proxy)
 
 
 def test_an_experts_moments_leave_padding_out(tiny):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
@@ -19,6 +19,18 @@ Examples = Any
 def as_pool(examples: Examples, name: str) -> Pool:
     """The examples as a stream."""
     return examples if isinstance(examples, Pool) else Pool(examples, name=name)
+
+
+def in_order(examples: Examples, name: str) -> Examples:
+    """The same examples, if every pass over them gives them in the same order.
+
+    Raises:
+        InputError: they are a DataLoader that shuffles.
+    """
+    samplers = [getattr(examples, "sampler", None), getattr(getattr(examples, "batch_sampler", None), "sampler", None)]
+    if any(isinstance(each, RandomSampler) for each in samplers):
+        raise InputError(f"{name}: the DataLoader shuffles, so its rows could not be told apart; make it shuffle=False")
+    return examples
 
 
 class Reader:

@@ -19,7 +19,7 @@ from iprox.influence.scoring import ScoringSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.adapters import refuse_adapter
 from iprox.models.experts import experts_split
-from iprox.models.loading import load_model
+from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.proxy.align import AlignmentHistory, AlignSettings
@@ -162,6 +162,7 @@ def align(
     else:
         batches = list(on_device(example_batches(reader.encode(data, "data"), batch_size, 0), reader.device))
     with experts_split(model):
+        check_belongs(proxy, "proxy", model, "model")
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from iprox.api.examples import Examples, Reader, as_pool
+from iprox.api.examples import Examples, Reader, as_pool, in_order
 from iprox.data import Encoded
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
@@ -27,7 +27,8 @@ from iprox.models.adapters import refuse_adapter
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace
-from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.loading import check_belongs
+from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
@@ -140,6 +141,7 @@ def score(
         raise InputError(f"optimizer_state= goes with the estimator adam, one a model: {len(states)} given")
     tables = []
     with experts_split(*models, *([] if target is None else [target])):
+        _check_target(models[0], target)
         for number, checkpoint in enumerate(models):
             adam = load_adam_state(states[number], next(checkpoint.parameters()).device) if states else None
             if isinstance(pool, DataLoader):
@@ -220,6 +222,7 @@ def attribute(
     source = as_pool(examples, "examples")
     source.scan()
     with experts_split(model, *([] if target is None else [target])):
+        _check_target(model, target)
         scorer, settings = fitting_scorer(model, encoded, 0, settings, target)
         assert isinstance(scorer, BatchScorer)
         return attribute_examples(scorer, list(source), reader.encoder, 0, settings.batch_tokens)
@@ -241,6 +244,12 @@ def _check_norm_sketch(
         raise InputError("norm_sketch is for a proxy: a model's own norms are exact")
 
 
+def _check_target(model: nn.Module, target: nn.Module | None) -> None:
+    """Refuse a target that is not the proxy's, as the command line does."""
+    if target is not None and proxy_config(model) is not None:
+        check_belongs(model, "model", target, "target")  # pyright: ignore[reportArgumentType]  (proxies are)
+
+
 def _score_batches(
     model: nn.Module,
     pool: DataLoader,
@@ -259,6 +268,12 @@ def _score_batches(
     if settings.estimator in CURVED and not sample:
         raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
     scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or (), adam)
-    scores = torch.cat([scorer(batch)[0].double().cpu() for batch in pool]).numpy()
+    parts = []
+    for batch in in_order(pool, "pool"):
+        part, losses = scorer(batch)
+        # Without a supervised token an example has no score, not one of 0.
+        part = part.double().masked_fill(~examples_with_loss(batch, losses)[:, None], torch.nan)
+        parts.append(part.cpu())
+    scores = torch.cat(parts).numpy()
     count = len(scores)
     return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)

@@ -7,6 +7,7 @@ validation loss, by I(z; V) to first order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
 from iprox.models.experts import expert_layers
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
-from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
@@ -78,11 +79,18 @@ def mean_gradient(
     with frozen(model):
         for batch in batches:
             losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink)
-            count += losses.shape[0]
+            count += int(examples_with_loss(batch, losses).sum())
     if count == 0:
         raise ValueError("no example with a supervised token")
+    silent = [name for name in layers if name not in total and name not in expert_layers(model)]
+    if silent:
+        warnings.warn(
+            f"{silent[0]} ({len(silent)} layers in all) took no part as a layer of its own in any pass, so no score "
+            "counts its gradient",
+            stacklevel=2,
+        )
     for name, layer in layers.items():
-        if name not in total:  # an expert that no token was routed to
+        if name not in total:  # not called, or an expert that no token was routed to
             weight, bias = dense_weight(layer), layer_bias(layer)
             dtype = accumulation_dtype(weight)
             total[name] = LayerGradient(

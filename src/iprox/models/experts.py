@@ -2,18 +2,22 @@
 
 transformers keeps all experts of a block in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]. What
 compresses, watches or adapts linear layers (ours, PEFT's, anyone's) sees nothing there. `SplitExperts` stands in for
-the fused module and computes the same; its layers are named `...experts.gate_up.3` and `...experts.down.3`.
+the fused module and computes the same, gating as its class does; its layers are named `...experts.gate_up.3` and
+`...experts.down.3`. Blocks that keep their tensors otherwise are refused: most of such a model would go unseen.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iprox.errors import InputError
+from iprox.models.layers import LowRankLinear
 from iprox.models.observe import routed_rows
 
 
@@ -23,18 +27,18 @@ class SplitExperts(nn.Module):
     Args:
         gate_up: of each expert, H → 2I, gate first.
         down: of each expert, I → H.
-        act_fn: activation of the gate.
-        fused: the class of the module it stands in for, so that the layers can be fused again.
+        fused: the module it stands in for, whose class the layers can be fused to again, and whose gating it keeps.
     """
 
-    def __init__(
-        self, gate_up: list[nn.Linear], down: list[nn.Linear], act_fn: nn.Module, fused: type[nn.Module]
-    ) -> None:
+    def __init__(self, gate_up: list[nn.Linear], down: list[nn.Linear], fused: nn.Module) -> None:
         super().__init__()
         self.gate_up = nn.ModuleList(gate_up)
         self.down = nn.ModuleList(down)
-        self.act_fn = act_fn
-        self.fused = fused
+        self.fused = type(fused)
+        # For its activation and limits only, so that no parameter is seen twice; no submodule, as it is none of ours.
+        shell = copy.copy(fused)
+        shell._parameters = {}
+        self.__dict__["shell"] = shell
         self.tokens_per_row = 0  # set by the block above, before it flattens [B, L, H]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -51,11 +55,18 @@ class SplitExperts(nn.Module):
             if not len(tokens):
                 continue
             with routed_rows(tokens, hidden_states.shape[0], self.tokens_per_row):
-                gate, up = gate_up(hidden_states[tokens]).chunk(2, dim=-1)
-                out = down(self.act_fn(gate) * up)
+                out = down(self.gated(gate_up(hidden_states[tokens])))
             weighted = out * top_k_weights[tokens, slots, None]
             mixed = mixed.index_add(0, tokens, weighted.to(mixed.dtype))
         return mixed
+
+    def gated(self, gate_up: Tensor) -> Tensor:
+        """What an expert's second layer is given, [T, 2I] to [T, I]: as the fused class has it, some clamp it."""
+        shell: Any = self.__dict__["shell"]
+        if hasattr(shell, "_apply_gate"):
+            return shell._apply_gate(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return shell.act_fn(gate) * up
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -67,7 +78,15 @@ def is_fused(module: nn.Module) -> bool:
         and not any(name.endswith("bias") for name, _ in module.named_parameters())
         and not getattr(module, "is_transposed", False)
         and tensors[0].shape[2] == tensors[1].shape[1]  # pyright: ignore[reportOptionalMemberAccess]
+        and len(tensors[0]) == len(tensors[1])  # pyright: ignore[reportArgumentType]
     )
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether a module keeps the weights of several experts in one tensor, in a layout that `split` does not know."""
+    stacked = {name for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
+    named = type(module).__name__.endswith("Experts") or stacked & {"gate_up_proj", "down_proj"}
+    return bool(stacked and named) and not is_fused(module)
 
 
 def split(fused: nn.Module) -> SplitExperts:
@@ -84,8 +103,7 @@ def split(fused: nn.Module) -> SplitExperts:
     gate_up, down = fused.gate_up_proj, fused.down_proj
     assert isinstance(gate_up, nn.Parameter)
     assert isinstance(down, nn.Parameter)
-    assert isinstance(fused.act_fn, nn.Module)
-    return SplitExperts(linears(gate_up), linears(down), fused.act_fn, type(fused)).train(fused.training)
+    return SplitExperts(linears(gate_up), linears(down), fused).train(fused.training)
 
 
 def split_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -93,9 +111,19 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
 
     Returns:
         The fused modules that were replaced, by name: `restore_experts` puts them back.
+
+    Raises:
+        InputError: a block of experts is in a layout that is not known.
     """
     replaced: dict[str, nn.Module] = {}
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for name, module in modules:
+        if _is_unknown(module):
+            raise InputError(
+                f"{name}: iprox cannot tell the linear layers of these experts ({type(module).__name__}), which are "
+                "most of the model; give another model, or one that keeps its experts as nn.Linear layers"
+            )
+    for name, module in modules:
         if is_fused(module):
             parent, _, child = name.rpartition(".")
             block = model.get_submodule(parent)
@@ -117,13 +145,16 @@ def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 
 def expert_layers(model: nn.Module) -> set[str]:
-    """The names of the linear layers of split experts, which see only the tokens that are routed to them."""
+    """The names of the linear layers of split experts, which see only the tokens that are routed to them.
+
+    Of low-rank ones, those of the layer and of its factors.
+    """
     return {
         f"{name}.{inner}"
         for name, block in model.named_modules()
         if isinstance(block, SplitExperts)
         for inner, layer in block.named_modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear | LowRankLinear)
     }
 
 

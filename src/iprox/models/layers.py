@@ -78,10 +78,10 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The dense linear layers that may be compressed, in model order, by module name.
 
     Embeddings and the output head are left out: the head decides the loss directly, and in small models it
-    is tied to the embedding.
+    is tied to the embedding. So are routers to experts, where they are linear layers.
 
     Raises:
-        InputError: the model has no such layer, or one whose weights are packed.
+        InputError: the model has no such layer, one whose weights are packed, or two that share their weights.
     """
     head = output_head(model)
     inside = {
@@ -90,8 +90,19 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {
         name: _readable(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and id(module) not in inside
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and id(module) not in inside
+        and not type(module).__name__.endswith("Router")
     }
+    owners: dict[int, str] = {}
+    for name, module in layers.items():
+        first = owners.setdefault(id(module.weight), name)
+        if first != name:
+            raise InputError(
+                f"{name}: shares its weights with {first}, so that neither has a gradient of its own; iprox scores "
+                "models whose linear layers are their own"
+            )
     if not layers and not low_rank_layers(model):
         raise InputError(
             f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, the output head left out)"
@@ -102,7 +113,8 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
 def _readable(name: str, layer: nn.Module) -> nn.Module:
     """The layer, if its weight holds one number an entry, which subclasses of nn.Linear need not (bitsandbytes)."""
     weight = layer.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+    readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if not readable or weight.ndim != 2:
         raise InputError(
             f"{name}: its weights are quantised ({type(layer).__name__}), which iprox cannot read; load the model "
             "without quantisation (e.g. in bfloat16)"

@@ -1,4 +1,4 @@
-"""Per-example losses: mean cross-entropy over the supervised tokens, as fine-tuning uses it (design 2)."""
+"""Per-example losses: mean cross-entropy over the supervised tokens (design 2)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from iprox.data.batching import Batch, padded_width
+from iprox.errors import InputError
 from iprox.models.layers import output_head
 from iprox.models.precision import accumulation_dtype
 
 # What a model that is no language model brings instead: (model, batch) -> losses [B].
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
+    """Which examples of a batch have a loss, bool [B]: of text, those with a supervised token; else all.
+
+    Args:
+        batch: of text, or of a model that is no language model.
+        losses: of its examples [B].
+    """
+    if isinstance(batch, Batch):
+        return (batch.labels[:, 1:] != -100).any(1)
+    return torch.ones_like(losses, dtype=torch.bool)
 
 
 def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +76,15 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Returns:
         Losses [B]; 0 for an example without a supervised token.
+
+    Raises:
+        InputError: the batch is no `iprox.data.Batch`, so that its padding and labels are not known.
     """
+    if not isinstance(batch, Batch):
+        raise InputError(
+            f"a DataLoader of a language model gives batches of the type iprox.data.Batch, not {type(batch).__name__}; "
+            "pass the examples themselves (a list of dicts or a Dataset), or a loss_fn for these batches"
+        )
     logits, targets, rows = _filled_logits(model, batch)
     token_losses = TokenLosses.apply(logits, targets)
     return mean_by_row(token_losses, rows, batch.input_ids.shape[0])  # pyright: ignore[reportArgumentType]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from iprox.errors import InputError
 from iprox.models.attention import fast_attention
 from iprox.models.compiled import Watcher, wire_of
 
@@ -47,7 +50,9 @@ def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[Non
 
 
 @contextmanager
-def observe(layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None = None) -> Iterator[None]:
+def observe(
+    layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None = None, positions: Sequence[int] = ()
+) -> Iterator[None]:
     """Call `sink(name, h, delta)` for each layer as the backward pass reaches it.
 
     The layer's input is kept alive until then and freed right after. No weight gradient is formed: with
@@ -57,23 +62,28 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None 
         layers: what to watch, by name.
         sink: what to call.
         counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
+        positions: B and L once they are known, by which layers that are given [B·L, n] are told apart.
     """
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
-                return
-            if not output.requires_grad:
+                return None
+            starts = not output.requires_grad
+            if starts:
                 output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
             h, routing = inputs[0].detach(), _routing.get()
-            output.register_hook(
-                lambda delta: sink(name, _by_example(h, routing, counted), _by_example(delta, routing, counted))
-            )
+            output.register_hook(lambda delta: told(name, h, delta, routing))
+            # What follows may be written in place, which a tensor that starts a graph does not allow.
+            return output.clone() if starts else None
 
         return hook
 
+    def told(name: str, h: Tensor, delta: Tensor, routing: _Routing | None = None) -> None:
+        sink(name, *(_by_example(name, x, routing, counted, positions) for x in (h, delta)))
+
     def wired_watch(name: str) -> Watcher:
-        return lambda h, delta: sink(name, _by_example(h, None, counted), _by_example(delta, None, counted))
+        return lambda h, delta: told(name, h, delta)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -85,14 +95,27 @@ def observe(layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None 
         yield
 
 
-def _by_example(x: Tensor, routing: _Routing | None, counted: Tensor | None) -> Tensor:
-    """Rows of a layer as [B, L, n], those that do not count zero."""
+def _by_example(
+    name: str, x: Tensor, routing: _Routing | None, counted: Tensor | None, positions: Sequence[int]
+) -> Tensor:
+    """Rows of a layer as [B, L, n], those that do not count zero.
+
+    Raises:
+        InputError: it is given neither one row an example nor one a position.
+    """
     if routing is not None:
         if counted is not None:
             x = x * counted.flatten()[routing.tokens, None]
         return _padded(x, routing)
-    if x.ndim == 2:
-        return x.unsqueeze(1)  # a model without positions
+    if x.ndim == 2 and len(x) == math.prod(positions) and positions:
+        x = x.unflatten(0, tuple(positions))  # some models flatten what a layer is given
+    elif x.ndim == 2:
+        if positions and len(x) != positions[0]:
+            raise InputError(
+                f"{name}: is given {len(x)} rows for {positions[0]} examples of {positions[1]} tokens, so that its "
+                "gradients cannot be told apart by example"
+            )
+        return x.unsqueeze(1)  # no positions
     return x if counted is None else x * counted[..., None]
 
 
@@ -140,8 +163,30 @@ def watched_backward(
 
     Returns:
         The per-example losses [B], detached.
+
+    Raises:
+        InputError: a layer is used twice, or its rows cannot be told apart by example.
     """
-    with torch.enable_grad(), observe(layers, sink, counted):
-        per_example = losses()
-        per_example.sum().backward()
+    positions: list[int] = []
+    met: set[str] = set()
+
+    def note(_module: nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        positions[:] = options["input_ids"].shape if "input_ids" in options else ()
+
+    def once(name: str, h: Tensor, delta: Tensor) -> None:
+        if name in met:
+            raise InputError(
+                f"{name}: is used more than once in a pass, and its gradient is a sum over all uses, which iprox does "
+                "not form; it scores models that use each linear layer once"
+            )
+        met.add(name)
+        sink(name, h, delta)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.enable_grad(), observe(layers, once, counted, positions):
+            per_example = losses()
+            per_example.sum().backward()
+    finally:
+        handle.remove()
     return per_example.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
+from iprox.models.experts import is_fused
 from iprox.models.layers import compressible_layers
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -56,21 +57,17 @@ def save_adam_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
     """Write the moments of a model's compressible layers, float32: eight bytes a parameter.
 
     Args:
-        model: what was trained.
+        model: what was trained, its experts fused; they are written as they are scored, one by one.
         optimizer: torch's Adam or AdamW, or a wrapper with its `state` and `param_groups`.
         folder: of the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
     step = 0
-    for name, layer in compressible_layers(model).items():
-        for kind, parameter in (("weight", layer.weight), ("bias", layer.bias)):
-            if parameter is None:
-                continue
-            state = optimizer.state[parameter]
-            step = int(state["step"])
-            for moment in ("exp_avg", "exp_avg_sq"):
-                value = state[moment].detach().to("cpu", torch.float32)
-                tensors[f"{moment}.{name}.{kind}"] = (value.mT if _transposed(layer, kind) else value).contiguous()
+    for name, parameter, part in _parameters(model):
+        state = optimizer.state[parameter]
+        step = int(state["step"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = part(state[moment].detach()).to("cpu", torch.float32).contiguous()
     group = optimizer.param_groups[0]
     settings = {"step": step, "betas": list(group["betas"]), "eps": group["eps"]}
     save_file(tensors, folder / OPTIMIZER_FILE, metadata={"iprox": json.dumps(settings)})
@@ -106,5 +103,17 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
         raise InputError(f"{file}: is no optimizer state written by iprox ({reason}); warm up anew") from error
 
 
-def _transposed(layer: nn.Module, kind: str) -> bool:
-    return kind == "weight" and isinstance(layer, Conv1D)
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[Tensor], Tensor]]]:
+    """By name of the linear layer's parameter: the parameter that is trained, and what part of it that is."""
+    for name, layer in compressible_layers(model).items():
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, nn.Parameter)
+        yield f"{name}.weight", weight, (lambda x: x.mT) if isinstance(layer, Conv1D) else (lambda x: x)
+        if isinstance(bias, nn.Parameter):
+            yield f"{name}.bias", bias, lambda x: x
+    for name, module in model.named_modules():
+        if is_fused(module):
+            for layers, stacked in (("gate_up", module.gate_up_proj), ("down", module.down_proj)):
+                assert isinstance(stacked, nn.Parameter)
+                for expert in range(len(stacked)):
+                    yield f"{name}.{layers}.{expert}.weight", stacked, lambda x, expert=expert: x[expert]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -167,6 +168,12 @@ def proxies_of(
         if refit:
             report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
         report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
+        if report.unreached:
+            warnings.warn(
+                f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
+                "compressed by the plain norm; give more probe examples",
+                stacklevel=2,
+            )
         report.layers = {
             name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])
             for name, shape in shapes.items()

@@ -142,10 +142,10 @@ def collect_moments(
                 tokens += int(counted.sum())
                 if settings.balanced:
                     scale = (batch.labels[:, 1:] != -100).sum(1).sqrt()
-            else:
-                tokens += len(batch[0])
             with _noting_owners(layers, owner):
-                watched_backward(model, layers, _losses(model, batch, loss_fn), sink, counted)
+                losses = watched_backward(model, layers, _losses(model, batch, loss_fn), sink, counted)
+            if not isinstance(batch, Batch):
+                tokens += len(losses)
     if tokens == 0:
         raise ValueError("the probe set holds no supervised example")
     result: dict[str, Moments] = {}
@@ -202,8 +202,14 @@ def counted_tokens(batch: Batch, tokens: Tokens) -> Tensor:
 
 @torch.no_grad()
 def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
-    """The batch with every supervised label drawn from the model's own prediction (Martens 2020: the true Fisher)."""
+    """The batch with every supervised label drawn from the model's own prediction (Martens 2020: the true Fisher).
+
+    Raises:
+        FloatingPointError: a prediction is not finite.
+    """
     logits, _, _ = causal_lm_logits(model, batch)
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite, so no label can be drawn; try --dtype float32")
     probabilities = torch.softmax(logits.float(), dim=-1).cpu()
     drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(batch.labels.device)
     labels = batch.labels.clone()

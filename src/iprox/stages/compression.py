@@ -55,11 +55,6 @@ def compress(
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", {**report.as_dict(), **searched})
-    if report.unreached:
-        session.reporter.warn(
-            f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
-            "compressed by the plain norm; give more probe examples"
-        )
     tokens, supervised = tokens_of(encoded)
     # Of the baselines that factorise nothing, there is nothing to count.
     made = flops.compression_flops(target, tokens, supervised, report.passes) if report.layers else 0.0
