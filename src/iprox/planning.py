@@ -13,15 +13,14 @@ from iprox.data import Pool
 from iprox.influence.gradients import norm_flops
 from iprox.influence.scoring import NORM_SKETCH
 from iprox.models import flops
-from iprox.models.experts import expert_layers
-from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.proxy.size import Size
-from iprox.recipe import CURVED, Recipe, curvature_passes
+from iprox.recipe import CURVED, Recipe
 from iprox.session import Session, encode_validation, share, tokens_of
 from iprox.stages.attribution import why_not_attributed
+from iprox.stages.query_cost import QueryTokens, query_flops
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
@@ -126,28 +125,27 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     kept_whole = recipe.influence.query_norm == 1 or (recipe.influence.query_norm is None and not recipe.proxy)
     exact_norms = norms = 0.0  # FLOPs a token on a target, and on what candidates are scored on
     if recipe.influence.normalise == "cosine":
-        shapes = {name: weight_shape(layer) for name, layer in flops.compressible_layers(model).items()}
-        experts = expert_layers(model)
-        of_experts = [shape for name, shape in shapes.items() if name in experts]
-        others = [shape for name, shape in shapes.items() if name not in experts]
+        shapes: dict[float, list[tuple[int, int]]] = {}
+        for m, n, part in flops.layers_of(model, "weight"):
+            shapes.setdefault(part, []).append((m, n))
         sketch = NORM_SKETCH if recipe.influence.norm_sketch is None else recipe.influence.norm_sketch
-        # Of rows of one length; exact ones of longer rows cost more.
+        # Of rows of one length; exact ones of longer rows cost more. Experts', which see a part of a row, are exact.
         exact_norms, norms = (
-            (norm_flops(others, [round(mean)], size) + norm_flops(of_experts, [round(mean)])) / mean
+            sum(norm_flops(each, [mean * part], size if part == 1 else 0) for part, each in shapes.items()) / mean
             for size in (0, sketch if recipe.proxy else 0)
         )
     formed = recipe.influence.estimator == "adam"  # whole gradients, whose norms are to be had for nothing
     contraction = whole * (1 if kept_whole else LOW_RANK_QUERY) + (0.0 if formed else norms)
     # The target's own scores are of whole gradients unless asked otherwise, and of exact norms.
     own = whole * (LOW_RANK_QUERY if (recipe.influence.query_norm or 1) < 1 else 1) + (0.0 if formed else exact_norms)
-    curvature = 0.0  # at one checkpoint
-    if recipe.influence.estimator in CURVED:
-        rows = min(recipe.influence.curvature_examples, total)
-        passes = curvature_passes(recipe.influence)
-        curvature = flops.curvature_flops(model, gradient, round(rows * mean), round(rows * mean_supervised), passes)
-    gradients = sum(flops.training_flops(model, *tokens_of(rows)) for rows in encoded.values())  # the same, of queries
+    curved = min(recipe.influence.curvature_examples, total) if recipe.influence.estimator in CURVED else 0
+    validation = QueryTokens.of(encoded)
+    counted = QueryTokens(
+        tasks, validation.tokens, validation.supervised, round(curved * mean), round(curved * mean_supervised)
+    )
+    queries = query_flops(model, recipe.influence, counted)  # at one checkpoint
     read = round(scored * mean), round(scored * mean_supervised)
-    on_target = flops.scoring_flops(model, *read, read[0] * contraction)
+    on_target = flops.scoring_flops(model, *read, read[0] * contraction) + checkpoints * queries
     kept = 1.0
     construction = 0.0
 
@@ -155,12 +153,12 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         """At one checkpoint, held-out rows scored on the target and on some proxies, with the gradients they meet."""
         each = round(min(rows, total) * mean), round(min(rows, total) * mean_supervised)
         cut = recipe.influence.query_norm != 1
-        on_target = whole * (WATCHED_QUERY if cut and not curvature else 1) + exact_norms
+        on_target = whole * (WATCHED_QUERY if cut and not curved else 1) + exact_norms
         cost = flops.scoring_flops(model, *each, each[0] * on_target)
         per_token = 2 * kept * flops.forward_flops(model) + whole * (LOW_RANK_QUERY if cut else 1) + norms
         cost += proxies * (each[0] * per_token + each[1] * 2 * flops.head_flops(model))
         fixed = gradient == "weight" and recipe.influence.query == "target"  # else taken anew for each proxy
-        return cost + (1 if fixed else 1 + proxies) * (gradients + curvature)
+        return cost + (1 if fixed else 1 + proxies) * queries
 
     if recipe.proxy:
         kept = kept_share(recipe, model)
@@ -202,21 +200,22 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
         cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * own) / scored)
+        cost += 2 * checkpoints * queries
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
         if lds := recipe.audit.lds:
             rows = lds.subsets * lds.epochs * lds.fraction * min(recipe.audit.sample, total)
             cost = flops.training_flops(model, round(rows * mean), round(rows * mean_supervised))
             add("lds", rows, cost, 16 * parameters + 2 * activations)
     memory = bytes_per * (parameters - (1 - kept) * linear + tasks * kept * linear) + activations
-    add("score", scored, scored * per_row + checkpoints * curvature, memory)
+    add("score", scored, scored * per_row + checkpoints * queries, memory)
     if recipe.refine and recipe.refine.recall:
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
-        cost = share_again * flops.scoring_flops(model, *read, read[0] * own)
+        cost = share_again * flops.scoring_flops(model, *read, read[0] * own) + checkpoints * queries
         add("refine", share_again * scored, cost, memory)
     if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
-        add("attribute", rows, rows * per_row + checkpoints * (gradients + curvature), memory)
+        add("attribute", rows, rows * per_row + checkpoints * queries, memory)
     if recipe.finetune:
         size = recipe.select.count or round((recipe.select.fraction or 0) * total)
         if recipe.select.tokens:

@@ -82,7 +82,7 @@ def test_norms_of_a_cosine_are_sketched_and_that_is_recorded_and_planned(tmp_pat
     for name in ("score", "audit"):
         saved, expected = (stages[0][name]["flops"] - stages[2][name]["flops"] for stages in (found, planned))
         assert expected == pytest.approx(saved, rel=0.4), name  # exact norms of rows of one length cost less
-        assert saved > 0.05 * found[0][name]["flops"]
+        assert saved > 0.02 * found[0][name]["flops"]
     assert 0.9 < np.corrcoef(cosines[0], cosines[2])[0, 1] < 0.99999
     warmed = next((place.output / "warmup").glob("checkpoint-*"))
     data = ["--pool", str(place.pool), "--validation", f"spelling={place.path}/spelling.jsonl"]
@@ -103,7 +103,7 @@ def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
         "curvature_examples": 20,
     }.items() <= made_by.items()
     stages = place.record()["stages"]
-    assert 0 < stages["score"]["curvature_flops"] < stages["score"]["flops"]
+    assert 0 < stages["score"]["query_flops"] < stages["score"]["flops"]
     influence = table["influence/spelling"].to_numpy()
     assert place.run(*options, "influence.curvature=k-fac") == 0
     again = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()

@@ -1,7 +1,14 @@
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from iprox.influence.estimators import BatchScorer, mean_gradient
+from iprox.influence.preconditioning import precondition
 from iprox.models import flops
+from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, weight_shape
+from iprox.models.loss import causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
 
 
 def test_compression_counts_each_reading_and_factorises_once(tiny):
@@ -16,3 +23,44 @@ def test_compression_counts_each_reading_and_factorises_once(tiny):
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
     moments = 100 * sum(2 * (m**2 + n**2) for m, n in shapes)
     assert once == pytest.approx(reading + moments + roots + svds)
+
+
+@pytest.mark.parametrize("curvature", ["k-fac", "ek-fac", "datainf"])
+def test_curvature_is_charged_what_torch_counts(tiny, curvature):
+    """But for eigendecompositions, which torch does not count; rows long enough that norms form gradients."""
+    model, sample = tiny.model("qwen2"), tiny.batch([48] * 4)
+    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)], "weight")[0] for i in range(3)}
+    supervised = int((sample.labels[:, 1:] != -100).sum())
+    with FlopCounterMode(display=False) as counter:
+        precondition(model, queries, [sample], curvature)
+    kinds = counter.get_flop_counts()["Global"]
+    counted = sum(flops_ for kind, flops_ in kinds.items() if "attention" not in str(kind))
+    # Biases are one more input each; attention's products are left out by us, so they are taken out of torch's too.
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        causal_lm_losses(model, sample)
+    outside = sum(n for kind, n in forward.get_flop_counts()["Global"].items() if "bmm" in str(kind))
+    shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
+    bases = 0 if curvature == "datainf" else sum(9 * (m**3 + n**3) for m, n in shapes)
+    ours = flops.curvature_flops(model, "weight", 4 * 48, supervised, curvature, 3) - bases
+    assert ours == pytest.approx(counted - outside, rel=0.06)
+
+
+def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
+    model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
+    split_experts(model)
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
+    scorer = BatchScorer(model, {"t": query}, gradient="weight", normalise="cosine")
+    met = 0.0
+    layers = compressible_layers(model)
+
+    def sink(name, h, _):
+        nonlocal met
+        m, n = weight_shape(layers[name])
+        met += 2 * m * n * int((h != 0).any(-1).sum())
+
+    counted = torch.arange(pool.input_ids.shape[1])[None] < pool.lengths[:, None]
+    with frozen(model):
+        watched_backward(model, layers, lambda: causal_lm_losses(model, pool), sink, counted)
+    assert 19 * scorer.contraction_flops == pytest.approx(met)
+    assert 19 * flops.contraction_flops(model, "weight") == pytest.approx(met)
+    assert flops.forward_flops(model) == pytest.approx(flops.contraction_flops(model, "weight"))

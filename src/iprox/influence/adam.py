@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, has_bias
 from iprox.influence.gradients import LayerGradient
+from iprox.models.flops import contraction_flops
 from iprox.models.layers import weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState, Moments
@@ -97,7 +98,7 @@ class AdamScorer(BatchScorer):
         super().__init__(model, queries, gradient="weight", normalise=normalise, loss_fn=loss_fn)
         self.state = state
         check_state(state, self.layers)
-        self.contraction_flops = sum(2.0 * m * n for m, n in map(weight_shape, self.layers.values()))
+        self.contraction_flops = contraction_flops(model, "weight")
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """None to speak of: directions are formed whole."""

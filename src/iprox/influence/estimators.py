@@ -26,6 +26,7 @@ from iprox.influence.gradients import (
 from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
 from iprox.models.experts import expert_layers
+from iprox.models.flops import active_shares
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
@@ -148,7 +149,7 @@ class BatchScorer:
 
     Attributes:
         widths: columns of each task: 1, or its examples.
-        contraction_flops: FLOPs a token of contracting with all tasks.
+        contraction_flops: FLOPs a token of contracting with all tasks, an expert's for the tokens that use it.
         kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
             lost most).
     """
@@ -191,9 +192,11 @@ class BatchScorer:
                 self._queries[name] = layer_query(parts, dtype)
                 lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
         self._query_norms = norms.sqrt()
-        self.contraction_flops = sum(query.flops for query in self._queries.values())
-        shares = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
-        self.kept = {task: part.min().item() for task, part in zip(self.tasks, shares.split(self.widths), strict=True)}
+        shares = active_shares(model)
+        self._shares = {name: shares.get(name, shares.get(name.rpartition(".")[0], 1.0)) for name in self.layers}
+        self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
+        kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
+        self.kept = {task: part.min().item() for task, part in zip(self.tasks, kept.split(self.widths), strict=True)}
 
     @property
     def device(self) -> torch.device:
@@ -204,10 +207,13 @@ class BatchScorer:
         """FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
         if self.normalise == "none":
             return 0.0
-        shapes = {name: weight_shape(layer) for name, layer in self.layers.items()}
-        sketched = [shape for name, shape in shapes.items() if name in self._signs]
-        exact = [shape for name, shape in shapes.items() if name not in self._signs]
-        return norm_flops(sketched, lengths, self.norm_sketch) + norm_flops(exact, lengths)
+        shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
+        for name, layer in self.layers.items():
+            sketch = self.norm_sketch if name in self._signs else 0
+            shapes.setdefault((sketch, self._shares[name]), []).append(weight_shape(layer))
+        return sum(
+            norm_flops(each, [length * share for length in lengths], sketch) for (sketch, share), each in shapes.items()
+        )
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Score one batch.

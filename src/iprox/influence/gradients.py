@@ -105,7 +105,7 @@ def sketch_pays(shape: tuple[int, int], sketch: int) -> bool:
     return 0 < sketch * (m + n) < m * n
 
 
-def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[int], sketch: int = 0) -> float:
+def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[float], sketch: int = 0) -> float:
     """FLOPs of norms for layers of shapes (m, n) and examples of some lengths: sketched where that pays, else exact."""
     length = np.asarray(lengths, float)
     total = 0.0

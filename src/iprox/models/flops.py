@@ -6,6 +6,8 @@ cent of a model of useful size. P below is the number of parameters of the layer
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from iprox.models.experts import SplitExperts
@@ -43,6 +45,16 @@ def active_shares(model: nn.Module) -> dict[str, float]:
     return shares
 
 
+def layers_of(model: nn.Module, gradient: GradientSpace) -> list[tuple[int, int, float]]:
+    """(m, n) of each layer that influence is of, and the share of tokens that pass through it."""
+    shares = active_shares(model)
+    return [
+        # A factor has the share of its layer.
+        (*weight_shape(layer), shares.get(name, shares.get(name.rpartition(".")[0], 1.0)))
+        for name, layer in influence_layers(model, gradient).items()
+    ]
+
+
 def head_flops(model: nn.Module) -> float:
     """One token through the output head: 2·V·d; 0 for a model without."""
     weight = getattr(output_head(model), "weight", None)
@@ -51,7 +63,7 @@ def head_flops(model: nn.Module) -> float:
 
 def contraction_flops(model: nn.Module, gradient: GradientSpace) -> float:
     """Contracting one token's δ and h with one task's gradient: 2mn a layer, of the gradient space chosen."""
-    return sum(2.0 * m * n for m, n in (weight_shape(layer) for layer in influence_layers(model, gradient).values()))
+    return sum(2.0 * m * n * share for m, n, share in layers_of(model, gradient))
 
 
 def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
@@ -72,19 +84,39 @@ def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
     return tokens * forward_flops(model) + supervised * head_flops(model)
 
 
-def curvature_flops(model: nn.Module, gradient: GradientSpace, tokens: int, supervised: int, passes: int) -> float:
-    """Curvature of an influence function: each pass a backward pass to the activations and 2m² + 2n² a layer.
+def curvature_flops(
+    model: nn.Module,
+    gradient: GradientSpace,
+    tokens: int,
+    supervised: int,
+    curvature: Literal["ek-fac", "k-fac", "datainf"],
+    tasks: int,
+) -> float:
+    """Curvature of an influence function, and its division of every task's gradient.
+
+    K-FAC: a forward pass to draw labels, a forward and a backward pass, 2m² + 2n² a layer and token; then two
+    eigendecompositions, 9m³ + 9n³, and 4mn(m+n) a task. EK-FAC: the same passes and products again, in the basis,
+    and 2mn. DataInf: two readings without drawing, norms in each (2mn at most), and in the second 4mn a task.
 
     Args:
         model: where it is measured.
         gradient: of a proxy: of its factors, or of its layers as if dense.
         tokens: of the sample.
         supervised: tokens among them.
-        passes: over the sample.
+        curvature: which.
+        tasks: whose gradients are divided.
     """
-    shapes = [weight_shape(layer) for layer in influence_layers(model, gradient).values()]
-    per_token = 2 * forward_flops(model) + sum(2.0 * (m**2 + n**2) for m, n in shapes)
-    return passes * (tokens * per_token + supervised * 2 * head_flops(model))
+    layers = layers_of(model, gradient)
+    drawing = forward_pass_flops(model, tokens, supervised)
+    reading = 2 * drawing
+    weights = sum(2.0 * m * n * share for m, n, share in layers)
+    if curvature == "datainf":
+        return 2 * reading + tokens * (2 + 2 * tasks) * weights
+    squares = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers)
+    bases = sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
+    solves = tasks * sum(4.0 * m * n * (m + n) for m, n, _ in layers)
+    once = drawing + reading + tokens * squares
+    return bases + solves + (once if curvature == "k-fac" else 2 * once + tokens * weights)
 
 
 def linear_parameters(model: nn.Module) -> int:
@@ -105,7 +137,7 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     of those that need one side's only, and of sketches, this is an upper bound.
     """
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
-    moments = sum(2.0 * (m**2 + n**2) for m, n in shapes)
+    moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model, "weight"))
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
     factorise = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
     reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))

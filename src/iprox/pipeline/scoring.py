@@ -11,6 +11,7 @@ from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
 from iprox.stages import auditing, lds, refinement, scoring
+from iprox.stages.query_cost import QueryTokens, query_flops
 
 
 def audit(run: Run, context: Context) -> None:
@@ -117,6 +118,7 @@ def _cost(run: Run) -> None:
     on_target = flops.scoring_flops(
         target, entry["tokens"], entry["supervised"] * checkpoints, entry["contraction_flops"] * checkpoints
     )
+    on_target += checkpoints * query_flops(target, run.recipe.influence, QueryTokens(**entry["query_tokens"]))
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],

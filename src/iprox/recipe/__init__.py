@@ -9,7 +9,6 @@ from iprox.recipe.influence import (
     OF_GRADIENTS,
     GradientFree,
     InfluenceSection,
-    curvature_passes,
 )
 from iprox.recipe.recipe import STAGES, Recipe, absolute_pattern, load_recipe, parse_recipe, validate_section
 from iprox.recipe.sections import (
@@ -49,7 +48,6 @@ __all__ = [
     "SelectSection",
     "WarmupSection",
     "absolute_pattern",
-    "curvature_passes",
     "load_recipe",
     "parse_recipe",
     "validate_section",

@@ -109,8 +109,3 @@ class InfluenceSection(Section):
                 f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
             )
         return self
-
-
-def curvature_passes(settings: InfluenceSection) -> int:
-    """How often the curvature sample is read: EK-FAC and DataInf take a second reading."""
-    return 1 if (settings.estimator, settings.curvature) == ("influence-function", "k-fac") else 2

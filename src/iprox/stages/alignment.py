@@ -20,7 +20,7 @@ from iprox.models.saving import save_model
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective, Precondition
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
-from iprox.recipe import AlignSection, InfluenceSection, curvature_passes
+from iprox.recipe import AlignSection, InfluenceSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
@@ -174,14 +174,13 @@ def _inverse_curvature(
     batches = list(session.batches(sample, 0))
     bases = kronecker_curvature(target, layers, batches, corrected=influence.curvature == "ek-fac")
     bases = {name: basis.to(torch.device("cpu")) for name, basis in bases.items()}
-    passes = curvature_passes(influence)
     if missed := [name for name in layers if name not in bases]:
         session.reporter.warn(
             f"no example of the curvature sample moved {missed[0]} ({len(missed)} layers in all), so their gradients "
             "are matched as they are; take more curvature examples"
         )
     return weight_solver(bases, layers, influence.damping), flops.curvature_flops(
-        target, "weight", *tokens_of(sample), passes
+        target, "weight", *tokens_of(sample), influence.curvature, tasks=0
     )
 
 

@@ -23,9 +23,10 @@ from iprox.influence.windows import fitting_scorer
 from iprox.models import flops
 from iprox.models.experts import SplitExperts
 from iprox.models.loading import skeleton
-from iprox.recipe import InfluenceSection, curvature_passes
+from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
+from iprox.stages.query_cost import QueryTokens, query_flops
 from iprox.stages.scoring import ScoredModel, curvature_sample, scoring_settings
 
 
@@ -110,10 +111,7 @@ def attribute(
         skeleton(path, trust_remote_code=session.trust_remote_code) for path in (first, models[0].target or first)
     )
     spent += len(models) * flops.scoring_flops(counted, tokens, supervised, 0.0)
-    spent += len(models) * sum(flops.training_flops(source, *tokens_of(task)) for task in encoded.values())
-    if curved:
-        passes = curvature_passes(settings)
-        spent += len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(curved), passes)
+    spent += len(models) * query_flops(source, settings, QueryTokens.of(encoded, curved))
     return {"rows": len(rows), "tokens": tokens * len(models), "flops": spent}
 
 

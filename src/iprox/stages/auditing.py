@@ -25,6 +25,7 @@ from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, encode_validation
+from iprox.stages.query_cost import QueryTokens, query_flops
 from iprox.stages.scoring import curvature_sample, say_what_fitted, scoring_settings
 
 
@@ -52,6 +53,7 @@ def audit(
     encoder = session.encoder(tokenizer)
     encoded = encode_validation(encoder, dict(validation))
     curved = curvature_sample(session, pool, encoder, settings)
+    read = QueryTokens.of(encoded, curved)
     rates = [rate for _, _, rate in pairs]
     tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
     total = 0.0
@@ -70,6 +72,7 @@ def audit(
                 tables[kind].append(table)
                 tokens += stats.tokens
                 total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
+                total += query_flops(query or model, settings, read)
     # Tasks are compared one by one, so how they are weighed against each other does not matter here.
     how = replace(scoring_settings(session, settings), per_example=False).aggregation
     proxies, targets = (combine(tables[kind], rates, how, TaskSpread()) for kind in ("proxy", "target"))

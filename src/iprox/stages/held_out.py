@@ -11,8 +11,9 @@ from iprox.audit.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
-from iprox.recipe import CURVED, InfluenceSection, curvature_passes
+from iprox.recipe import InfluenceSection
 from iprox.session import Session, encode_validation, tokens_of
+from iprox.stages.query_cost import QueryTokens, query_flops
 from iprox.stages.scoring import curvature_sample, scoring_settings
 
 
@@ -66,18 +67,11 @@ def watching_flops(
 ) -> float:
     """Of validation gradients and curvature, the target's scores of the held-out rows, and each proxy's."""
     tokens, supervised = tokens_of(watched.rows)
-    queries = [tokens_of(task) for task in watched.validation.values()]
-
-    def taking(model: PreTrainedModel) -> float:
-        spent = sum(flops.training_flops(model, *counted) for counted in queries)
-        if settings.estimator in CURVED:
-            passes = curvature_passes(settings)
-            spent += flops.curvature_flops(model, settings.gradient, *tokens_of(watched.sample), passes)
-        return spent
-
-    spent = taking(target)
+    read = QueryTokens.of(watched.validation, watched.sample)
+    spent = query_flops(target, settings, read)
     if not watched.fixed:
-        spent += sum(taking(target if watched.query_on_target else proxy) for proxy in proxies)
+        taken_on = (target if watched.query_on_target else proxy for proxy in proxies)
+        spent += sum(query_flops(model, settings, read) for model in taken_on)
     on_target, on_proxy = watched.meeting_flops["target"], watched.meeting_flops["proxy"]
     spent += flops.scoring_flops(target, tokens, supervised, on_target)
     return spent + sum(flops.scoring_flops(proxy, tokens, supervised, on_proxy) for proxy in proxies)

@@ -17,9 +17,10 @@ from iprox.influence.windows import Engine, local_engine, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import load_adam_state
-from iprox.recipe import CURVED, InfluenceSection, curvature_passes
+from iprox.recipe import CURVED, InfluenceSection
 from iprox.run_folder import StageRecord
-from iprox.session import Session, draw_rows, encode_validation, pad_id_of, tokens_of
+from iprox.session import Session, draw_rows, encode_validation, pad_id_of
+from iprox.stages.query_cost import QueryTokens, query_flops
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
 COMPILE_ROWS = 8192
@@ -107,20 +108,19 @@ def score(
         )
     say_what_was_read(session, stats)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
-    curvature = 0.0
-    if sample:
-        source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
-        passes = curvature_passes(settings)
-        curvature = len(models) * flops.curvature_flops(source, settings.gradient, *tokens_of(sample), passes)
-    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models)) + curvature
+    source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
+    read = QueryTokens.of(encoded, sample)
+    queries = len(models) * query_flops(source, settings, read)
+    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models))
     if settings.gradient_free:
         # RDS reads hidden states, so it needs no head.
         heads = supervised if settings.estimator == "perplexity" else 0
         spent = flops.forward_pass_flops(model, tokens, heads) if settings.runs_model else 0.0
     return {
         "tokens": tokens,
-        "flops": spent,
-        "curvature_flops": curvature,
+        "flops": spent + queries,
+        "query_flops": queries,
+        "query_tokens": asdict(read),
         "query": "target" if models[0].target else "own",
         "norm_sketch": scoring.sketched(model),
         **{k: v for k, v in asdict(stats).items() if k != "tokens"},
