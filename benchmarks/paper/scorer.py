@@ -57,7 +57,8 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": {
-            "labels": SHARE * whole["flops"],
+            # Of a part of the rows; the validation gradients are taken whole.
+            "labels": SHARE * (whole["flops"] - whole["query_flops"]) + whole["query_flops"],
             "training": flops.training_flops(small, EPOCHS * trained, 0),
             "score": flops.forward_pass_flops(small, every, 0),
         },

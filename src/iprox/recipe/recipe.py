@@ -269,7 +269,7 @@ def _is_false_branch(problem: Any) -> bool:
 
 def _is_union_tag(part: str) -> bool:
     # For `Section | False` pydantic puts the branch it tried into the path, with its validator's name if it has one.
-    return part.endswith(("Section", "Section]")) or part.startswith("literal[")
+    return part.endswith(("Section", "Section]")) or part.startswith(("literal[", "constrained-", "dict["))
 
 
 def _known_keys(path: list[str]) -> list[str]:
