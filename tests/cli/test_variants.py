@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+import yaml
 
 from iprox.cli import main
 from iprox.data import Pool
@@ -89,6 +92,24 @@ def test_norms_of_a_cosine_are_sketched_and_that_is_recorded_and_planned(tmp_pat
     asked = ["--output", str(tmp_path / "o"), "--normalise=cosine", "--norm-sketch=4", "--quiet"]
     assert main(["score", "--model", str(warmed), *data, *asked]) == 2
     assert "is no proxy, and a model's own norms are exact" in capsys.readouterr().err
+
+
+def test_a_model_with_experts_is_charged_in_the_plan_as_in_the_run(tmp_path, make_place, tiny, capsys):
+    place = make_place(tmp_path / "place")
+    own = Path(yaml.safe_load(place.recipe.read_text())["model"])
+    vocabulary = json.loads((own / "config.json").read_text())["vocab_size"]
+    shape = {"vocab_size": vocabulary, "hidden_size": 64, "moe_intermediate_size": 96, "num_experts": 8}
+    tiny.model("qwen3-moe", torch.float32, **shape).save_pretrained(place.path / "moe")
+    for file in [*own.glob("token*"), *own.glob("*.jinja")]:
+        shutil.copy(file, place.path / "moe")
+    place.set(model=str(place.path / "moe"))
+    options = ["warmup=false", "proxy.align=false", "audit.sample=12", "influence.normalise=cosine"]
+    assert place.run("--set", *options) == 0
+    capsys.readouterr()
+    assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]
+    for name in ("compress", "audit", "score"):
+        assert planned[name]["flops"] == pytest.approx(place.record()["stages"][name]["flops"], rel=0.2), name
 
 
 def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
