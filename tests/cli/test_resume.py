@@ -166,6 +166,22 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     assert "or the chat template refuses them" in place.record()["stages"]["score"]["warnings"][0]
 
 
+def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
+    own = Path(yaml.safe_load(finished.recipe.read_text())["model"]) / "chat_template.jinja"
+    strict = "{% for m in messages if 'forbidden' in m.content %}{{ raise_exception('not this one') }}{% endfor %}"
+    (tmp_path / "strict.jinja").write_text(strict + own.read_text())
+    lines = (finished.path / "spelling.jsonl").read_text().splitlines()
+    changed = json.loads(lines[2])
+    changed["messages"][0]["content"] += " forbidden"
+    (tmp_path / "spelling.jsonl").write_text("\n".join([*lines[:2], json.dumps(changed), *lines[3:]]) + "\n")
+    options = ["--model", str(finished.output / "aligned"), "--pool", str(finished.pool), "--max-length=48", "--quiet"]
+    options += ["--chat-template", str(tmp_path / "strict.jinja"), "--on-bad-row=skip"]
+    options += ["--validation", f"spelling={tmp_path / 'spelling.jsonl'}", "--output", str(tmp_path / "scores")]
+    assert main(["score", *options]) == 0
+    (said,) = json.loads((tmp_path / "scores/run.json").read_text())["stages"]["score"]["warnings"]
+    assert said.startswith(f"validation task 'spelling': 1 of {len(lines)} examples have no supervised token, or the")
+
+
 def windows_of_100(init):
     def patched(self, *arguments, **settings):
         init(self, *arguments, **{**settings, "window": 100})

@@ -27,7 +27,13 @@ from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of
-from iprox.stages.scoring import COMPILE_ROWS, engine_of, say_what_was_read, scoring_settings
+from iprox.stages.scoring import (
+    COMPILE_ROWS,
+    engine_of,
+    say_what_counts_for_nothing,
+    say_what_was_read,
+    scoring_settings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +171,7 @@ def query_indexes(
             raise InputError(f"{other.index.folder}: is of another pool than {first.folder}")
     encoder = session.encoder(session.tokenizer(asked[0].model))
     encoded = encode_validation(encoder, dict(validation))
+    say_what_counts_for_nothing(session, encoded)
     # An index holds what it holds: the queries are projected whole.
     scoring = replace(scoring_settings(session, settings), query_norm=1.0)
     shards = output.with_name(output.name + ".shards")

@@ -61,6 +61,7 @@ def score(
     tokenizer = session.tokenizer(first)
     encoder = session.encoder(tokenizer)
     encoded = encode_validation(encoder, dict(validation))
+    say_what_counts_for_nothing(session, encoded)
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
     model = skeleton(first, trust_remote_code=session.trust_remote_code)
@@ -161,6 +162,18 @@ def _count_terms(session: Session, pool: Pool, encoder: ChatEncoder) -> Corpus:
                 progress(len(window))
 
         return Corpus.of(encoded())
+
+
+def say_what_counts_for_nothing(session: Session, validation: Mapping[str, Sequence[Encoded]]) -> None:
+    """Warn of validation examples that have no loss."""
+    for task, rows in validation.items():
+        empty = sum(row.supervised == 0 for row in rows)
+        if empty:
+            refused = ", or the chat template refuses them" if session.skip_refused else ""
+            session.reporter.warn(
+                f"validation task {task!r}: {empty} of {len(rows)} examples have no supervised token{refused}: they "
+                "count for nothing"
+            )
 
 
 def say_what_fitted(session: Session, stats: ScoringStats) -> None:
