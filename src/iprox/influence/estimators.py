@@ -26,7 +26,7 @@ from iprox.influence.gradients import (
 from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
 from iprox.models.experts import expert_layers
-from iprox.models.flops import active_shares
+from iprox.models.flops import layer_shares
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
@@ -192,8 +192,7 @@ class BatchScorer:
                 self._queries[name] = layer_query(parts, dtype)
                 lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
         self._query_norms = norms.sqrt()
-        shares = active_shares(model)
-        self._shares = {name: shares.get(name, shares.get(name.rpartition(".")[0], 1.0)) for name in self.layers}
+        self._shares = layer_shares(model, self.layers)
         self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
         kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
         self.kept = {task: part.min().item() for task, part in zip(self.tasks, kept.split(self.widths), strict=True)}

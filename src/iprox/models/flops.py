@@ -6,6 +6,7 @@ cent of a model of useful size. P below is the number of parameters of the layer
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 from torch import nn
@@ -45,14 +46,18 @@ def active_shares(model: nn.Module) -> dict[str, float]:
     return shares
 
 
+def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Of layers or their factors, by name, the share of tokens that pass through: 1, but of experts' k/E."""
+    shares = active_shares(model)
+    # A factor has the share of its layer.
+    return {name: shares.get(name, shares.get(name.rpartition(".")[0], 1.0)) for name in names}
+
+
 def layers_of(model: nn.Module, gradient: GradientSpace) -> list[tuple[int, int, float]]:
     """(m, n) of each layer that influence is of, and the share of tokens that pass through it."""
-    shares = active_shares(model)
-    return [
-        # A factor has the share of its layer.
-        (*weight_shape(layer), shares.get(name, shares.get(name.rpartition(".")[0], 1.0)))
-        for name, layer in influence_layers(model, gradient).items()
-    ]
+    layers = influence_layers(model, gradient)
+    shares = layer_shares(model, layers)
+    return [(*weight_shape(layer), shares[name]) for name, layer in layers.items()]
 
 
 def head_flops(model: nn.Module) -> float:
