@@ -1,16 +1,18 @@
 """Going on with a run: what is skipped, what is done again, and that the bytes are those of a run without a stop."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from iprox.cli import main
-from iprox.influence import scoring, shards
+from iprox.influence import index, scoring, shards
 from iprox.session import draw_rows
-from iprox.stages import alignment, compression
+from iprox.stages import alignment, compression, indexing
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -166,6 +168,39 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     assert "or the chat template refuses them" in place.record()["stages"]["score"]["warnings"][0]
 
 
+@pytest.mark.parametrize("command", ["score", "index"])
+def test_a_template_file_changed_between_two_starts_is_another_template(place, tmp_path, monkeypatch, command):
+    """What an interrupted start has left was read by the other one: all of it is made again."""
+    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    monkeypatch.setattr(indexing, "WINDOW", 100)
+    model = yaml.safe_load(place.recipe.read_text())["model"]
+    own = (Path(model) / "chat_template.jinja").read_text()
+    template = tmp_path / "mine.jinja"
+    options = ["--model", model, "--pool", str(place.pool), "--max-length=48", "--quiet"]
+    options += [f"--chat-template={template}"]
+    if command == "score":
+        options += ["--estimator=length", "--validation", f"spelling={place.path / 'spelling.jsonl'}"]
+    module, name = (shards, "write_parts") if command == "score" else (index, "replacing")
+    write, written = getattr(module, name), []
+
+    def write_one(*arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        return write(*arguments)
+
+    template.write_text(own)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, write_one)
+        assert main([command, *options, "--output", str(tmp_path / "resumed")]) == 130
+    template.write_text("{{ 'so ' }}" + own)
+    assert main([command, *options, "--output", str(tmp_path / "resumed")]) == 0
+    assert main([command, *options, "--output", str(tmp_path / "whole")]) == 0
+    files = ["scores.parquet"] if command == "score" else ["000000.arrow", "000001.arrow", "index.json"]
+    for file in files:
+        assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
     own = Path(yaml.safe_load(finished.recipe.read_text())["model"]) / "chat_template.jinja"
     strict = "{% for m in messages if 'forbidden' in m.content %}{{ raise_exception('not this one') }}{% endfor %}"
@@ -246,3 +281,24 @@ def test_seed_changes_every_draw(place):
     assert place.run("--seed", "1", "--stop-after", "data") == 0
     assert place.record()["seed"] == 1
     assert draw_rows("audit", 0, 1000, 20) != draw_rows("audit", 1, 1000, 20)
+
+
+def test_an_off_the_shelf_proxy_is_known_by_what_it_is_not_by_where(place, model, tmp_path):
+    first, moved = tmp_path / "small", tmp_path / "moved"
+    shutil.copytree(model, first)
+    options = ["warmup=false", "audit=false"]
+
+    def run(proxy):
+        return place.run("--set", *options, f"proxy={{method: off-the-shelf, model: {proxy}}}")
+
+    assert run(first) == 0
+    before = place.result()
+    first.rename(moved)
+    assert run(moved) == 0
+    assert place.done() == []
+    weights = load_file(moved / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"] * 3
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert run(moved) == 0
+    assert place.done()[:2] == ["compress", "score"]
+    assert place.result()["scores.parquet"] != before["scores.parquet"]

@@ -100,6 +100,21 @@ def test_checkpoints_add_up_with_their_learning_rates(setup, tiny, tmp_path):
     np.testing.assert_allclose(score_matrix(read_scores(tmp_path / "both.parquet")), expected, rtol=1e-9)
 
 
+def test_counts_of_checkpoints_are_rows_once_and_all_that_was_done():
+    first = ScoringStats(rows=4, tokens=40, contraction_flops=100.0, query_kept=0.99, batch_tokens=4096)
+    second = ScoringStats(
+        rows=4, tokens=40, contraction_flops=900.0, query_kept=0.9, uncompiled="no compiler", batch_tokens=512
+    )
+    both = ScoringStats.over_checkpoints([first, second])
+    assert both == dataclasses.replace(second, contraction_flops=1000.0)
+    assert first.contraction_flops == 100.0
+    total = ScoringStats()
+    total.add(both)
+    total.add(first)
+    assert (total.rows, total.tokens, total.contraction_flops) == (8, 80, 1100.0)
+    assert (total.query_kept, total.uncompiled, total.batch_tokens) == (0.9, "no compiler", 512)
+
+
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 4])
 def test_killed_and_started_again_it_gives_the_same_bytes(setup, tiny, tmp_path, monkeypatch, killed_after):
     model, pool, validation = setup
@@ -140,6 +155,25 @@ def test_shards_of_other_scores_are_thrown_away(setup, tmp_path, monkeypatch):
     cosine = dataclasses.replace(SETTINGS, normalise="cosine")
     run(path, [model], pool, validation, settings=cosine, identity={"run": 2})
     assert np.nanmax(np.abs(score_matrix(read_scores(path)))) <= 1 + 1e-9
+
+
+def test_killed_while_it_throws_shards_away_it_keeps_none_of_them(tmp_path, monkeypatch):
+    """Half a set of shards, under the marker of the whole, would be taken for the first windows later."""
+    folder = tmp_path / "shards"
+    shards.claim(folder, {"run": 1})
+    for number in range(3):
+        (folder / f"{number:06d}.parquet").write_text("a window")
+
+    def dies(path, **_):
+        (path / "000000.parquet").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.shutil, "rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            shards.claim(folder, {"run": 2})
+    shards.claim(folder, {"run": 1})
+    assert not list(folder.glob("*.parquet"))
 
 
 def test_windows_do_not_change_the_scores(setup):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -114,7 +114,8 @@ class ScoringStats:
         tokens: tokens read.
         supervised: supervised tokens among them.
         truncated: over-long examples that were cut.
-        contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted.
+        contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted, at
+            all checkpoints.
         query_kept: share of the validation gradients' norm that was kept: of the task that lost most.
         uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
         batch_tokens: largest batch that memory held, in tokens.
@@ -141,10 +142,22 @@ class ScoringStats:
             truncated=sum(example.truncated for example in encoded),
         )
 
+    @classmethod
+    def over_checkpoints(cls, each: Sequence[ScoringStats]) -> ScoringStats:
+        """Of the same rows at several checkpoints: they were read once, what was done adds up."""
+        total = replace(each[0])
+        for other in each[1:]:
+            total._add_work(other)
+        return total
+
     def add(self, other: ScoringStats) -> None:
-        """Count another's rows and tokens into this one."""
-        for name in ("rows", "unscored", "tokens", "supervised", "truncated", "contraction_flops"):
+        """Count other rows, and what was done with them, into this one."""
+        for name in ("rows", "unscored", "tokens", "supervised", "truncated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._add_work(other)
+
+    def _add_work(self, other: ScoringStats) -> None:
+        self.contraction_flops += other.contraction_flops
         self.query_kept = min(self.query_kept, other.query_kept)
         self.uncompiled = self.uncompiled or other.uncompiled
         self.batch_tokens = min(self.batch_tokens, other.batch_tokens)

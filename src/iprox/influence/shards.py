@@ -130,7 +130,7 @@ def merge_shards(
         identity: kept in the file.
 
     Returns:
-        What was read, at one checkpoint.
+        What was read, once, and what was done at all checkpoints.
     """
     stats, spread = ScoringStats(), TaskSpread()
 
@@ -143,7 +143,8 @@ def merge_shards(
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():
-            stats.add(ScoringStats(**scores_metadata(tables[0])))  # pyright: ignore[reportArgumentType]
+            counted = [ScoringStats(**scores_metadata(table)) for table in tables]  # pyright: ignore[reportArgumentType]
+            stats.add(ScoringStats.over_checkpoints(counted))
             yield combine(tables, rates, how, spread, identity)
 
     write_parts(path, parts())
@@ -187,6 +188,8 @@ def claim(shards: Path, identity: Mapping[str, object]) -> None:
     marker = shards / IDENTITY
     if marker.is_file() and marker.read_text(encoding="utf-8") == written:
         return
+    # First the marker: a half-removed folder must not be taken for whole by a later start of the other identity.
+    marker.unlink(missing_ok=True)
     shutil.rmtree(shards, ignore_errors=True)
     shards.mkdir(parents=True)
     write_text(marker, written)

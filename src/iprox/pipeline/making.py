@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from iprox.models.loading import checkpoint_fingerprint
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.proxy.align_state import discard_other_states
@@ -92,7 +93,10 @@ def compress(run: Run, context: Context) -> None:
 
         return _afresh(run.folder.proxy, folders, "compression.json", made())
 
-    key = [common_key(run), context.keys["warmup"], len(context.targets), settings.model_dump(exclude={"align"})]
+    chosen = settings.model_dump(exclude={"align", "model"})
+    if settings.model is not None:  # what it is, not where
+        chosen["model"] = checkpoint_fingerprint(settings.model)
+    key = [common_key(run), context.keys["warmup"], len(context.targets), chosen]
     if by_fidelity:
         key += [influence.model_dump(include=set(OF_GRADIENTS)), run.recipe.batch_tokens]
     context.keys["compress"] = run.stage(

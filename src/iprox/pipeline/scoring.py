@@ -115,9 +115,8 @@ def _cost(run: Run) -> None:
     checkpoints = entry["checkpoints"]
     # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank, and norms as
     # sketched.
-    on_target = flops.scoring_flops(
-        target, entry["tokens"], entry["supervised"] * checkpoints, entry["contraction_flops"] * checkpoints
-    )
+    supervised = entry["supervised"] * checkpoints
+    on_target = flops.scoring_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
     on_target += checkpoints * query_flops(target, run.recipe.influence, QueryTokens(**entry["query_tokens"]))
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {

@@ -79,7 +79,8 @@ def build_index(
         "seed": session.seed,
         "pool": summary.fingerprint,
         "labels": encoder.describe,
-        "chat_template": session.chat_template,
+        # As text, since a file may change or be out of reach; the tokenizer's own is in the model's fingerprint.
+        "chat_template": session.chat_template and encoder.chat_template,
         "max_length": session.max_length,
         "dtype": str(session.dtype).removeprefix("torch."),
         "batch_tokens": session.batch_tokens,

@@ -81,19 +81,21 @@ def refine(
     if settings.correct:
         seen = Covariates(sample["source"][known], sample["tokens"][known])
         every = Covariates(source_column(table), table["tokens"].to_numpy(zero_copy_only=False))
-        record["correction"] = {}
-        for number, task in enumerate(tasks):
-            correction = fit_correction(proxy[:, number], target[:, number], seen)
-            record["correction"][task] = {
-                "used": correction.helps,
-                "spearman": {"before": correction.before, "after": correction.after},
-            }
+        corrections = [fit_correction(proxy[:, n], target[:, n], seen) for n in range(len(tasks))]
+        record["correction"] = {
+            task: {"used": each.helps, "spearman": {"before": each.before, "after": each.after}}
+            for task, each in zip(tasks, corrections, strict=True)
+        }
+        for number, correction in enumerate(corrections):
             if correction.helps:
                 proxy[:, number] = correction.held_out
                 matrix[:, number] = correction.apply(matrix[:, number], every)
-            elif how.tasks != "standardised":
-                # Corrected scores have the target's unit, so where tasks are weighed as they are all have to.
-                matrix[:, number] *= _scale(target[:, number]) / _scale(proxy[:, number])
+            elif how.tasks != "standardised" and any(each.helps for each in corrections):
+                # Corrected scores have the target's unit, so where tasks are weighed as they are all have to, and the
+                # sample that a cascade is calibrated on with them.
+                unit = _scale(target[:, number]) / _scale(proxy[:, number])
+                matrix[:, number] *= unit
+                proxy[:, number] *= unit
     if settings.recall is None:
         influence = how.over_tasks(matrix, _spread_of(matrix))
     else:

@@ -18,7 +18,7 @@ from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import load_adam_state
 from iprox.recipe import CURVED, InfluenceSection
-from iprox.run_folder import StageRecord
+from iprox.run_folder import StageRecord, key_of
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of
 from iprox.stages.query_cost import QueryTokens, query_flops
 
@@ -99,6 +99,8 @@ def score(
                 "learning_rates": [model.learning_rate for model in models],
                 "dtype": str(session.dtype).removeprefix("torch."),
                 "max_length": session.max_length,
+                "chat_template": key_of(encoder.chat_template),
+                "window": scoring.window,
                 "batch_tokens": session.batch_tokens,
                 "compile": compile_model,
             },
@@ -112,7 +114,7 @@ def score(
     source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
     read = QueryTokens.of(encoded, sample)
     queries = len(models) * query_flops(source, settings, read)
-    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops * len(models))
+    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops)
     if settings.gradient_free:
         # RDS reads hidden states, so it needs no head.
         heads = supervised if settings.estimator == "perplexity" else 0
