@@ -28,6 +28,12 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        # On the disk before it has its name, or a power cut could leave an empty file that has it.
+        descriptor = os.open(partial, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -38,3 +44,42 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file that appears only when whole."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+class FolderLock:
+    """A folder held against other processes that would write to it too, for as long as this one lives or holds it.
+
+    Where the file system, or Windows, has no such locks, none is taken.
+
+    Args:
+        folder: an existing one.
+
+    Raises:
+        InputError: another process holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(
+                f"{folder}: another iprox is at work there; wait for it, or choose another output"
+            ) from error
+        except OSError:
+            self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +43,7 @@ class TrainingResult:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     tokens: int = 0
-    seconds: float = 0.0
     uncompiled: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
 
 def train(
@@ -97,7 +91,6 @@ def train(
         InputError: nothing to train on.
         FloatingPointError: the loss is not finite (the step is named).
     """
-    started = time.perf_counter()
     rows = [example for example in encoded if example.supervised > 0]
     if not rows:
         raise InputError("no example with a supervised token to train on")
@@ -136,6 +129,14 @@ def train(
         seed=seed,
         data_seed=seed,
     )
+    if model.device.type == "cuda":
+        if model.device.index:
+            raise InputError(
+                f"transformers trains on the first GPU it sees, not on {model.device}: choose it with "
+                f"CUDA_VISIBLE_DEVICES={model.device.index} and device cuda"
+            )
+        # nn.DataParallel over every GPU in sight would multiply the batch, and with it what a step is.
+        arguments._n_gpu = 1
     recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, optimizer_state, progress)
     trainer_class = SFTTrainer if model.device.type == "cuda" else _SupervisedHeadTrainer
     trainer = trainer_class(
@@ -157,7 +158,6 @@ def train(
     result = recorder.result
     result.uncompiled = reason
     result.tokens = epochs * sum(len(row.input_ids) for row in rows)
-    result.seconds = time.perf_counter() - started
     return result
 
 

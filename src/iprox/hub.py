@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
@@ -11,7 +15,7 @@ from iprox.errors import InputError
 from iprox.models.card import CARD
 from iprox.models.loading import load_config
 
-# What belongs to a proxy; not `run.json`, which names local paths.
+# What belongs to a proxy; not `run.json`, which is of this machine.
 PUBLISHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD]
 PRIVATE = ["run.json", "*.partial"]
 
@@ -39,15 +43,36 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            revision=revision,
-            commit_message="Add an influence proxy made by iprox",
-            allow_patterns=PUBLISHED,
-            ignore_patterns=PRIVATE,
-        )
+        with _without_local_path(folder, described.get("target")) as published:
+            commit = api.upload_folder(
+                repo_id=repo,
+                folder_path=published,
+                revision=revision,
+                commit_message="Add an influence proxy made by iprox",
+                allow_patterns=PUBLISHED,
+                ignore_patterns=PRIVATE,
+            )
     except (HFValidationError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{repo}: cannot be pushed to ({reason}); log in with `hf auth login`") from error
     return commit.commit_url
+
+
+@contextmanager
+def _without_local_path(folder: Path, target: str | None) -> Iterator[Path]:
+    """The folder to publish: its own, or a copy where a target on this machine is named by its folder's name only."""
+    if target is None or not Path(target).is_absolute():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="iprox-push-") as name:
+        copy = Path(name)
+        for file in folder.iterdir():
+            if file.name in ("config.json", CARD):
+                text = file.read_text(encoding="utf-8")
+                (copy / file.name).write_text(text.replace(target, Path(target).name), encoding="utf-8")
+            elif file.is_file():
+                try:
+                    (copy / file.name).symlink_to(file.resolve())
+                except OSError:  # Windows without the right to
+                    shutil.copyfile(file, copy / file.name)
+        yield copy

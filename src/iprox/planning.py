@@ -20,7 +20,7 @@ from iprox.proxy.size import Size
 from iprox.recipe import CURVED, Recipe
 from iprox.session import Session, encode_validation, share, tokens_of
 from iprox.stages.attribution import why_not_attributed
-from iprox.stages.query_cost import QueryTokens, query_flops
+from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
@@ -145,7 +145,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     )
     queries = query_flops(model, recipe.influence, counted)  # at one checkpoint
     read = round(scored * mean), round(scored * mean_supervised)
-    on_target = flops.scoring_flops(model, *read, read[0] * contraction) + checkpoints * queries
+    on_target = candidate_flops(model, recipe.influence, *read, read[0] * contraction) + checkpoints * queries
+    exactly = candidate_flops(model, recipe.influence, *read, read[0] * own)  # the target's own scores
     kept = 1.0
     construction = 0.0
 
@@ -199,7 +200,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         per_row += mean * (flops.contraction_flops(model, "weight") - contraction)
     if recipe.proxy and recipe.audit:
         rows = min(recipe.audit.sample, total) * checkpoints
-        cost = rows * (per_row + flops.scoring_flops(model, *read, read[0] * own) / scored)
+        cost = rows * (per_row + exactly / scored)
         cost += 2 * checkpoints * queries
         add("audit", 2 * rows, cost, 2 * bytes_per * parameters + activations)
         if lds := recipe.audit.lds:
@@ -211,7 +212,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     if recipe.refine and recipe.refine.recall:
         # At least the selection itself; how many more, the audit will say.
         share_again = recipe.select.fraction or (recipe.select.count or 0) / total
-        cost = share_again * flops.scoring_flops(model, *read, read[0] * own) + checkpoints * queries
+        cost = share_again * exactly + checkpoints * queries
         add("refine", share_again * scored, cost, memory)
     if recipe.report.attributed and why_not_attributed(recipe.influence, model) is None:
         rows = min(recipe.report.attributed, total) * checkpoints
@@ -231,5 +232,5 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         "parameters": {"target": parameters, "proxy": round(parameters - (1 - kept) * linear)},
         "stages": stages,
         "total_seconds": sum(stage["seconds"] for stage in stages.values()),
-        "relative_score_cost": (construction + stages["score"]["flops"]) / on_target,
+        "relative_score_cost": (construction + stages["score"]["flops"]) / on_target if on_target else 1.0,
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import InputError
-from iprox.files import write_text
+from iprox.files import FolderLock, write_text
 
 # What a stage says of itself in run.json: tokens, flops, and anything particular to it.
 StageRecord = dict[str, Any]
@@ -51,6 +51,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: FolderLock | None = None
         self.warmup = self.path / "warmup"
         self.proxy = self.path / "proxy"
         self.aligned = self.path / "aligned"
@@ -73,8 +74,10 @@ class RunFolder:
             identity: what makes it the same run (model and data); settings may change, stages notice.
             fresh: forget an earlier run. Only files that a run writes are removed, and only from a run's folder.
 
+        No other process can claim it until it is released.
+
         Raises:
-            InputError: the folder holds another run, or something that is no run.
+            InputError: the folder holds another run, or something that is no run, or another process is at work there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file; choose a folder as output")
@@ -88,6 +91,15 @@ class RunFolder:
                 raise InputError(f"{self.path}: its run.json is of a single command; choose another output folder")
         elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty and no iprox run; choose another output folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
+        try:
+            return self._taken_over(earlier, identity, fresh)
+        except BaseException:
+            self.release()
+            raise
+
+    def _taken_over(self, earlier: dict[str, Any], identity: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
         if fresh:
             earlier = {}
             for name in self.CONTENT:
@@ -99,9 +111,14 @@ class RunFolder:
                 f"{self.path}: holds another run ({', '.join(changed) or 'inputs'} differ); "
                 "choose another output, or --fresh to replace it"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
         self.remove_partial()  # not before the folder is known to be ours
         return earlier
+
+    def release(self) -> None:
+        """Let other processes claim the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def remove_partial(self) -> None:
         """Remove what an interrupted write left; whole files appear under their own names only."""

@@ -68,8 +68,13 @@ class Session:
         """Resolve `auto` for this machine.
 
         Raises:
-            InputError: there is no such device.
+            InputError: there is no such device, or this is one of several processes of torchrun.
         """
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise InputError(
+                "iprox runs as one process, and this is one of several that torchrun or accelerate has started: start "
+                "it by itself; `engine: {ray: {workers: N}}` in a recipe scores on N GPUs"
+            )
         try:
             where = resolve_device(device)
             torch.empty(0, device=where)

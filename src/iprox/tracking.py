@@ -77,12 +77,15 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         """Finish the service's run, as failed where the block did."""
-        if self.kind == "tensorboard":
-            self._writer.close()
-        elif self.kind == "wandb":
-            self._writer.finish(exit_code=0 if kind is None else 1)
-        elif self.kind == "mlflow":
-            self._writer.end_run("FINISHED" if kind is None else "FAILED")
+        try:
+            if self.kind == "tensorboard":
+                self._writer.close()
+            elif self.kind == "wandb":
+                self._writer.finish(exit_code=0 if kind is None else 1)
+            elif self.kind == "mlflow":
+                self._writer.end_run("FINISHED" if kind is None else "FAILED")
+        except Exception as error:
+            self._give_up(error)
 
     @contextmanager
     def training(self, name: str) -> Iterator[None]:
@@ -107,9 +110,12 @@ class Tracker:
         try:
             self._send(values, step)
         except Exception as error:
-            self._failed = True
-            if self._warn is not None:
-                self._warn(f"tracking: {self.kind} failed, so it is told nothing more: {' '.join(str(error).split())}")
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._failed = True
+        if self._warn is not None:
+            self._warn(f"tracking: {self.kind} failed, so it is told nothing more: {' '.join(str(error).split())}")
 
     def _send(self, values: dict[str, float], step: int) -> None:
         if self.kind == "tensorboard":

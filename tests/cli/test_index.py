@@ -1,6 +1,7 @@
 """A gradient index through the command line: written once, queried, resumed, exported, refused."""
 
 import json
+import shutil
 
 import faiss
 import numpy as np
@@ -70,6 +71,26 @@ def test_a_query_twice_gives_the_same_bytes(indexed, tmp_path):
     table = pq.read_table(tmp_path / "once/scores.parquet")
     assert table.schema.field("examples/spelling").type.list_size == 8
     assert (tmp_path / "once/scores.parquet").read_bytes() == (tmp_path / "twice/scores.parquet").read_bytes()
+
+
+def test_scores_by_example_change_no_score_of_a_task(indexed, tmp_path):
+    for name, options in (("alone", []), ("kept", ["--per-example"])):
+        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--normalise=cosine", *options) == 0
+    alone, kept = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("alone", "kept"))
+    for column in ("influence/spelling", "influence/arithmetic"):
+        np.testing.assert_allclose(kept[column].to_numpy(), alone[column].to_numpy(), rtol=0.02, atol=2e-3)
+
+
+def test_killed_when_all_but_its_marker_is_done_an_index_is_finished_by_the_same_command(indexed, tmp_path):
+    again = tmp_path / "index"
+    shutil.copytree(indexed.indexes[0], again)
+    described = json.loads((again / "index.json").read_text())
+    rows = described.pop("rows")
+    (again / "identity.json").write_text(json.dumps(described, sort_keys=True))
+    (again / "run.json").unlink()
+    assert make(indexed, indexed.proxies[0], again) == 0
+    assert not (again / "identity.json").exists()
+    assert json.loads((again / "index.json").read_text())["rows"] == rows
 
 
 def test_several_indexes_are_checkpoints(indexed, tmp_path):

@@ -1,5 +1,7 @@
 """iprox push, with the Hub's own client replaced by one that notes what it was asked."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -23,8 +25,10 @@ def calls(monkeypatch):
         def create_branch(self, repo, **options):
             noted.append(("create_branch", repo, options))
 
-        def upload_folder(self, **options):
-            noted.append(("upload_folder", options))
+        def upload_folder(self, folder_path, **options):
+            texts = {name: (folder_path / name).read_text() for name in ("config.json", "README.md")}
+            names = sorted(file.name for file in folder_path.iterdir())
+            noted.append(("upload_folder", {**options, "texts": texts, "names": names}))
             return SimpleNamespace(commit_url="https://hub.example/commit/1")
 
     monkeypatch.setattr(hub, "HfApi", Api)
@@ -40,7 +44,12 @@ def test_a_proxy_is_pushed_with_its_card_and_without_local_paths(finished, calls
     assert calls[1] == ("create_branch", "me/proxy", {"branch": "v1", "exist_ok": True})
     options = calls[2][1]
     assert options["repo_id"] == "me/proxy"
-    assert options["folder_path"] == folder
+    target = json.loads((folder / "config.json").read_text())["quantization_config"]["target"]
+    for name, text in options["texts"].items():
+        assert target in (folder / name).read_text()
+        assert str(finished.path) not in text
+    assert options["names"] == sorted(file.name for file in folder.iterdir())
+    assert json.loads(options["texts"]["config.json"])["quantization_config"]["target"] == Path(target).name
     assert options["revision"] == "v1"
     assert "run.json" in options["ignore_patterns"]
     assert "README.md" in options["allow_patterns"]

@@ -80,6 +80,13 @@ def test_defaults_are_those_of_the_design():
         (with_section(seed=2**32), "seed: "),
         (with_section(refine={"recall": 0.9}, select={"threshold": 0.0}), "which select.threshold passes over"),
         (with_section(refine={"recall": 0.9}, select={"source_cap": 0}), "which select.source_cap passes over"),
+        (with_section(refine={"correct": False}), "so there is nothing to do"),
+        (with_section(proxy={"method": "layers", "align": {"epochs": 2}}), "which the method layers has none of"),
+        (with_section(engine={"ray": {"workers": 2}}, device="cuda:1"), "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        (
+            with_section(engine={"ray": {"workers": 2}}, data={**SMALLEST["data"], "num_proc": 2}),
+            "engine ray's workers for themselves",
+        ),
         ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
     ],
 )

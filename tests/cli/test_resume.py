@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from iprox.cli import main
+from iprox.files import FolderLock
 from iprox.influence import index, scoring, shards
 from iprox.session import draw_rows
 from iprox.stages import alignment, compression, indexing
@@ -302,3 +303,20 @@ def test_an_off_the_shelf_proxy_is_known_by_what_it_is_not_by_where(place, model
     assert run(moved) == 0
     assert place.done()[:2] == ["compress", "score"]
     assert place.result()["scores.parquet"] != before["scores.parquet"]
+
+
+def test_two_starts_do_not_work_in_one_folder(copied, finished, capfd):
+    """As a second start beside the first does, or a second rank of torchrun."""
+    held = FolderLock(copied.output)
+    assert copied.run() == 2
+    assert "another iprox is at work there" in capfd.readouterr().err
+    held.release()
+    assert copied.run() == 0
+    assert copied.result() == finished.result()
+
+
+def test_several_processes_of_torchrun_are_refused(place, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert place.run() == 2
+    assert "iprox runs as one process" in capfd.readouterr().err
+    assert not place.output.exists()

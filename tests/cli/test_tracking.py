@@ -72,3 +72,12 @@ def test_a_service_that_cannot_be_started_is_refused(tmp_path):
 def test_numbers_are_found_by_path():
     entry = {"a": 1, "b": {"c": 0.5, "d": "text", "e": [1]}, "flag": True, "none": None}
     assert dict(tracking.numbers(entry, "s")) == {"s/a": 1.0, "s/b/c": 0.5}
+
+
+def test_a_service_that_fails_at_the_end_fails_no_run(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    warned = []
+    with tracking.Tracker("tensorboard", tmp_path, {}, warned.append) as tracker:
+        monkeypatch.setattr(tracker._writer, "close", lambda: 1 / 0)
+    assert len(warned) == 1
+    assert not tracker.__exit__(KeyboardInterrupt, None, None)  # an interruption stays one

@@ -627,3 +627,23 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
     lds.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
     assert json.loads((tmp_path / "audit/lds-losses.json").read_text())["of"] != before["of"]
+
+
+@pytest.mark.parametrize("estimator", ["perplexity", "rds"])
+def test_scorers_without_gradients_are_charged_forward_passes_everywhere(place, estimator, capfd):
+    """The target's cost is of the same scorer, and the audit's is of its rows."""
+    options = ["warmup=false", f"influence.estimator={estimator}", "proxy.align=false", "audit.sample=40"]
+    assert main(["plan", str(place.recipe), "--set", *options, "--json"]) == 0
+    planned = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert place.run("--set", *options, "--stop-after", "score") == 0
+    record = place.record()
+    cost, stages = record["cost"], record["stages"]
+    ratio = cost["proxy_flops_per_token"] / cost["target_flops_per_token"]
+    assert ratio <= cost["score_flops"] / cost["target_score_flops"] < 1  # the head is the same on both
+    per_row = (cost["score_flops"] + cost["target_score_flops"]) / 200
+    assert stages["audit"]["flops"] < 1.3 * 40 * per_row + 3 * stages["score"]["query_flops"] / ratio
+    for name in ("audit", "score"):
+        assert planned["stages"][name]["flops"] == pytest.approx(stages[name]["flops"], rel=0.3)
+    own = ["warmup=false", f"influence.estimator={estimator}", "proxy=false", "audit=false"]
+    assert main(["plan", str(place.recipe), "--set", *own, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["relative_score_cost"] == pytest.approx(1)

@@ -61,6 +61,18 @@ def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalise):
     torch.testing.assert_close(scores[:, 3], expected[:, 1], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_the_examples_cosines_make_the_cosine_with_their_mean(tiny, family):
+    """Weighed by their norms: asking for scores by example changes no score of a task."""
+    model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
+    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalise="cosine")(pool)
+    scorer = BatchScorer(model, {"t": example_gradients(model, [validation])}, normalise="cosine")
+    scores, _ = scorer(pool)
+    (weights,) = scorer.weights
+    torch.testing.assert_close((scores * torch.tensor(weights)).sum(1, keepdim=True), expected, rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(scores.mean(1, keepdim=True), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("space", ["weight", "factors"])
 def test_examples_of_the_target_meet_candidates_on_the_proxy(tiny, space):
     model, pool, validation = tiny.model("qwen2"), tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)

@@ -3,12 +3,13 @@
 import functools
 import logging
 import sys
+import warnings
 
 import pytest
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.ray_engine import ray_engine
+from iprox.influence.ray_engine import PACKAGE, ray_engine, share_of_each
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import ScoringStats
 from iprox.influence.windows import local_engine, windows_of
@@ -54,12 +55,40 @@ def test_windows_come_back_whole_and_in_order(workers):
     assert sum(done) == 53
 
 
-def test_a_worker_that_fails_stops_the_run():
+@pytest.mark.parametrize("kind", [FloatingPointError, InputError])
+def test_a_worker_that_fails_stops_the_run_with_its_own_error(kind):
     def broken():
-        raise FloatingPointError("the gradient of x is not finite")
+        raise kind("the gradient of x is not finite")
 
-    with pytest.raises(Exception, match="not finite"):
+    with pytest.raises(kind, match=r"^the gradient of x is not finite$"):
         list(ray_engine(1, "cpu")(functools.partial(broken), windows_of(Pool([{"text": "a"}]), 4)))
+
+
+def test_what_iprox_warns_of_in_a_worker_is_heard_here():
+    def warning():
+        exec(compile("warnings.warn('said')", str(PACKAGE / "x.py"), "exec"), {"warnings": warnings})
+        return LengthScorer()
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.warns(UserWarning, match="said"):
+        list(ray_engine(1, "cpu")(warning, windows_of(Pool([{"text": "a"}]), 4)))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "share"),
+    [
+        ([8], 2, 4),
+        ([5], 2, 2),
+        ([2, 2, 2], 2, 2),  # not three of the six, which no node has
+        ([4, 4, 4], 4, 2),
+        ([2, 2, 2], 5, 1),
+        ([1, 7], 3, 2),
+        ([2], 3, 0),
+        ([], 1, 0),
+    ],
+)
+def test_every_worker_has_its_cores_on_one_node(nodes, workers, share):
+    assert share_of_each(nodes, workers) == share
 
 
 def test_more_workers_than_there_is_room_for_are_refused():

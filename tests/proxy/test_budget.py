@@ -101,6 +101,16 @@ def test_uniform_ranks_take_the_same_share_of_every_layer_and_spend_the_budget(s
         assert budget - max(layer.rank_cost for layer in layers.values()) < kept_cost(layers, ranks) <= budget
 
 
+@given(seed=st.integers(0, 100), sparsity=st.floats(0.5, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_uniform_ranks_keep_a_budget_that_leaves_some_layers_less_than_a_rank(seed, sparsity):
+    layers = random_layers(seed)
+    budget = max(least_cost(layers), (1 - sparsity) * total_cost(layers))
+    ranks = uniform_ranks(layers, budget)
+    assert min(ranks.values()) >= 1
+    assert kept_cost(layers, ranks) <= budget * (1 + 1e-9)
+
+
 def test_a_jump_to_dense_is_taken_where_its_tail_is_worth_it():
     """A square layer with a flat spectrum: at half its ranks, factors cost what it does and save half the error."""
     layers = {

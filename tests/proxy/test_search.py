@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from iprox.errors import InputError
 from iprox.proxy.search import CLOSENESS, LEAST, MOST, Try, cost_of, most_tries, smallest_faithful
+from iprox.proxy.size import OutOfReachError
 
 
 def make(size):
@@ -28,6 +29,17 @@ def test_the_largest_sparsity_that_is_faithful_enough_is_found(edge):
 def test_a_fidelity_out_of_reach_is_refused_with_what_is_in_reach():
     with pytest.raises(InputError, match=r"reaches a fidelity of 0.950 \(at least 0.920\), not 0.97"):
         smallest_faithful(make, 0.97, lambda proxy: (1 - proxy, 0.97 - proxy))
+
+
+def test_sizes_of_less_than_a_rank_a_layer_are_too_small_not_an_error():
+    def make_some(size):
+        if size.sparsity > 0.6:
+            raise OutOfReachError("less than one rank per layer")
+        return make(size)
+
+    proxy, _, tries = smallest_faithful(make_some, 0.1, lambda proxy: (0.9, 0.8))
+    assert 0.6 - CLOSENESS <= proxy <= 0.6
+    assert len(tries) < most_tries()
 
 
 def test_further_cost_is_interpolated_between_tries():

@@ -7,7 +7,7 @@ from typing import Any
 
 from iprox.cli import options
 from iprox.errors import InputError
-from iprox.influence.index import GradientIndex
+from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.shards import IDENTITY
 from iprox.models.loading import checkpoint_fingerprint
 from iprox.stages import indexing
@@ -17,7 +17,7 @@ def index(arguments: Namespace) -> dict[str, Any]:
     """`iprox index`."""
     settings = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
-    output = options.resumable_folder(arguments.output, IDENTITY, IDENTITY, "*.arrow", "*.partial")
+    output = options.resumable_folder(arguments.output, IDENTITY, IDENTITY, DESCRIPTION, "*.arrow", "*.partial")
     session.read(pool)
     warmed = None
     if settings.estimator == "adam":

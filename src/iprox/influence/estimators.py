@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from iprox.influence.gradients import (
     LayerGradient,
     LowRankGradient,
+    mean_squared_norm,
     norm_flops,
     sketch_pays,
     sketched_norms,
@@ -149,6 +151,8 @@ class BatchScorer:
 
     Attributes:
         widths: columns of each task: 1, or its examples.
+        weights: by task, what its columns sum to its own score with, float64 [width]: the influence on the mean loss,
+            or the cosine with the mean gradient, which is not the mean of the examples' cosines.
         contraction_flops: FLOPs a token of contracting with all tasks, an expert's for the tokens that use it.
         kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
             lost most).
@@ -192,10 +196,25 @@ class BatchScorer:
                 self._queries[name] = layer_query(parts, dtype)
                 lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
         self._query_norms = norms.sqrt()
+        self.weights = [
+            self._weights(query, own)
+            for query, own in zip(queries.values(), norms.sqrt().split(self.widths), strict=True)
+        ]
         self._shares = layer_shares(model, self.layers)
         self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
         kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
         self.kept = {task: part.min().item() for task, part in zip(self.tasks, kept.split(self.widths), strict=True)}
+
+    def _weights(self, query: TaskQuery, norms: Tensor) -> np.ndarray:
+        """ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g) for a candidate's g; without norms each column counts 1/V."""
+        if isinstance(query, dict):
+            return np.ones(1)
+        weights = np.full(len(query), 1 / len(query))
+        if self.normalise == "cosine":
+            mean = torch.stack([mean_squared_norm([each[name] for each in query]) for name in query[0]]).sum().sqrt()
+            if mean > 0:
+                weights = weights * (norms / mean).double().cpu().numpy()
+        return weights
 
     @property
     def device(self) -> torch.device:

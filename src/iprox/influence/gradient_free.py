@@ -48,6 +48,11 @@ class RowScorer:
         """Columns of each task."""
         return self.columns or [1] * len(self.tasks)
 
+    @property
+    def weights(self) -> list[np.ndarray]:
+        """By task, what its columns sum to its own score with: their mean."""
+        return [np.full(width, 1 / width) for width in self.widths]
+
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """There are no gradients to take norms of."""
         return 0.0

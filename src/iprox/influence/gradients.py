@@ -57,6 +57,17 @@ class LowRankGradient:
         return total if self.bias is None else total + self.bias.square().sum()
 
 
+def mean_squared_norm(parts: Sequence[LowRankGradient]) -> Tensor:
+    """‖mean of the gradients‖² of one layer, without what their products leave out; a scalar. 2mn·Σk FLOPs."""
+    dtype = accumulation_dtype(parts[0].left)
+    left, right = (torch.cat([getattr(part, side).to(dtype) for part in parts], 1) for side in ("left", "right"))
+    total = (left @ right.mT).square().sum()
+    biases = [part.bias for part in parts if part.bias is not None]
+    if biases:
+        total = total + torch.stack(biases).to(dtype).sum(0).square().sum()
+    return total / len(parts) ** 2
+
+
 def summed_gradient(h: Tensor, delta: Tensor, bias: bool) -> LayerGradient:
     """The gradient summed over a whole batch. 2·T·m·n FLOPs for T tokens.
 

@@ -227,7 +227,10 @@ class GradientIndex:
         parts = [projector.project(query).float() for query in queries.values()]
         widths = [len(part) for part in parts]
         Q = torch.cat(parts)
+        # A task's own score is of its mean gradient; see `BatchScorer.weights`.
+        weights = [np.full(width, 1 / width) for width in widths]
         if normalise == "cosine":
+            weights = [_of_mean(part) for part in parts]
             Q = torch.nn.functional.normalize(Q, dim=1)
         for table in self.windows():
             X = unit_gradients(table).to(Q.device, Q.dtype)
@@ -235,13 +238,20 @@ class GradientIndex:
             norms = table["norm"].to_numpy().astype(np.float64)  # NaN where there is no score
             scores *= (norms if normalise == "none" else np.where(np.isnan(norms), norms, 1.0))[:, None]
             columns = np.split(scores, np.cumsum(widths)[:-1], axis=1)
-            means = np.stack([part.mean(axis=1) for part in columns], axis=1)
+            of_tasks = np.stack([(c * w).sum(axis=1) for c, w in zip(columns, weights, strict=True)], axis=1)
             ids, sources, tokens = (table[name].to_pylist() for name in ("id", "source", "tokens"))
             stats = replace(ScoringStats(**json.loads(table.schema.metadata[b"iprox"])), contraction_flops=0.0)
             kept = columns if by_example else ()
-            yield scores_table(ids, sources, tokens, means, list(queries), examples=kept), stats
+            yield scores_table(ids, sources, tokens, of_tasks, list(queries), examples=kept), stats
             if progress is not None:
                 progress(len(table))
+
+
+def _of_mean(features: Tensor) -> np.ndarray:
+    """‖f_v‖/V‖f̄‖ of features [V, D]: what their cosines sum to the cosine with their mean with."""
+    mean = features.mean(0).norm()
+    norms = features.norm(dim=1) / mean if mean > 0 else torch.ones(len(features))
+    return norms.double().cpu().numpy() / len(features)
 
 
 def unit_gradients(table: pa.Table) -> Tensor:

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import itertools
 import logging
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.dynamic_module_utils import init_hf_modules
 
 from iprox.errors import InputError
 from iprox.influence.windows import Engine, ScoredWindow, Window, WindowWorker
 
+PACKAGE = Path(__file__).parents[1]
+
+# Seconds after which workers that have not started are spoken of; other work may have their cores or GPUs.
+PATIENCE = 60
+
 
 class _Worker:
-    """One Ray actor: makes its own worker once."""
+    """One Ray actor. Makes its own worker with its first window, so that an error then is told as what it is."""
 
-    def __init__(self, make: Callable[[], WindowWorker], threads: int) -> None:
+    def __init__(self, make: bytes, threads: int) -> None:
         torch.set_num_threads(threads)
-        self.work = make()
+        self.make, self.work = make, None
 
-    def score(self, window: Window) -> ScoredWindow:
-        return self.work(window)
+    def started(self) -> None:
+        """Nothing: that it answers says that it has its place."""
+
+    def score(self, window: Window) -> tuple[ScoredWindow, list[str]]:
+        """A window's scores, and what iprox warned of."""
+        from ray import cloudpickle
+
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("default")
+            if self.work is None:
+                init_hf_modules()  # where the code of a model's own tokenizer is found, which is pickled by name
+                self.work = cloudpickle.loads(self.make)()
+            scored = self.work(window)
+        return scored, [str(each.message) for each in heard if Path(each.filename).is_relative_to(PACKAGE)]
 
 
 def ray_engine(workers: int, device: str) -> Engine:
     """An engine of `workers` Ray actors, on the cluster that Ray finds or else on this machine.
 
-    Each actor asks for one GPU if the device is one, else for an equal share of the machine's cores. At most two
+    Each actor asks for one GPU if the device is one, else for as many cores as every one of them can have. At most two
     windows an actor are under way, so the pool is read no faster than it is scored.
 
     Args:
@@ -40,46 +60,66 @@ def ray_engine(workers: int, device: str) -> Engine:
     """
     try:
         import ray
+        import ray.cloudpickle as cloudpickle
     except ImportError as error:
         raise InputError("engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local") from error
+
+    def result(pending: Any, progress: Callable[[int], None] | None) -> ScoredWindow:
+        try:
+            scored, heard = ray.get(pending)
+        except ray.exceptions.RayTaskError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise error.cause from error  # in one line, as it would be raised here
+        for message in heard:
+            warnings.warn(message, stacklevel=2)
+        if progress is not None:
+            progress(scored[1].rows)
+        return scored
 
     def engine(
         make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
     ) -> Iterator[ScoredWindow]:
-        started = not ray.is_initialized()
-        if started:
+        begun = not ray.is_initialized()
+        if begun:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            resources = ray.cluster_resources()
             need = "GPU" if device.startswith("cuda") else "CPU"
-            if workers > resources.get(need, 0):
-                raise InputError(
-                    f"engine ray: {workers} workers asked for, but Ray has {resources.get(need, 0):.0f} {need}s"
-                )
-            share = 1 if need == "GPU" else int(resources["CPU"] // workers)
+            nodes = [node["Resources"].get(need, 0) for node in ray.nodes() if node["Alive"]]
+            share = share_of_each(nodes, workers)
+            if share == 0:
+                raise InputError(f"engine ray: {workers} workers asked for, but Ray has {sum(nodes):.0f} {need}s")
             options: dict[str, Any] = {"num_gpus": 1} if need == "GPU" else {"num_cpus": share}
             actor = ray.remote(**options)(_Worker)
-            shared = ray.put(make)
-            actors = [actor.remote(shared, share) for _ in range(workers)]
+            made = ray.put(cloudpickle.dumps(make))  # pyright: ignore[reportPrivateImportUsage]
+            actors = [actor.remote(made, 1 if need == "GPU" else share) for _ in range(workers)]
+            late = ray.wait([each.started.remote() for each in actors], num_returns=workers, timeout=PATIENCE)[1]
+            if late:
+                warnings.warn(
+                    f"engine ray: {len(late)} of {workers} workers wait for {need}s that other work has", stacklevel=2
+                )
             # Round robin keeps the order: the oldest window under way is always the next result.
             turn = itertools.cycle(actors)
             pending: deque[Any] = deque()
             for window in windows:
                 pending.append(next(turn).score.remote(window))
                 if len(pending) >= 2 * workers:
-                    yield _result(ray.get(pending.popleft()), progress)
+                    yield result(pending.popleft(), progress)
             while pending:
-                yield _result(ray.get(pending.popleft()), progress)
+                yield result(pending.popleft(), progress)
             for each in actors:
                 ray.kill(each)  # pyright: ignore[reportArgumentType]
         finally:
-            if started:
+            if begun:
                 ray.shutdown()
 
     return engine
 
 
-def _result(scored: ScoredWindow, progress: Callable[[int], None] | None) -> ScoredWindow:
-    if progress is not None:
-        progress(scored[1].rows)
-    return scored
+def share_of_each(nodes: Sequence[float], workers: int) -> int:
+    """The most cores (or GPUs) that every worker can have, each on one node; 0 if there are too few for one each.
+
+    Args:
+        nodes: cores of each node.
+        workers: how many are to be placed.
+    """
+    most = int(max(nodes, default=0))
+    return next((share for share in range(most, 0, -1) if sum(int(n) // share for n in nodes) >= workers), 0)

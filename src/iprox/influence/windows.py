@@ -113,11 +113,12 @@ class WindowScorer:
         stats.uncompiled = self.uncompiled
         stats.batch_tokens = self._rows.batch_tokens
         columns = np.split(scores, np.cumsum(self.scorer.widths)[:-1], axis=1)
-        means = np.stack([part.mean(axis=1) for part in columns], axis=1)
+        parts = zip(columns, self.scorer.weights, strict=True)
+        of_tasks = np.stack([(part * weights).sum(axis=1) for part, weights in parts], axis=1)
         by_example = columns if self.settings.aggregation.by_example else ()
         ids, sources = [example.id for example in window], [example.source for example in window]
         lengths = [len(example.input_ids) for example in encoded]
-        return scores_table(ids, sources, lengths, means, self.scorer.tasks, examples=by_example), stats
+        return scores_table(ids, sources, lengths, of_tasks, self.scorer.tasks, examples=by_example), stats
 
 
 def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial: Batch) -> str:

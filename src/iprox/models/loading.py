@@ -118,7 +118,7 @@ def checkpoint_fingerprint(path: str | Path) -> str:
         digest.update(checkpoint_fingerprint(base).encode())
     if folder.exists():
         for file in sorted(folder.iterdir()):
-            if file.suffix in (".safetensors", ".jinja") or file.name in MODEL_FILES:
+            if file.suffix in (".safetensors", ".jinja", ".py") or file.name in MODEL_FILES:
                 digest.update(file.name.encode())
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):

@@ -54,13 +54,19 @@ def run_recipe(
     """
     recipe = recipe.resolved()
     run = open_run(recipe, reporter, fresh, command)
-    context = Context()
-    if stop_after == "data":
-        return run
-    with Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"), reporter.warn) as tracker:
-        run.session.tracker = tracker
-        for name, step in zip(STAGES[1:], STEPS, strict=True):
-            step(run, context)
-            if name == stop_after:
-                break
+    try:
+        if stop_after != "data":
+            with Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"), reporter.warn) as tracker:
+                run.session.tracker = tracker
+                _do(run, stop_after)
+    finally:
+        run.folder.release()
     return run
+
+
+def _do(run: Run, stop_after: str | None) -> None:
+    context = Context()
+    for name, step in zip(STAGES[1:], STEPS, strict=True):
+        step(run, context)
+        if name == stop_after:
+            break

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from iprox.data import Pool
 from iprox.influence.ray_engine import ray_engine
+from iprox.influence.windows import Engine
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
 from iprox.stages import auditing, lds, refinement, scoring
-from iprox.stages.query_cost import QueryTokens, query_flops
+from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 
 def audit(run: Run, context: Context) -> None:
@@ -52,15 +53,12 @@ def score(run: Run, context: Context) -> None:
         )
     ]
     identity = {"inputs": run.record["identity"], "stages": key_of([common_key(run), context.keys])}
-    chosen = run.recipe.engine
-    # Where windows are scored does not change the scores, so the engine is in no key.
-    engine = None if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
     context.keys["score"] = run.stage(
         "score",
         [common_key(run), context.keys, run.recipe.influence.model_dump(), run.recipe.batch_tokens],
         [run.folder.scores],
         lambda: scoring.score(
-            run.session, models, run.pool, run.validation, run.folder.scores, run.recipe.influence, identity, engine
+            run.session, models, run.pool, run.validation, run.folder.scores, influence, identity, _engine(run)
         ),
     )
     context.scored, context.scores = models, run.folder.scores
@@ -85,7 +83,7 @@ def refine(run: Run, context: Context) -> None:
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
         return scoring.score(
-            run.session, models, candidates, run.validation, file, influence, identity, part_of=run.pool
+            run.session, models, candidates, run.validation, file, influence, identity, _engine(run), part_of=run.pool
         )
 
     context.keys["refine"] = run.stage(
@@ -108,6 +106,12 @@ def refine(run: Run, context: Context) -> None:
     run.save()
 
 
+def _engine(run: Run) -> Engine | None:
+    """Where windows are scored, which does not change the scores, so that it is in no key; None: in this process."""
+    chosen = run.recipe.engine
+    return None if chosen == "local" else ray_engine(chosen.ray.workers, run.session.device.type)
+
+
 def _cost(run: Run) -> None:
     """What scoring cost on the proxy, and what it would have cost on the target, with all construction counted."""
     entry = run.record["stages"]["score"]
@@ -116,8 +120,9 @@ def _cost(run: Run) -> None:
     # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank, and norms as
     # sketched.
     supervised = entry["supervised"] * checkpoints
-    on_target = flops.scoring_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
-    on_target += checkpoints * query_flops(target, run.recipe.influence, QueryTokens(**entry["query_tokens"]))
+    influence = run.recipe.influence
+    on_target = candidate_flops(target, influence, entry["tokens"], supervised, entry["contraction_flops"])
+    on_target += checkpoints * query_flops(target, influence, QueryTokens(**entry["query_tokens"]))
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],

@@ -71,12 +71,22 @@ def kept_cost(layers: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | Non
 def uniform_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
     """Every layer loses the same share of its parameters (the paper's rule): r = share · mn/(m+n), at least 1.
 
-    Ranks are whole numbers, so each layer is rounded down and what is left of the budget goes to the layers that
-    lost most by it. The result costs at most `budget` and less than one rank of the largest layer below it, unless
+    Layers whose share is less than one rank have that one, and the others share the rest. Ranks are whole numbers, so
+    each layer is rounded down and what is left of the budget goes to the layers that lost most by it. The result costs
+    at most `budget`, if that is at least `least_cost`, and less than one rank of the largest layer below it, unless
     every layer is at its largest rank.
     """
-    share = budget / total_cost(layers)
-    exact = {name: share * layer.dense_cost / layer.rank_cost for name, layer in layers.items()}
+    exact: dict[str, float] = {}
+    sharing = dict(layers)
+    while sharing:
+        rest = budget - sum(layer.rank_cost for name, layer in layers.items() if name not in sharing)
+        share = rest / total_cost(sharing)
+        exact = {name: share * layer.dense_cost / layer.rank_cost for name, layer in layers.items()}
+        floored = [name for name in sharing if exact[name] < 1]
+        if not floored:
+            break
+        for name in floored:
+            del sharing[name]
     ranks = {name: max(1, min(layer.largest_rank, int(exact[name]))) for name, layer in layers.items()}
     left = budget - kept_cost(layers, ranks)
     for name in sorted(layers, key=lambda name: ranks[name] - exact[name]):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from iprox.errors import InputError
 from iprox.proxy.compress import CompressionReport, MakeProxy
-from iprox.proxy.size import Size
+from iprox.proxy.size import OutOfReachError, Size
 
 # Sparsities that are looked at, and how closely the one found is.
 LEAST, MOST, CLOSENESS = 0.05, 0.95, 0.02
@@ -81,7 +81,10 @@ def smallest_faithful(
     low, high = LEAST, MOST
     while high - low > CLOSENESS:
         middle = (low + high) / 2
-        found = look(middle)
+        try:
+            found = look(middle)
+        except OutOfReachError:  # less than one rank a layer: smaller than any proxy
+            found = None
         if found is None:
             high = middle
         else:

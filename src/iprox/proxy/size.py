@@ -10,6 +10,10 @@ from iprox.errors import InputError
 from iprox.models import flops
 
 
+class OutOfReachError(InputError):
+    """A size that is less than one rank a layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """How large the proxy may be; exactly one is given.
@@ -52,16 +56,18 @@ class Size:
         head = flops.head_flops(model) / 2
         return self.flops * (dense + head) - head
 
-    def refusal(self, model: nn.Module, dense: float, least: float) -> InputError:
+    def refusal(self, model: nn.Module, dense: float, least: float) -> OutOfReachError:
         """What to say where even rank 1 everywhere costs more than the budget."""
         if self.sparsity is not None:
             most = 1 - least / dense
-            return InputError(f"sparsity {self.sparsity} leaves less than one rank per layer; the most is {most:.4f}")
+            return OutOfReachError(
+                f"sparsity {self.sparsity} leaves less than one rank per layer; the most is {most:.4f}"
+            )
         if self.parameters is not None:
             fewest = sum(p.numel() for p in model.parameters()) - dense + least
-            return InputError(
+            return OutOfReachError(
                 f"{self.parameters:,} parameters are too few for this model; the fewest are {fewest:,.0f}"
             )
         head = flops.head_flops(model) / 2
         fewest = (least + head) / (dense + head)
-        return InputError(f"flops {self.flops} leaves less than one rank per layer; the least is {fewest:.4f}")
+        return OutOfReachError(f"flops {self.flops} leaves less than one rank per layer; the least is {fewest:.4f}")

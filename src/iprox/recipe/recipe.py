@@ -91,6 +91,17 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _workers_of_their_own(self) -> Recipe:
+        if self.engine != "local" and ":" in self.device:
+            raise ValueError(
+                f"engine ray gives each worker a GPU of its own: set device to cuda, not {self.device}, and choose "
+                "GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        if self.engine != "local" and self.data.num_proc:
+            raise ValueError("data.num_proc tokenises ahead in this process, and engine ray's workers for themselves")
+        return self
+
+    @model_validator(mode="after")
     def _sketch_of_a_proxy(self) -> Recipe:
         if self.influence.norm_sketch and not self.proxy:
             raise ValueError("influence.norm_sketch is for a proxy, and proxy is off: a model's own norms are exact")

@@ -130,6 +130,10 @@ class ProxySection(Section):
     @model_validator(mode="after")
     def _one_size(self) -> ProxySection:
         given = [name for name in SIZES if getattr(self, name) is not None]
+        if not self.factorised:
+            if self.align and "align" in self.model_fields_set:
+                raise ValueError(f"align tunes low-rank factors, which the method {self.method} has none of")
+            object.__setattr__(self, "align", False)
         if self.method == "off-the-shelf":
             if self.model is None or given:
                 raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
@@ -217,6 +221,12 @@ class RefineSection(Section):
 
     correct: bool = True
     recall: float | None = Field(None, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> RefineSection:
+        if not self.correct and self.recall is None:
+            raise ValueError("correct is off and there is no recall, so there is nothing to do; or refine: false")
+        return self
 
 
 class FinetuneSection(Section):

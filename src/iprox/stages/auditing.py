@@ -17,7 +17,6 @@ from iprox.files import replacing
 from iprox.influence.aggregate import TaskSpread, combine
 from iprox.influence.scoring import ScoringStats
 from iprox.influence.windows import fitting_scorer, score_windows
-from iprox.models import flops
 from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
@@ -25,7 +24,7 @@ from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, encode_validation
-from iprox.stages.query_cost import QueryTokens, query_flops
+from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 from iprox.stages.scoring import curvature_sample, say_what_fitted, scoring_settings
 
 
@@ -71,7 +70,7 @@ def audit(
                 say_what_fitted(session, stats)
                 tables[kind].append(table)
                 tokens += stats.tokens
-                total += flops.scoring_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
+                total += candidate_flops(model, settings, stats.tokens, stats.supervised, stats.contraction_flops)
                 total += query_flops(query or model, settings, read)
     # Tasks are compared one by one, so how they are weighed against each other does not matter here.
     how = replace(scoring_settings(session, settings), per_example=False).aggregation

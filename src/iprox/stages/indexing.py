@@ -20,7 +20,7 @@ from iprox.influence.projector import GradientProjector
 from iprox.influence.rows import fitting
 from iprox.influence.scoring import WINDOW, ScoringSettings, task_queries
 from iprox.influence.shards import claim, merge_shards, write_shards
-from iprox.influence.windows import compile_model
+from iprox.influence.windows import compile_model, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import AdamState, load_adam_state
@@ -98,7 +98,7 @@ def build_index(
         encoder,
         pad_id_of(tokenizer),
         session.batch_tokens,
-        encoder.encode(pool.take(range(1))) if compiled else (),
+        _first_with_loss(pool, encoder) if compiled else (),
     )
     with session.reporter.bar("index", summary.rows, "rows") as progress:
         stats = write_index(
@@ -113,6 +113,14 @@ def build_index(
         **{k: v for k, v in asdict(stats).items() if k != "query_kept"},
         "labels": encoder.describe,
     }
+
+
+def _first_with_loss(pool: Pool, encoder: ChatEncoder) -> list[Encoded]:
+    """An example to try a compiled model on; none where no example has a supervised token."""
+    for examples in windows_of(pool, 64):
+        if found := [row for row in encoder.encode(examples) if row.supervised]:
+            return found[:1]
+    return []
 
 
 def _window_projector(

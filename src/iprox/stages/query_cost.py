@@ -1,4 +1,4 @@
-"""What the validation side of scoring costs: the gradients that candidates meet, divided by curvature or not."""
+"""What scoring costs in FLOPs: the candidates' passes, and the validation gradients that they meet."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ class QueryTokens:
         """Of encoded examples."""
         counts = [tokens_of(task) for task in validation.values()]
         return cls(len(counts), sum(each[0] for each in counts), sum(each[1] for each in counts), *tokens_of(sample))
+
+
+def candidate_flops(
+    model: nn.Module, settings: InfluenceSection, tokens: int, supervised: int, contraction: float
+) -> float:
+    """FLOPs of the candidates' side on a model; of the scorers without gradients a forward pass, or nothing.
+
+    Args:
+        model: what they are scored on.
+        settings: how influence is scored.
+        tokens: of the candidates.
+        supervised: tokens among them.
+        contraction: FLOPs of meeting validation gradients, norms included.
+    """
+    if not settings.gradient_free:
+        return flops.scoring_flops(model, tokens, supervised, contraction)
+    heads = supervised if settings.estimator == "perplexity" else 0  # RDS reads hidden states
+    return flops.forward_pass_flops(model, tokens, heads) if settings.runs_model else 0.0
 
 
 def query_flops(model: nn.Module, settings: InfluenceSection, read: QueryTokens) -> float:

@@ -20,7 +20,7 @@ from iprox.models.optimizer_state import load_adam_state
 from iprox.recipe import CURVED, InfluenceSection
 from iprox.run_folder import StageRecord, key_of
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of
-from iprox.stages.query_cost import QueryTokens, query_flops
+from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
 COMPILE_ROWS = 8192
@@ -114,11 +114,7 @@ def score(
     source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
     read = QueryTokens.of(encoded, sample)
     queries = len(models) * query_flops(source, settings, read)
-    spent = flops.scoring_flops(model, tokens, supervised, stats.contraction_flops)
-    if settings.gradient_free:
-        # RDS reads hidden states, so it needs no head.
-        heads = supervised if settings.estimator == "perplexity" else 0
-        spent = flops.forward_pass_flops(model, tokens, heads) if settings.runs_model else 0.0
+    spent = candidate_flops(model, settings, tokens, supervised, stats.contraction_flops)
     return {
         "tokens": tokens,
         "flops": spent + queries,
