@@ -109,7 +109,7 @@ class AdamScorer(BatchScorer):
         raise TypeError("Adam's direction of a candidate is no sum over its tokens")
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
-        return accumulation_dtype(layer.weight)  # pyright: ignore[reportArgumentType]  Γ is in float32
+        return accumulation_dtype(next(layer.parameters()))  # Γ is in float32
 
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor, Tensor]:
         columns: list[Tensor] = []

@@ -255,7 +255,7 @@ class BatchScorer:
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
         """The compute dtype, so that the contraction is plain GEMMs."""
-        return layer.weight.dtype  # pyright: ignore
+        return next(layer.parameters()).dtype
 
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
         """One layer's part of the scores, and of the candidates' squared norms where those are wanted."""

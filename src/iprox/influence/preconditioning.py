@@ -17,7 +17,7 @@ from iprox.data import Batch
 from iprox.influence.curvature import EigenBasis, KroneckerMoments, datainf_weights, with_ones
 from iprox.influence.estimators import ModelGradient, has_bias
 from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
-from iprox.models.layers import GradientSpace, influence_layers
+from iprox.models.layers import GradientSpace, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import Sink, frozen, watched_backward
 from iprox.proxy.align_loss import Precondition
@@ -170,7 +170,8 @@ def _datainf(
     examples = _read(model, layers, batches, measure, loss_fn)
     ridges: dict[str, float] = {}
     for name, total in squares.items():
-        numbers = layers[name].weight.numel() + (layers[name].bias.numel() if has_bias(layers[name]) else 0)  # pyright: ignore
+        m, n = weight_shape(layers[name])
+        numbers = m * n + (m if has_bias(layers[name]) else 0)
         ridges[name] = damping * total / examples / numbers
     taken: dict[str, ModelGradient] = {task: {} for task in queries}
 

@@ -14,8 +14,9 @@ RELEASE_EVERY = 4
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory, of the device or of the machine, did not suffice."""
-    # torch's CPU allocator raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # torch's CPU allocator raises a plain RuntimeError, and so do CUDA's libraries of linear algebra.
+    plain = ("can't allocate memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in plain)
 
 
 def release_memory() -> None:

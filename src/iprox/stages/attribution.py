@@ -18,7 +18,7 @@ from iprox.influence.aggregate import Aggregation, TaskSpread
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.rows import fitting
-from iprox.influence.scores import TASK_PREFIX, read_scores, score_matrix
+from iprox.influence.scores import TASK_PREFIX, score_matrix
 from iprox.influence.windows import fitting_scorer
 from iprox.models import flops
 from iprox.models.experts import SplitExperts
@@ -96,8 +96,7 @@ def attribute(
             spent += sum(lengths) * scorer.contraction_flops + scorer.norm_flops(lengths)
             progress(len(examples))
     assert table is not None
-    spread = TaskSpread()
-    spread.add(score_matrix(read_scores(scores)))
+    spread = _spread_of(scores)
     columns: dict[str, pa.Array] = {"row": pa.array(list(rows), pa.int64())}
     columns |= {name: table[name] for name in ("id", "tokens", "supervised")}
     for number, task in enumerate(encoded):
@@ -113,6 +112,15 @@ def attribute(
     spent += len(models) * flops.scoring_flops(counted, tokens, supervised, 0.0)
     spent += len(models) * query_flops(source, settings, QueryTokens.of(encoded, curved))
     return {"rows": len(rows), "tokens": tokens * len(models), "flops": spent}
+
+
+def _spread_of(scores: Path) -> TaskSpread:
+    """Of the tasks' scores over the pool, read in pieces: memory does not grow with the pool."""
+    spread, file = TaskSpread(), pq.ParquetFile(scores)
+    columns = [name for name in file.schema_arrow.names if name.startswith(TASK_PREFIX)]
+    for batch in file.iter_batches(columns=columns):
+        spread.add(score_matrix(pa.Table.from_batches([batch])))
+    return spread
 
 
 def aggregate_terms(terms: np.ndarray, how: Aggregation, spread: TaskSpread) -> np.ndarray:
