@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from iprox.models.precision import DTYPES, resolve_device, resolve_dtype
-from iprox.planning import measured_gemm_rate
+from iprox.planning.rate import measured_gemm_rate
 from iprox.run_folder import environment
 
 # Optional packages, and what each is for.

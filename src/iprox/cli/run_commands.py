@@ -11,7 +11,8 @@ from iprox.cli import summary
 from iprox.cli.doctor import examine
 from iprox.errors import InputError
 from iprox.pipeline import run_recipe
-from iprox.planning import measured_gemm_rate, plan_recipe
+from iprox.planning import plan_recipe
+from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import STAGES, Recipe, load_recipe

@@ -1,0 +1,149 @@
+"""What each stage of a plan reads, computes and holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from iprox.models import flops
+from iprox.planning.costs import Costs
+from iprox.proxy.align_signals import AUTO_BYTES
+from iprox.proxy.search import most_tries
+from iprox.recipe import AlignSection
+from iprox.session import share
+from iprox.stages.attribution import why_not_attributed
+
+
+class Work(NamedTuple):
+    """Of one stage: rows read, FLOPs, and the most bytes held."""
+
+    rows: float
+    flops: float
+    memory: float
+
+
+def warm_up(costs: Costs) -> Work | None:
+    """Fine-tuning on a share of the pool."""
+    settings = costs.recipe.warmup
+    if not settings:
+        return None
+    rows = settings.epochs * max(1, round(costs.rows.total * settings.fraction))
+    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+
+
+def compress(costs: Costs) -> Work | None:
+    """Moments and SVDs, and the search for a size that is faithful enough."""
+    settings = costs.recipe.proxy
+    if not settings:
+        return None
+    proxies = 1 if settings.shared_start else costs.checkpoints
+    rows = proxies * share(costs.rows.total, settings.probe.fraction)
+    spent = flops.compression_flops(costs.model, *costs.rows.read(rows))
+    if settings.fidelity is not None:
+        spent += proxies * costs.watching(settings.held_out, most_tries())
+    return Work(rows, spent, costs.bytes_per_number * costs.parameters + 16 * costs.linear + costs.activations)
+
+
+def align(costs: Costs) -> Work | None:
+    """Steps of the factors, and fidelity watched."""
+    proxy = costs.recipe.proxy
+    settings = proxy and proxy.factorised and proxy.align
+    if not settings:
+        return None
+    examples = share(costs.rows.total, settings.fraction)
+    rows = costs.checkpoints * settings.epochs * examples
+    # As `flops.alignment_flops` counts, before there is a proxy.
+    passes, heads = (3 + 8 * costs.kept, 8) if settings.gradient_weight else (1 + 3 * costs.kept, 4)
+    spent = rows * (costs.rows.tokens * passes * costs.forward + costs.rows.supervised * heads * costs.head)
+    if _keeps_signals(settings, examples, costs.linear):
+        # What the target says is kept from the first epoch on.
+        asked = 3 if settings.gradient_weight else 1
+        spent -= rows * (1 - 1 / settings.epochs) * costs.rows.tokens * asked * costs.forward
+    if settings.held_out:
+        spent += costs.checkpoints * costs.watching(settings.held_out, 1 + settings.evaluations)
+    memory = 2 * costs.bytes_per_number * costs.parameters + 20 * costs.kept * costs.linear + 4 * costs.activations
+    return Work(rows, spent, memory)
+
+
+def _keeps_signals(settings: AlignSection, examples: int, linear: float) -> bool:
+    """Whether what the target says of each batch is not too large to keep."""
+    fits = 4 * examples / settings.batch_size * linear <= AUTO_BYTES
+    return settings.precompute is True or (settings.precompute == "auto" and fits)
+
+
+def audit(costs: Costs) -> Work | None:
+    """A sample scored on proxy and target."""
+    settings = costs.recipe.audit
+    if not (costs.recipe.proxy and settings):
+        return None
+    rows = min(settings.sample, costs.rows.total) * costs.checkpoints
+    spent = rows * (costs.per_row + costs.target_pool / (costs.rows.total * costs.checkpoints))
+    spent += 2 * costs.checkpoints * costs.queries
+    return Work(2 * rows, spent, 2 * costs.bytes_per_number * costs.parameters + costs.activations)
+
+
+def lds(costs: Costs) -> Work | None:
+    """Trainings on parts of the audited rows."""
+    audited = costs.recipe.audit
+    if not (costs.recipe.proxy and audited and audited.lds):
+        return None
+    settings = audited.lds
+    rows = settings.subsets * settings.epochs * settings.fraction * min(audited.sample, costs.rows.total)
+    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+
+
+def score(costs: Costs) -> Work:
+    """The whole pool at every checkpoint."""
+    rows = costs.rows.total * costs.checkpoints
+    return Work(rows, rows * costs.per_row + costs.checkpoints * costs.queries, _scoring_memory(costs))
+
+
+def _scoring_memory(costs: Costs) -> float:
+    """Weights, every task's gradient, and a batch."""
+    numbers = costs.parameters - (1 - costs.kept) * costs.linear + costs.queried.tasks * costs.kept * costs.linear
+    return costs.bytes_per_number * numbers + costs.activations
+
+
+def refine(costs: Costs) -> Work | None:
+    """The best rows again on the target: the selection itself; how many more, the audit will say."""
+    settings, selected = costs.recipe.refine, costs.recipe.select
+    if not (settings and settings.recall):
+        return None
+    part = selected.fraction or (selected.count or 0) / costs.rows.total
+    spent = part * costs.target_pool + costs.checkpoints * costs.queries
+    return Work(part * costs.rows.total * costs.checkpoints, spent, _scoring_memory(costs))
+
+
+def attribute(costs: Costs) -> Work | None:
+    """The rows that the report shows, token by token."""
+    shown = costs.recipe.report.attributed
+    if not shown or why_not_attributed(costs.influence, costs.model) is not None:
+        return None
+    rows = min(shown, costs.rows.total) * costs.checkpoints
+    return Work(rows, rows * costs.per_row + costs.checkpoints * costs.queries, _scoring_memory(costs))
+
+
+def finetune(costs: Costs) -> Work | None:
+    """Training on the selection."""
+    settings, selected = costs.recipe.finetune, costs.recipe.select
+    if not settings:
+        return None
+    size = selected.count or round((selected.fraction or 0) * costs.rows.total)
+    if selected.tokens:
+        size = round(selected.tokens / costs.rows.tokens)
+    rows = settings.epochs * size
+    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+
+
+# In the order they are done.
+PLANS: Mapping[str, Callable[[Costs], Work | None]] = {
+    "warmup": warm_up,
+    "compress": compress,
+    "align": align,
+    "audit": audit,
+    "lds": lds,
+    "score": score,
+    "refine": refine,
+    "attribute": attribute,
+    "finetune": finetune,
+}
