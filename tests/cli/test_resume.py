@@ -320,3 +320,16 @@ def test_several_processes_of_torchrun_are_refused(place, monkeypatch, capfd):
     assert place.run() == 2
     assert "iprox runs as one process" in capfd.readouterr().err
     assert not place.output.exists()
+
+
+def test_an_off_the_shelf_proxy_with_another_tokenizer_is_refused(place, model, tmp_path, capfd):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[40:42]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    proxy = f"proxy={{method: off-the-shelf, model: {other}}}"
+    assert place.run("--set", "warmup=false", "audit=false", proxy) == 2
+    assert "its tokenizer is not the target's" in capfd.readouterr().err

@@ -160,8 +160,8 @@ def test_an_off_the_shelf_model_is_taken_as_it_is(tiny, tmp_path):
     proxy.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert proxy_config(loaded).method == "off-the-shelf"
-    with pytest.raises(InputError, match="vocabulary of 32"):
-        adopt(model, tiny.model(vocab_size=32))
+    with pytest.raises(InputError, match="vocabulary of 512"):
+        adopt(model, tiny.model(vocab_size=512))
 
 
 def test_the_target_is_left_as_it_was_and_nothing_is_shared(tiny):

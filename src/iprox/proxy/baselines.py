@@ -56,14 +56,18 @@ def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel
     return shorter, count
 
 
+# Sizes of one family pad their vocabularies to other multiples (Qwen2, Gemma 3).
+PADDING = 256
+
+
 def off_the_shelf(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
     """Another model as it is, in the target's place.
 
     Raises:
-        InputError: its vocabulary differs, so that tokens of one mean nothing to the other.
+        InputError: its vocabulary differs by more than padding, so that tokens of one mean nothing to the other.
     """
     sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
-    if sizes[0] != sizes[1]:
+    if abs(sizes[0] - sizes[1]) > PADDING:
         raise InputError(
             f"the off-the-shelf model has a vocabulary of {sizes[1]:,}, the target one of {sizes[0]:,}: "
             "choose a model of the target's family"

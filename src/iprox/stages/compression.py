@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
+from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.models.saving import save_model
@@ -153,6 +154,12 @@ def make_proxy(
     """
     if settings.method == "off-the-shelf":
         assert settings.model is not None
+        ours, theirs = (session.tokenizer(each).get_vocab() for each in (name, settings.model))
+        if ours != theirs:
+            raise InputError(
+                f"{settings.model}: its tokenizer is not the target's: tokens of one mean nothing to the other; "
+                "choose a model of the target's family"
+            )
         return adopt(target, session.model(settings.model), name)
     size = Size(settings.sparsity, settings.parameters, settings.flops)
     if settings.method == "layers":
