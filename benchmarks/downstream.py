@@ -30,7 +30,7 @@ from iprox.influence.scores import TASK_PREFIX, read_scores
 from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection, parse_recipe
-from iprox.run_folder import environment, write_json
+from iprox.run_folder import environment, key_of, write_json
 from iprox.selection.strategies import round_robin, top
 from iprox.session import Session, draw_rows
 from iprox.stages.training import finetune
@@ -75,11 +75,12 @@ def main() -> None:
 
     def losses(name: str, rows: list[int], seed: int, tasks: list[str]) -> dict[str, float]:
         """Test loss of some tasks after fine-tuning on these rows; cached."""
-        cell = arguments.work / f"cells/{name}-{seed}.json"
+        made_of = key_of([arguments.model, arguments.pool, settings.model_dump(), rows])[:8]
+        cell = arguments.work / f"cells/{name}-{seed}-{made_of}.json"
         if cell.is_file():
             return json.loads(cell.read_text())
         session = Session.create(max_length=512, seed=seed, reporter=reporter)
-        folder = arguments.work / f"cells/{name}-{seed}"
+        folder = cell.with_suffix("")
         reporter.say(f"fine-tuning on {name}, seed {seed}")
         sets = {task: Pool(tests[task]) for task in tasks}
         record = finetune(session, arguments.model, pool.take(rows), folder, settings, sets)

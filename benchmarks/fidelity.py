@@ -51,7 +51,7 @@ from iprox.proxy.moments import Moments, collect_moments
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.spectra import SpectrumStore
 from iprox.recipe import WarmupSection
-from iprox.run_folder import environment, write_json
+from iprox.run_folder import environment, key_of, write_json
 from iprox.session import Session, draw_rows
 from iprox.stages.training import warm_up
 
@@ -162,6 +162,12 @@ def main() -> None:
     print_table(rows)
 
 
+def made_of(arguments: argparse.Namespace) -> str:
+    """A short key of what every cell depends on, so that none is taken for one of other models or data."""
+    kept = ("model", "sibling", "pool", "targets", "tasks", "learning_rate", "dtype", "batch_tokens")
+    return key_of({name: str(getattr(arguments, name, None)) for name in kept})[:6]
+
+
 def cell_name(arguments: argparse.Namespace, method: str, sparsity: float | None, query: str) -> str:
     """The file of one cell."""
     alignment = f"-{arguments.align_size}x{arguments.align_epochs}" if method in ALIGNED else ""
@@ -171,7 +177,8 @@ def cell_name(arguments: argparse.Namespace, method: str, sparsity: float | None
 def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """All cells of one seed; those on disk are read."""
     estimator = "" if arguments.estimator == "tracin" else f"-{arguments.estimator}-{arguments.curvature_examples}"
-    folder = arguments.work / f"seed-{seed}-examples-{arguments.examples}-probe-{arguments.probe_size}{estimator}"
+    sizes = f"examples-{arguments.examples}-probe-{arguments.probe_size}"
+    folder = arguments.work / f"seed-{seed}-{sizes}{estimator}-{made_of(arguments)}"
     cells: list[dict[str, Any]] = []
     missing: list[tuple[str, float | None, str]] = []
     for method in arguments.methods:
@@ -280,7 +287,7 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
 
 def warmed(arguments: argparse.Namespace, model: str, name: str, seed: int) -> Path:
     """The last checkpoint of a model's warm-up on 5 % of the pool; cached."""
-    folder = arguments.work / f"warm-{name}-{seed}"
+    folder = arguments.work / f"warm-{name}-{seed}-{made_of(arguments)}"
     listing = folder / "checkpoints.json"
     if not listing.is_file():
         pool = Pool(arguments.pool)

@@ -72,7 +72,7 @@ def subset(arguments: argparse.Namespace) -> Path:
     """The pool's rows that are used, as a file."""
     if arguments.examples is None:
         return Path(arguments.pool)
-    file = arguments.work / "pool.jsonl"
+    file = arguments.work / f"pool-{arguments.examples}.jsonl"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         source = Pool([arguments.pool])
