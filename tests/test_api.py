@@ -301,3 +301,27 @@ def test_a_target_that_is_not_the_proxys_is_refused(model):
     ):
         with pytest.raises(iprox.InputError, match=r"is a proxy of .*, not of .* \(the weights differ\)"):
             call()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"normalise": "cos"},
+        {"aggregate": "avg"},
+        {"over_examples": "all"},
+        {"gradient": "both"},
+        {"query_norm": 2},
+        {"learning_rates": [float("nan")]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_choice_that_there_is_not_is_refused(tiny, options):
+    with pytest.raises(iprox.InputError, match=next(iter(options))):
+        iprox.score(tiny.model(), [{"text": "a"}], {"task": [{"text": "b"}]}, **options)
+
+
+def test_an_adapter_that_transformers_loaded_is_refused(tiny):
+    model = tiny.model()
+    model._hf_peft_config_loaded = True  # as `load_adapter` and `from_pretrained` of an adapter's folder leave it
+    with pytest.raises(iprox.InputError, match="transformers has loaded a PEFT adapter"):
+        iprox.score(model, [{"text": "a"}], {"task": [{"text": "b"}]})

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iprox import run_folder
+from iprox.cli import main
 from iprox.data import Pool
 from iprox.models import loading
 
@@ -411,3 +412,28 @@ def test_report_of_a_folder_that_is_no_run(tmp_path, refused):
 def test_the_recipe_is_checked_before_anything_is_read(place, refused, monkeypatch):
     monkeypatch.setattr(Pool, "scan", lambda _: pytest.fail("read too early"))
     assert "unknown key 'proxy.sparsty'" in refused("run", place.recipe, "--set", "proxy.sparsty=0.5")
+
+
+def test_a_pool_that_changed_since_it_was_scored_is_refused_where_rows_are_known_by_place_only(
+    tmp_path, model, finished, refused
+):
+    rows = [json.loads(line) for line in finished.pool.read_text().splitlines()[:40]]
+    for row in rows:
+        row.pop("id", None)
+    write(tmp_path / "pool.jsonl", rows)
+    files = ["--pool", str(tmp_path / "pool.jsonl"), "--quiet"]
+    score = ["score", "--model", str(model), "--estimator=length", *files, "--output", str(tmp_path / "scores")]
+    assert main([*score, "--validation", f"a={finished.path / 'spelling.jsonl'}"]) == 0
+    select = ["select", "--scores", str(tmp_path / "scores"), *files, "--count=5"]
+    assert main([*select, "--output", str(tmp_path / "before.jsonl")]) == 0
+    write(tmp_path / "pool.jsonl", rows[::-1])
+    said = refused(*select, "--output", tmp_path / "after.jsonl")
+    assert "the files are not those that were scored" in said
+    assert not (tmp_path / "after.jsonl").exists()
+
+
+@pytest.mark.parametrize("rates", ["nan", "0", "-1", "inf"])
+def test_learning_rates_are_numbers_above_0(finished, refused, tmp_path, rates):
+    common = ["score", "--model", finished.output / "aligned", "--pool", finished.pool, "--output", tmp_path / "out"]
+    said = refused(*common, "--validation", f"a={finished.path / 'spelling.jsonl'}", f"--learning-rates={rates}")
+    assert "each must be a number above 0" in said

@@ -90,3 +90,9 @@ def test_a_filled_format_wins_over_an_empty_column():
 def test_bad_rows_say_why(data, reason):
     with pytest.raises(BadRowError, match=reason):
         read(data)
+
+
+def test_an_empty_system_turn_is_kept_as_it_is():
+    """Data sets for fine-tuning often have one in every row."""
+    example = read({"messages": [{"role": "system", "content": ""}, USER, {"role": "assistant", "content": "A"}]})
+    assert [message["content"] for message in example.messages] == ["", USER["content"], "A"]

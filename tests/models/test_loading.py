@@ -1,5 +1,11 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from iprox.errors import InputError
 from iprox.influence.scoring import QUERY_NORM, ScoringSettings
@@ -132,3 +138,51 @@ def test_the_skeleton_of_a_proxy_is_one(tmp_path, tiny):
     assert proxy_config(found) is not None
     # So that what is said of scores on it is what was done.
     assert ScoringSettings().kept_norm(found) == ScoringSettings().kept_norm(proxy) == QUERY_NORM
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {f"base.{name}": weight for name, weight in w.items()}, r"no weights for .*; it has base\."),
+        (
+            lambda w: {name: weight for name, weight in w.items() if "layers.0.mlp.up_proj" not in name},
+            r"no weights for model\.layers\.0\.mlp\.up_proj\.weight \(1 tensors in all\)",
+        ),
+        (
+            lambda w: {name: weight[:-1].clone() if "0.mlp.up_proj" in name else weight for name, weight in w.items()},
+            r"model\.layers\.0\.mlp\.up_proj\.weight has another shape",
+        ),
+    ],
+    ids=["renamed", "missing", "shape"],
+)
+def test_a_checkpoint_that_would_leave_weights_at_random_values_is_refused(folder, change, said):
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
+
+
+def test_half_a_file_of_weights_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cannot be loaded as a causal language model"):
+        load_model(folder)
+
+
+def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
+    """From the Hub's cache, in a process of its own, as the libraries read where it is when they are imported."""
+    fingerprints = []
+    for commit in ("0" * 40, "1" * 40, "0" * 40):
+        shutil.rmtree(tmp_path / "home", ignore_errors=True)
+        cached = tmp_path / "home/hub/models--me--model"
+        shutil.copytree(folder, cached / "snapshots" / commit)
+        (cached / "refs").mkdir()
+        (cached / "refs/main").write_text(commit)
+        code = "from iprox.models.loading import *; load_model('me/model'); print(checkpoint_fingerprint('me/model'))"
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        fingerprints.append(done.stdout.split()[-1])
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]

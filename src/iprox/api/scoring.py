@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -101,12 +102,18 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    known = (*get_args(InfluenceEstimator), *GRADIENT_FREE)
-    for name, given, names in (("estimator", estimator, known), ("curvature", curvature, get_args(KroneckerCurvature))):
-        if given not in names:
-            raise InputError(f"unknown {name} {given!r}; known: {', '.join(names)}")
+    _check_choices(
+        estimator=(estimator, (*get_args(InfluenceEstimator), *GRADIENT_FREE)),
+        curvature=(curvature, get_args(KroneckerCurvature)),
+        gradient=(gradient, get_args(GradientSpace)),
+        normalise=(normalise, get_args(Normalise)),
+        aggregate=(aggregate, get_args(Aggregate)),
+        over_examples=(over_examples, get_args(OverExamples)),
+    )
     if damping <= 0:
         raise InputError(f"damping must be above 0, not {damping}")
+    if query_norm is not None and not 0 < query_norm <= 1:
+        raise InputError(f"query_norm must lie between 0 and 1, not {query_norm}")
     models = [model] if isinstance(model, nn.Module) else list(model)
     for each in models:
         refuse_adapter(each)
@@ -118,6 +125,8 @@ def score(
         learning_rates = [1.0]
     if len(learning_rates) != len(models):
         raise InputError(f"{len(models)} models but {len(learning_rates)} learning rates")
+    if not all(0 < rate < math.inf for rate in learning_rates):
+        raise InputError(f"learning_rates must be numbers above 0, not {list(learning_rates)}")
     if target is not None and len(models) > 1:
         raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
     settings = ScoringSettings(
@@ -170,6 +179,17 @@ def score(
     spread = TaskSpread()
     spread.add(by_task(tables, learning_rates, settings.aggregation))
     return combine(tables, learning_rates, settings.aggregation, spread)
+
+
+def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
+    """Refuse a choice that there is not.
+
+    Raises:
+        InputError: it is none of the known ones, which are named.
+    """
+    for name, (given, known) in choices.items():
+        if given not in known:
+            raise InputError(f"unknown {name} {given!r}; known: {', '.join(known)}")
 
 
 def attribute(

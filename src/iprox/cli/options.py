@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -180,6 +181,8 @@ def learning_rates_of(models: list[str], given: list[float] | None) -> list[floa
     if given is not None:
         if len(given) != len(models):
             raise InputError(f"{len(models)} models but {len(given)} learning rates")
+        if not all(0 < rate < math.inf for rate in given):
+            raise InputError(f"--learning-rates {' '.join(map(str, given))}: each must be a number above 0")
         return given
     if len(models) == 1:
         return [1.0]

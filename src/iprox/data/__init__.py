@@ -3,9 +3,10 @@
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
 from iprox.data.chat import IGNORE, ChatEncoder, Encoded
 from iprox.data.formats import Example, Message
-from iprox.data.sources import Pool, PoolSummary
+from iprox.data.sources import GENERATED_ID, Pool, PoolSummary
 
 __all__ = [
+    "GENERATED_ID",
     "IGNORE",
     "Batch",
     "ChatEncoder",

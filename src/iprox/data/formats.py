@@ -168,6 +168,8 @@ def _message(item: Any, where: str) -> Message:
     content = item.get("content", item.get("value"))
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_part(part, where) for part in content)
+    if role == "system" and isinstance(content, str) and not content.strip():
+        return {"role": role, "content": _valid(content, f"content of {where} ({role})")}  # data sets often have it so
     return {"role": role, "content": _text(content, f"content of {where} ({role})")}
 
 

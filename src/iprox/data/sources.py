@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from array import array
 from collections import Counter
@@ -21,6 +22,9 @@ from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
 from iprox.errors import InputError
 from iprox.files import replacing
+
+# The end of an id that a row has been given for want of one of its own; before it stands the stem of its file.
+GENERATED_ID = re.compile(r"-\d{8}$")
 
 if TYPE_CHECKING:
     import datasets
@@ -181,7 +185,7 @@ class Pool:
                 try:
                     if record.error is not None:
                         raise BadRowError(record.error)
-                    default_id = f"{reader.stem}-{record.row:08d}"
+                    default_id = f"{reader.stem}-{record.row:08d}"  # as `GENERATED_ID` knows it
                     example = to_example(record.data, row=row, origin=origin, default_id=default_id)
                 except BadRowError as error:
                     if on_bad is not None:

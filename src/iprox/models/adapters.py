@@ -55,3 +55,8 @@ def refuse_adapter(model: nn.Module) -> None:
     """
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise InputError("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            "transformers has loaded a PEFT adapter into the model; load it with "
+            "peft.PeftModel.from_pretrained(model, adapter).merge_and_unload(), or give its folder to iprox.load"
+        )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from iprox.errors import InputError
 from iprox.models.adapters import ADAPTER, adapter_base, merged
@@ -52,17 +57,42 @@ def load_model(
     stored = path if base is None else base
     _check_folder(stored)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            stored, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            stored,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, with names
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{stored}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+    model, found = loaded
+    _refuse_random_weights(str(stored), found)
     if base is not None:
         model = merged(model, path)
     check_finite(model, str(path))
     if not fused:
         split_experts(model)
     return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of which transformers would leave tensors at random values.
+
+    Raises:
+        InputError: a tensor is not in it, or is of another shape (which is named).
+    """
+    wrong = sorted(str(name if isinstance(name, str) else name[0]) for name in found["mismatched_keys"])
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} has another shape than its config says ({len(wrong)} tensors in all)")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        others = f"; it has {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""
+        raise InputError(
+            f"{path}: has no weights for {missing[0]} ({len(missing)} tensors in all){others}: it is not whole, or "
+            "saved from a wrapped model"
+        )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -124,8 +154,19 @@ def checkpoint_fingerprint(path: str | Path) -> str:
                     while block := stream.read(1 << 24):
                         digest.update(block)
     else:
-        digest.update(f"{path}@{load_config(path)._commit_hash}".encode())
+        digest.update(f"{path}@{_commit_of(str(path))}".encode())
     return digest.hexdigest()
+
+
+def _commit_of(repo: str) -> str:
+    """The commit of a hub model, as its config's place in the cache says; the config is fetched if it is not there."""
+    try:
+        commit = extract_commit_hash(cached_file(repo, CONFIG_NAME), None)
+    except OSError as error:
+        raise InputError(f"{repo}: no model config can be loaded from it: {_first_line(error)}") from error
+    if commit is None:
+        raise InputError(f"{repo}: the cache does not say which commit it is of; download it, and give the folder")
+    return commit
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:

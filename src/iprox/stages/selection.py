@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from iprox.data import Pool
+from iprox.data import GENERATED_ID, Pool
+from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
-from iprox.influence.scores import read_scores
+from iprox.influence.scores import read_scores, scores_metadata
 from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, select_rows
@@ -26,6 +28,24 @@ def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:
     if settings.features is not None:
         GradientIndex.open(settings.features)
     return SelectionSettings(**settings.model_dump(exclude={"features"}), seed=seed)
+
+
+def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
+    """Refuse a pool that has changed since it was scored, where rows are known by their place only.
+
+    Raises:
+        InputError: its files are others than those that were scored, and a chosen row has no id of its own.
+    """
+    made_by: Any = scores_metadata(table)
+    scored = made_by.get("pool") or (made_by.get("inputs") or {}).get("pool")
+    files = [Path(file) for file in pool.scan().files]
+    stems = {name for file in files for name in (file.stem, file.name)}
+    placed = next((name for name in ids if GENERATED_ID.sub("", name) in stems), None)
+    if scored is not None and placed is not None and scored != pool.scan().fingerprint:
+        raise InputError(
+            f"--pool: the files are not those that were scored (their names or bytes differ), and rows such as "
+            f"{placed!r} have no id of their own to be found by; give the files as they were, or score them again"
+        )
 
 
 def select(
@@ -54,6 +74,7 @@ def select(
         )
     rows = selection.rows.tolist()
     ids = table["id"].take(pa.array(rows)).to_pylist()
+    _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
     chosen = selection.as_dict()
     write_json(description, chosen)
