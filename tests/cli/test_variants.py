@@ -176,7 +176,7 @@ def test_scorers_without_gradients(place, estimator):
     assert len(np.unique(scores)) > 1
     stages = place.record()["stages"]
     assert (stages["score"]["flops"] > 0) == (estimator in ("perplexity", "rds"))
-    assert stages["score"]["flops"] <= place.record()["cost"]["target_score_flops"] / 2
+    assert stages["score"]["flops"] == place.record()["cost"]["target_score_flops"]  # it is the target that is scored
     assert (place.output / "report.html").is_file()
 
 

@@ -30,8 +30,8 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
         summary["selected"]["file"] = str(folder.selected)
     if "audit" in done:
         summary["fidelity"] = done["audit"]["fidelity"]
-    if "cost" in record:
-        cost = record["cost"]
+    cost = record.get("cost", {})
+    if cost.get("target_score_flops"):  # scorers that run no model cost nothing
         spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
         summary["relative_cost"] = spent / cost["target_score_flops"]
     if "finetune" in done:
