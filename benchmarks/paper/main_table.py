@@ -31,26 +31,35 @@ from iprox.audit.cascade import best_rows
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.progress import Reporter
-from iprox.recipe import FinetuneSection
+from iprox.recipe import FinetuneSection, parse_recipe
+from iprox.run_folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
-from iprox.stages.training import finetune
+from iprox.stages.training import finetune, warm_up
 
-# Row -> the proxy section of its recipe.
+# Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and with
+# ranks that compete across layers, as IPSVD's do, which rests on what its singular values mean and theirs do not.
 PROXIES: dict[str, Any] = {
     "target": False,
     **{f"ipsvd {size}, aligned": {"sparsity": size} for size in (0.3, 0.5, 0.7)},
     **{f"ipsvd {size}": {"sparsity": size, "align": False} for size in (0.3, 0.5, 0.7)},
-    "svd-llm 0.7": {"method": "svd-llm", "sparsity": 0.7, "align": False},
-    "svd 0.7": {"method": "svd", "sparsity": 0.7, "align": False},
+    "svd-llm 0.7": {"method": "svd-llm", "sparsity": 0.7, "ranks": "uniform", "align": False},
+    "svd-llm 0.7, global ranks": {"method": "svd-llm", "sparsity": 0.7, "align": False},
+    "svd 0.7": {"method": "svd", "sparsity": 0.7, "ranks": "uniform", "align": False},
+    "svd 0.7, global ranks": {"method": "svd", "sparsity": 0.7, "align": False},
     "first layers 0.7": {"method": "layers", "sparsity": 0.7},
-    "sibling": {"method": "off-the-shelf"},
+    "sibling": {"method": "off-the-shelf"},  # warmed up as the target is
+    "sibling, not warmed": {"method": "off-the-shelf"},
 }
+# Rows that take no gradients, which influence has to beat; on the target where they run a model.
+WITHOUT_GRADIENTS = ("rds", "bm25", "length")
 # Rows that are made here: the published code's proxies, and a model that predicts influence from text.
 OWN = ("reference code 0.7", "influence scorer")
 # Rows that select nothing by scores, so that one fine-tuning serves all tasks.
 WITHOUT_SCORES = ("random", "full pool")
-METHODS = ("random", *PROXIES, *OWN, "full pool")
+METHODS = ("random", *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")
+# The source of the pool that a task has of its own, where it is not named as the task is.
+SOURCE_OF = {"code": "codealpaca"}
 # Shares of the pool that a cascade scores again on the target.
 CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -75,8 +84,43 @@ def main() -> None:
                 results(
                     f"{method}/{task}/{seed}",
                     lambda m=method, t=task, s=seed, c=chosen: tested(arguments, m, [t], s, c)[t],
+                    of=key_of(chosen) if chosen else "",
                 )
+    note_sources(results, arguments)
     print_table(results.content["cells"], arguments)
+
+
+def note_sources(results: Results, arguments: argparse.Namespace) -> None:
+    """Add to each row's cell what it knows beside the sources of the pool.
+
+    `own_source`: by task that is a source of the pool, which part of the selection is of it. `within_sources`: mean
+    over tasks and sources of the Spearman correlation with the target's scores within a source of 100 rows or more.
+    """
+    source = np.array([example.source or "" for example in Pool(arguments.pool)])
+    large = [name for name in set(source.tolist()) if (source == name).sum() >= 100]
+    for name, cell in results.content["cells"].items():
+        method, kind, seed = name.split("/")
+        if kind != "scores" or "own_source" in cell:
+            continue
+        cell["own_source"] = {
+            task: float((source[[int(row) for row in rows.split()]] == SOURCE_OF.get(task, task)).mean())
+            for task, rows in cell["selected"].items()
+            if SOURCE_OF.get(task, task) in large
+        }
+        files = [folder_of(arguments, each, int(seed)) for each in (method, "target")]
+        if all((file / "scores.parquet").is_file() for file in files):
+            scores, truth = map(scores_in, files)
+            known = np.isfinite(scores).all(1) & np.isfinite(truth).all(1)
+            cell["within_sources"] = float(
+                np.mean(
+                    [
+                        fidelity_metrics(scores[rows, task], truth[rows, task])["spearman"]
+                        for rows in (known & (source == each) for each in large)
+                        for task in range(truth.shape[1])
+                    ]
+                )
+            )
+    write_json(results.path, results.content)
 
 
 def parse() -> argparse.Namespace:
@@ -100,12 +144,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--keep-models", action="store_true", help="keep each fine-tuned model, in --work")
     parser.add_argument("--scores-only", action="store_true", help="no fine-tuning: fidelity and cost")
-    parser.add_argument("--work", type=Path, help="run folders (default: runs/paper-ESTIMATOR)")
+    parser.add_argument("--work", type=Path, help="run folders (default: runs/paper-ESTIMATOR-SETTINGS)")
     parser.add_argument("--output", type=Path, help="results (default: benchmarks/results/paper-ESTIMATOR.json)")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     arguments = parser.parse_args()
     name = f"paper-{arguments.estimator}"
-    arguments.work = arguments.work or Path("runs") / name
+    # Scores of other settings are in another folder.
+    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalise, arguments.norm_sketch)
+    training = (arguments.warmup_epochs, arguments.learning_rate, arguments.max_length, arguments.batch_tokens)
+    arguments.work = arguments.work or Path("runs") / f"{name}-{key_of([scoring, training])[:6]}"
     arguments.output = arguments.output or Path(__file__).parents[1] / f"results/{name}.json"
     return arguments
 
@@ -113,8 +160,8 @@ def parse() -> argparse.Namespace:
 def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """The run of one row."""
     proxy = PROXIES.get(method, False)
-    if method == "sibling":
-        proxy = {**proxy, "model": arguments.sibling}
+    if method.startswith("sibling"):
+        proxy = {**proxy, "model": warmed_sibling(arguments, seed) if method == "sibling" else arguments.sibling}
     return {
         "model": arguments.model,
         "data": {
@@ -124,7 +171,9 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
         },
         "warmup": {"fraction": 0.05, "epochs": arguments.warmup_epochs, "learning_rate": arguments.learning_rate},
         "proxy": proxy,
-        "influence": {
+        "influence": {"estimator": method}
+        if method in WITHOUT_GRADIENTS
+        else {
             "estimator": arguments.estimator,
             "curvature": "k-fac",
             "normalise": arguments.normalise,
@@ -137,6 +186,20 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
     }
 
 
+def warmed_sibling(arguments: argparse.Namespace, seed: int) -> str:
+    """The sibling after the warm-up that the target has: on the same rows, with the same settings."""
+    folder = folder_of(arguments, "sibling warm-up", seed)
+    listing = folder / "checkpoints.json"
+    if not listing.is_file():
+        recipe = parse_recipe(recipe_of(arguments, "target", seed), "main_table.py")
+        assert recipe.warmup
+        pool, session = Pool(arguments.pool), Session.of_recipe(recipe, Reporter(quiet=True))
+        total = pool.scan().rows
+        rows = draw_rows("warmup", seed, total, max(1, round(total * recipe.warmup.fraction)))
+        warm_up(session, arguments.sibling, pool.take(rows), folder, recipe.warmup)
+    return str(folder / read_json(listing)[-1]["path"])
+
+
 def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
     """Of a row's run."""
     return arguments.work / f"seed-{seed}" / method.replace(",", "").replace(" ", "-")
@@ -145,6 +208,8 @@ def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
 def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """Score the pool: what it cost, and how it agrees with the target's scores, which are of whole gradients."""
     folder, target = (folder_of(arguments, name, seed) for name in (method, "target"))
+    if method != "target" and not (target / "scores.parquet").is_file():
+        run(recipe_of(arguments, "target", seed))  # the results are of another machine, whose run folders are not here
     if method in OWN:
         recipe = recipe_of(arguments, method, seed)
         if method == "influence scorer":
@@ -169,8 +234,10 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
     record["selected"] = {
         task: " ".join(map(str, top(scores[:, number], count).tolist())) for number, task in enumerate(arguments.tasks)
     }
+    known = np.isfinite(scores).all(1) & np.isfinite(truth).all(1)
     record["fidelity"] = {
-        task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
+        task: fidelity_metrics(scores[known, number], truth[known, number])
+        for number, task in enumerate(arguments.tasks)
     }
     # The part of the target's own best rows that is found when the best candidates are scored again on the target.
     record["recall"] = {

@@ -1,9 +1,10 @@
-"""The published code's proxies, by its rules (github.com, code of arXiv:2602.17835), as a row to compare with.
+"""The published code's proxies before alignment, by its rules (github.com/csr16/IProX), as a row to compare with.
 
-What differs from `iprox.proxy` (design 11): moments of the first 1,024 columns gathered on 14 examples (a tenth of
-1 % of the pool), the loss taken on all tokens, prompts too; factors in the span of those columns only; one rank rule
-for all layers, ranks rounded up to multiples of 128; a layer whose rank is above the number of columns would be left
-at random values. Rewritten from its behaviour: no line of it is here.
+What differs from `iprox.proxy` (design 11): moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of
+each, the loss taken on all tokens, prompts too; factors in the span of those columns only, with a ridge of 0.001
+whatever the size of the moments; one rank rule for all layers, ranks rounded up to multiples of 128; a layer whose rank
+reaches its smaller side stays as it is, and one whose rank is above the number of columns is left at random values.
+Rewritten from its behaviour: no line of it is here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from iprox.stages.scoring import ScoredModel
 from iprox.stages.scoring import score as score_pool
 
 EXAMPLES, COLUMNS, MULTIPLE, SPARSITY = 14, 1024, 128, 0.7
-RIDGE = 1e-6  # on the eigenvalues inside the span, against division by nothing
+RIDGE = 1e-3
 
 
 def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) 
     checkpoint = warmed / "warmup" / json.loads((warmed / "warmup/checkpoints.json").read_text())[-1]["path"]
     pool = Pool(settings.data.pool)
     with session.metered() as making:
-        proxy, cost = make_proxy(checkpoint, pool, settings.data.max_length)
+        proxy, cost = make_proxy(checkpoint, pool, settings.data.max_length, settings.seed)
         proxy.save_pretrained(folder / "proxy")
         load_tokenizer(checkpoint).save_pretrained(folder / "proxy")
     validation = {task: Pool(files) for task, files in settings.data.validation.items()}
@@ -66,54 +67,66 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) 
     }
 
 
-def make_proxy(checkpoint: Path, pool: Pool, max_length: int) -> tuple[Any, float]:
+def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tuple[Any, float]:
     """The proxy, and the FLOPs of its probe."""
     target, encoder = load_model(checkpoint), ChatEncoder(load_tokenizer(checkpoint), max_length)
     encoded = encoder.encode(pool.take(range(EXAMPLES)))
     layers = compressible_layers(target)
     columns: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.empty(0, dtype=torch.long)
 
     def keep(name: str, h: Tensor, delta: Tensor) -> None:
-        if sum(len(part) for part, _ in columns[name]) < COLUMNS:
-            columns[name].append((h.flatten(0, 1), delta.detach().flatten(0, 1)))
+        columns[name].append((h[0, chosen], delta[0, chosen].detach()))
 
     tokens = 0
     with frozen(target):
-        for batch in iter_batches(encoded, max_length, 0):
-            on_all = batch.input_ids.clone()
-            on_all[torch.arange(on_all.shape[1]) >= batch.lengths[:, None]] = -100
-            batch = replace(batch, labels=on_all)
+        for row in encoded:  # one at a time, so that there is no padding among the columns
+            (batch,) = iter_batches([row], max_length, 0)
+            batch = replace(batch, labels=batch.input_ids.clone())
+            chosen = torch.randperm(int(batch.lengths[0]), generator=generator)[: COLUMNS // EXAMPLES]
             watched_backward(target, layers, lambda batch=batch: causal_lm_losses(target, batch), keep)
-            tokens += int(batch.lengths.sum())
-    generator = torch.Generator().manual_seed(0)
-    ranks = {}
+            tokens += int(batch.lengths[0])
+    ranks: dict[str, int] = {}
+    spent = flops.training_flops(target, tokens, tokens)
     for name, layer in layers.items():
         weight = dense_weight(layer).detach()
-        h, delta = (torch.cat(parts)[:COLUMNS].double() for parts in zip(*columns[name], strict=True))
         m, n = weight.shape
-        uniform = (1 - SPARSITY) * m * n / (m + n)
-        rank = min(-(-int(uniform) // MULTIPLE) * MULTIPLE, min(m, n))
-        if rank > len(h):
-            A, B = (torch.randn(shape, generator=generator) * 0.02 for shape in ((m, rank), (rank, n)))
-        else:
-            A, B = span_factors(weight.double(), h, delta, rank)
+        rank = -(-max(1, round((1 - SPARSITY) * m * n / (m + n))) // MULTIPLE) * MULTIPLE
+        if rank >= min(m, n):
+            continue  # left as it is
+        h, delta = (torch.cat(parts).double() for parts in zip(*columns[name], strict=True))
+        A, B = span_factors(weight.double(), h, delta, rank)
+        if A.shape[1] < rank:  # the factors do not fit the layer, which is left at random values without a word
+            A, B = (
+                (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5 for shape in ((m, rank), (rank, n))
+            )
         ranks[name] = rank
+        spent += svd_flops(len(h), n) + svd_flops(len(delta), m) + svd_flops(m, n)
         bias = layer_bias(layer)
         replace_module(target, name, LowRankLinear.from_factors(A.float(), B.float(), bias, weight.dtype))
     whole = load_model(checkpoint)
     sparsity = 1 - flops.linear_parameters(target) / flops.linear_parameters(whole)
     config = IproxConfig(ranks, "reference", sparsity, str(checkpoint), model_fingerprint(whole))
     mark_as_proxy(target, config)
-    return target, flops.training_flops(whole, tokens, tokens)
+    return target, spent
+
+
+def svd_flops(rows: int, columns: int) -> float:
+    """Of a thin SVD with both sides of vectors: about 14 m n² + 8 n³, n the smaller (Golub and Van Loan, 8.6.3)."""
+    m, n = max(rows, columns), min(rows, columns)
+    return 14.0 * m * n**2 + 8.0 * n**3
 
 
 def span_factors(weight: Tensor, h: Tensor, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of W [m, n] inside the spans of probe columns h [N, n] and δ [N, m]."""
+    """Factors of W [m, n] inside the spans of probe columns h [N, n] and δ [N, m]; of less rank where those are small.
+
+    The ridge is added to the second moments inside the spans, whatever their size: those of δ are far smaller.
+    """
 
     def root(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(x.mT @ x / len(x))
-        inside = values > values[-1] * 1e-10
-        return (values[inside] + RIDGE * values[-1]).sqrt(), vectors[:, inside]
+        _, values, Vh = torch.linalg.svd(x, full_matrices=False)
+        return (values.square() / len(x) + RIDGE).sqrt(), Vh.mT
 
     scale_in, basis_in = root(h)
     scale_out, basis_out = root(delta)
@@ -122,7 +135,4 @@ def span_factors(weight: Tensor, h: Tensor, delta: Tensor, rank: int) -> tuple[T
     half = sigma[:rank].sqrt()
     A = basis_out @ (U[:, :rank] / scale_out[:, None]) * half
     B = half[:, None] * (Vh[:rank] / scale_in) @ basis_in.mT
-    short = rank - len(sigma)
-    if short > 0:  # the span is smaller than the rank: the rest of the factors stays zero
-        A, B = torch.nn.functional.pad(A, (0, short)), torch.nn.functional.pad(B, (0, 0, 0, short))
     return A, B

@@ -79,8 +79,12 @@ def main_rows(results: dict[str, Any]) -> str:
         size = f"{scored[0]['parameters'] / 1e6:.1f} M" if scored else ""
         cost = f"{relative_flops(cells, method):.2f}" if scored else ""
         mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
-        rows.append([method, *shown, mean, ", ".join(exact), size, cost, str(seeds)])
-    heads = ["selected by", *tasks, "mean", f"exact match ({', '.join(tasks)})", "parameters", "FLOPs", "seeds"]
+        own = [cell["own_source"] for cell in scored if "own_source" in cell]
+        pure = ", ".join(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0]) if own else ""
+        rows.append([method, *shown, mean, ", ".join(exact), pure, size, cost, str(seeds)])
+    sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
+    heads = ["selected by", *tasks, "mean", f"exact match ({', '.join(tasks)})"]
+    heads += [f"of the task's own source ({', '.join(sources)})", "parameters", "FLOPs", "seeds"]
     return f"{table(heads, rows)}\n\n{made_on(results)}"
 
 
@@ -105,7 +109,9 @@ def fidelity_rows(results: dict[str, Any]) -> str:
             else "–"
             for share in ("0.1", "0.2")
         ]
-        row = [method, f"{spearman:.3f}", f"{overlap:.2f}", *again, f"{cost:.2f}", flops, seconds]
+        within = [cell["within_sources"] for cell in scored if "within_sources" in cell]
+        inside = f"{np.mean(within):.3f}" if within else "–"
+        row = [method, f"{spearman:.3f}", inside, f"{overlap:.2f}", *again, f"{cost:.2f}", flops, seconds]
         rows.append([*row, str(len(scored))])
     figure, axes = plt.subplots(figsize=(6.2, 3.4))
     for method, cost, overlap in points:
@@ -118,6 +124,7 @@ def fidelity_rows(results: dict[str, Any]) -> str:
     heads = [
         "scored on",
         "Spearman",
+        "within sources",
         "top-5 % overlap",
         "best 10 % scored again",
         "best 20 %",

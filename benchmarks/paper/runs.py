@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ class Results:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path, here = path, environment()
-        # Where the checkout is does not matter.
-        settings = json.loads(json.dumps(dict(settings)).replace(str(SHARED), "../shared"))
+        # Where the checkout is does not matter, nor where the package is installed.
+        told = json.dumps(dict(settings)).replace(str(SHARED), "../shared")
+        settings = json.loads(told.replace(str(resources.files("iprox.quickstart")), "quickstart"))
         self.content: dict[str, Any] = {"machines": [], "settings": settings, "cells": {}}
         if path.is_file() and not fresh:
             self.content = json.loads(path.read_text())

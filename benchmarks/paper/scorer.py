@@ -42,7 +42,7 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
     with metered(device) as training:
-        model = train(sibling, tokenizer, [encoded[row] for row in rows], values[rows], folder)
+        model = train(sibling, tokenizer, [encoded[row] for row in rows], values[rows], folder, settings.seed)
     with metered(device) as predicting:
         predicted = predict(model, encoded, values.shape[1])
     table = truth
@@ -71,7 +71,9 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
     }
 
 
-def train(sibling: str, tokenizer: Any, encoded: list[Encoded], values: np.ndarray, folder: Path) -> nn.Module:
+def train(
+    sibling: str, tokenizer: Any, encoded: list[Encoded], values: np.ndarray, folder: Path, seed: int
+) -> nn.Module:
     """Fit the regression head and the model below it to standardised scores [N, tasks]."""
     labels = (values - values.mean(0)) / values.std(0)
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -95,6 +97,7 @@ def train(sibling: str, tokenizer: Any, encoded: list[Encoded], values: np.ndarr
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        seed=seed,
     )
     collator = DataCollatorWithPadding(tokenizer)
     Trainer(model, settings, train_dataset=rows, data_collator=collator).train()  # pyright: ignore[reportArgumentType]
