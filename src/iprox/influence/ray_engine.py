@@ -23,7 +23,10 @@ PATIENCE = 60
 
 
 class _Worker:
-    """One Ray actor. Makes its own worker with its first window, so that an error then is told as what it is."""
+    """One Ray actor. Makes its own worker with its first window, so that an error then is told as what it is.
+
+    `make` comes as bytes, as Ray itself would send it, to be read only once it is known where its modules are.
+    """
 
     def __init__(self, make: bytes, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -60,7 +63,7 @@ def ray_engine(workers: int, device: str) -> Engine:
     """
     try:
         import ray
-        import ray.cloudpickle as cloudpickle
+        from ray import cloudpickle
     except ImportError as error:
         raise InputError("engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local") from error
 

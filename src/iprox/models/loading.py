@@ -51,7 +51,8 @@ def load_model(
             layers (`iprox.models.experts`).
 
     Raises:
-        InputError: no such model, no config, pickled weights only, or weights that are not finite (named).
+        InputError: no such model, no config, pickled weights only, or weights that are missing, of another shape or
+            not finite (named).
     """
     base = adapter_base(path)
     stored = path if base is None else base
