@@ -87,7 +87,9 @@ def main() -> None:
                     of=key_of(chosen) if chosen else "",
                 )
     note_sources(results, arguments)
+    note_warm_ups(results, arguments)
     print_table(results.content["cells"], arguments)
+    print_costs(results.content["cells"], arguments)
 
 
 def note_sources(results: Results, arguments: argparse.Namespace) -> None:
@@ -120,6 +122,16 @@ def note_sources(results: Results, arguments: argparse.Namespace) -> None:
                     ]
                 )
             )
+    write_json(results.path, results.content)
+
+
+def note_warm_ups(results: Results, arguments: argparse.Namespace) -> None:
+    """Add to the target's cells what its warm-up took, which every proxy of it needs and no row's cost counts."""
+    for name, cell in results.content["cells"].items():
+        method, kind, seed = name.split("/")
+        record = folder_of(arguments, method, int(seed)) / "run.json"
+        if (method, kind) == ("target", "scores") and "warmup_flops" not in cell and record.is_file():
+            cell["warmup_flops"] = read_json(record)["stages"]["warmup"]["flops"]
     write_json(results.path, results.content)
 
 
@@ -294,6 +306,17 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
         columns = "".join(f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" for each in losses)
         cost = relative_flops(cells, method)
         print(f"{method:<22}{columns}{np.mean([np.mean(each) for each in losses]):>9.3f}{cost:>7.2f}")
+
+
+def print_costs(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """What each row's selection cost beside the target's, and that with the target's warm-up on both sides."""
+    warm_up = cells.get("target/scores/0", {}).get("warmup_flops")
+    for method in arguments.methods:
+        cell = cells.get(f"{method}/scores/0", {})
+        if warm_up is None or "target_flops" not in cell:
+            continue
+        spent, on_target = sum(cell["flops"].values()), cell["target_flops"]
+        print(f"{method}: {spent / on_target:.2f}, with the warm-up {(spent + warm_up) / (on_target + warm_up):.2f}")
 
 
 def relative_flops(cells: dict[str, Any], method: str) -> float:
