@@ -143,8 +143,27 @@ def test_unknown_device(run):
 
 def test_more_selected_than_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.count=500", "select.fraction=null")
-    assert "500 rows asked for, but only 200 of 200 have a score" in said
-    assert not (place.output / "selected.jsonl").exists()
+    assert "500 rows are to be selected, and the pool has 200; ask for fewer" in said
+    assert not place.output.exists()
+
+
+def test_a_floor_of_an_unknown_source_is_told_before_anything_is_scored(place, refused):
+    said = refused("run", place.recipe, "--quiet", *OFF, "select.source_floor={arithmetics: 0.5}")
+    assert "the floor of the source 'arithmetics': the pool has no row of it; did you mean 'arithmetic'?" in said
+    assert not place.output.exists()
+
+
+def test_a_task_to_select_by_that_is_not_validated(place, refused):
+    said = refused("run", place.recipe, "--quiet", *OFF, "select.task=maths")
+    assert "select.task 'maths' is none of data.validation: arithmetic, spelling" in said
+
+
+def test_a_selection_named_as_another_format(finished, tmp_path, refused):
+    said = refused(
+        "select", "--scores", finished.output, "--pool", finished.pool, "--output", tmp_path / "chosen.parquet"
+    )
+    assert "a selection is written as JSON lines; name it chosen.jsonl" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_output_of_another_run(copied, refused):
@@ -375,7 +394,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
         (["--source-floor", "a=0.6", "b=0.7"], "add up to 1.3"),
         (["--strategy=diverse"], "takes `features`"),
         (["--deduplicate=2"], "deduplicate"),
-        (["--threshold=1e30"], "no row has an influence of"),
+        (["--threshold=1e30"], "no row has a score of"),
     ],
 )
 def test_a_selection_that_cannot_be_meant(finished, tmp_path, refused, options, said):

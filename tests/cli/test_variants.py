@@ -307,6 +307,44 @@ def test_tasks_take_turns_and_the_report_draws_no_cut(place):
     assert "cut at" not in report
 
 
+def test_one_task_selects_and_the_report_shows_its_scores(place):
+    assert place.run("--set", "select.task=spelling", *NO_PROXY[1:]) == 0
+    chosen = json.loads((place.output / "selection.json").read_text())
+    scores = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert chosen["rows"] == np.argsort(-scores, kind="stable")[: len(chosen["rows"])].tolist()
+    assert (chosen["task"], chosen["settings"], chosen["seed"]) == (
+        "spelling",
+        {"task": "spelling", "fraction": 0.1},
+        0,
+    )
+    report = (place.output / "report.html").read_text()
+    assert "Influence on spelling, by which rows are selected" in report
+    assert place.run("--set", "select.task=arithmetic", *NO_PROXY[1:]) == 0
+    assert place.done() == ["select", "attribute", "report"]
+    selected = place.path / "for-spelling.jsonl"
+    again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--output", str(selected), "--quiet"]
+    assert main([*again, "--task", "spelling"]) == 0
+    assert json.loads((place.path / "for-spelling.selection.json").read_text())["rows"] == chosen["rows"][:10]
+
+
+def test_a_cascade_for_one_task_looks_for_its_best_rows(place):
+    options = [
+        "audit.sample=120",
+        "refine.recall=0.8",
+        "proxy.sparsity=0.7",
+        "proxy.align=false",
+        "refine.correct=false",
+    ]
+    assert place.run("--set", *options, "select.task=spelling") == 0
+    refined = pq.read_table(place.output / "refined/scores.parquet")
+    known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
+    proxy = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert set(np.flatnonzero(known)) == set(np.argsort(-proxy, kind="stable")[: known.sum()].tolist())
+    chosen = json.loads((place.output / "selection.json").read_text())["rows"]
+    own = refined["influence/spelling"].to_numpy(zero_copy_only=False)
+    assert chosen == np.argsort(np.where(known, -own, np.inf), kind="stable")[: len(chosen)].tolist()
+
+
 def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(place):
     """A cascade finds the target's own best rows, and selects by the target's own scores."""
     options = ["audit.sample=120", "refine.recall=0.8", "proxy.sparsity=0.7", "proxy.align=false"]

@@ -1,4 +1,5 @@
 import contextlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iprox.errors import InputError
-from iprox.selection import SelectionSettings, select_rows
+from iprox.influence.scores import scores_table
+from iprox.selection import SelectionSettings, check_feasible, select_rows
 from iprox.selection.constraints import Limits, take, without_length_bias
 from iprox.selection.duplicates import NearDuplicates, word_runs
 from iprox.selection.strategies import top
@@ -78,12 +80,47 @@ def test_shares_of_sources_are_of_the_selection(scores_of):
 
 
 def test_a_floor_that_cannot_be_met_is_refused(scores_of):
-    table = scores_of([3.0, 2.0, 1.0, 0.0], ["a", "a", "a", "b"])
+    table = scores_of([3.0, 2.0, 1.0, 0.0, float("nan")], ["a", "a", "a", "b", "b"])
     with pytest.raises(InputError, match="only 1 rows of the source 'b' can be chosen, fewer than its floor of 2"):
         select_rows(table, SelectionSettings(count=4, source_floor={"b": 0.5}))
-    with pytest.raises(InputError, match=r"only 3 can be chosen \(1 source at its cap\)"):
-        select_rows(table, SelectionSettings(count=4, source_cap=0.5))
     assert select_rows(table, SelectionSettings(count=4, source_cap=0.5, threshold=0.5)).rows.tolist() == [0]
+
+
+SOURCES = {"flan": 6, "dolly": 3, None: 1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 11}, "11 rows are to be selected, and the pool has 10"),
+        ({"count": 2, "source_floor": {"fln": 0.5}}, "floor of the source 'fln': .*did you mean 'flan'"),
+        ({"count": 2, "source_cap": {"code": 0.5}}, "cap of the source 'code': .*it has dolly, flan"),
+        ({"count": 8, "source_floor": {"dolly": 0.5}}, r"floor of the source 'dolly', 0.5 of 8 rows, .*\(3\)"),
+        ({"count": 9, "source_cap": 0.5}, "9 rows are to be selected, and the caps of sources leave 8"),
+        ({"count": 9, "source_cap": {"flan": 0.1}}, "9 rows are to be selected, and the caps of sources leave 4"),
+    ],
+)
+def test_what_the_pool_has_not_the_rows_for_is_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        check_feasible(SelectionSettings(**settings), 10, SOURCES)
+
+
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.data())
+def test_rows_that_all_have_a_score_can_be_chosen_where_that_is_feasible(sources, data):
+    """Caps and counts only: floors that compete with caps are told of when rows are taken."""
+    settings = SelectionSettings(
+        count=data.draw(st.integers(1, 14)), source_cap=data.draw(st.sampled_from([0.0, 0.25, 0.5, {"a": 0.5}, 1.0]))
+    )
+    table = scores_table(
+        [str(row) for row in range(len(sources))], sources, [1] * len(sources), np.arange(len(sources))[:, None], ["t"]
+    )
+    try:
+        check_feasible(settings, len(sources), Counter(sources))
+    except InputError:
+        with pytest.raises(InputError):
+            select_rows(table, settings)
+    else:
+        assert len(select_rows(table, settings).rows) == settings.count
 
 
 def test_a_threshold_leaves_fewer_and_says_so(scores_of):
@@ -91,7 +128,7 @@ def test_a_threshold_leaves_fewer_and_says_so(scores_of):
     assert chosen.rows.tolist() == [0, 3]
     assert chosen.count_asked == 3
     assert select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=2.0)).rows.tolist() == [0]
-    with pytest.raises(InputError, match="no row has an influence of 9"):
+    with pytest.raises(InputError, match="no row has a score of 9"):
         select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=9.0))
 
 

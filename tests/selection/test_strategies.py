@@ -51,6 +51,20 @@ def test_round_robin_gives_each_task_its_best_in_turn(values, data):
     assert selection.threshold is None
 
 
+def test_one_task_of_several_chooses_alone():
+    matrix = np.array([[1.0, 9.0], [2.0, 8.0], [3.0, 0.0], [np.nan, np.nan]])
+    scores = scores_table(list("wxyz"), [None] * 4, [1] * 4, matrix, ["a", "b"])
+    by_a, by_both = select_rows(scores, count=2, task="a"), select_rows(scores, count=2)
+    assert by_a.rows.tolist() == [2, 1]
+    assert (by_a.threshold, by_a.task) == (2.0, "a")
+    assert by_both.rows.tolist() == [0, 1]
+    assert select_rows(scores, threshold=8.5, task="b").rows.tolist() == [0]
+    with pytest.raises(InputError, match="no task 'c'; they are of a, b"):
+        select_rows(scores, count=1, task="c")
+    with pytest.raises(InputError, match="round-robin is for all tasks"):
+        select_rows(scores, count=1, task="a", strategy="round-robin")
+
+
 def test_a_fraction_is_of_all_rows():
     values = [float(i) for i in range(40)]
     assert select_rows(table(values), fraction=0.05).rows.tolist() == [39, 38]
@@ -67,6 +81,7 @@ def test_a_fraction_is_of_all_rows():
         ({"fraction": 1.5}, "at most 1"),
         ({"count": 0}, "at least 1"),
         ({"count": 3}, "only 2 of 3 have a score"),
+        ({"count": 4}, "the pool has 3"),
         ({"count": 1, "strategy": "tpo"}, "known: top"),
     ],
 )

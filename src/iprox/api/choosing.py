@@ -26,6 +26,7 @@ def select(
     count: int | None = None,
     tokens: int | None = None,
     strategy: Strategy = "top",
+    task: str | None = None,
     threshold: float | None = None,
     temperature: float = 1.0,
     source_floor: Mapping[str, float] | None = None,
@@ -44,7 +45,8 @@ def select(
         count: number of rows.
         tokens: number of tokens that they may have in all.
         strategy: `top`, `round-robin`, `balanced`, `diverse` or `sample` (`iprox.selection.SelectionSettings`).
-        threshold: lowest influence to choose; there may then be fewer rows.
+        task: the one task whose scores count, where they are of several.
+        threshold: lowest score to choose; there may then be fewer rows.
         temperature: of `sample`, in standard deviations of the score.
         source_floor: by source, the least share of the selection.
         source_cap: the largest share of the selection, of any source or by source.
@@ -59,17 +61,18 @@ def select(
         InputError: bad input; the message says which and how to mend it.
     """
     settings = SelectionSettings(
-        fraction,
-        count,
-        tokens,
-        strategy,
-        threshold,
-        temperature,
-        source_floor or {},
-        source_cap,
-        deduplicate,
-        control_length,
-        seed,
+        fraction=fraction,
+        count=count,
+        tokens=tokens,
+        strategy=strategy,
+        task=task,
+        threshold=threshold,
+        temperature=temperature,
+        source_floor=source_floor or {},
+        source_cap=source_cap,
+        deduplicate=deduplicate,
+        control_length=control_length,
+        seed=seed,
     )
     index = None if features is None else GradientIndex.open(features)
     source = None if pool is None else as_pool(pool, "pool")

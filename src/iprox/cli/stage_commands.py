@@ -169,7 +169,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
 
 def select(arguments: Namespace) -> dict[str, Any]:
     """`iprox select`."""
-    names = ("fraction", "count", "tokens", "strategy", "threshold", "temperature")
+    names = ("fraction", "count", "tokens", "strategy", "task", "threshold", "temperature")
     settings = validate_section(
         SelectSection,
         **{name: getattr(arguments, name) for name in (*names, "deduplicate", "control_length", "features")},
@@ -178,6 +178,8 @@ def select(arguments: Namespace) -> dict[str, Any]:
     )
     session = options.session_of(arguments)
     output = expanded(arguments.output)
+    if output.suffix.lower() in (".json", ".parquet", ".csv"):
+        raise InputError(f"--output {output}: a selection is written as JSON lines; name it {output.stem}.jsonl")
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = options.pool_of(arguments.pool, arguments)
@@ -225,7 +227,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
 def refine(arguments: Namespace) -> dict[str, Any]:
     """`iprox refine`."""
     settings = validate_section(RefineSection, correct=arguments.correct, recall=arguments.recall)
-    asked = {name: getattr(arguments, name) for name in ("fraction", "count", "strategy")}
+    asked = {name: getattr(arguments, name) for name in ("fraction", "count", "strategy", "task")}
     asked = {name: value for name, value in asked.items() if value is not None}
     if asked and settings.recall is None:
         raise InputError(f"--{next(iter(asked))} says what --recall looks for, which is not given; leave it out")

@@ -271,6 +271,7 @@ def add_refine(commands: Any) -> None:
         choices=("top", "round-robin", "balanced"),
         help="with --recall: how rows will be selected: by all tasks together (top, default) or by each",
     )
+    parser.add_argument("--task", help="with --recall: the one task by which rows will be selected")
     influence_options(parser)
     reading_options(parser)
 
@@ -281,13 +282,14 @@ def add_select(commands: Any) -> None:
         commands,
         "select",
         "Write the best rows of the pool, byte for byte, best first.",
-        "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05",
+        "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05\n  "
+        "iprox select --scores scores --pool pool/*.jsonl --output for-gsm8k.jsonl --count 10000 --task gsm8k",
     )
     parser.add_argument("--scores", required=True, help="scores.parquet or its folder")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
-    parser.add_argument("--output", required=True, help="file to write")
+    parser.add_argument("--output", required=True, help="file to write, *.jsonl")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--fraction", type=float, help="share of the pool (default 0.05)")
+    size.add_argument("--fraction", type=float, help="share of the pool (default 0.05, without --threshold)")
     size.add_argument("--count", type=int, help="number of rows")
     size.add_argument("--tokens", type=int, help="number of tokens of all rows")
     parser.add_argument(
@@ -297,7 +299,12 @@ def add_select(commands: Any) -> None:
         help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
         "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
     )
-    parser.add_argument("--threshold", type=float, help="lowest influence to choose; may leave fewer rows")
+    parser.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="lowest score to choose; alone it takes all rows above it, else it may leave fewer",
+    )
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="of sample, in standard deviations of the score (default 1)"
     )

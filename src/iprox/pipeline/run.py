@@ -13,6 +13,7 @@ from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
+from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation
 from iprox.stages import refinement, scoring, selection
 from iprox.tracking import check_tracking
@@ -96,8 +97,10 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
-        selection.selection_settings(recipe.select, recipe.seed)
+        chosen = selection.selection_settings(recipe.select, recipe.seed)
         summary = session.read(pool)
+        unnamed = summary.rows - sum(summary.sources.values())
+        check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
         refinement.check_sample(recipe, summary.rows)
         encoder = session.encoder(session.tokenizer(recipe.model))
         encode_validation(encoder, validation)

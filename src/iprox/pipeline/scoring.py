@@ -11,6 +11,7 @@ from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
+from iprox.selection import BY_TASK
 from iprox.stages import auditing, lds, refinement, scoring
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
@@ -73,8 +74,7 @@ def refine(run: Run, context: Context) -> None:
     influence, chosen = run.recipe.influence, run.recipe.select
     folder = run.folder.refined
     # A cascade hangs on how many rows are selected, and by which ranking; a correction on neither.
-    by_task = chosen.strategy in refinement.BY_TASK
-    looked_for = settings.recall and [chosen.fraction, chosen.count, by_task]
+    looked_for = settings.recall and [chosen.fraction, chosen.count, chosen.strategy in BY_TASK, chosen.task]
     models = [
         scoring.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
         for path, rate in context.targets

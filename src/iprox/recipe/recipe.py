@@ -91,6 +91,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _selected_by_a_task(self) -> Recipe:
+        task = self.select.task
+        if task is not None and task not in self.data.validation:
+            raise ValueError(f"select.task {task!r} is none of data.validation: {', '.join(self.data.validation)}")
+        if task is not None and self.select.strategy in ("round-robin", "balanced"):
+            raise ValueError(f"select.strategy {self.select.strategy} is for all tasks; select.task says to take one")
+        return self
+
+    @model_validator(mode="after")
     def _workers_of_their_own(self) -> Recipe:
         if self.engine != "local" and ":" in self.device:
             raise ValueError(

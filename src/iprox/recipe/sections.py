@@ -163,13 +163,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class SelectSection(Section):
     """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
 
-    `features` is an index of the pool's gradients (`iprox index`), which the strategy `diverse` compares.
+    `task` is one of `data.validation`, whose scores alone count. `features` is an index of the pool's gradients
+    (`iprox index`), which the strategy `diverse` compares.
     """
 
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
     strategy: Literal["top", "round-robin", "balanced", "diverse", "sample"] = "top"
+    task: str | None = None
     threshold: float | None = None
     temperature: float = Field(1.0, gt=0)
     source_floor: dict[str, Share] = Field(default_factory=dict)

@@ -22,12 +22,13 @@ class Scores:
     """The columns of scores.parquet; N rows, row i is the i-th good row of the pool.
 
     Attributes:
-        influence: float64 [N], the aggregate used to select; NaN where a row has no score.
+        influence: float64 [N], what rows are selected by; NaN where a row has no score.
         tasks: task name to float64 [N].
         tokens: int [N], tokens of each row.
         source_codes: int [N], index into `source_names`.
         source_names: the distinct sources; None stands for rows that name no source.
         ids: string column of N rows.
+        task: the one by whose scores rows are selected; None where it is by the aggregate of all.
     """
 
     influence: np.ndarray
@@ -36,6 +37,7 @@ class Scores:
     source_codes: np.ndarray
     source_names: list[str | None]
     ids: pa.ChunkedArray
+    task: str | None = None
 
     @property
     def rows(self) -> int:
@@ -138,7 +140,8 @@ def read_run_folder(path: Path) -> RunFolder:
             f"{scores_path}: missing, the score stage has not finished; "
             f"run `iprox run {path / 'recipe.yaml'}` to run it"
         )
-    scores = _read_scores(scores_path)
+    chosen = (_read_json(path / "selection.json", dict) or {}) if "select" in done else {}
+    scores = _read_scores(scores_path, chosen.get("task"))
     recipe = path / "recipe.yaml"
     # A stage switched off since an earlier start leaves its files behind; only what run.json lists is of this run.
     return RunFolder(
@@ -193,19 +196,21 @@ def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
     return np.asarray(_column(file, name).cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def _read_scores(path: Path) -> Scores:
-    file = _open_parquet(path, ("id", "source", "tokens", "influence"), "score")
+def _read_scores(path: Path, task: str | None) -> Scores:
+    used = "influence" if task is None else TASK_PREFIX + task
+    file = _open_parquet(path, ("id", "source", "tokens", used), "score")
     names = file.schema_arrow.names
     source = _column(file, "source").cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
     if isinstance(source, pa.ChunkedArray):
         source = source.combine_chunks()
     scores = Scores(
-        influence=_floats(file, "influence"),
+        influence=_floats(file, used),
         tasks={n[len(TASK_PREFIX) :]: _floats(file, n) for n in names if n.startswith(TASK_PREFIX)},
         tokens=_column(file, "tokens").to_numpy(),
         source_codes=source.indices.to_numpy(zero_copy_only=False),
         source_names=source.dictionary.to_pylist(),
         ids=_column(file, "id"),
+        task=task,
     )
     if scores.rows == 0:
         raise InputError(f"{path}: holds no rows; run the score stage again on a pool that is not empty")

@@ -11,7 +11,7 @@ from iprox.report import formats
 from iprox.report.charts import Chart
 from iprox.report.fidelity_section import share_name
 from iprox.report.proxy_charts import rank_chart, tail_chart
-from iprox.report.run_folder import RunFolder
+from iprox.report.run_folder import RunFolder, Scores
 from iprox.report.score_charts import (
     SHARE_KEYS,
     length_chart,
@@ -62,7 +62,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
     """Returns the answer in a sentence, and the headline figures."""
     run, scores, selection = folder.run, folder.scores, folder.selection
     cost = run.get("cost", {})
-    tasks = formats.listing(list(scores.tasks))
+    tasks = scores.task or formats.listing(list(scores.tasks))
     scorer = f"{_model_name(run)} itself"
     if folder.compression is not None:
         removed = folder.compression.get("achieved_sparsity")
@@ -128,7 +128,7 @@ def score_section(folder: RunFolder) -> dict[str, Any]:
         chosen,
         cut,
         id="chart-influence",
-        title="Influence, all tasks together" if len(scores.tasks) > 1 else "Influence",
+        title=_title(scores),
         caption=caption,
     )
     tasks = []
@@ -139,6 +139,12 @@ def score_section(folder: RunFolder) -> dict[str, Any]:
             if np.isfinite(values).any()
         ]
     return {"aggregate": aggregate, "tasks": tasks, "task_keys": SHARE_KEYS, "note": note}
+
+
+def _title(scores: Scores) -> str:
+    if scores.task is not None:
+        return f"Influence on {scores.task}, by which rows are selected"
+    return "Influence, all tasks together" if len(scores.tasks) > 1 else "Influence"
 
 
 def composition_section(folder: RunFolder) -> dict[str, Any] | None:

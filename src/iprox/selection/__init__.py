@@ -1,5 +1,7 @@
 """Selection: from scores to the chosen rows."""
 
-from iprox.selection.select import Selection, SelectionSettings, Strategy, select_rows
+from iprox.selection.feasible import check_feasible
+from iprox.selection.select import Selection, select_rows
+from iprox.selection.settings import BY_TASK, SelectionSettings, Strategy
 
-__all__ = ["Selection", "SelectionSettings", "Strategy", "select_rows"]
+__all__ = ["BY_TASK", "Selection", "SelectionSettings", "Strategy", "check_feasible", "select_rows"]

@@ -30,9 +30,7 @@ from iprox.influence.scores import (
 )
 from iprox.recipe import Recipe, RefineSection, SelectSection
 from iprox.run_folder import StageRecord, write_json
-
-# Strategies that choose by the tasks' own scores rather than by their aggregate.
-BY_TASK = ("round-robin", "balanced")
+from iprox.selection import BY_TASK
 
 NO_SIZE = "a cascade looks for a given number of rows: select a fraction or a count"
 
@@ -100,9 +98,9 @@ def refine(
         influence = how.over_tasks(matrix, _spread_of(matrix))
     else:
         share = _share_selected(chosen, table)
-        rankings = _rankings(matrix, how, chosen)
-        pairs = zip(_rankings(proxy, how, chosen), _rankings(target, how, chosen), strict=True)
-        shares = [candidate_share(on_proxy, on_target, share, settings.recall) for on_proxy, on_target in pairs]
+        rankings, on_proxy, on_target = (_rankings(each, how, chosen, tasks) for each in (matrix, proxy, target))
+        pairs = zip(on_proxy, on_target, strict=True)
+        shares = [candidate_share(one, other, share, settings.recall) for one, other in pairs]
         candidates = np.unique(
             np.concatenate([best_rows(ranking, part) for ranking, part in zip(rankings, shares, strict=True)])
         )
@@ -166,8 +164,12 @@ def _share_selected(chosen: SelectSection, table: pa.Table) -> float:
     raise InputError(NO_SIZE)
 
 
-def _rankings(matrix: np.ndarray, how: Aggregation, chosen: SelectSection) -> list[np.ndarray]:
-    """The scores that the strategy chooses by: the tasks' own, or their aggregate."""
+def _rankings(matrix: np.ndarray, how: Aggregation, chosen: SelectSection, tasks: Sequence[str]) -> list[np.ndarray]:
+    """The scores that the strategy chooses by: the tasks' own, one task's, or their aggregate."""
+    if chosen.task is not None:
+        if chosen.task not in tasks:
+            raise InputError(f"the scores are of no task {chosen.task!r}; they are of {', '.join(tasks)}")
+        return [matrix[:, tasks.index(chosen.task)]]
     if chosen.strategy in BY_TASK:
         return list(matrix.T)
     return [how.over_tasks(matrix, _spread_of(matrix))]

@@ -68,14 +68,14 @@ def select(
     )
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
-            f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have an "
-            f"influence of {settings.threshold} or above"
+            f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
+            f"{settings.threshold} or above"
             + "".join(f", and {number} were passed over ({why})" for why, number in selection.passed_over.items())
         )
     rows = selection.rows.tolist()
     ids = table["id"].take(pa.array(rows)).to_pylist()
     _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
-    chosen = selection.as_dict()
+    chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True), "seed": session.seed}
     write_json(description, chosen)
-    return {key: chosen[key] for key in ("strategy", "count", "fraction", "threshold", "tokens", "passed_over")}
+    return {key: chosen[key] for key in ("strategy", "task", "count", "fraction", "threshold", "tokens", "passed_over")}
