@@ -43,6 +43,8 @@ def test_the_whole_method_in_memory(model, tmp_path):
     assert 0.3 < report.mean["spearman"] <= 1
     proxy.save_pretrained(tmp_path / "proxy")
     loaded = iprox.load(tmp_path / "proxy")
+    with pytest.raises(iprox.InputError, match=r"no tokenizer in it .* or pass tokenizer="):
+        iprox.score(loaded, pool, validation)
     again = iprox.score(loaded, pool, validation, tokenizer=AutoTokenizerOf())
     np.testing.assert_allclose(again["influence"].to_numpy(), influence, rtol=1e-4)
 

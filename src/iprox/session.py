@@ -19,9 +19,10 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, PoolSummary, 
 from iprox.errors import InputError
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
-from iprox.models.loading import load_model, load_tokenizer
+from iprox.models.loading import load_config, load_model, load_tokenizer
 from iprox.models.memory import out_of_memory
 from iprox.models.precision import resolve_device, resolve_dtype
+from iprox.models.reach import Reach
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
 from iprox.tracking import Tracker
@@ -175,9 +176,18 @@ class Session:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
-        """The encoder of a tokenizer; its warnings are reported."""
-        encoder = ChatEncoder(tokenizer, self.max_length, self.chat_template, skip_refused=self.skip_refused)
+    def encoder(self, model: str | Path, *others: str | Path) -> ChatEncoder:
+        """What turns examples into tokens for a model, and for others that read the same; its warnings are reported."""
+        configs = (load_config(each, trust_remote_code=self.trust_remote_code) for each in (model, *others))
+        reach = Reach.of(*configs)
+        encoder = ChatEncoder(
+            self.tokenizer(model),
+            self.max_length,
+            self.chat_template,
+            skip_refused=self.skip_refused,
+            positions=reach.positions,
+            vocabulary=reach.vocabulary,
+        )
         for warning in encoder.warnings:
             self.reporter.warn(warning)
         return encoder

@@ -270,6 +270,12 @@ def test_compressing_a_proxy(finished, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
+def test_fine_tuning_a_proxy(finished, tmp_path, refused):
+    said = refused(*single(finished, "finetune", "--model", finished.output / "proxy", "--output", tmp_path / "out"))
+    assert f"{finished.output / 'proxy'}: is an iprox proxy, which is for scoring; fine-tune its target" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_out_of_range_are_named(finished, model, tmp_path, refused):
     options = ["--model", model, "--output", tmp_path / "out"]
     assert "--sparsity 1.5: " in refused(*single(finished, "compress", *options, "--sparsity=1.5"))

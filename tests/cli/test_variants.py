@@ -307,6 +307,18 @@ def test_tasks_take_turns_and_the_report_draws_no_cut(place):
     assert "cut at" not in report
 
 
+def test_a_model_of_few_positions_reads_no_more_and_the_run_says_so(place):
+    model = shutil.copytree(yaml.safe_load(place.recipe.read_text())["model"], place.path / "short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 20}))
+    place.set(model=str(model))
+    assert place.run(*NO_PROXY) == 0
+    assert pq.read_table(place.output / "scores.parquet")["tokens"].to_numpy().max() == 20
+    stages = place.record()["stages"]
+    for name in ("data", "score"):
+        assert any("rows are cut to 20 tokens, not 48" in warning for warning in stages[name]["warnings"])
+
+
 def test_one_task_selects_and_the_report_shows_its_scores(place):
     assert place.run("--set", "select.task=spelling", *NO_PROXY[1:]) == 0
     chosen = json.loads((place.output / "selection.json").read_text())

@@ -221,6 +221,25 @@ def test_a_row_that_the_template_refuses_is_named():
         encode(ChatEncoder(TOKENIZER, 100, strict), good, TWO_TURNS)
 
 
+def test_rows_are_cut_to_what_the_model_reads_and_that_is_said():
+    long = chat(("user", "word " * 40), ("assistant", "A"))
+    encoder = ChatEncoder(TOKENIZER, 100, MARKED, positions=24)
+    with pytest.warns(UserWarning, match="rows are cut to 24 tokens, not 100: the model reads no more"):
+        (cut,) = encode(encoder, long)
+    assert len(cut.input_ids) == 24
+    assert cut.truncated
+    assert ChatEncoder(TOKENIZER, 24, MARKED, positions=100).lowered is None
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    one = chat(("user", "Q"), ("assistant", "A"))
+    (encoded,) = encode(ChatEncoder(TOKENIZER, 100, MARKED), one)
+    largest = int(encoded.input_ids.max())
+    encode(ChatEncoder(TOKENIZER, 100, MARKED, vocabulary=largest + 1), one)
+    with pytest.raises(InputError, match=f"row:1: the tokenizer makes the token {largest} of it, .* of {largest};"):
+        encode(ChatEncoder(TOKENIZER, 100, MARKED, vocabulary=largest), one)
+
+
 def test_rows_that_the_template_refuses_can_be_left_without_labels():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user goes first') }}{% endif %}" + MARKED
     good, bad = chat(("user", "Q"), ("assistant", "A")), chat(("system", "S"), ("user", "Q"), ("assistant", "A"))

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
 from iprox.errors import InputError
+from iprox.models.loading import load_tokenizer
+from iprox.models.reach import Reach
 
 # A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
 Examples = Any
@@ -33,6 +35,15 @@ def in_order(examples: Examples, name: str) -> Examples:
     return examples
 
 
+def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    if not name:
+        raise InputError("the model does not say where it was loaded from; pass tokenizer=")
+    try:
+        return load_tokenizer(name)
+    except InputError as error:
+        raise InputError(f"{error}; or pass tokenizer=") from error
+
+
 class Reader:
     """Turns what a caller gives as examples into batches on the model's device."""
 
@@ -48,13 +59,12 @@ class Reader:
     def encoder(self) -> ChatEncoder:
         """The tokenizer given, or the model's own."""
         if self._encoder is None:
-            tokenizer = self._tokenizer
-            if tokenizer is None:
-                name = getattr(getattr(self.model, "config", None), "_name_or_path", "")
-                if not name:
-                    raise InputError("the model does not say where it was loaded from; pass tokenizer=")
-                tokenizer = AutoTokenizer.from_pretrained(name)
-            self._encoder = ChatEncoder(tokenizer, self.max_length)
+            config = getattr(self.model, "config", None)
+            tokenizer = self._tokenizer or _tokenizer_of(getattr(config, "_name_or_path", ""))
+            reach = Reach.of(config) if isinstance(config, PretrainedConfig) else Reach()
+            self._encoder = ChatEncoder(
+                tokenizer, self.max_length, positions=reach.positions, vocabulary=reach.vocabulary
+            )
         return self._encoder
 
     def encode(self, examples: Examples, name: str) -> list[Encoded]:

@@ -108,7 +108,7 @@ def align(arguments: Namespace) -> dict[str, Any]:
     output = options.new_folder(arguments.output)
     key = [checkpoint_fingerprint(arguments.model), checkpoint_fingerprint(arguments.proxy)]
     key += [session.read(pool).fingerprint, settings.model_dump(), arguments.steps, session.seed, str(session.dtype)]
-    template = session.encoder(session.tokenizer(arguments.model)).chat_template
+    template = session.encoder(arguments.model).chat_template
     key += [session.max_length, session.batch_tokens, template]
     if held_out is not None:
         key += [source.scan().fingerprint for source in (held_out.pool, *held_out.validation.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,19 +57,29 @@ class ChatEncoder:
         chat_template: Instead of the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
         skip_refused: Whether a row that the chat template cannot render becomes one without a supervised token,
             which is counted and never selected.
+        positions: Most tokens that the model reads, which a larger `max_length` is lowered to; None knows no limit.
+        vocabulary: Number of the model's embeddings, which no token may lie beyond; None does not check.
 
     Attributes:
         chat_template: The template in use (Jinja source), None if there is none.
         mode: The rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
         describe: The rule in a sentence, for `run.json`.
         warnings: What the user should know about the labels.
+        lowered: What the user should know if rows are cut because the model reads no more; None where it does.
 
     Raises:
         InputError: The tokenizer is a slow one, `max_length` is below 2, or the template cannot be read.
     """
 
     def __init__(
-        self, tokenizer: Any, max_length: int, chat_template: str | None = None, *, skip_refused: bool = False
+        self,
+        tokenizer: Any,
+        max_length: int,
+        chat_template: str | None = None,
+        *,
+        skip_refused: bool = False,
+        positions: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(
@@ -78,13 +89,20 @@ class ChatEncoder:
         if max_length < 2:
             raise InputError(f"max length must be at least 2 tokens, not {max_length}")
         self.tokenizer = tokenizer
-        self.max_length = max_length
+        self.max_length = max_length if positions is None else min(max_length, positions)
+        self.vocabulary = vocabulary
         self.skip_refused = skip_refused
         choice = choose_template(tokenizer, chat_template)
         self.chat_template = choice.template
         self.mode = choice.rule
         self.describe = choice.describe
         self.warnings = choice.warnings
+        self.lowered = None
+        if self.max_length < max_length:
+            self.lowered = (
+                f"rows are cut to {self.max_length:,} tokens, not {max_length:,}: the model reads no more "
+                "(max_position_embeddings in its config)"
+            )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Tokenise and label.
@@ -113,6 +131,13 @@ class ChatEncoder:
             if group:
                 rows = encode([examples[index] for index in group])
                 for index, (ids, mask) in zip(group, rows, strict=True):
+                    if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
+                        raise InputError(
+                            f"{examples[index].origin}: the tokenizer makes the token {ids.max()} of it, and the model "
+                            f"has embeddings of {self.vocabulary}; give the model its own tokenizer"
+                        )
+                    if self.lowered and len(ids) > self.max_length:
+                        warnings.warn(self.lowered, stacklevel=2)
                     out[index] = fit(ids, np.where(mask, ids, IGNORE).astype(np.int32), self.max_length)
         return [out[index] for index in range(len(examples))]
 

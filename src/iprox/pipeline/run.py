@@ -102,7 +102,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         unnamed = summary.rows - sum(summary.sources.values())
         check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
         refinement.check_sample(recipe, summary.rows)
-        encoder = session.encoder(session.tokenizer(recipe.model))
+        encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
         flops.compressible_layers(skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code))

@@ -34,7 +34,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     """
     pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
     total = session.read(pool).rows
-    encoder = session.encoder(session.tokenizer(recipe.model))
+    encoder = session.encoder(recipe.model)
     validation = {
         task: Pool(files, name=task, on_bad_row=recipe.data.on_bad_row)
         for task, files in recipe.data.validation.items()

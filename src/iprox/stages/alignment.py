@@ -69,8 +69,8 @@ def align_proxy(
         state: file that an interrupted alignment goes on from; the caller removes it when all is done.
         identity: of the alignment that may go on from it.
     """
-    tokenizer = session.tokenizer(model)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(model, proxy_path)
+    tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
     target = session.model(model)
     proxy = session.model(proxy_path)

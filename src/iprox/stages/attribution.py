@@ -69,8 +69,8 @@ def attribute(
         settings: how influence was scored; one that `why_not_attributed` says nothing of.
     """
     first = models[0].path
-    tokenizer = session.tokenizer(first)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(first, *models[0].others)
+    tokenizer = encoder.tokenizer
     encoded = encode_validation(encoder, dict(validation))
     scoring = replace(scoring_settings(session, settings), per_example=False)
     curved = curvature_sample(session, pool, encoder, settings)

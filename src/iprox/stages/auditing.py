@@ -48,8 +48,7 @@ def audit(
         output: folder.
         settings: how influence is scored.
     """
-    tokenizer = session.tokenizer(pairs[0][0])
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(*pairs[0][:2])
     encoded = encode_validation(encoder, dict(validation))
     curved = curvature_sample(session, pool, encoder, settings)
     read = QueryTokens.of(encoded, curved)

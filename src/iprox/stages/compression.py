@@ -43,8 +43,8 @@ def compress(
         settings: of the recipe.
         held_out: what fidelity is measured on, where the size is given by it.
     """
-    tokenizer = session.tokenizer(model)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(model)
+    tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
     target = session.model(model)
     batches = list(session.batches(encoded, pad_id_of(tokenizer)))

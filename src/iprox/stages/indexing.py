@@ -66,8 +66,8 @@ def build_index(
     """
     sides(dimension)
     summary = pool.scan()
-    tokenizer = session.tokenizer(model.path)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(model.path)
+    tokenizer = encoder.tokenizer
     compiled = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     description = {
         "format": 1,
@@ -104,7 +104,7 @@ def build_index(
         stats = write_index(
             make, pool, output, description, window=WINDOW, progress=progress, engine=engine_of(session)
         )
-    say_what_was_read(session, stats)
+    say_what_was_read(session, stats, encoder)
     counted = skeleton(model.path, trust_remote_code=session.trust_remote_code)
     return {
         "flops": flops.scoring_flops(counted, stats.tokens, stats.supervised, stats.contraction_flops),
@@ -178,7 +178,7 @@ def query_indexes(
     for other in asked[1:]:
         if other.index.description["pool"] != first.description["pool"]:
             raise InputError(f"{other.index.folder}: is of another pool than {first.folder}")
-    encoder = session.encoder(session.tokenizer(asked[0].model))
+    encoder = session.encoder(asked[0].model)
     encoded = encode_validation(encoder, dict(validation))
     say_what_counts_for_nothing(session, encoded)
     # An index holds what it holds: the queries are projected whole.

@@ -58,7 +58,7 @@ def measure_lds(
     (kept,) = np.nonzero(np.isfinite(scores["proxy"]).all(1) & np.isfinite(scores["target"]).all(1))
     if len(kept) < 2:
         raise InputError(f"audit.lds: {len(kept)} audited rows have scores; give audit.sample more rows")
-    encoder = session.encoder(session.tokenizer(model))
+    encoder = session.encoder(model)
     encoded = encoder.encode([examples[row] for row in kept.tolist()])
     held = encode_validation(encoder, dict(validation))
     members = draw_subsets(len(kept), settings.subsets, settings.fraction, session.seed)

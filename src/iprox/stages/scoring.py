@@ -39,6 +39,11 @@ class ScoredModel:
     target: str | None = None
     warmed: str | None = None
 
+    @property
+    def others(self) -> list[str]:
+        """What has to read the validation examples beside it."""
+        return [self.target] if self.target else []
+
 
 def score(
     session: Session,
@@ -58,8 +63,8 @@ def score(
     """
     summary = pool.scan()
     first = models[0].path
-    tokenizer = session.tokenizer(first)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(first, *models[0].others)
+    tokenizer = encoder.tokenizer
     encoded = encode_validation(encoder, dict(validation))
     say_what_counts_for_nothing(session, encoded)
     compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
@@ -109,7 +114,7 @@ def score(
             sample=sample,
             corpus=corpus,
         )
-    say_what_was_read(session, stats)
+    say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
     read = QueryTokens.of(encoded, sample)
@@ -183,7 +188,7 @@ def say_what_fitted(session: Session, stats: ScoringStats) -> None:
         )
 
 
-def say_what_was_read(session: Session, stats: ScoringStats) -> None:
+def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncoder) -> None:
     """Warn of what did not go as asked, and say which examples were cut."""
     say_what_fitted(session, stats)
     if stats.uncompiled:
@@ -191,8 +196,10 @@ def say_what_was_read(session: Session, stats: ScoringStats) -> None:
     if stats.unscored:
         refused = ", or the chat template refuses them" if session.skip_refused else ""
         session.reporter.warn(f"{stats.unscored} examples have no supervised token{refused}: no score, never selected")
+    if stats.truncated and encoder.lowered:
+        session.reporter.warn(encoder.lowered)  # which processes that tokenise ahead cannot
     if stats.truncated:
-        session.reporter.say(f"{stats.truncated} examples were longer than {session.max_length} tokens and were cut")
+        session.reporter.say(f"{stats.truncated} examples were longer than {encoder.max_length:,} tokens and were cut")
 
 
 def engine_of(session: Session) -> Engine:

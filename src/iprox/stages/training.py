@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from iprox.data import Encoded, Example, Pool
+from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
+from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import skeleton, stored_dtype
 from iprox.recipe import FinetuneSection, WarmupSection
 from iprox.run_folder import StageRecord, read_json, write_json
@@ -44,7 +46,7 @@ def finetune(
     tests: Mapping[str, Pool],
 ) -> StageRecord:
     """SFT of a model; writes the last checkpoint to `output/model`, and `finetune.json` with what tests show."""
-    encoder = session.encoder(session.tokenizer(model))
+    encoder = session.encoder(model)
     encoded = encode_validation(encoder, dict(tests))
     before = _tested(session, model, encoded)
     record = _sft(session, model, examples, output, settings, every_epoch=False)
@@ -81,12 +83,14 @@ def _sft(
     optimizer_state: bool = False,
 ) -> StageRecord:
     """Train, and write the checkpoints' list and the history beside them."""
-    tokenizer = session.tokenizer(model)
-    encoder = session.encoder(tokenizer)
+    encoder = session.encoder(model)
+    tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
-    shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
     # Master weights in float32; the checkpoints are stored as the model was.
     target = session.model(model, torch.float32, fused=True)
+    if proxy_config(target) is not None:
+        raise InputError(f"{model}: is an iprox proxy, which is for scoring; fine-tune its target")
+    shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
     stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * math.ceil(kept / settings.batch_size)
