@@ -6,16 +6,17 @@ import functools
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iprox.data import Batch, ChatEncoder, Encoded, Example, Pool, PoolSummary, iter_batches, on_device
+from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, PoolSummary, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
@@ -140,10 +141,16 @@ class Session:
             warnings.showwarning = report
             yield
 
-    def read(self, pool: Pool) -> PoolSummary:
-        """Check and count a pool, with progress."""
+    def read(self, pool: Pool, judged_by: Mapping[str, Pool] = MappingProxyType({})) -> PoolSummary:
+        """Check and count a pool, with progress; warns of its rows that are in a set that it is judged by."""
+        for source in judged_by.values():
+            source.scan()  # tells of all their bad rows, not of the first
+        overlap = Overlap(judged_by)
         with self.reporter.bar("read", None, "rows") as progress:
-            return pool.scan(progress)
+            summary = pool.scan(progress, overlap.look if judged_by else None)
+        for warning in overlap.warnings():
+            self.reporter.warn(warning)
+        return summary
 
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
         """A model or proxy on the session's device, in its dtype or another (see `load_model`)."""

@@ -292,6 +292,18 @@ def test_bad_rows_left_out_are_said_and_recorded(place):
     assert set(selected) <= set(lines)
 
 
+def test_validation_rows_in_the_pool_are_said_and_recorded(place):
+    rows = place.pool.read_bytes().splitlines(keepends=True)[:50]
+    held = (place.path / "arithmetic.jsonl").read_bytes().splitlines(keepends=True)[:3]
+    place.pool.write_bytes(b"".join([*rows, *(line.replace(b'"id": "', b'"id": "copy-', 1) for line in held)]))
+    place.set(data={**data(place), "validation": arithmetic(place)})
+    assert place.run("--stop-after=data") == 0
+    (said,) = place.record()["stages"]["data"]["warnings"]
+    assert said.startswith(
+        "3 rows of the pool are word for word in the validation set of arithmetic (first: pool.jsonl:51)"
+    )
+
+
 def test_tasks_take_turns_and_the_report_draws_no_cut(place):
     assert place.run("--set", "select.strategy=round-robin", *NO_PROXY[1:]) == 0
     chosen = json.loads((place.output / "selection.json").read_text())

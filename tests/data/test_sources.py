@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import iprox.data.readers
 import iprox.data.sources
-from iprox.data import Pool
+from iprox.data import Overlap, Pool
 from iprox.errors import InputError
 
 
@@ -428,6 +428,28 @@ def test_rows_with_other_ids_than_expected_are_not_written(tmp_path):
     with pytest.raises(InputError, match="'r2' was expected"):
         pool.write_rows([3, 1], tmp_path / "out.jsonl", ids=["r3", "r2"])
     assert (tmp_path / "out.jsonl").read_bytes() == written
+
+
+def test_rows_that_are_validation_examples_are_counted():
+    """Whatever their format, id and white space; another answer to the same question is another example."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    pool = Pool(
+        [
+            {"id": "1", "messages": turns},
+            {"id": "2", "instruction": "Q", "output": "A\n"},
+            {"id": "3", "instruction": "Q", "output": "B"},
+            {"id": "4", "text": "T"},
+        ]
+    )
+    overlap = Overlap(
+        {"validation set of a": Pool([{"messages": turns}, {"text": "U"}]), "test set of b": Pool([{"text": "T"}])}
+    )
+    pool.scan(look=overlap.look)
+    first, second = sorted(overlap.warnings(), reverse=True)
+    assert first.startswith("2 rows of the pool are word for word in the validation set of a (first: row:1);")
+    assert second.startswith("1 row of the pool is word for word in the test set of b (first: row:4);")
+    Pool([{"text": "V"}]).scan(look=(other := Overlap({"test set of b": Pool([{"text": "T"}])})).look)
+    assert other.warnings() == []
 
 
 def test_scanning_says_how_far_it_is():

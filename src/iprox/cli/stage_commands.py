@@ -148,7 +148,9 @@ def score(arguments: Namespace) -> dict[str, Any]:
     output = options.resumable_folder(arguments.output, marker, SHARDS, "scores.parquet", "*.partial")
     identity = {
         "models": [checkpoint_fingerprint(model) for model in arguments.model],
-        "pool": session.read(pool).fingerprint,
+        "pool": session.read(
+            pool, {f"validation set of {task}": each for task, each in validation.items()}
+        ).fingerprint,
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
     }
     targets = [options.query_target(model, arguments, settings, session) for model in arguments.model]

@@ -3,6 +3,7 @@
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
 from iprox.data.chat import IGNORE, ChatEncoder, Encoded
 from iprox.data.formats import Example, Message
+from iprox.data.overlap import Overlap
 from iprox.data.sources import GENERATED_ID, Pool, PoolSummary
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Encoded",
     "Example",
     "Message",
+    "Overlap",
     "Pool",
     "PoolSummary",
     "collate",

@@ -89,11 +89,14 @@ class Pool:
         for example, _, _ in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
             yield example
 
-    def scan(self, progress: Callable[[int], None] | None = None) -> PoolSummary:
+    def scan(
+        self, progress: Callable[[int], None] | None = None, look: Callable[[Example], None] | None = None
+    ) -> PoolSummary:
         """Read everything once, check it, and count. The result is kept.
 
         Args:
             progress: Called with a number of rows as they are read.
+            look: Called with every good row, if this is the first time.
 
         Returns:
             The summary.
@@ -103,7 +106,7 @@ class Pool:
                 rows hold what could not be written as JSON when they are selected.
         """
         if self._summary is None:
-            self._summary = self._scan(progress)
+            self._summary = self._scan(progress, look)
         return self._summary
 
     def take(self, rows: Iterable[int]) -> list[Example]:
@@ -211,7 +214,7 @@ class Pool:
     def _refuse(self, origin: str, reason: str) -> None:
         raise InputError(f"{self.name}: {origin}: {reason} (--on-bad-row skip leaves such rows out)")
 
-    def _scan(self, progress: Callable[[int], None] | None) -> PoolSummary:
+    def _scan(self, progress: Callable[[int], None] | None, look: Callable[[Example], None] | None) -> PoolSummary:
         bad, first_bad = 0, []
 
         def note(origin: str, reason: str) -> None:
@@ -229,6 +232,8 @@ class Pool:
         writable: set[Reader] = set()
         for example, record, reader in self._good_rows(note):
             hashes.append(_hash64(example.id))
+            if look is not None:
+                look(example)
             if record.offset < 0 and reader not in writable:
                 json_line(record.data, example.origin)  # refused now rather than when rows are selected
                 writable.add(reader)

@@ -98,7 +98,8 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
         chosen = selection.selection_settings(recipe.select, recipe.seed)
-        summary = session.read(pool)
+        tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
+        summary = session.read(pool, judging(validation, tests))
         unnamed = summary.rows - sum(summary.sources.values())
         check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
         refinement.check_sample(recipe, summary.rows)
@@ -106,8 +107,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
         flops.compressible_layers(skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code))
-        if recipe.finetune:
-            encode_validation(encoder, tasks_of(recipe.finetune.test, recipe))
+        encode_validation(encoder, tests)
         if summary.bad_rows:
             reporter.warn(f"{summary.bad_rows} bad rows left out (first: {summary.bad_row_messages[0]})")
     inputs = {
@@ -157,6 +157,15 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
 def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
     """The examples of each task, validation or test."""
     return {task: Pool(names, name=task, on_bad_row=recipe.data.on_bad_row) for task, names in files.items()}
+
+
+def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
+    """The sets that a selection is judged by, named for messages."""
+    return {
+        f"{kind} set of {task}": source
+        for kind, sets in (("validation", validation), ("test", tests))
+        for task, source in sets.items()
+    }
 
 
 def common_key(run: Run) -> list[Any]:
