@@ -41,6 +41,24 @@ def test_alpaca(extra, user):
     assert example.messages == ({"role": "user", "content": user}, {"role": "assistant", "content": "O"})
 
 
+def test_alpaca_and_sharegpt_rows_may_have_a_system_turn_and_alpaca_earlier_ones():
+    history = [["Q1", "A1"], ("Q2", "A2")]
+    example = read({"instruction": "Q3", "output": "A3", "history": history, "system": "S"})
+    said = ["S", "Q1", "A1", "Q2", "A2", "Q3", "A3"]
+    assert example.messages is not None
+    assert [m["content"] for m in example.messages] == said
+    assert [m["role"] for m in example.messages] == ["system", *["user", "assistant"] * 3]
+    plain = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    assert read({"instruction": "Q", "output": "A", "history": [], "system": ""}).messages == plain
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    system = {"role": "system", "content": "S"}
+    assert read({"conversations": turns, "system": "S"}).messages == (system, *plain)
+    own = [{"from": "system", "value": "own"}, *turns]
+    assert read({"conversations": own, "system": "S"}).messages == ({"role": "system", "content": "own"}, *plain)
+    # As TRL, which knows no such column beside messages.
+    assert read({"messages": [USER, ASSISTANT], "system": "S"}).messages == (USER, ASSISTANT)
+
+
 def test_plain_prompt_completion():
     example = read({"prompt": "2+2=", "completion": "4"})
     assert (example.prompt, example.completion, example.messages) == ("2+2=", "4", None)
@@ -75,6 +93,14 @@ def test_a_filled_format_wins_over_an_empty_column():
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "not text: image"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"x": 1}]}]}, "'tool_calls', which iprox does not read"),
         ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, "'tools', which iprox does not read"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, r"messages\[1\] has 'weight' 0"),
+        (
+            {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f()"}]},
+            r"conversations\[1\] is a turn of 'function_call'",
+        ),
+        ({"instruction": "I", "output": "O", "history": "Q"}, "history must be a list of pairs, not text"),
+        ({"instruction": "I", "output": "O", "history": [["Q"]]}, r"history\[0\] must be a pair"),
+        ({"instruction": "I", "output": "O", "history": [["Q", ""]]}, r"history\[0\]\[1\] is empty"),
         ({"instruction": "I", "output": ""}, "output is empty"),
         ({"instruction": " ", "output": "O"}, "instruction is empty"),
         ({"prompt": "p", "completion": ""}, "completion is empty"),

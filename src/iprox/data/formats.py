@@ -24,6 +24,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # What a chat template would render beyond role and content. To drop it would change the training text.
 _UNREAD_ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 _UNREAD_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking")
+_UNREAD_ROLES = ("function_call", "observation")  # of ShareGPT, which chat templates know by other names or not at all
 
 
 class BadRowError(ValueError):
@@ -111,13 +112,17 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         extra = data.get("input")
         if extra is not None and extra != "":
             instruction += "\n\n" + _text(extra, "input")
-        messages = (
-            {"role": "user", "content": instruction},
-            {"role": "assistant", "content": _text(data["output"], "output")},
+        turns = *_history(data.get("history")), (instruction, _text(data["output"], "output"))
+        messages = _system(data) + tuple(
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
         )
     else:
         messages = _messages(data[keys[0]], keys[0])
         _require_assistant(messages, keys[0])
+        if keys == ("conversations",) and messages[0]["role"] != "system":
+            messages = _system(data) + messages
 
     return Example(
         id=_label(data.get("id"), "id") or default_id,
@@ -144,6 +149,26 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
     raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS}")
 
 
+def _system(data: Mapping[Any, Any]) -> tuple[Message, ...]:
+    """The system turn that Alpaca's and ShareGPT's rows may have beside the others, in a column of its own."""
+    system = data.get("system")
+    return () if system is None or system == "" else ({"role": "system", "content": _text(system, "system")},)
+
+
+def _history(value: Any) -> Sequence[tuple[str, str]]:
+    """Alpaca's earlier turns: pairs of what the user and the assistant said."""
+    pairs = [] if value is None else value
+    if not isinstance(pairs, Sequence) or isinstance(pairs, str):
+        raise BadRowError(f"history must be a list of pairs, not {_kind(value)}")
+    turns: list[tuple[str, str]] = []
+    for index, pair in enumerate(pairs):
+        where = f"history[{index}]"
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise BadRowError(f"{where} must be a pair of instruction and output")
+        turns.append((_text(pair[0], f"{where}[0]"), _text(pair[1], f"{where}[1]")))
+    return turns
+
+
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         if value is None:
@@ -160,11 +185,15 @@ def _message(item: Any, where: str) -> Message:
     for key in _UNREAD_MESSAGE_KEYS:
         if item.get(key):
             raise BadRowError(f"{where} has {key!r}, which iprox does not read; remove it or the row")
+    if item.get("weight") == 0:
+        raise BadRowError(f"{where} has 'weight' 0, and iprox trains on every assistant turn; remove it or the row")
     role = item.get("role")
     if role is None and isinstance(item.get("from"), str):
         role = _SHAREGPT_ROLES.get(item["from"], item["from"])
     if not isinstance(role, str) or not role:
         raise BadRowError(f"{where} has no role")
+    if role in _UNREAD_ROLES:
+        raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
     content = item.get("content", item.get("value"))
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_part(part, where) for part in content)
