@@ -167,6 +167,34 @@ def test_a_model_without_a_name_needs_a_tokenizer(model):
         iprox.score(nameless, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)})
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"method": "ipsdv"}, {"ranks": "globl"}, {"labels": "x"}, {"tokens": "x"}, {"ridge": "auot"}, {"ridge": -1.0}],
+)
+def test_misspelt_choices_of_a_compression_are_refused(model, given):
+    ((name, value),) = given.items()
+    with pytest.raises(iprox.InputError, match=f"{name} .*{value}"):
+        iprox.compress(model, rows("pool.jsonl", 2), sparsity=0.5, **given)
+
+
+def test_what_is_no_model_or_no_task_is_named(model):
+    some = rows("pool.jsonl", 2)
+    with pytest.raises(iprox.InputError, match=r"model: expected a loaded model, not the path 'm'; iprox.load"):
+        iprox.score("m", some, {"t": some})
+    with pytest.raises(iprox.InputError, match="model: expected a loaded model, not a dict"):
+        iprox.compress({}, some, sparsity=0.5)
+    with pytest.raises(iprox.InputError, match="proxy: expected a loaded model"):
+        iprox.align("p", model, some)
+    with pytest.raises(iprox.InputError, match=r"validation: expected examples by task, .* not a list"):
+        iprox.score(model, some, some)
+    with pytest.raises(iprox.InputError, match="validation: no task is given"):
+        iprox.attribute(model, some, {})
+    with pytest.raises(iprox.InputError, match="unknown gradient 'wheight'; known: "):
+        iprox.attribute(model, some, {"t": some}, gradient="wheight")
+    with pytest.raises(iprox.InputError, match=r"scores: expected the pyarrow.Table of iprox.score, not a dict"):
+        iprox.select({"influence": [1.0]}, count=1)
+
+
 class Classifier(nn.Module):
     def __init__(self):
         super().__init__()

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
+from iprox.api.arguments import check_model
 from iprox.api.examples import Examples, as_pool
 from iprox.api.scoring import score
 from iprox.audit.fidelity import AuditReport, compare_scores
+from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
@@ -60,6 +62,11 @@ def select(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
+    if not isinstance(scores, pa.Table):
+        raise InputError(
+            f"scores: expected the pyarrow.Table of iprox.score, not a {type(scores).__name__}; "
+            "pyarrow.parquet.read_table reads scores.parquet, pyarrow.Table.from_pandas a frame of it"
+        )
     settings = SelectionSettings(
         fraction=fraction,
         count=count,
@@ -104,6 +111,8 @@ def audit(
             are not factorised take their own.
         **settings: as for `score`.
     """
+    check_model("model", model)
+    check_model("proxy", proxy)
     target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)
     return compare_scores(on_proxy, score(model, sample, validation, **settings))

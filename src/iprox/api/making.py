@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.examples import Examples, Reader
 from iprox.audit.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
@@ -17,11 +19,9 @@ from iprox.errors import InputError
 from iprox.influence.estimators import Normalise
 from iprox.influence.scoring import ScoringSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
-from iprox.models.adapters import refuse_adapter
 from iprox.models.experts import experts_split
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Distance, Objective
@@ -80,8 +80,15 @@ def compress(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    refuse_adapter(model)
-    warn_of_rounded_frequencies(model)
+    check_model("model", model)
+    check_choices(
+        method=(method, [name for kind in get_args(Method) for name in get_args(kind)]),
+        ranks=(ranks, get_args(RankRule)),
+        labels=(labels, get_args(Labels)),
+        tokens=(tokens, get_args(Tokens)),
+    )
+    if ridge != "auto" and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
+        raise InputError(f"ridge must be 'auto' or a share from 0 up, not {ridge!r}")
     if (method == "off-the-shelf") != (other is not None):
         raise InputError("method='off-the-shelf' takes other=, the model to use as the proxy; no other method does")
     if other is not None:
@@ -155,6 +162,11 @@ def align(
     """
     if (held_out is None) != (validation is None):
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
+    check_model("proxy", proxy)
+    check_model("model", model)
+    check_choices(distance=(distance, get_args(Distance)), normalise=(normalise, get_args(Normalise)))
+    if validation is not None:
+        check_tasks(validation)
     objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {})
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.examples import Examples, Reader, as_pool, in_order
 from iprox.data import Encoded
 from iprox.errors import InputError
@@ -24,14 +25,12 @@ from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvatu
 from iprox.influence.scores import scores_table
 from iprox.influence.scoring import Estimator, ScoringSettings, scorer_of_batches
 from iprox.influence.windows import fitting_scorer, score_windows, windows_of
-from iprox.models.adapters import refuse_adapter
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace
 from iprox.models.loading import check_belongs
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.models.precision import warn_of_rounded_frequencies
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
 from iprox.session import draw_rows
 
@@ -102,7 +101,7 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
-    _check_choices(
+    check_choices(
         estimator=(estimator, (*get_args(InfluenceEstimator), *GRADIENT_FREE)),
         curvature=(curvature, get_args(KroneckerCurvature)),
         gradient=(gradient, get_args(GradientSpace)),
@@ -114,10 +113,9 @@ def score(
         raise InputError(f"damping must be above 0, not {damping}")
     if query_norm is not None and not 0 < query_norm <= 1:
         raise InputError(f"query_norm must lie between 0 and 1, not {query_norm}")
-    models = [model] if isinstance(model, nn.Module) else list(model)
+    models = [model] if isinstance(model, nn.Module | str) else list(model)
     for each in models:
-        refuse_adapter(each)
-        warn_of_rounded_frequencies(each)
+        check_model("model", each)
     _check_norm_sketch(norm_sketch, normalise, models, estimator)
     if learning_rates is None:
         if len(models) != 1:
@@ -129,6 +127,7 @@ def score(
         raise InputError(f"learning_rates must be numbers above 0, not {list(learning_rates)}")
     if target is not None and len(models) > 1:
         raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
+    check_tasks(validation)
     settings = ScoringSettings(
         gradient,
         normalise,
@@ -181,17 +180,6 @@ def score(
     return combine(tables, learning_rates, settings.aggregation, spread)
 
 
-def _check_choices(**choices: tuple[str, Sequence[str]]) -> None:
-    """Refuse a choice that there is not.
-
-    Raises:
-        InputError: it is none of the known ones, which are named.
-    """
-    for name, (given, known) in choices.items():
-        if given not in known:
-            raise InputError(f"unknown {name} {given!r}; known: {', '.join(known)}")
-
-
 def attribute(
     model: nn.Module,
     examples: Examples,
@@ -228,12 +216,13 @@ def attribute(
     Raises:
         InputError: bad input, or a model with experts, whose layers do not see every token.
     """
-    refuse_adapter(model)
-    warn_of_rounded_frequencies(model)
+    check_model("model", model)
+    check_choices(gradient=(gradient, get_args(GradientSpace)), normalise=(normalise, get_args(Normalise)))
     with experts_split(model):
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")
     _check_norm_sketch(norm_sketch, normalise, [model])
+    check_tasks(validation)
     settings = ScoringSettings(
         gradient, normalise, query_norm=query_norm, norm_sketch=norm_sketch, batch_tokens=batch_tokens
     )
