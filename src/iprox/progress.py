@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +26,12 @@ from rich.text import Text
 # Seconds between the lines of a stage in a log file.
 LOG_INTERVAL = 60.0
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Moves a progress bar on."""
+
+    def __call__(self, count: int, /, *, earlier: bool = False) -> None:
+        """By so many more; `earlier` ones an earlier start has done, which count for no rate and no time left."""
 
 
 class _RateColumn(ProgressColumn):
@@ -73,7 +79,7 @@ class Reporter:
         A total of None is not known yet: count and rate only.
         """
         if self.quiet:
-            yield lambda n: None
+            yield _nowhere
             return
         if not self.console.is_terminal:
             with self._lines(description, total, unit) as advance:
@@ -90,33 +96,45 @@ class Reporter:
         )
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task(f"{description:<9}", total=total, unit=unit)
-            yield lambda n: progress.update(task, advance=n)
+
+            def advance(count: int, /, *, earlier: bool = False) -> None:
+                if earlier:  # forgets what the rate is measured on
+                    progress.reset(task, completed=int(progress.tasks[task].completed) + count)
+                else:
+                    progress.update(task, advance=count)
+
+            yield advance
 
     @contextmanager
     def _lines(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
         """Progress for a log file: a line at the start, one a minute, one at the end."""
         started = last = time.monotonic()
-        done = 0
+        done = before = 0
 
         def state() -> str:
             seconds = time.monotonic() - started
-            rate = done / seconds if seconds > 0 else 0.0
+            rate = (done - before) / seconds if seconds > 0 else 0.0
             count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
             return f"{description}: {count} {unit}, {rate:,.1f} {unit}/s, {timedelta(seconds=round(seconds))}"
 
-        def advance(count: int) -> None:
-            nonlocal done, last
+        def advance(count: int, /, *, earlier: bool = False) -> None:
+            nonlocal done, before, last
             done += count
+            before += count * earlier
             now = time.monotonic()
-            if now - last < LOG_INTERVAL or (total is not None and done >= total):
+            if now - last < LOG_INTERVAL or done == before or (total is not None and done >= total):
                 return
             last = now
             if total is None:
                 self.say(state())
             else:
-                left = timedelta(seconds=round((now - started) / done * (total - done)))
+                left = timedelta(seconds=round((now - started) / (done - before) * (total - done)))
                 self.say(f"{state()}, about {left} left")
 
         self.say(description if total is None else f"{description}: {total:,} {unit}")
         yield advance
         self.say(f"{state()}, done")
+
+
+def _nowhere(_count: int, /, *, earlier: bool = False) -> None:
+    """Moves no bar: the reporter is quiet."""

@@ -32,6 +32,7 @@ from iprox.influence.scores import scores_table
 from iprox.influence.scoring import ScoringStats
 from iprox.influence.shards import IDENTITY, claim
 from iprox.influence.windows import Engine, ScoredWindow, Window, local_engine, windows_of
+from iprox.progress import Advance
 
 DESCRIPTION = "index.json"
 
@@ -95,7 +96,7 @@ def write_index(
     description: Mapping[str, Any],
     *,
     window: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
     engine: Engine = local_engine,
 ) -> ScoringStats:
     """Write the index of a pool.
@@ -116,7 +117,7 @@ def write_index(
         counted = _counts(file)
         stats.add(counted)
         if progress is not None:
-            progress(counted.rows)
+            progress(counted.rows, earlier=True)
     windows = windows_of(pool, window, skip=len(ready))
     for number, (table, counted) in enumerate(engine(make, windows, progress), start=len(ready)):
         # A window carries its own counts, so that a resumed run reports the whole.

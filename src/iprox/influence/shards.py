@@ -29,6 +29,7 @@ from iprox.influence.windows import (
     windows_of,
 )
 from iprox.models.optimizer_state import AdamState
+from iprox.progress import Advance
 from iprox.recipe import MODEL_FREE
 
 IDENTITY = "identity.json"
@@ -58,7 +59,7 @@ def score_to_file(
     settings: ScoringSettings,
     *,
     identity: Mapping[str, object],
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
     engine: Engine = local_engine,
     sample: Sequence[Encoded] = (),
     corpus: Corpus | None = None,
@@ -91,7 +92,7 @@ def score_to_file(
         ready = sorted(folder.glob("*.parquet"))
         done = len(ready)
         if progress is not None and done:
-            progress(sum(pq.read_metadata(file).num_rows for file in ready))
+            progress(sum(pq.read_metadata(file).num_rows for file in ready), earlier=True)
         if (folder / "done").exists():
             continue
         make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample, corpus)

@@ -21,6 +21,7 @@ from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.precision import cast_parameters
+from iprox.progress import Advance
 from iprox.proxy.align_loss import Objective, Precondition, Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
@@ -134,7 +135,7 @@ def align(
     store: SignalStore | None = None,
     state: Path | None = None,
     identity: str = "",
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> AlignmentHistory:
     """Align a proxy with its target, in place.
 
@@ -193,7 +194,7 @@ def align(
             run.evaluate(0)
         done = len(run.history.steps)
         if progress is not None and done:
-            progress(done)
+            progress(done, earlier=True)
         generator = torch.Generator().manual_seed(settings.seed)
         rounds = (torch.randperm(len(batches), generator=generator).tolist() for _ in itertools.count())
         order = itertools.chain.from_iterable(rounds)

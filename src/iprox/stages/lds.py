@@ -67,6 +67,7 @@ def measure_lds(
     known = _known(folder / LOSSES, [*of, str(session.dtype), session.seed, settings.model_dump(exclude={"subsets"})])
     counted = skeleton(model, trust_remote_code=session.trust_remote_code)
     record: StageRecord = {"tokens": 0, "flops": 0.0}
+    before = len(known["losses"])
     with session.reporter.bar("lds", settings.subsets, "subsets") as progress:
         for number, subset in enumerate(members):
             if number >= len(known["losses"]):
@@ -76,7 +77,7 @@ def measure_lds(
                 tokens, supervised = (settings.epochs * count for count in tokens_of(rows))
                 record["tokens"] += tokens
                 record["flops"] += flops.training_flops(counted, tokens, supervised)
-            progress(1)
+            progress(1, earlier=number < before)
     losses = np.array(known["losses"][: settings.subsets])
     found = {
         task: {side: datamodelling_score(scores[side][kept, column], members, losses[:, column]) for side in scores}
