@@ -55,9 +55,12 @@ PROXIES: dict[str, Any] = {
 WITHOUT_GRADIENTS = ("rds", "bm25", "length")
 # Rows that are made here: the published code's proxies, and a model that predicts influence from text.
 OWN = ("reference code 0.7", "influence scorer")
-# Rows that select nothing by scores, so that one fine-tuning serves all tasks.
-WITHOUT_SCORES = ("random", "full pool")
-METHODS = ("random", *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")
+# Rows that select nothing by scores and for no task, so that one fine-tuning serves all.
+FOR_ALL_TASKS = ("random", "full pool")
+# Random rows of the source that a task has of its own, for tasks that have one: what knowing the sources does alone.
+OWN_SOURCE = "own source"
+WITHOUT_SCORES = (*FOR_ALL_TASKS, OWN_SOURCE)
+METHODS = ("random", OWN_SOURCE, *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")
 # The source of the pool that a task has of its own, where it is not named as the task is.
 SOURCE_OF = {"code": "codealpaca"}
 # Shares of the pool that a cascade scores again on the target.
@@ -75,11 +78,14 @@ def main() -> None:
         for method in dict.fromkeys(["target", *needed]) if needed else ():  # the others share its warm-up
             results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
         if not arguments.scores_only:
-            for method in [name for name in arguments.methods if name in WITHOUT_SCORES]:
+            for method in [name for name in arguments.methods if name in FOR_ALL_TASKS]:
                 once = functools.cache(lambda m=method, s=seed: tested(arguments, m, arguments.tasks, s, None))
                 for task in arguments.tasks:
                     results(f"{method}/{task}/{seed}", lambda t=task, o=once: o()[t])
+            sourced = {example.source for example in Pool(arguments.pool)}
             for method, task in itertools.product(arguments.methods, arguments.tasks):
+                if method == OWN_SOURCE and SOURCE_OF.get(task, task) not in sourced:
+                    continue
                 chosen = results.content["cells"].get(f"{method}/scores/{seed}", {}).get("selected", {}).get(task)
                 results(
                     f"{method}/{task}/{seed}",
@@ -272,6 +278,11 @@ def tested(
         rows = list(range(total))
     elif method == "random":
         rows = draw_rows("random", seed, total, round(arguments.fraction * total))
+    elif method == OWN_SOURCE:
+        (task,) = tasks
+        of_source = [example.row for example in pool if example.source == SOURCE_OF.get(task, task)]
+        drawn = draw_rows(OWN_SOURCE, seed, len(of_source), round(arguments.fraction * total))
+        rows = [of_source[place] for place in drawn]
     else:
         assert chosen is not None
         rows = [int(row) for row in chosen.split()]
@@ -301,11 +312,13 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
             ]
             for task in arguments.tasks
         ]
-        if not all(losses):
+        if not any(losses):
             continue
-        columns = "".join(f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" for each in losses)
-        cost = relative_flops(cells, method)
-        print(f"{method:<22}{columns}{np.mean([np.mean(each) for each in losses]):>9.3f}{cost:>7.2f}")
+        columns = "".join(
+            f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" if each else f"{'–':>17}" for each in losses
+        )
+        mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
+        print(f"{method:<22}{columns}{mean:>9}{relative_flops(cells, method):>7.2f}")
 
 
 def print_costs(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
