@@ -87,7 +87,12 @@ def test_the_recall_is_kept_where_one_task_of_two_is_corrected(tmp_path, tasks):
     seen = np.sort(rng.choice(rows, 2000, replace=False))
     columns = {f"{side}/{task}": scores[seen, n] for side, scores in (("proxy", proxy), ("target", target))
                for n, task in enumerate("ab")}  # fmt: skip
-    audited = {"source": [sources[row] for row in seen], "tokens": pa.array([10] * len(seen), pa.int32()), **columns}
+    audited = {
+        "id": [ids[row] for row in seen],
+        "source": [sources[row] for row in seen],
+        "tokens": pa.array([10] * len(seen), pa.int32()),
+        **columns,
+    }
     (tmp_path / "audit").mkdir()
     pq.write_table(pa.table(audited), tmp_path / "audit/audit.parquet")
 

@@ -437,6 +437,18 @@ def test_refine_alone_corrects_scores(finished, tmp_path, capfd):
     assert "--recall goes with --model and --validation" in capfd.readouterr().err
 
 
+def test_an_audit_of_other_scores_is_refused(finished, tmp_path, capfd):
+    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
+    score(finished, [finished.output / "warmup" / target], tmp_path / "other")
+    files = ["--audit", str(finished.output / "audit"), "--pool", str(finished.pool), "--output", str(tmp_path / "out")]
+    assert main(["refine", "--scores", str(tmp_path / "other"), *files]) == 2
+    assert "its scores of the proxy for arithmetic are not those given" in capfd.readouterr().err
+    table = pq.read_table(finished.output / "scores.parquet").slice(0, 20)
+    pq.write_table(table, tmp_path / "few.parquet")
+    assert main(["refine", "--scores", str(tmp_path / "few.parquet"), *files]) == 2
+    assert "which the scores have not: it is of another pool" in capfd.readouterr().err
+
+
 def test_an_alignment_is_watched_on_held_out_rows(finished):
     history = json.loads((finished.output / "aligned/alignment.json").read_text())
     points = history["held_out"]

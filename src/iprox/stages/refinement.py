@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from iprox.audit.cascade import best_rows, candidate_share, rows_needed, too_few
@@ -31,6 +32,9 @@ from iprox.influence.scores import (
 from iprox.recipe import Recipe, RefineSection, SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import BY_TASK
+
+# Rounding in bfloat16 and other batches move a row's score by a hundredth or so; other settings by far more than this.
+SAME_SCORES = 0.2
 
 NO_SIZE = "a cascade looks for a given number of rows: select a fraction or a count"
 
@@ -64,12 +68,13 @@ def refine(
         score_on_target: scores the candidates.
 
     Raises:
-        InputError: the audit is of other tasks, or the pool is not what was scored.
+        InputError: the audit is of other tasks or other scores, or the pool is not what was scored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = read_scores(scores)
     tasks = task_names(table)
     sample = _read_audit(audit, tasks)
+    _refuse_other_scores(table, sample, tasks, audit)
     known = sample["known"]
     proxy, target = (np.stack([sample[f"{side}/{task}"] for task in tasks], 1)[known] for side in ("proxy", "target"))
     spread = TaskSpread()
@@ -142,17 +147,42 @@ def _read_audit(folder: Path, tasks: Sequence[str]) -> dict[str, np.ndarray]:
         raise InputError(f"{file}: no such file; `iprox audit` writes it")
     table = pq.read_table(file)
     names = [f"{side}/{task}" for task in tasks for side in ("proxy", "target")]
-    missing = [name for name in (*names, "tokens", "source") if name not in table.column_names]
+    missing = [name for name in (*names, "id", "tokens", "source") if name not in table.column_names]
     if missing:
         raise InputError(f"{file}: has no column {missing[0]!r}; audit the tasks that were scored: {', '.join(tasks)}")
     columns = {name: table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names}
     found: dict[str, np.ndarray] = {
         **columns,
+        "id": np.array(table["id"].to_pylist(), dtype=object),
         "source": np.array(table["source"].to_pylist(), dtype=object),
         "tokens": table["tokens"].to_numpy(zero_copy_only=False),
         "known": np.asarray(np.isfinite(np.stack(list(columns.values()))).all(0)),
     }
     return found
+
+
+def _refuse_other_scores(table: pa.Table, sample: Mapping[str, np.ndarray], tasks: Sequence[str], audit: Path) -> None:
+    """Refuse an audit whose scores of the proxy are not those of the table: nothing follows for these from it.
+
+    Raises:
+        InputError: they are of other rows, of another model, or were taken otherwise.
+    """
+    asked = pa.array(sample["id"].tolist(), pa.string())
+    found = table.filter(pc.is_in(table["id"], value_set=asked))  # pyright: ignore[reportAttributeAccessIssue]
+    place = {name: number for number, name in enumerate(found["id"].to_pylist())}
+    unknown = next((name for name in sample["id"] if name not in place), None)
+    if unknown is not None:
+        raise InputError(f"{audit}: has the row {unknown!r}, which the scores have not: it is of another pool")
+    scored = score_matrix(found.select([TASK_PREFIX + task for task in tasks]))[[place[name] for name in sample["id"]]]
+    audited = np.stack([sample[f"proxy/{task}"] for task in tasks], 1)
+    both = np.isfinite(scored).all(1) & np.isfinite(audited).all(1)
+    away = np.linalg.norm(scored[both] - audited[both], axis=0) / np.linalg.norm(audited[both], axis=0)
+    for task, share in zip(tasks, away, strict=True):
+        if share > SAME_SCORES:
+            raise InputError(
+                f"{audit}: its scores of the proxy for {task} are not those given (off by {share:.0%}): audit the "
+                "model that was scored, with the same settings"
+            )
 
 
 def _share_selected(chosen: SelectSection, table: pa.Table) -> float:
