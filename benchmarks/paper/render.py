@@ -76,7 +76,8 @@ def main_rows(results: dict[str, Any]) -> str:
             f"{np.mean([entry['exact_match']['after'] for entry in each]):.0%}" if each else "–" for each in entries
         ]
         scored = of_seeds(cells, f"{method}/scores")
-        size = f"{scored[0]['parameters'] / 1e6:.1f} M" if scored else ""
+        runs_model = bool(scored) and sum(scored[0]["flops"].values()) > 0
+        size = f"{scored[0]['parameters'] / 1e6:.1f} M" if runs_model else ""
         cost = f"{relative_flops(cells, method):.2f}" if scored else ""
         mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
         own = [cell["own_source"] for cell in scored if "own_source" in cell]
