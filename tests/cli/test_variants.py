@@ -679,7 +679,7 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     pool = Pool([str(finished.pool)])
     session = Session.create(max_length=48)
     checkpoint = str(finished.output / "warmup" / target)
-    encoder = session.encoder(session.tokenizer(checkpoint))
+    encoder = session.encoder(checkpoint)
     ids = audited["id"].to_pylist()
     examples = [example for example in pool if example.id in set(ids)]
     tasks = ("arithmetic", "spelling")
