@@ -19,6 +19,11 @@ def test_messages_with_labels():
     assert example.text is example.prompt is example.completion is None
 
 
+def test_a_weight_counts_for_assistant_turns_only():
+    example = read({"messages": [{**USER, "weight": 0}, {**ASSISTANT, "weight": 1}]})
+    assert example.messages == (USER, ASSISTANT)
+
+
 def test_content_parts_are_joined():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     example = read({"messages": [{"role": "user", "content": parts}, ASSISTANT]})

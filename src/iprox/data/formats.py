@@ -185,13 +185,13 @@ def _message(item: Any, where: str) -> Message:
     for key in _UNREAD_MESSAGE_KEYS:
         if item.get(key):
             raise BadRowError(f"{where} has {key!r}, which iprox does not read; remove it or the row")
-    if item.get("weight") == 0:
-        raise BadRowError(f"{where} has 'weight' 0, and iprox trains on every assistant turn; remove it or the row")
     role = item.get("role")
     if role is None and isinstance(item.get("from"), str):
         role = _SHAREGPT_ROLES.get(item["from"], item["from"])
     if not isinstance(role, str) or not role:
         raise BadRowError(f"{where} has no role")
+    if role == "assistant" and item.get("weight") == 0:
+        raise BadRowError(f"{where} has 'weight' 0, and iprox trains on every assistant turn; remove it or the row")
     if role in _UNREAD_ROLES:
         raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
     content = item.get("content", item.get("value"))

@@ -80,7 +80,7 @@ def select_rows(
     if settings.strategy == "diverse" and features is None:
         raise InputError("the strategy diverse compares gradients: give features, an index made by iprox index")
     sources = source_column(scores).tolist() if settings.by_source else [None] * scores.num_rows
-    check_feasible(settings, scores.num_rows, Counter(sources))
+    check_feasible(settings, scores.num_rows, Counter(sources) if settings.by_source else {None: scores.num_rows})
     influence = _column(scores, settings.task)
     scored = int(np.isfinite(influence).sum())
     count = settings.rows_of(scores.num_rows)
