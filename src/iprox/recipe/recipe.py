@@ -95,8 +95,6 @@ class Recipe(Section):
         task = self.select.task
         if task is not None and task not in self.data.validation:
             raise ValueError(f"select.task {task!r} is none of data.validation: {', '.join(self.data.validation)}")
-        if task is not None and self.select.strategy in ("round-robin", "balanced"):
-            raise ValueError(f"select.strategy {self.select.strategy} is for all tasks; select.task says to take one")
         return self
 
     @model_validator(mode="after")

@@ -185,6 +185,8 @@ class SelectSection(Section):
         given = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
+        if self.task is not None and self.strategy in ("round-robin", "balanced"):
+            raise ValueError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one")
         if (self.strategy == "diverse") != (self.features is not None):
             raise ValueError("the strategy diverse takes `features`, an index of the pool; no other strategy does")
         if not given and self.threshold is None:
