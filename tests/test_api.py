@@ -1,5 +1,6 @@
 """The Python API of design 7, on the bundled quickstart model and on a model that is no language model."""
 
+import copy
 import json
 from importlib.resources import files
 
@@ -9,10 +10,11 @@ import pyarrow as pa
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoModelForCausalLM
 
 import iprox
+from iprox.models.layers import compressible_layers
 
 QUICKSTART = files("iprox.quickstart")
 
@@ -161,7 +163,7 @@ def test_an_influence_function_of_factors_refuses_the_targets_gradients(model):
 
 
 def test_a_model_without_a_name_needs_a_tokenizer(model):
-    nameless = AutoModelForCausalLM.from_config(model.config)
+    nameless = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
     nameless.config._name_or_path = ""
     with pytest.raises(iprox.InputError, match="tokenizer="):
         iprox.score(nameless, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)})
@@ -355,3 +357,38 @@ def test_an_adapter_that_transformers_loaded_is_refused(tiny):
     model._hf_peft_config_loaded = True  # as `load_adapter` and `from_pretrained` of an adapter's folder leave it
     with pytest.raises(iprox.InputError, match="transformers has loaded a PEFT adapter"):
         iprox.score(model, [{"text": "a"}], {"task": [{"text": "b"}]})
+
+
+def test_progress_is_shown_of_each_stage_and_can_be_switched_off(model, capsys):
+    pool, validation = rows("pool.jsonl", 12), {"arithmetic": rows("arithmetic.val.jsonl", 4)}
+    proxy = iprox.compress(model, pool[:8], sparsity=0.5)
+    iprox.align(proxy, model, pool[:8], epochs=2)
+    iprox.score([proxy, proxy], pool, validation, learning_rates=[1.0, 1.0])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("done")]
+    layers = len(compressible_layers(model))
+    assert [line.split(",")[0] for line in said] == [
+        f"compress: {layers}/{layers} layers",
+        "align: 2/2 steps",
+        "score: 24/24 rows",
+    ]
+    quiet = iprox.compress(model, pool[:8], sparsity=0.5, progress=False)
+    iprox.align(quiet, model, pool[:8], epochs=1, progress=False)
+    iprox.audit(model, quiet, pool, validation, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("streamed", "first"), [(False, "score: 3 batches"), (True, "score")])
+def test_progress_of_batches_has_a_total_where_their_number_is_known(streamed, first, capsys):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(TensorDataset(torch.randn(6, 4), torch.randn(6, 1)))
+
+    torch.manual_seed(0)
+    data = Stream() if streamed else TensorDataset(torch.randn(6, 4), torch.randn(6, 1))
+    loader = DataLoader(data, batch_size=2)
+    loss = lambda module, batch: ((module(batch[0]) - batch[1]) ** 2).sum(1)  # noqa: E731
+    scores = iprox.score(nn.Sequential(nn.Linear(4, 1)), loader, {"task": DataLoader(data, 3)}, loss_fn=loss)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == first
+    assert lines[-1].startswith("score: 3/3 batches," if not streamed else "score: 3 batches,")
+    assert len(scores) == 6

@@ -20,8 +20,10 @@ from iprox.influence.estimators import Normalise
 from iprox.influence.scoring import ScoringSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
+from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.progress import Reporter
 from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Distance, Objective
@@ -50,6 +52,7 @@ def compress(
     max_length: int = 2048,
     batch_tokens: int = 4096,
     loss_fn: LossFn = causal_lm_losses,
+    progress: bool = True,
 ) -> PreTrainedModel:
     """Derive a proxy from a model (stage 1). The model is left as it was.
 
@@ -73,6 +76,7 @@ def compress(
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
         loss_fn: (model, batch) -> losses [B], for models that are no language models; `probe` is then a DataLoader.
+        progress: show it, with rate and time left, on standard error.
 
     Returns:
         The proxy; `proxy.save_pretrained(path)` saves it.
@@ -101,7 +105,9 @@ def compress(
     settings = FactorSettings(method, ranks, ridge, MomentSettings(labels, tokens, seed=seed), seed=seed)  # pyright: ignore
     batches = Reader(model, tokenizer, max_length, batch_tokens).batches(probe, "probe") if method in PROBED else []
     with experts_split(model):
-        return derive_proxy(model, batches, size, settings, loss_fn=loss_fn)[0]
+        layers = len(compressible_layers(model))
+        with Reporter(quiet=not progress).bar("compress", layers, "layers") as advance:
+            return derive_proxy(model, batches, size, settings, loss_fn=loss_fn, progress=advance)[0]
 
 
 def align(
@@ -127,6 +133,7 @@ def align(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
     batch_size: int = 8,
+    progress: bool = True,
 ) -> AlignmentHistory:
     """Tune a proxy in place until its gradients, or its logits only, match the target's (stage 2).
 
@@ -153,6 +160,7 @@ def align(
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
         batch_size: examples a batch.
+        progress: show it, with rate and time left, on standard error.
 
     Returns:
         Losses by step, and the fidelity where it was measured.
@@ -181,14 +189,9 @@ def align(
             scoring = ScoringSettings("weight", normalise)
             watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
-        return align_factors(
-            proxy,
-            model,
-            batches,
-            AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed),
-            objective,
-            held_out=watched,
-        )
+        chosen = AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed)
+        with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:
+            return align_factors(proxy, model, batches, chosen, objective, held_out=watched, progress=advance)
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pyarrow as pa
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_choices, check_model, check_tasks
-from iprox.api.examples import Examples, Reader, as_pool, in_order
+from iprox.api.batches import count_batches, score_batches, scorer_for_batches
+from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data import Encoded
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
@@ -22,15 +22,15 @@ from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
-from iprox.influence.scores import scores_table
-from iprox.influence.scoring import Estimator, ScoringSettings, scorer_of_batches
+from iprox.influence.scoring import Estimator, ScoringSettings
 from iprox.influence.windows import fitting_scorer, score_windows, windows_of
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, experts_split
 from iprox.models.layers import GradientSpace
 from iprox.models.loading import check_belongs
-from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
-from iprox.models.optimizer_state import AdamState, load_adam_state
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.optimizer_state import load_adam_state
+from iprox.progress import Reporter
 from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
 from iprox.session import draw_rows
 
@@ -59,6 +59,7 @@ def score(
     batch_tokens: int = 4096,
     loss_fn: LossFn = causal_lm_losses,
     seed: int = 0,
+    progress: bool = True,
 ) -> pa.Table:
     """Influence of every pool example on every task. Positive: training on it lowers the validation loss.
 
@@ -94,6 +95,7 @@ def score(
         batch_tokens: largest rows × longest row of a batch.
         loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
         seed: of the estimator `random`.
+        progress: show it, with rate and time left, on standard error.
 
     Returns:
         The scores table (design 6), one row an example in pool order.
@@ -148,22 +150,28 @@ def score(
     if len(states) != (len(models) if estimator == "adam" else 0):
         raise InputError(f"optimizer_state= goes with the estimator adam, one a model: {len(states)} given")
     tables = []
-    with experts_split(*models, *([] if target is None else [target])):
+    source = pool if isinstance(pool, DataLoader) else as_pool(pool, "pool")
+    rows, unit = (count_batches(source), "batches") if isinstance(source, DataLoader) else (source.scan().rows, "rows")
+    with (
+        experts_split(*models, *([] if target is None else [target])),
+        Reporter(quiet=not progress).bar("score", rows and rows * len(models), unit) as advance,
+    ):
         _check_target(models[0], target)
         for number, checkpoint in enumerate(models):
             adam = load_adam_state(states[number], next(checkpoint.parameters()).device) if states else None
-            if isinstance(pool, DataLoader):
+            if isinstance(source, DataLoader):
                 sample = None if curvature_sample is None else list(curvature_sample)
-                tables.append(_score_batches(checkpoint, pool, validation, settings, loss_fn, target, sample, adam))
+                scorer = scorer_for_batches(checkpoint, validation, settings, loss_fn, target, sample, adam)
+                tables.append(score_batches(scorer, source, advance))
                 continue
             reader = Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            source = as_pool(pool, "pool")
-            rows = source.scan().rows
             curved: list[Encoded] = []
             if estimator in CURVED:
                 curved = (
-                    reader.encoder.encode(source.take(draw_rows("curvature", 0, rows, CURVATURE_EXAMPLES)))
+                    reader.encoder.encode(
+                        source.take(draw_rows("curvature", 0, source.scan().rows, CURVATURE_EXAMPLES))
+                    )
                     if curvature_sample is None
                     else reader.encode(curvature_sample, "curvature_sample")
                 )
@@ -173,7 +181,7 @@ def score(
                     row for some in windows_of(source, settings.window) for row in reader.encoder.encode(some)
                 )
             scorer, fitted = fitting_scorer(checkpoint, encoded, 0, settings, target, curved, corpus, loss_fn, adam)
-            parts = score_windows(scorer, source, reader.encoder, 0, fitted)
+            parts = score_windows(scorer, source, reader.encoder, 0, fitted, advance)
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
     spread.add(by_task(tables, learning_rates, settings.aggregation))
@@ -257,32 +265,3 @@ def _check_target(model: nn.Module, target: nn.Module | None) -> None:
     """Refuse a target that is not the proxy's, as the command line does."""
     if target is not None and proxy_config(model) is not None:
         check_belongs(model, "model", target, "target")  # pyright: ignore[reportArgumentType]  (proxies are)
-
-
-def _score_batches(
-    model: nn.Module,
-    pool: DataLoader,
-    validation: Mapping[str, DataLoader],
-    settings: ScoringSettings,
-    loss_fn: LossFn,
-    target: nn.Module | None,
-    sample: list[Any] | None,
-    adam: AdamState | None,
-) -> pa.Table:
-    """Score a DataLoader's batches: no text, so rows are numbered and have no token count."""
-    if settings.estimator in GRADIENT_FREE:
-        raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
-    if settings.aggregation.by_example:
-        raise InputError("scores by validation example are of examples, not of a DataLoader's batches")
-    if settings.estimator in CURVED and not sample:
-        raise InputError(f"{settings.estimator} on a DataLoader needs curvature_sample=, a list of batches")
-    scorer = scorer_of_batches(model, validation, settings, loss_fn, target, sample or (), adam)
-    parts = []
-    for batch in in_order(pool, "pool"):
-        part, losses = scorer(batch)
-        # Without a supervised token an example has no score, not one of 0.
-        part = part.double().masked_fill(~examples_with_loss(batch, losses)[:, None], torch.nan)
-        parts.append(part.cpu())
-    scores = torch.cat(parts).numpy()
-    count = len(scores)
-    return scores_table([f"row-{i:08d}" for i in range(count)], [None] * count, [0] * count, scores, scorer.tasks)
