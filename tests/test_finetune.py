@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from iprox import finetune
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
-from iprox.finetune import evaluate, train
+from iprox.finetune import evaluate, steps_an_epoch, train
+from iprox.models.adapters import with_lora
+from iprox.models.loading import load_model
 from iprox.models.loss import causal_lm_losses
 from iprox.models.saving import save_model
 
@@ -122,6 +124,74 @@ def test_a_compiled_training_takes_the_same_steps(tiny, tokenizer, encoded, tmp_
             *(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path),
             epochs=2,
             learning_rate=1e-3,
+            batch_size=8,
+            compile_model=compiled,
+        )
+        assert result.uncompiled == ""
+        losses[compiled] = [step["loss"] for step in result.history]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+def test_accumulated_batches_are_one_large_one(tiny, tokenizer, encoded, tmp_path):
+    losses, weights = [], []
+    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
+        result = train(
+            *(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path / str(accumulate)),
+            epochs=2,
+            learning_rate=1e-3,
+            batch_size=batch_size,
+            accumulate=accumulate,
+        )
+        losses.append([step["loss"] for step in result.history])
+        weights.append(load_file(tmp_path / str(accumulate) / "checkpoint-6" / "model.safetensors"))
+    for other, moved in zip(losses[1:], weights[1:], strict=True):
+        assert other == pytest.approx(losses[0], rel=1e-4)
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(moved[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(24, 1), (5, 1), (5, 2), (7, 3), (30, 2)])
+def test_the_steps_are_as_many_as_foretold(tiny, tokenizer, encoded, tmp_path, batch_size, accumulate):
+    result = train(
+        *(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path),
+        epochs=2,
+        learning_rate=1e-3,
+        batch_size=batch_size,
+        accumulate=accumulate,
+    )
+    assert len(result.history) == 2 * steps_an_epoch(24, batch_size, accumulate)
+
+
+def test_adapters_are_trained_and_saved_alone(tiny, tokenizer, encoded, tmp_path):
+    base = tmp_path / "base"
+    save_model(tiny.model(dtype=torch.float32), tokenizer, base)
+    whole = load_model(base)
+    before = evaluate(whole, encoded, 256, 0)["loss"]
+    frozen = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    adapted = with_lora(whole, str(base), rank=4, alpha=8.0)
+    result = train(adapted, tokenizer, encoded, tmp_path / "lora", epochs=3, learning_rate=2e-2, batch_size=8)
+    assert [checkpoint.step for checkpoint in result.checkpoints] == [3, 6, 9]
+    for name, weight in adapted.get_base_model().state_dict().items():
+        if ".lora_" not in name:
+            assert torch.equal(weight, frozen[name.replace(".base_layer", "")])
+    checkpoints = [load_model(tmp_path / "lora" / each.path) for each in result.checkpoints]
+    losses = [evaluate(each, encoded, 256, 0)["loss"] for each in checkpoints]
+    assert losses[2] < losses[1] < losses[0] < before
+    assert losses[2] < before - 0.3
+    last = tmp_path / "lora" / result.checkpoints[-1].path
+    assert not list(last.glob("model*.safetensors"))
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
+def test_adapters_train_compiled_to_the_same(tiny, tokenizer, encoded, tmp_path):
+    losses = {}
+    for compiled in (False, True):
+        adapted = with_lora(tiny.model(dtype=torch.float32), "org/name", rank=4, alpha=8.0)
+        result = train(
+            *(adapted, tokenizer, encoded, tmp_path),
+            epochs=2,
+            learning_rate=1e-2,
             batch_size=8,
             compile_model=compiled,
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
@@ -16,10 +16,14 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
+from iprox.models.adapters import is_adapted
 from iprox.models.fast_training import COMPILE_STEPS, fast_training
 from iprox.models.loss import causal_lm_logits, causal_lm_losses
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.saving import save_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class TrainingResult:
 
 
 def train(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[Encoded],
     output: Path,
@@ -55,6 +59,7 @@ def train(
     epochs: int,
     learning_rate: float,
     batch_size: int = 16,
+    accumulate: int = 1,
     bf16: bool = False,
     every_epoch: bool = True,
     seed: int = 0,
@@ -71,13 +76,16 @@ def train(
     trains, so load a checkpoint rather than use `model` afterwards.
 
     Args:
-        model: in float32: these are the master weights; bfloat16 is used for the products only.
+        model: in float32: these are the master weights; bfloat16 is used for the products only. Of one with LoRA
+            adapters (`iprox.models.adapters.with_lora`) they alone are trained and saved, and the frozen weights may be
+            in bfloat16.
         tokenizer: saved with each checkpoint; its pad token pads.
         encoded: what to train on; examples without a supervised token are left out.
         output: folder for the checkpoints, made if missing.
         epochs: passes over the examples.
         learning_rate: peak.
-        batch_size: examples an optimiser step.
+        batch_size: examples a batch.
+        accumulate: batches an optimiser step.
         bf16: multiply in bfloat16.
         every_epoch: keep a checkpoint at the end of every epoch, else the last only.
         seed: of the order.
@@ -102,7 +110,7 @@ def train(
         }
     )
     output.mkdir(parents=True, exist_ok=True)
-    steps = epochs * math.ceil(len(rows) / batch_size)
+    steps = epochs * steps_an_epoch(len(rows), batch_size, accumulate)
     # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns of the old name.
     names = {entry.name for entry in fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -111,6 +119,7 @@ def train(
         num_train_epochs=epochs,
         learning_rate=learning_rate,
         per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
         lr_scheduler_type="cosine",
         warmup_steps=int(0.03 * steps),  # whole steps: the rate of the first one of them is 0
         bf16=bf16,
@@ -148,17 +157,23 @@ def train(
     )
     _silence(trainer)
     first = next(iter_batches(rows[:batch_size], 1 << 30, 0))
+    whole: Any = model.get_base_model() if is_adapted(model) else model  # the same layers, adapters among them
 
     def trial() -> torch.Tensor:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            return causal_lm_losses(model.train(), first).mean()
+            return causal_lm_losses(whole.train(), first).mean()
 
-    with fast_training(model, steps >= COMPILE_STEPS if compile_model == "auto" else compile_model, trial) as reason:
+    with fast_training(whole, steps >= COMPILE_STEPS if compile_model == "auto" else compile_model, trial) as reason:
         trainer.train()
     result = recorder.result
     result.uncompiled = reason
     result.tokens = epochs * sum(len(row.input_ids) for row in rows)
     return result
+
+
+def steps_an_epoch(rows: int, batch_size: int, accumulate: int) -> int:
+    """Optimiser steps of a pass over some examples; the last batch, and the last step, may be smaller."""
+    return math.ceil(math.ceil(rows / batch_size) / accumulate)
 
 
 def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from iprox.models.loading import load_config, load_model, load_tokenizer
 from iprox.models.memory import out_of_memory
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.models.reach import Reach
+from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
 from iprox.tracking import Tracker
@@ -164,9 +165,9 @@ class Session:
         )
 
     def note_adapter(self, path: str | Path) -> None:
-        """Say that a model is a PEFT adapter, which is merged into its base model."""
+        """Say that a model is a PEFT adapter, which is merged into its base model, unless iprox has trained it."""
         base = adapter_base(path)
-        if base is not None:
+        if base is not None and not (Path(path).parent / CHECKPOINTS).is_file():
             self.reporter.warn(f"{path} is a PEFT adapter: it is merged into {base} first")
 
     def loader(self, path: str | Path) -> Callable[[], PreTrainedModel]:

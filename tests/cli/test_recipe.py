@@ -47,7 +47,12 @@ def test_defaults_are_those_of_the_design():
             with_section(proxy={"align": {"precondition": True}}),
             "precondition divides gradients by the curvature of influence.estimator influence-function, not of tracin",
         ),
-        (with_section(warmup={"zzzzzz": 1}), "known here: fraction, epochs, learning_rate, batch_size"),
+        (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
+        (
+            with_section(influence={"estimator": "adam"}, warmup={"lora": {"rank": 4}}),
+            "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none",
+        ),
+        (with_section(warmup={"lora": {"rank": 0}}), "(given: 0)"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
         (with_section(proxy={"sparsity": 0}), "(given: 0)"),
         (

@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from iprox.data.batching import padded_width
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.preconditioning import precondition
 from iprox.models import flops
+from iprox.models.adapters import with_lora
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, weight_shape
 from iprox.models.loss import causal_lm_losses
@@ -43,6 +45,20 @@ def test_curvature_is_charged_what_torch_counts(tiny, curvature):
     bases = 0 if curvature == "datainf" else sum(9 * (m**3 + n**3) for m, n in shapes)
     ours = flops.curvature_flops(model, "weight", 4 * 48, supervised, curvature, 3) - bases
     assert ours == pytest.approx(counted - outside, rel=0.06)
+
+
+def test_training_adapters_is_charged_what_torch_counts(tiny):
+    """But for attention's own products. Inputs need gradients, so that the first layers are no exception."""
+    model, batch = tiny.model(dtype=torch.float32), tiny.batch([12, 9])
+    supervised = padded_width(int((batch.labels[:, 1:] != -100).sum()))  # so many the head is run on
+    charged = flops.training_flops(model, batch.input_ids.numel(), supervised, lora_rank=3)
+    adapted = with_lora(model, "org/name", rank=3, alpha=6.0)
+    adapted.enable_input_require_grads()
+    with FlopCounterMode(display=False) as counter:
+        causal_lm_losses(adapted, batch).sum().backward()
+    kinds = counter.get_flop_counts()["Global"]
+    counted = sum(flops_ for kind, flops_ in kinds.items() if "attention" not in str(kind) and "bmm" not in str(kind))
+    assert charged == pytest.approx(counted, rel=0.02)
 
 
 def test_experts_are_charged_for_the_tokens_that_use_them(tiny):

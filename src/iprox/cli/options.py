@@ -16,6 +16,7 @@ from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.models.loading import load_config, model_fingerprint
 from iprox.models.optimizer_state import load_adam_state
+from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter
 from iprox.recipe import InfluenceSection, validate_section
 from iprox.run_folder import StageRecord, environment, read_json, write_json
@@ -38,6 +39,22 @@ def session_of(arguments: Namespace) -> Session:
         reporter=Reporter(arguments.quiet),
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def training_of(arguments: Namespace) -> dict[str, Any]:
+    """The keys of a training's section that `training_options` give.
+
+    Raises:
+        InputError: a scale of adapters without adapters.
+    """
+    if arguments.lora_alpha is not None and arguments.lora is None:
+        raise InputError("--lora-alpha scales adapters, which there are none of: add --lora, or leave it out")
+    given = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "accumulate")}
+    if arguments.learning_rate is not None:  # otherwise the section knows which
+        given["learning_rate"] = arguments.learning_rate
+    if arguments.lora is not None:
+        given["lora"] = {"rank": arguments.lora, "alpha": arguments.lora_alpha}
+    return given
 
 
 def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
@@ -188,7 +205,7 @@ def learning_rates_of(models: list[str], given: list[float] | None) -> list[floa
         return [1.0]
     rates = []
     for model in models:
-        listing = Path(model).parent / "checkpoints.json"
+        listing = Path(model).parent / CHECKPOINTS
         known = {entry["path"]: entry["learning_rate"] for entry in read_json(listing)} if listing.is_file() else {}
         if Path(model).name not in known:
             raise InputError(f"{model}: its learning rate is not in {listing}; give --learning-rates")

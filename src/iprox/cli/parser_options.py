@@ -102,8 +102,19 @@ def number_or_auto(text: str) -> float | str:
 def training_options(parser: argparse.ArgumentParser) -> None:
     """Of a fine-tuning."""
     parser.add_argument("--epochs", type=positive, default=4, help="default 4")
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="peak (default 2e-5)")
-    parser.add_argument("--batch-size", type=positive, default=16, help="examples an optimiser step (default 16)")
+    parser.add_argument("--learning-rate", type=float, default=None, help="peak (default 2e-5; with --lora 2e-4)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="examples a batch (default 16)")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches an optimiser step (default 1)")
+    parser.add_argument(
+        "--lora",
+        type=positive,
+        nargs="?",
+        const=16,
+        default=None,
+        metavar="RANK",
+        help="train LoRA adapters of this rank (16 if none is given) instead of all weights; needs PEFT",
+    )
+    parser.add_argument("--lora-alpha", type=above_zero, default=None, help="of --lora: scale (default twice the rank)")
 
 
 def held_out_options(parser: argparse.ArgumentParser, what: str) -> None:

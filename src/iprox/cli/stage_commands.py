@@ -38,13 +38,9 @@ SHARDS = "scores.parquet.shards"
 
 def warmup(arguments: Namespace) -> dict[str, Any]:
     """`iprox warmup`."""
-    settings = validate_section(
-        WarmupSection,
-        fraction=arguments.fraction,
-        epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-    )
+    if arguments.optimizer_state and arguments.lora:
+        raise InputError("--optimizer-state keeps Adam's moments of the weights, of which --lora trains none")
+    settings = validate_section(WarmupSection, fraction=arguments.fraction, **options.training_of(arguments))
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     output = options.new_folder(arguments.output)
     total = session.read(pool).rows
@@ -276,12 +272,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
 
 def finetune(arguments: Namespace) -> dict[str, Any]:
     """`iprox finetune`."""
-    settings = validate_section(
-        FinetuneSection,
-        epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-    )
+    settings = validate_section(FinetuneSection, **options.training_of(arguments))
     session, pool = options.session_of(arguments), options.pool_of(arguments.data, arguments, "data")
     tests = options.tasks_of(arguments.validation, arguments)
     output = options.new_folder(arguments.output)

@@ -89,6 +89,11 @@ def _is_unknown(module: nn.Module) -> bool:
     return bool(stacked and named) and not is_fused(module)
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether some block of a model is one of experts, split or fused in whichever layout."""
+    return any(isinstance(each, SplitExperts) or is_fused(each) or _is_unknown(each) for each in model.modules())
+
+
 def split(fused: nn.Module) -> SplitExperts:
     """Fused experts as linear layers whose weights are views of the fused tensors: nothing is copied."""
 

@@ -130,9 +130,17 @@ def linear_parameters(model: nn.Module) -> int:
     return dense + sum(x.rank * (x.in_features + x.out_features) for x in low_rank_layers(model).values())
 
 
-def training_flops(model: nn.Module, tokens: int, supervised: int) -> float:
-    """Training every weight, the head on supervised tokens: 6P a token."""
-    return 3 * (tokens * forward_flops(model) + supervised * head_flops(model))
+def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: int | None = None) -> float:
+    """Training every weight, the head on supervised tokens: 6P a token; or adapters of a rank r alone: 4P + 6r(m+n)."""
+    forward = tokens * forward_flops(model) + supervised * head_flops(model)
+    if lora_rank is None:
+        return 3 * forward
+    return 2 * forward + 3 * tokens * 2.0 * lora_parameters(model, lora_rank)
+
+
+def lora_parameters(model: nn.Module, rank: int) -> int:
+    """Parameters of adapters of a rank on every linear layer but the head: r(m+n) each."""
+    return sum(rank * sum(weight_shape(layer)) for layer in compressible_layers(model).values())
 
 
 def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: int = 1) -> float:

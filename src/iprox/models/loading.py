@@ -55,11 +55,22 @@ def load_model(
             not finite (named).
     """
     base = adapter_base(path)
-    stored = path if base is None else base
-    _check_folder(stored)
+    if base is None:
+        model = _stored_model(path, dtype, trust_remote_code)
+    else:  # which may be an adapter itself
+        model = merged(load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, fused=True), path)
+    check_finite(model, str(path))
+    if not fused:
+        split_experts(model)
+    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+
+
+def _stored_model(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """What a model folder or the hub holds, whole."""
+    _check_folder(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            stored,
+            path,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -67,15 +78,10 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{stored}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, found = loaded
-    _refuse_random_weights(str(stored), found)
-    if base is not None:
-        model = merged(model, path)
-    check_finite(model, str(path))
-    if not fused:
-        split_experts(model)
-    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+    _refuse_random_weights(str(path), found)
+    return model
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
@@ -176,7 +182,9 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     Raises:
         InputError: there is none.
     """
-    path = adapter_base(path) or path
+    base = adapter_base(path)
+    if base is not None:
+        return load_config(base, trust_remote_code=trust_remote_code)
     _check_folder(path)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

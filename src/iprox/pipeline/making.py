@@ -9,6 +9,7 @@ from typing import Any
 
 from iprox.models.loading import checkpoint_fingerprint
 from iprox.models.optimizer_state import OPTIMIZER_FILE
+from iprox.models.saving import CHECKPOINTS
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.proxy.align_state import discard_other_states
 from iprox.recipe import OF_GRADIENTS
@@ -34,7 +35,7 @@ def warm_up(run: Run, context: Context) -> None:
     context.keys["warmup"] = run.stage(
         "warmup",
         [common_key(run), settings.model_dump()],
-        [folder / "checkpoints.json", *kept, *states],
+        [folder / CHECKPOINTS, *kept, *states],
         lambda: training.warm_up(
             run.session, run.recipe.model, run.pool.take(rows), folder, settings, optimizer_state=adam
         ),
@@ -44,7 +45,7 @@ def warm_up(run: Run, context: Context) -> None:
 
 def _checkpoints(run: Run) -> list[dict[str, Any]]:
     """The checkpoints of the warm-up that influence is taken at; none before it is done."""
-    listing = run.folder.warmup / "checkpoints.json"
+    listing = run.folder.warmup / CHECKPOINTS
     known = read_json(listing) if listing.is_file() else []
     return known if run.recipe.influence.checkpoints == "all" else known[-1:]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from iprox.data import Pool
 from iprox.models import flops
+from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
@@ -106,7 +107,10 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
-        flops.compressible_layers(skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code))
+        target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        flops.compressible_layers(target)
+        if any(training and training.lora for training in (recipe.warmup, recipe.finetune)):
+            check_lora(target, recipe.model)
         encode_validation(encoder, tests)
         if summary.bad_rows:
             reporter.warn(f"{summary.bad_rows} bad rows left out (first: {summary.bad_row_messages[0]})")

@@ -124,10 +124,12 @@ class Costs:
         tokens = 16 * self.bytes_per_number * self.recipe.batch_tokens
         return tokens * config.hidden_size * config.num_hidden_layers
 
-    @property
-    def training_memory(self) -> float:
-        """Bytes of a training: weights, gradients, Adam's two, in float32."""
-        return 16 * self.parameters + 2 * self.activations
+    def training_memory(self, lora_rank: int | None = None) -> float:
+        """Bytes of a training: weights, gradients, Adam's two, in float32; of adapters, and the frozen weights."""
+        held = 16 * self.parameters
+        if lora_rank is not None:
+            held = self.bytes_per_number * self.parameters + 16 * flops.lora_parameters(self.model, lora_rank)
+        return held + 2 * self.activations
 
     @cached_property
     def queries(self) -> float:

@@ -9,7 +9,7 @@ from iprox.models import flops
 from iprox.planning.costs import Costs
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
-from iprox.recipe import AlignSection
+from iprox.recipe import AlignSection, TrainingSection
 from iprox.session import share
 from iprox.stages.attribution import why_not_attributed
 
@@ -27,8 +27,14 @@ def warm_up(costs: Costs) -> Work | None:
     settings = costs.recipe.warmup
     if not settings:
         return None
-    rows = settings.epochs * max(1, round(costs.rows.total * settings.fraction))
-    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+    return _training(costs, settings, max(1, round(costs.rows.total * settings.fraction)))
+
+
+def _training(costs: Costs, settings: TrainingSection, examples: int) -> Work:
+    """Epochs over some examples, of all weights or of adapters."""
+    rows, rank = settings.epochs * examples, settings.lora.rank if settings.lora else None
+    spent = flops.training_flops(costs.model, *costs.rows.read(rows), rank)
+    return Work(rows, spent, costs.training_memory(rank))
 
 
 def compress(costs: Costs) -> Work | None:
@@ -89,7 +95,7 @@ def lds(costs: Costs) -> Work | None:
         return None
     settings = audited.lds
     rows = settings.subsets * settings.epochs * settings.fraction * min(audited.sample, costs.rows.total)
-    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory())
 
 
 def score(costs: Costs) -> Work:
@@ -131,8 +137,7 @@ def finetune(costs: Costs) -> Work | None:
     size = selected.count or round((selected.fraction or 0) * costs.rows.total)
     if selected.tokens:
         size = round(selected.tokens / costs.rows.tokens)
-    rows = settings.epochs * size
-    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory)
+    return _training(costs, settings, size)
 
 
 # In the order they are done.

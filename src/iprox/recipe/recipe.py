@@ -118,6 +118,10 @@ class Recipe(Section):
     def _adam_of_a_warm_up(self) -> Recipe:
         if self.influence.estimator == "adam" and not self.warmup:
             raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
+        if self.influence.estimator == "adam" and self.warmup and self.warmup.lora:
+            raise ValueError(
+                "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none"
+            )
         if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorised:
             raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
         return self

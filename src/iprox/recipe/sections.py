@@ -10,6 +10,8 @@ from iprox.recipe.section import Section
 
 # How large a proxy may be, in the order they are documented.
 SIZES = ("sparsity", "parameters", "flops", "fidelity")
+# Adapters start at zero and have few numbers to move: about ten times what whole weights take.
+LORA_LEARNING_RATE = 2e-4
 
 
 class DataSection(Section):
@@ -31,17 +33,48 @@ class DataSection(Section):
         return [value] if isinstance(value, str) else value
 
 
-class WarmupSection(Section):
-    """Brief SFT of the target on a random share of the pool before anything is scored.
+class LoraSection(Section):
+    """Low-rank adapters on every linear layer but the head, trained instead of the weights (arXiv:2106.09685).
 
-    `compile` says whether it runs compiled, on a CPU; `auto` does that for trainings long enough to repay it.
+    They are scaled by alpha/rank; `alpha` left out is twice the rank.
     """
 
-    fraction: float = Field(0.05, gt=0, le=1)
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+    @property
+    def scale(self) -> float:
+        """`alpha`, or what it is when left out."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+class TrainingSection(Section):
+    """SFT, of all weights or of adapters.
+
+    An optimiser step is of `accumulate` batches of `batch_size` examples. `learning_rate` left out is 2e-5, of adapters
+    2e-4. `compile` says whether it runs compiled, on a CPU; `auto` does that for trainings long enough to repay it.
+    """
+
     epochs: int = Field(4, ge=1)
     learning_rate: float = Field(2e-5, gt=0)
     batch_size: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1)
+    lora: LoraSection | Literal[False] = False
     compile: Literal["auto"] | bool = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adapters(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("lora") and "learning_rate" not in value:
+            return {**value, "learning_rate": LORA_LEARNING_RATE}
+        return value
+
+
+class WarmupSection(TrainingSection):
+    """Brief SFT of the target on a random share of the pool before anything is scored."""
+
+    fraction: float = Field(0.05, gt=0, le=1)
 
 
 class ProbeSection(Section):
@@ -233,13 +266,9 @@ class RefineSection(Section):
         return self
 
 
-class FinetuneSection(Section):
+class FinetuneSection(TrainingSection):
     """SFT of the original target on the selection, evaluated on `test` before and after."""
 
-    epochs: int = Field(4, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    batch_size: int = Field(16, ge=1)
-    compile: Literal["auto"] | bool = "auto"
     test: dict[str, str | list[str]] = Field(default_factory=dict)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,10 +11,12 @@ import torch
 
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
-from iprox.finetune import evaluate, train
+from iprox.finetune import evaluate, steps_an_epoch, train
 from iprox.models import flops
+from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import skeleton, stored_dtype
+from iprox.models.saving import CHECKPOINTS
 from iprox.recipe import FinetuneSection, WarmupSection
 from iprox.run_folder import StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
@@ -50,10 +51,10 @@ def finetune(
     encoded = encode_validation(encoder, dict(tests))
     before = _tested(session, model, encoded)
     record = _sft(session, model, examples, output, settings, every_epoch=False)
-    (last,) = read_json(output / "checkpoints.json")
+    (last,) = read_json(output / CHECKPOINTS)
     final = output / "model"
     (output / last["path"]).replace(final)
-    write_json(output / "checkpoints.json", [{**last, "path": final.name}])
+    write_json(output / CHECKPOINTS, [{**last, "path": final.name}])
     after = _tested(session, str(final), encoded)
     record["test"] = {
         task: {
@@ -86,24 +87,27 @@ def _sft(
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
-    # Master weights in float32; the checkpoints are stored as the model was.
-    target = session.model(model, torch.float32, fused=True)
+    # Master weights in float32, and the checkpoints are stored as the model was; frozen weights need no masters.
+    lora = settings.lora
+    target = session.model(model, None if lora else torch.float32, fused=True)
     if proxy_config(target) is not None:
         raise InputError(f"{model}: is an iprox proxy, which is for scoring; fine-tune its target")
+    trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
     shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
     stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
     kept = sum(row.supervised > 0 for row in encoded)
-    steps = settings.epochs * math.ceil(kept / settings.batch_size)
+    steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
     name = "warm-up" if every_epoch else "finetune"
     with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
         result = train(
-            target,
+            trained,
             tokenizer,
             encoded,
             output,
             epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
             bf16=session.dtype == torch.bfloat16,
             every_epoch=every_epoch,
             seed=session.seed,
@@ -116,12 +120,15 @@ def _sft(
     if result.uncompiled:
         session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
     write_json(output / "history.json", result.history)
-    write_json(output / "checkpoints.json", [asdict(checkpoint) for checkpoint in result.checkpoints])
+    write_json(output / CHECKPOINTS, [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)
     counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # with its experts split, to be counted
     return {
         "tokens": result.tokens,
-        "flops": flops.training_flops(counted, result.tokens, supervised * settings.epochs),
+        "flops": flops.training_flops(
+            counted, result.tokens, supervised * settings.epochs, lora.rank if lora else None
+        ),
+        "trained_parameters": sum(each.numel() for each in trained.parameters() if each.requires_grad),
         "examples": kept,
         "labels": encoder.describe,
         "first_loss": result.history[0]["loss"],
