@@ -117,11 +117,13 @@ def test_the_same_seed_trains_the_same_weights(tiny, tokenizer, encoded, tmp_pat
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
-def test_a_compiled_training_takes_the_same_steps(tiny, tokenizer, encoded, tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_compiled_training_takes_the_same_steps(tiny, tokenizer, encoded, tmp_path, lora):
     losses = {}
     for compiled in (False, True):
+        model = tiny.model(dtype=torch.float32)
         result = train(
-            *(tiny.model(dtype=torch.float32), tokenizer, encoded, tmp_path),
+            *(with_lora(model, "org/name", 4, 8.0) if lora else model, tokenizer, encoded, tmp_path),
             epochs=2,
             learning_rate=1e-3,
             batch_size=8,
@@ -181,23 +183,6 @@ def test_adapters_are_trained_and_saved_alone(tiny, tokenizer, encoded, tmp_path
     last = tmp_path / "lora" / result.checkpoints[-1].path
     assert not list(last.glob("model*.safetensors"))
     assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja"}
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")
-def test_adapters_train_compiled_to_the_same(tiny, tokenizer, encoded, tmp_path):
-    losses = {}
-    for compiled in (False, True):
-        adapted = with_lora(tiny.model(dtype=torch.float32), "org/name", rank=4, alpha=8.0)
-        result = train(
-            *(adapted, tokenizer, encoded, tmp_path),
-            epochs=2,
-            learning_rate=1e-2,
-            batch_size=8,
-            compile_model=compiled,
-        )
-        assert result.uncompiled == ""
-        losses[compiled] = [step["loss"] for step in result.history]
-    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
 def test_evaluation_is_the_mean_of_the_examples_losses(tiny, encoded):
