@@ -28,6 +28,15 @@ def write_jsonl(path, rows):
     return path
 
 
+def compressed(path, compression):
+    """A copy of a file beside it, with the extension of a compression."""
+    copy = path.with_name(path.name + {"gzip": ".gz", "zstd": ".zst"}[compression])
+    with pa.CompressedOutputStream(str(copy), compression) as stream:
+        stream.write(path.read_bytes())
+    path.unlink()
+    return copy
+
+
 def write_parquet(path, rows):
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
@@ -50,6 +59,49 @@ def test_every_format_gives_the_same_examples(tmp_path):
         assert pool.scan().sources == {"even": 300, "odd": 300}
     assert list(pools[0])[4].origin == "a.jsonl:5"
     assert list(pools[-1])[4].origin == "row:5"
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "lines.json", "a.csv"])
+def test_compressed_files_are_the_same_examples(tmp_path, name, compression):
+    rows = [{"instruction": f"Q{i} é", "output": f"A{i}"} for i in range(300)]
+    path = tmp_path / name
+    if name == "a.csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, ["instruction", "output"])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows), encoding="utf-8-sig")
+    else:
+        write_jsonl(path, rows)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    plain = Pool(path)
+    before = [(example.id, example.messages) for example in plain]
+    plain.write_rows([7, 0, 299], tmp_path / "plain-chosen.jsonl")
+    copy = compressed(path, compression)
+    pool = Pool(copy)
+    assert [(example.id, example.messages) for example in pool] == before
+    pool.write_rows([7, 0, 299], tmp_path / "chosen.jsonl")
+    assert (tmp_path / "chosen.jsonl").read_bytes() == (tmp_path / "plain-chosen.jsonl").read_bytes()
+    assert next(iter(pool)).origin == f"{copy.name}:1"
+
+
+@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, compression):
+    path = compressed(write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(600)]), compression)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.jsonl\.(gz|zst): cannot be read: Truncated compressed stream"):
+        Pool(path).scan()
+
+
+def test_a_file_that_is_there_compressed_too_is_not_read_twice(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row(0)])
+    compressed(tmp_path / "a.jsonl", "gzip")
+    write_jsonl(tmp_path / "a.jsonl", [row(0)])
+    with pytest.raises(InputError, match=r"a\.jsonl and .*a\.jsonl\.gz would be read both"):
+        Pool(tmp_path)
+    assert Pool(tmp_path / "a.jsonl.gz").scan().rows == 1
 
 
 def test_csv(tmp_path):
@@ -125,6 +177,7 @@ def test_globs_folders_and_repeats(tmp_path):
         ("pol.jsonl", r"pool: there is no file .*pol\.jsonl .*nearest names there: pool\.jsonl"),
         ("q/*.csv", r"pool: no file matches .*q/\*\.csv \(looked in "),
         ("notes.txt", r"extension '.txt'; known are \.jsonl"),
+        ("table.parquet.gz", r"extension '.gz'; known are .*, and all but Parquet with \.gz or \.zst"),
         ("empty", r"no \.jsonl.* file in the folder .*empty; there are some in .*data"),
         ("splits", r"holds several splits; name one: .*splits/train"),
         ("hf://datasets/onlyname", r"is written hf://datasets/OWNER/NAME"),
@@ -136,6 +189,7 @@ def test_globs_folders_and_repeats(tmp_path):
 def test_what_cannot_be_opened(tmp_path, pattern, message):
     write_jsonl(tmp_path / "pool.jsonl", [row(0)])
     (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "table.parquet.gz").write_text("x")
     (tmp_path / "empty" / "data").mkdir(parents=True)
     write_jsonl(tmp_path / "empty" / "data" / "x.jsonl", [row(0)])
     one = datasets.Dataset.from_list([row(0)])

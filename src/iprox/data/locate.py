@@ -12,6 +12,9 @@ from iprox.errors import InputError
 from iprox.files import expanded
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+# May follow any of them but .parquet, which is compressed inside: the codec, as pyarrow names it.
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_READ = f"{', '.join(EXTENSIONS)}, and all but Parquet with {' or '.join(COMPRESSIONS)}"
 HUB_PREFIX = "hf://datasets/"
 _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of `datasets.save_to_disk`
 
@@ -30,7 +33,7 @@ def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
         Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
 
     Raises:
-        InputError: Nothing is found, or a file has an extension that is not known.
+        InputError: Nothing is found, a file has an extension that is not known, or is there compressed too.
     """
     found: dict[str, str | Path] = {}
     for pattern in patterns:
@@ -41,7 +44,22 @@ def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
             found.setdefault(os.path.realpath(path), path)
     if not found:
         raise InputError(f"{name}: no file is given; name at least one file, pattern or folder")
+    for path in found.values():
+        if isinstance(path, Path) and path != (plain := _decompressed(path)) and os.path.realpath(plain) in found:
+            raise InputError(f"{name}: {plain} and {path} would be read both; leave one of them out")
     return list(found.values())
+
+
+def extension(path: Path) -> str:
+    """Which format a file is in by its name, one of `EXTENSIONS`; empty where that is not known."""
+    plain = _decompressed(path)
+    last = plain.suffix.lower()
+    return last if last in EXTENSIONS and not (last == ".parquet" and plain != path) else ""
+
+
+def _decompressed(path: Path) -> Path:
+    """The path without the extension of a compression."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
@@ -55,7 +73,7 @@ def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
         Files that share a name get as many parent folders in front as tell them apart.
     """
     shown = _unique([[path.name] for path in paths], paths)
-    stems = _unique([[path.stem, path.name] for path in paths], paths)
+    stems = _unique([[_decompressed(path).stem, path.name] for path in paths], paths)
     return list(zip(shown, stems, strict=True))
 
 
@@ -90,10 +108,10 @@ def _folder(folder: Path, name: str) -> list[Path]:
     if (folder / _SAVED_DICT).is_file():
         splits = sorted(child.name for child in folder.iterdir() if (child / _SAVED_DATASET).is_file())
         raise InputError(f"{name}: {folder} holds several splits; name one: {_join(folder, splits)}")
-    files = sorted(child for child in folder.iterdir() if child.suffix.lower() in EXTENSIONS and child.is_file())
+    files = sorted(child for child in folder.iterdir() if extension(child) and child.is_file())
     if files:
         return files
-    below = sorted({file.parent for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS})[:5]
+    below = sorted({file.parent for file in folder.rglob("*") if extension(file)})[:5]
     hint = f"; there are some in {', '.join(map(str, below))}" if below else ""
     raise InputError(f"{name}: no {', '.join(EXTENSIONS)} file in the folder {folder}{hint}")
 
@@ -104,9 +122,9 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _known(path: Path, name: str) -> Path:
-    if path.suffix.lower() not in EXTENSIONS:
+    if not extension(path):
         what = f"the extension {path.suffix!r}" if path.suffix else "a name without extension"
-        raise InputError(f"{name}: {path} has {what}; known are {', '.join(EXTENSIONS)}")
+        raise InputError(f"{name}: {path} has {what}; known are {_READ}")
     return path
 
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.data.locate import HUB_PREFIX
+from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
 from iprox.errors import InputError
 
 _CHUNK = 1 << 20
 # Of a JSON array: what is left of a chunk is copied for every element, so a large one costs more than it saves.
 _ARRAY_CHUNK = 1 << 14
 _PARQUET_ROWS = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,13 @@ class Record:
         row: 1-based row; the line in JSON lines, the data row (header not counted) in CSV.
         data: The row as read; None when it could not be read.
         error: Why it could not be read.
-        offset: Byte offset of the line in its file; -1 where the input has no lines of JSON.
-        length: Bytes of the line with its line end.
+        line: The bytes of the row with its line end; None where the input has no lines of JSON.
     """
 
     row: int
     data: Any
     error: str | None = None
-    offset: int = -1
-    length: int = 0
+    line: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Reader:
 
 
 def open_file(path: Path, label: str, stem: str) -> Reader:
-    """Make the reader of one local file, by its extension.
+    """Make the reader of one local file, compressed or not, by its extension.
 
     Args:
         path: The file.
@@ -74,7 +74,7 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
     Returns:
         The reader. The file is opened when `records()` is iterated.
     """
-    read = {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(path.suffix.lower(), _jsonl)
+    read = {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(extension(path), _jsonl)
     return Reader(label, stem, str(path), path, lambda: _guarded(read(path), path))
 
 
@@ -219,35 +219,47 @@ def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
 
 
+def _opened(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed on the way; a compressed one that ends too early is an `OSError`."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        return path.open("rb")
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), compression), _CHUNK)
+
+
+def _text(path: Path, newline: str | None = None) -> IO[str]:
+    return io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
 def _jsonl(path: Path) -> Iterator[Record]:
-    offset = 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         # Bytes, not text: `write_rows` copies lines byte for byte, and only "\n" ends a line of JSON.
         for row, line in enumerate(file, start=1):
-            start, offset = offset, offset + len(line)
+            if row == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)  # which belongs to the file's start, not to the row
             if line.isspace():
                 continue
             try:
-                data = json.loads(line.decode("utf-8-sig" if row == 1 else "utf-8"))
+                data = json.loads(line.decode())
             except UnicodeDecodeError as error:
-                yield Record(row, None, f"not UTF-8 (byte {error.start + 1} of the line)", start, len(line))
+                yield Record(row, None, f"not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:
-                yield Record(row, None, f"not JSON: {_json_fault(error)}", start, len(line))
+                yield Record(row, None, f"not JSON: {_json_fault(error)}")
             else:
-                yield Record(row, data, None, start, len(line))
+                yield Record(row, data, None, line)
 
 
 def _json(path: Path) -> Iterator[Record]:
     """A JSON array read object by object; a `.json` file that starts with an object holds JSON lines."""
-    with path.open("rb") as file:
-        head = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
+    with _opened(path) as file:
+        head = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"{"):
         yield from _jsonl(path)
         return
     if head and not head.startswith(b"["):
         raise InputError(f"{path}: not JSON: expected an array of objects or one object per line")
     if head:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        with _text(path) as file:
             yield from _json_array(file, path)
 
 
@@ -302,7 +314,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 def _csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long document
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with _text(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         row = 0
         while True:

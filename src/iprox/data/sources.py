@@ -10,7 +10,6 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,21 +162,10 @@ class Pool:
                 out.write(spool.read(length))
 
     def _lines(self, wanted: Sequence[int]) -> Iterator[tuple[Example, bytes]]:
-        """Chosen rows as JSON lines, in the pool's order; one file is open at a time, however many there are."""
-        with ExitStack() as stack:
-            last, file = None, None
-            for example, record, reader in self._chosen(wanted):
-                if record.offset < 0 or reader.path is None:
-                    yield example, json_line(record.data, example.origin)
-                    continue
-                if file is None or reader is not last:
-                    stack.close()
-                    last, file = reader, stack.enter_context(reader.path.open("rb"))
-                file.seek(record.offset)
-                line = file.read(record.length)
-                # A byte order mark belongs to the file's start, not to the row.
-                line = line.removeprefix(b"\xef\xbb\xbf") if record.offset == 0 else line
-                yield example, line if line.endswith(b"\n") else line + b"\n"
+        """Chosen rows as JSON lines, in the pool's order."""
+        for example, record, _ in self._chosen(wanted):
+            line = json_line(record.data, example.origin) if record.line is None else record.line
+            yield example, line if line.endswith(b"\n") else line + b"\n"
 
     def _good_rows(self, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[Example, Record, Reader]]:
         """Every good row with its raw record; `on_bad(origin, reason)` hears of the others."""
@@ -234,7 +222,7 @@ class Pool:
             hashes.append(_hash64(example.id))
             if look is not None:
                 look(example)
-            if record.offset < 0 and reader not in writable:
+            if record.line is None and reader not in writable:
                 json_line(record.data, example.origin)  # refused now rather than when rows are selected
                 writable.add(reader)
             if progress is not None and len(hashes) % _PROGRESS_ROWS == 0:
