@@ -302,7 +302,7 @@ def tested(
 
 def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Test losses by task with their standard errors over seeds, exact matches, and costs; what is known so far."""
-    print(f"{'selected by':<22}" + "".join(f"{task:>18}" for task in arguments.tasks) + f"{'mean':>9}{'FLOPs':>7}")
+    print(f"{'selected by':<22}" + "".join(f"{task:>18}" for task in arguments.tasks) + f"{'mean':>17}{'FLOPs':>7}")
     for method in arguments.methods:
         losses = [
             [
@@ -317,8 +317,9 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
         columns = "".join(
             f"{np.mean(each):>9.3f} ± {standard_error(each):.3f}" if each else f"{'–':>17}" for each in losses
         )
-        mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
-        print(f"{method:<22}{columns}{mean:>9}{relative_flops(cells, method):>7.2f}")
+        means = mean_losses(cells, method, arguments.tasks)[: arguments.seeds]
+        mean = f"{np.mean(means):.3f} ± {standard_error(means):.3f}" if means else "–"
+        print(f"{method:<22}{columns}{mean:>17}{relative_flops(cells, method):>7.2f}")
 
 
 def print_costs(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
@@ -340,6 +341,12 @@ def relative_flops(cells: dict[str, Any], method: str) -> float:
     cell = cells[f"{method}/scores/0"]
     # Rows without low-rank gradients of the target's shapes are charged against the target at its cheapest.
     return sum(cell["flops"].values()) / cell.get("target_flops", min(of_target))
+
+
+def mean_losses(cells: dict[str, Any], method: str, tasks: list[str]) -> list[float]:
+    """The mean test loss over the tasks, of each seed that has them all."""
+    by_seed = [[cells.get(f"{method}/{task}/{seed}") for task in tasks] for seed in range(10)]
+    return [float(np.mean([cell["after"] for cell in each if cell])) for each in by_seed if all(each)]
 
 
 def standard_error(values: list[float]) -> float:

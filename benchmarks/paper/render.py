@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from main_table import METHODS, relative_flops, standard_error
+from main_table import METHODS, mean_losses, relative_flops, standard_error
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -58,20 +58,23 @@ def made_on(results: dict[str, Any]) -> str:
     return f"{'; '.join(sorted(machines))}; {', '.join(sorted(versions))}."
 
 
+def with_error(values: list[float]) -> str:
+    """A mean over seeds with its standard error, where there are several."""
+    error = f" ± {standard_error(values):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{error}" if values else "–"
+
+
 def main_rows(results: dict[str, Any]) -> str:
-    """Test losses by row and task, exact matches, and what selecting cost."""
+    """Test losses by row and task, exact matches, and what selecting cost; and the mean losses as a plot."""
     cells, tasks = results["cells"], results["settings"]["tasks"]
-    rows = []
+    rows, points = [], []
     for method in METHODS:
         entries = [of_seeds(cells, f"{method}/{task}") for task in tasks]
         if not any(entries):
             continue
         losses = [[entry["after"] for entry in each] for each in entries]
         seeds = max(len(each) for each in losses)
-        shown = [
-            f"{np.mean(each):.3f}" + (f" ± {standard_error(each):.3f}" if len(each) > 1 else "") if each else "–"
-            for each in losses
-        ]
+        shown = [with_error(each) for each in losses]
         exact = [
             f"{np.mean([entry['exact_match']['after'] for entry in each]):.0%}" if each else "–" for each in entries
         ]
@@ -79,14 +82,33 @@ def main_rows(results: dict[str, Any]) -> str:
         runs_model = bool(scored) and sum(scored[0]["flops"].values()) > 0
         size = f"{scored[0]['parameters'] / 1e6:.1f} M" if runs_model else ""
         cost = f"{relative_flops(cells, method):.2f}" if scored else ""
-        mean = f"{np.mean([np.mean(each) for each in losses]):.3f}" if all(losses) else "–"
+        means = mean_losses(cells, method, tasks)
+        if means:
+            points.append((method, means))
         own = [cell["own_source"] for cell in scored if "own_source" in cell]
         pure = ", ".join(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0]) if own else ""
-        rows.append([method, *shown, mean, ", ".join(exact), pure, size, cost, str(seeds)])
+        rows.append([method, *shown, with_error(means), ", ".join(exact), pure, size, cost, str(seeds)])
     sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
     heads = ["selected by", *tasks, "mean", f"exact match ({', '.join(tasks)})"]
     heads += [f"of the task's own source ({', '.join(sources)})", "parameters", "FLOPs", "seeds"]
-    return f"{table(heads, rows)}\n\n{made_on(results)}"
+    picture = mean_loss_plot(points, f"mean-loss-{results['settings']['estimator']}")
+    return f"{picture}\n\n{table(heads, rows)}\n\n{made_on(results)}"
+
+
+def mean_loss_plot(points: list[tuple[str, list[float]]], name: str) -> str:
+    """Rows by mean test loss, best first, a dot a seed."""
+    points = sorted(points, key=lambda point: np.mean(point[1]))
+    figure, axes = plt.subplots(figsize=(6.2, 0.6 + 0.19 * len(points)))
+    for height, (method, means) in enumerate(points):
+        color = "#1565c0" if method.startswith("ipsvd") else "#000000" if method == "target" else "#88909a"
+        axes.plot(means, [height] * len(means), "o", color=color, markersize=4, alpha=0.6)
+        axes.plot(np.mean(means), height, "|", color=color, markersize=10)
+    axes.set_yticks(range(len(points)), [method for method, _ in points])
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.4)
+    axes.set_xlabel("mean test loss over the tasks (nats); a dot a seed")
+    said = "; ".join(f"{method} {with_error(means)}" for method, means in points)
+    return f"![Mean test loss: {said}]({saved(figure, name)})"
 
 
 def fidelity_rows(results: dict[str, Any]) -> str:
@@ -98,7 +120,7 @@ def fidelity_rows(results: dict[str, Any]) -> str:
         if not scored or method == "target":
             continue
         figures = [list(cell["fidelity"].values()) for cell in scored]
-        spearman = float(np.mean([[task["spearman"] for task in cell] for cell in figures]))
+        spearman = with_error([float(np.mean([task["spearman"] for task in cell])) for cell in figures])
         overlap = float(np.mean([[task["overlap"]["0.05"] for task in cell] for cell in figures]))
         cost = relative_flops(cells, method)
         points.append((method, cost, overlap))
@@ -112,7 +134,7 @@ def fidelity_rows(results: dict[str, Any]) -> str:
         ]
         within = [cell["within_sources"] for cell in scored if "within_sources" in cell]
         inside = f"{np.mean(within):.3f}" if within else "–"
-        row = [method, f"{spearman:.3f}", inside, f"{overlap:.2f}", *again, f"{cost:.2f}", flops, seconds]
+        row = [method, spearman, inside, f"{overlap:.2f}", *again, f"{cost:.2f}", flops, seconds]
         rows.append([*row, str(len(scored))])
     figure, axes = plt.subplots(figsize=(6.2, 3.4))
     for method, cost, overlap in points:
