@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -65,6 +66,7 @@ def train(
     seed: int = 0,
     store_dtype: torch.dtype | None = None,
     optimizer_state: bool = False,
+    adapters_only: bool = False,
     compile_model: bool | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
     report_to: str = "none",
@@ -77,8 +79,8 @@ def train(
 
     Args:
         model: in float32: these are the master weights; bfloat16 is used for the products only. Of one with LoRA
-            adapters (`iprox.models.adapters.with_lora`) they alone are trained and saved, and the frozen weights may be
-            in bfloat16.
+            adapters (`iprox.models.adapters.with_lora`) they alone are trained, and the frozen weights may be in
+            bfloat16.
         tokenizer: saved with each checkpoint; its pad token pads.
         encoded: what to train on; examples without a supervised token are left out.
         output: folder for the checkpoints, made if missing.
@@ -91,6 +93,7 @@ def train(
         seed: of the order.
         store_dtype: what checkpoints are stored in; the model's own dtype if None.
         optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
+        adapters_only: of a model with adapters, save them alone, rather than the model with them multiplied in.
         compile_model: run the decoder layers compiled, on a CPU; auto does where there are steps to repay it.
         progress: called with 1 after each optimiser step.
         report_to: the tracking service that transformers logs to.
@@ -146,7 +149,8 @@ def train(
             )
         # nn.DataParallel over every GPU in sight would multiply the batch, and with it what a step is.
         arguments._n_gpu = 1
-    recorder = _Recorder(output, tokenizer, every_epoch, store_dtype, optimizer_state, progress)
+    save = functools.partial(save_model, tokenizer=tokenizer, dtype=store_dtype, adapters_only=adapters_only)
+    recorder = _Recorder(output, save, every_epoch, optimizer_state, progress)
     trainer_class = SFTTrainer if model.device.type == "cuda" else _SupervisedHeadTrainer
     trainer = trainer_class(
         model=model,
@@ -236,14 +240,13 @@ class _Recorder(TrainerCallback):
     def __init__(
         self,
         output: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        save: Callable[..., None],
         every_epoch: bool,
-        store_dtype: torch.dtype | None,
         optimizer_state: bool,
         progress: Callable[[int], None] | None,
     ) -> None:
-        self.output, self.tokenizer, self.every_epoch = output, tokenizer, every_epoch
-        self.store_dtype, self.optimizer_state, self.progress = store_dtype, optimizer_state, progress
+        self.output, self.save, self.every_epoch = output, save, every_epoch
+        self.optimizer_state, self.progress = optimizer_state, progress
         self.result = TrainingResult()
         self.rate = 0.0
         self.epoch_start = 0
@@ -276,7 +279,7 @@ class _Recorder(TrainerCallback):
             return
         name = f"checkpoint-{state.global_step}"
         optimizer = kwargs["optimizer"] if self.optimizer_state else None
-        save_model(kwargs["model"], self.tokenizer, self.output / name, self.store_dtype, optimizer)
+        self.save(kwargs["model"], folder=self.output / name, optimizer=optimizer)
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("learning_rate", "loss")}
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])

@@ -123,8 +123,8 @@ class Session:
                 raise
             raise InputError(
                 f"not enough memory on {self.device} ({str(error).strip().splitlines()[0]}); --batch-tokens "
-                f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}), and iprox plan "
-                "says what each stage needs"
+                f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}); a training "
+                "needs less with a smaller batch_size (and accumulate) or lora; iprox plan says what each stage needs"
             ) from error
 
     @contextmanager

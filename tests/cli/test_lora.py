@@ -1,13 +1,16 @@
 """Trainings of adapters instead of weights, through the commands and a whole run."""
 
 import json
+import shutil
 import sys
 
 import pytest
+import yaml
 from peft import AutoPeftModelForCausalLM
 
 from iprox.cli import main
 from iprox.models.adapters import adapter_base
+from iprox.models.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +21,12 @@ def tuned(tmp_path_factory, make_place):
     return place
 
 
-def test_a_run_scores_on_checkpoints_that_are_adapters(tuned, model):
+def test_a_run_scores_on_checkpoints_with_the_adapters_multiplied_in(tuned):
     listed = json.loads((tuned.output / "warmup/checkpoints.json").read_text())
     assert len(listed) == 2
-    for entry in listed:
-        assert adapter_base(tuned.output / "warmup" / entry["path"]) == str(model)
-        assert not list((tuned.output / "warmup" / entry["path"]).glob("model*.safetensors"))
+    for entry in listed:  # whole models, which hang on nothing outside the folder
+        assert adapter_base(tuned.output / "warmup" / entry["path"]) is None
+        load_model(tuned.output / "warmup" / entry["path"])
     stages = tuned.record()["stages"]
     assert stages["score"]["checkpoints"] == 2
     assert 0 < stages["finetune"]["trained_parameters"] < stages["warmup"]["trained_parameters"]
@@ -32,15 +35,14 @@ def test_a_run_scores_on_checkpoints_that_are_adapters(tuned, model):
     assert stages["warmup"]["last_loss"] < stages["warmup"]["first_loss"]
 
 
-def test_what_was_fine_tuned_is_an_adapter_that_peft_loads(tuned):
+def test_what_was_fine_tuned_is_an_adapter_that_peft_loads(tuned, model):
     folder = tuned.output / "finetune/model"
+    assert adapter_base(folder) == str(model)
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 8
     AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_second_start_does_nothing_and_rates_are_in_the_recipe(tuned):
-    resolved = (tuned.output / "recipe.yaml").read_text()
-    assert "learning_rate: 0.0002" in resolved  # of the fine-tuning: the one of adapters, as none was given
+def test_a_second_start_does_nothing(tuned):
     assert main(["run", str(tuned.output / "recipe.yaml")]) == 0
     assert tuned.done() == []
 
@@ -77,6 +79,20 @@ def test_a_run_that_cannot_train_adapters_at_its_end_does_not_begin(place, capsy
     assert place.run("--set", "finetune={lora: {rank: 2}}") == 2
     assert "pip install 'iprox[lora]'" in capsys.readouterr().err
     assert not place.output.exists()
+
+
+def test_experts_are_refused_before_any_work(place, tiny, capsys, tmp_path):
+    moe = tmp_path / "moe"
+    shutil.copytree(yaml.safe_load(place.recipe.read_text())["model"], moe)
+    tiny.model("qwen3-moe", vocab_size=2048).save_pretrained(moe)
+    said = "moe: has fused experts, which LoRA would leave as they are"
+    for command in ("run", "plan"):
+        assert main([command, str(place.recipe), "--set", f"model={moe}", "warmup.lora={}"]) == 2
+        assert said in capsys.readouterr().err
+    options = ["--model", str(moe), "--pool", str(place.pool), "--output", str(place.path / "warm"), "--lora"]
+    assert main(["warmup", *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (place.path / "warm").exists()
 
 
 def test_plan_foretells_less_work_and_memory_of_adapters(place, capsys):

@@ -6,10 +6,13 @@ import yaml
 from iprox.errors import InputError
 from iprox.recipe import (
     STAGES,
+    FinetuneSection,
     InfluenceSection,
     LdsSection,
+    LoraSection,
     Recipe,
     SelectSection,
+    WarmupSection,
     load_recipe,
     parse_recipe,
     validate_section,
@@ -230,3 +233,17 @@ def test_adam_takes_no_query_norm_unless_examples_are_scored_one_by_one():
     with pytest.raises(ValueError, match="query_norm saves it nothing"):
         InfluenceSection(estimator="adam", query_norm=0.9)
     assert InfluenceSection(estimator="adam", query_norm=0.9, per_example=True).query_norm == 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [({}, 2e-5), ({"lora": False}, 2e-5), ({"lora": {}}, 2e-4), ({"lora": {"rank": 4}, "learning_rate": 1e-3}, 1e-3)],
+)
+@pytest.mark.parametrize("section", [WarmupSection, FinetuneSection])
+def test_a_learning_rate_left_out_is_that_of_what_is_trained(section, given, rate):
+    assert section.model_validate(given).peak == rate
+
+
+def test_the_scale_of_adapters_left_out_is_twice_the_rank():
+    assert LoraSection(rank=4).scale == 8
+    assert LoraSection(rank=4, alpha=3).scale == 3

@@ -2,10 +2,14 @@
 
 import json
 import sys
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import iprox
 from iprox.errors import InputError
@@ -13,7 +17,14 @@ from iprox.models.adapters import adapter_base, save_adapters, with_lora
 from iprox.models.flops import lora_parameters
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import checkpoint_fingerprint, load_config, load_model
+from iprox.models.saving import save_model
 from iprox.session import Session
+
+
+@pytest.fixture
+def tokenizer():
+    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", eos_token="w1")
 
 
 @pytest.fixture
@@ -108,6 +119,62 @@ def test_saved_adapters_name_their_base_and_load_merged_on_an_adapter_too(adapte
         torch.testing.assert_close(logits, adapted(input_ids=batch.input_ids).logits, rtol=1e-4, atol=1e-4)
     assert load_config(over).model_type == "qwen3"
     assert len({checkpoint_fingerprint(each) for each in (base, folder, over)}) == 3
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_saved_with_its_adapters_multiplied_in_is_whole(tiny, tokenizer, tmp_path, kind, dtype):
+    batch = tiny.batch([9, 7])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT's, of layers stored the other way round
+        adapted = moved(with_lora(tiny.model(kind, dtype=dtype), "org/name", rank=2, alpha=4.0)).eval()
+    save_model(adapted, tokenizer, tmp_path / "whole", torch.float32)
+    model = load_model(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/config.json").read_text())["dtype"] == "float32"
+    with torch.no_grad():
+        expected = adapted.float()(input_ids=batch.input_ids).logits
+        torch.testing.assert_close(model(input_ids=batch.input_ids).logits, expected, rtol=1e-4, atol=1e-4)
+    # It has not changed what goes on training.
+    assert {name for name, each in adapted.named_parameters() if each.requires_grad} >= {
+        name for name, _ in adapted.named_parameters() if ".lora_" in name
+    }
+
+
+def half(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(dict(sorted(weights.items())[: len(weights) // 2]), folder / "adapter_model.safetensors")
+
+
+def cut(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def described(**changes):
+    def change(folder):
+        file = folder / "adapter_config.json"
+        told = {key: value.format(folder) for key, value in changes.items()}
+        file.write_text(json.dumps({**json.loads(file.read_text()), **told}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (half, "adapter: is not whole: it lacks weights of some of the layers that it adapts"),
+        (cut, "adapter: does not fit its base model"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1"), "adapter_config.json: is no JSON object"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: is no JSON object"),
+        (described(base_model_name_or_path="{}"), "names itself as base_model_name_or_path"),
+        (described(base_model_name_or_path="/moved/base"), "adapter: adapts /moved/base, which is not there; correct"),
+    ],
+)
+def test_a_broken_adapter_is_refused(adapter, broken, said):
+    _, folder, _ = adapter
+    broken(folder)
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
 
 
 def test_fused_experts_and_a_missing_peft_are_refused(tiny, monkeypatch):

@@ -87,4 +87,4 @@ def _quieten_libraries(quiet: bool) -> None:
     for name in ("iprox", "trl"):  # what iprox logs for users of its API, the command line reports itself
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate|peft)\b")

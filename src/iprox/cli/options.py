@@ -14,7 +14,8 @@ from typing import Any
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.files import expanded
-from iprox.models.loading import load_config, model_fingerprint
+from iprox.models.adapters import check_lora
+from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
 from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter
@@ -55,6 +56,12 @@ def training_of(arguments: Namespace) -> dict[str, Any]:
     if arguments.lora is not None:
         given["lora"] = {"rank": arguments.lora, "alpha": arguments.lora_alpha}
     return given
+
+
+def check_training(arguments: Namespace) -> None:
+    """Refuse adapters on a model that cannot have them, before any work."""
+    if arguments.lora is not None:
+        check_lora(skeleton(arguments.model, trust_remote_code=arguments.trust_remote_code), arguments.model)
 
 
 def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:

@@ -112,7 +112,8 @@ def training_options(parser: argparse.ArgumentParser) -> None:
         const=16,
         default=None,
         metavar="RANK",
-        help="train LoRA adapters of this rank (16 if none is given) instead of all weights; needs PEFT",
+        help="train LoRA adapters of this rank (16 if none is given) with dropout 0.05, instead of all weights; "
+        "needs PEFT",
     )
     parser.add_argument("--lora-alpha", type=above_zero, default=None, help="of --lora: scale (default twice the rank)")
 

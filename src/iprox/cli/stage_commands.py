@@ -9,6 +9,7 @@ from typing import Any
 from iprox import hub
 from iprox.cli import options, summary
 from iprox.data import Pool
+from iprox.data.locate import COMPRESSIONS
 from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
@@ -42,6 +43,7 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
         raise InputError("--optimizer-state keeps Adam's moments of the weights, of which --lora trains none")
     settings = validate_section(WarmupSection, fraction=arguments.fraction, **options.training_of(arguments))
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
+    options.check_training(arguments)
     output = options.new_folder(arguments.output)
     total = session.read(pool).rows
     rows = draw_rows("warmup", session.seed, total, max(1, round(total * settings.fraction)))
@@ -176,8 +178,9 @@ def select(arguments: Namespace) -> dict[str, Any]:
     )
     session = options.session_of(arguments)
     output = expanded(arguments.output)
-    if output.suffix.lower() in (".json", ".parquet", ".csv"):
-        raise InputError(f"--output {output}: a selection is written as JSON lines; name it {output.stem}.jsonl")
+    if output.suffix.lower() in (".json", ".parquet", ".csv", *COMPRESSIONS):
+        name = output.name.partition(".")[0]
+        raise InputError(f"--output {output}: a selection is written as JSON lines; name it {name}.jsonl")
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = options.pool_of(arguments.pool, arguments)
@@ -275,6 +278,7 @@ def finetune(arguments: Namespace) -> dict[str, Any]:
     settings = validate_section(FinetuneSection, **options.training_of(arguments))
     session, pool = options.session_of(arguments), options.pool_of(arguments.data, arguments, "data")
     tests = options.tasks_of(arguments.validation, arguments)
+    options.check_training(arguments)
     output = options.new_folder(arguments.output)
     session.read(pool)
     examples = list(pool)

@@ -44,9 +44,12 @@ def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
             found.setdefault(os.path.realpath(path), path)
     if not found:
         raise InputError(f"{name}: no file is given; name at least one file, pattern or folder")
+    plain: dict[str, Path] = {}
     for path in found.values():
-        if isinstance(path, Path) and path != (plain := _decompressed(path)) and os.path.realpath(plain) in found:
-            raise InputError(f"{name}: {plain} and {path} would be read both; leave one of them out")
+        if isinstance(path, Path):
+            other = plain.setdefault(os.path.realpath(_decompressed(path)), path)
+            if other is not path:
+                raise InputError(f"{name}: {other} and {path} would be read both; leave one of them out")
     return list(found.values())
 
 
@@ -113,7 +116,7 @@ def _folder(folder: Path, name: str) -> list[Path]:
         return files
     below = sorted({file.parent for file in folder.rglob("*") if extension(file)})[:5]
     hint = f"; there are some in {', '.join(map(str, below))}" if below else ""
-    raise InputError(f"{name}: no {', '.join(EXTENSIONS)} file in the folder {folder}{hint}")
+    raise InputError(f"{name}: no file to read in the folder {folder} ({_READ}){hint}")
 
 
 def is_saved_dataset(path: Path) -> bool:

@@ -214,7 +214,8 @@ def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
     try:
         yield from records
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+        mend = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}{mend}") from error
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
 from iprox.models.experts import has_experts
@@ -24,14 +27,22 @@ def adapter_base(path: str | Path) -> str | None:
     """The model that an adapter folder adapts; None where the folder holds no adapter.
 
     Raises:
-        InputError: the adapter does not say, or its weights are pickled.
+        InputError: the adapter does not say, or names a folder that is not there, or its weights are pickled.
     """
     folder = Path(path)
-    if not (folder / ADAPTER).is_file():
+    file = folder / ADAPTER
+    if not file.is_file():
         return None
-    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{file}: is no JSON object; save the adapter again") from error
     if not base:
-        raise InputError(f"{folder / ADAPTER}: names no base_model_name_or_path; add the model that it adapts")
+        raise InputError(f"{file}: names no base_model_name_or_path; add the model that it adapts")
+    if Path(base).exists() and Path(base).samefile(folder):
+        raise InputError(f"{file}: names itself as base_model_name_or_path; put there the model that it adapts")
+    if not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):  # no hub id
+        raise InputError(f"{folder}: adapts {base}, which is not there; correct base_model_name_or_path in {file}")
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
     return base
@@ -45,8 +56,14 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     """
     peft = _peft(f"{path}: is a PEFT adapter")
     try:
-        whole = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except (ValueError, RuntimeError, KeyError) as error:
+        with warnings.catch_warnings():
+            # Half an adapter is none: PEFT would leave the rest at zero, and warn.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            adapted = peft.PeftModel.from_pretrained(model, str(path), torch_device=str(model.device))
+        whole = adapted.merge_and_unload()
+    except UserWarning as error:
+        raise InputError(f"{path}: is not whole: it lacks weights of some of the layers that it adapts") from error
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
         raise InputError(f"{path}: does not fit its base model ({str(error).splitlines()[0]})") from error
     return whole.requires_grad_(True)  # PEFT leaves the base model frozen, and a warm-up would train nothing
 
@@ -69,7 +86,12 @@ def with_lora(
     """
     peft = check_lora(model, base)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
@@ -93,6 +115,24 @@ def check_lora(model: nn.Module, name: str) -> Any:
 def is_adapted(model: nn.Module) -> TypeIs[PeftModel]:
     """Whether a model carries adapters that PEFT trains."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def merged_state(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a model with its adapters multiplied in, under the names that they have without adapters.
+
+    Summed in float32 and rounded once to the dtype; the model is left as it is, to be trained on.
+    """
+    state: dict[str, Tensor] = {}
+    modules = dict(model.get_base_model().named_modules())
+    for name, tensor in model.get_base_model().state_dict().items():
+        if ".lora_" in name:
+            continue
+        owner, base, last = name.rpartition(".base_layer.")
+        if base and last == "weight":
+            layer: Any = modules[owner]
+            tensor = (tensor.float() + layer.get_delta_weight("default").float()).to(dtype)
+        state[f"{owner}.{last}" if base else name] = tensor
+    return state
 
 
 def save_adapters(model: PeftModel, folder: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iprox.models.adapters import is_adapted, save_adapters
+from iprox.models.adapters import is_adapted, merged_state, save_adapters
 from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
 from iprox.models.optimizer_state import save_adam_state
@@ -29,28 +31,29 @@ def save_model(
     folder: Path,
     dtype: torch.dtype | None = None,
     optimizer: Any = None,
+    *,
+    adapters_only: bool = False,
 ) -> None:
     """Save model and tokenizer to a folder that appears only when it is whole.
 
     Args:
-        model: what to save; of one that carries adapters, the adapters alone.
+        model: what to save; of one that carries adapters, the model with them multiplied in.
         tokenizer: saved beside it.
         folder: an older one of that name is replaced.
-        dtype: cast floating weights to this for storage; None keeps theirs, as adapters do.
+        dtype: cast floating weights to this for storage; None keeps theirs.
         optimizer: the Adam that trains it, to keep its moments; None keeps none.
+        adapters_only: save the adapters that it carries, float32, without the model.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if is_adapted(model):
+    if not is_adapted(model):
+        _save_whole(model, model.state_dict(), partial, dtype)
+    elif adapters_only:
         save_adapters(model, partial)
-    elif dtype is None:
-        model.save_pretrained(partial)
     else:
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-        model.save_pretrained(partial, state_dict=state)
-        config = partial / "config.json"  # transformers writes the dtype of the module, not of the state given
-        stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
-        config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        base: Any = model.get_base_model()
+        dtype = dtype or base.dtype
+        _save_whole(base, merged_state(model, dtype), partial, dtype)
     tokenizer.save_pretrained(partial)
     if not is_adapted(model) and proxy_config(model) is not None:
         write_card(model, partial)
@@ -60,3 +63,15 @@ def save_model(
         file.chmod(0o644)  # safetensors writes weights that only their owner can read
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _save_whole(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a model's config and weights, the weights those of `state`."""
+    if dtype is None:
+        model.save_pretrained(folder)
+        return
+    cast = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
+    model.save_pretrained(folder, state_dict=cast)
+    config = folder / "config.json"  # transformers writes the dtype of the module, not of the state given
+    stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
+    config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")

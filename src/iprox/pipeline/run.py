@@ -109,7 +109,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
         target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
         flops.compressible_layers(target)
-        if any(training and training.lora for training in (recipe.warmup, recipe.finetune)):
+        if recipe.trains_adapters:
             check_lora(target, recipe.model)
         encode_validation(encoder, tests)
         if summary.bad_rows:

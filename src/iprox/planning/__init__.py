@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from iprox.data import Pool
+from iprox.models.adapters import check_lora
 from iprox.models.loading import skeleton
 from iprox.planning.costs import Costs, Rows
 from iprox.planning.stages import PLANS
@@ -45,6 +46,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     sampled = len(range(0, total, step))
     rows = Rows(total, tokens / sampled, supervised / sampled)
     model = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    if recipe.trains_adapters:
+        check_lora(model, recipe.model)
     costs = Costs.of(recipe, model, rows, encoded, session.dtype)
     works = {name: work for name, plan in PLANS.items() if (work := plan(costs)) is not None}
     stages = {

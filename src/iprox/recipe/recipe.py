@@ -126,6 +126,11 @@ class Recipe(Section):
             raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
         return self
 
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether some training is of adapters."""
+        return any(training and training.lora is not False for training in (self.warmup, self.finetune))
+
     def resolved(self) -> Recipe:
         """The same recipe with every local path absolute, so that it runs from anywhere."""
         copy = self.model_copy(deep=True)

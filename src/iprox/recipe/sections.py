@@ -11,7 +11,7 @@ from iprox.recipe.section import Section
 # How large a proxy may be, in the order they are documented.
 SIZES = ("sparsity", "parameters", "flops", "fidelity")
 # Adapters start at zero and have few numbers to move: about ten times what whole weights take.
-LORA_LEARNING_RATE = 2e-4
+LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 
 
 class DataSection(Section):
@@ -57,18 +57,18 @@ class TrainingSection(Section):
     """
 
     epochs: int = Field(4, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
     batch_size: int = Field(16, ge=1)
     accumulate: int = Field(1, ge=1)
     lora: LoraSection | Literal[False] = False
     compile: Literal["auto"] | bool = "auto"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _rate_of_adapters(cls, value: Any) -> Any:
-        if isinstance(value, dict) and value.get("lora") and "learning_rate" not in value:
-            return {**value, "learning_rate": LORA_LEARNING_RATE}
-        return value
+    @property
+    def peak(self) -> float:
+        """`learning_rate`, or what it is when left out."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LORA_LEARNING_RATE if self.lora else LEARNING_RATE
 
 
 class WarmupSection(TrainingSection):

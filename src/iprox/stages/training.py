@@ -87,14 +87,14 @@ def _sft(
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
-    # Master weights in float32, and the checkpoints are stored as the model was; frozen weights need no masters.
+    # Master weights in float32, and the checkpoints are stored as the model was; frozen weights are left as stored.
     lora = settings.lora
-    target = session.model(model, None if lora else torch.float32, fused=True)
+    stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
+    target = session.model(model, stored if lora else torch.float32, fused=True)
     if proxy_config(target) is not None:
         raise InputError(f"{model}: is an iprox proxy, which is for scoring; fine-tune its target")
     trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
     shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
-    stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
     name = "warm-up" if every_epoch else "finetune"
@@ -105,7 +105,7 @@ def _sft(
             encoded,
             output,
             epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.peak,
             batch_size=settings.batch_size,
             accumulate=settings.accumulate,
             bf16=session.dtype == torch.bfloat16,
@@ -113,6 +113,7 @@ def _sft(
             seed=session.seed,
             store_dtype=stored,
             optimizer_state=optimizer_state,
+            adapters_only=not every_epoch,  # what is scored must not hang on where the base model is
             compile_model=settings.compile,
             progress=progress,
             report_to=session.tracker.kind,
