@@ -52,8 +52,8 @@ def save_model(
         save_adapters(model, partial)
     else:
         base: Any = model.get_base_model()
-        dtype = dtype or base.dtype
-        _save_whole(base, merged_state(model, dtype), partial, dtype)
+        kept: torch.dtype = base.dtype if dtype is None else dtype
+        _save_whole(base, merged_state(model, kept), partial, kept)
     tokenizer.save_pretrained(partial)
     if not is_adapted(model) and proxy_config(model) is not None:
         write_card(model, partial)
