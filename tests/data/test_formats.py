@@ -114,6 +114,7 @@ def test_a_filled_format_wins_over_an_empty_column():
         ({"text": "  "}, "text is empty"),
         ({"text": "a\udc80"}, "text is not valid UTF-8"),
         ({"text": "a", "id": 1.5}, "id must be text or a whole number"),
+        ({"text": "a", "id": float("inf")}, "id must be text or a whole number"),
         ({"text": "a", "source": ["x"]}, "source must be text"),
         ({"text": "a", None: ["x"]}, "more fields than the header"),
     ],
@@ -127,3 +128,8 @@ def test_an_empty_system_turn_is_kept_as_it_is():
     """Data sets for fine-tuning often have one in every row."""
     example = read({"messages": [{"role": "system", "content": ""}, USER, {"role": "assistant", "content": "A"}]})
     assert [message["content"] for message in example.messages] == ["", USER["content"], "A"]
+
+
+@pytest.mark.parametrize(("given", "label"), [(7, "7"), (7.0, "7"), (float("nan"), None), (None, None), ("x", "x")])
+def test_sources_are_read_as_pandas_writes_them(given, label):
+    assert read({"text": "a", "source": given}).source == label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -224,8 +225,11 @@ def _text(value: Any, what: str) -> str:
 
 
 def _label(value: Any, what: str) -> str | None:
-    if value is None or value == "":
+    # pandas keeps whole numbers as floats where a column lacks some, and NaN for those it lacks.
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
