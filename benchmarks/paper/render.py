@@ -107,8 +107,8 @@ def mean_loss_plot(points: list[tuple[str, list[float]]], name: str) -> str:
     axes.invert_yaxis()
     axes.grid(axis="x", linewidth=0.4)
     axes.set_xlabel("mean test loss over the tasks (nats); a dot a seed")
-    said = "; ".join(f"{method} {with_error(means)}" for method, means in points)
-    return f"![Mean test loss: {said}]({saved(figure, name)})"
+    said = "; ".join(f"{method} {', '.join(f'{mean:.3f}' for mean in means)}" for method, means in points)
+    return f"![Mean test loss by seed: {said}]({saved(figure, name)})"
 
 
 def fidelity_rows(results: dict[str, Any]) -> str:

@@ -41,11 +41,16 @@ def adapter_base(path: str | Path) -> str | None:
         raise InputError(f"{file}: names no base_model_name_or_path; add the model that it adapts")
     if Path(base).exists() and Path(base).samefile(folder):
         raise InputError(f"{file}: names itself as base_model_name_or_path; put there the model that it adapts")
-    if not Path(base).exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):  # no hub id
+    if not Path(base).exists() and not may_be_hub_id(base):
         raise InputError(f"{folder}: adapts {base}, which is not there; correct base_model_name_or_path in {file}")
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
     return base
+
+
+def may_be_hub_id(path: str | Path) -> bool:
+    """Whether a name that no folder has may be one on the hub: NAME or OWNER/NAME."""
+    return str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
 
 
 def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from iprox.errors import InputError
-from iprox.models.adapters import ADAPTER, adapter_base, merged
+from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import IproxConfig, make_low_rank, proxy_config
 from iprox.models.experts import split_experts
 
@@ -229,8 +229,8 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 def _check_folder(path: str | Path) -> None:
     folder = Path(path)
     if not folder.exists():
-        if str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~")):
-            return  # a hub id
+        if may_be_hub_id(path):
+            return
         raise InputError(f"{path}: no such model folder")
     if not (folder / "config.json").is_file():
         raise InputError(f"{path}: no config.json in it; give a transformers model folder or a hub id")
