@@ -1,5 +1,6 @@
 """Tiny models in float64 and random batches: what the oracle tests compare on."""
 
+import gc
 from collections.abc import Sequence
 
 import pytest
@@ -116,6 +117,13 @@ def rows_of(batch: Batch) -> list[Batch]:
         Batch(batch.input_ids[i : i + 1, :n], batch.labels[i : i + 1, :n], batch.lengths[i : i + 1], [i])
         for i, n in enumerate(batch.lengths.tolist())
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_is_imported_stays():
+    """Each stage of a run collects garbage; not to go through torch and transformers again is a quarter of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

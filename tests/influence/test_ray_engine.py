@@ -41,12 +41,11 @@ def make(scorer=LengthScorer):
     return scorer()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_windows_come_back_whole_and_in_order(workers):
+def test_windows_come_back_whole_and_in_order():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     pool = Pool([{"text": "x" * (1 + i % 7)} for i in range(53)])
     done = []
-    spread = list(ray_engine(workers, "cpu")(make, windows_of(pool, 4), done.append))
+    spread = list(ray_engine(2, "cpu")(make, windows_of(pool, 4), done.append))
     here = list(local_engine(make, windows_of(pool, 4)))
     assert len(spread) == len(here) == 14
     for (table, stats), (expected, counted) in zip(spread, here, strict=True):
@@ -55,12 +54,11 @@ def test_windows_come_back_whole_and_in_order(workers):
     assert sum(done) == 53
 
 
-@pytest.mark.parametrize("kind", [FloatingPointError, InputError])
-def test_a_worker_that_fails_stops_the_run_with_its_own_error(kind):
+def test_a_worker_that_fails_stops_the_run_with_its_own_error():
     def broken():
-        raise kind("the gradient of x is not finite")
+        raise InputError("the gradient of x is not finite")
 
-    with pytest.raises(kind, match=r"^the gradient of x is not finite$"):
+    with pytest.raises(InputError, match=r"^the gradient of x is not finite$"):
         list(ray_engine(1, "cpu")(functools.partial(broken), windows_of(Pool([{"text": "a"}]), 4)))
 
 

@@ -49,6 +49,7 @@ def test_gradients_are_those_of_plain_training(tiny, backend):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager"], indirect=True)
 def test_the_model_is_as_it_was_afterwards(tiny, backend):
     model = tiny.model()
     gradients(model, tiny.batch([5, 3]), compiled=True)

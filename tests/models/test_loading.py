@@ -171,18 +171,23 @@ def test_half_a_file_of_weights_is_refused(folder):
 
 def test_a_hub_model_is_known_by_its_commit(folder, tmp_path):
     """From the Hub's cache, in a process of its own, as the libraries read where it is when they are imported."""
-    fingerprints = []
-    for commit in ("0" * 40, "1" * 40, "0" * 40):
-        shutil.rmtree(tmp_path / "home", ignore_errors=True)
-        cached = tmp_path / "home/hub/models--me--model"
+    cached = tmp_path / "home/hub/models--me--model"
+    for commit in ("0" * 40, "1" * 40):
         shutil.copytree(folder, cached / "snapshots" / commit)
-        (cached / "refs").mkdir()
-        (cached / "refs/main").write_text(commit)
-        code = "from iprox.models.loading import *; load_model('me/model'); print(checkpoint_fingerprint('me/model'))"
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        fingerprints.append(done.stdout.split()[-1])
-    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+    (cached / "refs").mkdir()
+    code = """
+import sys
+from pathlib import Path
+from iprox.models.loading import checkpoint_fingerprint, load_model
+for commit in ("0" * 40, "1" * 40, "0" * 40):
+    Path(sys.argv[1]).write_text(commit)
+    load_model("me/model")
+    print(checkpoint_fingerprint("me/model"))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, cached / "refs/main"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, other, again = done.stdout.split()
+    assert first == again != other

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from iprox.audit.spearman import spearman
 
 FOLDS = 5
 # Pseudo-rows for each source's offset and the slope of length: a source of few audited rows stays near none.
@@ -95,8 +96,8 @@ def fit_correction(proxy: np.ndarray, target: np.ndarray, rows: Covariates) -> C
     intercept, slope, length, *offsets = weights(np.arange(len(proxy))).tolist()
     return Correction(
         held_out,
-        _spearman(proxy, target),
-        _spearman(held_out, target),
+        _agreement(proxy, target),
+        _agreement(held_out, target),
         slope / scale_x,
         length,
         mean_log,
@@ -116,6 +117,6 @@ def _log(tokens: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(tokens, 1).astype(np.float64))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    found: Any = stats.spearmanr(x, y)
-    return float(np.nan_to_num(found.statistic))
+def _agreement(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's correlation; 0 where there is none."""
+    return float(np.nan_to_num(spearman(x, y)))

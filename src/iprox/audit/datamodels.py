@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from iprox.audit.intervals import bootstrap_intervals
+from iprox.audit.spearman import spearman
 
 
 def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndarray:
@@ -48,10 +48,7 @@ def datamodelling_score(scores: np.ndarray, members: np.ndarray, losses: np.ndar
     foretold = members @ scores
 
     def lds(subsets: np.ndarray) -> dict[str, float]:
-        if np.ptp(foretold[subsets]) == 0 or np.ptp(losses[subsets]) == 0:
-            return {"lds": np.nan}
-        result: Any = stats.spearmanr(foretold[subsets], -losses[subsets])
-        return {"lds": float(result.statistic)}
+        return {"lds": spearman(foretold[subsets], -losses[subsets])}
 
     measured = lds(np.arange(len(losses)))["lds"]
     return {"lds": measured, "interval": bootstrap_intervals(lds, len(losses))["lds"]}

@@ -14,6 +14,7 @@ from scipy import stats
 from iprox.audit.breakdown import by_group, by_length, calibration, disagreements
 from iprox.audit.display import audit_figure, audit_html
 from iprox.audit.intervals import bootstrap_intervals
+from iprox.audit.spearman import spearman
 from iprox.errors import InputError
 from iprox.influence.scores import score_matrix, task_names
 
@@ -88,8 +89,8 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
         named = {(task, name): value for task, entry in zip(tasks, each, strict=True) for name, value in entry.items()}
         return {**named, **{(None, name): float(np.mean([entry[name] for entry in each])) for name in each[0]}}
 
-    def spearman(rows: np.ndarray) -> float:
-        return float(np.mean([_spearman(x[number][rows], y[number][rows]) for number in range(len(tasks))]))
+    def mean_spearman(rows: np.ndarray) -> float:
+        return float(np.mean([spearman(x[number][rows], y[number][rows]) for number in range(len(tasks))]))
 
     measured = figures(np.arange(len(both)))
     bounds = bootstrap_intervals(figures, len(both))
@@ -111,7 +112,12 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     sources = proxy["source"].take(pa.array(both)).to_pylist()
     tokens = proxy["tokens"].to_numpy(zero_copy_only=False)[both]
     return AuditReport(
-        len(both), fidelity, entry(None), by_group(spearman, sources), by_length(spearman, tokens), pa.table(columns)
+        len(both),
+        fidelity,
+        entry(None),
+        by_group(mean_spearman, sources),
+        by_length(mean_spearman, tokens),
+        pa.table(columns),
     )
 
 
@@ -128,15 +134,10 @@ def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
     return len(np.intersect1d(chosen, wanted)) / count
 
 
-def _spearman(proxy: np.ndarray, target: np.ndarray) -> float:
-    result: Any = stats.spearmanr(proxy, target)
-    return float(result.statistic)
-
-
 def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
     kendall: Any = stats.kendalltau(proxy, target)
     return {
-        "spearman": _spearman(proxy, target),
+        "spearman": spearman(proxy, target),
         "kendall": float(kendall.statistic),
         **{f"overlap/{share}": top_overlap(proxy, target, share) for share in OVERLAP_AT},
     }

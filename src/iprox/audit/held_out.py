@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import nn
 
 from iprox.audit.intervals import bootstrap_intervals
+from iprox.audit.spearman import spearman
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
@@ -158,5 +158,4 @@ class HeldOutFidelity:
 
     @staticmethod
     def _fidelity(scores: np.ndarray, wanted: np.ndarray) -> float:
-        correlations: list[Any] = [stats.spearmanr(x, y) for x, y in zip(scores.T, wanted.T, strict=True)]
-        return float(np.mean([found.statistic for found in correlations]))
+        return float(np.mean([spearman(x, y) for x, y in zip(scores.T, wanted.T, strict=True)]))

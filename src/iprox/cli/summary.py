@@ -135,7 +135,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"GEMM rate {plan['gemm_rate'] / 1e12:.2f} TFLOP/s; about {formats.duration(plan['total_seconds'])} in all; "
+        f"GEMM rate {formats.flops(plan['gemm_rate'])}/s; about {formats.duration(plan['total_seconds'])} in all; "
         f"making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
         soft_wrap=True,
     )
@@ -162,7 +162,7 @@ def print_lds(found: dict[str, Any]) -> None:
 
 def print_machine(found: dict[str, Any]) -> None:
     """What `iprox doctor` found."""
-    rates = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in found["gemm_flops_per_second"].items())
+    rates = ", ".join(f"{name} {formats.flops(rate)}/s" for name, rate in found["gemm_flops_per_second"].items())
     memory = f"{formats.size(found['free_bytes'])} free of {formats.size(found['memory_bytes'])}"
     versions = {"iprox": found["iprox"], **found["versions"]}
     lines = [

@@ -17,12 +17,15 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    for _ in range(3):
-        nn.functional.linear(x, w)
-    wait()
-    started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        nn.functional.linear(x, w)
-        wait()
-        count += 1
-    return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / (time.perf_counter() - started)
+    def repeat(seconds: float) -> tuple[int, float]:
+        """Products for about that long, one at least; how many, and the seconds they took."""
+        started, count, elapsed = time.perf_counter(), 0, 0.0
+        while not count or elapsed < seconds:
+            nn.functional.linear(x, w)
+            wait()
+            count, elapsed = count + 1, time.perf_counter() - started
+        return count, elapsed
+
+    repeat(seconds / 10)  # warms up: clocks, and the choice of a kernel
+    count, elapsed = repeat(seconds)
+    return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / elapsed
