@@ -156,6 +156,10 @@ def test_a_floor_of_an_unknown_source_is_told_before_anything_is_scored(place, r
 def test_a_task_to_select_by_that_is_not_validated(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.task=maths")
     assert "select.task 'maths' is none of data.validation: arithmetic, spelling" in said
+    said = refused("run", place.recipe, "--quiet", *OFF, "select.weights={maths: 2}")
+    assert "select.weights 'maths' is none of data.validation: arithmetic, spelling" in said
+    said = refused("run", place.recipe, "--quiet", "--set", "refine.recall=0.9", "select.weights={spelling: 2}")
+    assert "refine.recall finds the best rows by tasks that count alike" in said
     both = ["select.task=spelling", "select.strategy=balanced"]
     assert "the strategy balanced is for all tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
 

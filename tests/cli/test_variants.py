@@ -351,6 +351,25 @@ def test_one_task_selects_and_the_report_shows_its_scores(place):
     assert json.loads((place.path / "for-spelling.selection.json").read_text())["rows"] == chosen["rows"][:10]
 
 
+def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(place):
+    off = NO_PROXY[1:]
+    assert place.run("--set", *off) == 0
+    assert place.run("--set", *off, "select.weights={spelling: 3}") == 0
+    assert place.done() == ["select", "attribute", "report"]
+    table = pq.read_table(place.output / "scores.parquet")
+    each = {task: table[f"influence/{task}"].to_numpy() for task in ("arithmetic", "spelling")}
+    wanted = each["arithmetic"] / each["arithmetic"].std() + 3 * each["spelling"] / each["spelling"].std()
+    chosen = json.loads((place.output / "selection.json").read_text())
+    assert chosen["rows"] == np.argsort(-wanted, kind="stable")[: len(chosen["rows"])].tolist()
+    assert chosen["weights"] == place.record()["stages"]["select"]["weights"] == {"spelling": 3.0}
+    report = (place.output / "report.html").read_text()
+    assert "Influence, all tasks together by weight (arithmetic 1, spelling 3)" in report
+    again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--quiet", "--count", "20"]
+    output = place.path / "weighed.jsonl"
+    assert main([*again, "--output", str(output), "--weights", "spelling=3", "arithmetic=1"]) == 0
+    assert output.read_bytes() == (place.output / "selected.jsonl").read_bytes()
+
+
 def test_a_cascade_for_one_task_looks_for_its_best_rows(place):
     options = [
         "audit.sample=120",

@@ -204,6 +204,10 @@ def test_the_estimate_follows_the_jaccard_similarity():
         ({"count": 2, "source_cap": 1.5}, "from 0 to 1"),
         ({"tokens": 9, "source_cap": 0.5}, "give fraction or count"),
         ({"count": 2, "temperature": 0.0}, "above 0"),
+        ({"count": 2, "weights": {"a": -1.0}}, "0 or more"),
+        ({"count": 2, "weights": {"a": float("nan")}}, "finite"),
+        ({"count": 2, "weights": {"a": 2.0}, "task": "a"}, "leave one out"),
+        ({"count": 2, "weights": {"a": 2.0}, "strategy": "balanced"}, "serves tasks alike"),
         ({"count": 2, "deduplicate": 1.5}, "at most 1"),
         ({"tokens": 0}, "at least 1"),
     ],
@@ -224,3 +228,11 @@ def test_a_budget_of_tokens_passes_over_a_capped_row_that_would_not_fit():
     limits = Limits(tokens=10, caps={"a": 1})
     taken = take(lambda limit: np.arange(min(limit, 3)), 3, limits, sources, tokens)
     assert taken.rows.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [({"tusk": 2.0}, "the task 'tusk': the scores are of task"), ({"task": 0.0}, "are 0")]
+)
+def test_weights_of_other_tasks_or_of_none_are_refused(scores_of, weights, message):
+    with pytest.raises(InputError, match=message):
+        select_rows(scores_of([1, 2, 3]), SelectionSettings(count=2, weights=weights))

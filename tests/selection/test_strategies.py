@@ -51,6 +51,51 @@ def test_round_robin_gives_each_task_its_best_in_turn(values, data):
     assert selection.threshold is None
 
 
+WEIGHTS = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3).filter(any)
+
+
+@given(st.lists(st.tuples(*[st.floats(-5, 5)] * 3), min_size=1, max_size=30, unique=True), WEIGHTS, st.data())
+def test_weights_are_of_standardised_scores(values, weights, data):
+    matrix = np.array(values)
+    count = data.draw(st.integers(1, len(values)))
+    deviation = matrix.std(axis=0)
+    wanted = sum(
+        w * column / (s if s > 0 else 1.0) for w, column, s in zip(weights, matrix.T, deviation, strict=True)
+    ) / sum(weights)
+    ids = [str(i) for i in range(len(values))]
+    scores = scores_table(ids, [None] * len(ids), [1] * len(ids), matrix, ["a", "b", "c"])
+    chosen = select_rows(scores, count=count, weights={"a": weights[0], "b": weights[1], "c": weights[2]})
+    np.testing.assert_allclose(wanted[chosen.rows], np.sort(wanted)[::-1][:count], rtol=0, atol=1e-9)
+    assert chosen.threshold == pytest.approx(wanted[chosen.rows[-1]], abs=1e-9)
+
+
+@given(WEIGHTS, st.integers(1, 200))
+def test_turns_are_in_proportion_to_weights(weights, count):
+    """No task wants another's rows here, so that a row says whose turn it was."""
+    matrix = np.zeros((600, 3))
+    for task in range(3):
+        matrix[200 * task : 200 * (task + 1), task] = np.arange(200, 0, -1)
+    ids = [str(i) for i in range(600)]
+    scores = scores_table(ids, [None] * 600, [1] * 600, matrix, ["a", "b", "c"])
+    by_name = dict(zip("abc", weights, strict=True))
+    rows = select_rows(scores, count=count, strategy="round-robin", weights=by_name).rows
+    turns = np.bincount(rows // 200, minlength=3)
+    # Stride scheduling is never further from the share than one turn a task.
+    assert (np.abs(turns - count * np.array(weights) / sum(weights)) <= 2).all()
+    assert not turns[np.array(weights) == 0].any()
+    for task in range(3):
+        assert (rows[rows // 200 == task] % 200).tolist() == list(range(turns[task]))
+
+
+def test_a_task_without_a_weight_counts_once():
+    matrix = np.array([[2.0, 0.0], [0.0, 3.0], [1.9, 1.0]])
+    scores = scores_table(list("xyz"), [None] * 3, [1] * 3, matrix, ["a", "b"])
+    spelled, short = ({"a": 4.0, "b": 1.0}, {"a": 4.0})
+    chosen = [select_rows(scores, count=3, weights=weights).rows.tolist() for weights in (spelled, short)]
+    assert chosen[0] == chosen[1] == [2, 0, 1]
+    assert select_rows(scores, count=1, weights={"a": 0}).rows.tolist() == [1]
+
+
 def test_one_task_of_several_chooses_alone():
     matrix = np.array([[1.0, 9.0], [2.0, 8.0], [3.0, 0.0], [np.nan, np.nan]])
     scores = scores_table(list("wxyz"), [None] * 4, [1] * 4, matrix, ["a", "b"])

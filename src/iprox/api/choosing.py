@@ -29,6 +29,7 @@ def select(
     tokens: int | None = None,
     strategy: Strategy = "top",
     task: str | None = None,
+    weights: Mapping[str, float] | None = None,
     threshold: float | None = None,
     temperature: float = 1.0,
     source_floor: Mapping[str, float] | None = None,
@@ -48,6 +49,7 @@ def select(
         tokens: number of tokens that they may have in all.
         strategy: `top`, `round-robin`, `balanced`, `diverse` or `sample` (`iprox.selection.SelectionSettings`).
         task: the one task whose scores count, where they are of several.
+        weights: by task, how much it counts; 1 where it is not named.
         threshold: lowest score to choose; there may then be fewer rows.
         temperature: of `sample`, in standard deviations of the score.
         source_floor: by source, the least share of the selection.
@@ -73,6 +75,7 @@ def select(
         tokens=tokens,
         strategy=strategy,
         task=task,
+        weights=weights or {},
         threshold=threshold,
         temperature=temperature,
         source_floor=source_floor or {},

@@ -84,22 +84,27 @@ def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
     return {task: pool_of(names, arguments, task) for task, names in files.items()}
 
 
-def shares_of(pairs: list[str], option: str) -> dict[str, float]:
-    """The shares of `SOURCE=SHARE` pairs.
+def numbers_of(pairs: list[str], option: str, form: str = "SOURCE=SHARE, e.g. gsm8k=0.1") -> dict[str, float]:
+    """The numbers of `NAME=NUMBER` pairs by name.
+
+    Args:
+        pairs: as given.
+        option: which they are of.
+        form: how they are to be written.
 
     Raises:
         InputError: a pair is written otherwise.
     """
-    shares = {}
+    numbers = {}
     for pair in pairs:
-        source, equals, share = pair.rpartition("=")
+        name, equals, number = pair.rpartition("=")
         try:
-            shares[source] = float(share)
+            numbers[name] = float(number)
         except ValueError:
             equals = ""
-        if not equals or not source:
-            raise InputError(f"{option} {pair}: write it as SOURCE=SHARE, e.g. gsm8k=0.1")
-    return shares
+        if not equals or not name:
+            raise InputError(f"{option} {pair}: write it as {form}")
+    return numbers
 
 
 def cap_of(given: list[str]) -> float | dict[str, float] | None:
@@ -109,7 +114,7 @@ def cap_of(given: list[str]) -> float | dict[str, float] | None:
             return float(given[0])
         except ValueError as error:
             raise InputError(f"--source-cap {given[0]}: give a share such as 0.3, or SOURCE=0.3 ...") from error
-    return shares_of(given, "--source-cap") or None
+    return numbers_of(given, "--source-cap") or None
 
 
 def influence_of(arguments: Namespace) -> InfluenceSection:

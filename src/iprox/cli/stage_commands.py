@@ -173,7 +173,8 @@ def select(arguments: Namespace) -> dict[str, Any]:
     settings = validate_section(
         SelectSection,
         **{name: getattr(arguments, name) for name in (*names, "deduplicate", "control_length", "features")},
-        source_floor=options.shares_of(arguments.source_floor, "--source-floor"),
+        weights=options.numbers_of(arguments.weights, "--weights", "TASK=WEIGHT, e.g. gsm8k=2"),
+        source_floor=options.numbers_of(arguments.source_floor, "--source-floor"),
         source_cap=options.cap_of(arguments.source_cap),
     )
     session = options.session_of(arguments)

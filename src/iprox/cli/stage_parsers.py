@@ -299,7 +299,15 @@ def add_select(commands: Any) -> None:
         help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
         "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
     )
-    parser.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
+    tasks.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="how much each task counts, 1 where it is not named: gsm8k=2 code=0.5",
+    )
     parser.add_argument(
         "--threshold",
         type=float,

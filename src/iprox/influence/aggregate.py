@@ -48,6 +48,21 @@ class Aggregation:
         return (scores / spread.deviation()).mean(axis=1)
 
 
+def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """The weighted mean of standardised scores: Σ_t w_t s_t/σ_t / Σ_t w_t, σ_t over the rows that have scores.
+
+    Args:
+        scores: float64 [N, tasks].
+        weights: of each task, not all 0. Equal ones give what `standardised` does.
+
+    Returns:
+        float64 [N]; NaN where a score is.
+    """
+    spread, shares = TaskSpread(), np.asarray(weights, dtype=np.float64)
+    spread.add(scores)
+    return (scores / spread.deviation()) @ (shares / shares.sum())
+
+
 def by_task(tables: Sequence[pa.Table], learning_rates: Sequence[float], how: Aggregation) -> np.ndarray:
     """TracIn over checkpoints: Σ_c η_c · scores_c of the same rows by task, float64 [N, tasks]."""
     if how.examples == "mean":

@@ -80,6 +80,11 @@ class Recipe(Section):
                     f"refine.recall finds the target's best rows, which the strategy {self.select.strategy} does not "
                     "choose by alone; use top, round-robin or balanced"
                 )
+            if self.select.weights:
+                raise ValueError(
+                    "refine.recall finds the best rows by tasks that count alike (or one, select.task): leave "
+                    "select.weights out, or the recall"
+                )
             limits = ("tokens", "threshold", "source_floor", "source_cap", "deduplicate", "control_length")
             unlimited = SelectSection.model_construct()
             given = [name for name in limits if getattr(self.select, name) != getattr(unlimited, name)]
@@ -92,9 +97,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _selected_by_a_task(self) -> Recipe:
-        task = self.select.task
-        if task is not None and task not in self.data.validation:
-            raise ValueError(f"select.task {task!r} is none of data.validation: {', '.join(self.data.validation)}")
+        tasks, named = self.data.validation, {"task": [self.select.task], "weights": self.select.weights}
+        for key, names in named.items():
+            unknown = next((name for name in names if name is not None and name not in tasks), None)
+            if unknown is not None:
+                raise ValueError(f"select.{key} {unknown!r} is none of data.validation: {', '.join(tasks)}")
+        if self.select.weights and not any(self.select.weights.get(task, 1) for task in tasks):
+            raise ValueError("select.weights are all 0, so there is nothing to choose by")
         return self
 
     @model_validator(mode="after")

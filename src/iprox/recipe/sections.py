@@ -196,7 +196,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class SelectSection(Section):
     """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
 
-    `task` is one of `data.validation`, whose scores alone count. `features` is an index of the pool's gradients
+    `task` is one of `data.validation`, whose scores alone count; `weights` say how much each counts, 1 where it is not
+    named. `features` is an index of the pool's gradients
     (`iprox index`), which the strategy `diverse` compares.
     """
 
@@ -205,6 +206,7 @@ class SelectSection(Section):
     tokens: int | None = Field(None, ge=1)
     strategy: Literal["top", "round-robin", "balanced", "diverse", "sample"] = "top"
     task: str | None = None
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     threshold: float | None = None
     temperature: float = Field(1.0, gt=0)
     source_floor: dict[str, Share] = Field(default_factory=dict)
@@ -220,6 +222,10 @@ class SelectSection(Section):
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.task is not None and self.strategy in ("round-robin", "balanced"):
             raise ValueError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one")
+        if self.weights and self.task is not None:
+            raise ValueError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
+        if self.weights and self.strategy == "balanced":
+            raise ValueError("the strategy balanced serves tasks alike, so it takes no weights: use round-robin or top")
         if (self.strategy == "diverse") != (self.features is not None):
             raise ValueError("the strategy diverse takes `features`, an index of the pool; no other strategy does")
         if not given and self.threshold is None:

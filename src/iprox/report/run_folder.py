@@ -1,8 +1,8 @@
 """Reads a run folder, column by column, into plain arrays. Stages that were switched off give None."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.errors import InputError
+from iprox.influence.aggregate import weighted
 from iprox.report.shading import ShadedToken, read_shading
 
 TASK_PREFIX = "influence/"
@@ -29,6 +30,7 @@ class Scores:
         source_names: the distinct sources; None stands for rows that name no source.
         ids: string column of N rows.
         task: the one by whose scores rows are selected; None where it is by the aggregate of all.
+        weights: of the tasks that were given one for the selection.
     """
 
     influence: np.ndarray
@@ -38,6 +40,7 @@ class Scores:
     source_names: list[str | None]
     ids: pa.ChunkedArray
     task: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -141,7 +144,7 @@ def read_run_folder(path: Path) -> RunFolder:
             f"run `iprox run {path / 'recipe.yaml'}` to run it"
         )
     chosen = (_read_json(path / "selection.json", dict) or {}) if "select" in done else {}
-    scores = _read_scores(scores_path, chosen.get("task"))
+    scores = _read_scores(scores_path, chosen.get("task"), chosen.get("weights", {}))
     recipe = path / "recipe.yaml"
     # A stage switched off since an earlier start leaves its files behind; only what run.json lists is of this run.
     return RunFolder(
@@ -196,21 +199,27 @@ def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
     return np.asarray(_column(file, name).cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def _read_scores(path: Path, task: str | None) -> Scores:
+def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> Scores:
     used = "influence" if task is None else TASK_PREFIX + task
     file = _open_parquet(path, ("id", "source", "tokens", used), "score")
     names = file.schema_arrow.names
     source = _column(file, "source").cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
     if isinstance(source, pa.ChunkedArray):
         source = source.combine_chunks()
+    tasks = {n[len(TASK_PREFIX) :]: _floats(file, n) for n in names if n.startswith(TASK_PREFIX)}
+    if weights:
+        influence = weighted(np.stack(list(tasks.values()), 1), [weights.get(name, 1.0) for name in tasks])
+    else:
+        influence = _floats(file, used)
     scores = Scores(
-        influence=_floats(file, used),
-        tasks={n[len(TASK_PREFIX) :]: _floats(file, n) for n in names if n.startswith(TASK_PREFIX)},
+        influence=influence,
+        tasks=tasks,
         tokens=_column(file, "tokens").to_numpy(),
         source_codes=source.indices.to_numpy(zero_copy_only=False),
         source_names=source.dictionary.to_pylist(),
         ids=_column(file, "id"),
         task=task,
+        weights=weights,
     )
     if scores.rows == 0:
         raise InputError(f"{path}: holds no rows; run the score stage again on a pool that is not empty")

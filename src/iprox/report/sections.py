@@ -144,6 +144,9 @@ def score_section(folder: RunFolder) -> dict[str, Any]:
 def _title(scores: Scores) -> str:
     if scores.task is not None:
         return f"Influence on {scores.task}, by which rows are selected"
+    if scores.weights:
+        named = ", ".join(f"{task} {scores.weights.get(task, 1):g}" for task in scores.tasks)
+        return f"Influence, all tasks together by weight ({named})"
     return "Influence, all tasks together" if len(scores.tasks) > 1 else "Influence"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from iprox.errors import InputError
+from iprox.influence.aggregate import weighted
 from iprox.influence.scores import AGGREGATE, TASK_PREFIX, score_matrix, source_column, task_names
 from iprox.selection.constraints import Limits, take, without_length_bias
 from iprox.selection.diverse import Features, diverse
@@ -28,6 +29,7 @@ class Selection:
         rows: int64 [K], row numbers, best first.
         strategy: how they were chosen.
         task: whose scores counted; None: those of all.
+        weights: of the tasks that were given one.
         fraction: the share asked for, if a share was.
         threshold: the lowest score chosen, where that is what decided; else None.
         tokens: what they have in all.
@@ -38,6 +40,7 @@ class Selection:
     rows: np.ndarray
     strategy: str
     task: str | None
+    weights: Mapping[str, float]
     fraction: float | None
     threshold: float | None
     tokens: int
@@ -49,6 +52,7 @@ class Selection:
         return {
             "strategy": self.strategy,
             "task": self.task,
+            "weights": dict(self.weights),
             "count": len(self.rows),
             "fraction": self.fraction,
             "threshold": self.threshold,
@@ -81,7 +85,7 @@ def select_rows(
         raise InputError("the strategy diverse compares gradients: give features, an index made by iprox index")
     sources = source_column(scores).tolist() if settings.by_source else [None] * scores.num_rows
     check_feasible(settings, scores.num_rows, Counter(sources) if settings.by_source else {None: scores.num_rows})
-    influence = _column(scores, settings.task)
+    influence = _column(scores, settings)
     scored = int(np.isfinite(influence).sum())
     count = settings.rows_of(scores.num_rows)
     if count is not None and count > scored:
@@ -127,6 +131,7 @@ def select_rows(
         taken.rows,
         settings.strategy,
         settings.task,
+        settings.weights,
         settings.fraction,
         float(influence[taken.rows[-1]]) if by_score else None,
         int(tokens[taken.rows].sum()),
@@ -145,7 +150,9 @@ def _ranking(
     """The ranking that a strategy gives."""
     if settings.strategy in BY_TASK:
         tasks = [comparable(column) for column in score_matrix(scores).T]
-        return partial(round_robin if settings.strategy == "round-robin" else balanced, tasks)
+        if settings.strategy == "balanced":
+            return partial(balanced, tasks)
+        return partial(round_robin, tasks, weights=settings.weights_of(task_names(scores)))
     ranked = comparable(influence)
     if settings.strategy == "sample":
         return partial(sampled, ranked, temperature=settings.temperature, seed=settings.seed)
@@ -155,13 +162,15 @@ def _ranking(
     return partial(top, ranked)
 
 
-def _column(scores: pa.Table, task: str | None) -> np.ndarray:
+def _column(scores: pa.Table, settings: SelectionSettings) -> np.ndarray:
     """The score [N] that rows are chosen by, NaN where there is none.
 
     Raises:
         InputError: the table has no such task.
     """
-    tasks = task_names(scores)
+    tasks, task = task_names(scores), settings.task
+    if settings.weights:
+        return weighted(score_matrix(scores), settings.weights_of(tasks))
     if task is not None and task not in tasks:
         raise InputError(f"the scores are of no task {task!r}; they are of {', '.join(tasks)}")
     return scores[AGGREGATE if task is None else TASK_PREFIX + task].to_numpy(zero_copy_only=False).astype(np.float64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -24,6 +25,8 @@ class SelectionSettings:
         strategy: `top` (highest `influence`), `round-robin` (tasks take turns), `balanced` (the task served least takes
             next), `diverse` (good rows with unlike gradients) or `sample` (drawn, good rows more often).
         task: the one task whose scores count; None takes all of them, by the column `influence`.
+        weights: by task, how much it counts, 1 where it is not named. Rows are then chosen by the weighted mean of
+            standardised scores; by `round-robin` tasks have turns in proportion.
         threshold: rows with a lower score are not chosen, so there may be fewer than asked for.
         temperature: of `sample`, in standard deviations of the score.
         source_floor: by source, the least share of the selection.
@@ -38,6 +41,7 @@ class SelectionSettings:
     tokens: int | None = None
     strategy: Strategy = "top"
     task: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
     threshold: float | None = None
     temperature: float = 1.0
     source_floor: Mapping[str, float] = field(default_factory=dict)
@@ -52,6 +56,12 @@ class SelectionSettings:
             raise InputError(f"unknown strategy {self.strategy!r}; known: {', '.join(get_args(Strategy))}")
         if self.task is not None and self.strategy in BY_TASK:
             raise InputError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one: use top")
+        if self.weights and self.task is not None:
+            raise InputError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
+        if self.weights and self.strategy == "balanced":
+            raise InputError("the strategy balanced serves tasks alike, so it takes no weights: use round-robin or top")
+        if not all(0 <= weight < math.inf for weight in self.weights.values()):
+            raise InputError("weights of tasks are finite numbers, 0 or more")
         sizes = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
         if len(sizes) > 1 or (not sizes and self.threshold is None):
             raise InputError("give exactly one of fraction, count and tokens (or a threshold alone)")
@@ -77,6 +87,20 @@ class SelectionSettings:
                 "the strategy diverse chooses a number of rows as a whole: it takes fraction or count, and neither "
                 "floors and caps of sources nor deduplicate (near-duplicates have like gradients)"
             )
+
+    def weights_of(self, tasks: Sequence[str]) -> list[float]:
+        """The weight of each task.
+
+        Raises:
+            InputError: a weight is of none of the tasks, or all are 0.
+        """
+        unknown = next((name for name in self.weights if name not in tasks), None)
+        if unknown is not None:
+            raise InputError(f"the weight of the task {unknown!r}: the scores are of {', '.join(tasks)}")
+        weights = [self.weights.get(task, 1.0) for task in tasks]
+        if not any(weights):
+            raise InputError("the weights of all tasks are 0, so there is nothing to choose by")
+        return weights
 
     def rows_of(self, total: int) -> int | None:
         """The number of rows asked for of a pool of that many; None where another limit decides."""

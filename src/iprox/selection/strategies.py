@@ -6,7 +6,7 @@ on, so whoever takes rows may ask for as many as it turns out to need.
 
 from __future__ import annotations
 
-import itertools
+import heapq
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -39,8 +39,11 @@ def top(influence: np.ndarray, limit: int) -> np.ndarray:
     return candidates[np.argsort(loss[candidates], kind="stable")]
 
 
-def round_robin(tasks: Sequence[np.ndarray], limit: int) -> np.ndarray:
+def round_robin(tasks: Sequence[np.ndarray], limit: int, weights: Sequence[float] | None = None) -> np.ndarray:
     """The tasks take turns: each, in order, takes the best row for it that none has taken, until there are enough.
+
+    With weights the next turn is of the task that has had the fewest for its weight, the earlier one of two (stride
+    scheduling: Waldspurger and Weihl, 1995); equal weights are turns in order.
 
     Every task gets its share, however large its scores. With each validation example as a task of its own
     the selection is as varied as they are, where the mean over them would follow the largest and most common kind.
@@ -49,12 +52,23 @@ def round_robin(tasks: Sequence[np.ndarray], limit: int) -> np.ndarray:
     Args:
         tasks: scores of each task, float64 [N], NaN where a row is not to be taken.
         limit: how many, if there are as many.
+        weights: of each task, 0 or more, not all 0; None weighs them alike.
 
     Returns:
         int64 [<= limit] row numbers, in the order taken.
     """
-    turns = itertools.cycle(range(len(tasks)))
-    return _by_turns(tasks, limit, lambda _row: next(turns))
+    weights = [1.0] * len(tasks) if weights is None else weights
+    # By turns had over weight, then place.
+    waiting = [(0.0, task) for task, weight in enumerate(weights) if weight > 0]
+    had = [0] * len(tasks)
+
+    def next_task(_row: int | None) -> int:
+        task = waiting[0][1]
+        had[task] += 1
+        heapq.heapreplace(waiting, (had[task] / weights[task], task))
+        return task
+
+    return _by_turns(tasks, limit, next_task)
 
 
 def balanced(tasks: Sequence[np.ndarray], limit: int) -> np.ndarray:

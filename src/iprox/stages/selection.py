@@ -78,4 +78,7 @@ def select(
     pool.write_rows(rows, output, ids)
     chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True), "seed": session.seed}
     write_json(description, chosen)
-    return {key: chosen[key] for key in ("strategy", "task", "count", "fraction", "threshold", "tokens", "passed_over")}
+    return {
+        key: chosen[key]
+        for key in ("strategy", "task", "weights", "count", "fraction", "threshold", "tokens", "passed_over")
+    }
