@@ -214,6 +214,12 @@ def test_a_template_for_images_is_refused():
         ChatEncoder(TOKENIZER, 100, template)
 
 
+@pytest.mark.parametrize("broken", ["{% endfor %}", "{{ messages | nosuchfilter }}"])
+def test_a_template_that_is_no_jinja_is_refused_by_its_line(broken):
+    with pytest.raises(InputError, match="the chat template given, line 2: not valid Jinja: "):
+        ChatEncoder(TOKENIZER, 100, "{{ messages[0].content }}\n" + broken)
+
+
 def test_a_row_that_the_template_refuses_is_named():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user goes first') }}{% endif %}" + MARKED
     good = chat(("user", "Q"), ("assistant", "A"))

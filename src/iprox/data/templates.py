@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
 from iprox.errors import InputError
@@ -61,7 +61,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
 
     Raises:
         InputError: `chat_template` is none of the three, the tokenizer has named templates without a default,
-            or the template loses the messages' text.
+            or the template is no Jinja or loses the messages' text.
     """
     template, origin = _given(tokenizer, chat_template)
     warnings: list[str] = []
@@ -130,6 +130,8 @@ def _require_content(tokenizer: Any, template: str, origin: str) -> None:
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise InputError(f"{origin}, line {error.lineno}: not valid Jinja: {error.message}") from error
     except (TemplateError, TypeError, ValueError):
         return  # `encode` names the row if the template refuses real ones too
     if asked not in text or answered not in text:
