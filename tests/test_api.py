@@ -43,6 +43,9 @@ def test_the_whole_method_in_memory(model, tmp_path):
     report = iprox.audit(model, proxy, pool, validation)
     assert report.sample == 40
     assert 0.3 < report.mean["spearman"] <= 1
+    rough = iprox.audit(model, proxy, pool, validation, query_norm=0.5)
+    assert rough.scores["target/arithmetic"].equals(report.scores["target/arithmetic"])
+    assert not rough.scores["proxy/arithmetic"].equals(report.scores["proxy/arithmetic"])
     proxy.save_pretrained(tmp_path / "proxy")
     loaded = iprox.load(tmp_path / "proxy")
     with pytest.raises(iprox.InputError, match=r"no tokenizer in it .* or pass tokenizer="):

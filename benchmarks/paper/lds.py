@@ -1,9 +1,9 @@
 """Do the scores foretell what training does? Linear datamodelling scores of proxy and target, on the bundled model.
 
-    python benchmarks/paper/lds.py                    # 60 subsets, TracIn and the influence function (K-FAC)
+    python benchmarks/paper/lds.py                    # 400 subsets, TracIn and the influence function (K-FAC)
 
-The bundled model is warmed up, 300 rows are scored on it and on its proxy (sparsity 0.5), and it is retrained on 60
-random halves of them; the retrainings serve both estimators. The score is the Spearman correlation, over subsets, of
+The bundled model is warmed up, 300 rows are scored on it and on its proxy (sparsity 0.5), and it is retrained on 400
+random halves of them; the retrainings serve both estimators. Of 60 the intervals are half a correlation wide. The score is the Spearman correlation, over subsets, of
 the sum of the scores with the validation loss that training leaves (`iprox.audit.datamodels`).
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--targets", type=Path, default=Path(str(BUNDLED / "data")), help="folder of TASK.val.jsonl")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--sample", type=int, default=300, help="rows scored and retrained on")
-    parser.add_argument("--subsets", type=int, default=60)
+    parser.add_argument("--subsets", type=int, default=400)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -391,6 +391,7 @@ def test_a_cascade_for_one_task_looks_for_its_best_rows(place):
 def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(place):
     """A cascade finds the target's own best rows, and selects by the target's own scores."""
     options = ["audit.sample=120", "refine.recall=0.8", "proxy.sparsity=0.7", "proxy.align=false"]
+    options.append("influence.query_norm=0.8")  # of the proxy's scores; the target's are exact
     assert place.run("--set", *options) == 0
     refined = pq.read_table(place.output / "refined/scores.parquet")
     record = json.loads((place.output / "refined/refine.json").read_text())
@@ -413,6 +414,14 @@ def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(
     assert place.record()["cost"]["refine_flops"] > 0
     assert place.run("--set", *options) == 0
     assert "refine" not in place.done()
+
+
+def test_a_proxy_is_judged_by_exact_scores_whatever_its_own_leave_out(finished, place):
+    assert place.run("--set", "influence.query_norm=0.5", "--stop-after", "audit") == 0
+    exact, cut = (pq.read_table(each.output / "audit/audit.parquet") for each in (finished, place))
+    for task in ("arithmetic", "spelling"):
+        assert cut[f"target/{task}"].equals(exact[f"target/{task}"])
+        assert not cut[f"proxy/{task}"].equals(exact[f"proxy/{task}"])
 
 
 def test_a_cascade_of_an_influence_function_measures_curvature_on_the_whole_pool(finished, tmp_path):

@@ -112,10 +112,11 @@ def audit(
         validation: validation examples by task.
         query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
             are not factorised take their own.
-        **settings: as for `score`.
+        **settings: as for `score`; a `query_norm` is of the proxy's scores, the target's are exact.
     """
     check_model("model", model)
     check_model("proxy", proxy)
     target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)
-    return compare_scores(on_proxy, score(model, sample, validation, **settings))
+    # Whole validation gradients, so that the two have no error in common.
+    return compare_scores(on_proxy, score(model, sample, validation, **{**settings, "query_norm": 1.0}))

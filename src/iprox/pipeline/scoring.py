@@ -83,7 +83,8 @@ def refine(run: Run, context: Context) -> None:
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
         return scoring.score(
-            run.session, models, candidates, run.validation, file, influence, identity, _engine(run), part_of=run.pool
+            *(run.session, models, candidates, run.validation, file, influence.exact, identity, _engine(run)),
+            part_of=run.pool,
         )
 
     context.keys["refine"] = run.stage(

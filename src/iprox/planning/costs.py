@@ -186,9 +186,8 @@ class Costs:
 
     @cached_property
     def target_pool(self) -> float:
-        """FLOPs of the target's own scores of the pool: of whole gradients unless asked otherwise, and exact norms."""
-        part = LOW_RANK_QUERY if (self.influence.query_norm or 1) < 1 else 1
-        own = self.whole_contraction * part + (0.0 if self.formed else self.norms[0])
+        """FLOPs of the target's own scores of the pool, of whole gradients and exact norms."""
+        own = self.whole_contraction + (0.0 if self.formed else self.norms[0])
         tokens, supervised = self.rows.read(self.rows.total * self.checkpoints)
         return candidate_flops(self.model, self.influence, tokens, supervised, tokens * own)
 

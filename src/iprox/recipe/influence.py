@@ -33,8 +33,9 @@ class InfluenceSection(Section):
 
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. `norm_sketch` is the
-    number of random signs a layer that the cosine's norms are estimated from on a proxy; 0 is exact, left out it is 32.
+    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy and 1 on a model itself. Audits and cascades
+    ask the target with whole ones. `norm_sketch` is the number of random signs a layer that the cosine's norms are
+    estimated from on a proxy; 0 is exact, left out it is 32.
     `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
     eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
@@ -68,6 +69,11 @@ class InfluenceSection(Section):
     def runs_model(self) -> bool:
         """Whether the estimator needs more of a model than its tokenizer."""
         return self.estimator not in MODEL_FREE
+
+    @property
+    def exact(self) -> InfluenceSection:
+        """The same with whole validation gradients: how a target is asked for the scores that a proxy is judged by."""
+        return self.model_copy(update={"query_norm": 1.0})
 
     @model_validator(mode="after")
     def _without_gradients(self) -> InfluenceSection:
