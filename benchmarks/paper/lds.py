@@ -3,8 +3,9 @@
     python benchmarks/paper/lds.py                    # 400 subsets, TracIn and the influence function (K-FAC)
 
 The bundled model is warmed up, 300 rows are scored on it and on its proxy (sparsity 0.5), and it is retrained on 400
-random halves of them; the retrainings serve both estimators. Of 60 the intervals are half a correlation wide. The score is the Spearman correlation, over subsets, of
-the sum of the scores with the validation loss that training leaves (`iprox.audit.datamodels`).
+random halves of them; the retrainings serve both estimators. (Of 60 halves intervals are half a correlation wide.) The
+score is the Spearman correlation, over subsets, of the sum of the scores with the validation loss that training leaves
+(`iprox.audit.datamodels`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -97,6 +98,9 @@ def test_the_recall_is_kept_where_one_task_of_two_is_corrected(tmp_path, tasks):
     pq.write_table(pa.table(audited), tmp_path / "audit/audit.parquet")
 
     class Rows:
+        def scan(self):
+            return SimpleNamespace(rows=len(ids))
+
         def write_rows(self, numbers, file, ids):
             self.chosen = np.array(numbers)
             file.write_text(json.dumps({"text": "x"}) + "\n")

@@ -6,8 +6,8 @@ from scipy import stats
 
 from iprox.audit import compare_scores
 from iprox.audit.breakdown import calibration, disagreements
-from iprox.audit.fidelity import top_overlap
 from iprox.audit.intervals import bootstrap_intervals
+from iprox.audit.overlap import telling_share, top_overlap
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 
@@ -144,3 +144,8 @@ def test_a_notebook_shows_a_table_and_plots(matrices):
     np.testing.assert_array_equal(one.data[0].x, target[:, 0])
     with pytest.raises(KeyError):
         report.plot("c")
+
+
+@pytest.mark.parametrize(("sample", "share"), [(500, 0.05), (200, 0.05), (120, 0.1), (60, 0.2), (12, 0.2)])
+def test_the_overlap_named_first_is_of_ten_rows_or_more_where_there_are_so_many(sample, share):
+    assert telling_share(sample) == share

@@ -394,7 +394,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
     said = refused(
         "select", "--scores", finished.output, "--pool", short, "--count=5", "--output", tmp_path / "out.jsonl"
     )
-    assert "there are only 5 good rows" in said
+    assert "the scores are of 200 rows, and the pool has 5" in said
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -468,3 +468,24 @@ def test_learning_rates_are_numbers_above_0(finished, refused, tmp_path, rates):
     common = ["score", "--model", finished.output / "aligned", "--pool", finished.pool, "--output", tmp_path / "out"]
     said = refused(*common, "--validation", f"a={finished.path / 'spelling.jsonl'}", f"--learning-rates={rates}")
     assert "each must be a number above 0" in said
+
+
+def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
+    fewer = tmp_path / "pool.jsonl"
+    fewer.write_bytes(b"".join(finished.pool.read_bytes().splitlines(keepends=True)[:199]))
+    scores = ["--scores", finished.output, "--pool", fewer]
+    for command in (
+        ["select", *scores, "--output", tmp_path / "selected.jsonl"],
+        ["refine", *scores, "--audit", finished.output / "audit", "--output", tmp_path / "refined"],
+    ):
+        assert "--pool: the scores are of 200 rows, and the pool has 199" in refused(*command)
+    assert not (tmp_path / "selected.jsonl").exists()
+
+
+def test_a_pool_too_small_to_watch_a_proxy_on_is_refused_before_any_work(place, refused):
+    place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:15]))
+    said = refused("run", place.recipe, "--quiet")
+    assert "alignment is watched on 16 rows or more, and the pool has 15: set proxy.align.held_out to 0" in said
+    said = refused("run", place.recipe, "--quiet", "--set", "proxy={fidelity: 0.9, align: false}")
+    assert "proxy.fidelity is measured on 16 rows or more, and the pool has 15" in said
+    assert not (place.output / "warmup").exists()

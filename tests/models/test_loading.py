@@ -24,6 +24,7 @@ from iprox.models.precision import (
     resolve_device,
     resolve_dtype,
     warn_of_rounded_frequencies,
+    warn_of_slow_products,
 )
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -112,6 +113,16 @@ def test_a_dtype_that_is_asked_for_is_taken():
     assert resolve_dtype("float32", torch.device("cpu")) == torch.float32
     assert resolve_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     assert resolve_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(tiny, monkeypatch, recwarn, native):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    warn_of_slow_products(tiny.model(dtype=torch.float32))
+    assert not recwarn.list
+    warn_of_slow_products(tiny.model(dtype=torch.bfloat16))
+    assert ["no instructions for" in str(warning.message) for warning in recwarn.list] == ([] if native else [True])
 
 
 def test_rounded_rotary_frequencies_are_warned_of(tiny, recwarn):

@@ -9,7 +9,7 @@ from torch import nn
 
 from iprox.errors import InputError
 from iprox.models.adapters import refuse_adapter
-from iprox.models.precision import warn_of_rounded_frequencies
+from iprox.models.precision import warn_of_rounded_frequencies, warn_of_slow_products
 
 
 def check_model(name: str, model: Any) -> None:
@@ -23,6 +23,7 @@ def check_model(name: str, model: Any) -> None:
         raise InputError(f"{name}: expected a loaded model, not {what}; iprox.load(path) loads one")
     refuse_adapter(model)
     warn_of_rounded_frequencies(model)
+    warn_of_slow_products(model)
 
 
 def check_tasks(validation: Any) -> None:

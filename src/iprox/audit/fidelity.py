@@ -14,11 +14,11 @@ from scipy import stats
 from iprox.audit.breakdown import by_group, by_length, calibration, disagreements
 from iprox.audit.display import audit_figure, audit_html
 from iprox.audit.intervals import bootstrap_intervals
+from iprox.audit.overlap import OVERLAP_AT, top_overlap
 from iprox.audit.spearman import spearman
 from iprox.errors import InputError
 from iprox.influence.scores import score_matrix, task_names
 
-OVERLAP_AT = (0.01, 0.02, 0.05, 0.1, 0.2)
 # The share that a calibration looks at.
 TOP = 0.05
 
@@ -124,14 +124,6 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
 def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:
     """Spearman, Kendall and top-k overlap of two score vectors [N]."""
     return _nested(_figures(proxy, target))
-
-
-def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
-    """Share of the target's top `share` that the proxy also ranks in its own top `share`, 0 to 1."""
-    count = max(1, round(share * len(target)))
-    chosen = np.argsort(-proxy, kind="stable")[:count]
-    wanted = np.argsort(-target, kind="stable")[:count]
-    return len(np.intersect1d(chosen, wanted)) / count
 
 
 def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from iprox.audit.overlap import telling_share
 from iprox.cli.doctor import OPTIONAL
 from iprox.report import formats
 from iprox.run_folder import RunFolder, read_json
@@ -29,7 +30,9 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
         summary["selected"] = {"rows": done["select"]["count"], "of": record["inputs"]["pool"]["rows"]}
         summary["selected"]["file"] = str(folder.selected)
     if "audit" in done:
-        summary["fidelity"] = done["audit"]["fidelity"]
+        task = done.get("select", {}).get("task")
+        found = read_json(folder.audit / "audit.json")["tasks"][task] if task else done["audit"]["fidelity"]
+        summary["fidelity"] = {name: found[name] for name in ("spearman", "kendall", "overlap", "intervals")}
     cost = record.get("cost", {})
     if cost.get("target_score_flops"):  # scorers that run no model cost nothing
         spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
@@ -65,12 +68,13 @@ def print_run(folder: RunFolder) -> None:
     if "selected" in summary:
         lines.append(("selected", _selected(folder, record)))
     if "fidelity" in summary:
-        fidelity = summary["fidelity"]
+        fidelity, audited = summary["fidelity"], done["audit"]["examples"]
+        share = telling_share(audited)
         lines.append(
             (
                 "fidelity",
                 f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores, "
-                f"{fidelity['overlap']['0.05']:.0%} of its top 5 % shared ({done['audit']['examples']} audited)",
+                f"{fidelity['overlap'][str(share)]:.0%} of its top {share:.0%} shared ({audited} audited)",
             )
         )
     if "refine" in done:

@@ -39,6 +39,19 @@ def warn_of_rounded_frequencies(model: nn.Module) -> None:
             return
 
 
+def warn_of_slow_products(model: nn.Module) -> None:
+    """Warn of a model in bfloat16 on a CPU that has to emulate it, several times slower than float32."""
+    weight = next(model.parameters(), None)
+    if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return
+    if resolve_dtype("auto", weight.device) != torch.bfloat16:
+        warnings.warn(
+            "the model is in bfloat16, which this CPU has no instructions for: in float32 it is several times as fast. "
+            "Load it with iprox.load(path), or from_pretrained(path, dtype=torch.float32)",
+            stacklevel=3,
+        )
+
+
 def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is a CUDA device if there is one, else the CPU.
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iprox.audit.held_out import FEWEST
 from iprox.data import Pool
+from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
@@ -104,6 +106,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         unnamed = summary.rows - sum(summary.sources.values())
         check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
         refinement.check_sample(recipe, summary.rows)
+        check_watched(recipe, summary.rows)
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
@@ -186,6 +189,24 @@ def common_key(run: Run) -> list[Any]:
         run.template,
         bad_rows,
     ]
+
+
+def check_watched(recipe: Recipe, rows: int) -> None:
+    """Refuse a pool too small to watch a proxy's fidelity on, before any work.
+
+    Raises:
+        InputError: it is.
+    """
+    proxy = recipe.proxy
+    if not proxy or rows >= FEWEST:
+        return
+    if proxy.fidelity is not None:
+        raise InputError(f"proxy.fidelity is measured on {FEWEST} rows or more, and the pool has {rows}: give a size")
+    if proxy.align and proxy.align.held_out:
+        raise InputError(
+            f"alignment is watched on {FEWEST} rows or more, and the pool has {rows}: set proxy.align.held_out to 0 or "
+            "proxy.align to false"
+        )
 
 
 def draw(run: Run, name: str, count: int) -> list[int]:

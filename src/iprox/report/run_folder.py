@@ -143,6 +143,11 @@ def read_run_folder(path: Path) -> RunFolder:
             f"{scores_path}: missing, the score stage has not finished; "
             f"run `iprox run {path / 'recipe.yaml'}` to run it"
         )
+    if done and "score" not in done:
+        raise InputError(
+            f"{path}: scored by an earlier recipe than the one that is there now, which has not come to score yet; "
+            f"run `iprox run {path / 'recipe.yaml'}` to the end"
+        )
     chosen = (_read_json(path / "selection.json", dict) or {}) if "select" in done else {}
     scores = _read_scores(scores_path, chosen.get("task"), chosen.get("weights", {}))
     recipe = path / "recipe.yaml"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from iprox.audit.overlap import telling_share
 from iprox.report import formats
 from iprox.report.charts import Chart
 from iprox.report.fidelity_section import share_name
@@ -50,12 +51,11 @@ def _model_name(run: dict[str, Any]) -> str:
     return Path(str(run.get("model", "the target"))).name
 
 
-def _headline_overlap(overlap: dict[str, float]) -> tuple[str, float | None]:
-    """Picks the overlap at 5 %, or the nearest share that was measured."""
-    if not overlap:
-        return "0.05", None
-    key = min(overlap, key=lambda share: abs(float(share) - 0.05))
-    return key, overlap[key]
+def judged(folder: RunFolder) -> dict[str, Any]:
+    """The audit's figures of what rows are selected by: one task, or the mean over all."""
+    assert folder.audit is not None
+    of_task = folder.audit.summary.get("tasks", {}).get(folder.scores.task)
+    return of_task or folder.audit.summary.get("mean", {})
 
 
 def summary(folder: RunFolder) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         sentence = f"{scores.rows:,} rows were scored for {tasks} on {scorer}; nothing has been selected yet."
     else:
         sentence = f"{len(selection.rows):,} of {scores.rows:,} rows were selected for {tasks}, scored on {scorer}"
-        spearman = None if folder.audit is None else folder.audit.summary.get("mean", {}).get("spearman")
+        spearman = None if folder.audit is None else judged(folder).get("spearman")
         if spearman is not None and np.isfinite(spearman):
             sentence += f", whose ranking agrees with the target's at Spearman {formats.decimal(spearman)}"
         sentence += "."
@@ -84,15 +84,17 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         note += f"strategy “{selection.strategy}”"
         figures.append(Figure(formats.count(len(selection.rows)), "rows selected", note))
     if folder.audit is not None:
-        mean, sample = folder.audit.summary.get("mean", {}), len(folder.audit.ids)
-        share, overlap = _headline_overlap(mean.get("overlap", {}))
+        found, sample = judged(folder), len(folder.audit.ids)
+        share = telling_share(sample)
         over = f"proxy against target, {sample:,} audited rows"
-        figures.append(Figure(formats.decimal(mean.get("spearman")), "Spearman correlation", over))
-        chance = f"of the target's top rows are in the proxy's; {share_name(share)} by chance"
-        figures.append(Figure(formats.percent(overlap, 0), f"top {share_name(share)} overlap", chance))
+        figures.append(Figure(formats.decimal(found.get("spearman")), "Spearman correlation", over))
+        name, overlap = share_name(str(share)), found.get("overlap", {}).get(str(share))
+        chance = f"of the target's top {formats.rows(round(share * sample))} are in the proxy's; {name} by chance"
+        figures.append(Figure(formats.percent(overlap, 0), f"top {name} overlap", chance))
     score_flops, target_flops = cost.get("score_flops"), cost.get("target_score_flops")
     if folder.compression is not None and score_flops is not None and target_flops:
         note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}"
+        note += f"; {formats.ratio(score_flops + _making_flops(run), target_flops)} with making the proxy"
         figures.append(Figure(formats.ratio(score_flops, target_flops), "scoring cost", note))
     stages = run.get("stages", {})
     total = sum(stage.get("seconds") or 0.0 for stage in stages.values())
@@ -243,12 +245,16 @@ def cost_section(folder: RunFolder) -> dict[str, Any]:
     return {"rows": rows, "total": total if rows else None, "sentence": _cost_sentence(folder)}
 
 
+def _making_flops(run: dict[str, Any]) -> float:
+    return sum(run.get("stages", {}).get(name, {}).get("flops") or 0.0 for name in ("compress", "align"))
+
+
 def _cost_sentence(folder: RunFolder) -> str:
-    cost, stages = folder.run.get("cost", {}), folder.run.get("stages", {})
+    cost = folder.run.get("cost", {})
     target, scoring = cost.get("target_score_flops"), cost.get("score_flops")
     if folder.compression is None or not target or scoring is None:
         return ""
-    making = sum(stages.get(name, {}).get("flops") or 0.0 for name in ("compress", "align"))
+    making = _making_flops(folder.run)
     again = cost.get("refine_flops") or 0.0
     rescored = f" Scoring the best rows again took {formats.flops(again)}." if again else ""
     return (

@@ -32,6 +32,7 @@ from iprox.influence.scores import (
 from iprox.recipe import Recipe, RefineSection, SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import BY_TASK
+from iprox.stages.selection import check_rows
 
 # Rounding in bfloat16 and other batches move a row's score by a hundredth or so; other settings by far more than this.
 SAME_SCORES = 0.2
@@ -72,6 +73,7 @@ def refine(
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = read_scores(scores)
+    check_rows(table, pool)
     tasks = task_names(table)
     sample = _read_audit(audit, tasks)
     _refuse_other_scores(table, sample, tasks, audit)

@@ -199,7 +199,11 @@ def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncode
     if stats.truncated and encoder.lowered:
         session.reporter.warn(encoder.lowered)  # which processes that tokenise ahead cannot
     if stats.truncated:
-        session.reporter.say(f"{stats.truncated} examples were longer than {encoder.max_length:,} tokens and were cut")
+        share = f"{stats.truncated / stats.rows:.1%} of the rows"
+        session.reporter.warn(
+            f"{stats.truncated:,} examples ({share}) were longer than {encoder.max_length:,} tokens and were cut: the "
+            "answer is kept, the prompt loses its start"
+        )
 
 
 def engine_of(session: Session) -> Engine:

@@ -30,6 +30,19 @@ def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:
     return SelectionSettings(**settings.model_dump(exclude={"features"}), seed=seed)
 
 
+def check_rows(table: pa.Table, pool: Pool) -> None:
+    """Refuse a pool of another number of rows than was scored.
+
+    Raises:
+        InputError: it is.
+    """
+    there = pool.scan().rows
+    if there != table.num_rows:
+        raise InputError(
+            f"--pool: the scores are of {table.num_rows:,} rows, and the pool has {there:,}; give what was scored"
+        )
+
+
 def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
     """Refuse a pool that has changed since it was scored, where rows are known by their place only.
 
@@ -53,6 +66,7 @@ def select(
 ) -> StageRecord:
     """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
     table = read_scores(scores)
+    check_rows(table, pool)
 
     def texts(rows: Sequence[int]) -> list[str]:
         return [example.words for example in pool.take(rows)]
