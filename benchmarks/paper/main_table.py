@@ -30,6 +30,7 @@ from runs import SHARED, Results, run, scores_in
 from iprox.audit.cascade import best_rows
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Pool
+from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter
 from iprox.recipe import FinetuneSection, parse_recipe
 from iprox.run_folder import key_of, read_json, write_json
@@ -196,6 +197,8 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
             "curvature": "k-fac",
             "normalise": arguments.normalise,
             "norm_sketch": arguments.norm_sketch if proxy else 0,
+            # What low-rank proxies kept by default when the table was made; influence functions keep more now.
+            "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,
         },
         "audit": False,
         "batch_tokens": arguments.batch_tokens,

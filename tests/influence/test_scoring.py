@@ -16,7 +16,7 @@ from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import NORM_SKETCH, QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
+from iprox.influence.scoring import CURVED_QUERY_NORM, NORM_SKETCH, QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.influence.windows import score_windows
 from iprox.models.loss import causal_lm_losses
@@ -263,6 +263,8 @@ def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked(tiny):
     proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
     assert ScoringSettings().kept_norm(model) == 1
     assert ScoringSettings().kept_norm(proxy) == QUERY_NORM < 1
+    curved = ScoringSettings(estimator="influence-function")
+    assert QUERY_NORM < curved.kept_norm(proxy) == CURVED_QUERY_NORM < curved.kept_norm(model) == 1
     assert ScoringSettings(query_norm=0.5).kept_norm(model) == 0.5
     assert ScoringSettings(query_norm=1.0).kept_norm(proxy) == 1
 

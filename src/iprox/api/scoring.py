@@ -81,7 +81,7 @@ def score(
             to nothing, as they are few. None takes them on `model`.
         gradient: of a proxy: `factors` or `weight`.
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
-            None: 0.9 on a proxy, 1 on a model itself.
+            None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself.
         normalise: `none` or `cosine`.
         norm_sketch: of a cosine on a proxy: random signs a layer that norms of candidates are estimated from, which
             saves time on rows of more tokens than that; 0 is exact. None: 32.

@@ -15,7 +15,7 @@ from iprox.audit.spearman import spearman
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
-from iprox.influence.scoring import QUERY_NORM, ScoringSettings, scorer_of_batches, task_queries
+from iprox.influence.scoring import ScoringSettings, scorer_of_batches, task_queries
 from iprox.influence.truncation import QueryDirections
 from iprox.recipe import CURVED
 
@@ -105,7 +105,7 @@ class HeldOutFidelity:
 
     def _cut(self, queries: dict[str, ModelGradient]) -> tuple[Mapping[str, TaskQuery], Mapping[str, TaskQuery] | None]:
         """What candidates meet on the target, and on every proxy; None where that hangs on the proxy."""
-        keep = self.settings.query_norm or QUERY_NORM
+        keep = self.settings.kept_on_proxy
         if keep == 1:
             return queries, queries if self.fixed else None
         # Divided by the curvature, a gradient cut at 0.95 ranks a little differently (`benchmarks/queries.py`).

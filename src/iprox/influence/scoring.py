@@ -30,8 +30,9 @@ from iprox.recipe import ALIKE, CURVED, GRADIENT_FREE, GradientFree
 WINDOW = 4096
 
 # Share of the validation gradients' norm that scores on a proxy keep unless asked otherwise: what is lost is small
-# beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact.
-QUERY_NORM = 0.9
+# beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact. Divided by a
+# curvature they are less low-rank, and candidates meet their small directions too (`benchmarks/queries.py`).
+QUERY_NORM, CURVED_QUERY_NORM = 0.9, 0.98
 # Random signs a layer that candidates' norms are estimated from on a proxy unless asked otherwise, for their cosine.
 # Exact norms would cost a proxy as much as they do its target, up to half of its scoring.
 NORM_SKETCH = 32
@@ -60,7 +61,7 @@ class ScoringSettings:
         per_example: keep the scores by validation example.
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
-            gradient. None: 0.9 on a proxy, 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
+            gradient. None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
             whole mean gradients, and is refused another.
         norm_sketch: for the cosine on a proxy, random signs a layer that a candidate's norm is estimated from
             (`iprox.influence.gradients.sketched_norms`); 0 is exact, None is 32. A model's own norms are always exact,
@@ -91,11 +92,17 @@ class ScoringSettings:
         """How many scores of a candidate become one."""
         return Aggregation(self.aggregate, self.over_examples, self.per_example)
 
-    def kept_norm(self, model: nn.Module) -> float:
-        """The share of the validation gradients' norm to keep when candidates are scored on this model."""
+    @property
+    def kept_on_proxy(self) -> float:
+        """The share of the validation gradients' norm to keep when candidates are scored on a proxy."""
         if self.query_norm is not None:
             return self.query_norm
-        return 1.0 if proxy_config(model) is None else QUERY_NORM
+        return CURVED_QUERY_NORM if self.estimator in CURVED else QUERY_NORM
+
+    def kept_norm(self, model: nn.Module) -> float:
+        """The share of the validation gradients' norm to keep when candidates are scored on this model."""
+        own = self.query_norm is None and proxy_config(model) is None
+        return 1.0 if own else self.kept_on_proxy
 
     def sketched(self, model: nn.Module) -> int:
         """The random signs a layer that norms of candidates are estimated from on this model; 0: none are."""

@@ -20,9 +20,9 @@ from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
 KEPT_BY_FIDELITY = 0.5
-# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones: an estimate, as their ranks are
-# known only once they are made.
-LOW_RANK_QUERY = 0.02
+# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones, and those of an influence function
+# that keep 0.98: estimates, as their ranks are known only once they are made.
+LOW_RANK_QUERY, CURVED_QUERY = 0.02, 0.3
 # The same for the 0.95 that a target keeps of them where a proxy is watched on held-out rows.
 WATCHED_QUERY = 0.06
 
@@ -165,7 +165,11 @@ class Costs:
     def query_cost(self) -> float:
         """What meeting validation gradients costs beside meeting whole ones."""
         norm = self.influence.query_norm
-        return 1.0 if norm == 1 or (norm is None and not self.recipe.proxy) else LOW_RANK_QUERY
+        return 1.0 if norm == 1 or (norm is None and not self.recipe.proxy) else self._cut_cost
+
+    @property
+    def _cut_cost(self) -> float:
+        return CURVED_QUERY if self.queried.curvature_tokens else LOW_RANK_QUERY
 
     @property
     def formed(self) -> bool:
@@ -213,7 +217,7 @@ class Costs:
         exact_norms, norms = self.norms
         on_target = self.whole_contraction * (WATCHED_QUERY if cut and not self.queried.curvature_tokens else 1)
         cost = flops.scoring_flops(self.model, tokens, supervised, tokens * (on_target + exact_norms))
-        per_token = 2 * self.kept * self.forward + self.whole_contraction * (LOW_RANK_QUERY if cut else 1) + norms
+        per_token = 2 * self.kept * self.forward + self.whole_contraction * (self._cut_cost if cut else 1) + norms
         cost += proxies * (tokens * per_token + supervised * 2 * self.head)
         fixed = self.influence.gradient == "weight" and self.influence.query == "target"  # else anew for each proxy
         return cost + (1 if fixed else 1 + proxies) * self.queries
