@@ -16,7 +16,14 @@ from iprox.influence import scoring, shards
 from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import CURVED_QUERY_NORM, NORM_SKETCH, QUERY_NORM, ScoringSettings, ScoringStats, build_scorer
+from iprox.influence.scoring import (
+    CURVED_QUERY_NORM,
+    NORM_SKETCH,
+    QUERY_NORM,
+    ScoringSettings,
+    ScoringStats,
+    build_scorer,
+)
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.influence.windows import score_windows
 from iprox.models.loss import causal_lm_losses

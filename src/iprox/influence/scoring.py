@@ -61,8 +61,8 @@ class ScoringSettings:
         per_example: keep the scores by validation example.
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
             (`iprox.influence.truncation`), so that many tasks cost little more than one; 1 scores with the whole
-            gradient. None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself. `adam`, which forms candidates' gradients anyway, meets
-            whole mean gradients, and is refused another.
+            gradient. None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself. `adam`, which forms
+            candidates' gradients anyway, meets whole mean gradients, and is refused another.
         norm_sketch: for the cosine on a proxy, random signs a layer that a candidate's norm is estimated from
             (`iprox.influence.gradients.sketched_norms`); 0 is exact, None is 32. A model's own norms are always exact,
             so that what a proxy is judged by has no error in common with it; `adam` has them for nothing.

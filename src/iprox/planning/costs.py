@@ -20,8 +20,8 @@ from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
 KEPT_BY_FIDELITY = 0.5
-# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones, and those of an influence function
-# that keep 0.98: estimates, as their ranks are known only once they are made.
+# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones, and an influence function's that
+# keep 0.98: estimates, as their ranks are known only once they are made.
 LOW_RANK_QUERY, CURVED_QUERY = 0.02, 0.3
 # The same for the 0.95 that a target keeps of them where a proxy is watched on held-out rows.
 WATCHED_QUERY = 0.06
