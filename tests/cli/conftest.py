@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
+from iprox.audit import intervals
 from iprox.cli import main
 
 BUNDLED = Path(str(resources.files("iprox.quickstart")))
@@ -139,6 +140,14 @@ def copied(finished: Place, tmp_path: Path) -> Place:
     text = (path / "recipe.yaml").read_text()
     (path / "recipe.yaml").write_text(text.replace(str(finished.path), str(path)))
     return Place(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rough_intervals() -> Iterator[None]:
+    """Intervals of fewer resamples: what they are worth is tested in tests/audit, and every run here has an audit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "RESAMPLES", 50)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

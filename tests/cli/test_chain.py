@@ -79,7 +79,7 @@ def test_every_command_says_what_it_cost_and_where_it_wrote(chain):
     for said, name in ((chain.warm, "warm"), (chain.compressed, "proxy"), (chain.scored, "scores")):
         assert said["output"] == str(chain.path / name)
         assert said["seconds"] > 0
-        assert said["warnings"] == []
+        assert [text for text in said["warnings"] if "were cut" not in text] == []
         record = json.loads((chain.path / name / "run.json").read_text())
         assert record["versions"]["torch"]
         assert record["command"].startswith("iprox ")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -278,7 +279,8 @@ def test_a_pool_smaller_than_the_samples_runs_with_warnings(place):
     place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:40]))
     assert place.run() == 0
     warned = {name: entry["warnings"] for name, entry in place.record()["stages"].items() if entry["warnings"]}
-    assert list(warned) == ["compress", "align", "audit"]
+    assert list(warned) == ["compress", "align", "audit", "score"]
+    assert "of the rows) were longer than 48 tokens and were cut" in warned["score"][0]
     assert "the pool is small" in warned["audit"][0]
 
 
@@ -471,9 +473,10 @@ def test_an_audit_of_other_scores_is_refused(finished, tmp_path, capfd):
     files = ["--audit", str(finished.output / "audit"), "--pool", str(finished.pool), "--output", str(tmp_path / "out")]
     assert main(["refine", "--scores", str(tmp_path / "other"), *files]) == 2
     assert "its scores of the proxy for arithmetic are not those given" in capfd.readouterr().err
-    table = pq.read_table(finished.output / "scores.parquet").slice(0, 20)
-    pq.write_table(table, tmp_path / "few.parquet")
-    assert main(["refine", "--scores", str(tmp_path / "few.parquet"), *files]) == 2
+    table = pq.read_table(finished.output / "scores.parquet")
+    named = pa.array([f"other-{row}" for row in range(table.num_rows)])
+    pq.write_table(table.set_column(table.column_names.index("id"), "id", named), tmp_path / "others.parquet")
+    assert main(["refine", "--scores", str(tmp_path / "others.parquet"), *files]) == 2
     assert "which the scores have not: it is of another pool" in capfd.readouterr().err
 
 
