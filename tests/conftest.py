@@ -121,7 +121,7 @@ def rows_of(batch: Batch) -> list[Batch]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _what_is_imported_stays():
-    """Each stage of a run collects garbage; not to go through torch and transformers again is a quarter of its time."""
+    """Each stage of a run collects garbage; what was imported is left out of that, which saves time."""
     gc.collect()
     gc.freeze()
 

@@ -22,6 +22,7 @@ from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.selection.strategies import standardised
 
 
 @settings(deadline=None, max_examples=40)
@@ -184,3 +185,13 @@ def test_the_maximum_over_tasks_is_of_scores_as_they_are():
     spread.add(scores)
     combined = combine([table], [1.0], Aggregation("max"), spread)
     assert combined["influence"].to_pylist() == [100.0, 3.0, None]
+
+
+def test_a_task_whose_scores_are_all_alike_does_not_drown_the_others():
+    """The mean of three tenths is none of them, so that their spread is rounding and not quite 0."""
+    scores = np.column_stack([[0.1] * 3, [1.0, 2.0, 3.0]])
+    assert 0 < scores[:, 0].std() < 1e-16
+    spread = TaskSpread()
+    spread.add(scores)
+    np.testing.assert_allclose(spread.deviation(), [1.0, np.std([1, 2, 3])])
+    assert np.abs(standardised(scores[:, 0])).max() < 1e-16

@@ -10,7 +10,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Pearson's correlation of the ranks of two samples [N], equal values at their mean rank; NaN if one is constant.
 
     What scipy's `spearmanr` gives, without its checks: intervals ask for it a thousand times of a few hundred rows,
-    for which those take ten times as long as the figure.
+    for which those take longer than the figure.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(stats.rankdata([x, y], axis=1))[0, 1])

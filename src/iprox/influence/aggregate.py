@@ -17,6 +17,9 @@ from iprox.influence.scores import example_matrix, score_matrix, scores_table, t
 Aggregate = Literal["standardised", "mean", "max"]
 OverExamples = Literal["mean", "max"]
 
+# A spread below this share of the mean is rounding of that mean: divided by it, equal scores would drown other tasks.
+ROUNDING = 1e-12
+
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
@@ -96,9 +99,9 @@ class TaskSpread:
         self.count = total
 
     def deviation(self) -> np.ndarray:
-        """Standard deviation of each task's scores; 1 for a task whose scores are all alike."""
+        """Standard deviation of each task's scores; 1 for a task whose scores are all alike, to rounding."""
         deviation = np.sqrt(np.atleast_1d(self.squares) / max(self.count, 1))
-        return np.where(deviation > 0, deviation, 1.0)
+        return np.where(deviation > ROUNDING * np.abs(self.mean), deviation, 1.0)
 
 
 def combine(

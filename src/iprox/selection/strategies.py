@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from iprox.influence.aggregate import ROUNDING
+
 # How many rows to rank -> their numbers, best first (fewer where fewer have a score).
 Ranking = Callable[[int], np.ndarray]
 
@@ -126,6 +128,6 @@ def sampled(influence: np.ndarray, limit: int, temperature: float, seed: int) ->
 
 
 def standardised(scores: np.ndarray) -> np.ndarray:
-    """Scores [N] less their mean, over their standard deviation; NaN stays. Equal scores all become 0."""
-    deviation = np.nanstd(scores)
-    return (scores - np.nanmean(scores)) / (deviation if deviation > 0 else 1.0)
+    """Scores [N] less their mean, over their standard deviation; NaN stays. Equal scores all become 0, to rounding."""
+    mean, deviation = np.nanmean(scores), np.nanstd(scores)
+    return (scores - mean) / (deviation if deviation > ROUNDING * abs(mean) else 1.0)
