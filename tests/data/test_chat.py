@@ -1,4 +1,5 @@
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import IGNORE, ChatEncoder, Pool
-from iprox.data.chat import fit
+from iprox.data.encoded import fit
 from iprox.data.templates import CHATML
 from iprox.errors import InputError
 
@@ -361,3 +362,86 @@ def test_a_long_conversation_is_cut_to_its_answer():
     assert row.truncated
     assert len(row.input_ids) == 8
     assert supervised_text(row) == "red<|im_end|>"
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "plus", "parameters": {"type": "object"}}}]
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"x": 2, "y": 2}}}
+WITH_TOOLS = [
+    {
+        "messages": [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "", "reasoning_content": "I add.", "tool_calls": [CALL]},
+            {"role": "tool", "content": "four"},
+            {"role": "assistant", "content": "It is four."},
+        ],
+        "tools": TOOLS,
+    },
+    {**chat(("user", "Name a colour"), ("assistant", "red")), "tools": json.dumps(TOOLS[:1])},
+    {**chat(("user", "Name a colour"), ("assistant", "red")), "tools": []},
+    {**chat(("user", "Q"), ("assistant", "A")), "chat_template_kwargs": {"enable_thinking": False}},
+    {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "completion": [{"role": "assistant", "content": "four", "thinking": "plus"}],
+        "tools": [{**TOOLS[0], "x": 1}],
+    },
+]
+TRL_QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+
+
+def rendered_alone(encoder, row):
+    """What the template makes of one row, by transformers itself."""
+    tools = row.get("tools")
+    turns = row.get("messages") or row["prompt"] + row["completion"]
+    return encoder.tokenizer.apply_chat_template(
+        turns,
+        chat_template=encoder.chat_template,
+        tools=(json.loads(tools) if isinstance(tools, str) else tools) or None,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **row.get("chat_template_kwargs", {}),
+    )
+
+
+def test_tools_their_calls_and_reasoning_are_rendered_as_trl_does():
+    encoder = ChatEncoder(make_tokenizer(TRL_QWEN3), 10_000)
+    encoded = encode(encoder, *WITH_TOOLS)
+    for ours, row in zip(encoded, WITH_TOOLS, strict=True):
+        alone = rendered_alone(encoder, row)
+        assert ours.input_ids.tolist() == alone["input_ids"]
+        assert (ours.labels != IGNORE).tolist() == [bool(mark) for mark in alone["assistant_masks"]]
+    text = str(encoder.tokenizer.decode(encoded[0].input_ids))
+    assert '"description": "plus"' in text
+    learnt = supervised_text(encoded[0])
+    assert '<think>\nI add.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"x": 2, "y": 2}}' in learnt
+    assert "<tool_response>" not in learnt  # what the tool says is not the model's
+    assert len(encoded[1].input_ids) > len(encoded[2].input_ids)
+    assert "<think>\nplus\n</think>" in supervised_text(encoded[4])  # transformers knows both names of reasoning
+
+
+@pytest.mark.parametrize("rule", ["generation", "boundary"])
+def test_rows_of_different_tools_keep_their_places(rule):
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name + tool.x | string }}{% endfor %}{{ hint }}"
+        "{% for m in messages %}{{ m.role + ':' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    if rule == "boundary":
+        template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tools = [None, [{**TOOLS[0], "x": 1}], [{**TOOLS[0], "x": 2}]]
+    rows = [{**chat(("user", "Q"), ("assistant", f"A{at}")), "tools": tools[at % 3]} for at in range(9)]
+    rows.append({**chat(("user", "Q"), ("assistant", "B")), "chat_template_kwargs": {"hint": "!"}})
+    encoder = ChatEncoder(TOKENIZER, 100, template)
+    assert encoder.mode == rule
+    together = encode(encoder, *rows)
+    assert all(same(ours, encode(encoder, row)[0]) for ours, row in zip(together, rows, strict=True))
+    texts = [str(TOKENIZER.decode(each.input_ids)) for each in together]
+    assert [text.split("user")[0] for text in texts] == ["", "add1", "add2"] * 3 + ["!"]
+
+
+@pytest.mark.parametrize(("row", "part"), [(WITH_TOOLS[0], "reasoning_content"), (WITH_TOOLS[1], "tools")])
+def test_what_the_template_leaves_out_is_refused(row, part):
+    with pytest.raises(InputError, match=f"row:2: the row has '{part}', and the chat template leaves it out"):
+        encode(BY_MARK, TWO_TURNS, row)
+    kept, refused = encode(ChatEncoder(TOKENIZER, 10_000, skip_refused=True), TWO_TURNS, row)
+    assert (kept.supervised > 0, refused.supervised) == (True, 0)

@@ -1,6 +1,7 @@
 import pytest
 
-from iprox.data.formats import BadRowError, to_example
+from iprox.data.fields import BadRowError
+from iprox.data.formats import to_example
 
 
 def read(data):
@@ -96,8 +97,18 @@ def test_a_filled_format_wins_over_an_empty_column():
         ({"messages": [USER, {"role": "assistant", "content": None}]}, r"content of messages\[1\] .* is empty"),
         ({"messages": [USER, {"role": "assistant", "content": 4}]}, "must be text, not a number"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "not text: image"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"x": 1}]}]}, "'tool_calls', which iprox does not read"),
-        ({"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}, "'tools', which iprox does not read"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"x": 1}]}]}, "has a call without the name of a function"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": "f()"}]}, r"tool_calls of messages\[1\] .* list of objects"),
+        ({"messages": [USER, {**ASSISTANT, "reasoning_content": ["x"]}]}, "reasoning_content of .* must be text"),
+        ({"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}, "'function_call', which iprox does not"),
+        ({"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]}, "'functions', which iprox does not read"),
+        ({"messages": [USER, ASSISTANT], "tools": ["f"]}, "tools must be a list of objects"),
+        ({"messages": [USER, ASSISTANT], "tools": "f()"}, "tools is text, and not JSON"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"x": float}]}, "tools or chat_template_kwargs: not JSON"),
+        ({"messages": [USER, ASSISTANT], "tools": [{"x": "\udc80"}]}, "is not valid UTF-8"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": ["x"]}, "chat_template_kwargs must be an object"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": False}}, "has 'tokenize', which is not"),
+        ({"text": "T", "tools": [{"name": "f"}]}, "has 'tools', which a chat template renders, and no messages"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, r"messages\[1\] has 'weight' 0"),
         (
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f()"}]},
@@ -122,6 +133,28 @@ def test_a_filled_format_wins_over_an_empty_column():
 def test_bad_rows_say_why(data, reason):
     with pytest.raises(BadRowError, match=reason):
         read(data)
+
+
+def test_tools_are_read_with_their_calls_and_answers():
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
+    turns = [
+        {**USER, "tool_calls": None, "reasoning_content": None},  # nulls that Parquet fills in
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "", "tool_call_id": "c1", "name": "f"},
+        {**ASSISTANT, "reasoning_content": "R", "tool_calls": []},
+    ]
+    tools = [{"name": "f", "parameters": {"x": "int", "y": None}}]
+    example = read({"messages": turns, "tools": tools, "chat_template_kwargs": {"enable_thinking": True}})
+    assert example.messages == (
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"role": "tool", "content": "", "tool_call_id": "c1", "name": "f"},
+        {**ASSISTANT, "reasoning_content": "R"},
+    )
+    assert example.rendering == {"enable_thinking": True, "tools": [{"name": "f", "parameters": {"x": "int"}}]}
+    assert example.words == 'Q\n{"function": {"name": "f", "arguments": {"x": 1}}}\n\nR\nA'
+    assert read({"messages": [USER, ASSISTANT], "tools": "[]"}).rendering == {}
+    assert read({"text": "T", "tools": None}).rendering == {}
 
 
 def test_an_empty_system_turn_is_kept_as_it_is():

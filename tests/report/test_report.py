@@ -20,7 +20,7 @@ from iprox.errors import InputError
 from iprox.report import build_report, formats
 from iprox.report.binning import bin_edges, count_into
 from iprox.report.charts import safe_json
-from iprox.report.examples import MOST_CHARACTERS, extreme_rows
+from iprox.report.examples import MOST_CHARACTERS, extreme_rows, roles_and_texts
 from iprox.report.fidelity_charts import fidelity_chart, top_rows
 from iprox.report.proxy_charts import layers_by_kind, rank_chart
 from iprox.report.run_folder import read_run_folder
@@ -215,6 +215,25 @@ def test_other_row_shapes_are_shown(make_run: MakeRun, row: dict[str, str], expe
     pool = Pool([{"id": f"row-{i:04d}", **row} for i in range(ROWS)])
     text = build(make_run(), pool).text.split("Highest influence")[1]
     assert all(words in text for words in expected)
+
+
+def test_tools_their_calls_and_reasoning_are_shown() -> None:
+    call = {"function": {"name": "add", "arguments": {"x": 2}}}
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": None, "reasoning_content": "I add.", "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "four"},
+    ]
+    (example,) = Pool([{"messages": turns, "tools": [{"name": "add"}]}])
+    assert roles_and_texts(example) == [
+        ("tools", '{"name": "add"}'),
+        ("user", "2+2?"),
+        ("assistant, reasoning", "I add."),
+        ("assistant, tool calls", json.dumps(call)),
+        ("tool", ""),
+        ("assistant", "four"),
+    ]
 
 
 def test_a_huge_row_does_not_make_the_page_huge(make_run: MakeRun) -> None:

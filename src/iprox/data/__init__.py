@@ -1,8 +1,10 @@
 """Reading examples, turning them into labelled tokens, and grouping these into batches."""
 
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
-from iprox.data.chat import IGNORE, ChatEncoder, Encoded
-from iprox.data.formats import Example, Message
+from iprox.data.chat import ChatEncoder
+from iprox.data.encoded import IGNORE, Encoded
+from iprox.data.formats import Example
+from iprox.data.messages import Message, said
 from iprox.data.overlap import Overlap
 from iprox.data.sources import GENERATED_ID, Pool, PoolSummary
 
@@ -21,5 +23,6 @@ __all__ = [
     "example_batches",
     "iter_batches",
     "on_device",
+    "said",
     "token_budget_batches",
 ]

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 
-from iprox.data.formats import Example, Message
-from iprox.data.templates import choose_template
+from iprox.data.encoded import IGNORE, Encoded, fit
+from iprox.data.formats import Example
+from iprox.data.messages import Message
+from iprox.data.templates import BESIDE_CONTENT, choose_template, unread_parts
 from iprox.errors import InputError
 
 _CHUNK = 1024
-
-IGNORE = -100
-"""The label of a token that carries no loss (Hugging Face's convention)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """The tokens of one example.
-
-    Attributes:
-        input_ids: int32 [L].
-        labels: int32 [L]; the token id where it is supervised, -100 elsewhere. Not shifted.
-        truncated: Whether tokens were cut to fit the longest length.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    truncated: bool
-
-    @property
-    def supervised(self) -> int:
-        """Number of tokens with a loss. Position 0 has none: nothing comes before it to predict it."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE))
 
 
 class RefusedRowError(InputError):
@@ -148,6 +128,8 @@ class ChatEncoder:
                 "name one: --chat-template chatml (or a Jinja file)"
             )
         try:
+            for example in examples:
+                self._require_read(example)
             return self._render(examples)
         except RefusedRowError:
             if not self.skip_refused:
@@ -156,9 +138,24 @@ class ChatEncoder:
 
     def _rendered_or_empty(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         try:
+            self._require_read(example)
             return self._render([example])[0]
         except RefusedRowError:
             return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
+
+    def _require_read(self, example: Example) -> None:
+        """Refuse a row that says what the template leaves out: a model would learn from another text."""
+        said = {key for message in example.messages or () for key in message} | {*example.rendering}
+        unread = said & BESIDE_CONTENT and said & self._unread
+        if unread:
+            raise RefusedRowError(
+                f"{example.origin}: the row has {sorted(unread)[0]!r}, and the chat template leaves it out; give one "
+                "that renders it (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
+            )
+
+    @functools.cached_property
+    def _unread(self) -> frozenset[str]:
+        return unread_parts(self.tokenizer, self.chat_template or "")
 
     def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         rows = self._by_boundary(examples) if self.mode == "boundary" else self._by_mask(examples)
@@ -235,7 +232,7 @@ class ChatEncoder:
         spans: list[list[tuple[int, int]]] = [[] for _ in examples]
         for (index, turns), whole in zip(before, wholes, strict=True):
             text, origin = texts[index], examples[index].origin
-            head = next(heads) if turns else self._first_head(whole, origin)
+            head = next(heads) if turns else self._first_head(whole, examples[index])
             if not (whole.startswith(head) and text.startswith(whole)):
                 raise RefusedRowError(
                     f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
@@ -245,17 +242,16 @@ class ChatEncoder:
             spans[index].append((len(head), self._turn_end(whole, len(head))))
         return spans
 
-    def _first_head(self, whole: str, origin: str) -> str:
+    def _first_head(self, whole: str, example: Example) -> str:
         """What comes before an assistant turn that opens the conversation: templates refuse to render no turn."""
-        probe = [{"role": "user", "content": "x"}]
-        render = self.tokenizer.apply_chat_template
-        plain = render(probe, chat_template=self.chat_template, tokenize=False)
-        asked = render(probe, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True)
+        probe: list[Message] = [{"role": "user", "content": "x"}]
+        (plain,) = self._apply([probe], [example], tokenize=False)
+        (asked,) = self._apply([probe], [example], tokenize=False, add_generation_prompt=True)
         opening = asked[len(plain) :] if asked.startswith(plain) else ""
         at = whole.find(opening)
         if not opening or at < 0:
             raise RefusedRowError(
-                f"{origin}: the conversation opens with an assistant turn, and the chat template does not show "
+                f"{example.origin}: the conversation opens with an assistant turn, and the chat template does not show "
                 "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
             )
         return whole[: at + len(opening)]
@@ -302,9 +298,22 @@ class ChatEncoder:
         """Apply the template to many conversations at once; if it refuses, name the row."""
         if not chats:
             return []
+        # The template takes one set of tools for all that it is given at once.
+        alike: dict[str, list[int]] = {}
+        for place, example in enumerate(examples):
+            alike.setdefault(json.dumps(example.rendering, sort_keys=True), []).append(place)
+        if len(alike) > 1:
+            parts = [
+                (places, self._apply([chats[at] for at in places], [examples[at] for at in places], **kwargs))
+                for places in alike.values()
+            ]
+            if not kwargs["tokenize"]:
+                return _in_order(parts)
+            return {key: _in_order([(places, part[key]) for places, part in parts]) for key in parts[0][1]}
         if kwargs["tokenize"]:
             kwargs["tokenizer_kwargs"] = {"verbose": False}  # long rows are cut here; no warning per row
         apply: Callable[..., Any] = self.tokenizer.apply_chat_template
+        kwargs |= examples[0].rendering
         try:
             return apply(chats, chat_template=self.chat_template, **kwargs)
         except (TemplateError, TypeError, ValueError) as error:
@@ -319,30 +328,10 @@ class ChatEncoder:
             raise InputError(f"the chat template cannot be used: {error}") from error
 
 
-def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
-    """Cut an example to `max_length` tokens, keeping the answer.
-
-    First the unsupervised tokens after the last supervised one go, then tokens from the left. If the last answer
-    (the last run of supervised tokens) is itself too long, its first `max_length` tokens are kept.
-
-    Args:
-        ids: int32 [L].
-        labels: int32 [L], -100 where not supervised.
-        max_length: Longest length in tokens.
-
-    Returns:
-        The example, at most `max_length` long.
-    """
-    if len(ids) <= max_length:
-        return Encoded(ids, labels, False)
-    places = np.flatnonzero(labels != IGNORE)
-    last = int(places[-1]) if places.size else len(ids) - 1
-    start = max(last + 1, max_length) - max_length
-    if places.size:
-        gaps = np.flatnonzero(np.diff(places) > 1)
-        answer = int(places[gaps[-1] + 1]) if gaps.size else int(places[0])
-        start = min(start, answer)
-    return Encoded(ids[start : start + max_length].copy(), labels[start : start + max_length].copy(), True)
+def _in_order(parts: Sequence[tuple[Sequence[int], Sequence[Any]]]) -> list[Any]:
+    """Results of several calls, by the places of what they were given."""
+    found = {place: each for places, results in parts for place, each in zip(places, results, strict=True)}
+    return [found[place] for place in range(len(found))]
 
 
 def _turns(example: Example) -> list[Message]:

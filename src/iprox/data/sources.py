@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iprox.data.formats import BadRowError, Example, to_example
+from iprox.data.fields import BadRowError
+from iprox.data.formats import Example, to_example
 from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
 from iprox.errors import InputError

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
+from iprox.data.messages import TEXT_KEYS
 from iprox.errors import InputError
 from iprox.files import expanded
 
@@ -26,6 +27,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The named default that `--chat-template chatml` asks for."""
+
+BESIDE_CONTENT = frozenset({"tools", "tool_calls", *TEXT_KEYS})
+"""What a row may say beside its messages' contents, and a template may leave out."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -87,6 +91,33 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
     for warning in warnings:
         _LOG.warning("%s", warning)
     return TemplateChoice(template, rule, describe, tuple(warnings))
+
+
+def unread_parts(tokenizer: Any, template: str) -> frozenset[str]:
+    """Which of `BESIDE_CONTENT` the template leaves out of its text, as far as made-up conversations can tell.
+
+    One that it refuses to render is not counted: it will refuse the rows too, and name them.
+    """
+    return frozenset(part for part in BESIDE_CONTENT if _leaves_out(tokenizer, template, part))
+
+
+def _leaves_out(tokenizer: Any, template: str, part: str) -> bool:
+    mark = "q31415926"  # letters and digits that no template changes
+    asked, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
+    function = {"name": mark, "description": "x", "parameters": {"type": "object", "properties": {}}}
+    given: dict[str, Any] = {}
+    if part == "tools":
+        given["tools"] = [{"type": "function", "function": function}]
+    elif part == "tool_calls":
+        call = {"id": "q27182818", "type": "function", "function": {"name": mark, "arguments": {"x": 1}}}
+        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    else:
+        answer[part] = mark
+    try:
+        text = tokenizer.apply_chat_template([asked, answer], chat_template=template, tokenize=False, **given)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    return mark not in text
 
 
 def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:

@@ -1,11 +1,12 @@
 """The best and the worst rows, with their texts."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from iprox.data import Example, Pool
+from iprox.data import Example, Pool, said
 from iprox.errors import InputError
 from iprox.report import formats
 from iprox.report.run_folder import RunFolder
@@ -77,7 +78,9 @@ def _turn(role: str, text: str) -> Turn:
 def roles_and_texts(example: Example) -> list[tuple[str, str]]:
     """What an example says, turn by turn."""
     if example.messages is not None:
-        return [(message["role"], message["content"]) for message in example.messages]
+        tools = [json.dumps(tool, ensure_ascii=False) for tool in example.rendering.get("tools", ())]
+        listed = [("tools", "\n".join(tools))] if tools else []
+        return [*listed, *(part for message in example.messages for part in said(message))]
     parts = (("prompt", example.prompt), ("completion", example.completion), ("text", example.text))
     return [(role, text) for role, text in parts if text is not None]
 

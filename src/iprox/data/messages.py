@@ -1,0 +1,172 @@
+"""Read the turns of a conversation, with what a chat template renders beside them: tools, calls of them, reasoning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iprox.data.fields import BadRowError, kind_of, text_of, valid
+
+Message = dict[str, Any]
+"""One turn: `{"role": ..., "content": ...}`, both text. It may have `reasoning_content` or `thinking` (text) and
+`tool_calls` (a list of objects; then `content` may be None), and a tool's turn `name` and `tool_call_id`."""
+
+TEXT_KEYS = ("reasoning_content", "thinking")
+"""Keys of what the assistant thought, as chat templates call it."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# What says more than role and content and is not read. To drop it would change the training text.
+_UNREAD_ROW_KEYS = ("functions",)
+_UNREAD_MESSAGE_KEYS = ("function_call",)
+# Variables of a chat template that are the encoder's to set.
+_RESERVED = ("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message")
+_RESERVED += ("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs")
+_RESERVED += ("return_assistant_tokens_mask",)
+_UNREAD_ROLES = ("function_call", "observation")  # of ShareGPT, which chat templates know by other names or not at all
+
+
+def read_messages(value: Any, key: str) -> tuple[Message, ...]:
+    """The turns in one column.
+
+    Raises:
+        BadRowError: It is no list, a turn is malformed, empty, or says what is not read.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        if value is None:
+            raise BadRowError(f"{key} is empty")
+        raise BadRowError(f"{key} must be a list of messages, not {kind_of(value)}")
+    if not value:
+        raise BadRowError(f"{key} is empty")
+    return tuple(_message(item, f"{key}[{index}]") for index, item in enumerate(value))
+
+
+def require_assistant(messages: Sequence[Message], key: str) -> None:
+    """Refuse a conversation that has nothing to learn from.
+
+    Raises:
+        BadRowError: No turn is the assistant's.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(sorted({message["role"] for message in messages}))
+        raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
+
+
+def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
+    """What a row gives its chat template beside the turns: `tools`, and the variables in `chat_template_kwargs`.
+
+    As TRL reads them: `tools` is a list of JSON schemas, or that list as JSON; an empty one is none.
+
+    Raises:
+        BadRowError: They are malformed, or of a kind that is not read.
+    """
+    for key in _UNREAD_ROW_KEYS:
+        if data.get(key):
+            raise BadRowError(f"has {key!r}, which iprox does not read; remove it or the row")
+    tools = data.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise BadRowError("tools is text, and not JSON") from None
+    rendering = _without_nulls(data.get("chat_template_kwargs") or {})
+    if not isinstance(rendering, dict):
+        raise BadRowError(f"chat_template_kwargs must be an object, not {kind_of(rendering)}")
+    for key in _RESERVED:
+        if key in rendering:
+            raise BadRowError(f"chat_template_kwargs has {key!r}, which is not a row's to choose")
+    if tools:
+        rendering["tools"] = _objects(tools, "tools")
+    _check_json(rendering, "tools or chat_template_kwargs")
+    return rendering
+
+
+def said(message: Message) -> list[tuple[str, str]]:
+    """What a turn says, part by part: (what it is, text). Parts are reasoning, the content and the calls of tools."""
+    role = message["role"]
+    parts = [(f"{role}, reasoning", message[key]) for key in TEXT_KEYS if key in message]
+    if message["content"] or not (parts or "tool_calls" in message):
+        parts.append((role, message["content"] or ""))
+    if "tool_calls" in message:
+        calls = "\n".join(json.dumps(call, ensure_ascii=False) for call in message["tool_calls"])
+        parts.append((f"{role}, tool calls", calls))
+    return parts
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise BadRowError(f"{where} must be an object with role and content, not {kind_of(item)}")
+    for key in _UNREAD_MESSAGE_KEYS:
+        if item.get(key):
+            raise BadRowError(f"{where} has {key!r}, which iprox does not read; remove it or the row")
+    role = item.get("role")
+    if role is None and isinstance(item.get("from"), str):
+        role = _SHAREGPT_ROLES.get(item["from"], item["from"])
+    if not isinstance(role, str) or not role:
+        raise BadRowError(f"{where} has no role")
+    if role == "assistant" and item.get("weight") == 0:
+        raise BadRowError(f"{where} has 'weight' 0, and iprox trains on every assistant turn; remove it or the row")
+    if role in _UNREAD_ROLES:
+        raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
+    message: Message = {"role": role, "content": None}
+    for key in (*TEXT_KEYS, "name", "tool_call_id"):
+        if item.get(key) is not None and item[key] != "":
+            message[key] = text_of(item[key], f"{key} of {where} ({role})")
+    if item.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(item["tool_calls"], f"tool_calls of {where} ({role})")
+    message["content"] = _content(item, where, role, calls="tool_calls" in message)
+    return message
+
+
+def _content(item: Mapping[Any, Any], where: str, role: str, *, calls: bool) -> str | None:
+    content = item.get("content", item.get("value"))
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_part(part, where) for part in content)
+    what = f"content of {where} ({role})"
+    if calls and content is None:
+        return None  # as given: a template may ask whether there is a content
+    # Data sets often have an empty system turn in every row; a tool may answer nothing, and a call say nothing.
+    if isinstance(content, str) and not content.strip() and (calls or role in ("system", "tool")):
+        return valid(content, what)
+    return text_of(content, what)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    what = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+    raise BadRowError(f"{where} has a part that is not text: {what}")
+
+
+def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
+    calls = _objects(value, what)
+    for call in calls:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRowError(f"{what} has a call without the name of a function")
+    _check_json(calls, what)
+    return calls
+
+
+def _objects(value: Any, what: str) -> list[dict[str, Any]]:
+    objects = _without_nulls(value)
+    if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
+        raise BadRowError(f"{what} must be a list of objects")
+    return objects
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the nulls that Parquet fills in, where objects of one column have different keys (as TRL advises)."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nulls(each) for each in value]
+    return value
+
+
+def _check_json(value: Any, what: str) -> None:
+    try:
+        written = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise BadRowError(f"{what}: not JSON: {error}") from None
+    valid(written, what)
