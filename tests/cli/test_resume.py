@@ -25,17 +25,40 @@ def test_a_moved_run_folder_is_done_already(copied, finished):
 
 
 @pytest.mark.parametrize(
-    ("change", "again"),
+    ("change", "said", "again"),
     [
-        ("select.fraction=0.2", ["select", "report"]),  # the few rows that are attributed here stay the same
-        ("influence.aggregate=mean", ["audit", "score", "select", "attribute", "report"]),
-        ("proxy.sparsity=0.6", ["compress", "align", "audit", "score", "select", "attribute", "report"]),
-        ("audit=false", ["report"]),
+        # The few rows that are attributed here stay the same.
+        ("select.fraction=0.2", "select.fraction 0.1 → 0.2", ["select", "report"]),
+        (
+            "influence.aggregate=mean",
+            "influence.aggregate standardised → mean",
+            ["audit", "score", "select", "attribute", "report"],
+        ),
+        (
+            "proxy.sparsity=0.6",
+            "proxy.sparsity 0.5 → 0.6",
+            ["compress", "align", "audit", "score", "select", "attribute", "report"],
+        ),
+        ("audit=false", "audit on → off", ["report"]),
     ],
 )
-def test_a_changed_setting_redoes_what_depends_on_it(copied, change, again):
-    assert copied.run("--set", change) == 0
+def test_a_changed_setting_is_said_and_redoes_what_depends_on_it(copied, capfd, change, said, again):
+    assert main(["run", str(copied.recipe), "--set", change]) == 0
     assert copied.done() == again
+    lines = capfd.readouterr().err.splitlines()
+    assert f"settings changed since the last start: {said}" in lines
+    assert [line.split(":")[0] for line in lines if "done again, as what it is made from has changed" in line] == again
+
+
+def test_a_stage_done_by_another_version_is_said(copied, capfd):
+    record = copied.record()
+    record["stages"]["score"]["iprox"] = "0.0.1"
+    (copied.output / "run.json").write_text(json.dumps(record))
+    assert main(["run", str(copied.recipe)]) == 0
+    err = capfd.readouterr().err
+    assert "✓ score: done already by iprox 0.0.1, and this is" in err
+    assert "settings changed" not in err
+    assert err.count("done already by") == 1
 
 
 @pytest.mark.parametrize(

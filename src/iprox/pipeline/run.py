@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from iprox.audit.held_out import FEWEST
 from iprox.data import Pool
@@ -13,6 +16,7 @@ from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.pipeline.changes import changed_settings
 from iprox.progress import Reporter
 from iprox.recipe import Recipe
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
@@ -52,8 +56,13 @@ class Run:
         if before is not None and before["key"] == key and all(output.exists() for output in outputs):
             self.session.reporter.take_warnings()  # the entry has them from when the stage was done
             entry = {**before, "skipped": True}
-            self.session.reporter.say(f"✓ {name}: done already")
+            by = before.get("iprox", version("iprox"))
+            older = f" by iprox {by}, and this is {version('iprox')}; --fresh does all again"
+            self.session.reporter.say(f"✓ {name}: done already{older if by != version('iprox') else ''}")
         else:
+            if before is not None:
+                changed = "what it is made from has changed" if before["key"] != key else "what it made is gone"
+                self.session.reporter.say(f"{name}: done again, as {changed}")
             self.save()  # without the stage: from here on its output is neither the earlier one nor the new one
             try:
                 with self.session.metered() as usage:
@@ -67,6 +76,7 @@ class Run:
                 "warnings": self.session.reporter.take_warnings(),
                 "skipped": False,
                 "key": key,
+                "iprox": version("iprox"),
             }
         self.record["stages"][name] = entry
         self.save()
@@ -131,6 +141,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     }
     folder = RunFolder(recipe.output)
     earlier = folder.claim(identity, fresh)
+    tell_changes(reporter, folder, recipe)
     done_before = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
     run = Run(recipe, folder, session, pool, validation, command, done_before, encoder.chat_template)
     run.record = {
@@ -159,6 +170,17 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     run.save()
     write_text(folder.recipe, recipe.to_yaml())
     return run
+
+
+def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
+    """Say which settings are others than at the last start in the folder: stages that hang on them are done again."""
+    try:
+        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # a first start, or a file that someone wrote over; it is written anew
+    changed = changed_settings(before, yaml.safe_load(recipe.to_yaml())) if isinstance(before, dict) else []
+    if changed:
+        reporter.say(f"settings changed since the last start: {', '.join(changed)}")
 
 
 def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:

@@ -1,0 +1,35 @@
+"""Which settings of a run differ from those of its last start, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_LONGEST = 40
+# A run is known by what they hold, not by where it lies: others are refused, the same ones elsewhere are no change.
+_PATHS = frozenset({"model", "output", "data.pool", "data.validation"})
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Each setting that differs, as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
+    return list(_changed(before, after, ""))
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in dict.fromkeys([*after, *before]):
+        one, other = before.get(key), after.get(key)
+        if one == other or prefix + key in _PATHS:
+            continue
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _changed(one, other, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} {_shown(one)} → {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if value is False or value is True or isinstance(value, Mapping):  # a section is off, or has settings
+        return "on" if value else "off"
+    text = str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
