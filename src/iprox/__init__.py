@@ -7,8 +7,21 @@ from importlib.metadata import version
 
 from iprox.api import align, attribute, audit, compress, load, score, select
 from iprox.api.views import view
+from iprox.audit import compare_all as compare
 from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
 
 __version__ = version("iprox")
-__all__ = ["GradientIndex", "InputError", "align", "attribute", "audit", "compress", "load", "score", "select", "view"]
+__all__ = [
+    "GradientIndex",
+    "InputError",
+    "align",
+    "attribute",
+    "audit",
+    "compare",
+    "compress",
+    "load",
+    "score",
+    "select",
+    "view",
+]

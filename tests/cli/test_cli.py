@@ -30,6 +30,7 @@ COMMANDS = [
     "query",
     "push",
     "doctor",
+    "compare",
 ]
 
 

@@ -1,5 +1,6 @@
 """Audit: does the proxy rank as the target does?"""
 
+from iprox.audit.comparison import Comparison, compare_all
 from iprox.audit.fidelity import AuditReport, compare_scores
 
-__all__ = ["AuditReport", "compare_scores"]
+__all__ = ["AuditReport", "Comparison", "compare_all", "compare_scores"]

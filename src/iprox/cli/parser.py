@@ -7,6 +7,7 @@ from typing import Any
 
 import shtab
 
+from iprox.audit.overlap import NAMED
 from iprox.cli.parser_options import above_zero, command
 from iprox.cli.stage_parsers import (
     add_align,
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_refine,
         add_select,
         add_finetune,
+        add_compare,
         add_report,
         add_doctor,
         add_export,
@@ -108,6 +110,24 @@ def add_plan(commands: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--tflops", type=above_zero, help="GEMM rate to assume in TFLOP/s (default: measured here)")
+
+
+def add_compare(commands: Any) -> None:
+    """`iprox compare`."""
+    parser = command(
+        commands,
+        "compare",
+        "Say how alike several scores rank the same pool: of proxies, estimators, seeds or runs, beside the first.",
+        "iprox compare runs/target runs/ipsvd runs/sibling\n  "
+        "iprox compare target=a/scores.parquet proxy=b/scores.parquet --share 0.1",
+    )
+    parser.add_argument(
+        "scores",
+        nargs="+",
+        metavar="[NAME=]SCORES",
+        help="scores.parquet, or a folder that holds it, such as a run's; the first is what the others are beside",
+    )
+    parser.add_argument("--share", type=float, default=NAMED, help=f"of the rows that a top is (default {NAMED})")
 
 
 def add_report(commands: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from iprox.cli import index_commands, run_commands, stage_commands
+from iprox.cli import compare_command, index_commands, run_commands, stage_commands
 from iprox.recipe import GRADIENT_FREE
 
 # Where a command's function is; the others are in `stage_commands`.
 MODULES = {
     **dict.fromkeys(("quickstart", "run", "plan", "report", "doctor"), run_commands),
     **dict.fromkeys(("index", "query"), index_commands),
+    "compare": compare_command,
 }
 
 
