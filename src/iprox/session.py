@@ -143,12 +143,18 @@ class Session:
             yield
 
     def read(self, pool: Pool, judged_by: Mapping[str, Pool] = MappingProxyType({})) -> PoolSummary:
-        """Check and count a pool, with progress; warns of its rows that are in a set that it is judged by."""
+        """Check and count a pool, with progress; warns of its rows that are in a set that it is judged by.
+
+        Raises:
+            InputError: it has bad rows (see `Pool.scan`), or no row with a column that is to be read as another.
+        """
         for source in judged_by.values():
             source.scan()  # tells of all their bad rows, not of the first
         overlap = Overlap(judged_by)
         with self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
+        if summary.unmet:
+            raise InputError(f"{pool.name}: no row has the column {summary.unmet[0]!r} that columns names")
         for warning in overlap.warnings():
             self.reporter.warn(warning)
         return summary
@@ -230,6 +236,16 @@ def share(total: int, fraction: float) -> int:
 def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:
     """Tokens and supervised tokens of some examples."""
     return sum(len(row.input_ids) for row in encoded), sum(row.supervised for row in encoded)
+
+
+def pool_of(files: str | list[str], recipe: Recipe, name: str = "pool") -> Pool:
+    """Files, read as a recipe says."""
+    return Pool(files, name=name, on_bad_row=recipe.data.on_bad_row, columns=recipe.data.columns)
+
+
+def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
+    """The examples of each task, validation or test."""
+    return {task: pool_of(names, recipe, task) for task, names in files.items()}
 
 
 def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str, list[Encoded]]:

@@ -1,5 +1,6 @@
 """Recipes with stages switched off or more of them: what each leaves behind."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -282,6 +283,37 @@ def test_a_pool_smaller_than_the_samples_runs_with_warnings(place):
     assert list(warned) == ["compress", "align", "audit", "score"]
     assert "of the rows) were longer than 48 tokens and were cut" in warned["score"][0]
     assert "the pool is small" in warned["audit"][0]
+
+
+def test_columns_of_other_names_are_read_throughout(place, capfd):
+    """The pool and a validation set are of other columns, the other validation set is chat as ever."""
+
+    def renamed(file):
+        rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+        named = [{"question": turns[-2]["content"], "answer": turns[-1]["content"], "kind": "k"} for turns in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in named))
+
+    renamed(place.pool)
+    renamed(place.path / "spelling.jsonl")
+    columns = ["data.columns.instruction=question", "data.columns.output=answer", "data.columns.source=kind"]
+    changes = ["--set", "warmup=false", "audit={sample: 40}", "proxy.align=false", "refine={recall: 0.5}", *columns]
+    assert place.run(*changes, f"finetune={{epochs: 1, test: {{t: {place.path / 'spelling.jsonl'}}}}}") == 0
+    lines = place.pool.read_text().splitlines()
+    chosen = json.loads((place.output / "selection.json").read_text())["rows"]
+    assert (place.output / "selected.jsonl").read_text().splitlines() == [lines[row] for row in chosen]
+    assert pq.read_table(place.output / "scores.parquet")["source"].unique().to_pylist() == ["k"]
+    best = json.loads(lines[chosen[0]])["question"]
+    assert html.escape(best.splitlines()[0][:40]) in (place.output / "report.html").read_text()
+    (place.output / "report.html").unlink()
+    assert main(["report", str(place.output)]) == 0
+    assert html.escape(best.splitlines()[0][:40]) in (place.output / "report.html").read_text()
+
+    arguments = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--count", "5", "--quiet"]
+    arguments += ["--output", str(place.path / "chosen.jsonl"), "--columns", "instruction=question"]
+    assert main([*arguments, "output=answer", "source=kind"]) == 0
+    assert (place.path / "chosen.jsonl").read_text().splitlines()[0] in lines
+    assert main([*arguments, "output"]) == 2
+    assert "--columns output: write it as NAME=YOURS" in capfd.readouterr().err
 
 
 def test_bad_rows_left_out_are_said_and_recorded(place):

@@ -66,7 +66,8 @@ def check_training(arguments: Namespace) -> None:
 
 def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
     """The examples of some files."""
-    return Pool(files, name=name, on_bad_row=arguments.on_bad_row)
+    columns = named_of(arguments.columns, "--columns", "NAME=YOURS, e.g. output=response")
+    return Pool(files, name=name, on_bad_row=arguments.on_bad_row, columns=columns)
 
 
 def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
@@ -96,15 +97,27 @@ def numbers_of(pairs: list[str], option: str, form: str = "SOURCE=SHARE, e.g. gs
         InputError: a pair is written otherwise.
     """
     numbers = {}
-    for pair in pairs:
-        name, equals, number = pair.rpartition("=")
+    for name, number in named_of(pairs, option, form).items():
         try:
             numbers[name] = float(number)
         except ValueError:
-            equals = ""
-        if not equals or not name:
-            raise InputError(f"{option} {pair}: write it as {form}")
+            raise InputError(f"{option} {name}={number}: write it as {form}") from None
     return numbers
+
+
+def named_of(pairs: list[str], option: str, form: str) -> dict[str, str]:
+    """The texts of `NAME=TEXT` pairs by name.
+
+    Raises:
+        InputError: a pair is written otherwise.
+    """
+    named = {}
+    for pair in pairs:
+        name, equals, text = pair.rpartition("=")
+        if not equals or not name or not text:
+            raise InputError(f"{option} {pair}: write it as {form}")
+        named[name] = text
+    return named
 
 
 def cap_of(given: list[str]) -> float | dict[str, float] | None:

@@ -60,6 +60,13 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--on-bad-row", choices=("stop", "skip"), default="stop", help="bad rows: stop (default) or leave them out"
     )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=YOURS",
+        help="columns of your names and what they are read as: input=context output=response source=category",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
 
 

@@ -18,6 +18,11 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"),
     ("text",),
 )
+COLUMNS = (
+    *("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text"),
+    *("system", "history", "tools", "chat_template_kwargs", "id", "source", "task"),
+)
+"""Every column that is read."""
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
@@ -138,7 +143,9 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
             if all(key in data and data[key] not in empty for key in keys):
                 return keys
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
-    raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS}")
+    raise BadRowError(
+        f"no known format: it has {named}; known are {KNOWN_FORMATS} (--columns output=response reads yours as one)"
+    )
 
 
 def _system(data: Mapping[Any, Any]) -> tuple[Message, ...]:

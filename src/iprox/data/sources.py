@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iprox.data.columns import Columns
 from iprox.data.fields import BadRowError
 from iprox.data.formats import Example, to_example
 from iprox.data.locate import is_saved_dataset, labels, locate
@@ -44,6 +45,7 @@ class PoolSummary:
         fingerprint: blake2b (hex) of the names and bytes of the files, or of the rows where there is no file.
         files: Paths and addresses, in reading order; empty for rows in memory.
         bad_row_messages: `file:row: reason` of the first ten bad rows.
+        unmet: Of the columns that were said to be read as others, those that no row has.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class PoolSummary:
     fingerprint: str
     files: tuple[str, ...]
     bad_row_messages: tuple[str, ...] = field(default=())
+    unmet: tuple[str, ...] = field(default=())
 
 
 class Pool:
@@ -65,9 +68,11 @@ class Pool:
             them; or a list of dicts; or a `datasets.Dataset`.
         name: What the examples are for, in messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
+        columns: Which columns of the rows are read as which that iprox knows (see `iprox.data.columns`).
 
     Raises:
-        InputError: A file is missing or of an unknown kind, or `on_bad_row` is neither of the two.
+        InputError: A file is missing or of an unknown kind, `on_bad_row` is neither of the two, or `columns` names
+            one that iprox does not know.
     """
 
     def __init__(
@@ -76,11 +81,13 @@ class Pool:
         *,
         name: str = "pool",
         on_bad_row: str = "stop",
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         if on_bad_row not in ("stop", "skip"):
             raise InputError(f"{name}: on_bad_row must be 'stop' or 'skip', not {on_bad_row!r}")
         self.name = name
         self.on_bad_row = on_bad_row
+        self.columns = Columns(columns)
         self._readers = _open(patterns, name)
         self._summary: PoolSummary | None = None
 
@@ -178,7 +185,8 @@ class Pool:
                     if record.error is not None:
                         raise BadRowError(record.error)
                     default_id = f"{reader.stem}-{record.row:08d}"  # as `GENERATED_ID` knows it
-                    example = to_example(record.data, row=row, origin=origin, default_id=default_id)
+                    data = self.columns.read(record.data)
+                    example = to_example(data, row=row, origin=origin, default_id=default_id)
                 except BadRowError as error:
                     if on_bad is not None:
                         on_bad(origin, str(error))
@@ -213,6 +221,8 @@ class Pool:
                 first_bad.append(f"{origin}: {reason}")
 
         digest = hashlib.blake2b(digest_size=16)
+        if self.columns.named:  # the same files read otherwise are another pool
+            digest.update(json.dumps(self.columns.named, sort_keys=True).encode() + b"\n")
         for reader in self._readers:
             if reader.path is not None:
                 hash_file(digest, reader.path)
@@ -248,7 +258,8 @@ class Pool:
             why = f"; all {bad} rows are bad, the first: {first_bad[0]}" if bad else ""
             raise InputError(f"{self.name}: no examples in {where}{why}")
         self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
-        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))
+        unmet = tuple(self.columns.unmet)
+        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad), unmet)
 
     def _check_ids(self, hashes: np.ndarray) -> None:
         hashes.sort()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from iprox.data import Pool
 from iprox.influence.index import GradientIndex
 from iprox.models.loading import skeleton
-from iprox.pipeline.run import Context, Run, common_key, tasks_of
+from iprox.pipeline.run import Context, Run, common_key
 from iprox.report import build_report, shown_rows
 from iprox.run_folder import StageRecord
+from iprox.session import pool_of, tasks_of
 from iprox.stages import attribution, selection, training
 
 
@@ -43,7 +43,7 @@ def finetune(run: Run, context: Context) -> None:
         lambda: training.finetune(
             run.session,
             run.recipe.model,
-            list(Pool([run.folder.selected], name="selection")),
+            list(pool_of([str(run.folder.selected)], run.recipe, "selection")),
             run.folder.finetune,
             settings,
             tests,

@@ -21,7 +21,7 @@ from iprox.progress import Reporter
 from iprox.recipe import Recipe
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
-from iprox.session import AT_LEAST, Session, draw_rows, encode_validation
+from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
 from iprox.stages import refinement, scoring, selection
 from iprox.tracking import check_tracking
 
@@ -105,7 +105,7 @@ class Context:
 def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     """Check every input, claim the folder, write the resolved recipe."""
     session = Session.of_recipe(recipe, reporter)
-    pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
+    pool = pool_of(recipe.data.pool, recipe)
     validation = tasks_of(recipe.data.validation, recipe)
     check_tracking(recipe.tracking)
     with session.metered() as usage:
@@ -128,7 +128,12 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         if summary.bad_rows:
             reporter.warn(f"{summary.bad_rows} bad rows left out (first: {summary.bad_row_messages[0]})")
     inputs = {
-        "pool": {"files": list(summary.files), "rows": summary.rows, "fingerprint": summary.fingerprint},
+        "pool": {
+            "files": list(summary.files),
+            "columns": recipe.data.columns,
+            "rows": summary.rows,
+            "fingerprint": summary.fingerprint,
+        },
         "validation": {
             task: {"rows": source.scan().rows, "fingerprint": source.scan().fingerprint}
             for task, source in validation.items()
@@ -181,11 +186,6 @@ def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
     changed = changed_settings(before, yaml.safe_load(recipe.to_yaml())) if isinstance(before, dict) else []
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
-
-
-def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
-    """The examples of each task, validation or test."""
-    return {task: Pool(names, name=task, on_bad_row=recipe.data.on_bad_row) for task, names in files.items()}
 
 
 def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from iprox.data import Pool
 from iprox.models.adapters import check_lora
 from iprox.models.loading import skeleton
 from iprox.planning.costs import Costs, Rows
 from iprox.planning.stages import PLANS
 from iprox.recipe import Recipe
-from iprox.session import Session, encode_validation, tokens_of
+from iprox.session import Session, encode_validation, pool_of, tasks_of, tokens_of
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
@@ -33,14 +32,10 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         name `tokens`, `flops`, `seconds`, `memory_bytes`; and `total_seconds`, `relative_score_cost`: making and
         scoring the proxy over scoring the target.
     """
-    pool = Pool(recipe.data.pool, on_bad_row=recipe.data.on_bad_row)
+    pool = pool_of(recipe.data.pool, recipe)
     total = session.read(pool).rows
     encoder = session.encoder(recipe.model)
-    validation = {
-        task: Pool(files, name=task, on_bad_row=recipe.data.on_bad_row)
-        for task, files in recipe.data.validation.items()
-    }
-    encoded = encode_validation(encoder, validation)
+    encoded = encode_validation(encoder, tasks_of(recipe.data.validation, recipe))
     step = max(1, total // SAMPLE)
     tokens, supervised = tokens_of(encoder.encode(pool.take(range(0, total, step))))
     sampled = len(range(0, total, step))

@@ -17,6 +17,7 @@ LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
 class DataSection(Section):
     """The pool, the validation set of each task, and how they are read.
 
+    `columns` says which columns of theirs are read as which that iprox knows: `{output: response}`.
     `num_proc` processes tokenise ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
     """
 
@@ -25,6 +26,7 @@ class DataSection(Section):
     max_length: int = Field(2048, ge=8)
     chat_template: str | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
+    columns: dict[str, str] = Field(default_factory=dict)
     num_proc: int | None = Field(None, ge=0)
 
     @field_validator("pool", mode="before")

@@ -91,12 +91,13 @@ def _fetch(folder: RunFolder, pool: Pool | None, rows: Sequence[int]) -> tuple[d
     A report is most wanted for old runs and on other machines, where the pool may have moved.
     """
     if pool is None:
-        files = folder.run.get("inputs", {}).get("pool", {}).get("files")
+        inputs = folder.run.get("inputs", {}).get("pool", {})
+        files = inputs.get("files")
         if not files:
             return {}, "Texts are not shown: run.json names no pool files."
         try:
             # Row numbers count good rows, so rows that the run skipped are skipped here too.
-            pool = Pool(files, on_bad_row="skip")
+            pool = Pool(files, on_bad_row="skip", columns=inputs.get("columns"))
         except (InputError, OSError) as error:
             return {}, f"Texts are not shown, because the pool cannot be read: {error}"
     try:

@@ -223,7 +223,7 @@ def _score_again(
     file, scores = folder / "candidates.jsonl", folder / "candidates.parquet"
     ids = table["id"].take(pa.array(candidates)).to_pylist()
     pool.write_rows(candidates.tolist(), file, ids)
-    scored = score_on_target(Pool([file], name="candidates"), scores)
+    scored = score_on_target(Pool([file], name="candidates", columns=pool.columns.named), scores)
     again = read_scores(scores)
     file.unlink()
     scores.unlink()
