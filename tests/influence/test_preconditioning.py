@@ -122,6 +122,16 @@ def test_strong_damping_ranks_as_tracin(tiny, curvature):
 
 
 @pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
+def test_the_seed_draws_the_labels_of_what_samples_them(tiny, curvature):
+    model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
+    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")
+    first, again, other = (precondition(model, {"t": query}, [sample], curvature, seed=seed)["t"] for seed in (1, 1, 2))
+    for name, part in first.items():
+        assert torch.equal(part.weight, again[name].weight)
+        assert torch.equal(part.weight, other[name].weight) == (curvature == "datainf")  # which takes the data's
+
+
+@pytest.mark.parametrize("curvature", ["ek-fac", "k-fac", "datainf"])
 def test_padding_and_batches_change_nothing(tiny, curvature):
     model = tiny.model("qwen2")
     query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")

@@ -94,7 +94,7 @@ def score(
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
         loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
-        seed: of the estimator `random`.
+        seed: of the estimator `random`, and of the labels that K-FAC and EK-FAC sample.
         progress: show it, with rate and time left, on standard error.
 
     Returns:

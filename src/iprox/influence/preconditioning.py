@@ -38,6 +38,7 @@ def precondition(
     damping: float = 0.1,
     gradient: GradientSpace = "weight",
     loss_fn: LossFn = causal_lm_losses,
+    seed: int = 0,
 ) -> dict[str, ModelGradient]:
     """(F + λI)⁻¹ Ḡ of every task.
 
@@ -54,6 +55,7 @@ def precondition(
         gradient: the space the queries are in.
         loss_fn: per-example losses of a model that is no language model; its labels cannot be sampled, so the data's
             are taken.
+        seed: of sampled labels.
 
     Raises:
         FloatingPointError: a result is not finite (the layer is named).
@@ -71,7 +73,7 @@ def precondition(
     else:
         labels: Labels = "sampled" if loss_fn is causal_lm_losses else "data"
         bases = kronecker_curvature(
-            model, layers, batches, corrected=curvature == "ek-fac", labels=labels, loss_fn=loss_fn
+            model, layers, batches, corrected=curvature == "ek-fac", labels=labels, seed=seed, loss_fn=loss_fn
         )
         solved = {
             task: {name: bases[name].solve(part, damping) if name in bases else part for name, part in query.items()}

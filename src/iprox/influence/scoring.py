@@ -69,7 +69,7 @@ class ScoringSettings:
         batch_tokens: largest rows × longest row of a batch.
         window: rows read, sorted and written together.
         compile: run the model's decoder layers compiled; pays for itself after some ten thousand rows.
-        seed: of the estimator `random`.
+        seed: of the estimator `random`, and of the labels that K-FAC and EK-FAC sample.
     """
 
     gradient: GradientSpace = "factors"
@@ -271,6 +271,7 @@ def task_queries(
             damping=settings.damping,
             gradient=space,
             loss_fn=loss_fn,
+            seed=settings.seed,
         )
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}

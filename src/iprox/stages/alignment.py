@@ -172,7 +172,8 @@ def _inverse_curvature(
     low_rank = low_rank_layers(proxy)
     layers = {name: layer for name, layer in layers.items() if name in low_rank}
     batches = list(session.batches(sample, 0))
-    bases = kronecker_curvature(target, layers, batches, corrected=influence.curvature == "ek-fac")
+    corrected = influence.curvature == "ek-fac"
+    bases = kronecker_curvature(target, layers, batches, corrected=corrected, seed=session.seed)
     bases = {name: basis.to(torch.device("cpu")) for name, basis in bases.items()}
     if missed := [name for name in layers if name not in bases]:
         session.reporter.warn(
