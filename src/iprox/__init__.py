@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from iprox.api import align, attribute, audit, compress, load, score, select
 from iprox.api.views import view
-from iprox.audit import compare_all as compare
+from iprox.audit import compare
 from iprox.errors import InputError
 from iprox.influence.index import GradientIndex
 

@@ -106,7 +106,8 @@ class RunFolder:
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
         elif earlier and earlier["identity"] != dict(identity):
-            changed = [key for key in identity if earlier["identity"].get(key) != identity[key]]
+            before = earlier["identity"]
+            changed = [key for key in dict.fromkeys([*before, *identity]) if before.get(key) != identity.get(key)]
             raise InputError(
                 f"{self.path}: holds another run ({', '.join(changed) or 'inputs'} differ); "
                 "choose another output, or --fresh to replace it"

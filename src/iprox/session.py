@@ -143,18 +143,18 @@ class Session:
             yield
 
     def read(self, pool: Pool, judged_by: Mapping[str, Pool] = MappingProxyType({})) -> PoolSummary:
-        """Check and count a pool, with progress; warns of its rows that are in a set that it is judged by.
+        """Check and count a pool, with progress.
 
-        Raises:
-            InputError: it has bad rows (see `Pool.scan`), or no row with a column that is to be read as another.
+        Warns of its rows that are in a set that it is judged by, and of columns to be read that no row of any has.
         """
         for source in judged_by.values():
             source.scan()  # tells of all their bad rows, not of the first
         overlap = Overlap(judged_by)
         with self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
-        if summary.unmet:
-            raise InputError(f"{pool.name}: no row has the column {summary.unmet[0]!r} that columns names")
+        unmet = [own for own in pool.columns.unmet if all(own in each.columns.unmet for each in judged_by.values())]
+        if unmet:
+            self.reporter.warn(f"{pool.name}: {pool.columns.why_unmet()}")
         for warning in overlap.warnings():
             self.reporter.warn(warning)
         return summary
@@ -260,5 +260,6 @@ def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str,
         examples: list[Example] = list(pool)
         encoded[task] = encoder.encode(examples)
         if not any(example.supervised for example in encoded[task]):
-            raise InputError(f"validation task {task!r}: no example has a supervised token within the maximum length")
+            why = f"; rows were left out: {encoder.refused}" if encoder.refused else " within the maximum length"
+            raise InputError(f"validation task {task!r}: no example has a supervised token{why}")
     return encoded

@@ -50,6 +50,23 @@ def test_a_changed_setting_is_said_and_redoes_what_depends_on_it(copied, capfd, 
     assert [line.split(":")[0] for line in lines if "done again, as what it is made from has changed" in line] == again
 
 
+def test_a_recipe_of_an_earlier_start_that_cannot_be_read_or_lacks_keys_is_no_fault(copied, capfd):
+    recipe = copied.output / "recipe.yaml"
+    whole = yaml.safe_load(recipe.read_text())
+    del whole["data"]["columns"]  # as a version wrote it that did not know the key
+    for text in ("{1: 2, model: m}", "[", yaml.safe_dump(whole)):
+        recipe.write_text(text)
+        assert main(["run", str(copied.recipe)]) == 0
+        assert copied.done() == []
+        changed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("settings changed")]
+        assert len(changed) == (text[0] == "{")
+
+
+def test_other_columns_are_another_run(copied, capfd):
+    assert copied.run("--set", "data.columns.task=source") == 2
+    assert "holds another run (pool, validation, data.columns differ)" in capfd.readouterr().err
+
+
 def test_a_stage_done_by_another_version_is_said(copied, capfd):
     record = copied.record()
     record["stages"]["score"]["iprox"] = "0.0.1"

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import trl
 from datasets import Dataset
@@ -439,9 +441,65 @@ def test_rows_of_different_tools_keep_their_places(rule):
     assert [text.split("user")[0] for text in texts] == ["", "add1", "add2"] * 3 + ["!"]
 
 
-@pytest.mark.parametrize(("row", "part"), [(WITH_TOOLS[0], "reasoning_content"), (WITH_TOOLS[1], "tools")])
-def test_what_the_template_leaves_out_is_refused(row, part):
-    with pytest.raises(InputError, match=f"row:2: the row has '{part}', and the chat template leaves it out"):
-        encode(BY_MARK, TWO_TURNS, row)
-    kept, refused = encode(ChatEncoder(TOKENIZER, 10_000, skip_refused=True), TWO_TURNS, row)
+DROPPING = MARKED.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'tool' %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "parts"),
+    [
+        (MARKED, WITH_TOOLS[0], "tools, tool_calls, reasoning_content"),
+        (MARKED, WITH_TOOLS[1], "tools"),
+        (MARKED, chat(("user", "Q"), ("assistant", "A")) | {"tools": TOOLS}, "tools"),
+        (DROPPING, chat(("user", "Q"), ("tool", "T"), ("assistant", "A")), "turns of role tool"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused(template, row, parts):
+    with pytest.raises(InputError, match=f"row:2: the row has {parts}, which the chat template leaves out"):
+        encode(ChatEncoder(TOKENIZER, 10_000, template), TWO_TURNS, row)
+    encoder = ChatEncoder(TOKENIZER, 10_000, template, skip_refused=True)
+    kept, refused = encode(encoder, TWO_TURNS, row)
     assert (kept.supervised > 0, refused.supervised) == (True, 0)
+    assert f"row:2: the row has {parts}" in encoder.refused
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "gemma4", "glm4moe"])
+def test_reasoning_by_any_name_reaches_the_templates_that_read_it(name, key):
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    encoder = ChatEncoder(make_tokenizer(template), 10_000)
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "", key: "blue is red", "tool_calls": [CALL]},
+    ]
+    (row,) = encode(encoder, {"messages": turns})
+    assert "blue is red" in encoder.tokenizer.decode(row.input_ids)
+
+
+def test_keys_of_tools_keep_their_order_whatever_the_rows_beside():
+    function = TOOLS[0]["function"]
+    turned = [{"function": dict(reversed(function.items())), "type": "function"}]
+    rows = [{**chat(("user", "Q"), ("assistant", "A")), "tools": tools} for tools in (TOOLS, turned)]
+    encoder = ChatEncoder(make_tokenizer(TRL_QWEN3), 10_000)
+    for ours, row in zip(encode(encoder, *rows), rows, strict=True):
+        assert ours.input_ids.tolist() == rendered_alone(encoder, row)["input_ids"]
+
+
+def test_nulls_of_the_users_own_are_rendered_and_those_that_arrow_fills_in_are_not(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": None, "y": 1}}}
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    row = {"messages": turns, "tools": TOOLS}
+    encoder = ChatEncoder(make_tokenizer(TRL_QWEN3), 10_000)
+    (ours,) = encode(encoder, row)
+    assert '{"x": null, "y": 1}' in encoder.tokenizer.decode(ours.input_ids)
+    assert ours.input_ids.tolist() == rendered_alone(encoder, row)["input_ids"]
+    functions = [{"name": "add", "arguments": {"y": 1}}, {"name": "sub", "arguments": {"z": "red"}}]
+    calls = [{"role": "assistant", "content": "", "tool_calls": [{"function": each}]} for each in functions]
+    rows = [{"messages": [turns[0], each], "tools": TOOLS} for each in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for pool in (Pool(tmp_path / "rows.parquet"), Pool(Dataset.from_list(rows))):
+        for ours, row in zip(encoder.encode(list(pool)), rows, strict=True):
+            assert ours.input_ids.tolist() == rendered_alone(encoder, row)["input_ids"]
+        # What is selected says the same when it is read again.
+        pool.write_rows([1, 0], tmp_path / "chosen.jsonl")
+        again = encoder.encode(list(Pool(tmp_path / "chosen.jsonl")))
+        assert again[1].input_ids.tolist() == rendered_alone(encoder, rows[0])["input_ids"]

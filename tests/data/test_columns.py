@@ -25,7 +25,7 @@ def test_columns_are_read_under_the_names_that_iprox_knows(tmp_path):
             ["Q0\n\nC0", "A0"], ["Q1", "A1"], ["Q2\n\nC2", "A2"], ["Q3", "A3"], ["Q4\n\nC4", "A4"], ["Q5", "A5"],
         ]  # fmt: skip
         assert pool.scan().sources == {"kind 0": 2, "kind 1": 2, "kind 2": 2}
-        assert pool.scan().unmet == ()
+        assert pool.columns.unmet == []
     out = tmp_path / "out.jsonl"
     pool.write_rows([4, 1], out)
     assert out.read_bytes().splitlines() == [json.dumps(DOLLY[row]).encode() for row in (4, 1)]  # as they were
@@ -42,12 +42,36 @@ def test_rows_of_several_kinds_go_together():
     assert pool.scan().rows == 8
 
 
-def test_a_column_that_no_row_has_is_refused():
+def test_columns_can_be_swapped_and_are_moved_not_copied():
+    rows = [{"instruction": "Be short.", "input": "What is water?", "output": "Wet."}]
+    (example,) = Pool(rows, columns={"system": "instruction", "instruction": "input"})
+    assert [turn["content"] for turn in example.messages] == ["Be short.", "What is water?", "Wet."]
+    (example,) = Pool([{**rows[0], "prompt": "P"}], columns={"completion": "output"})
+    assert (example.prompt, example.completion) == ("P", "Wet.")
+    (example,) = Pool([{"text": "T", "kind": "k"}], columns={"source": "kind", "task": "kind"})
+    assert (example.source, example.task) == ("k", "k")
+
+
+def test_an_empty_column_does_not_hide_a_filled_one():
+    rows = [
+        {"instruction": "Q", "output": "A", "response": None, "source": "s", "category": None},
+        {"instruction": "Q", "output": None, "response": "B", "source": None, "category": "c"},
+    ]
+    pool = Pool(rows, columns={"output": "response", "source": "category"})
+    assert [(each.messages[-1]["content"], each.source) for each in pool] == [("A", "s"), ("B", "c")]
+
+
+def test_a_column_that_no_row_has_is_said_with_the_nearest():
     session = Session.create(reporter=Reporter(quiet=True))
     pool = Pool(DOLLY, columns={**NAMED, "source": "categry"})
-    assert pool.scan().unmet == ("categry",)
-    with pytest.raises(InputError, match="pool: no row has the column 'categry' that columns names"):
-        session.read(pool)
+    session.read(pool)
+    said = "pool: no row has the column 'categry' to read as source; did you mean 'category'?"
+    assert session.reporter.take_warnings() == [said]
+    # One that a set which it is judged by has is no mistake.
+    session.read(Pool([{"text": "T"}], columns=NAMED), {"validation": Pool(DOLLY, columns=NAMED)})
+    assert [text for text in session.reporter.take_warnings() if "column" in text] == []
+    with pytest.raises(InputError, match="all 6 rows are bad, no row has the column 'respons' to read as output; did"):
+        Pool(DOLLY, columns={"input": "context", "output": "respons"}).scan()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +79,7 @@ def test_a_column_that_no_row_has_is_refused():
     [
         ({"ouput": "response"}, "no column is read as 'ouput'; there are messages, conversations, instruction, input"),
         ({"output": ""}, "output names no column"),
+        ({"response": "output"}, "no column is read as 'response'; did you mean output=response?"),
     ],
 )
 def test_what_names_nothing_is_refused(columns, said):
@@ -63,5 +88,5 @@ def test_what_names_nothing_is_refused(columns, said):
 
 
 def test_a_row_of_no_known_format_is_told_of_columns():
-    with pytest.raises(InputError, match=r"it has 'instruction', 'context', .*--columns output=response reads yours"):
+    with pytest.raises(InputError, match=r"it has 'instruction', 'context', .*--columns output=response, reads "):
         Pool(DOLLY).scan()

@@ -108,6 +108,8 @@ def test_a_filled_format_wins_over_an_empty_column():
         ({"messages": [USER, ASSISTANT], "tools": [{"x": "\udc80"}]}, "is not valid UTF-8"),
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": ["x"]}, "chat_template_kwargs must be an object"),
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": False}}, "has 'tokenize', which is not"),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": True}}, "has 'tools', which is not"),
+        ({"messages": [USER, ASSISTANT], "tools": "[" * 100_000}, "tools is text, and not JSON"),
         ({"text": "T", "tools": [{"name": "f"}]}, "has 'tools', which a chat template renders, and no messages"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, r"messages\[1\] has 'weight' 0"),
         (
@@ -136,23 +138,23 @@ def test_bad_rows_say_why(data, reason):
 
 
 def test_tools_are_read_with_their_calls_and_answers():
-    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
+    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}}
     turns = [
         {**USER, "tool_calls": None, "reasoning_content": None},  # nulls that Parquet fills in
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "", "tool_call_id": "c1", "name": "f"},
         {**ASSISTANT, "reasoning_content": "R", "tool_calls": []},
     ]
-    tools = [{"name": "f", "parameters": {"x": "int", "y": None}}]
+    tools = [{"name": "f", "parameters": {"x": "int"}}]
     example = read({"messages": turns, "tools": tools, "chat_template_kwargs": {"enable_thinking": True}})
     assert example.messages == (
         USER,
-        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "", "tool_call_id": "c1", "name": "f"},
         {**ASSISTANT, "reasoning_content": "R"},
     )
-    assert example.rendering == {"enable_thinking": True, "tools": [{"name": "f", "parameters": {"x": "int"}}]}
-    assert example.words == 'Q\n{"function": {"name": "f", "arguments": {"x": 1}}}\n\nR\nA'
+    assert example.rendering == {"enable_thinking": True, "tools": tools}
+    assert example.words == 'Q\n{"function": {"name": "f", "arguments": {"x": 1, "y": null}}}\n\nR\nA'
     assert read({"messages": [USER, ASSISTANT], "tools": "[]"}).rendering == {}
     assert read({"text": "T", "tools": None}).rendering == {}
 

@@ -513,3 +513,20 @@ def test_scanning_says_how_far_it_is():
     seen = []
     Pool([{"text": "a"} for _ in range(2500)]).scan(seen.append)
     assert seen == [1000, 1000, 500]
+
+
+def test_columns_of_json_in_parquet_are_objects_again(tmp_path):
+    """As `datasets` writes objects of mixed types."""
+    tools = [[{"name": "f", "default": default}] for default in ("s", 2, None)]
+    turns = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]] * 3
+    item = pa.struct([("name", pa.string()), ("default", pa.json_())])
+    written = [[{"name": "f", "default": json.dumps(each[0]["default"])}] for each in tools]
+    column = pa.array(written, pa.list_(pa.struct([("name", pa.string()), ("default", pa.string())]))).cast(
+        pa.list_(item)
+    )
+    meta = pa.array([json.dumps({"a": None}), None, "[1]"]).cast(pa.json_())
+    pq.write_table(pa.table({"messages": turns, "tools": column, "meta": meta}), tmp_path / "rows.parquet")
+    pool = Pool(tmp_path / "rows.parquet")
+    assert [each.rendering["tools"] for each in pool] == tools
+    pool.write_rows([0], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["meta"] == {"a": None}

@@ -1,6 +1,6 @@
 """Audit: does the proxy rank as the target does?"""
 
-from iprox.audit.comparison import Comparison, compare_all
+from iprox.audit.comparison import Comparison, compare
 from iprox.audit.fidelity import AuditReport, compare_scores
 
-__all__ = ["AuditReport", "Comparison", "compare_all", "compare_scores"]
+__all__ = ["AuditReport", "Comparison", "compare", "compare_scores"]

@@ -6,9 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
-from iprox.audit.comparison import Comparison, compare_all
+from iprox.audit.comparison import Comparison
+from iprox.audit.comparison import compare as compare_scores
 from iprox.cli import summary
 from iprox.errors import InputError
 from iprox.files import expanded
@@ -24,7 +26,7 @@ COUNTED = ("compress", "align", "index", "query", "score")
 def compare(arguments: Namespace) -> dict[str, Any]:
     """`iprox compare`."""
     paths = _named(arguments.scores)
-    found = compare_all({name: read_scores(path) for name, path in paths.items()}, share=arguments.share)
+    found = compare_scores({name: read_scores(path) for name, path in paths.items()}, share=arguments.share)
     flops = {name: _flops(path) for name, path in paths.items()}
     if not arguments.json:
         _print(found, flops)
@@ -36,8 +38,8 @@ def _named(given: list[str]) -> dict[str, Path]:
     pairs = []
     for each in given:
         name, equals, path = each.partition("=")
-        # A path may hold an equals sign; a name holds no separator.
-        pairs.append((name, expanded(path)) if equals and name and "/" not in name else ("", expanded(each)))
+        whole = not equals or not name or "/" in name or expanded(each).exists()  # a path may hold an equals sign
+        pairs.append(("", expanded(each)) if whole else (name, expanded(path)))
     folders = [path.parent.name if path.suffix == ".parquet" else path.name for _, path in pairs]
     named = [
         name or (folder if folder and folders.count(folder) == 1 else str(path))
@@ -50,32 +52,24 @@ def _named(given: list[str]) -> dict[str, Path]:
 
 
 def _flops(path: Path) -> float | None:
-    """What the scores cost, as far as the run.json beside them says."""
-    record = (path if path.is_dir() else path.parent) / "run.json"
-    if not record.is_file():
-        return None
-    stages = read_json(record).get("stages", {})
-    counted = COUNTED if "score" in stages else (*COUNTED, "refine")
-    spent = [stages[name]["flops"] for name in counted if name in stages]
+    """What the scores cost, as far as a run.json beside them says."""
+    try:
+        stages = read_json((path if path.is_dir() else path.parent) / "run.json")["stages"]
+        counted = COUNTED if "score" in stages else (*COUNTED, "refine")
+        spent = [float(stages[name]["flops"]) for name in counted if name in stages]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # none, or one that something else has written
     return sum(spent) if spent else None
 
 
 def _print(found: Comparison, flops: dict[str, float | None]) -> None:
-    first = found.names[0]
-    head = ["", *found.tasks, *(["mean"] if len(found.tasks) > 1 else []), f"top {found.share:.0%} shared"]
     priced = any(spent is not None for spent in flops.values())
-    table = Table(*head, *(["FLOPs"] if priced else []), box=None, pad_edge=False)
+    table = Table("", *map(escape, found.head()), *(["FLOPs"] if priced else []), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-
-    def add(name: str, cells: list[str]) -> None:
+    for name, cells in {found.names[0]: [""] * len(found.head()), **found.lines()}.items():
         spent = flops[name]
         cost = [formats.flops(spent) if spent is not None else ""] if priced else []
-        table.add_row(name, *cells, *cost)
-
-    add(first, [""] * (len(head) - 1))
-    for entry in found.against_first():
-        values = [*entry["spearman"].values(), *([entry["mean"]] if len(found.tasks) > 1 else [])]
-        add(entry["name"], [*(f"{value:.3f}" for value in values), f"{entry['overlap']:.0%}"])
-    summary.console.print(f"Spearman with {first} on {found.rows:,} rows", markup=False, soft_wrap=True)
+        table.add_row(escape(name), *cells, *cost)
+    summary.console.print(found.describe(), markup=False, soft_wrap=True)
     summary.console.print(table)

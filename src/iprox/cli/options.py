@@ -14,6 +14,7 @@ from typing import Any
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.files import expanded
+from iprox.influence.scores import read_scores, scores_metadata
 from iprox.models.adapters import check_lora
 from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
@@ -66,8 +67,14 @@ def check_training(arguments: Namespace) -> None:
 
 def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
     """The examples of some files."""
-    columns = named_of(arguments.columns, "--columns", "NAME=YOURS, e.g. output=response")
-    return Pool(files, name=name, on_bad_row=arguments.on_bad_row, columns=columns)
+    return Pool(files, name=name, on_bad_row=arguments.on_bad_row, columns=columns_of(arguments.columns))
+
+
+def columns_as_scored(arguments: Namespace) -> None:
+    """Read the pool's columns as they were when it was scored, unless `--columns` says how."""
+    if not arguments.columns:
+        columns: Any = scores_metadata(read_scores(arguments.scores)).get("columns", {})
+        arguments.columns = [f"{known}={own}" for known, own in columns.items()]
 
 
 def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:
@@ -97,27 +104,30 @@ def numbers_of(pairs: list[str], option: str, form: str = "SOURCE=SHARE, e.g. gs
         InputError: a pair is written otherwise.
     """
     numbers = {}
-    for name, number in named_of(pairs, option, form).items():
+    for pair in pairs:
+        name, equals, number = pair.rpartition("=")
         try:
             numbers[name] = float(number)
         except ValueError:
-            raise InputError(f"{option} {name}={number}: write it as {form}") from None
+            equals = ""
+        if not equals or not name:
+            raise InputError(f"{option} {pair}: write it as {form}")
     return numbers
 
 
-def named_of(pairs: list[str], option: str, form: str) -> dict[str, str]:
-    """The texts of `NAME=TEXT` pairs by name.
+def columns_of(pairs: list[str]) -> dict[str, str]:
+    """Columns by the name that iprox knows, of `NAME=YOURS` pairs.
 
     Raises:
         InputError: a pair is written otherwise.
     """
-    named = {}
+    columns = {}
     for pair in pairs:
-        name, equals, text = pair.rpartition("=")
-        if not equals or not name or not text:
-            raise InputError(f"{option} {pair}: write it as {form}")
-        named[name] = text
-    return named
+        known, equals, own = pair.partition("=")
+        if not equals or not known or not own:
+            raise InputError(f"--columns {pair}: write it as NAME=YOURS, e.g. output=response")
+        columns[known] = own
+    return columns
 
 
 def cap_of(given: list[str]) -> float | dict[str, float] | None:

@@ -184,6 +184,7 @@ def select(arguments: Namespace) -> dict[str, Any]:
         raise InputError(f"--output {output}: a selection is written as JSON lines; name it {name}.jsonl")
     # Named after the output, so that several selections in one folder keep theirs apart.
     description = output.with_name(f"{output.stem}.selection.json")
+    options.columns_as_scored(arguments)
     pool = options.pool_of(arguments.pool, arguments)
     record = selection.select(session, Path(arguments.scores), pool, output, description, settings)
     if not arguments.json:
@@ -234,6 +235,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
     if asked and settings.recall is None:
         raise InputError(f"--{next(iter(asked))} says what --recall looks for, which is not given; leave it out")
     chosen = validate_section(SelectSection, **asked)
+    options.columns_as_scored(arguments)
     influence = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     if (settings.recall is not None) != bool(arguments.model and arguments.validation):

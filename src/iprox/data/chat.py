@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from jinja2 import TemplateError
 
 from iprox.data.encoded import IGNORE, Encoded, fit
 from iprox.data.formats import Example
-from iprox.data.messages import Message
-from iprox.data.templates import BESIDE_CONTENT, choose_template, unread_parts
+from iprox.data.messages import Message, parts_beside
+from iprox.data.templates import choose_template, leaves_out
 from iprox.errors import InputError
 
 _CHUNK = 1024
@@ -45,6 +44,7 @@ class ChatEncoder:
         mode: The rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
         describe: The rule in a sentence, for `run.json`.
         warnings: What the user should know about the labels.
+        refused: Why the first row that was left without labels was (with `skip_refused`); empty while there is none.
         lowered: What the user should know if rows are cut because the model reads no more; None where it does.
 
     Raises:
@@ -78,6 +78,8 @@ class ChatEncoder:
         self.describe = choice.describe
         self.warnings = choice.warnings
         self.lowered = None
+        self.refused = ""
+        self._left_out: dict[str, bool] = {}  # by part, as rows with it come
         if self.max_length < max_length:
             self.lowered = (
                 f"rows are cut to {self.max_length:,} tokens, not {max_length:,}: the model reads no more "
@@ -140,22 +142,23 @@ class ChatEncoder:
         try:
             self._require_read(example)
             return self._render([example])[0]
-        except RefusedRowError:
+        except RefusedRowError as refusal:
+            self.refused = self.refused or str(refusal)
             return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
 
     def _require_read(self, example: Example) -> None:
         """Refuse a row that says what the template leaves out: a model would learn from another text."""
-        said = {key for message in example.messages or () for key in message} | {*example.rendering}
-        unread = said & BESIDE_CONTENT and said & self._unread
-        if unread:
+        lost = []
+        for part in parts_beside(example.messages or (), example.rendering):
+            if part not in self._left_out:
+                self._left_out[part] = leaves_out(self.tokenizer, self.chat_template or "", part)
+            if self._left_out[part]:
+                lost.append(f"turns of {part}" if part.startswith("role ") else part)
+        if lost:
             raise RefusedRowError(
-                f"{example.origin}: the row has {sorted(unread)[0]!r}, and the chat template leaves it out; give one "
-                "that renders it (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
+                f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
+                "renders them (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
             )
-
-    @functools.cached_property
-    def _unread(self) -> frozenset[str]:
-        return unread_parts(self.tokenizer, self.chat_template or "")
 
     def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         rows = self._by_boundary(examples) if self.mode == "boundary" else self._by_mask(examples)
@@ -298,10 +301,10 @@ class ChatEncoder:
         """Apply the template to many conversations at once; if it refuses, name the row."""
         if not chats:
             return []
-        # The template takes one set of tools for all that it is given at once.
+        # The template takes one set of tools for all that it is given at once, and writes their keys in their order.
         alike: dict[str, list[int]] = {}
         for place, example in enumerate(examples):
-            alike.setdefault(json.dumps(example.rendering, sort_keys=True), []).append(place)
+            alike.setdefault(json.dumps(example.rendering), []).append(place)
         if len(alike) > 1:
             parts = [
                 (places, self._apply([chats[at] for at in places], [examples[at] for at in places], **kwargs))

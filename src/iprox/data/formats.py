@@ -144,7 +144,8 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
                 return keys
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
     raise BadRowError(
-        f"no known format: it has {named}; known are {KNOWN_FORMATS} (--columns output=response reads yours as one)"
+        f"no known format: it has {named}; known are {KNOWN_FORMATS} (data.columns, --columns output=response, reads "
+        "yours as one)"
     )
 
 

@@ -9,20 +9,24 @@ from typing import Any
 from iprox.data.fields import BadRowError, kind_of, text_of, valid
 
 Message = dict[str, Any]
-"""One turn: `{"role": ..., "content": ...}`, both text. It may have `reasoning_content` or `thinking` (text) and
-`tool_calls` (a list of objects; then `content` may be None), and a tool's turn `name` and `tool_call_id`."""
+"""One turn: `{"role": ..., "content": ...}`, both text. It may have `REASONING` (text) and `tool_calls` (a list of
+objects; then `content` may be None), and a tool's turn `name` and `tool_call_id`."""
 
-TEXT_KEYS = ("reasoning_content", "thinking")
-"""Keys of what the assistant thought, as chat templates call it."""
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Keys of what the assistant thought; transformers gives each to a chat template under the name that it reads."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # What says more than role and content and is not read. To drop it would change the training text.
 _UNREAD_ROW_KEYS = ("functions",)
 _UNREAD_MESSAGE_KEYS = ("function_call",)
-# Variables of a chat template that are the encoder's to set.
-_RESERVED = ("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message")
-_RESERVED += ("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs")
-_RESERVED += ("return_assistant_tokens_mask",)
+# Variables that `apply_chat_template` takes for itself, which are the encoder's to set.
+_RESERVED = frozenset(
+    {
+        *("self", "messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
 _UNREAD_ROLES = ("function_call", "observation")  # of ShareGPT, which chat templates know by other names or not at all
 
 
@@ -67,14 +71,15 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRowError("tools is text, and not JSON") from None
-    rendering = _without_nulls(data.get("chat_template_kwargs") or {})
-    if not isinstance(rendering, dict):
-        raise BadRowError(f"chat_template_kwargs must be an object, not {kind_of(rendering)}")
-    for key in _RESERVED:
-        if key in rendering:
-            raise BadRowError(f"chat_template_kwargs has {key!r}, which is not a row's to choose")
+    given = data.get("chat_template_kwargs") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise BadRowError(f"chat_template_kwargs must be an object, not {kind_of(given)}")
+    rendering = dict(given)
+    for key in rendering:
+        if key in _RESERVED:
+            raise BadRowError(f"chat_template_kwargs has {key!r}, which is not a template's variable of its own")
     if tools:
         rendering["tools"] = _objects(tools, "tools")
     _check_json(rendering, "tools or chat_template_kwargs")
@@ -84,13 +89,23 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
 def said(message: Message) -> list[tuple[str, str]]:
     """What a turn says, part by part: (what it is, text). Parts are reasoning, the content and the calls of tools."""
     role = message["role"]
-    parts = [(f"{role}, reasoning", message[key]) for key in TEXT_KEYS if key in message]
+    parts = [(f"{role}, reasoning", message[key]) for key in REASONING if key in message]
     if message["content"] or not (parts or "tool_calls" in message):
         parts.append((role, message["content"] or ""))
     if "tool_calls" in message:
         calls = "\n".join(json.dumps(call, ensure_ascii=False) for call in message["tool_calls"])
         parts.append((f"{role}, tool calls", calls))
     return parts
+
+
+def parts_beside(messages: Sequence[Message], rendering: Mapping[str, Any]) -> list[str]:
+    """What a conversation says that a chat template may leave out, as `templates.leaves_out` knows it."""
+    parts = {"tools": None} if "tools" in rendering else {}
+    for message in messages:
+        parts |= {key: None for key in ("tool_calls", *REASONING) if key in message}
+        if message["role"] not in ("user", "assistant") and message["content"]:
+            parts[f"role {message['role']}"] = None
+    return list(parts)
 
 
 def _message(item: Any, where: str) -> Message:
@@ -109,9 +124,13 @@ def _message(item: Any, where: str) -> Message:
     if role in _UNREAD_ROLES:
         raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
     message: Message = {"role": role, "content": None}
-    for key in (*TEXT_KEYS, "name", "tool_call_id"):
-        if item.get(key) is not None and item[key] != "":
-            message[key] = text_of(item[key], f"{key} of {where} ({role})")
+    for key in (*REASONING, "name", "tool_call_id"):
+        value = item.get(key)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise BadRowError(f"{key} of {where} ({role}) must be text, not {kind_of(value)}")
+        message[key] = valid(value, f"{key} of {where} ({role})")
     if item.get("tool_calls"):
         message["tool_calls"] = _tool_calls(item["tool_calls"], f"tool_calls of {where} ({role})")
     message["content"] = _content(item, where, role, calls="tool_calls" in message)
@@ -149,24 +168,14 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
 
 
 def _objects(value: Any, what: str) -> list[dict[str, Any]]:
-    objects = _without_nulls(value)
-    if not isinstance(objects, list) or not all(isinstance(each, dict) for each in objects):
+    if not isinstance(value, list | tuple) or not all(isinstance(each, dict) for each in value):
         raise BadRowError(f"{what} must be a list of objects")
-    return objects
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the nulls that Parquet fills in, where objects of one column have different keys (as TRL advises)."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_without_nulls(each) for each in value]
-    return value
+    return list(value)
 
 
 def _check_json(value: Any, what: str) -> None:
     try:
         written = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadRowError(f"{what}: not JSON: {error}") from None
     valid(written, what)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from iprox.data.arrow import json_decoder, unfilled
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
 from iprox.errors import InputError
 
@@ -78,7 +79,7 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
     return Reader(label, stem, str(path), path, lambda: _guarded(read(path), path))
 
 
-def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None) -> Reader:
+def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None, *, arrow: bool = False) -> Reader:
     """Make the reader of rows that are in memory or come from `datasets`.
 
     Args:
@@ -86,6 +87,7 @@ def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = Non
         label: Name for messages.
         stem: Start of generated ids.
         file: The path or address, where there is one.
+        arrow: Whether they are of `datasets`, which keeps them in Arrow (see `unfilled`).
 
     Returns:
         The reader.
@@ -93,7 +95,7 @@ def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = Non
 
     def records() -> Iterator[Record]:
         for row, data in enumerate(rows, start=1):
-            yield Record(row, data)
+            yield Record(row, unfilled(data) if arrow else data)
 
     return Reader(label, stem, file, None, records)
 
@@ -123,7 +125,7 @@ def open_hub(address: str) -> Reader:
     except Exception as error:  # the hub client raises its own, requests', httpx' and fsspec's errors
         raise InputError(f"{address}: cannot be opened: {_first_line(error)}") from error
     stem = "-".join([*parts, split])
-    return open_rows(rows, address, stem, address)
+    return open_rows(rows, address, stem, address, arrow=True)
 
 
 def open_saved(folder: Path, label: str, stem: str) -> Reader:
@@ -146,7 +148,7 @@ def open_saved(folder: Path, label: str, stem: str) -> Reader:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise InputError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
-    return open_rows(rows.with_format(None), label, stem, str(folder))
+    return open_rows(rows.with_format(None), label, stem, str(folder), arrow=True)
 
 
 def hash_file(digest: hashlib.blake2b, path: Path) -> None:
@@ -307,10 +309,13 @@ def _parquet(path: Path) -> Iterator[Record]:
     row = 0
     # Streams the column chunks; without both settings a whole row group is read at once.
     with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
+        decode = json_decoder(file.schema_arrow)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for data in batch.to_pylist():
                 row += 1
-                yield Record(row, data)
+                # Nulls go first: those within a column of JSON are the user's own.
+                data = unfilled(data)
+                yield Record(row, decode(data) if decode else data)
 
 
 def _csv(path: Path) -> Iterator[Record]:

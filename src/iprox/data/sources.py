@@ -45,7 +45,6 @@ class PoolSummary:
         fingerprint: blake2b (hex) of the names and bytes of the files, or of the rows where there is no file.
         files: Paths and addresses, in reading order; empty for rows in memory.
         bad_row_messages: `file:row: reason` of the first ten bad rows.
-        unmet: Of the columns that were said to be read as others, those that no row has.
     """
 
     rows: int
@@ -54,7 +53,6 @@ class PoolSummary:
     fingerprint: str
     files: tuple[str, ...]
     bad_row_messages: tuple[str, ...] = field(default=())
-    unmet: tuple[str, ...] = field(default=())
 
 
 class Pool:
@@ -247,19 +245,19 @@ class Pool:
         if progress is not None:
             progress(rows % _PROGRESS_ROWS)
         files = tuple(reader.file for reader in self._readers if reader.file is not None)
+        if rows == 0:
+            where = ", ".join(files) or "the list given"
+            first = f"the first: {first_bad[0]}" if first_bad else ""
+            why = f"; all {bad} rows are bad, {self.columns.why_unmet() or first}" if bad else ""
+            raise InputError(f"{self.name}: no examples in {where}{why}")
         if bad and self.on_bad_row == "stop":
             more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""
             raise InputError(
                 f"{self.name}: {bad} of {bad + rows} rows are bad; mend them, or leave them out with "
                 f"--on-bad-row skip:\n  " + "\n  ".join(first_bad) + more
             )
-        if rows == 0:
-            where = ", ".join(files) or "the list given"
-            why = f"; all {bad} rows are bad, the first: {first_bad[0]}" if bad else ""
-            raise InputError(f"{self.name}: no examples in {where}{why}")
         self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
-        unmet = tuple(self.columns.unmet)
-        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad), unmet)
+        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))
 
     def _check_ids(self, hashes: np.ndarray) -> None:
         hashes.sort()
@@ -289,7 +287,7 @@ def _open(patterns: Any, name: str) -> list[Reader]:
     elif hasattr(patterns, "with_format"):  # datasets.Dataset, IterableDataset or DatasetDict
         if hasattr(patterns, "keys"):
             raise InputError(f"{name}: a DatasetDict is given; pass one split of it: {', '.join(patterns)}")
-        return [open_rows(patterns.with_format(None), "row", "row")]
+        return [open_rows(patterns.with_format(None), "row", "row", arrow=True)]
     if not isinstance(patterns, Sequence):
         raise InputError(f"{name}: expected paths, a list of dicts or a Dataset, not {type(patterns).__name__}")
     if patterns and all(isinstance(item, Mapping) for item in patterns):

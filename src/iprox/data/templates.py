@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
-from iprox.data.messages import TEXT_KEYS
+from iprox.data.messages import REASONING
 from iprox.errors import InputError
 from iprox.files import expanded
 
@@ -27,9 +27,6 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The named default that `--chat-template chatml` asks for."""
-
-BESIDE_CONTENT = frozenset({"tools", "tool_calls", *TEXT_KEYS})
-"""What a row may say beside its messages' contents, and a template may leave out."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -93,28 +90,38 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
     return TemplateChoice(template, rule, describe, tuple(warnings))
 
 
-def unread_parts(tokenizer: Any, template: str) -> frozenset[str]:
-    """Which of `BESIDE_CONTENT` the template leaves out of its text, as far as made-up conversations can tell.
+def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
+    """Whether a template leaves something out of its text, as far as made-up conversations can tell.
 
-    One that it refuses to render is not counted: it will refuse the rows too, and name them.
+    One that it refuses to render is not left out: it will refuse the rows too, and name them.
+
+    Args:
+        tokenizer: Of transformers.
+        template: Jinja source.
+        part: `"tools"`, `"tool_calls"`, one of `REASONING`, or `"role ROLE"` for turns of that role.
     """
-    return frozenset(part for part in BESIDE_CONTENT if _leaves_out(tokenizer, template, part))
-
-
-def _leaves_out(tokenizer: Any, template: str, part: str) -> bool:
     mark = "q31415926"  # letters and digits that no template changes
-    asked, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
-    function = {"name": mark, "description": "x", "parameters": {"type": "object", "properties": {}}}
-    given: dict[str, Any] = {}
+    answer: dict[str, Any] = {"role": "assistant", "content": "x"}
+    function: dict[str, Any] = {"name": "x", "arguments": {"x": 1}}
+    call: dict[str, Any] = {"role": "assistant", "content": ""}
+    call["tool_calls"] = [{"id": "q27182818", "type": "function", "function": function}]
+    marked = {"role": part.removeprefix("role "), "content": mark, "name": "x", "tool_call_id": "q27182818"}
+    asked, turns, given = {"role": "user", "content": "x"}, [answer], {}
     if part == "tools":
-        given["tools"] = [{"type": "function", "function": function}]
+        schema = {"name": mark, "description": "x", "parameters": {"type": "object", "properties": {}}}
+        given["tools"] = [{"type": "function", "function": schema}]
     elif part == "tool_calls":
-        call = {"id": "q27182818", "type": "function", "function": {"name": mark, "arguments": {"x": 1}}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        function["name"] = mark
+        turns = [call]
+    elif part in REASONING:
+        answer[part] = call[part] = mark
+        # Some templates show what was thought before a call only.
+        turns = [answer, {"role": "user", "content": "x"}, call]
     else:
-        answer[part] = mark
+        turns = [call if part == "role tool" else answer, marked, answer]
+    turns = [marked, asked, answer] if part == "role system" else [asked, *turns]
     try:
-        text = tokenizer.apply_chat_template([asked, answer], chat_template=template, tokenize=False, **given)
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **given)
     except (TemplateError, TypeError, ValueError):
         return False
     return mark not in text

@@ -7,7 +7,7 @@ from typing import Any
 
 _LONGEST = 40
 # A run is known by what they hold, not by where it lies: others are refused, the same ones elsewhere are no change.
-_PATHS = frozenset({"model", "output", "data.pool", "data.validation"})
+_PATHS = frozenset({"model", "output", "data.pool", "data.validation", "finetune.test", "proxy.model"})
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -18,18 +18,21 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in dict.fromkeys([*after, *before]):
         one, other = before.get(key), after.get(key)
-        if one == other or prefix + key in _PATHS:
+        name = f"{prefix}{key}"
+        if one == other or name in _PATHS:
             continue
+        if isinstance(one, bool) or isinstance(other, bool):  # a section is off, or has settings
+            one, other = bool(one), bool(other)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from _changed(one, other, f"{prefix}{key}.")
+            yield from _changed(one, other, f"{name}.")
         else:
-            yield f"{prefix}{key} {_shown(one)} → {_shown(other)}"
+            yield f"{name} {_shown(one)} → {_shown(other)}"
 
 
 def _shown(value: Any) -> str:
     if value is None:
         return "not set"
-    if value is False or value is True or isinstance(value, Mapping):  # a section is off, or has settings
+    if isinstance(value, bool):
         return "on" if value else "off"
-    text = str(value)
+    text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.pipeline.changes import changed_settings
 from iprox.progress import Reporter
-from iprox.recipe import Recipe
+from iprox.recipe import Recipe, parse_recipe
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
@@ -41,6 +42,7 @@ class Run:
     command: str
     earlier: dict[str, Any]
     template: str | None
+    earlier_version: str = field(default_factory=lambda: version("iprox"))
     record: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, list[int]] = field(default_factory=dict)
 
@@ -56,7 +58,7 @@ class Run:
         if before is not None and before["key"] == key and all(output.exists() for output in outputs):
             self.session.reporter.take_warnings()  # the entry has them from when the stage was done
             entry = {**before, "skipped": True}
-            by = before.get("iprox", version("iprox"))
+            by = before.get("iprox", self.earlier_version)
             older = f" by iprox {by}, and this is {version('iprox')}; --fresh does all again"
             self.session.reporter.say(f"✓ {name}: done already{older if by != version('iprox') else ''}")
         else:
@@ -139,16 +141,19 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
             for task, source in validation.items()
         },
     }
-    identity = {
+    identity: dict[str, Any] = {
         "model": fingerprint,
         "pool": summary.fingerprint,
         "validation": {task: entry["fingerprint"] for task, entry in inputs["validation"].items()},
     }
+    if recipe.data.columns:  # they are in the fingerprints too, which cannot say so
+        identity["data.columns"] = recipe.data.columns
     folder = RunFolder(recipe.output)
     earlier = folder.claim(identity, fresh)
     tell_changes(reporter, folder, recipe)
     done_before = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
     run = Run(recipe, folder, session, pool, validation, command, done_before, encoder.chat_template)
+    run.earlier_version = earlier.get("iprox", run.earlier_version)
     run.record = {
         **environment(),
         "command": command,
@@ -183,7 +188,11 @@ def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
         before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return  # a first start, or a file that someone wrote over; it is written anew
-    changed = changed_settings(before, yaml.safe_load(recipe.to_yaml())) if isinstance(before, dict) else []
+    if not isinstance(before, dict):
+        return
+    with contextlib.suppress(InputError):  # of another version, which knew other keys
+        before = yaml.safe_load(parse_recipe(before).to_yaml())  # with the defaults that this one has more
+    changed = changed_settings(before, yaml.safe_load(recipe.to_yaml()))
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
 
@@ -202,7 +211,10 @@ def common_key(run: Run) -> list[Any]:
     recipe = run.recipe
     data = recipe.data
     # Of rows that are all good the same is made either way, so that `skip` can go on where a refused row stopped a run.
-    bad_rows = data.on_bad_row if run.pool.scan().bad_rows else "stop"
+    # Which rows are bad is another version's to say otherwise, so how many are good counts where some are not.
+    read = {None: run.pool, **run.validation}
+    left = {task: source.scan().rows for task, source in read.items() if source.scan().bad_rows}
+    bad_rows = [data.on_bad_row, sorted(left.items(), key=str)] if left else "stop"
     return [
         run.record["identity"],
         run.record["dtype"],

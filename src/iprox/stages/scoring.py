@@ -108,6 +108,7 @@ def score(
                 "window": scoring.window,
                 "batch_tokens": session.batch_tokens,
                 "compile": compile_model,
+                **({"columns": pool.columns.named} if pool.columns.named else {}),
             },
             progress=progress,
             engine=engine or engine_of(session),
