@@ -462,6 +462,13 @@ def test_what_the_template_leaves_out_is_refused(template, row, parts):
     assert f"row:2: the row has {parts}" in encoder.refused
 
 
+def test_a_template_without_system_turns_is_warned_of():
+    bare = MARKED.replace("for message in messages", "for message in messages if message['role'] != 'system'")
+    with pytest.warns(UserWarning, match="leaves out turns of role system"):
+        (row,) = encode(ChatEncoder(TOKENIZER, 10_000, bare), TWO_TURNS)
+    assert "Be short" not in str(TOKENIZER.decode(row.input_ids))
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "gemma4", "glm4moe"])
 def test_reasoning_by_any_name_reaches_the_templates_that_read_it(name, key):

@@ -154,7 +154,9 @@ class ChatEncoder:
                 self._left_out[part] = leaves_out(self.tokenizer, self.chat_template or "", part)
             if self._left_out[part]:
                 lost.append(f"turns of {part}" if part.startswith("role ") else part)
-        if lost:
+        if lost == ["turns of role system"]:  # as some templates are meant to be; what remains is a conversation
+            warnings.warn("the chat template leaves out turns of role system, so rows are read without", stacklevel=2)
+        elif lost:
             raise RefusedRowError(
                 f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
                 "renders them (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
