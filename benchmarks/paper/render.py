@@ -68,6 +68,8 @@ def main_rows(results: dict[str, Any]) -> str:
     """Test losses by row and task, exact matches, and what selecting cost; and the mean losses as a plot."""
     cells, tasks = results["cells"], results["settings"]["tasks"]
     rows, points = [], []
+    # Tasks that a source of the pool is of; the others' losses hang on the seed more than on the row.
+    sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
     for method in METHODS:
         entries = [of_seeds(cells, f"{method}/{task}") for task in tasks]
         if not any(entries):
@@ -87,9 +89,9 @@ def main_rows(results: dict[str, Any]) -> str:
             points.append((method, means))
         own = [cell["own_source"] for cell in scored if "own_source" in cell]
         pure = ", ".join(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0]) if own else ""
-        rows.append([method, *shown, with_error(means), ", ".join(exact), pure, size, cost, str(seeds)])
-    sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
-    heads = ["selected by", *tasks, "mean", f"exact match ({', '.join(tasks)})"]
+        of_sources = with_error(mean_losses(cells, method, sources))
+        rows.append([method, *shown, with_error(means), of_sources, ", ".join(exact), pure, size, cost, str(seeds)])
+    heads = ["selected by", *tasks, "mean", f"mean of {', '.join(sources)}", f"exact match ({', '.join(tasks)})"]
     heads += [f"of the task's own source ({', '.join(sources)})", "parameters", "FLOPs", "seeds"]
     picture = mean_loss_plot(points, f"mean-loss-{results['settings']['estimator']}")
     return f"{picture}\n\n{table(heads, rows)}\n\n{made_on(results)}"

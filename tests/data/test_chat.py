@@ -457,8 +457,10 @@ def test_what_the_template_leaves_out_is_refused(template, row, parts):
     with pytest.raises(InputError, match=f"row:2: the row has {parts}, which the chat template leaves out"):
         encode(ChatEncoder(TOKENIZER, 10_000, template), TWO_TURNS, row)
     encoder = ChatEncoder(TOKENIZER, 10_000, template, skip_refused=True)
-    kept, refused = encode(encoder, TWO_TURNS, row)
+    kept, refused, last = encode(encoder, TWO_TURNS, row, TWO_TURNS)
     assert (kept.supervised > 0, refused.supervised) == (True, 0)
+    assert same(kept, last)
+    assert encode(encoder, row)[0].supervised == 0
     assert f"row:2: the row has {parts}" in encoder.refused
 
 

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from iprox.data.encoded import IGNORE, Encoded, fit
+from iprox.data.boundaries import TurnBoundaries
+from iprox.data.encoded import IGNORE, Encoded, RefusedRowError, fit
 from iprox.data.formats import Example
 from iprox.data.messages import Message, parts_beside
 from iprox.data.templates import choose_template, leaves_out
 from iprox.errors import InputError
 
 _CHUNK = 1024
-
-
-class RefusedRowError(InputError):
-    """The chat template cannot render one row, or not so that its assistant tokens can be told."""
 
 
 class ChatEncoder:
@@ -79,6 +76,7 @@ class ChatEncoder:
         self.warnings = choice.warnings
         self.lowered = None
         self.refused = ""
+        self._boundaries = TurnBoundaries(tokenizer, self._apply)
         self._left_out: dict[str, bool] = {}  # by part, as rows with it come
         if self.max_length < max_length:
             self.lowered = (
@@ -129,25 +127,30 @@ class ChatEncoder:
                 f"{examples[0].origin}: the row has messages, but the tokenizer has no chat template; "
                 "name one: --chat-template chatml (or a Jinja file)"
             )
+        unread = [self._why_unread(example) for example in examples]
+        first = next(filter(None, unread), "")
+        if first and not self.skip_refused:
+            raise RefusedRowError(first)
+        self.refused = self.refused or first
+        read = [example for example, why in zip(examples, unread, strict=True) if not why]
         try:
-            for example in examples:
-                self._require_read(example)
-            return self._render(examples)
+            rendered = self._render(read) if read else []
         except RefusedRowError:
             if not self.skip_refused:
                 raise
-        return [self._rendered_or_empty(example) for example in examples]
+            rendered = [self._rendered_or_empty(example) for example in read]
+        rows = iter(rendered)
+        return [_empty() if why else next(rows) for why in unread]
 
     def _rendered_or_empty(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         try:
-            self._require_read(example)
             return self._render([example])[0]
         except RefusedRowError as refusal:
             self.refused = self.refused or str(refusal)
-            return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
+            return _empty()
 
-    def _require_read(self, example: Example) -> None:
-        """Refuse a row that says what the template leaves out: a model would learn from another text."""
+    def _why_unread(self, example: Example) -> str:
+        """Why a row is refused that says what the template leaves out: a model would learn from another text."""
         lost = []
         for part in parts_beside(example.messages or (), example.rendering):
             if part not in self._left_out:
@@ -156,18 +159,20 @@ class ChatEncoder:
                 lost.append(f"turns of {part}" if part.startswith("role ") else part)
         if lost == ["turns of role system"]:  # as some templates are meant to be; what remains is a conversation
             warnings.warn("the chat template leaves out turns of role system, so rows are read without", stacklevel=2)
-        elif lost:
-            raise RefusedRowError(
-                f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
-                "renders them (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
-            )
+            return ""
+        if not lost:
+            return ""
+        return (
+            f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
+            "renders them (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
+        )
 
     def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-        rows = self._by_boundary(examples) if self.mode == "boundary" else self._by_mask(examples)
+        rows = self._boundaries.rows(examples) if self.mode == "boundary" else self._by_mask(examples)
         # A conversational prompt may hold assistant turns of its own: TRL supervises only after the prompt.
         with_prompt = [index for index, example in enumerate(examples) if example.supervised_from]
         if with_prompt:
-            prompts = [list(_turns(examples[i])[: examples[i].supervised_from]) for i in with_prompt]
+            prompts = [examples[i].turns[: examples[i].supervised_from] for i in with_prompt]
             named = [examples[index] for index in with_prompt]
             prompt_ids = self._apply(prompts, named, tokenize=True, return_dict=True, add_generation_prompt=True)
             for index, prompt in zip(with_prompt, prompt_ids["input_ids"], strict=True):
@@ -176,7 +181,7 @@ class ChatEncoder:
         return rows
 
     def _by_mask(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-        chats = [_turns(example) for example in examples]
+        chats = [example.turns for example in examples]
         out = self._apply(chats, examples, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         rows = []
         for example, ids, marks in zip(examples, out["input_ids"], out["assistant_masks"], strict=True):
@@ -188,89 +193,6 @@ class ChatEncoder:
                 )
             rows.append((np.asarray(ids, dtype=np.int32), mask))
         return rows
-
-    def _by_boundary(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-        texts: list[str] = self._apply([_turns(example) for example in examples], examples, tokenize=False)
-        out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
-        spans = self._spans(examples, texts)
-        rows = []
-        for index, ids in enumerate(out["input_ids"]):
-            mask = np.zeros(len(ids), dtype=bool)
-            for start, end in spans[index]:
-                # A character may have no token of its own (trimmed white space): take the next inside the span.
-                tokens = (out.char_to_token(index, char) for char in range(start, end))
-                first = next((token for token in tokens if token is not None), None)
-                tokens = (out.char_to_token(index, char) for char in range(end - 1, start - 1, -1))
-                last = next((token for token in tokens if token is not None), None)
-                if first is None or last is None:
-                    continue
-                while last + 1 < len(ids) and self._starts_before(out, index, last + 1, end):
-                    last += 1  # the last character may have several tokens (bytes)
-                mask[first : last + 1] = True
-            rows.append((np.asarray(ids, dtype=np.int32), mask))
-        return rows
-
-    @staticmethod
-    def _starts_before(out: Any, index: int, token: int, end: int) -> bool:
-        span = out.token_to_chars(index, token)
-        return span is not None and span.start < end
-
-    def _spans(self, examples: Sequence[Example], texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Character spans [start, end) of the assistant turns, from renderings up to and through each turn."""
-        before: list[tuple[int, list[Message]]] = []
-        through: list[tuple[int, list[Message]]] = []
-        for index, example in enumerate(examples):
-            turns = _turns(example)
-            for position, turn in enumerate(turns):
-                if turn["role"] == "assistant":
-                    before.append((index, turns[:position]))
-                    through.append((index, turns[: position + 1]))
-        heads = iter(
-            self._apply(
-                [turns for _, turns in before if turns],
-                [examples[index] for index, turns in before if turns],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        )
-        wholes = self._apply([turns for _, turns in through], [examples[index] for index, _ in through], tokenize=False)
-        spans: list[list[tuple[int, int]]] = [[] for _ in examples]
-        for (index, turns), whole in zip(before, wholes, strict=True):
-            text, origin = texts[index], examples[index].origin
-            head = next(heads) if turns else self._first_head(whole, examples[index])
-            if not (whole.startswith(head) and text.startswith(whole)):
-                raise RefusedRowError(
-                    f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
-                    "so the assistant's tokens cannot be told; use a template that marks them with "
-                    "{% generation %} (--chat-template FILE)"
-                )
-            spans[index].append((len(head), self._turn_end(whole, len(head))))
-        return spans
-
-    def _first_head(self, whole: str, example: Example) -> str:
-        """What comes before an assistant turn that opens the conversation: templates refuse to render no turn."""
-        probe: list[Message] = [{"role": "user", "content": "x"}]
-        (plain,) = self._apply([probe], [example], tokenize=False)
-        (asked,) = self._apply([probe], [example], tokenize=False, add_generation_prompt=True)
-        opening = asked[len(plain) :] if asked.startswith(plain) else ""
-        at = whole.find(opening)
-        if not opening or at < 0:
-            raise RefusedRowError(
-                f"{example.origin}: the conversation opens with an assistant turn, and the chat template does not show "
-                "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
-            )
-        return whole[: at + len(opening)]
-
-    def _turn_end(self, whole: str, start: int) -> int:
-        # White space after the end-of-turn token is the template's, not the assistant's: generation has stopped.
-        end = len(whole.rstrip())
-        closed = any(whole.endswith(token, start, end) for token in self._added_tokens())
-        return end if closed and end > start else len(whole)
-
-    def _added_tokens(self) -> tuple[str, ...]:
-        if not hasattr(self, "_added"):
-            self._added = tuple(token for token in self.tokenizer.get_added_vocab() if token.strip())
-        return self._added
 
     def _encode_plain(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         eos = self.tokenizer.eos_token
@@ -333,14 +255,15 @@ class ChatEncoder:
             raise InputError(f"the chat template cannot be used: {error}") from error
 
 
+def _empty() -> tuple[np.ndarray, np.ndarray]:
+    """A row without labels, which has no score."""
+    return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
+
+
 def _in_order(parts: Sequence[tuple[Sequence[int], Sequence[Any]]]) -> list[Any]:
     """Results of several calls, by the places of what they were given."""
     found = {place: each for places, results in parts for place, each in zip(places, results, strict=True)}
     return [found[place] for place in range(len(found))]
-
-
-def _turns(example: Example) -> list[Message]:
-    return list(example.messages or ())
 
 
 def _common_prefix(prompt: np.ndarray, ids: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""The tokens and labels of one example, and how it is cut to a length."""
+"""The tokens and labels of one example, how it is cut to a length, and the refusal where it has none."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from iprox.errors import InputError
+
 IGNORE = -100
 """The label of a token that carries no loss (Hugging Face's convention)."""
+
+
+class RefusedRowError(InputError):
+    """The chat template cannot render one row, or not so that its assistant tokens can be told."""
 
 
 @dataclass(frozen=True, slots=True)

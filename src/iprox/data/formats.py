@@ -59,6 +59,11 @@ class Example:
     rendering: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def turns(self) -> list[Message]:
+        """The turns of a chat example."""
+        return list(self.messages or ())
+
+    @property
     def words(self) -> str:
         """All that it says, without roles or template."""
         if self.messages is not None:

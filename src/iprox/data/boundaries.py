@@ -1,0 +1,114 @@
+"""The assistant's tokens by the exact boundaries of its turns, for chat templates that do not mark them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from iprox.data.encoded import RefusedRowError
+from iprox.data.formats import Example
+from iprox.data.messages import Message
+
+
+class TurnBoundaries:
+    """Labels conversations by rendering them up to each assistant turn, and through it.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        apply: Renders conversations, each with what its example gives the template; takes `tokenize` and
+            `add_generation_prompt`.
+    """
+
+    def __init__(self, tokenizer: Any, apply: Callable[..., Any]) -> None:
+        self.tokenizer = tokenizer
+        self._apply = apply
+
+    def rows(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids int32 [L] and what is supervised, bool [L], of each.
+
+        Raises:
+            RefusedRowError: a turn is rendered otherwise when others follow, or its start is not to be seen.
+        """
+        texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
+        out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        spans = self._spans(examples, texts)
+        rows = []
+        for index, ids in enumerate(out["input_ids"]):
+            mask = np.zeros(len(ids), dtype=bool)
+            for start, end in spans[index]:
+                # A character may have no token of its own (trimmed white space): take the next inside the span.
+                tokens = (out.char_to_token(index, char) for char in range(start, end))
+                first = next((token for token in tokens if token is not None), None)
+                tokens = (out.char_to_token(index, char) for char in range(end - 1, start - 1, -1))
+                last = next((token for token in tokens if token is not None), None)
+                if first is None or last is None:
+                    continue
+                while last + 1 < len(ids) and self._starts_before(out, index, last + 1, end):
+                    last += 1  # the last character may have several tokens (bytes)
+                mask[first : last + 1] = True
+            rows.append((np.asarray(ids, dtype=np.int32), mask))
+        return rows
+
+    @staticmethod
+    def _starts_before(out: Any, index: int, token: int, end: int) -> bool:
+        span = out.token_to_chars(index, token)
+        return span is not None and span.start < end
+
+    def _spans(self, examples: Sequence[Example], texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Character spans [start, end) of the assistant turns, from renderings up to and through each turn."""
+        before: list[tuple[int, list[Message]]] = []
+        through: list[tuple[int, list[Message]]] = []
+        for index, example in enumerate(examples):
+            turns = example.turns
+            for position, turn in enumerate(turns):
+                if turn["role"] == "assistant":
+                    before.append((index, turns[:position]))
+                    through.append((index, turns[: position + 1]))
+        heads = iter(
+            self._apply(
+                [turns for _, turns in before if turns],
+                [examples[index] for index, turns in before if turns],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
+        wholes = self._apply([turns for _, turns in through], [examples[index] for index, _ in through], tokenize=False)
+        spans: list[list[tuple[int, int]]] = [[] for _ in examples]
+        for (index, turns), whole in zip(before, wholes, strict=True):
+            text, origin = texts[index], examples[index].origin
+            head = next(heads) if turns else self._first_head(whole, examples[index])
+            if not (whole.startswith(head) and text.startswith(whole)):
+                raise RefusedRowError(
+                    f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
+                    "so the assistant's tokens cannot be told; use a template that marks them with "
+                    "{% generation %} (--chat-template FILE)"
+                )
+            spans[index].append((len(head), self._turn_end(whole, len(head))))
+        return spans
+
+    def _first_head(self, whole: str, example: Example) -> str:
+        """What comes before an assistant turn that opens the conversation: templates refuse to render no turn."""
+        probe: list[Message] = [{"role": "user", "content": "x"}]
+        (plain,) = self._apply([probe], [example], tokenize=False)
+        (asked,) = self._apply([probe], [example], tokenize=False, add_generation_prompt=True)
+        opening = asked[len(plain) :] if asked.startswith(plain) else ""
+        at = whole.find(opening)
+        if not opening or at < 0:
+            raise RefusedRowError(
+                f"{example.origin}: the conversation opens with an assistant turn, and the chat template does not show "
+                "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
+            )
+        return whole[: at + len(opening)]
+
+    def _turn_end(self, whole: str, start: int) -> int:
+        # White space after the end-of-turn token is the template's, not the assistant's: generation has stopped.
+        end = len(whole.rstrip())
+        closed = any(whole.endswith(token, start, end) for token in self._added_tokens())
+        return end if closed and end > start else len(whole)
+
+    def _added_tokens(self) -> tuple[str, ...]:
+        if not hasattr(self, "_added"):
+            self._added = tuple(token for token in self.tokenizer.get_added_vocab() if token.strip())
+        return self._added
