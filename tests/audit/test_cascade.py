@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iprox.audit.cascade import best_rows, candidate_share, rows_needed
+from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation
 from iprox.influence.scores import scores_table
@@ -98,6 +99,8 @@ def test_the_recall_is_kept_where_one_task_of_two_is_corrected(tmp_path, tasks):
     pq.write_table(pa.table(audited), tmp_path / "audit/audit.parquet")
 
     class Rows:
+        columns = Columns()
+
         def scan(self):
             return SimpleNamespace(rows=len(ids))
 
