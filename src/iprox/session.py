@@ -154,7 +154,7 @@ class Session:
             summary = pool.scan(progress, overlap.look if judged_by else None)
         unmet = [own for own in pool.columns.unmet if all(own in each.columns.unmet for each in judged_by.values())]
         if unmet:
-            self.reporter.warn(f"{pool.name}: {pool.columns.why_unmet()}")
+            self.reporter.warn(f"{pool.name}: {pool.columns.why_unmet(unmet[0])}")
         for warning in overlap.warnings():
             self.reporter.warn(warning)
         return summary

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from iprox.data import Pool
+from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
 from iprox.session import Session
@@ -67,6 +68,11 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest():
     session.read(pool)
     said = "pool: no row has the column 'categry' to read as source; did you mean 'category'?"
     assert session.reporter.take_warnings() == [said]
+    here, there = Pool([{"text": "T", "kind": "k"}]), Pool(DOLLY)
+    for pool in (here, there):
+        pool.columns = Columns({"output": "response", "source": "knid"})
+    session.read(here, {"validation": there})
+    assert "column 'knid' to read as source; did you mean 'kind'?" in session.reporter.take_warnings()[0]
     # One that a set which it is judged by has is no mistake.
     session.read(Pool([{"text": "T"}], columns=NAMED), {"validation": Pool(DOLLY, columns=NAMED)})
     assert [text for text in session.reporter.take_warnings() if "column" in text] == []

@@ -14,7 +14,7 @@ from typing import Any
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.files import expanded
-from iprox.influence.scores import read_scores, scores_metadata
+from iprox.influence.scores import read_scores_schema, scores_metadata
 from iprox.models.adapters import check_lora
 from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
@@ -73,7 +73,7 @@ def pool_of(files: list[str], arguments: Namespace, name: str = "pool") -> Pool:
 def columns_as_scored(arguments: Namespace) -> None:
     """Read the pool's columns as they were when it was scored, unless `--columns` says how."""
     if not arguments.columns:
-        columns: Any = scores_metadata(read_scores(arguments.scores)).get("columns", {})
+        columns: Any = scores_metadata(read_scores_schema(arguments.scores)).get("columns", {})
         arguments.columns = [f"{known}={own}" for known, own in columns.items()]
 
 

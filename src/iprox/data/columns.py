@@ -39,11 +39,8 @@ class Columns:
         self.unmet = list(self.named.values())
         self.there: tuple[str, ...] = ()
 
-    def why_unmet(self) -> str:
-        """Which column no row has had, with the nearest that the first row has; empty where there is none such."""
-        if not self.unmet:
-            return ""
-        own = self.unmet[0]
+    def why_unmet(self, own: str) -> str:
+        """That no row has had a column, with the nearest that the first row has."""
         known = next(known for known, named in self.named.items() if named == own)
         near = difflib.get_close_matches(own, self.there, n=1, cutoff=0.5)
         return f"no row has the column {own!r} to read as {known}{f'; did you mean {near[0]!r}?' if near else ''}"

@@ -247,8 +247,9 @@ class Pool:
         files = tuple(reader.file for reader in self._readers if reader.file is not None)
         if rows == 0:
             where = ", ".join(files) or "the list given"
-            first = f"the first: {first_bad[0]}" if first_bad else ""
-            why = f"; all {bad} rows are bad, {self.columns.why_unmet() or first}" if bad else ""
+            unmet = self.columns.unmet
+            because = self.columns.why_unmet(unmet[0]) if unmet else f"the first: {next(iter(first_bad), '')}"
+            why = f"; all {bad} rows are bad, {because}" if bad else ""
             raise InputError(f"{self.name}: no examples in {where}{why}")
         if bad and self.on_bad_row == "stop":
             more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""

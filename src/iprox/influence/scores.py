@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -94,9 +95,9 @@ def example_matrix(table: pa.Table, task: str) -> np.ndarray:
     return values.reshape(table.num_rows, column.type.list_size)
 
 
-def scores_metadata(table: pa.Table) -> dict[str, object]:
+def scores_metadata(scores: pa.Table | pa.Schema) -> dict[str, object]:
     """What made the scores, as written by `scores_table`."""
-    return json.loads((table.schema.metadata or {}).get(b"iprox", b"{}"))
+    return json.loads(((scores.schema if isinstance(scores, pa.Table) else scores).metadata or {}).get(b"iprox", b"{}"))
 
 
 def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
@@ -128,17 +129,35 @@ def read_scores(path: str | Path) -> pa.Table:
     Raises:
         InputError: there is none, or it is no scores table.
     """
+    names = read_scores_schema(path).names
+    with _readable(path) as file:
+        return pq.read_table(file, columns=[name for name in names if not name.startswith(EXAMPLES_PREFIX)])
+
+
+def read_scores_schema(path: str | Path) -> pa.Schema:
+    """Read the columns and metadata of a scores table, and none of its rows.
+
+    Raises:
+        InputError: there is none, or it is no scores table.
+    """
+    with _readable(path) as file:
+        schema = pq.read_schema(file)
+        missing = [name for name in ("id", "source", "tokens", AGGREGATE) if name not in schema.names]
+        if missing or not any(name.startswith(TASK_PREFIX) for name in schema.names):
+            lacking = repr(missing[0]) if missing else f"{TASK_PREFIX}TASK"
+            raise InputError(f"{file}: has no column {lacking}, so it is no scores table")
+        return schema
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[Path]:
+    """The file of scores at a path; what is no Parquet is refused by its name."""
     file = Path(path)
     if file.is_dir():
         file = file / "scores.parquet"
     if not file.is_file():
         raise InputError(f"{file}: no such scores file; `iprox score` or `iprox run` writes it")
     try:
-        names = pq.read_schema(file).names
-        missing = [name for name in ("id", "source", "tokens", AGGREGATE) if name not in names]
-        if missing or not any(name.startswith(TASK_PREFIX) for name in names):
-            lacking = repr(missing[0]) if missing else f"{TASK_PREFIX}TASK"
-            raise InputError(f"{file}: has no column {lacking}, so it is no scores table")
-        return pq.read_table(file, columns=[name for name in names if not name.startswith(EXAMPLES_PREFIX)])
+        yield file
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
