@@ -70,6 +70,7 @@ def main_rows(results: dict[str, Any]) -> str:
     rows, points = [], []
     # Tasks that a source of the pool is of; the others' losses hang on the seed more than on the row.
     sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
+    parted = 0 < len(sources) < len(tasks)
     for method in METHODS:
         entries = [of_seeds(cells, f"{method}/{task}") for task in tasks]
         if not any(entries):
@@ -89,9 +90,10 @@ def main_rows(results: dict[str, Any]) -> str:
             points.append((method, means))
         own = [cell["own_source"] for cell in scored if "own_source" in cell]
         pure = ", ".join(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0]) if own else ""
-        of_sources = with_error(mean_losses(cells, method, sources))
-        rows.append([method, *shown, with_error(means), of_sources, ", ".join(exact), pure, size, cost, str(seeds)])
-    heads = ["selected by", *tasks, "mean", f"mean of {', '.join(sources)}", f"exact match ({', '.join(tasks)})"]
+        of_part = [with_error(mean_losses(cells, method, sources))] if parted else []
+        rows.append([method, *shown, with_error(means), *of_part, ", ".join(exact), pure, size, cost, str(seeds)])
+    part = [f"mean of {', '.join(sources)}"] if parted else []
+    heads = ["selected by", *tasks, "mean", *part, f"exact match ({', '.join(tasks)})"]
     heads += [f"of the task's own source ({', '.join(sources)})", "parameters", "FLOPs", "seeds"]
     picture = mean_loss_plot(points, f"mean-loss-{results['settings']['estimator']}")
     return f"{picture}\n\n{table(heads, rows)}\n\n{made_on(results)}"
