@@ -165,7 +165,7 @@ def test_scorers_without_gradients_compare_with_each_example(setup, estimator):
             torch.testing.assert_close(scores[:, column], alone(batch)[0][:, 0], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("estimator", ["random", "influence-function", "datainf"])
+@pytest.mark.parametrize("estimator", ["random", "datainf"])
 def test_what_has_no_scores_by_example_says_so(setup, estimator):
     (model, _), _, validation = setup
     with pytest.raises(InputError, match="example"):

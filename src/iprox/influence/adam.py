@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, has_bias
 from iprox.influence.gradients import LayerGradient
+from iprox.influence.queries import LayerQuery
 from iprox.models.flops import contraction_flops
 from iprox.models.layers import weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -114,8 +115,10 @@ class AdamScorer(BatchScorer):
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor, Tensor]:
         columns: list[Tensor] = []
         norms: list[Tensor] = []
+        query = self._queries[name]
+        assert isinstance(query, LayerQuery)  # examples in shared bases are of gradients
         for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
-            columns.append(self._queries[name].inner(step))
+            columns.append(query.inner(step))
             squares = step.weight.square().sum((1, 2))
             norms.append(squares if step.bias is None else squares + step.bias.square().sum(1))
         return torch.cat(columns), torch.cat(norms)

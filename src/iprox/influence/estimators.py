@@ -27,6 +27,7 @@ from iprox.influence.gradients import (
 )
 from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
+from iprox.influence.shared_basis import SharedQueries, SharedQuery
 from iprox.models.experts import expert_layers
 from iprox.models.flops import layer_shares
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
@@ -142,7 +143,7 @@ class BatchScorer:
         model: a proxy or any model.
         queries: by task its mean validation gradient, from `mean_gradient` with the same `gradient` or from
             `seen_from`, made low-rank by `iprox.influence.truncation` or not; or the gradients of its examples, from
-            `example_gradients`, which are a column of scores each.
+            `example_gradients`, which are a column of scores each. Or the examples of all tasks in shared bases.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
         norm_sketch: random signs a layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
@@ -153,7 +154,8 @@ class BatchScorer:
         widths: columns of each task: 1, or its examples.
         weights: by task, what its columns sum to its own score with, float64 [width]: the influence on the mean loss,
             or the cosine with the mean gradient, which is not the mean of the examples' cosines.
-        contraction_flops: FLOPs a token of contracting with all tasks, an expert's for the tokens that use it.
+        contraction_flops: FLOPs per token of contracting with all tasks, an expert's for the tokens that use it.
+        example_flops: FLOPs per candidate of contracting with examples in shared bases.
         kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
             lost most).
     """
@@ -161,7 +163,7 @@ class BatchScorer:
     def __init__(
         self,
         model: nn.Module,
-        queries: Mapping[str, TaskQuery],
+        queries: Mapping[str, TaskQuery] | SharedQueries,
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
@@ -169,7 +171,6 @@ class BatchScorer:
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model = model
-        self.tasks = list(queries)
         self.normalise = normalise
         self.norm_sketch = norm_sketch
         self.loss_fn = loss_fn
@@ -182,38 +183,62 @@ class BatchScorer:
             for name, layer in self.layers.items()
             if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
         }
+        self._queries: Mapping[str, LayerQuery | SharedQuery]
+        self._shares = layer_shares(model, self.layers)
+        self.example_flops = 0.0
+        if isinstance(queries, SharedQueries):
+            self._take_shared(queries)
+        else:
+            self._take(queries)
+        self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
+
+    def _take(self, queries: Mapping[str, TaskQuery]) -> None:
+        """Make ready to contract with mean gradients, or with those of examples one by one."""
+        self.tasks = list(queries)
         self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
         columns: list[Any] = []
         for query in queries.values():
             columns += [query] if isinstance(query, dict) else query
         norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in columns])
-        self._queries: dict[str, LayerQuery] = {}
+        ready: dict[str, LayerQuery] = {}
         lost = torch.zeros_like(norms)
         for name, layer in self.layers.items():
             if all(name in each for each in columns):
-                dtype = self._query_dtype(layer)
                 parts = [each[name] for each in columns]
-                self._queries[name] = layer_query(parts, dtype)
+                ready[name] = layer_query(parts, self._query_dtype(layer))
                 lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
+        self._queries = ready
         self._query_norms = norms.sqrt()
         self.weights = [
             self._weights(query, own)
             for query, own in zip(queries.values(), norms.sqrt().split(self.widths), strict=True)
         ]
-        self._shares = layer_shares(model, self.layers)
-        self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
         kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
         self.kept = {task: part.min().item() for task, part in zip(self.tasks, kept.split(self.widths), strict=True)}
+
+    def _take_shared(self, queries: SharedQueries) -> None:
+        """Make ready to contract with the examples of all tasks in shared bases."""
+        self.tasks, self.widths = list(queries.widths), list(queries.widths.values())
+        self._queries = {name: query for name, query in queries.layers.items() if name in self.layers}
+        self._query_norms = queries.norms.to(self.device)
+        self.example_flops = sum(query.example_flops for query in queries.layers.values())
+        self.weights = []
+        for norms, mean in zip(queries.norms.cpu().split(self.widths), queries.mean_norms(), strict=True):
+            self.weights.append(self._of_examples(norms, mean))
+        parts = queries.kept.split(self.widths)
+        self.kept = {task: part.min().item() for task, part in zip(self.tasks, parts, strict=True)}
 
     def _weights(self, query: TaskQuery, norms: Tensor) -> np.ndarray:
         """ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g) for a candidate's g; without norms each column counts 1/V."""
         if isinstance(query, dict):
             return np.ones(1)
-        weights = np.full(len(query), 1 / len(query))
-        if self.normalise == "cosine":
-            mean = torch.stack([mean_squared_norm([each[name] for each in query]) for name in query[0]]).sum().sqrt()
-            if mean > 0:
-                weights = weights * (norms / mean).double().cpu().numpy()
+        mean = torch.stack([mean_squared_norm([each[name] for each in query]) for name in query[0]]).sum().sqrt()
+        return self._of_examples(norms, mean)
+
+    def _of_examples(self, norms: Tensor, mean: Tensor) -> np.ndarray:
+        weights = np.full(len(norms), 1 / len(norms))
+        if self.normalise == "cosine" and mean > 0:
+            weights = weights * (norms / mean).double().cpu().numpy()
         return weights
 
     @property

@@ -42,6 +42,7 @@ class RowScorer:
     model: nn.Module | None = None
     columns: list[int] | None = None
     contraction_flops: float = 0.0
+    example_flops: float = 0.0
 
     @property
     def widths(self) -> list[int]:

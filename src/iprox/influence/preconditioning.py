@@ -67,14 +67,11 @@ def precondition(
         raise ValueError(f"unknown curvature {curvature!r}; known: {', '.join(get_args(Curvature))}")
     if not batches:
         raise ValueError("the curvature needs a sample")
-    layers = influence_layers(model, gradient)
     if curvature == "datainf":
+        layers = influence_layers(model, gradient)
         solved = _datainf(model, layers, queries, batches, damping, loss_fn)
     else:
-        labels: Labels = "sampled" if loss_fn is causal_lm_losses else "data"
-        bases = kronecker_curvature(
-            model, layers, batches, corrected=curvature == "ek-fac", labels=labels, seed=seed, loss_fn=loss_fn
-        )
+        bases = curvature_of(model, batches, curvature, gradient=gradient, loss_fn=loss_fn, seed=seed)
         solved = {
             task: {name: bases[name].solve(part, damping) if name in bases else part for name, part in query.items()}
             for task, query in queries.items()
@@ -91,6 +88,37 @@ def precondition(
             if not torch.isfinite(part.squared_norm()):
                 raise FloatingPointError(f"the preconditioned gradient of {name} is not finite; try --dtype float32")
     return solved
+
+
+def curvature_of(
+    model: nn.Module,
+    batches: Sequence[Any],
+    curvature: KroneckerCurvature = "ek-fac",
+    *,
+    gradient: GradientSpace = "weight",
+    loss_fn: LossFn = causal_lm_losses,
+    seed: int = 0,
+) -> dict[str, EigenBasis]:
+    """The curvature of each layer, with labels as `precondition` has them.
+
+    Args:
+        model: left as it was.
+        batches: the sample that curvature is measured on.
+        curvature: `ek-fac` or `k-fac`.
+        gradient: the space of the layers.
+        loss_fn: as for `precondition`.
+        seed: seed for sampled labels.
+    """
+    labels: Labels = "sampled" if loss_fn is causal_lm_losses else "data"
+    return kronecker_curvature(
+        model,
+        influence_layers(model, gradient),
+        batches,
+        corrected=curvature == "ek-fac",
+        labels=labels,
+        seed=seed,
+        loss_fn=loss_fn,
+    )
 
 
 def kronecker_curvature(

@@ -17,7 +17,8 @@ from iprox.influence.aggregate import Aggregate, Aggregation, OverExamples
 from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
-from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, precondition
+from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, curvature_of, precondition
+from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.truncation import low_rank_queries
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
@@ -204,9 +205,10 @@ def scorer_of_batches(
     queries = task_queries(model, validation, settings, loss_fn, target, sample)
     if settings.estimator == "adam":
         assert adam is not None
+        assert not isinstance(queries, SharedQueries)
         return AdamScorer(model, queries, adam, normalise=settings.normalise, loss_fn=loss_fn)
     keep = settings.kept_norm(model)
-    if keep < 1 and not settings.aggregation.by_example:  # those of single examples are low-rank already
+    if keep < 1 and not settings.aggregation.by_example:
         queries = low_rank_queries(cast(Mapping[str, ModelGradient], queries), keep)
     return BatchScorer(
         model,
@@ -225,7 +227,7 @@ def task_queries(
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
     sample: Sequence[Any] = (),
-) -> dict[str, TaskQuery]:
+) -> dict[str, TaskQuery] | SharedQueries:
     """What candidates on a model are to meet of each task: its mean validation gradient, or those of its examples.
 
     Args:
@@ -248,19 +250,7 @@ def task_queries(
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
     if settings.aggregation.by_example:
-        if settings.estimator in CURVED:
-            raise InputError(
-                f"{settings.estimator} divides the mean gradient of a task by the curvature; by validation example "
-                "there are tracin, adam, rds and bm25"
-            )
-        keep = settings.kept_norm(model)
-        one_by_one: dict[str, TaskQuery] = {}
-        for task, batches in validation.items():
-            found = example_gradients(source, batches, space, keep, loss_fn)
-            one_by_one[task] = (
-                found if target is None else [example_seen_from(each, model, settings.gradient) for each in found]
-            )
-        return one_by_one
+        return _queries_by_example(model, validation, settings, loss_fn, target, sample)
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
     if settings.estimator in CURVED:
         queries = precondition(
@@ -276,6 +266,42 @@ def task_queries(
     if target is not None:
         queries = {task: seen_from(query, model, settings.gradient) for task, query in queries.items()}
     return dict(queries)
+
+
+def _queries_by_example(
+    model: nn.Module,
+    validation: Mapping[str, Iterable[Any]],
+    settings: ScoringSettings,
+    loss_fn: LossFn,
+    target: nn.Module | None,
+    sample: Sequence[Any],
+) -> dict[str, TaskQuery] | SharedQueries:
+    """The gradients of single validation examples: in shared bases, but for Adam's steps.
+
+    Raises:
+        InputError: DataInf, whose inverse is of a task's mean gradient.
+    """
+    if settings.estimator == "datainf":
+        raise InputError(
+            "datainf divides the mean gradient of a task by the curvature; by validation example there are tracin, "
+            "influence-function, adam, rds and bm25"
+        )
+    source, space = (model, settings.gradient) if target is None else (target, "weight")
+    keep = settings.kept_norm(model)
+    adam = settings.estimator == "adam"  # whose candidates are whole gradients, which need no bases
+    found = {
+        task: example_gradients(source, batches, space, keep if adam else 1.0, loss_fn)
+        for task, batches in validation.items()
+    }
+    bases = None
+    if settings.estimator in CURVED:
+        bases = curvature_of(source, sample, settings.curvature, gradient=space, loss_fn=loss_fn, seed=settings.seed)
+    if target is not None:  # layers that the proxy lacks are met by no candidate
+        found = {t: [example_seen_from(each, model, settings.gradient) for each in of] for t, of in found.items()}
+    if adam:
+        return dict(found)
+    dtype = next(model.parameters()).dtype
+    return shared_queries(found, keep, bases, settings.damping, dtype)
 
 
 def build_scorer(

@@ -109,6 +109,7 @@ class WindowScorer:
         stats = ScoringStats.of(encoded)
         scored = [len(example.input_ids) for example in encoded if example.supervised]
         stats.contraction_flops = sum(scored) * self.scorer.contraction_flops + self.scorer.norm_flops(scored)
+        stats.contraction_flops += len(scored) * self.scorer.example_flops
         stats.query_kept = min(self.scorer.kept.values())
         stats.uncompiled = self.uncompiled
         stats.batch_tokens = self._rows.batch_tokens

@@ -14,18 +14,21 @@ CURVATURE_EXAMPLES = 512
 # Estimators that divide by curvature, which they measure on a sample of the pool.
 CURVED = ("influence-function", "datainf")
 
-# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
-OF_GRADIENTS = (
-    *("estimator", "curvature", "curvature_examples", "damping"),
-    *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
-)
-
 # Scorers without gradients, and those among them that need tokens only.
 GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
 GRADIENT_FREE = get_args(GradientFree)
 MODEL_FREE = ("random", "length", "bm25")
 # Those that look at a candidate alone, so that all tasks and validation examples have the same score.
 ALIKE = ("random", "length", "perplexity")
+
+# Estimators without scores by validation example: DataInf divides the mean gradient of a task by the curvature.
+WITHOUT_EXAMPLES = ("datainf", *ALIKE)
+
+# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+OF_GRADIENTS = (
+    *("estimator", "curvature", "curvature_examples", "damping"),
+    *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
+)
 
 
 class InfluenceSection(Section):
@@ -93,10 +96,9 @@ class InfluenceSection(Section):
 
     @model_validator(mode="after")
     def _by_example(self) -> InfluenceSection:
-        if (self.over_examples == "max" or self.per_example) and self.estimator in (*CURVED, *ALIKE):
+        if (self.over_examples == "max" or self.per_example) and self.estimator in WITHOUT_EXAMPLES:
             raise ValueError(
-                f"over_examples: max and per_example go with tracin, adam, rds and bm25; {self.estimator} has no "
-                "scores by validation example"
+                f"over_examples: max and per_example: {self.estimator} has no scores by validation example"
             )
         return self
 

@@ -1,0 +1,221 @@
+"""Gradients of many validation examples in bases that they share (pure maths), for scores by validation example.
+
+Contracting a candidate with V gradients one by one costs V times what their mean does. The examples of a task need much
+the same directions, so each layer gets one basis for outputs and one for inputs (a Tucker-2 decomposition,
+De Lathauwer et al. 2000): G_v ≈ U C_v Wᵀ. A candidate is projected once, to Uᵀ G(z) W, whose inner product with the
+small C_v is its score for v.
+
+The inverse curvature of an influence function is applied on the way, in its own eigenbases, where it is a division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iprox.influence.curvature import EigenBasis, with_ones
+from iprox.influence.gradients import LowRankGradient
+from iprox.models.precision import accumulation_dtype
+
+# Random columns that an example's gradient is multiplied with to find the bases; together they are to span a layer.
+PROBES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SharedQuery:
+    """The gradients of V examples in one layer, ready to contract with.
+
+    Attributes:
+        left: U [m, r].
+        right: W [n, s], n counting the bias.
+        cores: C_v, flattened [V, r·s].
+        bias: whether the layer has one.
+    """
+
+    left: Tensor
+    right: Tensor
+    cores: Tensor
+    bias: bool
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per token: 2(mr + ns + rs)."""
+        r, s = self.left.shape[1], self.right.shape[1]
+        return 2.0 * (self.left.numel() + self.right.numel() + r * s)
+
+    @property
+    def example_flops(self) -> float:
+        """FLOPs per candidate: 2Vrs."""
+        return 2.0 * self.cores.numel()
+
+    def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
+        """Return ⟨G(z), G_v⟩ for every candidate z of a batch and every v, [B, V].
+
+        Args:
+            h: inputs [B, L, n].
+            delta: output gradients [B, L, m], zero on padding.
+            by_token: leave the sum over tokens to the caller, and return its terms [B, L, V]. 2Vrs FLOPs per token.
+        """
+        dtype = accumulation_dtype(h)
+        inputs, outputs = with_ones(h, self.bias) @ self.right, delta @ self.left
+        if by_token:
+            cores = self.cores.unflatten(1, (outputs.shape[-1], inputs.shape[-1]))
+            return torch.einsum("blr,vrs,bls->blv", outputs.to(dtype), cores, inputs.to(dtype))
+        return (outputs.mT @ inputs).flatten(1).to(dtype) @ self.cores.mT
+
+
+@dataclass(frozen=True, slots=True)
+class SharedQueries:
+    """The gradients of the examples of some tasks, V in all, in every layer.
+
+    Attributes:
+        layers: by name.
+        widths: examples of each task, which are side by side.
+        norms: of each whole gradient, float64 [V].
+        kept: share of each norm that the bases hold [V].
+    """
+
+    layers: dict[str, SharedQuery]
+    widths: dict[str, int]
+    norms: Tensor
+    kept: Tensor
+
+    def mean_norms(self) -> Tensor:
+        """Norm of each task's mean gradient, without what the bases leave out, float64 [tasks]. Vrs FLOPs per layer."""
+        squares = torch.zeros(len(self.widths), dtype=torch.float64)
+        for query in self.layers.values():
+            for number, cores in enumerate(query.cores.split(list(self.widths.values()))):
+                squares[number] += cores.mean(0).double().square().sum().cpu()
+        return squares.sqrt()
+
+
+class _Layer:
+    """One layer's gradients, in the eigenbases of its curvature if there is one."""
+
+    def __init__(self, parts: Sequence[LowRankGradient], curvature: EigenBasis | None, damping: float) -> None:
+        self.bias = parts[0].bias is not None
+        self.curvature = curvature
+        self.parts = [_with_bias(part) for part in parts]
+        if curvature is not None:
+            rotate = curvature.left.mT, curvature.right.mT
+            self.parts = [(rotate[0] @ left, rotate[1] @ right) for left, right in self.parts]
+            ridge = damping * curvature.eigenvalues.mean()
+            self.divisors = curvature.eigenvalues + ridge if ridge > 0 else None  # no example moved the layer
+        else:
+            self.divisors = None
+
+    def gradient(self, index: int) -> Tensor:
+        """The whole gradient of one example, divided by the curvature, [m, n]. 2kmn FLOPs for k tokens."""
+        left, right = self.parts[index]
+        whole = left @ right.mT
+        return whole if self.divisors is None else whole / self.divisors
+
+    def moments(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Σ_v w_v G_v G_vᵀ [m, m] and Σ_v w_v G_vᵀ G_v [n, n], estimated without bias from random columns."""
+        (m, _), (n, _) = (part.shape for part in self.parts[0])
+        probes = max(PROBES, -(-2 * max(m, n) // len(self.parts)))
+        outputs, inputs = self.parts[0][0].new_zeros(m, m), self.parts[0][0].new_zeros(n, n)
+        for index, weight in enumerate(weights):
+            whole = self.gradient(index)
+            noise = torch.randn(max(m, n), probes, generator=generator).to(whole)
+            image, other = whole @ noise[:n], whole.mT @ noise[:m]
+            outputs.addmm_(image, image.mT, alpha=float(weight) / probes)
+            inputs.addmm_(other, other.mT, alpha=float(weight) / probes)
+        return outputs, inputs
+
+    def query(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[SharedQuery, Tensor, Tensor]:
+        """The layer's query in these bases, and what it holds of each example's squared norm [V], and the norm [V]."""
+        cores, norms = [], []
+        for index in range(len(self.parts)):
+            whole = self.gradient(index)
+            cores.append((left.mT @ whole @ right).flatten())
+            norms.append(whole.square().sum(dtype=torch.float64))
+        stacked = torch.stack(cores)
+        if self.curvature is not None:
+            left, right = self.curvature.left @ left, self.curvature.right @ right
+        query = SharedQuery(left.to(dtype), right.to(dtype), stacked, self.bias)
+        return query, stacked.double().square().sum(1), torch.stack(norms)
+
+
+def shared_queries(
+    tasks: Mapping[str, Sequence[Mapping[str, LowRankGradient]]],
+    keep: float,
+    curvature: Mapping[str, EigenBasis] | None = None,
+    damping: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> SharedQueries:
+    """Return the examples' gradients, divided by the curvature if there is one, in shared bases.
+
+    Reads each gradient twice, one layer at a time: 4V(k + PROBES)mn + 2V·mn·min(r, s) FLOPs per layer, and
+    memory for one whole gradient and the cores.
+
+    Args:
+        tasks: of each task the whole gradients of its examples (`iprox.influence.example_gradients` with keep 1).
+        keep: share of the Frobenius norm that the bases hold, over all layers and examples together; each example
+            counts alike, whatever its norm. Directions are dropped in the order of what they hold per FLOP.
+        curvature: by layer, in whose eigenbasis (F + λI)⁻¹ is applied; layers it lacks are left as they are.
+        damping: λ as a share of the mean eigenvalue of each layer's curvature.
+        dtype: of the products with candidates.
+    """
+    examples = [each for task in tasks.values() for each in task]
+    names, curvature = list(examples[0]), curvature or {}
+    norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in examples])
+    weights = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).double().cpu()
+    generator = torch.Generator().manual_seed(0)
+
+    def layer(name: str) -> _Layer:
+        return _Layer([each[name] for each in examples], curvature.get(name), damping)
+
+    spectra: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        for moment in layer(name).moments(weights, generator):
+            values, vectors = torch.linalg.eigh(moment)
+            spectra.append((values.flip(0).clamp(min=0), vectors.flip(1)))
+    ranks = _ranks([values for values, _ in spectra], keep)
+    queries: dict[str, SharedQuery] = {}
+    held = totals = torch.zeros(len(examples), dtype=torch.float64)
+    for place, name in enumerate(names):
+        (_, left), (_, right) = spectra[2 * place], spectra[2 * place + 1]
+        r, s = ranks[2 * place], ranks[2 * place + 1]
+        if r and s:
+            queries[name], part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
+            held, totals = held + part.cpu(), totals + total.cpu()
+        else:
+            whole = layer(name)
+            totals = totals + torch.stack(
+                [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
+            )
+    kept = torch.where(totals > 0, held / totals, torch.ones_like(totals)).sqrt()
+    widths = {task: len(each) for task, each in tasks.items()}
+    return SharedQueries(queries, widths, totals.sqrt(), kept)
+
+
+def _ranks(spectra: Sequence[Tensor], keep: float) -> list[int]:
+    """How many leading directions of each basis to keep, so that what all others hold is at most (1 - keep²) of it all.
+
+    A direction of a basis of m costs 2m FLOPs per token. The error of a Tucker decomposition is at most the sum of
+    what its two bases leave out.
+    """
+    if keep >= 1:
+        return [len(values) for values in spectra]
+    total = sum(float(values.sum()) for values in spectra) / 2
+    held = torch.cat(list(spectra))
+    worth = torch.cat([values / len(values) for values in spectra])
+    order = worth.argsort(stable=True)
+    dropped = torch.zeros_like(order, dtype=torch.bool)
+    dropped[order[held[order].cumsum(0) <= (1 - keep**2) * total]] = True
+    return [int((~part).sum()) for part in dropped.split([len(values) for values in spectra])]
+
+
+def _with_bias(gradient: LowRankGradient) -> tuple[Tensor, Tensor]:
+    """Factors [m, k] and [n, k] in float32 or better, the bias as the last column of the gradient."""
+    dtype = accumulation_dtype(gradient.left)
+    left, right = gradient.left.to(dtype), gradient.right.to(dtype)
+    if gradient.bias is None:
+        return left, right
+    left = torch.cat([left, gradient.bias.to(dtype)[:, None]], dim=1)
+    corner = torch.block_diag(right, right.new_ones(1, 1))
+    return left, corner
