@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_design():
     recipe = parse_recipe(SMALLEST)
     assert recipe.proxy.sparsity == 0.7
     assert recipe.proxy.align.kl_weight == 0.1
-    assert recipe.warmup.epochs == 4
+    assert recipe.warmup.epochs == 2
     assert recipe.select.fraction == 0.05
     assert recipe.audit.sample == 500
     assert recipe.finetune is False
@@ -237,11 +237,19 @@ def test_adam_takes_no_query_norm_unless_examples_are_scored_one_by_one():
 
 @pytest.mark.parametrize(
     ("given", "rate"),
-    [({}, 2e-5), ({"lora": False}, 2e-5), ({"lora": {}}, 2e-4), ({"lora": {"rank": 4}, "learning_rate": 1e-3}, 1e-3)],
+    [({}, 1e-4), ({"lora": False}, 1e-4), ({"lora": {}}, 1e-3), ({"lora": {"rank": 4}, "learning_rate": 3e-4}, 3e-4)],
 )
 @pytest.mark.parametrize("section", [WarmupSection, FinetuneSection])
 def test_a_learning_rate_left_out_is_that_of_what_is_trained(section, given, rate):
-    assert section.model_validate(given).peak == rate
+    assert section.model_validate(given).peak(1000) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("given", "total", "examples"),
+    [({}, 300, 300), ({}, 4000, 500), ({}, 100_000, 5000), ({}, 10**8, 10_000), ({"fraction": 0.05}, 300, 15)],
+)
+def test_a_warm_up_takes_enough_examples_and_no_more(given, total, examples):
+    assert WarmupSection.model_validate(given).examples(total) == examples
 
 
 def test_the_scale_of_adapters_left_out_is_twice_the_rank():

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from iprox.cli import compare_command, index_commands, run_commands, stage_commands
-from iprox.recipe import GRADIENT_FREE
+from iprox.recipe import GRADIENT_FREE, TrainingSection
 
 # Where a command's function is; the others are in `stage_commands`.
 MODULES = {
@@ -107,10 +107,15 @@ def number_or_auto(text: str) -> float | str:
     return text if text == "auto" else float(text)
 
 
-def training_options(parser: argparse.ArgumentParser) -> None:
-    """Of a fine-tuning."""
-    parser.add_argument("--epochs", type=positive, default=4, help="default 4")
-    parser.add_argument("--learning-rate", type=float, default=None, help="peak (default 2e-5; with --lora 2e-4)")
+def training_options(parser: argparse.ArgumentParser, section: type[TrainingSection]) -> None:
+    """Add the options of a fine-tuning, with the defaults of its section."""
+    epochs = section.model_fields["epochs"].default
+    parser.add_argument("--epochs", type=positive, default=epochs, help=f"default {epochs}")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help="peak (default 0.1 over the model's hidden size, 2.4e-5 at 4,096; with --lora ten times that)",
+    )
     parser.add_argument("--batch-size", type=positive, default=16, help="examples a batch (default 16)")
     parser.add_argument("--accumulate", type=positive, default=1, help="batches an optimiser step (default 1)")
     parser.add_argument(

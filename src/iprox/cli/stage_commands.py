@@ -46,7 +46,7 @@ def warmup(arguments: Namespace) -> dict[str, Any]:
     options.check_training(arguments)
     output = options.new_folder(arguments.output)
     total = session.read(pool).rows
-    rows = draw_rows("warmup", session.seed, total, max(1, round(total * settings.fraction)))
+    rows = draw_rows("warmup", session.seed, total, settings.examples(total))
     return options.single_stage(
         session,
         "warmup",

@@ -21,6 +21,7 @@ from iprox.cli.parser_options import (
     training_options,
 )
 from iprox.influence.index import DIMENSION
+from iprox.recipe import FinetuneSection, WarmupSection
 
 
 def add_warmup(commands: Any) -> None:
@@ -29,16 +30,16 @@ def add_warmup(commands: Any) -> None:
         commands,
         "warmup",
         "Fine-tune a model briefly on a random share of the pool, keeping each epoch's checkpoint and learning rate.",
-        "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm --fraction 0.05",
+        "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm",
     )
     parser.add_argument("--model", required=True, help="hub id or folder")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="files, globs or hf://datasets/...")
     parser.add_argument("--output", required=True, help="folder for the checkpoints")
-    parser.add_argument("--fraction", type=float, default=0.05, help="share of the pool (default 0.05)")
+    parser.add_argument("--fraction", type=float, help="share of the pool (default 0.05, but 500 to 10,000 examples)")
     parser.add_argument(
         "--optimizer-state", action="store_true", help="keep Adam's moments with each checkpoint, for --estimator adam"
     )
-    training_options(parser)
+    training_options(parser, WarmupSection)
     reading_options(parser)
 
 
@@ -347,5 +348,5 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the selection")
     parser.add_argument("--output", required=True, help="folder; the model is in its sub-folder model")
     parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="sets to measure the loss on")
-    training_options(parser)
+    training_options(parser, FinetuneSection)
     reading_options(parser)

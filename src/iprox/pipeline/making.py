@@ -26,7 +26,7 @@ def warm_up(run: Run, context: Context) -> None:
         context.targets = [(run.recipe.model, 1.0)]
         context.keys["warmup"] = "off"
         return
-    rows = draw(run, "warmup", max(1, round(run.total * settings.fraction)))
+    rows = draw(run, "warmup", settings.examples(run.total))
     folder = run.folder.warmup
     adam = run.recipe.influence.estimator == "adam"
     kept = [folder / entry["path"] for entry in _checkpoints(run)]

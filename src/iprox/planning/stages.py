@@ -27,7 +27,7 @@ def warm_up(costs: Costs) -> Work | None:
     settings = costs.recipe.warmup
     if not settings:
         return None
-    return _training(costs, settings, max(1, round(costs.rows.total * settings.fraction)))
+    return _training(costs, settings, settings.examples(costs.rows.total))
 
 
 def _training(costs: Costs, settings: TrainingSection, examples: int) -> Work:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
@@ -73,6 +74,11 @@ def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded
     return {task: evaluate(loaded, rows, session.batch_tokens, 0) for task, rows in encoded.items()}
 
 
+def hidden_size(config: PretrainedConfig) -> int:
+    """Return the width of a model's hidden states, which its learning rate goes by."""
+    return int(config.get_text_config().hidden_size)
+
+
 def _sft(
     session: Session,
     model: str,
@@ -97,6 +103,7 @@ def _sft(
     shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
+    rate = settings.peak(hidden_size(target.config))
     name = "warm-up" if every_epoch else "finetune"
     with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
         result = train(
@@ -105,7 +112,7 @@ def _sft(
             encoded,
             output,
             epochs=settings.epochs,
-            learning_rate=settings.peak,
+            learning_rate=rate,
             batch_size=settings.batch_size,
             accumulate=settings.accumulate,
             bf16=session.dtype == torch.bfloat16,
@@ -131,6 +138,7 @@ def _sft(
         ),
         "trained_parameters": sum(each.numel() for each in trained.parameters() if each.requires_grad),
         "examples": kept,
+        "learning_rate": rate,
         "labels": encoder.describe,
         "first_loss": result.history[0]["loss"],
         "last_loss": result.history[-1]["loss"],
