@@ -1,0 +1,393 @@
+"""Which score and strategy select the data that trains best? The table that the defaults are chosen from.
+
+For every task and seed the target is warmed up, a pool is scored once by TracIn and by EK-FAC against every validation
+example, and each row of the table selects 5 % of the pool from these scores in its own way. The original target is
+then fine-tuned on the selection and tested. Next to them: random rows, RDS+, BM25 and random rows of the source that a
+task has of its own.
+
+    python benchmarks/defaults.py                                  # target-17m, 8 tasks, 2 seeds
+    python benchmarks/defaults.py --preset smollm2                 # SmolLM2-135M-Instruct (benchmarks/models.py), LoRA
+    python benchmarks/defaults.py --preset smollm2 --only random 'EK-FAC, cosine, turns'
+
+Finished cells are kept in `--output`, one line each, and are not computed again; a stopped benchmark continues.
+
+How the rows are computed. One pass gives S[z, v] = ⟨G(z), G(v)⟩ of mean token losses for every candidate z and
+validation example v, whole gradients on the target itself, and ‖G(z)‖. A candidate of n supervised tokens then has, as
+TracIn of the
+mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by ‖G(z)‖. With
+`turns` each v is a column of its own and the validation examples take turns to choose. EK-FAC replaces G(v) by
+(F + λI)⁻¹ G(v).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from iprox.data import Batch, Encoded, Example, Pool, iter_batches
+from iprox.finetune import evaluate, train
+from iprox.influence import gradient_free
+from iprox.influence.estimators import has_bias
+from iprox.influence.example_gradients import example_gradients
+from iprox.influence.gradients import squared_norms
+from iprox.influence.preconditioning import curvature_of
+from iprox.influence.shared_basis import SharedQueries, shared_queries
+from iprox.models.adapters import with_lora
+from iprox.models.layers import influence_layers
+from iprox.models.loss import causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
+from iprox.recipe import WarmupSection
+from iprox.run_folder import environment, read_json
+from iprox.selection.strategies import round_robin, top
+from iprox.session import Session, draw_rows
+from iprox.stages.training import warm_up
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+MODELS = Path(__file__).resolve().parents[2] / "models"
+RESULTS = Path(__file__).parent / "results"
+
+# The source of the pool that a task has of its own; bbh has none.
+OWN = {"code": "codealpaca", "bbh": None}
+# Tasks that have no files of their own, and are cut from the pool's source of that name.
+CUT = ("commonsenseqa", "strategyqa")
+ESTIMATORS, SCORES, STRATEGIES = ("TracIn", "EK-FAC"), ("mean", "sum", "cosine"), ("top", "turns")
+BASELINES = ("random", "own source", "RDS+", "BM25")
+# Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
+# the bases which they share keep.
+DAMPING, KEEP = 0.1, 0.9
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is trained, on which pool, and how long."""
+
+    model: Path
+    tasks: tuple[str, ...]
+    rows: int
+    validation: int
+    tests: int
+    seeds: int
+    learning_rate: float
+    lora: int | None
+    epochs: int = 2
+    batch_size: int = 8
+    warmup: int = 500
+    curvature: int = 256
+
+
+PRESETS = {
+    "target-17m": Preset(
+        model=SHARED / "models/target-17m",
+        tasks=("gsm8k", "code", "summarization", "science", "sentiment", "bbh", *CUT),
+        rows=2000,
+        validation=32,
+        tests=160,
+        seeds=2,
+        learning_rate=0.1 / 384,
+        lora=None,
+    ),
+    "smollm2": Preset(
+        model=MODELS / "smollm2-135m-instruct",
+        tasks=("gsm8k", "code", "science", "commonsenseqa"),
+        rows=1500,
+        validation=32,
+        tests=100,
+        seeds=1,
+        learning_rate=1 / 576,
+        lora=16,
+        curvature=128,
+    ),
+}
+
+
+def main() -> None:
+    """Compute what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="target-17m")
+    parser.add_argument("--only", nargs="+", help="rows of the table to compute, by name")
+    parser.add_argument("--tasks", nargs="+", help="tasks to compute")
+    parser.add_argument("--seeds", type=int, nargs="+", help="which seeds to compute")
+    parser.add_argument("--work", type=Path, default=Path("runs/defaults"))
+    parser.add_argument("--output", type=Path, help="results file; default results/defaults-PRESET.jsonl")
+    parser.add_argument("--scores-only", action="store_true")
+    arguments = parser.parse_args()
+    preset = PRESETS[arguments.preset]
+    output = arguments.output or RESULTS / f"defaults-{arguments.preset}.jsonl"
+    names = [*BASELINES, *(f"{e}, {s}, {t}" for e in ESTIMATORS for s in SCORES for t in STRATEGIES)]
+    chosen = [name for name in names if not arguments.only or name in arguments.only]
+    tasks = [task for task in preset.tasks if not arguments.tasks or task in arguments.tasks]
+    bench = Bench(arguments.preset, preset, arguments.work / arguments.preset, Cells(output))
+    for seed in arguments.seeds or range(preset.seeds):
+        bench.scored(seed)
+        if arguments.scores_only:
+            continue
+        for name in chosen:
+            for task in tasks:
+                bench.cell(name, task, seed)
+    if not arguments.scores_only:
+        print_table(bench.cells, preset)
+
+
+class Cells:
+    """Results, one JSON object per line: row, task, seed, metrics, and the revision that made them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.is_file() else []
+        self.known = {(c["row"], c["task"], c["seed"]): c for c in map(json.loads, lines)}
+
+    def add(self, row: str, task: str, seed: int, **metrics: object) -> None:
+        """Keep one cell."""
+        cell = {"row": row, "task": task, "seed": seed, **metrics, "revision": revision()}
+        self.known[row, task, seed] = cell
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+
+
+def revision() -> str:
+    """The commit of this checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+class Bench:
+    """One target, its pool and tasks."""
+
+    def __init__(self, name: str, preset: Preset, work: Path, cells: Cells) -> None:
+        self.name, self.preset, self.work, self.cells = name, preset, work, cells
+        self.session = Session.create(max_length=512)
+        pool, held = list(Pool([str(SHARED / "data/pool.jsonl")])), {}
+        used: set[int] = set()
+        for task in CUT:
+            of_source = [row for row, example in enumerate(pool) if example.source == task]
+            rows = [of_source[i] for i in draw_rows(task, 0, len(of_source), preset.validation + preset.tests)]
+            held[task] = [pool[row] for row in rows]
+            used |= set(rows)
+        rest = [row for row in range(len(pool)) if row not in used]
+        self.pool = [pool[rest[i]] for i in draw_rows("pool", 0, len(rest), preset.rows)]
+        self.validation, self.tests = {}, {}
+        for task in preset.tasks:
+            if task in CUT:
+                self.validation[task] = held[task][: preset.validation]
+                self.tests[task] = held[task][preset.validation :]
+            else:
+                self.validation[task] = spread(examples_in(f"{task}.val.jsonl"), preset.validation)
+                self.tests[task] = spread(examples_in(f"{task}.test.jsonl"), preset.tests)
+        encoder = self.session.encoder(str(preset.model))
+        self.encoder = encoder
+        self.encoded = encoder.encode(self.pool)
+        self.encoded_validation = {task: encoder.encode(rows) for task, rows in self.validation.items()}
+        self.encoded_tests = {task: encoder.encode(rows) for task, rows in self.tests.items()}
+        self.tokens = np.array([example.supervised for example in self.encoded])
+        self.source = np.array([example.source for example in self.pool])
+        self._scores: dict[int, dict[str, np.ndarray]] = {}
+
+    def warmed(self, seed: int) -> str:
+        """The checkpoint that scores are taken at."""
+        if not self.preset.warmup:
+            return str(self.preset.model)
+        folder = self.work / f"warmup-{seed}"
+        if not (folder / "checkpoints.json").is_file():
+            session = Session.create(max_length=512, seed=seed)
+            rows = draw_rows("warmup", seed, len(self.pool), self.preset.warmup)
+            hidden = self.session.model(self.preset.model).config.hidden_size
+            settings = WarmupSection(epochs=2, learning_rate=0.1 / hidden)  # pyright: ignore[reportCallIssue]
+            examples = [self.pool[row] for row in rows]
+            warm_up(session, str(self.preset.model), examples, folder, settings, optimizer_state=True)
+        return str(folder / read_json(folder / "checkpoints.json")[-1]["path"])
+
+    def scored(self, seed: int) -> dict[str, np.ndarray]:
+        """S by estimator and task [N, V], norms [N], and the baselines' scores by task [N, V]."""
+        if seed not in self._scores:
+            file = self.work / f"scores-{seed}.npz"
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                np.savez(file, **self._score(seed))
+            with np.load(file) as known:
+                self._scores[seed] = dict(known)
+        return self._scores[seed]
+
+    def _score(self, seed: int) -> dict[str, np.ndarray]:
+        started = time.time()
+        model = self.session.model(self.warmed(seed))
+        layers = influence_layers(model, "weight")
+        rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
+        bases = curvature_of(model, self.batches([self.encoded[row] for row in rows]), seed=seed)
+        print(f"curvature: {time.time() - started:.0f} s", flush=True)
+        gradients = {
+            task: example_gradients(model, self.batches(rows), "weight")
+            for task, rows in self.encoded_validation.items()
+        }
+        queries = {}
+        for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
+            made = queries[name] = shared_queries(gradients, KEEP, curvature, DAMPING, self.session.dtype)
+            sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
+            held = (
+                f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, {len(made.layers)} layers of mean size {sizes}"
+            )
+            print(f"{name}: {time.time() - started:.0f} s, {held}", flush=True)
+        del gradients, bases
+        found = contracted(model, layers, self.encoded, queries)
+        print(f"candidates: {time.time() - started:.0f} s", flush=True)
+        validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
+        rds = gradient_free.rds_scorer(model, validation, by_example=True)
+        corpus = gradient_free.Corpus.of(self.encoded)
+        bm25 = gradient_free.bm25_scorer(corpus, self.encoded_validation, by_example=True)
+        for name, scorer in (("RDS+", rds), ("BM25", bm25)):
+            whole = np.concatenate([scorer(batch)[0].numpy() for batch in in_order(self.encoded)])
+            edges = np.cumsum([0, *scorer.widths])
+            for task, start, end in zip(scorer.tasks, edges, edges[1:], strict=False):
+                found[f"{name}/{task}"] = whole[:, start:end]
+        found["seconds"] = np.array(time.time() - started)
+        return found
+
+    def batches(self, encoded: list[Encoded]) -> list[Batch]:
+        """Length-sorted batches."""
+        return list(iter_batches(encoded, 4096, 0))
+
+    def selection(self, row: str, task: str, seed: int) -> list[int]:
+        """The rows of the pool that a row of the table selects."""
+        count = round(0.05 * len(self.pool))
+        if row == "random":
+            return draw_rows("random", seed, len(self.pool), count)
+        if row == "own source":
+            own = np.flatnonzero(self.source == OWN.get(task, task))
+            return own[draw_rows(f"own/{task}", seed, len(own), count)].tolist()
+        known = self.scored(seed)
+        if row in ("RDS+", "BM25"):
+            return round_robin(list(known[f"{row}/{task}"].T), count).tolist()
+        estimator, score, strategy = row.split(", ")
+        matrix, n = known[f"{estimator}/{task}"], np.maximum(self.tokens, 1)
+        n_v = np.array([example.supervised for example in self.encoded_validation[task]])
+        if strategy == "turns":
+            scale = {"mean": 1.0, "sum": n, "cosine": 1 / known["norms"]}[score]
+            return round_robin(list((matrix * np.reshape(scale, (-1, 1))).T), count).tolist()
+        column = {"mean": matrix.mean(1), "sum": n * (matrix @ n_v), "cosine": matrix.mean(1) / known["norms"]}[score]
+        return top(column, count).tolist()
+
+    def cell(self, row: str, task: str, seed: int) -> None:
+        """Fine-tune on one selection and test, unless it is known."""
+        if (row, task, seed) in self.cells.known or (row == "own source" and OWN.get(task, task) is None):
+            return
+        rows = self.selection(row, task, seed)
+        tasks = list(self.tests) if row == "random" else [task]
+        started = time.time()
+        tested = self.trained(rows, tasks, seed)
+        own = OWN.get(task, task)
+        for each, metrics in tested.items():
+            self.cells.add(
+                row,
+                each,
+                seed,
+                loss=metrics["loss"],
+                token_loss=metrics["token_loss"],
+                exact_match=metrics["exact_match"],
+                rows=len(rows),
+                own_source=None if own is None else float((self.source[rows] == own).mean()),
+                supervised_median=float(np.median(self.tokens[rows])),
+                supervised_sum=int(self.tokens[rows].sum()),
+                seconds=time.time() - started,
+                machine=environment(),
+            )
+        first = tested[task]
+        print(f"{self.name} {row} {task} {seed}: {first['loss']:.4f} ({time.time() - started:.0f} s)", flush=True)
+
+    def trained(self, rows: list[int], tasks: list[str], seed: int) -> dict[str, dict[str, float]]:
+        """Test metrics of the original target after fine-tuning on some rows."""
+        preset, folder = self.preset, self.work / f"model-{seed}"
+        target = self.session.model(str(preset.model), torch.float32, fused=True)
+        model = (
+            with_lora(target, str(preset.model), preset.lora, 2.0 * preset.lora, 0.0, seed) if preset.lora else target
+        )
+        settings = {"epochs": preset.epochs, "learning_rate": preset.learning_rate, "batch_size": preset.batch_size}
+        train(
+            model,
+            self.encoder.tokenizer,
+            [self.encoded[row] for row in rows],
+            folder,
+            bf16=self.session.dtype == torch.bfloat16,
+            every_epoch=False,
+            seed=seed,
+            compile_model=False,
+            **settings,
+        )
+        last = newest_checkpoint(folder)
+        final = self.session.model(str(last))
+        return {task: evaluate(final, self.encoded_tests[task], 4096, 0) for task in tasks}
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a training."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+
+
+def contracted(
+    model: torch.nn.Module,
+    layers: dict[str, torch.nn.Module],
+    encoded: list[Encoded],
+    queries: dict[str, SharedQueries],
+) -> dict[str, np.ndarray]:
+    """⟨G(z), G(v)⟩ of every candidate by estimator and task, and the candidates' norms."""
+    total = {name: np.zeros((len(encoded), len(query.norms))) for name, query in queries.items()}
+    norms = np.zeros(len(encoded))
+    with frozen(model):
+        for batch in iter_batches(encoded, 4096, 0):
+            scores = {name: torch.zeros(len(batch.indices), matrix.shape[1]) for name, matrix in total.items()}
+            squares = torch.zeros(len(batch.indices), dtype=torch.float64)
+
+            def sink(name: str, h: torch.Tensor, delta: torch.Tensor, scores=scores, squares=squares) -> None:
+                squares.add_(squared_norms(h, delta, has_bias(layers[name])).double())
+                for estimator, query in queries.items():
+                    if name in query.layers:
+                        scores[estimator] += query.layers[name].contract(h, delta)
+
+            watched_backward(model, layers, lambda batch=batch: causal_lm_losses(model, batch), sink)
+            for estimator, matrix in scores.items():
+                total[estimator][batch.indices] = matrix.numpy()
+            norms[batch.indices] = squares.sqrt().numpy()
+    found: dict[str, np.ndarray] = {"norms": norms}
+    for name, query in queries.items():
+        edges = np.cumsum([0, *query.widths.values()])
+        for task, start, end in zip(query.widths, edges, edges[1:], strict=False):
+            found[f"{name}/{task}"] = total[name][:, start:end]
+    return found
+
+
+def in_order(encoded: list[Encoded]) -> list[Batch]:
+    """Batches of rows as they come."""
+    return [batch for i in range(0, len(encoded), 16) for batch in iter_batches(encoded[i : i + 16], 1 << 30, 0)]
+
+
+def examples_in(name: str) -> list[Example]:
+    """The examples of one of the shared files."""
+    return list(Pool([str(SHARED / "data/targets" / name)]))
+
+
+def spread(examples: list[Example], count: int) -> list[Example]:
+    """So many examples, evenly spread over a file."""
+    return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, min(count, len(examples)))]
+
+
+def print_table(cells: Cells, preset: Preset) -> None:
+    """Test loss by row and task, mean over seeds."""
+    rows = list(dict.fromkeys(row for row, _, _ in cells.known))
+    print(f"{'':<28}" + "".join(f"{task:>15}" for task in preset.tasks) + f"{'mean':>10}")
+    for row in rows:
+        line, means = f"{row:<28}", []
+        for task in preset.tasks:
+            known = [c["loss"] for (r, t, _), c in cells.known.items() if (r, t) == (row, task)]
+            line += f"{np.mean(known):>15.3f}" if known else f"{'-':>15}"
+            means += [np.mean(known)] if known else []
+        print(line + (f"{np.mean(means):>10.3f}" if len(means) == len(preset.tasks) else f"{'':>10}"))
+
+
+if __name__ == "__main__":
+    main()
