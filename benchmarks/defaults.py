@@ -57,8 +57,15 @@ RESULTS = Path(__file__).parent / "results"
 OWN = {"code": "codealpaca", "bbh": None}
 # Tasks that have no files of their own, and are cut from the pool's source of that name.
 CUT = ("commonsenseqa", "strategyqa")
-ESTIMATORS, SCORES, STRATEGIES = ("TracIn", "EK-FAC"), ("mean", "sum", "cosine"), ("top", "turns")
-BASELINES = ("random", "own source", "RDS+", "BM25")
+ESTIMATORS = ("TracIn", "EK-FAC")
+# In the order they are computed.
+ROWS = (
+    "random",
+    *(f"{estimator}, cosine, {strategy}" for strategy in ("turns", "top") for estimator in ("EK-FAC", "TracIn")),
+    *("RDS+", "BM25", "own source"),
+    *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
+    *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
+)
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
 # the bases which they share keep.
 DAMPING, KEEP = 0.1, 0.9
@@ -120,8 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     output = arguments.output or RESULTS / f"defaults-{arguments.preset}.jsonl"
-    names = [*BASELINES, *(f"{e}, {s}, {t}" for e in ESTIMATORS for s in SCORES for t in STRATEGIES)]
-    chosen = [name for name in names if not arguments.only or name in arguments.only]
+    chosen = [name for name in ROWS if not arguments.only or name in arguments.only]
     tasks = [task for task in preset.tasks if not arguments.tasks or task in arguments.tasks]
     bench = Bench(arguments.preset, preset, arguments.work / arguments.preset, Cells(output))
     for seed in arguments.seeds or range(preset.seeds):
