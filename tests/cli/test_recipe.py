@@ -42,14 +42,6 @@ def test_defaults_are_those_of_the_design():
         (with_section(modle="x"), "unknown key 'modle'; did you mean 'model'?"),
         (with_section(proxy={"sparsty": 0.5}), "unknown key 'proxy.sparsty'; did you mean 'sparsity'?"),
         (with_section(proxy={"align": {"step": 3}}), "unknown key 'proxy.align.step'"),
-        (
-            with_section(proxy={"align": {"gradient_weight": 0, "precondition": True}}),
-            "precondition is of the gradients, whose gradient_weight is 0",
-        ),
-        (
-            with_section(proxy={"align": {"precondition": True}}),
-            "precondition divides gradients by the curvature of influence.estimator influence-function, not of tracin",
-        ),
         (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
         (
             with_section(influence={"estimator": "adam"}, warmup={"lora": {"rank": 4}}),

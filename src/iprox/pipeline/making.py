@@ -124,8 +124,7 @@ def align(run: Run, context: Context) -> None:
     patterns = list(settings.layer_weights.items())
     chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
     key = [common_key(run), context.keys["compress"], chosen, patterns, run.recipe.batch_tokens]
-    curved = alignment.CurvedBy.of(influence, run.pool)
-    if watched or curved:
+    if watched:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)
     discard_other_states(run.folder.align_state, identity)
@@ -142,7 +141,6 @@ def align(run: Run, context: Context) -> None:
                 folder,
                 settings,
                 held_out=held_out if watched else None,
-                curved=curved,
                 state=run.folder.align_state / f"{folder.name}.safetensors",
                 identity=identity,
             )

@@ -22,7 +22,7 @@ from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.precision import cast_parameters
 from iprox.progress import Advance
-from iprox.proxy.align_loss import Objective, Precondition, Signals, alignment_loss, target_signals
+from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
 
@@ -131,7 +131,6 @@ def align(
     objective: Objective | None = None,
     *,
     held_out: Callable[[], float] | None = None,
-    precondition: Precondition | None = None,
     store: SignalStore | None = None,
     state: Path | None = None,
     identity: str = "",
@@ -157,7 +156,6 @@ def align(
         settings: how factors are tuned.
         objective: what is minimised.
         held_out: fidelity of the proxy as it is, on examples that are not aligned on.
-        precondition: the inverse curvature S of an influence function, on the target's device and the proxy's.
         store: keeps what the target says of each batch, so that it is asked once; None asks every time.
         state: file that an interrupted alignment goes on from.
         identity: of the run that may go on from it.
@@ -181,7 +179,7 @@ def align(
 
     def signals_of(index: int) -> Signals:
         def make() -> Signals:
-            return target_signals(target, layers, batches[index].to(there), objective, precondition)
+            return target_signals(target, layers, batches[index].to(there), objective)
 
         return (make() if store is None else store(index, make)).to(here)
 
@@ -212,7 +210,7 @@ def align(
             told = (signals_of(index) for index in indices)  # one at a time: they are as large as the target
             try:
                 parts = _step(
-                    *(proxy, layers, some, told, objective, precondition),
+                    *(proxy, layers, some, told, objective),
                     *(optimizer, list(factors.values()), rate, autocast),
                 )
             except FloatingPointError as error:
@@ -239,7 +237,6 @@ def _step(
     batches: Sequence[Batch],
     signals: Iterable[Signals],
     objective: Objective,
-    precondition: Precondition | None,
     optimizer: torch.optim.Optimizer,
     factors: Sequence[nn.Parameter],
     rate: float,
@@ -251,7 +248,7 @@ def _step(
     found = []
     for batch, told in zip(batches, signals, strict=True):
         with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
-            losses = alignment_loss(proxy, layers, batch.to(here), told, objective, precondition)
+            losses = alignment_loss(proxy, layers, batch.to(here), told, objective)
         if not torch.isfinite(losses.whole):
             raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
         (losses.whole / len(batches)).backward()

@@ -10,15 +10,11 @@ factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a ba
 
 d the cosine distance or the relative Frobenius distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
 The first part needs second derivatives; the other two do not.
-
-Where an influence function will be scored, which is ⟨S(G), Ḡ⟩ with S the inverse of the curvature, S(∇_W) takes the
-place of ∇_W on both sides. S mixes rows and columns of the whole gradient, so the proxy's is formed then: ∇_W = Σ δ hᵀ
-with the graph of δ and h, 2mn FLOPs a token and mn numbers a layer more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -37,8 +33,6 @@ from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
 Distance = Literal["cosine", "frobenius"]
-# (layer name, ∇_W [m, n]) -> S(∇_W), linear and differentiable.
-Precondition = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +150,6 @@ def gradient_distance(
     target: Mapping[str, Tensor],
     weights: Mapping[str, float],
     distance: Distance = "cosine",
-    dense: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The gradient part of the alignment loss, differentiable in the factors (second order).
 
@@ -166,18 +159,15 @@ def gradient_distance(
         target: ∇_W ℓ_target [m, n] by layer name, without a graph.
         weights: of the layers that are aligned.
         distance: d.
-        dense: in place of the gradients of `loss`, what is matched of the proxy [m, n] by layer name, with its graph.
     """
-    seen = factor_gradients(layers, loss, list(weights)) if dense is None else {}
+    seen = factor_gradients(layers, loss, list(weights))
     measure = DISTANCES[distance]
     distances, shares = [], []
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
         for name, weight in weights.items():
-            A, B = layers[name].A.weight, layers[name].B.weight
-            if dense is not None and name in dense:
-                seen[name] = dense[name] @ B.mT, A.mT @ dense[name]
             if name not in seen or name not in target:
                 continue  # an expert that no token of the batch was routed to, on the proxy or on the target
+            A, B = layers[name].A.weight, layers[name].B.weight
             grad_A, grad_B = seen[name]
             G = target[name].to(A.dtype)
             distances.append(weight * (measure(grad_A, G @ B.mT) + measure(grad_B, A.mT @ G)))
@@ -197,43 +187,6 @@ def factor_gradients(
     return {name: (grad_A, grad_B) for name, grad_A, grad_B in pairs if grad_A is not None and grad_B is not None}
 
 
-def dense_gradients(loss: Tensor, met: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """∇_W = Σ_t δ_t h_tᵀ [m, n] of low-rank layers as if they were dense, with the graph of δ and h.
-
-    Args:
-        loss: ℓ, a scalar with its graph.
-        met: inputs h [..., n] and outputs [..., m] of each layer in the pass that gave `loss`.
-    """
-    outputs = [output for _, output in met.values()]
-    deltas = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-    found = {}
-    with torch.autocast(loss.device.type, enabled=False):
-        for (name, (h, _)), delta in zip(met.items(), deltas, strict=True):
-            if delta is not None:
-                rows = delta.flatten(0, -2).to(accumulation_dtype(delta))
-                found[name] = rows.mT @ h.flatten(0, -2).to(rows.dtype)
-    return found
-
-
-@contextmanager
-def layers_met(layers: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Gather the inputs and outputs of some layers, with their graph, while a model runs inside."""
-    met: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, inputs: Any, output: Tensor) -> None:
-            met[name] = inputs[0], output
-
-        return hook
-
-    handles = [layers[name].register_forward_hook(keep(name)) for name in names]
-    try:
-        yield met
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) -> Tensor:
     """Mean over decoder layers of ‖h - h_target‖² / ‖h_target‖² over all real tokens, a scalar."""
     real = torch.arange(target[0].shape[1], device=lengths.device) < lengths[:, None]
@@ -248,7 +201,6 @@ def alignment_loss(
     batch: Batch,
     signals: Signals,
     objective: Objective,
-    precondition: Precondition | None = None,
 ) -> Losses:
     """The loss of one batch.
 
@@ -258,14 +210,12 @@ def alignment_loss(
         proxy: in evaluation mode.
         layers: its low-rank layers.
         batch: on its device.
-        signals: what it is to match, on its device; with `precondition`, made with it too.
+        signals: what it is to match, on its device.
         objective: what counts.
-        precondition: S.
     """
     weights = objective.aligned(layers)
     kernel = sdpa_kernel(SDPBackend.MATH) if weights else nullcontext()
-    watched = weights if precondition is not None else ()
-    with kernel, passed_on(proxy, bool(signals.hidden)) as hidden, layers_met(layers, watched) as met:
+    with kernel, passed_on(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
         kl = kl_divergence(signals.logits, logits, objective.temperature).mean()
@@ -276,10 +226,7 @@ def alignment_loss(
         gradient = None
         if weights:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
-            loss, dense = losses.mean(), None
-            if precondition is not None:
-                dense = {name: precondition(name, G) for name, G in dense_gradients(loss, met).items()}
-            gradient = gradient_distance(layers, loss, signals.gradients, weights, objective.distance, dense)
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients, weights, objective.distance)
             whole = whole + objective.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
@@ -289,7 +236,6 @@ def target_signals(
     layers: Mapping[str, LowRankLinear],
     batch: Batch,
     objective: Objective,
-    precondition: Precondition | None = None,
 ) -> Signals:
     """What the proxy is to match on a batch. Where gradients have no weight there is no backward pass."""
     names = objective.aligned(layers)
@@ -310,8 +256,7 @@ def target_signals(
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             rows = delta.reshape(-1, delta.shape[-1]).to(accumulation_dtype(delta))
-            gradient = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
-            gradients[name] = gradient if precondition is None else precondition(name, gradient)
+            gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
 
         with frozen(target):
             watched_backward(target, watched, losses, sink)

@@ -61,16 +61,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _preconditioned_by_a_curvature(self) -> Recipe:
-        divided = self.proxy and self.proxy.align and self.proxy.align.precondition
-        if divided and self.influence.estimator != "influence-function":
-            raise ValueError(
-                "proxy.align.precondition divides gradients by the curvature of influence.estimator "
-                f"influence-function, not of {self.influence.estimator}: leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _refined_by_an_audit(self) -> Recipe:
         if self.refine and not (self.proxy and self.audit):
             raise ValueError("refine compares a proxy with its target on the audit's sample: it needs proxy and audit")

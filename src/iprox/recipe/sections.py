@@ -97,8 +97,7 @@ class AlignSection(Section):
     Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
     `hidden_weight` the hidden states. `distance` and `layer_weights` are of the gradients
     (`iprox.proxy.align_loss.Objective`). `precompute` keeps what the target says of each batch on disk, so that it is
-    asked once; `auto` does up to 4 GB. `precondition` matches gradients divided by the target's curvature where an
-    influence function will be scored. The factors kept are those of the best fidelity on `held_out` examples of the
+    asked once; `auto` does up to 4 GB. The factors kept are those of the best fidelity on `held_out` examples of the
     pool, measured before the first step and `evaluations` times after it; 0 of them keeps the last factors.
     """
 
@@ -114,7 +113,6 @@ class AlignSection(Section):
     distance: Literal["cosine", "frobenius"] = "cosine"
     layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     precompute: Literal["auto"] | bool = "auto"
-    precondition: bool = False
     held_out: int = Field(128, ge=0)
     evaluations: int = Field(4, ge=1)
     patience: int = Field(2, ge=1)
@@ -129,7 +127,6 @@ class AlignSection(Section):
         of_gradients = {
             "distance": self.distance != "cosine",
             "layer_weights": bool(self.layer_weights),
-            "precondition": self.precondition,
         }
         if not self.gradient_weight and any(of_gradients.values()):
             key = next(key for key, given in of_gradients.items() if given)
