@@ -1,6 +1,5 @@
 """Influence functions against dense inverses of the Fisher, layer by layer, in float64."""
 
-
 import pytest
 import torch
 

@@ -26,7 +26,7 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
 from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
-from iprox.proxy.align_loss import Distance, Objective
+from iprox.proxy.align_loss import Objective
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
 from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
@@ -121,8 +121,6 @@ def align(
     kl_weight: float = 0.1,
     hidden_weight: float = 0.0,
     temperature: float = 2.0,
-    distance: Distance = "cosine",
-    layer_weights: Mapping[str, float] | None = None,
     accumulate: int = 1,
     held_out: Examples | None = None,
     validation: Mapping[str, Examples] | None = None,
@@ -147,8 +145,6 @@ def align(
         kl_weight: weight of the KL of the logits.
         hidden_weight: weight of the distance of hidden states.
         temperature: of the KL.
-        distance: of gradients: `cosine` or `frobenius`.
-        layer_weights: by pattern of layer names, the weight of a layer's distance.
         accumulate: batches an optimiser step; with a `batch_size` of 1 every example is matched by itself.
         held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
             `validation` is needed.
@@ -172,10 +168,10 @@ def align(
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
     check_model("proxy", proxy)
     check_model("model", model)
-    check_choices(distance=(distance, get_args(Distance)), normalise=(normalise, get_args(Normalise)))
+    check_choices(normalise=(normalise, get_args(Normalise)))
     if validation is not None:
         check_tasks(validation)
-    objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {})
+    objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature)
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)

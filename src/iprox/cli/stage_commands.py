@@ -97,7 +97,6 @@ def align(arguments: Namespace) -> dict[str, Any]:
         kl_weight=arguments.kl_weight,
         hidden_weight=arguments.hidden_weight,
         temperature=arguments.temperature,
-        distance=arguments.distance,
         batch_size=arguments.batch_size,
         accumulate=arguments.accumulate,
     )

@@ -120,10 +120,8 @@ def align(run: Run, context: Context) -> None:
     influence = run.recipe.influence
     folders = _variants(run.folder.aligned, context)
     proxies = context.proxies
-    # The order of patterns counts, which a mapping in a key does not keep.
-    patterns = list(settings.layer_weights.items())
     chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
-    key = [common_key(run), context.keys["compress"], chosen, patterns, run.recipe.batch_tokens]
+    key = [common_key(run), context.keys["compress"], chosen, run.recipe.batch_tokens]
     if watched:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)

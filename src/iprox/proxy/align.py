@@ -162,7 +162,7 @@ def align(
         progress: called with the number of steps done.
 
     Raises:
-        InputError: the proxy has no low-rank layer, there is nothing to align on, or the objective fits no layer.
+        InputError: the proxy has no low-rank layer, or there is nothing to align on.
         FloatingPointError: the loss is not finite (the step and the batch are named).
     """
     objective = objective or Objective()
@@ -174,7 +174,6 @@ def align(
         )
     if not batches:
         raise InputError("no supervised example to align on")
-    objective.aligned(layers)
     here, there = (next(model.parameters()).device for model in (proxy, target))
 
     def signals_of(index: int) -> Signals:

@@ -3,22 +3,21 @@
 Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
 factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
 
-    gradient_weight · weighted mean over aligned layers of
+    gradient_weight · mean over low-rank layers of
         d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
     + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens
     + hidden_weight · mean over decoder layers of the relative squared distance of what they pass on,
 
-d the cosine distance or the relative Frobenius distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
+d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
 The first part needs second derivatives; the other two do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,6 @@ from iprox.models.loss import causal_lm_logits, mean_by_row
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
-Distance = Literal["cosine", "frobenius"]
-
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -44,47 +41,21 @@ class Objective:
         kl_weight: λ_KL; Adam does not see its scale where nothing else has a weight.
         hidden_weight: of the hidden states.
         temperature: τ.
-        distance: of gradients: `cosine`, or `frobenius`: squared and relative to the target's.
-        layer_weights: by pattern of layer names (`*.mlp.*`), the weight of a layer's distance; the last pattern that
-            fits counts, layers that none fits weigh 1, and layers of weight 0 are not aligned.
     """
 
     gradient_weight: float = 1.0
     kl_weight: float = 0.1
     hidden_weight: float = 0.0
     temperature: float = 2.0
-    distance: Distance = "cosine"
-    layer_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be minimised."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
-        if not self.gradient_weight and (self.distance != "cosine" or self.layer_weights):
-            key = "layer_weights" if self.layer_weights else "distance"
-            raise InputError(f"{key}: of the gradients, whose gradient_weight is 0: leave one of the two out")
 
-    def aligned(self, layers: Mapping[str, LowRankLinear]) -> dict[str, float]:
-        """The weight of each layer whose gradients are matched.
-
-        Raises:
-            InputError: a pattern fits no layer, or no layer is left.
-        """
-        if not self.gradient_weight:
-            return {}
-        for pattern in self.layer_weights:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                raise InputError(
-                    f"layer_weights: no low-rank layer is called {pattern!r}; the first is {next(iter(layers))!r}"
-                )
-        weights = {}
-        for name in layers:
-            fitting = [weight for pattern, weight in self.layer_weights.items() if fnmatchcase(name, pattern)]
-            weights[name] = fitting[-1] if fitting else 1.0
-        weights = {name: weight for name, weight in weights.items() if weight}
-        if not weights:
-            raise InputError("layer_weights: every layer weighs 0, so there is no gradient to align")
-        return weights
+    def matched(self, layers: Mapping[str, LowRankLinear]) -> list[str]:
+        """Return the names of the layers whose gradients are matched: all of them, or none without a weight."""
+        return list(layers) if self.gradient_weight else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +97,8 @@ def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
-    """‖x - y‖² / ‖y‖² of two matrices, a scalar; it also matches lengths, which the cosine does not see."""
+    """‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine it also matches lengths."""
     return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
-
-
-DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": cosine_distance,
-    "frobenius": frobenius_distance,
-}
 
 
 def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
@@ -145,11 +110,7 @@ def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: floa
 
 
 def gradient_distance(
-    layers: Mapping[str, LowRankLinear],
-    loss: Tensor,
-    target: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    distance: Distance = "cosine",
+    layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor], names: Sequence[str]
 ) -> Tensor:
     """The gradient part of the alignment loss, differentiable in the factors (second order).
 
@@ -157,24 +118,21 @@ def gradient_distance(
         layers: the proxy's low-rank layers.
         loss: ℓ of the proxy on the batch, a scalar with its graph.
         target: ∇_W ℓ_target [m, n] by layer name, without a graph.
-        weights: of the layers that are aligned.
-        distance: d.
+        names: of the layers that are aligned.
     """
-    seen = factor_gradients(layers, loss, list(weights))
-    measure = DISTANCES[distance]
-    distances, shares = [], []
+    seen = factor_gradients(layers, loss, names)
+    distances = []
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
-        for name, weight in weights.items():
+        for name in names:
             if name not in seen or name not in target:
                 continue  # an expert that no token of the batch was routed to, on the proxy or on the target
             A, B = layers[name].A.weight, layers[name].B.weight
             grad_A, grad_B = seen[name]
             G = target[name].to(A.dtype)
-            distances.append(weight * (measure(grad_A, G @ B.mT) + measure(grad_B, A.mT @ G)))
-            shares.append(weight)
+            distances.append(cosine_distance(grad_A, G @ B.mT) + cosine_distance(grad_B, A.mT @ G))
     if not distances:
         return loss * 0  # no layer that is aligned saw a token of this batch
-    return torch.stack(distances).sum() / sum(shares)
+    return torch.stack(distances).mean()
 
 
 def factor_gradients(
@@ -213,8 +171,8 @@ def alignment_loss(
         signals: what it is to match, on its device.
         objective: what counts.
     """
-    weights = objective.aligned(layers)
-    kernel = sdpa_kernel(SDPBackend.MATH) if weights else nullcontext()
+    names = objective.matched(layers)
+    kernel = sdpa_kernel(SDPBackend.MATH) if names else nullcontext()
     with kernel, passed_on(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
@@ -224,9 +182,9 @@ def alignment_loss(
         if apart is not None:
             whole = whole + objective.hidden_weight * apart
         gradient = None
-        if weights:
+        if names:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
-            gradient = gradient_distance(layers, losses.mean(), signals.gradients, weights, objective.distance)
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients, names)
             whole = whole + objective.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
@@ -238,7 +196,7 @@ def target_signals(
     objective: Objective,
 ) -> Signals:
     """What the proxy is to match on a batch. Where gradients have no weight there is no backward pass."""
-    names = objective.aligned(layers)
+    names = objective.matched(layers)
     with passed_on(target, objective.hidden_weight > 0) as hidden:
         if not names:
             with frozen(target), torch.no_grad():

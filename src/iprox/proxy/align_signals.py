@@ -69,17 +69,17 @@ class SignalStore:
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], weights: Mapping[str, float], batches: Sequence[Batch], vocabulary: int
+    layers: Mapping[str, LowRankLinear], names: Sequence[str], batches: Sequence[Batch], vocabulary: int
 ) -> int:
     """About what the signals of some batches take: gradients [m, n] in float32, and logits where tokens are supervised.
 
     Args:
         layers: the proxy's low-rank layers.
-        weights: of those whose gradients are matched.
+        names: of those whose gradients are matched.
         batches: of the alignment.
         vocabulary: entries of a token's logits.
     """
-    gradients = sum(layers[name].out_features * layers[name].in_features for name in weights)
+    gradients = sum(layers[name].out_features * layers[name].in_features for name in names)
     supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
     return 4 * (len(batches) * gradients + supervised * vocabulary)
 

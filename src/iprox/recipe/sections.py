@@ -95,10 +95,10 @@ class AlignSection(Section):
     """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
 
     Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
-    `hidden_weight` the hidden states. `distance` and `layer_weights` are of the gradients
-    (`iprox.proxy.align_loss.Objective`). `precompute` keeps what the target says of each batch on disk, so that it is
-    asked once; `auto` does up to 4 GB. The factors kept are those of the best fidelity on `held_out` examples of the
-    pool, measured before the first step and `evaluations` times after it; 0 of them keeps the last factors.
+    `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). `precompute` keeps what the target says of
+    each batch on disk, so that it is asked once; `auto` does up to 4 GB. The factors kept are those of the best
+    fidelity on `held_out` examples of the pool, measured before the first step and `evaluations` times after it; 0 of
+    them keeps the last factors.
     """
 
     fraction: float = Field(0.01, gt=0, le=1)
@@ -110,8 +110,6 @@ class AlignSection(Section):
     kl_weight: float = Field(0.1, ge=0)
     hidden_weight: float = Field(0.0, ge=0)
     temperature: float = Field(2.0, gt=0)
-    distance: Literal["cosine", "frobenius"] = "cosine"
-    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     precompute: Literal["auto"] | bool = "auto"
     held_out: int = Field(128, ge=0)
     evaluations: int = Field(4, ge=1)
@@ -124,13 +122,6 @@ class AlignSection(Section):
                 "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
                 "or align: false"
             )
-        of_gradients = {
-            "distance": self.distance != "cosine",
-            "layer_weights": bool(self.layer_weights),
-        }
-        if not self.gradient_weight and any(of_gradients.values()):
-            key = next(key for key, given in of_gradients.items() if given)
-            raise ValueError(f"{key} is of the gradients, whose gradient_weight is 0: leave one of the two out")
         if 0 < self.held_out < 16:
             raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
         return self

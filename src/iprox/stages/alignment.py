@@ -66,8 +66,6 @@ def align_proxy(
         settings.kl_weight,
         settings.hidden_weight,
         settings.temperature,
-        settings.distance,
-        settings.layer_weights,
     )
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
@@ -148,7 +146,7 @@ def _store(
         return None
     layers = low_rank_layers(proxy)
     vocabulary = target.config.get_text_config().vocab_size
-    size = stored_bytes(layers, objective.aligned(layers), batches, vocabulary)
+    size = stored_bytes(layers, objective.matched(layers), batches, vocabulary)
     if settings.precompute == "auto" and (size > AUTO_BYTES or objective.hidden_weight):
         return None
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
