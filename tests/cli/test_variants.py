@@ -706,22 +706,6 @@ def test_the_target_is_asked_in_the_first_epoch_of_an_alignment_only(place):
     assert (place.output / "aligned/model.safetensors").read_bytes() == first
 
 
-def test_checkpoints_can_share_the_start_of_their_proxies(place):
-    options = ["influence.checkpoints=all", "proxy.shared_start=true", "audit.sample=12"]
-    assert place.run("--set", *options) == 0
-    first, last = (entry["path"] for entry in json.loads((place.output / "warmup/checkpoints.json").read_text()))
-    described = {
-        name: json.loads((place.output / f"proxy/{name}/compression.json").read_text()) for name in (first, last)
-    }
-    assert described[first]["started_from"] == last
-    assert "started_from" not in described[last]
-    # Each belongs to its own checkpoint, as alignment and audit have checked, and moments were measured once.
-    assert (place.output / "aligned" / first / "model.safetensors").is_file()
-    entry = place.record()["stages"]["compress"]
-    assert entry["tokens"] == described[last]["probe_tokens"]
-    assert place.record()["stages"]["audit"]["fidelity"]["spearman"] > 0.3
-
-
 def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_path, monkeypatch):
     """Retraining is replaced by losses that fall by the target's own scores of the rows trained on."""
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]

@@ -80,19 +80,11 @@ def compress(run: Run, context: Context) -> None:
     def work() -> StageRecord:
         examples = run.pool.take(rows)
         held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
-        paths = [path for path, _ in context.targets]
-
-        def made() -> Iterator[StageRecord]:
-            if not settings.shared_start:
-                for path, folder in zip(paths, folders, strict=True):
-                    yield compression.compress(run.session, path, examples, folder, settings, held_out)
-                return
-            last = compression.compress(run.session, paths[-1], examples, folders[-1], settings, held_out)
-            for path, folder in zip(paths[:-1], folders[:-1], strict=True):
-                yield compression.start_from(run.session, paths[-1], folders[-1], path, folder)
-            yield last
-
-        return _afresh(run.folder.proxy, folders, "compression.json", made())
+        made = (
+            compression.compress(run.session, path, examples, folder, settings, held_out)
+            for (path, _), folder in zip(context.targets, folders, strict=True)
+        )
+        return _afresh(run.folder.proxy, folders, "compression.json", made)
 
     chosen = settings.model_dump(exclude={"align", "model"})
     if settings.model is not None:  # what it is, not where

@@ -42,11 +42,10 @@ def compress(costs: Costs) -> Work | None:
     settings = costs.recipe.proxy
     if not settings:
         return None
-    proxies = 1 if settings.shared_start else costs.checkpoints
-    rows = proxies * share(costs.rows.total, settings.probe.fraction)
+    rows = costs.checkpoints * share(costs.rows.total, settings.probe.fraction)
     spent = flops.compression_flops(costs.model, *costs.rows.read(rows))
     if settings.fidelity is not None:
-        spent += proxies * costs.watching(settings.held_out, most_tries())
+        spent += costs.checkpoints * costs.watching(settings.held_out, most_tries())
     return Work(rows, spent, costs.bytes_per_number * costs.parameters + 16 * costs.linear + costs.activations)
 
 

@@ -133,8 +133,7 @@ class ProxySection(Section):
     Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
     `held_out` examples of the pool, is at least that with confidence.
 
-    With `influence.checkpoints: all` there is a proxy for each. `shared_start` measures moments at the last checkpoint
-    only; the others' factors follow the change of the weights from there (`iprox.proxy.rebase`).
+    With `influence.checkpoints: all` there is a proxy for each.
     """
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
@@ -144,7 +143,6 @@ class ProxySection(Section):
     fidelity: float | None = Field(None, gt=0, lt=1)
     held_out: int = Field(256, ge=16)
     model: str | None = None
-    shared_start: bool = False
     ranks: Literal["global", "uniform"] = "global"
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
@@ -161,8 +159,6 @@ class ProxySection(Section):
             if self.model is None or given:
                 raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
             return self
-        if self.shared_start and not self.factorised:
-            raise ValueError("shared_start goes with methods that factorise layers")
         if self.model is not None:
             raise ValueError("`model` goes with the method off-the-shelf only")
         if self.fidelity is not None and self.method == "layers":
