@@ -10,6 +10,7 @@ from iprox.planning.costs import Costs
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.recipe import AlignSection, TrainingSection
+from iprox.selection import BY_TASK
 from iprox.session import share
 from iprox.stages.attribution import why_not_attributed
 
@@ -110,11 +111,12 @@ def _scoring_memory(costs: Costs) -> float:
 
 
 def refine(costs: Costs) -> Work | None:
-    """The best rows again on the target: the selection itself; how many more, the audit will say."""
+    """The best rows again on the target: where tasks take turns at most as many for each, as they share some."""
     settings, selected = costs.recipe.refine, costs.recipe.select
-    if not (settings and settings.recall):
+    if not settings:
         return None
-    part = selected.fraction or (selected.count or 0) / costs.rows.total
+    rankings = len(costs.recipe.data.validation) if selected.strategy in BY_TASK else 1
+    part = min(1.0, rankings * settings.candidates)
     spent = part * costs.target_pool + costs.checkpoints * costs.queries
     return Work(part * costs.rows.total * costs.checkpoints, spent, _scoring_memory(costs))
 

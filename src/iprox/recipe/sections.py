@@ -241,21 +241,13 @@ class AuditSection(Section):
 
 
 class RefineSection(Section):
-    """What is made of the proxy's scores with the target's of some rows; both rest on the audit.
+    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores.
 
-    `correct` takes out what the proxy gets wrong by source and by length, for tasks where that raises the held-out
-    fidelity. With a `recall` the target scores as many of the proxy's best rows again as it takes to find that part
-    of its own best ones, and the selection is among these.
+    `candidates` is their share of the pool: the best by the scores that `select` goes by, of every task where tasks
+    take turns.
     """
 
-    correct: bool = True
-    recall: float | None = Field(None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _something_to_do(self) -> RefineSection:
-        if not self.correct and self.recall is None:
-            raise ValueError("correct is off and there is no recall, so there is nothing to do; or refine: false")
-        return self
+    candidates: float = Field(0.2, gt=0, lt=1)
 
 
 class FinetuneSection(TrainingSection):
