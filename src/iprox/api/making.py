@@ -120,13 +120,10 @@ def align(
     gradient_weight: float = 1.0,
     kl_weight: float = 0.1,
     hidden_weight: float = 0.0,
-    temperature: float = 2.0,
     accumulate: int = 1,
     held_out: Examples | None = None,
     validation: Mapping[str, Examples] | None = None,
     normalise: Normalise = "none",
-    evaluations: int = 4,
-    patience: int = 2,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -144,14 +141,11 @@ def align(
         gradient_weight: weight of the gradients' distance; 0 matches the logits only, at a third of the cost.
         kl_weight: weight of the KL of the logits.
         hidden_weight: weight of the distance of hidden states.
-        temperature: of the KL.
         accumulate: batches an optimiser step; with a `batch_size` of 1 every example is matched by itself.
         held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
             `validation` is needed.
         validation: validation examples by task.
         normalise: of the scores whose fidelity is measured.
-        evaluations: how often that is done, evenly over the steps.
-        patience: evaluations in a row that may be no better before it stops.
         seed: of the order.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
@@ -171,7 +165,7 @@ def align(
     check_choices(normalise=(normalise, get_args(Normalise)))
     if validation is not None:
         check_tasks(validation)
-    objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature)
+    objective = Objective(gradient_weight, kl_weight, hidden_weight)
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
@@ -185,7 +179,7 @@ def align(
             scoring = ScoringSettings("weight", normalise)
             watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
-        chosen = AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed)
+        chosen = AlignSettings(steps, learning_rate, accumulate, seed)
         with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:
             return align_factors(proxy, model, batches, chosen, objective, held_out=watched, progress=advance)
 

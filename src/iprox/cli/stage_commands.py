@@ -96,7 +96,6 @@ def align(arguments: Namespace) -> dict[str, Any]:
         gradient_weight=arguments.gradient_weight,
         kl_weight=arguments.kl_weight,
         hidden_weight=arguments.hidden_weight,
-        temperature=arguments.temperature,
         batch_size=arguments.batch_size,
         accumulate=arguments.accumulate,
     )

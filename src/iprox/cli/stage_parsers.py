@@ -111,7 +111,6 @@ def add_align(commands: Any) -> None:
     )
     parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL of the logits (default 0.1)")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="weight of the hidden states (default 0)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL (default 2)")
     parser.add_argument("--batch-size", type=positive, default=8, help="examples a batch (default 8)")
     parser.add_argument(
         "--accumulate",

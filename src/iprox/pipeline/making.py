@@ -112,8 +112,7 @@ def align(run: Run, context: Context) -> None:
     influence = run.recipe.influence
     folders = _variants(run.folder.aligned, context)
     proxies = context.proxies
-    chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
-    key = [common_key(run), context.keys["compress"], chosen, run.recipe.batch_tokens]
+    key = [common_key(run), context.keys["compress"], settings.model_dump(), run.recipe.batch_tokens]
     if watched:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from iprox.models import flops
 from iprox.planning.costs import Costs
+from iprox.proxy.align import EVALUATIONS
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.recipe import AlignSection, TrainingSection
@@ -66,15 +67,14 @@ def align(costs: Costs) -> Work | None:
         asked = 3 if settings.gradient_weight else 1
         spent -= rows * (1 - 1 / settings.epochs) * costs.rows.tokens * asked * costs.forward
     if settings.held_out:
-        spent += costs.checkpoints * costs.watching(settings.held_out, 1 + settings.evaluations)
+        spent += costs.checkpoints * costs.watching(settings.held_out, 1 + EVALUATIONS)
     memory = 2 * costs.bytes_per_number * costs.parameters + 20 * costs.kept * costs.linear + 4 * costs.activations
     return Work(rows, spent, memory)
 
 
 def _keeps_signals(settings: AlignSection, examples: int, linear: float) -> bool:
     """Whether what the target says of each batch is not too large to keep."""
-    fits = 4 * examples / settings.batch_size * linear <= AUTO_BYTES
-    return settings.precompute is True or (settings.precompute == "auto" and fits)
+    return not settings.hidden_weight and 4 * examples / settings.batch_size * linear <= AUTO_BYTES
 
 
 def audit(costs: Costs) -> Work | None:

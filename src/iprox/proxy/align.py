@@ -26,6 +26,11 @@ from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_si
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
 
+# How often held-out fidelity is measured and the state saved, evenly over the steps; fidelity is also measured before.
+EVALUATIONS = 4
+# Evaluations in a row that may be no better than the best before alignment stops.
+PATIENCE = 2
+
 
 @dataclass(frozen=True, slots=True)
 class AlignmentStep:
@@ -104,23 +109,18 @@ class AlignSettings:
         learning_rate: peak step size of a factor of average scale.
         accumulate: batches an optimiser step. With batches of one example each, every example's own gradient is matched
             rather than a batch's mean.
-        evaluations: how often held-out fidelity is measured, evenly over the steps, beside once before them; that is
-            also when the state is saved.
-        patience: evaluations in a row that may be no better than the best before it stops.
         seed: of the order.
     """
 
     steps: int
     learning_rate: float = 1e-4
     accumulate: int = 1
-    evaluations: int = 4
-    patience: int = 2
     seed: int = 0
 
     @property
     def every(self) -> int:
         """Steps between evaluations."""
-        return max(1, math.ceil(self.steps / self.evaluations))
+        return max(1, math.ceil(self.steps / EVALUATIONS))
 
 
 def align(
@@ -199,7 +199,7 @@ def align(
             indices = list(itertools.islice(order, settings.accumulate))
             if step <= done:
                 continue
-            if run.worse_since() >= settings.patience:
+            if run.worse_since() >= PATIENCE:
                 run.history.stopped_early = True
                 break
             if step % RELEASE_EVERY == 0:

@@ -31,6 +31,9 @@ from iprox.models.loss import causal_lm_logits, mean_by_row
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
+# τ of the KL of the logits.
+TEMPERATURE = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -40,13 +43,11 @@ class Objective:
         gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
         kl_weight: λ_KL; Adam does not see its scale where nothing else has a weight.
         hidden_weight: of the hidden states.
-        temperature: τ.
     """
 
     gradient_weight: float = 1.0
     kl_weight: float = 0.1
     hidden_weight: float = 0.0
-    temperature: float = 2.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be minimised."""
@@ -176,7 +177,7 @@ def alignment_loss(
     with kernel, passed_on(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
-        kl = kl_divergence(signals.logits, logits, objective.temperature).mean()
+        kl = kl_divergence(signals.logits, logits, TEMPERATURE).mean()
         whole = objective.kl_weight * kl
         apart = hidden_distance(hidden, signals.hidden, batch.lengths) if signals.hidden else None
         if apart is not None:

@@ -95,10 +95,9 @@ class AlignSection(Section):
     """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
 
     Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
-    `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). `precompute` keeps what the target says of
-    each batch on disk, so that it is asked once; `auto` does up to 4 GB. The factors kept are those of the best
-    fidelity on `held_out` examples of the pool, measured before the first step and `evaluations` times after it; 0 of
-    them keeps the last factors.
+    `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best
+    fidelity on `held_out` examples of the pool, measured before the first step and four times after it; 0 of them keeps
+    the last factors.
     """
 
     fraction: float = Field(0.01, gt=0, le=1)
@@ -109,11 +108,7 @@ class AlignSection(Section):
     gradient_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(0.1, ge=0)
     hidden_weight: float = Field(0.0, ge=0)
-    temperature: float = Field(2.0, gt=0)
-    precompute: Literal["auto"] | bool = "auto"
     held_out: int = Field(128, ge=0)
-    evaluations: int = Field(4, ge=1)
-    patience: int = Field(2, ge=1)
 
     @model_validator(mode="after")
     def _something_to_match(self) -> AlignSection:

@@ -61,12 +61,7 @@ def align_proxy(
     batches = list(steps_of)
     steps = max_steps or settings.epochs * math.ceil(len(batches) / settings.accumulate)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
-    objective = Objective(
-        settings.gradient_weight,
-        settings.kl_weight,
-        settings.hidden_weight,
-        settings.temperature,
-    )
+    objective = Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
         session.reporter.say(f"align: goes on from {state}")
@@ -75,14 +70,7 @@ def align_proxy(
             proxy,
             target,
             batches,
-            AlignSettings(
-                steps,
-                settings.learning_rate,
-                settings.accumulate,
-                settings.evaluations,
-                settings.patience,
-                session.seed,
-            ),
+            AlignSettings(steps, settings.learning_rate, settings.accumulate, session.seed),
             objective,
             held_out=None if watched is None else watched.watch(proxy),
             store=store,
@@ -142,15 +130,15 @@ def _store(
     identity: str,
 ) -> SignalStore | None:
     """Where what the target says of each batch is kept, if it is and pays."""
-    if settings.precompute is False or steps * settings.accumulate <= len(batches):
+    if objective.hidden_weight or steps * settings.accumulate <= len(batches):
         return None
     layers = low_rank_layers(proxy)
     vocabulary = target.config.get_text_config().vocab_size
     size = stored_bytes(layers, objective.matched(layers), batches, vocabulary)
-    if settings.precompute == "auto" and (size > AUTO_BYTES or objective.hidden_weight):
+    if size > AUTO_BYTES:
         return None
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
     for other in state.parent.glob(f"{state.stem}-*.signals"):
         if other != folder:  # of an alignment that was interrupted and then set otherwise
             SignalStore(other).discard()
-    return SignalStore(folder, optional=settings.precompute == "auto")
+    return SignalStore(folder)
