@@ -7,7 +7,7 @@ probe or alignment) and the same size. Cells are cached in the work folder, so a
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
     python benchmarks/fidelity.py --queries target --seeds 1 --methods ipsvd 'ipsvd, aligned' 'ipsvd, aligned by logits'
     python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator influence-function \
-        --methods ipsvd 'ipsvd, aligned by gradients' 'ipsvd, aligned by divided gradients'
+        --methods ipsvd 'ipsvd, aligned by gradients'
 
 Scores are raw, at the warm-up's last checkpoint: TracIn, or with --estimator an influence function. `query` says where
 validation gradients are taken: on the target (iprox's default), or on the proxy (the paper's way, and the only one for
@@ -32,19 +32,19 @@ from transformers import PreTrainedModel
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
-from iprox.influence.preconditioning import kronecker_curvature, precondition, weight_solver
+from iprox.influence.preconditioning import precondition
 from iprox.influence.scoring import QUERY_NORM
 from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compiled
-from iprox.models.layers import compressible_layers, dense_weight, influence_layers, low_rank_layers, weight_shape
+from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
 from iprox.proxy.align import AlignSettings, align
-from iprox.proxy.align_loss import Objective, Precondition
+from iprox.proxy.align_loss import Objective
 from iprox.proxy.factorise import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
@@ -74,13 +74,10 @@ FACTORISED: dict[str, tuple[Any, Any, Any]] = {
 ALIGNED: dict[str, dict[str, float]] = {
     "ipsvd, aligned": {},
     "ipsvd, aligned by gradients": {"kl_weight": 0.0},
-    "ipsvd, aligned by divided gradients": {"kl_weight": 0.0},
     "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
     "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
 }
 FACTORISED.update(dict.fromkeys(ALIGNED, FACTORISED["ipsvd"]))
-# Gradients divided by the target's curvature, as an influence function divides those of the validation examples.
-DIVIDED = ("ipsvd, aligned by divided gradients",)
 DAMPING = 0.1  # iprox's default
 METHODS = (*FACTORISED, "layers", "off-the-shelf")
 
@@ -100,7 +97,6 @@ class Setting:
     batch_tokens: int
     dtype: torch.dtype
     curvature_sample: list[Batch]
-    divide: Precondition | None = None
 
     def scores(self, model: PreTrainedModel, queries: dict[str, ModelGradient], keep: float) -> np.ndarray:
         """Scores [N, tasks] of the sample on a model."""
@@ -150,10 +146,6 @@ def main() -> None:
     arguments = parser.parse_args()
     name = "fidelity" if arguments.estimator == "tracin" else f"fidelity-{arguments.estimator}"
     arguments.output = arguments.output or Path(__file__).parent / f"results/{name}.json"
-    if arguments.estimator == "tracin" and set(DIVIDED) & set(arguments.methods):
-        if arguments.methods != list(METHODS):
-            parser.error("gradients divided by the curvature are for --estimator influence-function")
-        arguments.methods = [method for method in METHODS if method not in DIVIDED]
     if arguments.fresh:
         shutil.rmtree(arguments.work, ignore_errors=True)
     rows = list(itertools.chain.from_iterable(run_seed(arguments, seed) for seed in range(arguments.seeds)))
@@ -207,9 +199,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         if method in ALIGNED:
             steps = arguments.align_epochs * len(setting.alignment)
             tuned = AlignSettings(steps, seed=seed)
-            divide = setting.divide if method in DIVIDED else None
             objective = Objective(**ALIGNED[method])
-            aligned = align(proxy, setting.target, setting.alignment, tuned, objective, precondition=divide)
+            aligned = align(proxy, setting.target, setting.alignment, tuned, objective)
         cast_parameters(proxy, setting.dtype)
         if query == "target":
             queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}
@@ -276,9 +267,6 @@ def prepare(arguments: argparse.Namespace, seed: int) -> Setting:
         curvature_sample,
     )
     scored = load_model(path, dtype=dtype)
-    if curvature_sample and set(DIVIDED) & set(arguments.methods):
-        layers = influence_layers(scored, "weight")
-        setting.divide = weight_solver(kronecker_curvature(scored, layers, curvature_sample), layers, DAMPING)
     setting.queries = setting.own_queries(scored)
     # What proxies are compared with is exact: whole gradients.
     setting.target_scores = setting.scores(scored, setting.queries, 1.0)

@@ -1,44 +1,42 @@
-"""Recall of the target's own best rows against what finding them costs: proxies, corrections, cascades, baselines.
+"""Recall of the target's own best rows against what finding them costs: proxies, best rows scored again, baselines.
 
     python benchmarks/selection.py                               # the whole shared pool
     python benchmarks/selection.py --examples 2500 --work runs/selection-2500
 
-Every method is a run of the pipeline (proxy, audit, scores), all with the warm-up of the truth, which is a run without
+Every method is a run of the pipeline (proxy, scores), all with the warm-up of the truth, which is a run without
 a proxy. They are kept in the work folder, so a stopped benchmark goes on where it was. Costs are FLOPs over those of
-scoring the pool on the target: making the proxy, the audit, and the rows that the target scores again all count.
+scoring the pool on the target: making the proxy and the rows that the target scores again count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from iprox.audit.cascade import best_rows, candidate_share
-from iprox.audit.correction import Covariates, fit_correction
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
 from iprox.run_folder import environment, write_json
+from iprox.selection.strategies import top
 from paper.runs import SHARED, run, scores_in
 
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
-PROMISED = (0.75, 0.9)
 # The target as the engine scores it at its cheapest, with validation gradients made low-rank as on a proxy: what all
 # others are charged against. (The truth is of whole gradients, which with several tasks cost several times as much.)
 CHARGED = "target, low-rank"
 METHODS: dict[str, dict[str, Any]] = {
-    CHARGED: {"proxy": False, "audit": False, "influence": {"query_norm": QUERY_NORM}},
+    CHARGED: {"proxy": False, "influence": {"query_norm": QUERY_NORM}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},
     "ipsvd 0.7, aligned": {"proxy": {"sparsity": 0.7}},
     "sibling": {"proxy": {"method": "off-the-shelf"}},
     "first layers 0.7": {"proxy": {"method": "layers", "sparsity": 0.7}},
-    "rds": {"proxy": False, "audit": False, "influence": {"estimator": "rds"}},
+    "rds": {"proxy": False, "influence": {"estimator": "rds"}},
 }
 
 
@@ -52,13 +50,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "summarization", "science", "bbh"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--examples", type=int, help="rows of the pool, evenly spaced (default: all)")
-    parser.add_argument("--audit", type=int, default=300, help="audited rows")
     parser.add_argument("--share", type=float, default=0.05, help="of the pool that is selected")
     parser.add_argument("--work", type=Path, default=Path("runs/selection"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/selection.json")
     arguments = parser.parse_args()
     pool = subset(arguments)
-    truth = scores_of(arguments, pool, "target", {"proxy": False, "audit": False})
+    truth = scores_of(arguments, pool, "target", {"proxy": False})
     found = {}
     for method in dict.fromkeys([CHARGED, *arguments.methods]):
         scores = scores_of(arguments, pool, method, METHODS[method])
@@ -92,7 +89,7 @@ def scores_of(arguments: argparse.Namespace, pool: Path, name: str, sections: di
             "pool": str(pool),
             "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
         },
-        "audit": {"sample": arguments.audit},
+        "audit": False,
         "output": str(folder_of(arguments, name)),
         **sections,
     }
@@ -111,17 +108,16 @@ def stages_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def figures(arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """Recall by task and costs of a method, alone, corrected, and with cascades of fixed and of promised depth."""
+    """Recall by task and costs of a method, alone and with its best rows scored again on the target."""
     record = json.loads((folder_of(arguments, method) / "run.json").read_text())
     stages, cost = record["stages"], record["cost"]
     charged = stages_of(arguments, CHARGED)["score"]
     whole = charged["flops"]
     construction = cost["construction_flops"] / whole
-    audit = stages.get("audit", {}).get("flops", 0.0) / whole
     alone = construction + stages["score"]["flops"] / whole
     taken = sum(stages[name]["seconds"] for name in ("compress", "align", "score") if name in stages)
-    result: dict[str, Any] = {
-        "cost": {"construction": construction, "scoring": stages["score"]["flops"] / whole, "audit": audit},
+    return {
+        "cost": {"construction": construction, "scoring": stages["score"]["flops"] / whole},
         "relative_seconds": taken / charged["seconds"],
         "alone": {"cost": alone, "recall": recalls(arguments, scores, truth, arguments.share)},
         "cascade": [
@@ -129,45 +125,17 @@ def figures(arguments: argparse.Namespace, method: str, scores: np.ndarray, trut
             for share in CANDIDATES[1:]
         ],
     }
-    if "audit" not in stages:
-        return result
-    sample = pq.read_table(folder_of(arguments, method) / "audit/audit.parquet")
-    pool = pq.read_table(folder_of(arguments, method) / "scores.parquet", columns=["source", "tokens"])
-    seen, every = (
-        Covariates(np.array(table["source"].to_pylist(), dtype=object), table["tokens"].to_numpy())
-        for table in (sample, pool)
-    )
-    corrected, promised = scores.copy(), {recall: [] for recall in PROMISED}
-    for number, task in enumerate(arguments.tasks):
-        on_proxy, on_target = (sample[f"{side}/{task}"].to_numpy() for side in ("proxy", "target"))
-        fitted = fit_correction(on_proxy, on_target, seen)
-        if fitted.helps:
-            corrected[:, number] = fitted.apply(scores[:, number], every)
-            on_proxy = fitted.held_out
-        for recall, shares in promised.items():
-            shares.append(candidate_share(on_proxy, on_target, arguments.share, recall))
-    result["corrected"] = {"cost": alone + audit, "recall": recalls(arguments, corrected, truth, arguments.share)}
-    result["promised"] = [
-        {
-            "asked": recall,
-            "candidates": dict(zip(arguments.tasks, shares, strict=True)),
-            "cost": alone + audit + float(np.mean(shares)),
-            "recall": recalls(arguments, corrected, truth, shares),
-        }
-        for recall, shares in promised.items()
-    ]
-    return result
 
 
-def recalls(
-    arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarray, shares: float | list[float]
-) -> dict[str, float]:
+def recalls(arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarray, share: float) -> dict[str, float]:
     """By task, the part of the target's best rows among a share of the best by these scores; and the mean."""
-    depths = shares if isinstance(shares, list) else [shares] * len(arguments.tasks)
     found = {}
-    for number, (task, depth) in enumerate(zip(arguments.tasks, depths, strict=True)):
-        wanted = best_rows(truth[:, number], arguments.share)
-        found[task] = len(np.intersect1d(wanted, best_rows(scores[:, number], depth))) / len(wanted)
+    for number, task in enumerate(arguments.tasks):
+        wanted, best = (
+            top(column[:, number], math.ceil(part * len(column)))
+            for column, part in ((truth, arguments.share), (scores, share))
+        )
+        found[task] = len(np.intersect1d(wanted, best)) / len(wanted)
     return {**found, "mean": float(np.mean(list(found.values())))}
 
 
@@ -175,9 +143,7 @@ def print_method(name: str, entry: dict[str, Any]) -> None:
     """A line for each way of using the method's scores."""
     print(f"{name}: scoring {entry['cost']['scoring']:.2f} of the target's, {entry['relative_seconds']:.2f} in seconds")
     ways = [("alone", entry["alone"])]
-    ways += [("corrected", entry["corrected"])] if "corrected" in entry else []
     ways += [(f"best {way['candidates']:.1%} again", way) for way in entry["cascade"]]
-    ways += [(f"recall {way['asked']:g} promised", way) for way in entry.get("promised", [])]
     for label, way in ways:
         recall = way["recall"]
         least = min(value for task, value in recall.items() if task != "mean")

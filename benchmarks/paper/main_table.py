@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import reference
 import scorer
 from runs import SHARED, Results, run, scores_in
 
-from iprox.audit.cascade import best_rows
 from iprox.audit.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
@@ -64,7 +64,7 @@ WITHOUT_SCORES = (*FOR_ALL_TASKS, OWN_SOURCE)
 METHODS = ("random", OWN_SOURCE, *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")
 # The source of the pool that a task has of its own, where it is not named as the task is.
 SOURCE_OF = {"code": "codealpaca"}
-# Shares of the pool that a cascade scores again on the target.
+# Shares of the pool that are scored again on the target.
 CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.3)
 
 
@@ -263,12 +263,17 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
     # The part of the target's own best rows that is found when the best candidates are scored again on the target.
     record["recall"] = {
         str(share): {
-            task: float(np.isin(best_rows(truth[:, n], arguments.fraction), best_rows(scores[:, n], share)).mean())
+            task: float(np.isin(best(truth[:, n], arguments.fraction), best(scores[:, n], share)).mean())
             for n, task in enumerate(arguments.tasks)
         }
         for share in CANDIDATES
     }
     return record
+
+
+def best(scores: np.ndarray, share: float) -> np.ndarray:
+    """The best share of scores [N], as row numbers."""
+    return top(scores, math.ceil(share * len(scores)))
 
 
 def tested(

@@ -107,7 +107,7 @@ def _make_place(path: Path, model: Path) -> Place:
         "warmup": {"fraction": 0.06, "epochs": 2, "learning_rate": 1.0e-3, "batch_size": 8},
         "proxy": {
             "sparsity": 0.5,
-            "align": {"epochs": 1, "batch_size": 16, "learning_rate": 1.0e-3, "held_out": 20, "evaluations": 1},
+            "align": {"epochs": 1, "batch_size": 16, "learning_rate": 1.0e-3, "held_out": 20},
         },
         "audit": {"sample": 30},
         "select": {"fraction": 0.1},

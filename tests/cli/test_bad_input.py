@@ -158,8 +158,6 @@ def test_a_task_to_select_by_that_is_not_validated(place, refused):
     assert "select.task 'maths' is none of data.validation: arithmetic, spelling" in said
     said = refused("run", place.recipe, "--quiet", *OFF, "select.weights={maths: 2}")
     assert "select.weights 'maths' is none of data.validation: arithmetic, spelling" in said
-    said = refused("run", place.recipe, "--quiet", "--set", "refine.recall=0.9", "select.weights={spelling: 2}")
-    assert "refine.recall finds the best rows by tasks that count alike" in said
     both = ["select.task=spelling", "select.strategy=balanced"]
     assert "the strategy balanced is for all tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
 
@@ -303,7 +301,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finish
     target = (
         finished.output / "warmup" / json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
     )
-    refine = ["refine", "--scores", finished.output, "--audit", tmp_path / "none", "--recall=0.5", "--model", target]
+    refine = ["refine", "--scores", finished.output, "--model", target]
     cases = {
         "candidates.jsonl": [*refine, "--pool", finished.pool, "--validation", f"a={finished.path / 'spelling.jsonl'}"],
         "mine.arrow": ["index", "--model", model, "--pool", finished.pool],
@@ -373,10 +371,22 @@ def test_options_that_cannot_be_meant(finished, tmp_path, refused, given, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_cascade_looks_for_goes_with_one(finished, tmp_path, refused):
-    files = ["--scores", finished.output, "--audit", finished.output / "audit", "--pool", finished.pool]
-    said = refused("refine", *files, "--output", tmp_path / "out", "--fraction=0.1")
-    assert "--fraction says what --recall looks for" in said
+def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
+    table = pq.read_table(finished.output / "scores.parquet").replace_schema_metadata(None)
+    pq.write_table(table, tmp_path / "scores.parquet")
+    files = ["--pool", finished.pool, "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
+    files += ["--model", finished.output / "aligned", "--output", tmp_path / "out"]
+    assert "does not say how it was scored" in refused("refine", "--scores", tmp_path, *files)
+    assert "--candidates 1.5" in refused("refine", "--scores", finished.output, *files, "--candidates=1.5")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_rows_than_are_scored_again_are_refused_before_any_work(place, refused):
+    said = refused("run", place.recipe, "--quiet", "--set", "refine.candidates=0.05")
+    assert "20 rows are to be selected, and refine.candidates 0.05 scores 10 again" in said
+    said = refused("run", place.recipe, "--quiet", "--set", "refine={}", "select={tokens: 100}")
+    assert "give select.fraction or select.count" in said
+    assert not place.output.exists()
 
 
 def test_scores_of_another_pool(finished, tmp_path, refused):
@@ -474,9 +484,10 @@ def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
     fewer = tmp_path / "pool.jsonl"
     fewer.write_bytes(b"".join(finished.pool.read_bytes().splitlines(keepends=True)[:199]))
     scores = ["--scores", finished.output, "--pool", fewer]
+    refine = ["refine", "--model", finished.output / "aligned", "--validation", f"a={finished.path / 'spelling.jsonl'}"]
     for command in (
         ["select", *scores, "--output", tmp_path / "selected.jsonl"],
-        ["refine", *scores, "--audit", finished.output / "audit", "--output", tmp_path / "refined"],
+        [*refine, *scores, "--output", tmp_path / "refined"],
     ):
         assert "--pool: the scores are of 200 rows, and the pool has 199" in refused(*command)
     assert not (tmp_path / "selected.jsonl").exists()

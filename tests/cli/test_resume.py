@@ -167,6 +167,42 @@ def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, mon
     assert not (copied.output / "scores.parquet.shards").exists()
 
 
+def test_refine_killed_while_scoring_goes_on_after_the_last_shard_to_the_same_bytes(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    checkpoints = json.loads((finished.output / "warmup/checkpoints.json").read_text())
+    command = ["refine", "--scores", str(finished.output), "--pool", str(finished.pool), "--candidates=0.8", "--quiet"]
+    command += ["--model", str(finished.output / "warmup" / checkpoints[-1]["path"]), "--validation"]
+    command += [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    write, written = shards.write_parts, []
+
+    def write_one(path, parts):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(path, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_parts", write_one)
+        assert main([*command, "--output", str(tmp_path / "resumed")]) == 130
+    assert list((tmp_path / "resumed").rglob("*.parquet")) == written
+
+    def write_rest(path, parts):
+        assert path not in written
+        return write(path, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_parts", write_rest)
+        assert main([*command, "--output", str(tmp_path / "resumed")]) == 0
+    for name in ("scores.parquet", "refine.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(file.name for file in (tmp_path / "resumed").iterdir()) == [
+        "refine.json",
+        "run.json",
+        "scores.parquet",
+    ]
+
+
 @pytest.mark.parametrize("left", ["scores.parquet.partial", "scores.parquet"])
 def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, monkeypatch, left):
     """Killed outright, so that nothing is tidied away: the merged file is half written, or whole beside its shards."""

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,7 +15,7 @@ from iprox.cli import main
 from iprox.data import Pool
 from iprox.recipe import LdsSection
 from iprox.session import Session
-from iprox.stages import lds
+from iprox.stages import alignment, lds
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -296,7 +295,7 @@ def test_columns_of_other_names_are_read_throughout(place, capfd):
     renamed(place.pool)
     renamed(place.path / "spelling.jsonl")
     columns = ["data.columns.instruction=question", "data.columns.output=answer", "data.columns.source=kind"]
-    changes = ["--set", "warmup=false", "audit={sample: 40}", "proxy.align=false", "refine={recall: 0.5}", *columns]
+    changes = ["--set", "warmup=false", "audit={sample: 40}", "proxy.align=false", "refine={}", *columns]
     assert place.run(*changes, f"finetune={{epochs: 1, test: {{t: {place.path / 'spelling.jsonl'}}}}}") == 0
     lines = place.pool.read_text().splitlines()
     chosen = json.loads((place.output / "selection.json").read_text())["rows"]
@@ -404,34 +403,35 @@ def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(place
     assert output.read_bytes() == (place.output / "selected.jsonl").read_bytes()
 
 
-def test_a_cascade_for_one_task_looks_for_its_best_rows(place):
-    options = [
-        "audit.sample=120",
-        "refine.recall=0.8",
-        "proxy.sparsity=0.7",
-        "proxy.align=false",
-        "refine.correct=false",
-    ]
-    assert place.run("--set", *options, "select.task=spelling") == 0
-    refined = pq.read_table(place.output / "refined/scores.parquet")
-    known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
-    proxy = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
-    assert set(np.flatnonzero(known)) == set(np.argsort(-proxy, kind="stable")[: known.sum()].tolist())
-    chosen = json.loads((place.output / "selection.json").read_text())["rows"]
-    own = refined["influence/spelling"].to_numpy(zero_copy_only=False)
-    assert chosen == np.argsort(np.where(known, -own, np.inf), kind="stable")[: len(chosen)].tolist()
+@pytest.mark.parametrize("by", ["select.task=spelling", "select.strategy=round-robin"])
+def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(place, by, capsys):
+    options = ["refine.candidates=0.3", "proxy.sparsity=0.7", "proxy.align=false", by]
+    assert place.run("--set", *options) == 0
+    refined, scores = (pq.read_table(place.output / name / "scores.parquet").to_pandas() for name in ("refined", "."))
+    tasks = ["spelling"] if "task" in by else ["arithmetic", "spelling"]
+    best = set.union(*(set(scores[f"influence/{task}"].nlargest(60).index) for task in tasks))
+    known = refined.index[np.isfinite(refined["influence"])]
+    assert set(known) == best
+    record = place.record()["stages"]["refine"]
+    assert (record["candidates"], record["candidate_share"]) == (len(best), len(best) / 200)
+    assert set(json.loads((place.output / "selection.json").read_text())["rows"]) <= best
+    if "task" in by:
+        chosen = refined["influence/spelling"].nlargest(20).index
+        assert json.loads((place.output / "selection.json").read_text())["rows"] == list(chosen)
+    capsys.readouterr()
+    assert main(["plan", str(place.recipe), "--quiet", "--json", "--tflops=1", "--set", *options]) == 0
+    planned = json.loads(capsys.readouterr().out)["stages"]["refine"]["flops"]
+    assert planned == pytest.approx(record["flops"] * 60 * len(tasks) / len(best), rel=0.35)
 
 
-def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(place):
-    """A cascade finds the target's own best rows, and selects by the target's own scores."""
-    options = ["audit.sample=120", "refine.recall=0.8", "proxy.sparsity=0.7", "proxy.align=false"]
+def test_the_best_rows_are_scored_again_on_the_target(place):
+    options = ["refine={}", "proxy.sparsity=0.7", "proxy.align=false"]
     options.append("influence.query_norm=0.8")  # of the proxy's scores; the target's are exact
     assert place.run("--set", *options) == 0
     refined = pq.read_table(place.output / "refined/scores.parquet")
     record = json.loads((place.output / "refined/refine.json").read_text())
     known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
-    assert known.sum() == record["candidates"] < 200
-    assert set(record["correction"]) == {"arithmetic", "spelling"}
+    assert known.sum() == record["candidates"] == 40
     (checkpoint,) = json.loads((place.output / "warmup/checkpoints.json").read_text())[-1:]
     score(place, [place.output / "warmup" / checkpoint["path"]], place.path / "own")
     own = pq.read_table(place.path / "own/scores.parquet")
@@ -446,8 +446,36 @@ def test_refined_scores_are_corrected_and_their_best_scored_again_on_the_target(
     assert len(best & set(chosen)) >= 0.6 * len(best)
     assert not list((place.output / "refined").glob("candidates*"))
     assert place.record()["cost"]["refine_flops"] > 0
+    page = (place.output / "report.html").read_text()
+    assert "These are the proxy" in page
+    assert "Scoring the best rows again took" in page
+    first = (place.output / "refined/scores.parquet").read_bytes()
     assert place.run("--set", *options) == 0
     assert "refine" not in place.done()
+    # An audit changes no scores, and another share of candidates is scored anew.
+    assert place.run("--set", *options, "audit=false", "--stop-after", "refine") == 0
+    assert place.done() == []
+    assert place.run("--set", *options, "refine.candidates=0.3", "--stop-after", "refine") == 0
+    assert place.done() == ["refine"]
+    assert (place.output / "refined/scores.parquet").read_bytes() != first
+
+
+def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path):
+    checkpoints = json.loads((finished.output / "warmup/checkpoints.json").read_text())
+    target = finished.output / "warmup" / checkpoints[-1]["path"]
+    proxy = finished.output / "aligned"
+    score(finished, [proxy], tmp_path / "proxy", "--normalise=cosine", "--target", str(target))
+    score(finished, [target], tmp_path / "target", "--normalise=cosine")
+    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    command = ["refine", "--scores", str(tmp_path / "proxy"), "--pool", str(finished.pool), "--model", str(target)]
+    command += ["--validation", *tasks, "--quiet"]  # and neither --normalise nor --max-length
+    assert main([*command, "--output", str(tmp_path / "whole")]) == 0
+    own, whole = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("target", "whole"))
+    for task in ("arithmetic", "spelling"):
+        a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (own, whole))
+        known = np.isfinite(b)
+        assert known.sum() == 40
+        np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3)
 
 
 def test_a_proxy_is_judged_by_exact_scores_whatever_its_own_leave_out(finished, place):
@@ -458,15 +486,14 @@ def test_a_proxy_is_judged_by_exact_scores_whatever_its_own_leave_out(finished, 
         assert not cut[f"proxy/{task}"].equals(exact[f"proxy/{task}"])
 
 
-def test_a_cascade_of_an_influence_function_measures_curvature_on_the_whole_pool(finished, tmp_path):
+def test_refine_with_an_influence_function_measures_curvature_on_the_whole_pool(finished, tmp_path):
     """Its scores are those that the target gives the same rows in the whole pool, not among the best alone."""
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
-    options = ["--estimator=influence-function", "--curvature-examples=64"]
+    options = ["--estimator=influence-function", "--curvature-examples=64", "--seed=3"]
     score(finished, [finished.output / "warmup" / target], tmp_path / "whole", *options)
     refine = [
-        "refine", "--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool",
-        str(finished.pool), "--recall=0.5", "--model", str(finished.output / "warmup" / target), "--max-length=48",
-        "--quiet", "--no-correct", *options,
+        "refine", "--scores", str(tmp_path / "whole"), "--pool", str(finished.pool), "--candidates=0.5", "--model",
+        str(finished.output / "warmup" / target), "--quiet",
     ]  # fmt: skip
     tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
     assert main([*refine, "--validation", *tasks, "--output", str(tmp_path / "refined")]) == 0
@@ -476,40 +503,6 @@ def test_a_cascade_of_an_influence_function_measures_curvature_on_the_whole_pool
         known = np.isfinite(b)
         assert 0 < known.sum() < len(b)
         np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3 * np.abs(a).max())
-
-
-def test_a_cascade_that_cannot_be_promised_is_refused_before_any_work(place, capfd):
-    assert place.run("--set", "audit.sample=40", "refine.recall=0.9") == 2
-    assert "audit 85 or more" in capfd.readouterr().err
-    assert not (place.output / "warmup").exists()
-
-
-def test_refine_alone_corrects_scores(finished, tmp_path, capfd):
-    files = ["--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool", str(finished.pool)]
-    assert main(["refine", *files, "--output", str(tmp_path / "refined"), "--quiet"]) == 0
-    assert "held-out Spearman" in capfd.readouterr().out
-    before, after = (pq.read_table(path / "scores.parquet") for path in (finished.output, tmp_path / "refined"))
-    record = json.loads((tmp_path / "refined/refine.json").read_text())["correction"]
-    assert after["id"].equals(before["id"])
-    for task, entry in record.items():
-        same = after[f"influence/{task}"].equals(before[f"influence/{task}"])
-        assert same is not entry["used"]
-        assert entry["used"] is (entry["spearman"]["after"] > entry["spearman"]["before"])
-    assert main(["refine", *files, "--output", str(tmp_path / "other"), "--recall=0.9"]) == 2
-    assert "--recall goes with --model and --validation" in capfd.readouterr().err
-
-
-def test_an_audit_of_other_scores_is_refused(finished, tmp_path, capfd):
-    target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
-    score(finished, [finished.output / "warmup" / target], tmp_path / "other")
-    files = ["--audit", str(finished.output / "audit"), "--pool", str(finished.pool), "--output", str(tmp_path / "out")]
-    assert main(["refine", "--scores", str(tmp_path / "other"), *files]) == 2
-    assert "its scores of the proxy for arithmetic are not those given" in capfd.readouterr().err
-    table = pq.read_table(finished.output / "scores.parquet")
-    named = pa.array([f"other-{row}" for row in range(table.num_rows)])
-    pq.write_table(table.set_column(table.column_names.index("id"), "id", named), tmp_path / "others.parquet")
-    assert main(["refine", "--scores", str(tmp_path / "others.parquet"), *files]) == 2
-    assert "which the scores have not: it is of another pool" in capfd.readouterr().err
 
 
 def test_an_alignment_is_watched_on_held_out_rows(finished):
@@ -584,13 +577,12 @@ def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
     assert json.loads((tmp_path / "proxy/compression.json").read_text())["tries"]
 
 
-def test_a_cascade_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd):
+def test_refine_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd):
     """Given in another order, each task's column holds its own scores."""
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
     common = [
-        "refine", "--scores", str(finished.output), "--audit", str(finished.output / "audit"), "--pool",
-        str(finished.pool), "--recall=0.5", "--model", str(finished.output / "warmup" / target), "--max-length=48",
-        "--quiet",
+        "refine", "--scores", str(finished.output), "--pool", str(finished.pool), "--model",
+        str(finished.output / "warmup" / target), "--quiet",
     ]  # fmt: skip
     tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
     for name, given in (("one", tasks), ("other", tasks[::-1])):
@@ -606,7 +598,7 @@ def test_a_cascade_takes_tasks_by_name_and_refuses_others(finished, tmp_path, ca
 def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypatch):
     from iprox.proxy import align as module
 
-    options = ["audit=false", "proxy.align.epochs=4", "proxy.align.evaluations=4", "proxy.align.patience=9"]
+    options = ["audit=false", "proxy.align.epochs=4", "proxy.align.held_out=0"]
     step, count = module._step, []
 
     def stopped(*given):
@@ -621,14 +613,6 @@ def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypat
     assert place.run("--set", *options, "proxy.align.learning_rate=1e-4", "--stop-after", "align") == 0
     assert len(count) == 14 + 16
     assert not (place.output / "align-state").exists()
-
-
-def test_a_cascade_is_told_of_in_the_report(place):
-    options = ["audit.sample=120", "refine.recall=0.5", "proxy.align=false", "refine.correct=false"]
-    assert place.run("--set", *options) == 0
-    page = (place.output / "report.html").read_text()
-    assert "These are the proxy" in page
-    assert "Scoring the best rows again took" in page
 
 
 def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(copied, monkeypatch):
@@ -691,42 +675,18 @@ def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(
     assert "<summary>Token by token" not in (place.output / "report.html").read_text()
 
 
-def test_alignment_for_an_influence_function_matches_gradients_divided_by_curvature(place):
-    options = ["warmup=false", "audit=false", "influence.estimator=influence-function", "influence.curvature=k-fac"]
-    options += ["proxy.align.epochs=2", "proxy.align.held_out=0", "influence.curvature_examples=16"]
-    options += ["proxy.align.gradient_weight=1", "proxy.align.precondition=true"]
+def test_the_target_is_asked_in_the_first_epoch_of_an_alignment_only(place, monkeypatch):
+    options = ["warmup=false", "audit=false", "proxy.align.epochs=2", "proxy.align.held_out=0"]
+    options += ["proxy.align.gradient_weight=1"]
     assert place.run("--set", *options, "--stop-after", "align") == 0
-    entry = place.record()["stages"]["align"]
-    assert entry["preconditioned"]
-    assert entry["target_asked"] == 0.5  # the second epoch reads what it said in the first
+    assert place.record()["stages"]["align"]["target_asked"] == 0.5  # the second epoch reads what it said in the first
     assert list((place.output / "align-state").glob("*")) == []
     first = (place.output / "aligned/model.safetensors").read_bytes()
-    # How the target's signals are kept is in no key, and changes no factor.
-    assert place.run("--set", *options, "proxy.align.precompute=false", "--stop-after", "align") == 0
-    assert place.done() == []
-    assert place.run("--set", *options, "proxy.align.precompute=false", "--stop-after", "align", "--fresh") == 0
+    # What is too large to keep is asked every time, which changes no factor.
+    monkeypatch.setattr(alignment, "AUTO_BYTES", 0)
+    assert place.run("--set", *options, "--stop-after", "align", "--fresh") == 0
     assert place.record()["stages"]["align"]["target_asked"] == 1
     assert (place.output / "aligned/model.safetensors").read_bytes() == first
-    # Where it is switched off, plain gradients are matched.
-    assert place.run("--set", *options, "proxy.align.precondition=false", "--stop-after", "align") == 0
-    assert not place.record()["stages"]["align"]["preconditioned"]
-    assert (place.output / "aligned/model.safetensors").read_bytes() != first
-
-
-def test_checkpoints_can_share_the_start_of_their_proxies(place):
-    options = ["influence.checkpoints=all", "proxy.shared_start=true", "audit.sample=12"]
-    assert place.run("--set", *options) == 0
-    first, last = (entry["path"] for entry in json.loads((place.output / "warmup/checkpoints.json").read_text()))
-    described = {
-        name: json.loads((place.output / f"proxy/{name}/compression.json").read_text()) for name in (first, last)
-    }
-    assert described[first]["started_from"] == last
-    assert "started_from" not in described[last]
-    # Each belongs to its own checkpoint, as alignment and audit have checked, and moments were measured once.
-    assert (place.output / "aligned" / first / "model.safetensors").is_file()
-    entry = place.record()["stages"]["compress"]
-    assert entry["tokens"] == described[last]["probe_tokens"]
-    assert place.record()["stages"]["audit"]["fidelity"]["spearman"] > 0.3
 
 
 def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_path, monkeypatch):

@@ -1,13 +1,11 @@
 """Influence functions against dense inverses of the Fisher, layer by layer, in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from iprox.influence.curvature import as_matrix
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import kronecker_curvature, precondition, weight_solver
+from iprox.influence.preconditioning import kronecker_curvature, precondition
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -65,18 +63,6 @@ def test_kfac_is_the_dense_kronecker_inverse(setting):
         fisher = torch.kron(delta.mT @ delta / len(tokens), h.mT @ h / len(h))
         got = bases[name].solve(query[name], DAMPING)
         torch.testing.assert_close(as_matrix(got), dense_solve(fisher, query[name]), rtol=1e-7, atol=1e-10)
-
-
-def test_a_weight_is_divided_as_a_gradient_without_bias_is(setting):
-    model, layers, sample, query, _ = setting
-    bases = kronecker_curvature(model, layers, [sample], labels="data")
-    left_out, *others = bases
-    solve = weight_solver({name: bases[name] for name in others}, layers, DAMPING)
-    for name in others:
-        bias = None if layers[name].bias is None else torch.zeros_like(query[name].bias)
-        wanted = bases[name].solve(replace(query[name], bias=bias), DAMPING)
-        torch.testing.assert_close(solve(name, query[name].weight), wanted.weight)
-    assert solve(left_out, query[left_out].weight) is query[left_out].weight
 
 
 def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronecker_basis(setting):

@@ -26,7 +26,7 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
 from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
-from iprox.proxy.align_loss import Distance, Objective
+from iprox.proxy.align_loss import Objective
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
 from iprox.proxy.factorise import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
@@ -120,15 +120,10 @@ def align(
     gradient_weight: float = 1.0,
     kl_weight: float = 0.1,
     hidden_weight: float = 0.0,
-    temperature: float = 2.0,
-    distance: Distance = "cosine",
-    layer_weights: Mapping[str, float] | None = None,
     accumulate: int = 1,
     held_out: Examples | None = None,
     validation: Mapping[str, Examples] | None = None,
     normalise: Normalise = "none",
-    evaluations: int = 4,
-    patience: int = 2,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -146,16 +141,11 @@ def align(
         gradient_weight: weight of the gradients' distance; 0 matches the logits only, at a third of the cost.
         kl_weight: weight of the KL of the logits.
         hidden_weight: weight of the distance of hidden states.
-        temperature: of the KL.
-        distance: of gradients: `cosine` or `frobenius`.
-        layer_weights: by pattern of layer names, the weight of a layer's distance.
         accumulate: batches an optimiser step; with a `batch_size` of 1 every example is matched by itself.
         held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
             `validation` is needed.
         validation: validation examples by task.
         normalise: of the scores whose fidelity is measured.
-        evaluations: how often that is done, evenly over the steps.
-        patience: evaluations in a row that may be no better before it stops.
         seed: of the order.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
@@ -172,10 +162,10 @@ def align(
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
     check_model("proxy", proxy)
     check_model("model", model)
-    check_choices(distance=(distance, get_args(Distance)), normalise=(normalise, get_args(Normalise)))
+    check_choices(normalise=(normalise, get_args(Normalise)))
     if validation is not None:
         check_tasks(validation)
-    objective = Objective(gradient_weight, kl_weight, hidden_weight, temperature, distance, layer_weights or {})
+    objective = Objective(gradient_weight, kl_weight, hidden_weight)
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
@@ -189,7 +179,7 @@ def align(
             scoring = ScoringSettings("weight", normalise)
             watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
-        chosen = AlignSettings(steps, learning_rate, accumulate, evaluations, patience, seed)
+        chosen = AlignSettings(steps, learning_rate, accumulate, seed)
         with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:
             return align_factors(proxy, model, batches, chosen, objective, held_out=watched, progress=advance)
 

@@ -68,6 +68,7 @@ def query(arguments: Namespace) -> dict[str, Any]:
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
         "dimension": [each["dimension"] for each in about],
         "learning_rates": rates,
+        "max_length": session.max_length,
         **settings.model_dump(include={"estimator", "gradient", "normalise", "aggregate", "over_examples"}),
     }
     return options.single_stage(

@@ -28,6 +28,9 @@ from iprox.stages.held_out import HeldOutRows
 # Probe examples unless asked otherwise: past some hundreds the moments hardly change.
 PROBE_SIZE = 512
 
+# Settings of influence that a target's scores of a proxy's best rows do not take over.
+OF_A_PROXY = {"gradient", "query", "query_norm", "norm_sketch", "per_example", "compile"}
+
 
 def session_of(arguments: Namespace) -> Session:
     """The session that the options of every command ask for."""
@@ -75,6 +78,27 @@ def columns_as_scored(arguments: Namespace) -> None:
     if not arguments.columns:
         columns: Any = scores_metadata(read_scores_schema(arguments.scores)).get("columns", {})
         arguments.columns = [f"{known}={own}" for known, own in columns.items()]
+
+
+def influence_as_scored(arguments: Namespace) -> InfluenceSection:
+    """The settings that a scores table was made with; examples are also cut, and samples drawn, as they were.
+
+    Settings that are of a proxy only, or of how the work was done, are left at their defaults.
+
+    Raises:
+        InputError: the table does not say how it was made.
+    """
+    made: Any = scores_metadata(read_scores_schema(arguments.scores))
+    if "estimator" not in made:
+        raise InputError(
+            f"{arguments.scores}: does not say how it was scored, so the target cannot score rows alike; give what "
+            "iprox score, query or run has written"
+        )
+    for name in ("max_length", "seed"):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, made.get(name))
+    names = InfluenceSection.model_fields.keys() - OF_A_PROXY
+    return validate_section(InfluenceSection, **{name: made[name] for name in names if name in made})
 
 
 def tasks_of(pairs: list[str], arguments: Namespace) -> dict[str, Pool]:

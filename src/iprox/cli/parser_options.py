@@ -171,6 +171,19 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
     compile_option(parser)
 
 
+def ranked_by_options(parser: argparse.ArgumentParser) -> None:
+    """By the scores of which tasks rows are selected."""
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
+    tasks.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="TASK=WEIGHT",
+        help="how much each task counts, 1 where it is not named: gsm8k=2 code=0.5",
+    )
+
+
 def norm_sketch_option(parser: argparse.ArgumentParser) -> None:
     """Of commands that score a proxy."""
     parser.add_argument(

@@ -96,8 +96,6 @@ def align(arguments: Namespace) -> dict[str, Any]:
         gradient_weight=arguments.gradient_weight,
         kl_weight=arguments.kl_weight,
         hidden_weight=arguments.hidden_weight,
-        temperature=arguments.temperature,
-        distance=arguments.distance,
         batch_size=arguments.batch_size,
         accumulate=arguments.accumulate,
     )
@@ -229,17 +227,12 @@ def audit(arguments: Namespace) -> dict[str, Any]:
 
 def refine(arguments: Namespace) -> dict[str, Any]:
     """`iprox refine`."""
-    settings = validate_section(RefineSection, correct=arguments.correct, recall=arguments.recall)
-    asked = {name: getattr(arguments, name) for name in ("fraction", "count", "strategy", "task")}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if asked and settings.recall is None:
-        raise InputError(f"--{next(iter(asked))} says what --recall looks for, which is not given; leave it out")
-    chosen = validate_section(SelectSection, **asked)
+    settings = validate_section(RefineSection, candidates=arguments.candidates)
+    weights = options.numbers_of(arguments.weights, "--weights", "TASK=WEIGHT, e.g. gsm8k=2")
+    chosen = validate_section(SelectSection, strategy=arguments.strategy, task=arguments.task, weights=weights)
     options.columns_as_scored(arguments)
-    influence = options.influence_of(arguments)
+    influence = options.influence_as_scored(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
-    if (settings.recall is not None) != bool(arguments.model and arguments.validation):
-        raise InputError("--recall goes with --model and --validation, with which the best rows are scored again")
     validation = options.tasks_of(arguments.validation, arguments)
     output = options.resumable_folder(arguments.output, f"candidates.parquet.shards/{IDENTITY}", "candidates.*")
     session.read(pool)
@@ -261,11 +254,10 @@ def refine(arguments: Namespace) -> dict[str, Any]:
         arguments,
         lambda: refinement.refine(
             scores=Path(arguments.scores),
-            audit=Path(arguments.audit),
             pool=pool,
             folder=output,
-            settings=settings,
-            chosen=chosen,
+            candidates=settings.candidates,
+            chosen=selection.selection_settings(chosen, session.seed),
             how=scoring.scoring_settings(session, influence).aggregation,
             score_on_target=on_target,
         ),

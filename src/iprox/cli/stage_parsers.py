@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 from iprox.cli.parser_options import (
@@ -16,6 +15,7 @@ from iprox.cli.parser_options import (
     number_or_auto,
     positive,
     query_option,
+    ranked_by_options,
     reading_options,
     streaming_option,
     training_options,
@@ -112,10 +112,6 @@ def add_align(commands: Any) -> None:
     )
     parser.add_argument("--kl-weight", type=float, default=0.1, help="weight of the KL of the logits (default 0.1)")
     parser.add_argument("--hidden-weight", type=float, default=0.0, help="weight of the hidden states (default 0)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of the KL (default 2)")
-    parser.add_argument(
-        "--distance", choices=("cosine", "frobenius"), default="cosine", help="of gradients (default cosine)"
-    )
     parser.add_argument("--batch-size", type=positive, default=8, help="examples a batch (default 8)")
     parser.add_argument(
         "--accumulate",
@@ -241,39 +237,23 @@ def add_refine(commands: Any) -> None:
     parser = command(
         commands,
         "refine",
-        "Correct a proxy's scores by an audit, and have the target score the best ones again.",
-        "iprox refine --scores scores --audit audit --pool pool/*.jsonl --output refined\n  iprox refine --scores "
-        "scores --audit audit --pool pool/*.jsonl --output refined --recall 0.9 \\\n    --fraction 0.05 --model "
-        "warm/checkpoint-44 --validation gsm8k=val.jsonl",
+        "Have the target score a proxy's best rows again, as the proxy was scored, and leave only these a score.",
+        "iprox refine --scores scores --pool pool/*.jsonl --model warm/checkpoint-44 --validation gsm8k=val.jsonl "
+        "--output refined",
     )
     parser.add_argument("--scores", required=True, help="scores.parquet of the proxy, or its folder")
-    parser.add_argument("--audit", required=True, help="folder of the proxy's audit")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
+    parser.add_argument("--model", required=True, help="the proxy's target")
+    parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE", help="those of the scores")
     parser.add_argument("--output", required=True, help="folder for scores.parquet and refine.json")
-    parser.add_argument(
-        "--correct",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="take out what the proxy gets wrong by source and length, where that helps (default)",
-    )
-    parser.add_argument(
-        "--recall",
-        type=float,
-        metavar="SHARE",
-        help="have the target score as many of the best rows again as it takes to find this part of its own best",
-    )
-    parser.add_argument("--model", help="with --recall: the target")
-    parser.add_argument("--validation", nargs="+", default=[], metavar="TASK=FILE", help="with --recall")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--fraction", type=float, help="with --recall: share of the pool to be selected (default 0.05)")
-    size.add_argument("--count", type=int, help="with --recall: number of rows to be selected")
+    parser.add_argument("--candidates", type=float, default=0.2, help="share of the pool to score again (default 0.2)")
     parser.add_argument(
         "--strategy",
-        choices=("top", "round-robin", "balanced"),
-        help="with --recall: how rows will be selected: by all tasks together (top, default) or by each",
+        choices=("top", "round-robin"),
+        default="top",
+        help="how rows will be selected: by all tasks together (top, default), or by each",
     )
-    parser.add_argument("--task", help="with --recall: the one task by which rows will be selected")
-    influence_options(parser)
+    ranked_by_options(parser)
     reading_options(parser)
 
 
@@ -300,15 +280,7 @@ def add_select(commands: Any) -> None:
         help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
         "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
     )
-    tasks = parser.add_mutually_exclusive_group()
-    tasks.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
-    tasks.add_argument(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="TASK=WEIGHT",
-        help="how much each task counts, 1 where it is not named: gsm8k=2 code=0.5",
-    )
+    ranked_by_options(parser)
     parser.add_argument(
         "--threshold",
         type=float,

@@ -78,7 +78,7 @@ def print_run(folder: RunFolder) -> None:
             )
         )
     if "refine" in done:
-        lines.append(("refined", _refined(done["refine"])))
+        lines.append(("refined", f"the best {done['refine']['candidates']:,} rows scored again on the target"))
     if "relative_cost" in summary:
         cost = record["cost"]
         text = f"{summary['relative_cost']:.0%} of the FLOPs of scoring on the target"
@@ -92,14 +92,6 @@ def print_run(folder: RunFolder) -> None:
     for name, text in lines:
         console.print(f"[bold]{name:<10}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)
-
-
-def _refined(entry: dict[str, Any]) -> str:
-    corrected = [task for task, each in entry.get("correction", {}).items() if each["used"]]
-    parts = [f"scores of {formats.listing(corrected)} corrected by source and length"] if corrected else []
-    if "candidates" in entry:
-        parts.append(f"the best {entry['candidates']:,} rows scored again on the target")
-    return "; ".join(parts) or "no correction helped, so scores are as they were"
 
 
 def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
@@ -192,16 +184,8 @@ def print_machine(found: dict[str, Any]) -> None:
 
 
 def print_refinement(record: dict[str, Any]) -> None:
-    """What a correction did for the fidelity, and how many rows a cascade scored again."""
-    for task, entry in record.get("correction", {}).items():
-        before, after = entry["spearman"]["before"], entry["spearman"]["after"]
-        verdict = "corrected" if entry["used"] else "left as it is"
-        console.print(f"{task}: held-out Spearman {before:.3f}, corrected {after:.3f}: {verdict}", markup=False)
-    if "candidates" in record:
-        console.print(
-            f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target, for an "
-            f"expected recall of {record['recall']:g}"
-        )
+    """Print how many rows were scored again."""
+    console.print(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
 
 
 def _interval(fidelity: dict[str, Any]) -> str:

@@ -75,10 +75,6 @@ class EigenBasis:
     right: Tensor
     eigenvalues: Tensor
 
-    def to(self, device: torch.device) -> EigenBasis:
-        """The same on a device."""
-        return EigenBasis(*(part.to(device) for part in (self.left, self.right, self.eigenvalues)))
-
     def squares(self, h: Tensor, delta: Tensor) -> Tensor:
         """Σ_z (Uᵀ G(z) V)² [m, n] over a batch: 2T(m² + n² + mn) FLOPs, a few examples' gradients at a time.
 

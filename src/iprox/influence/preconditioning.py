@@ -20,7 +20,6 @@ from iprox.influence.gradients import LayerGradient, contract, squared_norms, su
 from iprox.models.layers import GradientSpace, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import Sink, frozen, watched_backward
-from iprox.proxy.align_loss import Precondition
 from iprox.proxy.moments import Labels, counted_tokens, sampled_labels
 
 # What is scored: TracIn, of gradients or of Adam's directions, or an influence function by one of three inverses.
@@ -162,25 +161,6 @@ def kronecker_curvature(
 
         _read(model, layers, batches, correct, loss_fn, labels, seed)
     return bases
-
-
-def weight_solver(bases: Mapping[str, EigenBasis], layers: Mapping[str, nn.Module], damping: float) -> Precondition:
-    """What divides the gradient of one layer's weight by its curvature, for proxies aligned by such gradients.
-
-    Args:
-        bases: by layer, from `kronecker_curvature`; one visits the gradient's device at a time. The gradients of
-            layers without one stay as they are.
-        layers: that were measured.
-        damping: λ as a share of the mean eigenvalue of each layer's curvature.
-    """
-
-    def solve(name: str, gradient: Tensor) -> Tensor:
-        if name not in bases:
-            return gradient
-        bias = gradient.new_zeros(len(gradient)) if has_bias(layers[name]) else None
-        return bases[name].to(gradient.device).solve(LayerGradient(gradient, bias), damping).weight
-
-    return solve
 
 
 def _datainf(

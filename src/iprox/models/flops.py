@@ -157,25 +157,6 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     return passes * reading + (tokens * moments + roots if passes else 0.0) + factorise
 
 
-def preconditioning_flops(model: nn.Module, proxy: nn.Module, tokens: int, batches: int, asked: float) -> float:
-    """What matching gradients divided by curvature adds to alignment, over the layers that the proxy has low-rank.
-
-    The proxy's whole gradient Σ δ hᵀ with the backward of it, 6mn a token; and each side's division in the Kronecker
-    basis, 4mn(m+n) a batch, with its backward on the proxy.
-
-    Args:
-        model: the target.
-        proxy: of it.
-        tokens: of all steps.
-        batches: of all steps.
-        asked: share of the steps at which the target was run.
-    """
-    shapes = [weight_shape(layer) for layer in low_rank_layers(proxy).values()]
-    dense = sum(6.0 * m * n for m, n in shapes)
-    solve = sum(4.0 * m * n * (m + n) for m, n in shapes)
-    return tokens * dense + batches * (2 + asked) * solve
-
-
 def alignment_flops(
     model: nn.Module, proxy: nn.Module, tokens: int, supervised: int, *, gradients: bool = True, asked: float = 1.0
 ) -> float:

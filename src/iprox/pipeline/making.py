@@ -80,19 +80,11 @@ def compress(run: Run, context: Context) -> None:
     def work() -> StageRecord:
         examples = run.pool.take(rows)
         held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
-        paths = [path for path, _ in context.targets]
-
-        def made() -> Iterator[StageRecord]:
-            if not settings.shared_start:
-                for path, folder in zip(paths, folders, strict=True):
-                    yield compression.compress(run.session, path, examples, folder, settings, held_out)
-                return
-            last = compression.compress(run.session, paths[-1], examples, folders[-1], settings, held_out)
-            for path, folder in zip(paths[:-1], folders[:-1], strict=True):
-                yield compression.start_from(run.session, paths[-1], folders[-1], path, folder)
-            yield last
-
-        return _afresh(run.folder.proxy, folders, "compression.json", made())
+        made = (
+            compression.compress(run.session, path, examples, folder, settings, held_out)
+            for (path, _), folder in zip(context.targets, folders, strict=True)
+        )
+        return _afresh(run.folder.proxy, folders, "compression.json", made)
 
     chosen = settings.model_dump(exclude={"align", "model"})
     if settings.model is not None:  # what it is, not where
@@ -120,12 +112,8 @@ def align(run: Run, context: Context) -> None:
     influence = run.recipe.influence
     folders = _variants(run.folder.aligned, context)
     proxies = context.proxies
-    # The order of patterns counts, which a mapping in a key does not keep.
-    patterns = list(settings.layer_weights.items())
-    chosen = settings.model_dump(exclude={"precompute"})  # which changes no factor
-    key = [common_key(run), context.keys["compress"], chosen, patterns, run.recipe.batch_tokens]
-    curved = alignment.CurvedBy.of(influence, run.pool)
-    if watched or curved:
+    key = [common_key(run), context.keys["compress"], settings.model_dump(), run.recipe.batch_tokens]
+    if watched:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)
     discard_other_states(run.folder.align_state, identity)
@@ -142,7 +130,6 @@ def align(run: Run, context: Context) -> None:
                 folder,
                 settings,
                 held_out=held_out if watched else None,
-                curved=curved,
                 state=run.folder.align_state / f"{folder.name}.safetensors",
                 identity=identity,
             )

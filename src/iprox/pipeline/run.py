@@ -117,7 +117,8 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         summary = session.read(pool, judging(validation, tests))
         unnamed = summary.rows - sum(summary.sources.values())
         check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
-        refinement.check_sample(recipe, summary.rows)
+        if recipe.refine:
+            refinement.check_candidates(recipe.refine.candidates, chosen, summary.rows)
         check_watched(recipe, summary.rows)
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)

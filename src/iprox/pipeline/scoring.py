@@ -11,9 +11,9 @@ from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
-from iprox.selection import BY_TASK
 from iprox.stages import auditing, lds, refinement, scoring
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
+from iprox.stages.selection import selection_settings
 
 
 def audit(run: Run, context: Context) -> None:
@@ -67,14 +67,13 @@ def score(run: Run, context: Context) -> None:
 
 
 def refine(run: Run, context: Context) -> None:
-    """Correct the scores, and have the target score the best rows again, as far as asked."""
+    """Have the target score the best rows again, if asked."""
     settings = run.recipe.refine
     if not settings:
         return
     influence, chosen = run.recipe.influence, run.recipe.select
     folder = run.folder.refined
-    # A cascade hangs on how many rows are selected, and by which ranking; a correction on neither.
-    looked_for = settings.recall and [chosen.fraction, chosen.count, chosen.strategy in BY_TASK, chosen.task]
+    ranked_by = [chosen.strategy, chosen.task, chosen.weights]
     models = [
         scoring.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
         for path, rate in context.targets
@@ -89,15 +88,14 @@ def refine(run: Run, context: Context) -> None:
 
     context.keys["refine"] = run.stage(
         "refine",
-        [context.keys, context.audit, settings.model_dump(), looked_for, run.recipe.batch_tokens],
+        [context.keys, settings.model_dump(), ranked_by, run.recipe.batch_tokens],
         [folder / "scores.parquet", folder / "refine.json"],
         lambda: refinement.refine(
             folder=folder,
             scores=run.folder.scores,
-            audit=run.folder.audit,
             pool=run.pool,
-            settings=settings,
-            chosen=chosen,
+            candidates=settings.candidates,
+            chosen=selection_settings(chosen, run.recipe.seed),
             how=scoring.scoring_settings(run.session, influence).aggregation,
             score_on_target=on_target,
         ),

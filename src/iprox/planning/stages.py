@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from iprox.models import flops
 from iprox.planning.costs import Costs
+from iprox.proxy.align import EVALUATIONS
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.recipe import AlignSection, TrainingSection
+from iprox.selection import BY_TASK
 from iprox.session import share
 from iprox.stages.attribution import why_not_attributed
 
@@ -42,11 +44,10 @@ def compress(costs: Costs) -> Work | None:
     settings = costs.recipe.proxy
     if not settings:
         return None
-    proxies = 1 if settings.shared_start else costs.checkpoints
-    rows = proxies * share(costs.rows.total, settings.probe.fraction)
+    rows = costs.checkpoints * share(costs.rows.total, settings.probe.fraction)
     spent = flops.compression_flops(costs.model, *costs.rows.read(rows))
     if settings.fidelity is not None:
-        spent += proxies * costs.watching(settings.held_out, most_tries())
+        spent += costs.checkpoints * costs.watching(settings.held_out, most_tries())
     return Work(rows, spent, costs.bytes_per_number * costs.parameters + 16 * costs.linear + costs.activations)
 
 
@@ -66,15 +67,14 @@ def align(costs: Costs) -> Work | None:
         asked = 3 if settings.gradient_weight else 1
         spent -= rows * (1 - 1 / settings.epochs) * costs.rows.tokens * asked * costs.forward
     if settings.held_out:
-        spent += costs.checkpoints * costs.watching(settings.held_out, 1 + settings.evaluations)
+        spent += costs.checkpoints * costs.watching(settings.held_out, 1 + EVALUATIONS)
     memory = 2 * costs.bytes_per_number * costs.parameters + 20 * costs.kept * costs.linear + 4 * costs.activations
     return Work(rows, spent, memory)
 
 
 def _keeps_signals(settings: AlignSection, examples: int, linear: float) -> bool:
     """Whether what the target says of each batch is not too large to keep."""
-    fits = 4 * examples / settings.batch_size * linear <= AUTO_BYTES
-    return settings.precompute is True or (settings.precompute == "auto" and fits)
+    return not settings.hidden_weight and 4 * examples / settings.batch_size * linear <= AUTO_BYTES
 
 
 def audit(costs: Costs) -> Work | None:
@@ -111,11 +111,12 @@ def _scoring_memory(costs: Costs) -> float:
 
 
 def refine(costs: Costs) -> Work | None:
-    """The best rows again on the target: the selection itself; how many more, the audit will say."""
+    """The best rows again on the target: where tasks take turns at most as many for each, as they share some."""
     settings, selected = costs.recipe.refine, costs.recipe.select
-    if not (settings and settings.recall):
+    if not settings:
         return None
-    part = selected.fraction or (selected.count or 0) / costs.rows.total
+    rankings = len(costs.recipe.data.validation) if selected.strategy in BY_TASK else 1
+    part = min(1.0, rankings * settings.candidates)
     spent = part * costs.target_pool + costs.checkpoints * costs.queries
     return Work(part * costs.rows.total * costs.checkpoints, spent, _scoring_memory(costs))
 

@@ -22,9 +22,14 @@ from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.precision import cast_parameters
 from iprox.progress import Advance
-from iprox.proxy.align_loss import Objective, Precondition, Signals, alignment_loss, target_signals
+from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
+
+# How often held-out fidelity is measured and the state saved, evenly over the steps; fidelity is also measured before.
+EVALUATIONS = 4
+# Evaluations in a row that may be no better than the best before alignment stops.
+PATIENCE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +109,18 @@ class AlignSettings:
         learning_rate: peak step size of a factor of average scale.
         accumulate: batches an optimiser step. With batches of one example each, every example's own gradient is matched
             rather than a batch's mean.
-        evaluations: how often held-out fidelity is measured, evenly over the steps, beside once before them; that is
-            also when the state is saved.
-        patience: evaluations in a row that may be no better than the best before it stops.
         seed: of the order.
     """
 
     steps: int
     learning_rate: float = 1e-4
     accumulate: int = 1
-    evaluations: int = 4
-    patience: int = 2
     seed: int = 0
 
     @property
     def every(self) -> int:
         """Steps between evaluations."""
-        return max(1, math.ceil(self.steps / self.evaluations))
+        return max(1, math.ceil(self.steps / EVALUATIONS))
 
 
 def align(
@@ -131,7 +131,6 @@ def align(
     objective: Objective | None = None,
     *,
     held_out: Callable[[], float] | None = None,
-    precondition: Precondition | None = None,
     store: SignalStore | None = None,
     state: Path | None = None,
     identity: str = "",
@@ -157,14 +156,13 @@ def align(
         settings: how factors are tuned.
         objective: what is minimised.
         held_out: fidelity of the proxy as it is, on examples that are not aligned on.
-        precondition: the inverse curvature S of an influence function, on the target's device and the proxy's.
         store: keeps what the target says of each batch, so that it is asked once; None asks every time.
         state: file that an interrupted alignment goes on from.
         identity: of the run that may go on from it.
         progress: called with the number of steps done.
 
     Raises:
-        InputError: the proxy has no low-rank layer, there is nothing to align on, or the objective fits no layer.
+        InputError: the proxy has no low-rank layer, or there is nothing to align on.
         FloatingPointError: the loss is not finite (the step and the batch are named).
     """
     objective = objective or Objective()
@@ -176,12 +174,11 @@ def align(
         )
     if not batches:
         raise InputError("no supervised example to align on")
-    objective.aligned(layers)
     here, there = (next(model.parameters()).device for model in (proxy, target))
 
     def signals_of(index: int) -> Signals:
         def make() -> Signals:
-            return target_signals(target, layers, batches[index].to(there), objective, precondition)
+            return target_signals(target, layers, batches[index].to(there), objective)
 
         return (make() if store is None else store(index, make)).to(here)
 
@@ -202,7 +199,7 @@ def align(
             indices = list(itertools.islice(order, settings.accumulate))
             if step <= done:
                 continue
-            if run.worse_since() >= settings.patience:
+            if run.worse_since() >= PATIENCE:
                 run.history.stopped_early = True
                 break
             if step % RELEASE_EVERY == 0:
@@ -212,7 +209,7 @@ def align(
             told = (signals_of(index) for index in indices)  # one at a time: they are as large as the target
             try:
                 parts = _step(
-                    *(proxy, layers, some, told, objective, precondition),
+                    *(proxy, layers, some, told, objective),
                     *(optimizer, list(factors.values()), rate, autocast),
                 )
             except FloatingPointError as error:
@@ -239,7 +236,6 @@ def _step(
     batches: Sequence[Batch],
     signals: Iterable[Signals],
     objective: Objective,
-    precondition: Precondition | None,
     optimizer: torch.optim.Optimizer,
     factors: Sequence[nn.Parameter],
     rate: float,
@@ -251,7 +247,7 @@ def _step(
     found = []
     for batch, told in zip(batches, signals, strict=True):
         with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
-            losses = alignment_loss(proxy, layers, batch.to(here), told, objective, precondition)
+            losses = alignment_loss(proxy, layers, batch.to(here), told, objective)
         if not torch.isfinite(losses.whole):
             raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
         (losses.whole / len(batches)).backward()

@@ -3,26 +3,21 @@
 Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
 factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
 
-    gradient_weight · weighted mean over aligned layers of
+    gradient_weight · mean over low-rank layers of
         d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
     + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens
     + hidden_weight · mean over decoder layers of the relative squared distance of what they pass on,
 
-d the cosine distance or the relative Frobenius distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
+d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
 The first part needs second derivatives; the other two do not.
-
-Where an influence function will be scored, which is ⟨S(G), Ḡ⟩ with S the inverse of the curvature, S(∇_W) takes the
-place of ∇_W on both sides. S mixes rows and columns of the whole gradient, so the proxy's is formed then: ∇_W = Σ δ hᵀ
-with the graph of δ and h, 2mn FLOPs a token and mn numbers a layer more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +31,8 @@ from iprox.models.loss import causal_lm_logits, mean_by_row
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
-Distance = Literal["cosine", "frobenius"]
-# (layer name, ∇_W [m, n]) -> S(∇_W), linear and differentiable.
-Precondition = Callable[[str, Tensor], Tensor]
+# τ of the KL of the logits.
+TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,48 +43,20 @@ class Objective:
         gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
         kl_weight: λ_KL; Adam does not see its scale where nothing else has a weight.
         hidden_weight: of the hidden states.
-        temperature: τ.
-        distance: of gradients: `cosine`, or `frobenius`: squared and relative to the target's.
-        layer_weights: by pattern of layer names (`*.mlp.*`), the weight of a layer's distance; the last pattern that
-            fits counts, layers that none fits weigh 1, and layers of weight 0 are not aligned.
     """
 
     gradient_weight: float = 1.0
     kl_weight: float = 0.1
     hidden_weight: float = 0.0
-    temperature: float = 2.0
-    distance: Distance = "cosine"
-    layer_weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be minimised."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
-        if not self.gradient_weight and (self.distance != "cosine" or self.layer_weights):
-            key = "layer_weights" if self.layer_weights else "distance"
-            raise InputError(f"{key}: of the gradients, whose gradient_weight is 0: leave one of the two out")
 
-    def aligned(self, layers: Mapping[str, LowRankLinear]) -> dict[str, float]:
-        """The weight of each layer whose gradients are matched.
-
-        Raises:
-            InputError: a pattern fits no layer, or no layer is left.
-        """
-        if not self.gradient_weight:
-            return {}
-        for pattern in self.layer_weights:
-            if not any(fnmatchcase(name, pattern) for name in layers):
-                raise InputError(
-                    f"layer_weights: no low-rank layer is called {pattern!r}; the first is {next(iter(layers))!r}"
-                )
-        weights = {}
-        for name in layers:
-            fitting = [weight for pattern, weight in self.layer_weights.items() if fnmatchcase(name, pattern)]
-            weights[name] = fitting[-1] if fitting else 1.0
-        weights = {name: weight for name, weight in weights.items() if weight}
-        if not weights:
-            raise InputError("layer_weights: every layer weighs 0, so there is no gradient to align")
-        return weights
+    def matched(self, layers: Mapping[str, LowRankLinear]) -> list[str]:
+        """Return the names of the layers whose gradients are matched: all of them, or none without a weight."""
+        return list(layers) if self.gradient_weight else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +98,8 @@ def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
 
 
 def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
-    """‖x - y‖² / ‖y‖² of two matrices, a scalar; it also matches lengths, which the cosine does not see."""
+    """‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine it also matches lengths."""
     return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
-
-
-DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": cosine_distance,
-    "frobenius": frobenius_distance,
-}
 
 
 def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
@@ -151,12 +111,7 @@ def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: floa
 
 
 def gradient_distance(
-    layers: Mapping[str, LowRankLinear],
-    loss: Tensor,
-    target: Mapping[str, Tensor],
-    weights: Mapping[str, float],
-    distance: Distance = "cosine",
-    dense: Mapping[str, Tensor] | None = None,
+    layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor], names: Sequence[str]
 ) -> Tensor:
     """The gradient part of the alignment loss, differentiable in the factors (second order).
 
@@ -164,27 +119,21 @@ def gradient_distance(
         layers: the proxy's low-rank layers.
         loss: ℓ of the proxy on the batch, a scalar with its graph.
         target: ∇_W ℓ_target [m, n] by layer name, without a graph.
-        weights: of the layers that are aligned.
-        distance: d.
-        dense: in place of the gradients of `loss`, what is matched of the proxy [m, n] by layer name, with its graph.
+        names: of the layers that are aligned.
     """
-    seen = factor_gradients(layers, loss, list(weights)) if dense is None else {}
-    measure = DISTANCES[distance]
-    distances, shares = [], []
+    seen = factor_gradients(layers, loss, names)
+    distances = []
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
-        for name, weight in weights.items():
-            A, B = layers[name].A.weight, layers[name].B.weight
-            if dense is not None and name in dense:
-                seen[name] = dense[name] @ B.mT, A.mT @ dense[name]
+        for name in names:
             if name not in seen or name not in target:
                 continue  # an expert that no token of the batch was routed to, on the proxy or on the target
+            A, B = layers[name].A.weight, layers[name].B.weight
             grad_A, grad_B = seen[name]
             G = target[name].to(A.dtype)
-            distances.append(weight * (measure(grad_A, G @ B.mT) + measure(grad_B, A.mT @ G)))
-            shares.append(weight)
+            distances.append(cosine_distance(grad_A, G @ B.mT) + cosine_distance(grad_B, A.mT @ G))
     if not distances:
         return loss * 0  # no layer that is aligned saw a token of this batch
-    return torch.stack(distances).sum() / sum(shares)
+    return torch.stack(distances).mean()
 
 
 def factor_gradients(
@@ -195,43 +144,6 @@ def factor_gradients(
     gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
     pairs = zip(names, gradients[::2], gradients[1::2], strict=True)
     return {name: (grad_A, grad_B) for name, grad_A, grad_B in pairs if grad_A is not None and grad_B is not None}
-
-
-def dense_gradients(loss: Tensor, met: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """∇_W = Σ_t δ_t h_tᵀ [m, n] of low-rank layers as if they were dense, with the graph of δ and h.
-
-    Args:
-        loss: ℓ, a scalar with its graph.
-        met: inputs h [..., n] and outputs [..., m] of each layer in the pass that gave `loss`.
-    """
-    outputs = [output for _, output in met.values()]
-    deltas = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
-    found = {}
-    with torch.autocast(loss.device.type, enabled=False):
-        for (name, (h, _)), delta in zip(met.items(), deltas, strict=True):
-            if delta is not None:
-                rows = delta.flatten(0, -2).to(accumulation_dtype(delta))
-                found[name] = rows.mT @ h.flatten(0, -2).to(rows.dtype)
-    return found
-
-
-@contextmanager
-def layers_met(layers: Mapping[str, nn.Module], names: Iterable[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Gather the inputs and outputs of some layers, with their graph, while a model runs inside."""
-    met: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, inputs: Any, output: Tensor) -> None:
-            met[name] = inputs[0], output
-
-        return hook
-
-    handles = [layers[name].register_forward_hook(keep(name)) for name in names]
-    try:
-        yield met
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) -> Tensor:
@@ -248,7 +160,6 @@ def alignment_loss(
     batch: Batch,
     signals: Signals,
     objective: Objective,
-    precondition: Precondition | None = None,
 ) -> Losses:
     """The loss of one batch.
 
@@ -258,28 +169,23 @@ def alignment_loss(
         proxy: in evaluation mode.
         layers: its low-rank layers.
         batch: on its device.
-        signals: what it is to match, on its device; with `precondition`, made with it too.
+        signals: what it is to match, on its device.
         objective: what counts.
-        precondition: S.
     """
-    weights = objective.aligned(layers)
-    kernel = sdpa_kernel(SDPBackend.MATH) if weights else nullcontext()
-    watched = weights if precondition is not None else ()
-    with kernel, passed_on(proxy, bool(signals.hidden)) as hidden, layers_met(layers, watched) as met:
+    names = objective.matched(layers)
+    kernel = sdpa_kernel(SDPBackend.MATH) if names else nullcontext()
+    with kernel, passed_on(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
-        kl = kl_divergence(signals.logits, logits, objective.temperature).mean()
+        kl = kl_divergence(signals.logits, logits, TEMPERATURE).mean()
         whole = objective.kl_weight * kl
         apart = hidden_distance(hidden, signals.hidden, batch.lengths) if signals.hidden else None
         if apart is not None:
             whole = whole + objective.hidden_weight * apart
         gradient = None
-        if weights:
+        if names:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
-            loss, dense = losses.mean(), None
-            if precondition is not None:
-                dense = {name: precondition(name, G) for name, G in dense_gradients(loss, met).items()}
-            gradient = gradient_distance(layers, loss, signals.gradients, weights, objective.distance, dense)
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients, names)
             whole = whole + objective.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
@@ -289,10 +195,9 @@ def target_signals(
     layers: Mapping[str, LowRankLinear],
     batch: Batch,
     objective: Objective,
-    precondition: Precondition | None = None,
 ) -> Signals:
     """What the proxy is to match on a batch. Where gradients have no weight there is no backward pass."""
-    names = objective.aligned(layers)
+    names = objective.matched(layers)
     with passed_on(target, objective.hidden_weight > 0) as hidden:
         if not names:
             with frozen(target), torch.no_grad():
@@ -310,8 +215,7 @@ def target_signals(
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             rows = delta.reshape(-1, delta.shape[-1]).to(accumulation_dtype(delta))
-            gradient = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
-            gradients[name] = gradient if precondition is None else precondition(name, gradient)
+            gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
 
         with frozen(target):
             watched_backward(target, watched, losses, sink)

@@ -21,20 +21,21 @@ from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
 from iprox.proxy.align_loss import Signals
 
-# Up to this many bytes they are kept unless told otherwise.
+# Up to this many bytes they are kept.
 AUTO_BYTES = 4 << 30
 
 
 class SignalStore:
     """Signals of batches by number, in a folder: read if they are there, else made and written.
 
+    Where the disk is full it goes on without, and warns.
+
     Args:
         folder: made if missing; what is in it is of the same target, batches and objective.
-        optional: go on without it, and warn, where the disk is full.
     """
 
-    def __init__(self, folder: Path, *, optional: bool = False) -> None:
-        self.folder, self.optional = folder, optional
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.full = False
 
     def __call__(self, index: int, make: Callable[[], Signals]) -> Signals:
@@ -56,8 +57,6 @@ class SignalStore:
             with replacing(file) as partial:
                 save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
         except (OSError, SafetensorError) as error:
-            if not self.optional:
-                raise
             self.full = True
             self.discard()
             warnings.warn(f"the target is asked at every step, as what it says cannot be kept: {error}", stacklevel=2)
@@ -69,17 +68,17 @@ class SignalStore:
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], weights: Mapping[str, float], batches: Sequence[Batch], vocabulary: int
+    layers: Mapping[str, LowRankLinear], names: Sequence[str], batches: Sequence[Batch], vocabulary: int
 ) -> int:
     """About what the signals of some batches take: gradients [m, n] in float32, and logits where tokens are supervised.
 
     Args:
         layers: the proxy's low-rank layers.
-        weights: of those whose gradients are matched.
+        names: of those whose gradients are matched.
         batches: of the alignment.
         vocabulary: entries of a token's logits.
     """
-    gradients = sum(layers[name].out_features * layers[name].in_features for name in weights)
+    gradients = sum(layers[name].out_features * layers[name].in_features for name in names)
     supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
     return 4 * (len(batches) * gradients + supervised * vocabulary)
 

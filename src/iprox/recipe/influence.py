@@ -37,7 +37,7 @@ class InfluenceSection(Section):
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
     are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy, by influence functions 0.98, and 1 on a model
-    itself. Audits and cascades ask the target with whole ones. `norm_sketch` is the number of random signs a layer that
+    itself. Audits and `refine` ask the target with whole ones. `norm_sketch` is the number of random signs a layer that
     the cosine's norms are estimated from on a proxy; 0 is exact, left out it is 32.
     `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean

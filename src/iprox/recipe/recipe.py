@@ -61,38 +61,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _preconditioned_by_a_curvature(self) -> Recipe:
-        divided = self.proxy and self.proxy.align and self.proxy.align.precondition
-        if divided and self.influence.estimator != "influence-function":
-            raise ValueError(
-                "proxy.align.precondition divides gradients by the curvature of influence.estimator "
-                f"influence-function, not of {self.influence.estimator}: leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _refined_by_an_audit(self) -> Recipe:
-        if self.refine and not (self.proxy and self.audit):
-            raise ValueError("refine compares a proxy with its target on the audit's sample: it needs proxy and audit")
-        if self.refine and self.refine.recall:
-            if self.select.strategy in ("diverse", "sample"):
-                raise ValueError(
-                    f"refine.recall finds the target's best rows, which the strategy {self.select.strategy} does not "
-                    "choose by alone; use top, round-robin or balanced"
-                )
-            if self.select.weights:
-                raise ValueError(
-                    "refine.recall finds the best rows by tasks that count alike (or one, select.task): leave "
-                    "select.weights out, or the recall"
-                )
-            limits = ("tokens", "threshold", "source_floor", "source_cap", "deduplicate", "control_length")
-            unlimited = SelectSection.model_construct()
-            given = [name for name in limits if getattr(self.select, name) != getattr(unlimited, name)]
-            if given:
-                raise ValueError(
-                    f"refine.recall scores just as many rows again as are selected by rank, which select.{given[0]} "
-                    "passes over; leave one of the two out"
-                )
+    def _refined_from_a_proxy(self) -> Recipe:
+        if self.refine and not self.proxy:
+            raise ValueError("refine has the target score a proxy's best rows again, and proxy is off: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -108,11 +108,9 @@ class AlignSection(Section):
     """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
 
     Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
-    `hidden_weight` the hidden states. `distance` and `layer_weights` are of the gradients
-    (`iprox.proxy.align_loss.Objective`). `precompute` keeps what the target says of each batch on disk, so that it is
-    asked once; `auto` does up to 4 GB. `precondition` matches gradients divided by the target's curvature where an
-    influence function will be scored. The factors kept are those of the best fidelity on `held_out` examples of the
-    pool, measured before the first step and `evaluations` times after it; 0 of them keeps the last factors.
+    `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best
+    fidelity on `held_out` examples of the pool, measured before the first step and four times after it; 0 of them keeps
+    the last factors.
     """
 
     fraction: float = Field(0.01, gt=0, le=1)
@@ -123,14 +121,7 @@ class AlignSection(Section):
     gradient_weight: float = Field(1.0, ge=0)
     kl_weight: float = Field(0.1, ge=0)
     hidden_weight: float = Field(0.0, ge=0)
-    temperature: float = Field(2.0, gt=0)
-    distance: Literal["cosine", "frobenius"] = "cosine"
-    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-    precompute: Literal["auto"] | bool = "auto"
-    precondition: bool = False
     held_out: int = Field(128, ge=0)
-    evaluations: int = Field(4, ge=1)
-    patience: int = Field(2, ge=1)
 
     @model_validator(mode="after")
     def _something_to_match(self) -> AlignSection:
@@ -139,14 +130,6 @@ class AlignSection(Section):
                 "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
                 "or align: false"
             )
-        of_gradients = {
-            "distance": self.distance != "cosine",
-            "layer_weights": bool(self.layer_weights),
-            "precondition": self.precondition,
-        }
-        if not self.gradient_weight and any(of_gradients.values()):
-            key = next(key for key, given in of_gradients.items() if given)
-            raise ValueError(f"{key} is of the gradients, whose gradient_weight is 0: leave one of the two out")
         if 0 < self.held_out < 16:
             raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
         return self
@@ -158,8 +141,7 @@ class ProxySection(Section):
     Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
     `held_out` examples of the pool, is at least that with confidence.
 
-    With `influence.checkpoints: all` there is a proxy for each. `shared_start` measures moments at the last checkpoint
-    only; the others' factors follow the change of the weights from there (`iprox.proxy.rebase`).
+    With `influence.checkpoints: all` there is a proxy for each.
     """
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
@@ -169,7 +151,6 @@ class ProxySection(Section):
     fidelity: float | None = Field(None, gt=0, lt=1)
     held_out: int = Field(256, ge=16)
     model: str | None = None
-    shared_start: bool = False
     ranks: Literal["global", "uniform"] = "global"
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
@@ -186,8 +167,6 @@ class ProxySection(Section):
             if self.model is None or given:
                 raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
             return self
-        if self.shared_start and not self.factorised:
-            raise ValueError("shared_start goes with methods that factorise layers")
         if self.model is not None:
             raise ValueError("`model` goes with the method off-the-shelf only")
         if self.fidelity is not None and self.method == "layers":
@@ -270,21 +249,13 @@ class AuditSection(Section):
 
 
 class RefineSection(Section):
-    """What is made of the proxy's scores with the target's of some rows; both rest on the audit.
+    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores.
 
-    `correct` takes out what the proxy gets wrong by source and by length, for tasks where that raises the held-out
-    fidelity. With a `recall` the target scores as many of the proxy's best rows again as it takes to find that part
-    of its own best ones, and the selection is among these.
+    `candidates` is their share of the pool: the best by the scores that `select` goes by, of every task where tasks
+    take turns.
     """
 
-    correct: bool = True
-    recall: float | None = Field(None, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _something_to_do(self) -> RefineSection:
-        if not self.correct and self.recall is None:
-            raise ValueError("correct is off and there is no recall, so there is nothing to do; or refine: false")
-        return self
+    candidates: float = Field(0.2, gt=0, lt=1)
 
 
 class FinetuneSection(TrainingSection):

@@ -59,7 +59,6 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         warnings=sections.warnings_section(folder, [warning] if warning else []),
         reproduce=sections.reproduce_section(folder),
         shaded=bool(folder.shading),
-        corrected=folder.corrected,
     )
     path = run_dir / "report.html"
     with replacing(path) as partial:

@@ -110,11 +110,6 @@ class RunFolder:
     alignment: dict[str, Any] | None
     shading: dict[int, list[ShadedToken]]
 
-    @property
-    def corrected(self) -> bool:
-        """Whether `scores` are the proxy's as an audit corrected them."""
-        return self.refined is not None and "candidates" not in self.refined
-
 
 def read_run_folder(path: Path) -> RunFolder:
     """Reads a run folder.
@@ -135,9 +130,7 @@ def read_run_folder(path: Path) -> RunFolder:
         raise InputError(f"{path / 'run.json'}: missing; run `iprox run RECIPE.yaml` with this output folder first")
     done = run.get("stages", {})
     refined = _read_json(path / "refined" / "refine.json", dict) if "refine" in done else None
-    # A correction leaves every row a score. A cascade leaves most without, so there the proxy's are shown.
-    corrected = refined is not None and "candidates" not in refined
-    scores_path = path / ("refined/scores.parquet" if corrected else "scores.parquet")
+    scores_path = path / "scores.parquet"  # refined or not: refined ones leave most rows without a score
     if not scores_path.is_file():
         raise InputError(
             f"{scores_path}: missing, the score stage has not finished; "

@@ -119,7 +119,7 @@ def score_section(folder: RunFolder) -> dict[str, Any]:
     positive = formats.percent((scores.influence[finite] > 0).mean(), 0)
     caption = f"Training on a row with a positive score lowers the validation loss: {positive} of the scored rows."
     cut = None if selection is None else selection.threshold
-    if folder.refined is not None and "candidates" in folder.refined:
+    if folder.refined is not None:
         cut = None  # it is of the target's scores
         note = (
             f"{note} These are the proxy's scores. The target scored the best "

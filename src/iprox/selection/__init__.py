@@ -1,7 +1,16 @@
 """Selection: from scores to the chosen rows."""
 
 from iprox.selection.feasible import check_feasible
-from iprox.selection.select import Selection, select_rows
-from iprox.selection.settings import BY_TASK, SelectionSettings, Strategy
+from iprox.selection.select import Selection, best_rows, select_rows
+from iprox.selection.settings import BY_TASK, SelectionSettings, Strategy, rows_in_share
 
-__all__ = ["BY_TASK", "Selection", "SelectionSettings", "Strategy", "check_feasible", "select_rows"]
+__all__ = [
+    "BY_TASK",
+    "Selection",
+    "SelectionSettings",
+    "Strategy",
+    "best_rows",
+    "check_feasible",
+    "rows_in_share",
+    "select_rows",
+]

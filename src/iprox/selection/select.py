@@ -17,7 +17,7 @@ from iprox.selection.constraints import Limits, take, without_length_bias
 from iprox.selection.diverse import Features, diverse
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.feasible import check_feasible
-from iprox.selection.settings import BY_TASK, SelectionSettings, rows_in
+from iprox.selection.settings import BY_TASK, SelectionSettings, rows_in, rows_in_share
 from iprox.selection.strategies import Ranking, balanced, round_robin, sampled, top
 
 
@@ -138,6 +138,32 @@ def select_rows(
         asked,
         dict(taken.passed_over),
     )
+
+
+def best_rows(scores: pa.Table, share: float, settings: SelectionSettings) -> np.ndarray:
+    """Return the best share of the rows by the scores that a selection ranks by, of every task where tasks take turns.
+
+    Args:
+        scores: a scores table.
+        share: of its rows, in (0, 1).
+        settings: what will be selected.
+
+    Returns:
+        int64 [K] row numbers, in order; none has no score.
+
+    Raises:
+        InputError: the settings name a task that the table does not have.
+    """
+    count = rows_in_share(share, scores.num_rows)
+    return np.unique(np.concatenate([top(column, count) for column in _columns(scores, settings)]))
+
+
+def _columns(scores: pa.Table, settings: SelectionSettings) -> list[np.ndarray]:
+    """The scores [N] that rows are ranked by: those of each task that has turns, or one."""
+    if settings.strategy not in BY_TASK:
+        return [_column(scores, settings)]
+    weights = settings.weights_of(task_names(scores))
+    return [column for column, weight in zip(score_matrix(scores).T, weights, strict=True) if weight]
 
 
 def _ranking(

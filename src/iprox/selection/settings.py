@@ -104,7 +104,7 @@ class SelectionSettings:
 
     def rows_of(self, total: int) -> int | None:
         """The number of rows asked for of a pool of that many; None where another limit decides."""
-        return self.count if self.fraction is None else max(1, round(self.fraction * total))
+        return self.count if self.fraction is None else rows_in_share(self.fraction, total)
 
     @property
     def by_source(self) -> bool:
@@ -116,6 +116,11 @@ class SelectionSettings:
         if self.source_cap is None:
             return {}
         return {**self.source_cap} if isinstance(self.source_cap, Mapping) else {None: self.source_cap}
+
+
+def rows_in_share(share: float, total: int) -> int:
+    """Return a share of all rows, rounded to the nearest number, at least one."""
+    return max(1, round(share * total))
 
 
 def rows_in(share: float, count: int) -> int:

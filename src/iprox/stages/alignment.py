@@ -5,39 +5,22 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from iprox.data import Batch, ChatEncoder, Example, Pool, example_batches
-from iprox.influence.preconditioning import kronecker_curvature, weight_solver
+from iprox.data import Batch, Example, example_batches
 from iprox.models import flops
-from iprox.models.layers import influence_layers, low_rank_layers
+from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
 from iprox.models.saving import save_model
 from iprox.proxy.align import AlignSettings, align
-from iprox.proxy.align_loss import Objective, Precondition
+from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
-from iprox.recipe import AlignSection, InfluenceSection
+from iprox.recipe import AlignSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
-from iprox.stages.scoring import curvature_sample
-
-
-@dataclass(frozen=True, slots=True)
-class CurvedBy:
-    """An influence function that will be scored, and the pool that its curvature is measured on a sample of."""
-
-    influence: InfluenceSection
-    pool: Pool
-
-    @classmethod
-    def of(cls, influence: InfluenceSection, pool: Pool) -> CurvedBy | None:
-        """None for estimators that divide by no Kronecker-factored curvature."""
-        return cls(influence, pool) if influence.estimator == "influence-function" else None
 
 
 def align_proxy(
@@ -49,7 +32,6 @@ def align_proxy(
     settings: AlignSection,
     *,
     held_out: HeldOutRows | None = None,
-    curved: CurvedBy | None = None,
     max_steps: int | None = None,
     state: Path,
     identity: str,
@@ -64,7 +46,6 @@ def align_proxy(
         output: folder to write.
         settings: how to align.
         held_out: what fidelity is measured on; None keeps the last factors.
-        curved: the influence function that will be scored, whose curvature gradients are divided by; None for others.
         max_steps: in place of the number of epochs.
         state: file that an interrupted alignment goes on from; the caller removes it when all is done.
         identity: of the alignment that may go on from it.
@@ -80,17 +61,7 @@ def align_proxy(
     batches = list(steps_of)
     steps = max_steps or settings.epochs * math.ceil(len(batches) / settings.accumulate)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
-    objective = Objective(
-        settings.gradient_weight,
-        settings.kl_weight,
-        settings.hidden_weight,
-        settings.temperature,
-        settings.distance,
-        settings.layer_weights,
-    )
-    precondition, curvature = None, 0.0
-    if curved is not None and settings.precondition:
-        precondition, curvature = _inverse_curvature(session, target, proxy, encoder, curved)
+    objective = Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
         session.reporter.say(f"align: goes on from {state}")
@@ -99,17 +70,9 @@ def align_proxy(
             proxy,
             target,
             batches,
-            AlignSettings(
-                steps,
-                settings.learning_rate,
-                settings.accumulate,
-                settings.evaluations,
-                settings.patience,
-                session.seed,
-            ),
+            AlignSettings(steps, settings.learning_rate, settings.accumulate, session.seed),
             objective,
             held_out=None if watched is None else watched.watch(proxy),
-            precondition=precondition,
             store=store,
             state=state,
             identity=identity,
@@ -134,15 +97,12 @@ def align_proxy(
     tokens, supervised = tokens_of(encoded)
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0, asked=asked)
-    if precondition is not None:
-        spent += curvature + flops.preconditioning_flops(target, proxy, history.tokens, read_batches, asked)
     if watched is not None and held_out is not None:
         spent += watching_flops(target, [proxy] * len(history.held_out), watched, held_out.influence)
     return {
         "tokens": history.tokens,
         "flops": spent,
         "examples": len(examples),
-        "preconditioned": precondition is not None,
         "target_asked": asked,
         "steps": len(history.steps),
         "first_loss": history.steps[0].loss,
@@ -159,32 +119,6 @@ def align_proxy(
     }
 
 
-def _inverse_curvature(
-    session: Session, target: PreTrainedModel, proxy: PreTrainedModel, encoder: ChatEncoder, curved: CurvedBy
-) -> tuple[Precondition, float]:
-    """(F + λI)⁻¹ of the target's layers in weight space, and the FLOPs of measuring F.
-
-    It stays in the host's memory, m² + n² + mn numbers a layer, and visits the device a layer at a time.
-    """
-    influence = curved.influence
-    sample = curvature_sample(session, curved.pool, encoder, influence)
-    layers = influence_layers(target, "weight")
-    low_rank = low_rank_layers(proxy)
-    layers = {name: layer for name, layer in layers.items() if name in low_rank}
-    batches = list(session.batches(sample, 0))
-    corrected = influence.curvature == "ek-fac"
-    bases = kronecker_curvature(target, layers, batches, corrected=corrected, seed=session.seed)
-    bases = {name: basis.to(torch.device("cpu")) for name, basis in bases.items()}
-    if missed := [name for name in layers if name not in bases]:
-        session.reporter.warn(
-            f"no example of the curvature sample moved {missed[0]} ({len(missed)} layers in all), so their gradients "
-            "are matched as they are; take more curvature examples"
-        )
-    return weight_solver(bases, layers, influence.damping), flops.curvature_flops(
-        target, "weight", *tokens_of(sample), influence.curvature, tasks=0
-    )
-
-
 def _store(
     settings: AlignSection,
     objective: Objective,
@@ -196,15 +130,15 @@ def _store(
     identity: str,
 ) -> SignalStore | None:
     """Where what the target says of each batch is kept, if it is and pays."""
-    if settings.precompute is False or steps * settings.accumulate <= len(batches):
+    if objective.hidden_weight or steps * settings.accumulate <= len(batches):
         return None
     layers = low_rank_layers(proxy)
     vocabulary = target.config.get_text_config().vocab_size
-    size = stored_bytes(layers, objective.aligned(layers), batches, vocabulary)
-    if settings.precompute == "auto" and (size > AUTO_BYTES or objective.hidden_weight):
+    size = stored_bytes(layers, objective.matched(layers), batches, vocabulary)
+    if size > AUTO_BYTES:
         return None
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
     for other in state.parent.glob(f"{state.stem}-*.signals"):
         if other != folder:  # of an alignment that was interrupted and then set otherwise
             SignalStore(other).discard()
-    return SignalStore(folder, optional=settings.precompute == "auto")
+    return SignalStore(folder)

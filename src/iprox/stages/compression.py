@@ -11,16 +11,14 @@ from transformers import PreTrainedModel
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.layers import low_rank_layers
 from iprox.models.saving import save_model
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
 from iprox.proxy.factorise import FactorSettings
 from iprox.proxy.moments import MomentSettings
-from iprox.proxy.rebase import rebased
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Size
 from iprox.recipe import ProxySection
-from iprox.run_folder import StageRecord, read_json, write_json
+from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
 
@@ -71,24 +69,6 @@ def compress(
         "parameters": sum(p.numel() for p in proxy.parameters()),
         "target_parameters": sum(p.numel() for p in target.parameters()),
     }
-
-
-def start_from(session: Session, base: str, made: Path, model: str, output: Path) -> StageRecord:
-    """A proxy of one checkpoint from another's; writes a checkpoint folder with `compression.json`.
-
-    Args:
-        session: how to compute.
-        base: the checkpoint whose proxy there is.
-        made: folder of that proxy.
-        model: the checkpoint that is to have one.
-        output: folder to write.
-    """
-    report = read_json(made / "compression.json")
-    proxy = rebased(session.model(made), session.model(base), session.model(model), report["norm_scales"], model)
-    save_model(proxy, session.tokenizer(model), output)
-    write_json(output / "compression.json", {**report, "started_from": Path(base).name})
-    shapes = [(layer.out_features, layer.in_features, layer.rank) for layer in low_rank_layers(proxy).values()]
-    return {"tokens": 0, "flops": float(sum(2 * m * n * r + 2 * n * r * r for m, n, r in shapes))}
 
 
 def _search(

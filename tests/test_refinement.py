@@ -1,0 +1,136 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from iprox.data.columns import Columns
+from iprox.errors import InputError
+from iprox.influence.aggregate import Aggregation
+from iprox.influence.scores import read_scores, score_matrix, scores_table
+from iprox.selection import SelectionSettings, best_rows, select_rows
+from iprox.stages.refinement import check_candidates, refine
+
+ROWS, TASKS = 1000, ["a", "b"]
+
+
+class Rows:
+    """A stand-in of a pool that keeps which of its rows were written."""
+
+    columns = Columns()
+
+    def scan(self):
+        return SimpleNamespace(rows=ROWS)
+
+    def write_rows(self, numbers, file, ids):
+        self.chosen = np.array(numbers)
+        file.write_text(json.dumps({"text": "x"}) + "\n")
+
+
+@pytest.fixture
+def scores():
+    """Scores [N, tasks] of a proxy and of its target, of which the proxy has some noise."""
+    rng = np.random.default_rng(0)
+    target = rng.normal(size=(ROWS, 2)) * [1.0, 50.0]
+    proxy = 0.1 * (target + 0.5 * rng.normal(size=target.shape) * [1.0, 50.0])
+    proxy[:7] = np.nan
+    return proxy, target
+
+
+def table_of(scores):
+    ids = [str(row) for row in range(len(scores))]
+    influence = (scores / np.nanstd(scores, axis=0)).mean(1)
+    return scores_table(ids, [None] * len(scores), [10] * len(scores), scores, TASKS, influence=influence)
+
+
+def refined(folder, proxy, target, candidates, chosen, tasks=TASKS):
+    """The rows scored again, the refined table, and the record."""
+    pq.write_table(table_of(proxy), folder / "scores.parquet")
+    pool = Rows()
+
+    def on_target(_candidates, file):
+        ids, again = [str(row) for row in pool.chosen], target[pool.chosen][:, : len(tasks)]
+        pq.write_table(scores_table(ids, [None] * len(ids), [1] * len(ids), again, tasks), file)
+        return {"tokens": 12, "flops": 3.0, "seconds": 9}
+
+    record = refine(
+        scores=folder, pool=pool, folder=folder / "refined", candidates=candidates, chosen=chosen, how=Aggregation(),
+        score_on_target=on_target,
+    )  # fmt: skip
+    return pool.chosen, read_scores(folder / "refined"), record
+
+
+def best(column, count):
+    return set(np.argsort(-np.where(np.isnan(column), -np.inf, column), kind="stable")[:count].tolist())
+
+
+def test_only_the_proxys_best_rows_have_scores_and_they_are_the_targets(tmp_path, scores):
+    proxy, target = scores
+    rows, table, record = refined(tmp_path, proxy, target, 0.2, SelectionSettings(fraction=0.05))
+    assert set(rows.tolist()) == best(table_of(proxy)["influence"].to_numpy(zero_copy_only=False), 200)
+    found = score_matrix(table)
+    np.testing.assert_array_equal(found[rows], target[rows])
+    assert np.isnan(np.delete(found, rows, axis=0)).all()
+    influence = table["influence"].to_numpy(zero_copy_only=False)
+    np.testing.assert_allclose(influence[rows], (target[rows] / target[rows].std(0)).mean(1))
+    assert record == {"tokens": 12, "flops": 3.0, "candidates": 200, "candidate_share": 0.2}
+    assert json.loads((tmp_path / "refined/refine.json").read_text()) == record
+    assert sorted(file.name for file in (tmp_path / "refined").iterdir()) == ["refine.json", "scores.parquet"]
+    chosen = select_rows(table, SelectionSettings(fraction=0.05)).rows
+    assert set(chosen.tolist()) == best(influence, 50)
+
+
+def test_the_selection_finds_more_of_the_targets_own_best_rows_than_the_proxys(tmp_path, scores):
+    proxy, target = scores
+    settings = SelectionSettings(fraction=0.05)
+    truth = best(table_of(target)["influence"].to_numpy(), 50)
+    _, table, _ = refined(tmp_path, proxy, target, 0.2, settings)
+    alone, again = (len(truth & set(select_rows(each, settings).rows.tolist())) for each in (table_of(proxy), table))
+    assert alone < 0.8 * len(truth)
+    assert again >= 0.9 * len(truth)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "columns"),
+    [
+        (SelectionSettings(count=5, task="b"), [[0, 1]]),
+        (SelectionSettings(count=5, weights={"a": 3}), [[3, 1]]),
+        (SelectionSettings(count=5, strategy="round-robin"), [[1, 0], [0, 1]]),
+        (SelectionSettings(count=5, strategy="round-robin", weights={"a": 0}), [[0, 1]]),
+    ],
+)
+def test_the_best_rows_are_those_of_what_selection_ranks_by(scores, chosen, columns):
+    """One task's, the weighted mean of standardized scores, or each task's that has turns."""
+    proxy, _ = scores
+    standardized = proxy / np.nanstd(proxy, axis=0)
+    expected = set.union(*(best(standardized @ np.array(weights), 100) for weights in columns))
+    rows = best_rows(table_of(proxy), 0.1, chosen)
+    assert rows.tolist() == sorted(expected)
+
+
+def test_rows_without_a_score_are_not_scored_again(scores):
+    proxy, _ = scores
+    proxy[40:] = np.nan
+    assert best_rows(table_of(proxy), 0.2, SelectionSettings(count=5)).tolist() == list(range(7, 40))
+
+
+def test_a_table_without_scores_is_refused(tmp_path, scores):
+    proxy, target = scores
+    with pytest.raises(InputError, match="no row has a score"):
+        refined(tmp_path, np.full_like(proxy, np.nan), target, 0.2, SelectionSettings(fraction=0.05))
+
+
+def test_scores_of_other_tasks_are_refused(tmp_path, scores):
+    proxy, target = scores
+    with pytest.raises(InputError, match="the scores are of a, b; give the validation sets of these tasks"):
+        refined(tmp_path, proxy, target, 0.2, SelectionSettings(fraction=0.05), tasks=["a"])
+
+
+def test_a_selection_of_more_rows_than_are_scored_again_is_refused():
+    check_candidates(0.2, SelectionSettings(fraction=0.2), 1001)
+    check_candidates(0.2, SelectionSettings(count=200), 1000)
+    with pytest.raises(InputError, match=r"201 rows are to be selected, and refine.candidates 0.2 scores 200 again"):
+        check_candidates(0.2, SelectionSettings(count=201), 1000)
+    with pytest.raises(InputError, match=r"give select.fraction or select.count"):
+        check_candidates(0.2, SelectionSettings(tokens=100), 1000)
