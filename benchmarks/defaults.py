@@ -87,6 +87,7 @@ class Preset:
     batch_size: int = 8
     warmup: int = 500
     curvature: int = 256
+    at_once: int = 4
 
 
 PRESETS = {
@@ -109,7 +110,9 @@ PRESETS = {
         seeds=1,
         learning_rate=1 / 576,
         lora=16,
+        warmup=0,  # it knows chat
         curvature=128,
+        at_once=1,
     ),
 }
 
@@ -228,20 +231,27 @@ class Bench:
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = curvature_of(model, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
-        gradients = {
-            task: example_gradients(model, self.batches(rows), "weight")
-            for task, rows in self.encoded_validation.items()
-        }
-        queries = {}
-        for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
-            made = queries[name] = shared_queries(gradients, KEEP, curvature, DAMPING, self.session.dtype)
-            sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
-            held = (
-                f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, {len(made.layers)} layers of mean size {sizes}"
-            )
-            print(f"{name}: {time.time() - started:.0f} s, {held}", flush=True)
-        del gradients, bases
-        found = contracted(model, layers, self.encoded, queries)
+        tasks, found = list(self.validation), {}
+        for group in (tasks[i : i + self.preset.at_once] for i in range(0, len(tasks), self.preset.at_once)):
+            examples = [
+                each
+                for task in group
+                for each in example_gradients(model, self.batches(self.encoded_validation[task]), "weight")
+            ]
+            queries = {}
+            for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
+                # One pair of bases for all these tasks: less work, and more memory, than one each.
+                made = queries[name] = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
+                sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
+                kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, mean size of a layer {sizes}"
+                print(f"{name}: {time.time() - started:.0f} s, {kept}", flush=True)
+            del examples
+            edges = np.cumsum([0, *(len(self.validation[task]) for task in group)])
+            norms, scores = contracted(model, layers, self.encoded, queries)
+            found["norms"] = norms
+            for name, matrix in scores.items():
+                for task, start, end in zip(group, edges, edges[1:], strict=False):
+                    found[f"{name}/{task}"] = matrix[:, start:end]
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
         rds = gradient_free.rds_scorer(model, validation, by_example=True)
@@ -340,8 +350,8 @@ def contracted(
     layers: dict[str, torch.nn.Module],
     encoded: list[Encoded],
     queries: dict[str, SharedQueries],
-) -> dict[str, np.ndarray]:
-    """⟨G(z), G(v)⟩ of every candidate by estimator and task, and the candidates' norms."""
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Norms of every candidate's gradient [N], and ⟨G(z), G(v)⟩ by estimator [N, V]."""
     total = {name: np.zeros((len(encoded), len(query.norms))) for name, query in queries.items()}
     norms = np.zeros(len(encoded))
     with frozen(model):
@@ -359,12 +369,7 @@ def contracted(
             for estimator, matrix in scores.items():
                 total[estimator][batch.indices] = matrix.numpy()
             norms[batch.indices] = squares.sqrt().numpy()
-    found: dict[str, np.ndarray] = {"norms": norms}
-    for name, query in queries.items():
-        edges = np.cumsum([0, *query.widths.values()])
-        for task, start, end in zip(query.widths, edges, edges[1:], strict=False):
-            found[f"{name}/{task}"] = total[name][:, start:end]
-    return found
+    return norms, total
 
 
 def in_order(encoded: list[Encoded]) -> list[Batch]:

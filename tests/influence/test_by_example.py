@@ -106,7 +106,7 @@ def setup(tiny):
 def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path, over, keep):
     models, pool, validation = setup
     rates = [0.5, 2.0]
-    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max")
+    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max", query_norm=1.0)
     checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
     score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
     table = pq.read_table(tmp_path / "s.parquet")
@@ -139,7 +139,7 @@ def iter_pool(pool):
 def test_the_mean_of_examples_is_the_score_of_the_task(setup):
     (model, _), pool, validation = setup
     mean = build_scorer(model, validation, 0, ScoringSettings())
-    each = build_scorer(model, validation, 0, ScoringSettings(per_example=True))
+    each = build_scorer(model, validation, 0, ScoringSettings(per_example=True, query_norm=1.0))
     for batch in iter_pool(pool):
         scores, _ = each(batch)
         together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)

@@ -34,9 +34,9 @@ def test_whole_bases_give_the_score_of_every_example(tiny, family, curved):
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5, 6], seed=1)
     sample = [tiny.batch([6, 10, 7, 4], seed=2)]
     bases = curvature_of(model, sample) if curved else None
-    queries = shared_queries({"a": example_gradients(model, [validation], "weight")}, 1.0, bases, 0.2, torch.float64)
+    queries = shared_queries(example_gradients(model, [validation], "weight"), 1.0, bases, 0.2, torch.float64)
     expected = brute_force(model, pool, tiny.rows(validation), *((0.2, sample) if curved else ()))
-    scorer = BatchScorer(model, queries, gradient="weight")
+    scorer = BatchScorer(model, {"t": queries}, gradient="weight")
     assert scorer.widths == [3]
     torch.testing.assert_close(scorer(pool)[0], expected, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(scorer.by_token(pool).sum(1), expected, rtol=1e-8, atol=1e-11)
@@ -47,7 +47,7 @@ def test_whole_bases_give_the_score_of_every_example(tiny, family, curved):
 def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
     model, pool = tiny.model(family), tiny.batch([9, 3, 7, 12])
     gradients = example_gradients(model, [tiny.batch([12, 9, 10, 7, 11, 8], seed=1)], "weight")
-    whole, cut = (shared_queries({"t": gradients}, keep, dtype=torch.float64) for keep in (1.0, 0.9))
+    whole, cut = (shared_queries(gradients, keep, dtype=torch.float64) for keep in (1.0, 0.9))
     assert (cut.kept**2).mean() >= 0.9**2 - 0.02  # the bases are found from random columns
     assert cut.kept.max() < 1
     torch.testing.assert_close(cut.norms, whole.norms)
@@ -59,8 +59,8 @@ def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
         torch.testing.assert_close(right, torch.eye(len(right), dtype=right.dtype), rtol=0, atol=1e-10)
         assert query.flops <= full.flops
     assert sum(q.flops for q in cut.layers.values()) < 0.9 * sum(q.flops for q in whole.layers.values())
-    exact, _ = BatchScorer(model, whole, gradient="weight")(pool)
-    near, _ = BatchScorer(model, cut, gradient="weight")(pool)
+    exact, _ = BatchScorer(model, {"t": whole}, gradient="weight")(pool)
+    near, _ = BatchScorer(model, {"t": cut}, gradient="weight")(pool)
     assert torch.corrcoef(torch.stack([exact.flatten(), near.flatten()]))[0, 1] > 0.95
 
 
@@ -70,8 +70,8 @@ def test_examples_cosines_sum_to_the_cosine_with_their_mean(tiny, family):
     expected, _ = BatchScorer(
         model, {"t": mean_gradient(model, [validation], "weight")[0]}, gradient="weight", normalise="cosine"
     )(pool)
-    queries = shared_queries({"t": example_gradients(model, [validation], "weight")}, 1.0, dtype=torch.float64)
-    scorer = BatchScorer(model, queries, gradient="weight", normalise="cosine")
+    queries = shared_queries(example_gradients(model, [validation], "weight"), 1.0, dtype=torch.float64)
+    scorer = BatchScorer(model, {"t": queries}, gradient="weight", normalise="cosine")
     (weights,) = scorer.weights
     scores, _ = scorer(pool)
     torch.testing.assert_close((scores * torch.tensor(weights)).sum(1, keepdim=True), expected, rtol=1e-8, atol=1e-10)
@@ -111,6 +111,12 @@ def test_a_layer_that_no_example_moves_costs_nothing(tiny):
     silent = next(iter(influence_layers(model, "weight")))
     for each in gradients:
         each[silent].left.zero_()
-    queries = shared_queries({"t": gradients}, 0.9, dtype=torch.float64)
+    queries = shared_queries(gradients, 0.9, dtype=torch.float64)
     assert silent not in queries.layers
     assert torch.isfinite(queries.kept).all()
+    other = shared_queries(example_gradients(model, [tiny.batch([5], seed=2)], "weight"), 1.0, dtype=torch.float64)
+    pool = tiny.batch([9, 3])
+    together = BatchScorer(model, {"a": queries, "b": other}, gradient="weight")
+    apart = [BatchScorer(model, {"t": each}, gradient="weight")(pool)[0] for each in (queries, other)]
+    torch.testing.assert_close(together(pool)[0], torch.cat(apart, dim=1))
+    torch.testing.assert_close(together.by_token(pool).sum(1), torch.cat(apart, dim=1))

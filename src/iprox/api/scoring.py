@@ -31,7 +31,7 @@ from iprox.models.loading import check_belongs
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
-from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE
+from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE, WITHOUT_EXAMPLES
 from iprox.session import draw_rows
 
 
@@ -40,7 +40,7 @@ def score(
     pool: Examples,
     validation: Mapping[str, Examples],
     *,
-    estimator: Estimator = "tracin",
+    estimator: Estimator | None = None,
     curvature: KroneckerCurvature = "ek-fac",
     curvature_sample: Examples | None = None,
     optimizer_state: str | Path | Sequence[str | Path] = (),
@@ -48,11 +48,11 @@ def score(
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
-    normalise: Normalise = "none",
+    normalise: Normalise | None = None,
     norm_sketch: int | None = None,
     aggregate: Aggregate = "standardised",
     over_examples: OverExamples = "mean",
-    per_example: bool = False,
+    per_example: bool | None = None,
     learning_rates: Sequence[float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -67,12 +67,13 @@ def score(
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
         pool: candidates.
         validation: validation examples by task.
-        estimator: `tracin`; `adam`, of the steps that the warm-up's Adam would take (LESS, `iprox.influence.adam`); an
+        estimator: None is `influence-function`, but `tracin` for DataLoaders without a `curvature_sample`. `tracin`;
+            `adam`, of the steps that the warm-up's Adam would take (LESS, `iprox.influence.adam`); an
             influence function, `influence-function` or `datainf` (`iprox.influence.curvature`); or without gradients,
             to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`, `rds` (hidden states)
             or `bm25` (words).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
-        curvature_sample: what an influence function measures curvature on. None draws 512 examples of the pool, unless
+        curvature_sample: what an influence function measures curvature on. None draws 256 examples of the pool, unless
             the data are DataLoaders.
         optimizer_state: for `adam`, the folder of the warm-up's checkpoint that holds the optimizer's state; of several
             checkpoints, one each.
@@ -82,19 +83,21 @@ def score(
         gradient: of a proxy: `factors` or `weight`.
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
             None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself.
-        normalise: `none` or `cosine`.
+        normalise: `none` or `cosine`; None is `cosine` for estimators that take gradients.
         norm_sketch: of a cosine on a proxy: random signs a layer that norms of candidates are estimated from, which
             saves time on rows of more tokens than that; 0 is exact. None: 32.
         aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
             (`iprox.influence.aggregate.Aggregation`).
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
-        per_example: keep the scores by validation example, as columns `examples/<task>`.
+        per_example: keep the scores by validation example, as columns `examples/<task>`, by which examples take turns
+            in `iprox.select`. None keeps them where there are any: not of DataLoaders, `datainf`, `random`, `length` and
+            `perplexity`.
         learning_rates: one a checkpoint; 1 for a single model if None.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
         loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
-        seed: of the estimator `random`, and of the labels that K-FAC and EK-FAC sample.
+        seed: of the estimator `random`, of the curvature sample, and of the labels that K-FAC and EK-FAC sample.
         progress: show it, with rate and time left, on standard error.
 
     Returns:
@@ -103,6 +106,13 @@ def score(
     Raises:
         InputError: bad input; the message says which and how to mend it.
     """
+    loader = isinstance(pool, DataLoader)
+    if estimator is None:
+        estimator = "tracin" if loader and curvature_sample is None else "influence-function"
+    if normalise is None:
+        normalise = "none" if estimator in GRADIENT_FREE else "cosine"
+    if per_example is None:
+        per_example = not loader and estimator not in WITHOUT_EXAMPLES
     check_choices(
         estimator=(estimator, (*get_args(InfluenceEstimator), *GRADIENT_FREE)),
         curvature=(curvature, get_args(KroneckerCurvature)),
@@ -170,7 +180,7 @@ def score(
             if estimator in CURVED:
                 curved = (
                     reader.encoder.encode(
-                        source.take(draw_rows("curvature", 0, source.scan().rows, CURVATURE_EXAMPLES))
+                        source.take(draw_rows("curvature", seed, source.scan().rows, CURVATURE_EXAMPLES))
                     )
                     if curvature_sample is None
                     else reader.encode(curvature_sample, "curvature_sample")

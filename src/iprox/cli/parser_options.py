@@ -144,16 +144,15 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimator",
         choices=("tracin", "adam", "influence-function", "datainf", *GRADIENT_FREE),
-        default="tracin",
-        help="tracin (default); adam, of the steps that the warm-up's optimizer would take (LESS); influence-function "
-        "and datainf divide by the curvature of the loss; random, length, perplexity, rds (hidden states) and bm25 "
+        help="influence-function (default) and datainf divide by the curvature of the loss; tracin does not; adam, of "
+        "the steps that the warm-up's optimizer would take (LESS); random, length, perplexity, rds (hidden states) and bm25 "
         "(words) take no gradients, to compare with",
     )
     parser.add_argument(
         "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"
     )
     parser.add_argument(
-        "--curvature-examples", type=int, default=None, help="of the pool, to measure curvature on (default 512)"
+        "--curvature-examples", type=int, default=None, help="of the pool, to measure curvature on (default 256)"
     )
     parser.add_argument(
         "--damping", type=float, default=None, help="as a share of the curvature's mean eigenvalue (default 0.1)"
@@ -218,7 +217,9 @@ def query_option(parser: argparse.ArgumentParser) -> None:
 
 def aggregation_options(parser: argparse.ArgumentParser) -> None:
     """How many scores become one."""
-    parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
+    parser.add_argument(
+        "--normalise", choices=("none", "cosine"), help="cosine (default), or none: gradients as they are"
+    )
     parser.add_argument(
         "--aggregate",
         choices=("standardised", "mean", "max"),
@@ -233,7 +234,10 @@ def aggregation_options(parser: argparse.ArgumentParser) -> None:
         help="how a task's validation examples make one score (default mean); max costs a column an example",
     )
     parser.add_argument(
-        "--per-example", action="store_true", help="keep the scores by validation example, as examples/TASK"
+        "--per-example",
+        action=argparse.BooleanOptionalAction,
+        help="keep the scores by validation example, by which examples take turns to choose (default: where there are "
+        "any)",
     )
 
 

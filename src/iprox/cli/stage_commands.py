@@ -245,7 +245,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
             "validation": {task: source.scan().fingerprint for task, source in validation.items()},
         }
         model = scoring.ScoredModel(arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence))
-        return scoring.score(session, [model], candidates, validation, file, influence.exact, identity, part_of=pool)
+        return scoring.score(session, [model], candidates, validation, file, influence, identity, part_of=pool)
 
     record = options.single_stage(
         session,

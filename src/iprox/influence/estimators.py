@@ -27,7 +27,7 @@ from iprox.influence.gradients import (
 )
 from iprox.influence.projection import signs
 from iprox.influence.queries import LayerQuery, layer_query
-from iprox.influence.shared_basis import SharedQueries, SharedQuery
+from iprox.influence.shared_basis import SharedQueries, TasksQuery
 from iprox.models.experts import expert_layers
 from iprox.models.flops import layer_shares
 from iprox.models.layers import GradientSpace, dense_weight, influence_layers, layer_bias, low_rank_layers, weight_shape
@@ -46,8 +46,9 @@ ExampleGradient = dict[str, LowRankGradient]
 # A mean gradient that is low-rank in the layers where that is cheaper.
 TruncatedGradient = dict[str, LayerGradient | LowRankGradient]
 
-# What candidates meet of a task: its mean gradient, whole or truncated, or the gradients of its examples one by one.
-TaskQuery = ModelGradient | TruncatedGradient | Sequence[ExampleGradient]
+# What candidates are contracted with of a task: its mean gradient, whole or truncated, or the gradients of its
+# examples, one by one or in shared bases.
+TaskQuery = ModelGradient | TruncatedGradient | Sequence[ExampleGradient] | SharedQueries
 
 
 def mean_gradient(
@@ -143,7 +144,7 @@ class BatchScorer:
         model: a proxy or any model.
         queries: by task its mean validation gradient, from `mean_gradient` with the same `gradient` or from
             `seen_from`, made low-rank by `iprox.influence.truncation` or not; or the gradients of its examples, from
-            `example_gradients`, which are a column of scores each. Or the examples of all tasks in shared bases.
+            `example_gradients`, which are a column of scores each, one by one or (all tasks) in shared bases.
         gradient: `factors` or `weight`, for proxies.
         normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
         norm_sketch: random signs a layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
@@ -163,7 +164,7 @@ class BatchScorer:
     def __init__(
         self,
         model: nn.Module,
-        queries: Mapping[str, TaskQuery] | SharedQueries,
+        queries: Mapping[str, TaskQuery],
         *,
         gradient: GradientSpace = "factors",
         normalise: Normalise = "none",
@@ -183,18 +184,19 @@ class BatchScorer:
             for name, layer in self.layers.items()
             if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
         }
-        self._queries: Mapping[str, LayerQuery | SharedQuery]
+        self.tasks = list(queries)
+        self._queries: Mapping[str, LayerQuery | TasksQuery]
         self._shares = layer_shares(model, self.layers)
         self.example_flops = 0.0
-        if isinstance(queries, SharedQueries):
-            self._take_shared(queries)
+        shared = {task: query for task, query in queries.items() if isinstance(query, SharedQueries)}
+        if shared:
+            self._take_shared(shared)
         else:
             self._take(queries)
         self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
 
     def _take(self, queries: Mapping[str, TaskQuery]) -> None:
         """Make ready to contract with mean gradients, or with those of examples one by one."""
-        self.tasks = list(queries)
         self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
         columns: list[Any] = []
         for query in queries.values():
@@ -216,26 +218,28 @@ class BatchScorer:
         kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
         self.kept = {task: part.min().item() for task, part in zip(self.tasks, kept.split(self.widths), strict=True)}
 
-    def _take_shared(self, queries: SharedQueries) -> None:
-        """Make ready to contract with the examples of all tasks in shared bases."""
-        self.tasks, self.widths = list(queries.widths), list(queries.widths.values())
-        self._queries = {name: query for name, query in queries.layers.items() if name in self.layers}
-        self._query_norms = queries.norms.to(self.device)
-        self.example_flops = sum(query.example_flops for query in queries.layers.values())
-        self.weights = []
-        for norms, mean in zip(queries.norms.cpu().split(self.widths), queries.mean_norms(), strict=True):
-            self.weights.append(self._of_examples(norms, mean))
-        parts = queries.kept.split(self.widths)
-        self.kept = {task: part.min().item() for task, part in zip(self.tasks, parts, strict=True)}
+    def _take_shared(self, queries: Mapping[str, SharedQueries]) -> None:
+        """Make ready to contract with the examples of each task in the bases that they share."""
+        self.widths = [len(query.norms) for query in queries.values()]
+        ready: dict[str, TasksQuery] = {}
+        for name in self.layers:
+            parts = tuple(query.layers.get(name) for query in queries.values())
+            if any(part is not None for part in parts):
+                ready[name] = TasksQuery(parts, tuple(self.widths))
+        self._queries = ready
+        self.example_flops = sum(query.example_flops for query in ready.values())
+        self._query_norms = torch.cat([query.norms for query in queries.values()]).to(self.device)
+        self.weights = [self._of_examples(query.norms.cpu(), query.mean_norm()) for query in queries.values()]
+        self.kept = {task: query.kept.min().item() for task, query in queries.items()}
 
     def _weights(self, query: TaskQuery, norms: Tensor) -> np.ndarray:
         """ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g) for a candidate's g; without norms each column counts 1/V."""
         if isinstance(query, dict):
             return np.ones(1)
-        mean = torch.stack([mean_squared_norm([each[name] for each in query]) for name in query[0]]).sum().sqrt()
-        return self._of_examples(norms, mean)
+        mean = torch.stack([mean_squared_norm([each[name] for each in query]) for name in query[0]]).sum()
+        return self._of_examples(norms, mean.sqrt().item())
 
-    def _of_examples(self, norms: Tensor, mean: Tensor) -> np.ndarray:
+    def _of_examples(self, norms: Tensor, mean: float) -> np.ndarray:
         weights = np.full(len(norms), 1 / len(norms))
         if self.normalise == "cosine" and mean > 0:
             weights = weights * (norms / mean).double().cpu().numpy()

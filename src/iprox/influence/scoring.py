@@ -18,7 +18,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, Ta
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, curvature_of, precondition
-from iprox.influence.shared_basis import SharedQueries, shared_queries
+from iprox.influence.shared_basis import shared_queries
 from iprox.influence.truncation import low_rank_queries
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
@@ -99,6 +99,14 @@ class ScoringSettings:
         if self.query_norm is not None:
             return self.query_norm
         return CURVED_QUERY_NORM if self.estimator in CURVED else QUERY_NORM
+
+    def kept_by_example(self, model: nn.Module) -> float:
+        """The share of the examples' gradients that their shared bases keep when candidates are scored on this model.
+
+        Whole bases would take the memory of a gradient of the model per example, so a model itself is asked with bases
+        that keep `CURVED_QUERY_NORM`, unless whole ones are asked for.
+        """
+        return self.query_norm or min(self.kept_norm(model), CURVED_QUERY_NORM)
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -205,7 +213,6 @@ def scorer_of_batches(
     queries = task_queries(model, validation, settings, loss_fn, target, sample)
     if settings.estimator == "adam":
         assert adam is not None
-        assert not isinstance(queries, SharedQueries)
         return AdamScorer(model, queries, adam, normalise=settings.normalise, loss_fn=loss_fn)
     keep = settings.kept_norm(model)
     if keep < 1 and not settings.aggregation.by_example:
@@ -227,7 +234,7 @@ def task_queries(
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
     sample: Sequence[Any] = (),
-) -> dict[str, TaskQuery] | SharedQueries:
+) -> dict[str, TaskQuery]:
     """What candidates on a model are to meet of each task: its mean validation gradient, or those of its examples.
 
     Args:
@@ -275,7 +282,7 @@ def _queries_by_example(
     loss_fn: LossFn,
     target: nn.Module | None,
     sample: Sequence[Any],
-) -> dict[str, TaskQuery] | SharedQueries:
+) -> dict[str, TaskQuery]:
     """The gradients of single validation examples: in shared bases, but for Adam's steps.
 
     Raises:
@@ -287,10 +294,9 @@ def _queries_by_example(
             "influence-function, adam, rds and bm25"
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
-    keep = settings.kept_norm(model)
     adam = settings.estimator == "adam"  # whose candidates are whole gradients, which need no bases
     found = {
-        task: example_gradients(source, batches, space, keep if adam else 1.0, loss_fn)
+        task: example_gradients(source, batches, space, settings.kept_norm(model) if adam else 1.0, loss_fn)
         for task, batches in validation.items()
     }
     bases = None
@@ -301,7 +307,8 @@ def _queries_by_example(
     if adam:
         return dict(found)
     dtype = next(model.parameters()).dtype
-    return shared_queries(found, keep, bases, settings.damping, dtype)
+    keep = settings.kept_by_example(model)
+    return {task: shared_queries(each, keep, bases, settings.damping, dtype) for task, each in found.items()}
 
 
 def build_scorer(

@@ -69,27 +69,59 @@ class SharedQuery:
 
 @dataclass(frozen=True, slots=True)
 class SharedQueries:
-    """The gradients of the examples of some tasks, V in all, in every layer.
+    """The gradients of V examples of one task in every layer.
 
     Attributes:
-        layers: by name.
-        widths: examples of each task, which are side by side.
+        layers: by name; layers that hold next to nothing are left out.
         norms: of each whole gradient, float64 [V].
         kept: share of each norm that the bases hold [V].
     """
 
     layers: dict[str, SharedQuery]
-    widths: dict[str, int]
     norms: Tensor
     kept: Tensor
 
-    def mean_norms(self) -> Tensor:
-        """Norm of each task's mean gradient, without what the bases leave out, float64 [tasks]. Vrs FLOPs per layer."""
-        squares = torch.zeros(len(self.widths), dtype=torch.float64)
-        for query in self.layers.values():
-            for number, cores in enumerate(query.cores.split(list(self.widths.values()))):
-                squares[number] += cores.mean(0).double().square().sum().cpu()
-        return squares.sqrt()
+    def mean_norm(self) -> float:
+        """Return the norm of the mean gradient, without what the bases leave out. Vrs FLOPs per layer."""
+        squares = [query.cores.mean(0).double().square().sum().item() for query in self.layers.values()]
+        return sum(squares) ** 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class TasksQuery:
+    """The examples of several tasks in one layer, each task in bases of its own.
+
+    One pair of bases for all tasks would cost less per token, and far more memory: it is wider, and every core is as
+    large as its square.
+
+    Attributes:
+        tasks: the layer's query of each task; None where the layer holds next to nothing of it.
+        widths: examples of each task.
+    """
+
+    tasks: tuple[SharedQuery | None, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per token."""
+        return sum(query.flops for query in self.tasks if query is not None)
+
+    @property
+    def example_flops(self) -> float:
+        """FLOPs per candidate."""
+        return sum(query.example_flops for query in self.tasks if query is not None)
+
+    def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
+        """Return `SharedQuery.contract` of all tasks side by side, [B, ΣV], or [B, L, ΣV] by token."""
+        shape = delta.shape[:2] if by_token else delta.shape[:1]
+        columns = [
+            torch.zeros(*shape, width, dtype=accumulation_dtype(h), device=h.device)
+            if query is None
+            else query.contract(h, delta, by_token)
+            for query, width in zip(self.tasks, self.widths, strict=True)
+        ]
+        return torch.cat(columns, dim=-1)
 
 
 class _Layer:
@@ -141,7 +173,7 @@ class _Layer:
 
 
 def shared_queries(
-    tasks: Mapping[str, Sequence[Mapping[str, LowRankGradient]]],
+    examples: Sequence[Mapping[str, LowRankGradient]],
     keep: float,
     curvature: Mapping[str, EigenBasis] | None = None,
     damping: float = 0.1,
@@ -153,14 +185,13 @@ def shared_queries(
     memory for one whole gradient and the cores.
 
     Args:
-        tasks: of each task the whole gradients of its examples (`iprox.influence.example_gradients` with keep 1).
+        examples: whole gradients of a task's examples by layer (`iprox.influence.example_gradients` with keep 1).
         keep: share of the Frobenius norm that the bases hold, over all layers and examples together; each example
             counts alike, whatever its norm. Directions are dropped in the order of what they hold per FLOP.
         curvature: by layer, in whose eigenbasis (F + λI)⁻¹ is applied; layers it lacks are left as they are.
         damping: λ as a share of the mean eigenvalue of each layer's curvature.
         dtype: of the products with candidates.
     """
-    examples = [each for task in tasks.values() for each in task]
     names, curvature = list(examples[0]), curvature or {}
     norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in examples])
     weights = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).double().cpu()
@@ -189,8 +220,7 @@ def shared_queries(
                 [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
             )
     kept = torch.where(totals > 0, held / totals, torch.ones_like(totals)).sqrt()
-    widths = {task: len(each) for task, each in tasks.items()}
-    return SharedQueries(queries, widths, totals.sqrt(), kept)
+    return SharedQueries(queries, totals.sqrt(), kept)
 
 
 def _ranks(spectra: Sequence[Tensor], keep: float) -> list[int]:

@@ -73,6 +73,7 @@ def refine(run: Run, context: Context) -> None:
         return
     influence, chosen = run.recipe.influence, run.recipe.select
     folder = run.folder.refined
+    whole = influence.model_copy(update={"query_norm": None})  # as a model itself is asked
     ranked_by = [chosen.strategy, chosen.task, chosen.weights]
     models = [
         scoring.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
@@ -82,7 +83,7 @@ def refine(run: Run, context: Context) -> None:
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
         return scoring.score(
-            *(run.session, models, candidates, run.validation, file, influence.exact, identity, _engine(run)),
+            *(run.session, models, candidates, run.validation, file, whole, identity, _engine(run)),
             part_of=run.pool,
         )
 

@@ -7,6 +7,7 @@ from iprox.recipe.influence import (
     GRADIENT_FREE,
     MODEL_FREE,
     OF_GRADIENTS,
+    WITHOUT_EXAMPLES,
     GradientFree,
     InfluenceSection,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "OF_GRADIENTS",
     "SIZES",
     "STAGES",
+    "WITHOUT_EXAMPLES",
     "AlignSection",
     "AuditSection",
     "FinetuneSection",

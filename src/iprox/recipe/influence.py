@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from iprox.recipe.section import Section
 
 # Examples of the pool that an influence function measures curvature on, unless told.
-CURVATURE_EXAMPLES = 512
+CURVATURE_EXAMPLES = 256
 
 # Estimators that divide by curvature, which they measure on a sample of the pool.
 CURVED = ("influence-function", "datainf")
@@ -42,24 +42,24 @@ class InfluenceSection(Section):
     `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
     eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
-    keeps the scores by example too. `aggregate` says how `influence` is made of several tasks.
+    keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any. `aggregate` says how `influence` is made of several tasks.
     `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
     """
 
-    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = "tracin"
+    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = "influence-function"
     curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
     curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
     damping: float = Field(0.1, gt=0)
     gradient: Literal["factors", "weight"] = "weight"
     query: Literal["target", "proxy"] = "target"
     query_norm: float | None = Field(None, gt=0, le=1)
-    normalise: Literal["none", "cosine"] = "none"
+    normalise: Literal["none", "cosine"] = "cosine"
     norm_sketch: int | None = Field(None, ge=0)
     aggregate: Literal["standardised", "mean", "max"] = "standardised"
     over_examples: Literal["mean", "max"] = "mean"
-    per_example: bool = False
+    per_example: bool | None = None
     checkpoints: Literal["last", "all"] = "last"
     compile: Literal["auto"] | bool = "auto"
 
@@ -74,14 +74,26 @@ class InfluenceSection(Section):
         return self.estimator not in MODEL_FREE
 
     @property
+    def by_example(self) -> bool:
+        """Whether scores by validation example are kept."""
+        return self.estimator not in WITHOUT_EXAMPLES if self.per_example is None else self.per_example
+
+    @property
     def exact(self) -> InfluenceSection:
-        """The same with whole validation gradients: how a target is asked for the scores that a proxy is judged by."""
-        return self.model_copy(update={"query_norm": 1.0})
+        """The same with whole mean validation gradients: how a target is asked for what a proxy is judged by."""
+        return self.of_tasks.model_copy(update={"query_norm": 1.0})
+
+    @property
+    def of_tasks(self) -> InfluenceSection:
+        """The same without scores by validation example, which cost a little more."""
+        return self.model_copy(update={"per_example": False})
 
     @model_validator(mode="after")
     def _without_gradients(self) -> InfluenceSection:
         if self.gradient_free and self.normalise != "none":
-            raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it at none")
+            if "normalise" in self.model_fields_set:
+                raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it out")
+            object.__setattr__(self, "normalise", "none")
         if self.gradient_free and self.checkpoints == "all":
             raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
         return self
@@ -107,7 +119,7 @@ class InfluenceSection(Section):
         if (
             self.estimator == "adam"
             and (self.query_norm or 1) < 1
-            and not (self.over_examples == "max" or self.per_example)
+            and not (self.over_examples == "max" or self.by_example)
         ):
             raise ValueError("adam forms whole gradients, so a query_norm saves it nothing: leave it out")
         if self.estimator == "adam" and self.gradient == "factors":

@@ -63,7 +63,7 @@ def audit(
             adam = load_adam_state(target_path, session.device) if settings.estimator == "adam" else None
             for kind, model in (("target", target), ("proxy", proxy)):
                 query = target if kind == "proxy" and takes_target_query(proxy, settings) else None
-                asked = settings if kind == "proxy" else settings.exact  # no error in common
+                asked = settings.of_tasks if kind == "proxy" else settings.exact  # no error in common
                 table, stats = score_examples(
                     session, model, examples, encoded, encoder, asked, query, curved, progress, adam
                 )

@@ -97,7 +97,7 @@ def score(
                 "normalise": settings.normalise,
                 "aggregate": settings.aggregate,
                 "over_examples": settings.over_examples,
-                "per_example": settings.per_example,
+                "per_example": settings.by_example,
                 "query": "target" if models[0].target else "own",
                 "query_norm": scoring.kept_norm(model),
                 "norm_sketch": scoring.sketched(model),
@@ -152,7 +152,7 @@ def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSet
         damping=settings.damping,
         seed=session.seed,
         over_examples=settings.over_examples,
-        per_example=settings.per_example,
+        per_example=settings.by_example,
     )
 
 
