@@ -3,7 +3,7 @@
     python benchmarks/selection_speed.py                 # 10 million rows, 4 tasks
     python benchmarks/selection_speed.py --rows 1000000
 
-Near-duplicates and `diverse` are left out: they read texts and gradients, and cost by what is chosen.
+Near-duplicates are left out: they read texts, and cost by what is chosen.
 """
 
 from __future__ import annotations
@@ -22,12 +22,9 @@ from iprox.selection import SelectionSettings, select_rows
 CASES = {
     "top": {},
     "round-robin": {"strategy": "round-robin"},
-    "balanced": {"strategy": "balanced"},
-    "sample": {"strategy": "sample"},
-    "length controlled": {"control_length": True},
     "5 % of all tokens": {"fraction": None},
     "sources capped at 0.1": {"source_cap": 0.1},
-    "balanced, a floor": {"strategy": "balanced", "source_floor": {"s3": 0.2}},
+    "round-robin, a floor": {"strategy": "round-robin", "source_floor": {"s3": 0.2}},
 }
 
 

@@ -17,6 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from iprox.audit import intervals
 from iprox.cli import main
+from iprox.planning import stages
+from iprox.proxy import align
 
 BUNDLED = Path(str(resources.files("iprox.quickstart")))
 ROWS = 200
@@ -147,6 +149,15 @@ def _rough_intervals() -> Iterator[None]:
     """Intervals of fewer resamples: what they are worth is tested in tests/audit, and every run here has an audit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intervals, "RESAMPLES", 50)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _watched_once() -> Iterator[None]:
+    """Alignments are watched before and after: when they stop early is tested in tests/proxy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (align, stages):
+            patch.setattr(module, "EVALUATIONS", 1)
         yield
 
 

@@ -129,8 +129,8 @@ def test_a_fault_of_a_whole_section_does_not_show_all_of_it():
         parse_recipe(with_section(proxy={"method": "off-the-shelf"}))
     assert "given:" not in str(refusal.value)
     with pytest.raises(InputError) as refusal:
-        validate_section(SelectSection, strategy="diverse")
-    assert str(refusal.value).startswith("the strategy diverse takes `features`")
+        validate_section(SelectSection, strategy="round-robin", task="t")
+    assert str(refusal.value).startswith("the strategy round-robin is for all tasks")
 
 
 def test_an_option_of_another_name_than_its_key_is_named():

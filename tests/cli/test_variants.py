@@ -517,6 +517,7 @@ def test_an_alignment_is_watched_on_held_out_rows(finished):
 def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     from iprox.proxy import align as module
 
+    monkeypatch.setattr(module, "EVALUATIONS", 4)
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
     arguments = [
         "align", "--model", str(finished.output / "warmup" / target), "--proxy", str(finished.output / "proxy"),
@@ -599,6 +600,7 @@ def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypat
     from iprox.proxy import align as module
 
     options = ["audit=false", "proxy.align.epochs=4", "proxy.align.held_out=0"]
+    monkeypatch.setattr(module, "EVALUATIONS", 4)
     step, count = module._step, []
 
     def stopped(*given):

@@ -22,7 +22,6 @@ from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
-from iprox.selection.strategies import standardised
 
 
 @settings(deadline=None, max_examples=40)
@@ -194,4 +193,3 @@ def test_a_task_whose_scores_are_all_alike_does_not_drown_the_others():
     spread = TaskSpread()
     spread.add(scores)
     np.testing.assert_allclose(spread.deviation(), [1.0, np.std([1, 2, 3])])
-    assert np.abs(standardised(scores[:, 0])).max() < 1e-16

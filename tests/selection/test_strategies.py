@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 from iprox.selection import SelectionSettings
 from iprox.selection import select_rows as choose_rows
+from iprox.selection.strategies import round_robin, top
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
 
@@ -146,3 +148,20 @@ def test_ten_million_scores_take_seconds():
     rows = top(values, 500_000)
     assert time.process_time() - started < 30
     assert values[rows[-1]] >= np.partition(values, -500_000)[-500_000]
+
+
+matrices = st.integers(1, 4).flatmap(
+    lambda tasks: st.integers(1, 25).flatmap(
+        lambda rows: arrays(np.float64, (tasks, rows), elements=st.integers(-3, 3).map(float))
+    )
+)
+
+
+@given(matrices, st.data())
+def test_a_longer_ranking_starts_with_the_shorter(scores, data):
+    rows = scores.shape[1]
+    short = data.draw(st.integers(1, rows))
+    for ranking in (lambda limit: top(scores[0], limit), lambda limit: round_robin(list(scores), limit)):
+        whole = ranking(rows)
+        assert sorted(whole.tolist()) == list(range(rows))
+        assert ranking(short).tolist() == whole[:short].tolist()

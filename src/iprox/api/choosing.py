@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from iprox.api.examples import Examples, as_pool
 from iprox.api.scoring import score
 from iprox.audit.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
-from iprox.influence.index import GradientIndex
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
 from iprox.selection import SelectionSettings, Strategy, select_rows
@@ -31,14 +29,10 @@ def select(
     task: str | None = None,
     weights: Mapping[str, float] | None = None,
     threshold: float | None = None,
-    temperature: float = 1.0,
     source_floor: Mapping[str, float] | None = None,
     source_cap: float | Mapping[str, float] | None = None,
     deduplicate: float | None = None,
-    control_length: bool = False,
     pool: Examples | None = None,
-    features: str | Path | None = None,
-    seed: int = 0,
 ) -> np.ndarray:
     """The chosen rows of a scores table: int64 row numbers, best first.
 
@@ -47,19 +41,15 @@ def select(
         fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
         count: number of rows.
         tokens: number of tokens that they may have in all.
-        strategy: `top`, `round-robin`, `balanced`, `diverse` or `sample` (`iprox.selection.SelectionSettings`).
+        strategy: `top` or `round-robin` (`iprox.selection.SelectionSettings`).
         task: the one task whose scores count, where they are of several.
         weights: by task, how much it counts; 1 where it is not named.
         threshold: lowest score to choose; there may then be fewer rows.
-        temperature: of `sample`, in standard deviations of the score.
         source_floor: by source, the least share of the selection.
         source_cap: the largest share of the selection, of any source or by source.
         deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
             needs `pool`.
-        control_length: compare rows with those of about their length only.
         pool: what was scored.
-        features: for `diverse`, the folder of the pool's `iprox index`.
-        seed: of `sample`.
 
     Raises:
         InputError: bad input; the message says which and how to mend it.
@@ -77,20 +67,15 @@ def select(
         task=task,
         weights=weights or {},
         threshold=threshold,
-        temperature=temperature,
         source_floor=source_floor or {},
         source_cap=source_cap,
         deduplicate=deduplicate,
-        control_length=control_length,
-        seed=seed,
     )
-    index = None if features is None else GradientIndex.open(features)
     source = None if pool is None else as_pool(pool, "pool")
     return select_rows(
         scores,
         settings,
         texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
-        features=None if index is None else lambda rows: index.features_of(scores, rows),
     ).rows
 
 

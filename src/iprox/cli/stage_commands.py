@@ -167,10 +167,10 @@ def score(arguments: Namespace) -> dict[str, Any]:
 
 def select(arguments: Namespace) -> dict[str, Any]:
     """`iprox select`."""
-    names = ("fraction", "count", "tokens", "strategy", "task", "threshold", "temperature")
+    names = ("fraction", "count", "tokens", "strategy", "task", "threshold", "deduplicate")
     settings = validate_section(
         SelectSection,
-        **{name: getattr(arguments, name) for name in (*names, "deduplicate", "control_length", "features")},
+        **{name: getattr(arguments, name) for name in names},
         weights=options.numbers_of(arguments.weights, "--weights", "TASK=WEIGHT, e.g. gsm8k=2"),
         source_floor=options.numbers_of(arguments.source_floor, "--source-floor"),
         source_cap=options.cap_of(arguments.source_cap),
@@ -257,7 +257,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
             pool=pool,
             folder=output,
             candidates=settings.candidates,
-            chosen=selection.selection_settings(chosen, session.seed),
+            chosen=selection.selection_settings(chosen),
             how=scoring.scoring_settings(session, influence).aggregation,
             score_on_target=on_target,
         ),

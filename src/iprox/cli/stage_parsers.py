@@ -275,19 +275,15 @@ def add_select(commands: Any) -> None:
     size.add_argument("--tokens", type=int, help="number of tokens of all rows")
     parser.add_argument(
         "--strategy",
-        choices=("top", "round-robin", "balanced", "diverse", "sample"),
+        choices=("top", "round-robin"),
         default="top",
-        help="top: the highest influence; round-robin: the tasks take turns; balanced: the task served least takes "
-        "next; diverse: good rows with unlike gradients; sample: drawn, good rows more often (default top)",
+        help="top: the highest influence (default); round-robin: the tasks take turns",
     )
     ranked_by_options(parser)
     parser.add_argument(
         "--threshold",
         type=float,
         help="lowest score to choose; alone it takes all rows above it, else it may leave fewer",
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of sample, in standard deviations of the score (default 1)"
     )
     parser.add_argument(
         "--source-cap",
@@ -303,8 +299,6 @@ def add_select(commands: Any) -> None:
         metavar="SIMILARITY",
         help="keep the better of two rows whose words are this similar, 0 to 1, e.g. 0.8",
     )
-    parser.add_argument("--control-length", action="store_true", help="compare rows with those of their length only")
-    parser.add_argument("--features", metavar="INDEX", help="index of the pool's gradients, for --strategy diverse")
     reading_options(parser)
 
 

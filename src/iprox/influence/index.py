@@ -12,7 +12,7 @@ Stopped at any point and started again it goes on after the last window, and giv
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,35 +175,6 @@ class GradientIndex:
         """Its tables in pool order, memory-mapped."""
         for file in sorted(self.folder.glob("*.arrow")):
             yield _mapped(file)
-
-    def take(self, rows: Sequence[int]) -> tuple[list[str], np.ndarray]:
-        """The ids and the normalised features [M, D], float32, of some rows, in the order asked."""
-        wanted = np.asarray(rows, dtype=np.int64)
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.rows:
-            raise InputError(f"{self.folder}: holds {self.rows:,} rows, so there is no row {wanted.max():,}")
-        ids: list[str] = [""] * len(wanted)
-        features = np.empty((len(wanted), self.dimension), np.float32)
-        start = 0
-        for table in self.windows():
-            (here,) = np.nonzero((wanted >= start) & (wanted < start + len(table)))
-            if len(here):
-                part = table.take(pa.array(wanted[here] - start))
-                features[here] = unit_gradients(part.combine_chunks()).numpy()
-                for position, example in zip(here.tolist(), part["id"].to_pylist(), strict=True):
-                    ids[position] = example
-            start += len(table)
-        return ids, features
-
-    def features_of(self, scores: pa.Table, rows: np.ndarray) -> np.ndarray:
-        """The normalised features [M, D], float32, of rows of a scores table.
-
-        Raises:
-            InputError: the index is of another pool than the scores.
-        """
-        ids, features = self.take(rows.tolist())
-        if ids != scores["id"].take(pa.array(rows)).to_pylist():
-            raise InputError(f"{self.folder}: is not an index of the pool that was scored")
-        return features
 
     def scores(
         self,

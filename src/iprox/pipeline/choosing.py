@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from iprox.influence.index import GradientIndex
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key
 from iprox.report import build_report, shown_rows
@@ -18,12 +17,7 @@ def select(run: Run, context: Context) -> None:
     assert scores is not None  # the stage before has written it
     context.keys["select"] = run.stage(
         "select",
-        [
-            context.keys.get("refine", context.keys["score"]),
-            settings.model_dump(exclude={"features"}),
-            run.recipe.seed,
-            GradientIndex.open(settings.features).description if settings.features else None,
-        ],
+        [context.keys.get("refine", context.keys["score"]), settings.model_dump()],
         [run.folder.selected, run.folder.selection],
         lambda: selection.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
     )

@@ -112,7 +112,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
-        chosen = selection.selection_settings(recipe.select, recipe.seed)
+        chosen = selection.selection_settings(recipe.select)
         tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
         summary = session.read(pool, judging(validation, tests))
         unnamed = summary.rows - sum(summary.sources.values())

@@ -96,7 +96,7 @@ def refine(run: Run, context: Context) -> None:
             scores=run.folder.scores,
             pool=run.pool,
             candidates=settings.candidates,
-            chosen=selection_settings(chosen, run.recipe.seed),
+            chosen=selection_settings(chosen),
             how=scoring.scoring_settings(run.session, influence).aggregation,
             score_on_target=on_target,
         ),

@@ -11,7 +11,6 @@ from iprox.proxy.align import EVALUATIONS
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
 from iprox.recipe import AlignSection, TrainingSection
-from iprox.selection import BY_TASK
 from iprox.session import share
 from iprox.stages.attribution import why_not_attributed
 
@@ -115,7 +114,7 @@ def refine(costs: Costs) -> Work | None:
     settings, selected = costs.recipe.refine, costs.recipe.select
     if not settings:
         return None
-    rankings = len(costs.recipe.data.validation) if selected.strategy in BY_TASK else 1
+    rankings = len(costs.recipe.data.validation) if selected.strategy == "round-robin" else 1
     part = min(1.0, rankings * settings.candidates)
     spent = part * costs.target_pool + costs.checkpoints * costs.queries
     return Work(part * costs.rows.total * costs.checkpoints, spent, _scoring_memory(costs))

@@ -119,8 +119,6 @@ class Recipe(Section):
             copy.proxy.model = _absolute_if_there(copy.proxy.model)
         if copy.data.chat_template:
             copy.data.chat_template = _absolute_if_there(copy.data.chat_template)
-        if copy.select.features:
-            copy.select.features = str(expanded(copy.select.features).resolve())
         copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
         copy.data.validation = _absolute_tasks(copy.data.validation)
         if copy.finetune:

@@ -191,37 +191,29 @@ class SelectSection(Section):
     """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
 
     `task` is one of `data.validation`, whose scores alone count; `weights` say how much each counts, 1 where it is not
-    named. `features` is an index of the pool's gradients
-    (`iprox index`), which the strategy `diverse` compares.
+    named.
     """
 
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
-    strategy: Literal["top", "round-robin", "balanced", "diverse", "sample"] = "top"
+    strategy: Literal["top", "round-robin"] = "top"
     task: str | None = None
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     threshold: float | None = None
-    temperature: float = Field(1.0, gt=0)
     source_floor: dict[str, Share] = Field(default_factory=dict)
     source_cap: Share | dict[str, Share] | None = None
     deduplicate: float | None = Field(None, gt=0, le=1)
-    control_length: bool = False
-    features: str | None = None
 
     @model_validator(mode="after")
     def _one_size(self) -> SelectSection:
         given = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
-        if self.task is not None and self.strategy in ("round-robin", "balanced"):
+        if self.task is not None and self.strategy == "round-robin":
             raise ValueError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one")
         if self.weights and self.task is not None:
             raise ValueError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
-        if self.weights and self.strategy == "balanced":
-            raise ValueError("the strategy balanced serves tasks alike, so it takes no weights: use round-robin or top")
-        if (self.strategy == "diverse") != (self.features is not None):
-            raise ValueError("the strategy diverse takes `features`, an index of the pool; no other strategy does")
         if not given and self.threshold is None:
             # Past the validate_assignment machinery, which would run this validator again.
             object.__setattr__(self, "fraction", 0.05)

@@ -2,10 +2,9 @@
 
 from iprox.selection.feasible import check_feasible
 from iprox.selection.select import Selection, best_rows, select_rows
-from iprox.selection.settings import BY_TASK, SelectionSettings, Strategy, rows_in_share
+from iprox.selection.settings import SelectionSettings, Strategy, rows_in_share
 
 __all__ = [
-    "BY_TASK",
     "Selection",
     "SelectionSettings",
     "Strategy",

@@ -1,4 +1,4 @@
-"""What a selection keeps to beside its ranking: a budget, shares of sources, no near-duplicates, no length bias."""
+"""What a selection keeps to beside its ranking: a budget, shares of sources, no near-duplicates."""
 
 from __future__ import annotations
 
@@ -11,30 +11,6 @@ import numpy as np
 from iprox.errors import InputError
 from iprox.selection.duplicates import READ_AT_ONCE, NearDuplicates
 from iprox.selection.strategies import Ranking
-
-# Bins of equal numbers of rows, between which scores are made alike.
-LENGTH_BINS = 20
-
-
-def without_length_bias(scores: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Scores less the median of rows of about their length, over the interquartile range of these.
-
-    Gradients of short examples are larger, or of long ones, as the loss and the normalisation have it; after this no
-    length is favoured, and within a length the order is as it was. O(n log n).
-
-    Args:
-        scores: float64 [N], NaN where there is none.
-        tokens: length of each row [N].
-    """
-    result = np.full(len(scores), np.nan)
-    known = np.flatnonzero(np.isfinite(scores))
-    edges = np.unique(np.quantile(tokens[known], np.linspace(0, 1, LENGTH_BINS + 1)[1:-1])) if len(known) else []
-    bins = np.searchsorted(edges, tokens[known], side="left")
-    for number in np.unique(bins):
-        rows = known[bins == number]
-        low, middle, high = np.quantile(scores[rows], (0.25, 0.5, 0.75))
-        result[rows] = (scores[rows] - middle) / (high - low if high > low else 1.0)
-    return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,11 @@ import pyarrow as pa
 from iprox.errors import InputError
 from iprox.influence.aggregate import weighted
 from iprox.influence.scores import AGGREGATE, TASK_PREFIX, score_matrix, source_column, task_names
-from iprox.selection.constraints import Limits, take, without_length_bias
-from iprox.selection.diverse import Features, diverse
+from iprox.selection.constraints import Limits, take
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.feasible import check_feasible
-from iprox.selection.settings import BY_TASK, SelectionSettings, rows_in, rows_in_share
-from iprox.selection.strategies import Ranking, balanced, round_robin, sampled, top
+from iprox.selection.settings import SelectionSettings, rows_in, rows_in_share
+from iprox.selection.strategies import Ranking, round_robin, top
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +61,22 @@ class Selection:
         }
 
 
-def select_rows(
-    scores: pa.Table, settings: SelectionSettings, *, texts: Texts | None = None, features: Features | None = None
-) -> Selection:
+def select_rows(scores: pa.Table, settings: SelectionSettings, *, texts: Texts | None = None) -> Selection:
     """Choose rows of a scores table, best first.
 
-    Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates or gradients to
-    compare, 10 million rows take seconds (`benchmarks/selection_speed.py`).
+    Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates 10 million rows
+    take seconds (`benchmarks/selection_speed.py`).
 
     Args:
         scores: a scores table.
         settings: what to choose.
         texts: of rows, for `deduplicate`.
-        features: of rows, for `diverse`.
 
     Raises:
-        InputError: the settings ask for more than the table has, or for texts or features that are not given.
+        InputError: the settings ask for more than the table has, or for texts that are not given.
     """
     if settings.deduplicate is not None and texts is None:
         raise InputError("near-duplicates are found by the rows' texts, which a scores table has not: give the pool")
-    if settings.strategy == "diverse" and features is None:
-        raise InputError("the strategy diverse compares gradients: give features, an index made by iprox index")
     sources = source_column(scores).tolist() if settings.by_source else [None] * scores.num_rows
     check_feasible(settings, scores.num_rows, Counter(sources) if settings.by_source else {None: scores.num_rows})
     influence = _column(scores, settings)
@@ -99,11 +93,7 @@ def select_rows(
         raise InputError(f"no row has a score of {settings.threshold} or more" if scored else "no row has a score")
     asked, count = count, None if count is None else min(count, available)
 
-    def comparable(column: np.ndarray) -> np.ndarray:
-        column = np.where(allowed, column, np.nan)
-        return without_length_bias(column, tokens) if settings.control_length else column
-
-    ranking = _ranking(settings, scores, influence, comparable, features)
+    ranking = _ranking(settings, scores, influence, allowed)
     whole = count or 0  # without a number of rows there are no shares
     limits = Limits(
         count,
@@ -126,7 +116,7 @@ def select_rows(
         if settings.tokens is not None:
             raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise the budget")
         raise InputError(f"no row can be chosen ({why}); loosen the limits")
-    by_score = settings.strategy == "top" and not settings.control_length and not taken.passed_over
+    by_score = settings.strategy == "top" and not taken.passed_over
     return Selection(
         taken.rows,
         settings.strategy,
@@ -160,32 +150,18 @@ def best_rows(scores: pa.Table, share: float, settings: SelectionSettings) -> np
 
 def _columns(scores: pa.Table, settings: SelectionSettings) -> list[np.ndarray]:
     """The scores [N] that rows are ranked by: those of each task that has turns, or one."""
-    if settings.strategy not in BY_TASK:
+    if settings.strategy != "round-robin":
         return [_column(scores, settings)]
     weights = settings.weights_of(task_names(scores))
     return [column for column, weight in zip(score_matrix(scores).T, weights, strict=True) if weight]
 
 
-def _ranking(
-    settings: SelectionSettings,
-    scores: pa.Table,
-    influence: np.ndarray,
-    comparable: Callable[[np.ndarray], np.ndarray],
-    features: Features | None,
-) -> Ranking:
-    """The ranking that a strategy gives."""
-    if settings.strategy in BY_TASK:
-        tasks = [comparable(column) for column in score_matrix(scores).T]
-        if settings.strategy == "balanced":
-            return partial(balanced, tasks)
+def _ranking(settings: SelectionSettings, scores: pa.Table, influence: np.ndarray, allowed: np.ndarray) -> Ranking:
+    """The ranking that a strategy gives of the rows that are allowed [N]."""
+    if settings.strategy == "round-robin":
+        tasks = [np.where(allowed, column, np.nan) for column in score_matrix(scores).T]
         return partial(round_robin, tasks, weights=settings.weights_of(task_names(scores)))
-    ranked = comparable(influence)
-    if settings.strategy == "sample":
-        return partial(sampled, ranked, temperature=settings.temperature, seed=settings.seed)
-    if settings.strategy == "diverse":
-        assert features is not None
-        return partial(diverse, ranked, features=features)
-    return partial(top, ranked)
+    return partial(top, np.where(allowed, influence, np.nan))
 
 
 def _column(scores: pa.Table, settings: SelectionSettings) -> np.ndarray:

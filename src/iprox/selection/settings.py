@@ -9,9 +9,7 @@ from typing import Literal, get_args
 
 from iprox.errors import InputError
 
-Strategy = Literal["top", "round-robin", "balanced", "diverse", "sample"]
-# Those that choose by the tasks' own scores rather than by one score.
-BY_TASK = ("round-robin", "balanced")
+Strategy = Literal["top", "round-robin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +20,14 @@ class SelectionSettings:
         fraction: share of all rows, in (0, 1]; rounded to the nearest row, at least one.
         count: number of rows.
         tokens: number of tokens that the rows may have in all. At most one of the three; none only with a threshold.
-        strategy: `top` (highest `influence`), `round-robin` (tasks take turns), `balanced` (the task served least takes
-            next), `diverse` (good rows with unlike gradients) or `sample` (drawn, good rows more often).
+        strategy: `top` (highest `influence`) or `round-robin` (tasks take turns).
         task: the one task whose scores count; None takes all of them, by the column `influence`.
         weights: by task, how much it counts, 1 where it is not named. Rows are then chosen by the weighted mean of
             standardised scores; by `round-robin` tasks have turns in proportion.
         threshold: rows with a lower score are not chosen, so there may be fewer than asked for.
-        temperature: of `sample`, in standard deviations of the score.
         source_floor: by source, the least share of the selection.
         source_cap: the largest share of the selection, of any source or by source.
         deduplicate: similarity from which two rows are near-duplicates, of which the better is kept; None keeps all.
-        control_length: compare rows with those of about their length only.
-        seed: of `sample`.
     """
 
     fraction: float | None = None
@@ -43,23 +37,18 @@ class SelectionSettings:
     task: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     threshold: float | None = None
-    temperature: float = 1.0
     source_floor: Mapping[str, float] = field(default_factory=dict)
     source_cap: float | Mapping[str, float] | None = None
     deduplicate: float | None = None
-    control_length: bool = False
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if self.strategy not in get_args(Strategy):
             raise InputError(f"unknown strategy {self.strategy!r}; known: {', '.join(get_args(Strategy))}")
-        if self.task is not None and self.strategy in BY_TASK:
+        if self.task is not None and self.strategy == "round-robin":
             raise InputError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one: use top")
         if self.weights and self.task is not None:
             raise InputError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
-        if self.weights and self.strategy == "balanced":
-            raise InputError("the strategy balanced serves tasks alike, so it takes no weights: use round-robin or top")
         if not all(0 <= weight < math.inf for weight in self.weights.values()):
             raise InputError("weights of tasks are finite numbers, 0 or more")
         sizes = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
@@ -71,8 +60,6 @@ class SelectionSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"the number of {unit} to select is {value}; it must be at least 1")
-        if self.temperature <= 0:
-            raise InputError(f"the temperature is {self.temperature}; it must be above 0")
         if self.deduplicate is not None and not 0 < self.deduplicate <= 1:
             raise InputError(f"deduplicate is {self.deduplicate}, a similarity; it must be above 0 and at most 1")
         shares = [*self.source_floor.values(), *self.caps().values()]
@@ -82,11 +69,6 @@ class SelectionSettings:
             raise InputError("floors and caps of sources are shares of the selection, from 0 to 1")
         if sum(self.source_floor.values()) > 1:
             raise InputError(f"the floors of sources add up to {sum(self.source_floor.values()):g}, more than all")
-        if self.strategy == "diverse" and (shares or self.deduplicate or not (self.fraction or self.count)):
-            raise InputError(
-                "the strategy diverse chooses a number of rows as a whole: it takes fraction or count, and neither "
-                "floors and caps of sources nor deduplicate (near-duplicates have like gradients)"
-            )
 
     def weights_of(self, tasks: Sequence[str]) -> list[float]:
         """The weight of each task.

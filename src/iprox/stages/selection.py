@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
-from iprox.influence.index import GradientIndex
 from iprox.influence.scores import read_scores, scores_metadata
 from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
@@ -19,15 +17,13 @@ from iprox.selection import SelectionSettings, select_rows
 from iprox.session import Session
 
 
-def selection_settings(settings: SelectSection, seed: int) -> SelectionSettings:
+def selection_settings(settings: SelectSection) -> SelectionSettings:
     """What a recipe asks to be chosen, checked.
 
     Raises:
-        InputError: it cannot be meant; or there is no index of features.
+        InputError: it cannot be meant.
     """
-    if settings.features is not None:
-        GradientIndex.open(settings.features)
-    return SelectionSettings(**settings.model_dump(exclude={"features"}), seed=seed)
+    return SelectionSettings(**settings.model_dump())
 
 
 def check_rows(table: pa.Table, pool: Pool) -> None:
@@ -71,15 +67,7 @@ def select(
     def texts(rows: Sequence[int]) -> list[str]:
         return [example.words for example in pool.take(rows)]
 
-    def features(rows: np.ndarray) -> np.ndarray:
-        return GradientIndex.open(str(settings.features)).features_of(table, rows)
-
-    selection = select_rows(
-        table,
-        selection_settings(settings, session.seed),
-        texts=texts,
-        features=features if settings.features else None,
-    )
+    selection = select_rows(table, selection_settings(settings), texts=texts)
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
             f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
@@ -90,7 +78,7 @@ def select(
     ids = table["id"].take(pa.array(rows)).to_pylist()
     _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
-    chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True), "seed": session.seed}
+    chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True)}
     write_json(description, chosen)
     return {
         key: chosen[key]
