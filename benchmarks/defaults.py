@@ -45,7 +45,8 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.recipe import WarmupSection
 from iprox.run_folder import environment, read_json
-from iprox.selection.strategies import round_robin, top
+from iprox.selection.strategies import top
+from iprox.selection.turns import Turns
 from iprox.session import Session, draw_rows
 from iprox.stages.training import warm_up
 
@@ -279,13 +280,13 @@ class Bench:
             return own[draw_rows(f"own/{task}", seed, len(own), count)].tolist()
         known = self.scored(seed)
         if row in ("RDS+", "BM25"):
-            return round_robin(list(known[f"{row}/{task}"].T), count).tolist()
+            return in_turns(known[f"{row}/{task}"], count)
         estimator, score, strategy = row.split(", ")
         matrix, n = known[f"{estimator}/{task}"], np.maximum(self.tokens, 1)
         n_v = np.array([example.supervised for example in self.encoded_validation[task]])
         if strategy == "turns":
             scale = {"mean": 1.0, "sum": n, "cosine": 1 / known["norms"]}[score]
-            return round_robin(list((matrix * np.reshape(scale, (-1, 1))).T), count).tolist()
+            return in_turns(matrix * np.reshape(scale, (-1, 1)), count)
         column = {"mean": matrix.mean(1), "sum": n * (matrix @ n_v), "cosine": matrix.mean(1) / known["norms"]}[score]
         return top(column, count).tolist()
 
@@ -338,6 +339,11 @@ class Bench:
         last = newest_checkpoint(folder)
         final = self.session.model(str(last))
         return {task: evaluate(final, self.encoded_tests[task], 4096, 0) for task in tasks}
+
+
+def in_turns(scores: np.ndarray, count: int) -> list[int]:
+    """The rows that the columns of scores [N, V] choose in turns."""
+    return Turns(lambda: iter([scores]), [1.0] * scores.shape[1], np.ones(len(scores), bool))(count).tolist()
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -20,10 +20,10 @@ from iprox.run_folder import environment, write_json
 from iprox.selection import SelectionSettings, select_rows
 
 CASES = {
-    "top": {},
+    "top": {"strategy": "top"},
     "round-robin": {"strategy": "round-robin"},
-    "5 % of all tokens": {"fraction": None},
-    "sources capped at 0.1": {"source_cap": 0.1},
+    "5 % of all tokens": {"strategy": "top", "fraction": None},
+    "sources capped at 0.1": {"strategy": "top", "source_cap": 0.1},
     "round-robin, a floor": {"strategy": "round-robin", "source_floor": {"s3": 0.2}},
 }
 

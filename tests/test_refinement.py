@@ -8,11 +8,12 @@ import pytest
 from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation
-from iprox.influence.scores import read_scores, score_matrix, scores_table
+from iprox.influence.scores import ExampleScores, read_scores, score_matrix, scores_table
 from iprox.selection import SelectionSettings, best_rows, select_rows
 from iprox.stages.refinement import check_candidates, refine
 
 ROWS, TASKS = 1000, ["a", "b"]
+TOP = SelectionSettings(fraction=0.05, strategy="top")
 
 
 class Rows:
@@ -67,7 +68,7 @@ def best(column, count):
 
 def test_only_the_proxys_best_rows_have_scores_and_they_are_the_targets(tmp_path, scores):
     proxy, target = scores
-    rows, table, record = refined(tmp_path, proxy, target, 0.2, SelectionSettings(fraction=0.05))
+    rows, table, record = refined(tmp_path, proxy, target, 0.2, TOP)
     assert set(rows.tolist()) == best(table_of(proxy)["influence"].to_numpy(zero_copy_only=False), 200)
     found = score_matrix(table)
     np.testing.assert_array_equal(found[rows], target[rows])
@@ -77,13 +78,13 @@ def test_only_the_proxys_best_rows_have_scores_and_they_are_the_targets(tmp_path
     assert record == {"tokens": 12, "flops": 3.0, "candidates": 200, "candidate_share": 0.2}
     assert json.loads((tmp_path / "refined/refine.json").read_text()) == record
     assert sorted(file.name for file in (tmp_path / "refined").iterdir()) == ["refine.json", "scores.parquet"]
-    chosen = select_rows(table, SelectionSettings(fraction=0.05)).rows
+    chosen = select_rows(table, TOP).rows
     assert set(chosen.tolist()) == best(influence, 50)
 
 
 def test_the_selection_finds_more_of_the_targets_own_best_rows_than_the_proxys(tmp_path, scores):
     proxy, target = scores
-    settings = SelectionSettings(fraction=0.05)
+    settings = TOP
     truth = best(table_of(target)["influence"].to_numpy(), 50)
     _, table, _ = refined(tmp_path, proxy, target, 0.2, settings)
     alone, again = (len(truth & set(select_rows(each, settings).rows.tolist())) for each in (table_of(proxy), table))
@@ -92,21 +93,47 @@ def test_the_selection_finds_more_of_the_targets_own_best_rows_than_the_proxys(t
 
 
 @pytest.mark.parametrize(
-    ("chosen", "columns"),
+    ("chosen", "weights"),
     [
-        (SelectionSettings(count=5, task="b"), [[0, 1]]),
-        (SelectionSettings(count=5, weights={"a": 3}), [[3, 1]]),
-        (SelectionSettings(count=5, strategy="round-robin"), [[1, 0], [0, 1]]),
-        (SelectionSettings(count=5, strategy="round-robin", weights={"a": 0}), [[0, 1]]),
+        (SelectionSettings(count=5, task="b"), [0, 1]),
+        (SelectionSettings(count=5, strategy="top", weights={"a": 3}), [3, 1]),
+        (SelectionSettings(count=5, weights={"a": 0}), [0, 1]),
     ],
 )
-def test_the_best_rows_are_those_of_what_selection_ranks_by(scores, chosen, columns):
-    """One task's, the weighted mean of standardized scores, or each task's that has turns."""
+def test_the_best_rows_are_those_of_what_selection_ranks_by(scores, chosen, weights):
+    """One task's, or the weighted mean of standardized scores."""
     proxy, _ = scores
     standardized = proxy / np.nanstd(proxy, axis=0)
-    expected = set.union(*(best(standardized @ np.array(weights), 100) for weights in columns))
     rows = best_rows(table_of(proxy), 0.1, chosen)
-    assert rows.tolist() == sorted(expected)
+    assert rows.tolist() == sorted(best(standardized @ np.array(weights), 100))
+
+
+def test_the_best_rows_by_turns_are_those_that_would_be_selected_of_so_many(scores):
+    table = table_of(scores[0])
+    rows = best_rows(table, 0.1, SelectionSettings(count=5))
+    assert rows.tolist() == sorted(select_rows(table, SelectionSettings(count=100)).rows.tolist())
+
+
+def test_refined_scores_keep_those_by_validation_example(tmp_path, scores):
+    """Of the candidates, from the target, so that the examples take turns among these."""
+    proxy, target = scores
+    pq.write_table(table_of(proxy), tmp_path / "scores.parquet")
+    pool, by_example = Rows(), np.random.default_rng(1).normal(size=(ROWS, 3))
+
+    def on_target(_candidates, file):
+        ids, again = [str(row) for row in pool.chosen], target[pool.chosen]
+        examples = [by_example[pool.chosen], by_example[pool.chosen, :1]]
+        pq.write_table(scores_table(ids, [None] * len(ids), [1] * len(ids), again, TASKS, examples=examples), file)
+        return {"tokens": 12, "flops": 3.0}
+
+    refine(
+        scores=tmp_path, pool=pool, folder=tmp_path / "refined", candidates=0.2, chosen=SelectionSettings(count=9),
+        how=Aggregation(), score_on_target=on_target,
+    )  # fmt: skip
+    chunks = ExampleScores.in_file(tmp_path / "refined").chunks(TASKS)
+    found = np.concatenate(list(chunks))
+    np.testing.assert_array_equal(found[pool.chosen], by_example[pool.chosen][:, [0, 1, 2, 0]])
+    assert np.isnan(np.delete(found, pool.chosen, axis=0)).all()
 
 
 def test_rows_without_a_score_are_not_scored_again(scores):

@@ -62,7 +62,7 @@ def test_defaults_are_those_of_the_design():
         (with_section(influence={"estimator": "datainf", "gradient": "factors"}), "needs `query: proxy`"),
         (with_section(influence={"estimator": "rds", "normalise": "cosine"}), "normalise is of gradients"),
         (with_section(influence={"estimator": "rds", "checkpoints": "all"}), "checkpoints: all sums gradients"),
-        (with_section(influence={"norm_sketch": 16}), "set normalise to cosine"),
+        (with_section(influence={"norm_sketch": 16, "normalise": "none"}), "set normalise to cosine"),
         (with_section(influence={"norm_sketch": 16, "normalise": "cosine", "estimator": "adam"}), "adam forms whole"),
         (with_section(influence={"norm_sketch": 16, "normalise": "cosine"}, proxy=False), "proxy is off"),
         (with_section(influence={"estimator": "bm25"}), "runs no model; set proxy: false"),
@@ -129,8 +129,8 @@ def test_a_fault_of_a_whole_section_does_not_show_all_of_it():
         parse_recipe(with_section(proxy={"method": "off-the-shelf"}))
     assert "given:" not in str(refusal.value)
     with pytest.raises(InputError) as refusal:
-        validate_section(SelectSection, strategy="round-robin", task="t")
-    assert str(refusal.value).startswith("the strategy round-robin is for all tasks")
+        validate_section(SelectSection, weights={"a": 2}, task="t")
+    assert str(refusal.value).startswith("weights are of several tasks")
 
 
 def test_an_option_of_another_name_than_its_key_is_named():
@@ -220,7 +220,7 @@ def test_the_stages_are_named_as_in_run_json():
 
 def test_adam_takes_no_query_norm_unless_examples_are_scored_one_by_one():
     with pytest.raises(ValueError, match="query_norm saves it nothing"):
-        InfluenceSection(estimator="adam", query_norm=0.9)
+        InfluenceSection(estimator="adam", query_norm=0.9, per_example=False)
     assert InfluenceSection(estimator="adam", query_norm=0.9, per_example=True).query_norm == 0.9
 
 

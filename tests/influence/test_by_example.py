@@ -105,7 +105,9 @@ def setup(tiny):
 def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path, over, keep):
     models, pool, validation = setup
     rates = [0.5, 2.0]
-    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max", query_norm=1.0)
+    how = ScoringSettings(
+        batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max", query_norm=1.0
+    )
     checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
     score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
     table = pq.read_table(tmp_path / "s.parquet")

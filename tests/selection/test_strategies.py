@@ -8,7 +8,8 @@ from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 from iprox.selection import SelectionSettings
 from iprox.selection import select_rows as choose_rows
-from iprox.selection.strategies import round_robin, top
+from iprox.selection.strategies import top
+from iprox.selection.turns import Turns
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
 
@@ -29,7 +30,7 @@ def test_top_is_a_stable_sort(values, data):
     if not ranked:
         return
     count = data.draw(st.integers(1, len(ranked)))
-    selection = select_rows(table(values), count=count)
+    selection = select_rows(table(values), count=count, strategy="top")
     assert selection.rows.tolist() == ranked[:count]
     assert selection.threshold == values[ranked[count - 1]]
 
@@ -65,7 +66,8 @@ def test_weights_are_of_standardised_scores(values, weights, data):
     wanted = (matrix / deviation) @ weights / sum(weights)
     ids = [str(i) for i in range(len(values))]
     scores = scores_table(ids, [None] * len(ids), [1] * len(ids), matrix, ["a", "b", "c"])
-    chosen = select_rows(scores, count=count, weights={"a": weights[0], "b": weights[1], "c": weights[2]})
+    by_name = dict(zip("abc", weights, strict=True))
+    chosen = select_rows(scores, count=count, strategy="top", weights=by_name)
     np.testing.assert_allclose(wanted[chosen.rows], np.sort(wanted)[::-1][:count], rtol=0, atol=1e-9)
     assert chosen.threshold == pytest.approx(wanted[chosen.rows[-1]], abs=1e-9)
 
@@ -92,7 +94,9 @@ def test_a_task_without_a_weight_counts_once():
     matrix = np.array([[2.0, 0.0], [0.0, 3.0], [1.9, 1.0]])
     scores = scores_table(list("xyz"), [None] * 3, [1] * 3, matrix, ["a", "b"])
     spelled, short = ({"a": 4.0, "b": 1.0}, {"a": 4.0})
-    chosen = [select_rows(scores, count=3, weights=weights).rows.tolist() for weights in (spelled, short)]
+    chosen = [
+        select_rows(scores, count=3, strategy="top", weights=weights).rows.tolist() for weights in (spelled, short)
+    ]
     assert chosen[0] == chosen[1] == [2, 0, 1]
     assert select_rows(scores, count=1, weights={"a": 0}).rows.tolist() == [1]
 
@@ -100,15 +104,29 @@ def test_a_task_without_a_weight_counts_once():
 def test_one_task_of_several_chooses_alone():
     matrix = np.array([[1.0, 9.0], [2.0, 8.0], [3.0, 0.0], [np.nan, np.nan]])
     scores = scores_table(list("wxyz"), [None] * 4, [1] * 4, matrix, ["a", "b"])
-    by_a, by_both = select_rows(scores, count=2, task="a"), select_rows(scores, count=2)
+    by_a, by_both = (select_rows(scores, count=2, strategy="top", **given) for given in ({"task": "a"}, {}))
     assert by_a.rows.tolist() == [2, 1]
     assert (by_a.threshold, by_a.task) == (2.0, "a")
     assert by_both.rows.tolist() == [0, 1]
     assert select_rows(scores, threshold=8.5, task="b").rows.tolist() == [0]
     with pytest.raises(InputError, match="no task 'c'; they are of a, b"):
         select_rows(scores, count=1, task="c")
-    with pytest.raises(InputError, match="round-robin is for all tasks"):
-        select_rows(scores, count=1, task="a", strategy="round-robin")
+    in_turns = select_rows(scores, count=2, task="a")  # with itself
+    assert (in_turns.rows.tolist(), in_turns.threshold) == ([2, 1], None)
+
+
+def test_validation_examples_take_turns_where_their_scores_are_known():
+    """Two of task a, one of task b, whose turns count alike; also where one task chooses alone."""
+    a, b = np.array([[5, 0], [4, 9], [3, 8], [2, 7], [1, 6.0]]), np.array([[0], [0], [1], [2], [3.0]])
+    scores = scores_table(list("vwxyz"), [None] * 5, [1] * 5, np.hstack([a.mean(1)[:, None], b]), ["a", "b"])
+    kept = scores_table(
+        list("vwxyz"), [None] * 5, [1] * 5, np.hstack([a.mean(1)[:, None], b]), ["a", "b"], examples=[a, b]
+    )
+    # Turns of a's first example, its second, and twice of b's only one: by stride a0, a1, b0, then b0, a0, a1.
+    assert select_rows(kept, count=4).rows.tolist() == [0, 1, 4, 3]
+    assert select_rows(kept, count=3, task="a").rows.tolist() == [0, 1, 2]
+    assert select_rows(kept, count=2, weights={"a": 0}).rows.tolist() == [4, 3]
+    assert select_rows(scores, count=2).rows.tolist() == [1, 4]  # the tasks' turns
 
 
 def test_a_fraction_is_of_all_rows():
@@ -161,7 +179,8 @@ matrices = st.integers(1, 4).flatmap(
 def test_a_longer_ranking_starts_with_the_shorter(scores, data):
     rows = scores.shape[1]
     short = data.draw(st.integers(1, rows))
-    for ranking in (lambda limit: top(scores[0], limit), lambda limit: round_robin(list(scores), limit)):
+    turns = Turns(lambda: iter([scores.T]), [1.0] * len(scores), np.ones(rows, bool))
+    for ranking in (lambda limit: top(scores[0], limit), turns):
         whole = ranking(rows)
         assert sorted(whole.tolist()) == list(range(rows))
         assert ranking(short).tolist() == whole[:short].tolist()

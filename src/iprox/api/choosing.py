@@ -25,7 +25,7 @@ def select(
     fraction: float | None = None,
     count: int | None = None,
     tokens: int | None = None,
-    strategy: Strategy = "top",
+    strategy: Strategy = "round-robin",
     task: str | None = None,
     weights: Mapping[str, float] | None = None,
     threshold: float | None = None,

@@ -90,8 +90,8 @@ def score(
             (`iprox.influence.aggregate.Aggregation`).
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
         per_example: keep the scores by validation example, as columns `examples/<task>`, by which examples take turns
-            in `iprox.select`. None keeps them where there are any: not of DataLoaders, `datainf`, `random`, `length` and
-            `perplexity`.
+            in `iprox.select`. None keeps them where there are any: not of DataLoaders, `datainf`, `random`, `length`
+            and `perplexity`.
         learning_rates: one a checkpoint; 1 for a single model if None.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.

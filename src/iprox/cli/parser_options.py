@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from iprox.cli import compare_command, index_commands, run_commands, stage_commands
-from iprox.recipe import GRADIENT_FREE, TrainingSection
+from iprox.recipe import GRADIENT_FREE, SelectSection, TrainingSection
 
 # Where a command's function is; the others are in `stage_commands`.
 MODULES = {
@@ -145,8 +145,8 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         "--estimator",
         choices=("tracin", "adam", "influence-function", "datainf", *GRADIENT_FREE),
         help="influence-function (default) and datainf divide by the curvature of the loss; tracin does not; adam, of "
-        "the steps that the warm-up's optimizer would take (LESS); random, length, perplexity, rds (hidden states) and bm25 "
-        "(words) take no gradients, to compare with",
+        "the steps that the warm-up's optimizer would take (LESS); random, length, perplexity, rds (hidden states) and "
+        "bm25 (words) take no gradients, to compare with",
     )
     parser.add_argument(
         "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"
@@ -171,7 +171,15 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
 
 
 def ranked_by_options(parser: argparse.ArgumentParser) -> None:
-    """By the scores of which tasks rows are selected."""
+    """Add how rows are ranked, and by the scores of which tasks."""
+    strategy = SelectSection.model_fields["strategy"]
+    parser.add_argument(
+        "--strategy",
+        choices=get_args(strategy.annotation),
+        default=strategy.default,
+        help="round-robin (default): validation examples take turns, each chooses the row that is best for it; top: "
+        "the highest influence on all together",
+    )
     tasks = parser.add_mutually_exclusive_group()
     tasks.add_argument("--task", help="choose by the scores of this task alone (default: all tasks together)")
     tasks.add_argument(

@@ -247,12 +247,6 @@ def add_refine(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE", help="those of the scores")
     parser.add_argument("--output", required=True, help="folder for scores.parquet and refine.json")
     parser.add_argument("--candidates", type=float, default=0.2, help="share of the pool to score again (default 0.2)")
-    parser.add_argument(
-        "--strategy",
-        choices=("top", "round-robin"),
-        default="top",
-        help="how rows will be selected: by all tasks together (top, default), or by each",
-    )
     ranked_by_options(parser)
     reading_options(parser)
 
@@ -273,12 +267,6 @@ def add_select(commands: Any) -> None:
     size.add_argument("--fraction", type=float, help="share of the pool (default 0.05, without --threshold)")
     size.add_argument("--count", type=int, help="number of rows")
     size.add_argument("--tokens", type=int, help="number of tokens of all rows")
-    parser.add_argument(
-        "--strategy",
-        choices=("top", "round-robin"),
-        default="top",
-        help="top: the highest influence (default); round-robin: the tasks take turns",
-    )
     ranked_by_options(parser)
     parser.add_argument(
         "--threshold",

@@ -48,7 +48,8 @@ TruncatedGradient = dict[str, LayerGradient | LowRankGradient]
 
 # What candidates are contracted with of a task: its mean gradient, whole or truncated, or the gradients of its
 # examples, one by one or in shared bases.
-TaskQuery = ModelGradient | TruncatedGradient | Sequence[ExampleGradient] | SharedQueries
+ApartQuery = ModelGradient | TruncatedGradient | Sequence[ExampleGradient]
+TaskQuery = ApartQuery | SharedQueries
 
 
 def mean_gradient(
@@ -192,10 +193,10 @@ class BatchScorer:
         if shared:
             self._take_shared(shared)
         else:
-            self._take(queries)
+            self._take({task: query for task, query in queries.items() if not isinstance(query, SharedQueries)})
         self.contraction_flops = sum(query.flops * self._shares[name] for name, query in self._queries.items())
 
-    def _take(self, queries: Mapping[str, TaskQuery]) -> None:
+    def _take(self, queries: Mapping[str, ApartQuery]) -> None:
         """Make ready to contract with mean gradients, or with those of examples one by one."""
         self.widths = [1 if isinstance(query, dict) else len(query) for query in queries.values()]
         columns: list[Any] = []
@@ -232,7 +233,7 @@ class BatchScorer:
         self.weights = [self._of_examples(query.norms.cpu(), query.mean_norm()) for query in queries.values()]
         self.kept = {task: query.kept.min().item() for task, query in queries.items()}
 
-    def _weights(self, query: TaskQuery, norms: Tensor) -> np.ndarray:
+    def _weights(self, query: ApartQuery, norms: Tensor) -> np.ndarray:
         """ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g) for a candidate's g; without norms each column counts 1/V."""
         if isinstance(query, dict):
             return np.ones(1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from iprox.data import ChatEncoder, Encoded, Example
 from iprox.errors import InputError
 from iprox.files import replacing, write_text
-from iprox.influence.estimators import Normalise, TaskQuery
+from iprox.influence.estimators import ApartQuery, Normalise
 from iprox.influence.projector import GradientProjector
 from iprox.influence.rows import RowRunner
 from iprox.influence.scores import scores_table
@@ -178,7 +178,7 @@ class GradientIndex:
 
     def scores(
         self,
-        queries: Mapping[str, TaskQuery],
+        queries: Mapping[str, ApartQuery],
         projector: GradientProjector,
         normalise: Normalise = "none",
         *,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.influence.adam import adam_steps, check_state
-from iprox.influence.estimators import TaskQuery, has_bias
+from iprox.influence.estimators import ApartQuery, has_bias
 from iprox.influence.gradients import LayerGradient
 from iprox.influence.projection import LayerProjection
 from iprox.models.layers import GradientSpace, influence_layers, weight_shape
@@ -80,7 +80,7 @@ class GradientProjector:
             watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
         return parts[0].flatten(1)
 
-    def project(self, query: TaskQuery) -> Tensor:
+    def project(self, query: ApartQuery) -> Tensor:
         """Features of what candidates meet of a task: [1, D] of its mean gradient, [V, D] of its examples' gradients.
 
         Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from iprox.files import replacing
 TASK_PREFIX = "influence/"
 EXAMPLES_PREFIX = "examples/"
 AGGREGATE = "influence"
+
+# Rows of scores by validation example that are read together.
+ROWS_AT_ONCE = 4096
 
 
 def scores_table(
@@ -95,6 +99,59 @@ def example_matrix(table: pa.Table, task: str) -> np.ndarray:
     return values.reshape(table.num_rows, column.type.list_size)
 
 
+@dataclass(frozen=True, slots=True)
+class ExampleScores:
+    """Scores by validation example, where they are kept, read as a stream.
+
+    Attributes:
+        widths: examples of each task; empty where there are no such scores.
+        read: task columns -> record batches of them, from the first row to the last.
+    """
+
+    widths: dict[str, int]
+    read: Callable[[list[str]], Iterator[pa.RecordBatch]]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> ExampleScores:
+        """Those of a table in memory."""
+        return cls(
+            _widths(table.schema), lambda names: iter(table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE))
+        )
+
+    @classmethod
+    def in_file(cls, path: str | Path) -> ExampleScores:
+        """Those of `scores.parquet`, or of a folder that holds it.
+
+        Raises:
+            InputError: there is none, or it is no scores table.
+        """
+        widths = _widths(read_scores_schema(path))
+
+        def read(names: list[str]) -> Iterator[pa.RecordBatch]:
+            with _readable(path) as file:
+                yield from pq.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=names)
+
+        return cls(widths, read)
+
+    def chunks(self, tasks: Sequence[str]) -> Iterator[np.ndarray]:
+        """Scores of some tasks' examples side by side, float64 [rows, ΣV] at a time, NaN where null."""
+        for batch in self.read([EXAMPLES_PREFIX + task for task in tasks]):
+            yield np.hstack([_matrix(batch[EXAMPLES_PREFIX + task]) for task in tasks])
+
+
+def _widths(schema: pa.Schema) -> dict[str, int]:
+    columns = [field for field in schema if field.name.startswith(EXAMPLES_PREFIX)]
+    return {field.name.removeprefix(EXAMPLES_PREFIX): field.type.list_size for field in columns}
+
+
+def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
+    """Lists of one length as float64 [rows, V]."""
+    size = column.type.list_size
+    start = column.offset * size
+    values = column.values.slice(start, len(column) * size).to_numpy(zero_copy_only=False)
+    return values.astype(np.float64).reshape(len(column), size)
+
+
 def scores_metadata(scores: pa.Table | pa.Schema) -> dict[str, object]:
     """What made the scores, as written by `scores_table`."""
     return json.loads(((scores.schema if isinstance(scores, pa.Table) else scores).metadata or {}).get(b"iprox", b"{}"))
@@ -123,15 +180,19 @@ def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
     return rows
 
 
-def read_scores(path: str | Path) -> pa.Table:
-    """Read a scores table from `scores.parquet` or a folder that holds it, without scores by validation example.
+def read_scores(path: str | Path, *, examples: bool = False) -> pa.Table:
+    """Read a scores table from `scores.parquet` or a folder that holds it.
+
+    Args:
+        path: of the file or folder.
+        examples: whether to read the scores by validation example, which are most of a file.
 
     Raises:
         InputError: there is none, or it is no scores table.
     """
     names = read_scores_schema(path).names
     with _readable(path) as file:
-        return pq.read_table(file, columns=[name for name in names if not name.startswith(EXAMPLES_PREFIX)])
+        return pq.read_table(file, columns=[name for name in names if examples or not name.startswith(EXAMPLES_PREFIX)])
 
 
 def read_scores_schema(path: str | Path) -> pa.Schema:

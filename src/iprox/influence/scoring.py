@@ -234,6 +234,8 @@ def task_queries(
     loss_fn: LossFn = causal_lm_losses,
     target: nn.Module | None = None,
     sample: Sequence[Any] = (),
+    *,
+    shared: bool = True,
 ) -> dict[str, TaskQuery]:
     """What candidates on a model are to meet of each task: its mean validation gradient, or those of its examples.
 
@@ -245,6 +247,8 @@ def task_queries(
         target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
             next to nothing, and only the candidates' side of the dot product is approximate.
         sample: batches of the pool's examples, which an influence function measures curvature on.
+        shared: bring the gradients of a task's examples into shared bases, which contracting needs and projecting
+            does not.
 
     Raises:
         InputError: an influence function of a proxy's factors with validation gradients of its target: an inverse does
@@ -257,7 +261,7 @@ def task_queries(
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
     if settings.aggregation.by_example:
-        return _queries_by_example(model, validation, settings, loss_fn, target, sample)
+        return _queries_by_example(model, validation, settings, loss_fn, target, sample, shared)
     queries = {task: mean_gradient(source, batches, space, loss_fn)[0] for task, batches in validation.items()}
     if settings.estimator in CURVED:
         queries = precondition(
@@ -282,6 +286,7 @@ def _queries_by_example(
     loss_fn: LossFn,
     target: nn.Module | None,
     sample: Sequence[Any],
+    shared: bool,
 ) -> dict[str, TaskQuery]:
     """The gradients of single validation examples: in shared bases, but for Adam's steps.
 
@@ -295,6 +300,7 @@ def _queries_by_example(
         )
     source, space = (model, settings.gradient) if target is None else (target, "weight")
     adam = settings.estimator == "adam"  # whose candidates are whole gradients, which need no bases
+    assert shared or settings.estimator not in CURVED  # the inverse is applied on the way into the bases
     found = {
         task: example_gradients(source, batches, space, settings.kept_norm(model) if adam else 1.0, loss_fn)
         for task, batches in validation.items()
@@ -304,7 +310,7 @@ def _queries_by_example(
         bases = curvature_of(source, sample, settings.curvature, gradient=space, loss_fn=loss_fn, seed=settings.seed)
     if target is not None:  # layers that the proxy lacks are met by no candidate
         found = {t: [example_seen_from(each, model, settings.gradient) for each in of] for t, of in found.items()}
-    if adam:
+    if adam or not shared:
         return dict(found)
     dtype = next(model.parameters()).dtype
     keep = settings.kept_by_example(model)

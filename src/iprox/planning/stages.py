@@ -110,12 +110,11 @@ def _scoring_memory(costs: Costs) -> float:
 
 
 def refine(costs: Costs) -> Work | None:
-    """The best rows again on the target: where tasks take turns at most as many for each, as they share some."""
-    settings, selected = costs.recipe.refine, costs.recipe.select
+    """The best rows again on the target."""
+    settings = costs.recipe.refine
     if not settings:
         return None
-    rankings = len(costs.recipe.data.validation) if selected.strategy == "round-robin" else 1
-    part = min(1.0, rankings * settings.candidates)
+    part = settings.candidates
     spent = part * costs.target_pool + costs.checkpoints * costs.queries
     return Work(part * costs.rows.total * costs.checkpoints, spent, _scoring_memory(costs))
 

@@ -42,7 +42,8 @@ class InfluenceSection(Section):
     `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
     eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
-    keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any. `aggregate` says how `influence` is made of several tasks.
+    keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any.
+    `aggregate` says how `influence` is made of several tasks.
     `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.

@@ -197,7 +197,7 @@ class SelectSection(Section):
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
-    strategy: Literal["top", "round-robin"] = "top"
+    strategy: Literal["top", "round-robin"] = "round-robin"
     task: str | None = None
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     threshold: float | None = None
@@ -210,8 +210,6 @@ class SelectSection(Section):
         given = [name for name in ("fraction", "count", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
-        if self.task is not None and self.strategy == "round-robin":
-            raise ValueError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one")
         if self.weights and self.task is not None:
             raise ValueError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
         if not given and self.threshold is None:

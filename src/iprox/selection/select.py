@@ -12,12 +12,13 @@ import pyarrow as pa
 
 from iprox.errors import InputError
 from iprox.influence.aggregate import weighted
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX, score_matrix, source_column, task_names
+from iprox.influence.scores import AGGREGATE, TASK_PREFIX, ExampleScores, score_matrix, source_column, task_names
 from iprox.selection.constraints import Limits, take
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.feasible import check_feasible
 from iprox.selection.settings import SelectionSettings, rows_in, rows_in_share
-from iprox.selection.strategies import Ranking, round_robin, top
+from iprox.selection.strategies import Ranking, top
+from iprox.selection.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,13 @@ class Selection:
         }
 
 
-def select_rows(scores: pa.Table, settings: SelectionSettings, *, texts: Texts | None = None) -> Selection:
+def select_rows(
+    scores: pa.Table,
+    settings: SelectionSettings,
+    *,
+    texts: Texts | None = None,
+    examples: ExampleScores | None = None,
+) -> Selection:
     """Choose rows of a scores table, best first.
 
     Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates 10 million rows
@@ -71,6 +78,7 @@ def select_rows(scores: pa.Table, settings: SelectionSettings, *, texts: Texts |
         scores: a scores table.
         settings: what to choose.
         texts: of rows, for `deduplicate`.
+        examples: scores by validation example; None takes those of the table, if it has any.
 
     Raises:
         InputError: the settings ask for more than the table has, or for texts that are not given.
@@ -93,7 +101,7 @@ def select_rows(scores: pa.Table, settings: SelectionSettings, *, texts: Texts |
         raise InputError(f"no row has a score of {settings.threshold} or more" if scored else "no row has a score")
     asked, count = count, None if count is None else min(count, available)
 
-    ranking = _ranking(settings, scores, influence, allowed)
+    ranking = _ranking(settings, scores, influence, allowed, examples or ExampleScores.of(scores))
     whole = count or 0  # without a number of rows there are no shares
     limits = Limits(
         count,
@@ -130,13 +138,16 @@ def select_rows(scores: pa.Table, settings: SelectionSettings, *, texts: Texts |
     )
 
 
-def best_rows(scores: pa.Table, share: float, settings: SelectionSettings) -> np.ndarray:
-    """Return the best share of the rows by the scores that a selection ranks by, of every task where tasks take turns.
+def best_rows(
+    scores: pa.Table, share: float, settings: SelectionSettings, *, examples: ExampleScores | None = None
+) -> np.ndarray:
+    """Return the share of the rows that a selection ranks highest.
 
     Args:
         scores: a scores table.
         share: of its rows, in (0, 1).
         settings: what will be selected.
+        examples: as for `select_rows`.
 
     Returns:
         int64 [K] row numbers, in order; none has no score.
@@ -144,24 +155,33 @@ def best_rows(scores: pa.Table, share: float, settings: SelectionSettings) -> np
     Raises:
         InputError: the settings name a task that the table does not have.
     """
-    count = rows_in_share(share, scores.num_rows)
-    return np.unique(np.concatenate([top(column, count) for column in _columns(scores, settings)]))
+    influence = _column(scores, settings)
+    ranking = _ranking(settings, scores, influence, np.isfinite(influence), examples or ExampleScores.of(scores))
+    return np.sort(ranking(rows_in_share(share, scores.num_rows)))
 
 
-def _columns(scores: pa.Table, settings: SelectionSettings) -> list[np.ndarray]:
-    """The scores [N] that rows are ranked by: those of each task that has turns, or one."""
-    if settings.strategy != "round-robin":
-        return [_column(scores, settings)]
-    weights = settings.weights_of(task_names(scores))
-    return [column for column, weight in zip(score_matrix(scores).T, weights, strict=True) if weight]
+def _ranking(
+    settings: SelectionSettings,
+    scores: pa.Table,
+    influence: np.ndarray,
+    allowed: np.ndarray,
+    examples: ExampleScores,
+) -> Ranking:
+    """The ranking that a strategy gives of the rows that are allowed [N].
 
-
-def _ranking(settings: SelectionSettings, scores: pa.Table, influence: np.ndarray, allowed: np.ndarray) -> Ranking:
-    """The ranking that a strategy gives of the rows that are allowed [N]."""
-    if settings.strategy == "round-robin":
-        tasks = [np.where(allowed, column, np.nan) for column in score_matrix(scores).T]
-        return partial(round_robin, tasks, weights=settings.weights_of(task_names(scores)))
-    return partial(top, np.where(allowed, influence, np.nan))
+    Turns are the validation examples', a task's in proportion to its weight; or the tasks' where scores by example
+    were not kept.
+    """
+    if settings.strategy == "top":
+        return partial(top, np.where(allowed, influence, np.nan))
+    tasks = task_names(scores)
+    weights = settings.weights_of(tasks) if settings.task is None else [float(task == settings.task) for task in tasks]
+    if not examples.widths:
+        matrix = score_matrix(scores)
+        return Turns(lambda: iter([matrix]), weights, allowed)
+    wanted = {task: weight for task, weight in zip(tasks, weights, strict=True) if weight}
+    turns = [weight / examples.widths[task] for task, weight in wanted.items() for _ in range(examples.widths[task])]
+    return Turns(lambda: examples.chunks(list(wanted)), turns, allowed)
 
 
 def _column(scores: pa.Table, settings: SelectionSettings) -> np.ndarray:

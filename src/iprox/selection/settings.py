@@ -20,7 +20,8 @@ class SelectionSettings:
         fraction: share of all rows, in (0, 1]; rounded to the nearest row, at least one.
         count: number of rows.
         tokens: number of tokens that the rows may have in all. At most one of the three; none only with a threshold.
-        strategy: `top` (highest `influence`) or `round-robin` (tasks take turns).
+        strategy: `round-robin` (validation examples take turns, each the row that is best for it; the tasks do where
+            scores by example were not kept) or `top` (highest `influence`).
         task: the one task whose scores count; None takes all of them, by the column `influence`.
         weights: by task, how much it counts, 1 where it is not named. Rows are then chosen by the weighted mean of
             standardised scores; by `round-robin` tasks have turns in proportion.
@@ -33,7 +34,7 @@ class SelectionSettings:
     fraction: float | None = None
     count: int | None = None
     tokens: int | None = None
-    strategy: Strategy = "top"
+    strategy: Strategy = "round-robin"
     task: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     threshold: float | None = None
@@ -45,8 +46,6 @@ class SelectionSettings:
         """Refuse what cannot be meant."""
         if self.strategy not in get_args(Strategy):
             raise InputError(f"unknown strategy {self.strategy!r}; known: {', '.join(get_args(Strategy))}")
-        if self.task is not None and self.strategy == "round-robin":
-            raise InputError(f"the strategy {self.strategy} is for all tasks, and task says to choose by one: use top")
         if self.weights and self.task is not None:
             raise InputError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
         if not all(0 <= weight < math.inf for weight in self.weights.values()):

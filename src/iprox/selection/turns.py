@@ -74,6 +74,9 @@ def leading(chunks: Chunks, allowed: np.ndarray, depth: int) -> list[np.ndarray]
             if len(values[column]) == depth:  # a later row has to be better than the worst that is held
                 better = scores > values[column][-1]
                 scores, numbers = scores[better], numbers[better]
+            if len(scores) > 2 * depth:  # no need to sort those that are not among the best
+                good = scores >= -np.partition(-scores, depth - 1)[depth - 1]
+                scores, numbers = scores[good], numbers[good]
             if len(scores):
                 scores = np.concatenate([values[column], scores])
                 order = np.argsort(-scores, kind="stable")[:depth]

@@ -6,14 +6,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.files import replacing
-from iprox.influence.estimators import TaskQuery
+from iprox.influence.estimators import ApartQuery
 from iprox.influence.index import GradientIndex, WindowProjector, unit_gradients, write_index
 from iprox.influence.projection import sides
 from iprox.influence.projector import GradientProjector
@@ -219,14 +219,14 @@ def _queries(
     target: nn.Module | None,
     encoded: Mapping[str, Sequence[Encoded]],
     scoring: ScoringSettings,
-) -> Mapping[str, TaskQuery]:
+) -> Mapping[str, ApartQuery]:
     """Every task's validation gradients, in batches that fit in memory."""
 
-    def make(batch_tokens: int) -> Mapping[str, TaskQuery]:
+    def make(batch_tokens: int) -> Mapping[str, ApartQuery]:
         batches = {
             task: on_device(iter_batches(rows, batch_tokens, 0), session.device) for task, rows in encoded.items()
         }
-        return task_queries(model, batches, scoring, target=target)
+        return cast(Mapping[str, ApartQuery], task_queries(model, batches, scoring, target=target, shared=False))
 
     least = max(len(row.input_ids) for rows in encoded.values() for row in rows)
     return fitting(make, session.batch_tokens, least)[0]

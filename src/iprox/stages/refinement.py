@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,17 @@ import pyarrow as pa
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation, TaskSpread
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX, read_scores, score_matrix, task_names, write_parts
+from iprox.influence.scores import (
+    AGGREGATE,
+    EXAMPLES_PREFIX,
+    ROWS_AT_ONCE,
+    TASK_PREFIX,
+    ExampleScores,
+    read_scores,
+    score_matrix,
+    task_names,
+    write_parts,
+)
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, best_rows, rows_in_share
 from iprox.stages.selection import check_rows
@@ -52,15 +62,17 @@ def refine(
     table = read_scores(scores)
     check_rows(table, pool)
     tasks = task_names(table)
-    rows = best_rows(table, candidates, chosen)
+    rows = best_rows(table, candidates, chosen, examples=ExampleScores.in_file(scores))
     if not len(rows):
         raise InputError(f"{scores}: no row has a score, so there is none to score again")
     again, scored = _score_again(table, tasks, rows, pool, folder, score_on_target)
+    found = score_matrix(again.select([TASK_PREFIX + task for task in tasks]))
     matrix = np.full((table.num_rows, len(tasks)), np.nan)
-    matrix[rows] = again
+    matrix[rows] = found
     spread = TaskSpread()
-    spread.add(again)
-    write_parts(folder / "scores.parquet", [_with_scores(table, tasks, matrix, how.over_tasks(matrix, spread))])
+    spread.add(found)
+    refined = _with_scores(table, tasks, matrix, how.over_tasks(matrix, spread))
+    write_parts(folder / "scores.parquet", _with_examples(refined, rows, again))
     record: StageRecord = {
         **{name: scored[name] for name in ("tokens", "flops")},
         "candidates": len(rows),
@@ -101,8 +113,8 @@ def _score_again(
     pool: Pool,
     folder: Path,
     score_on_target: ScoreOnTarget,
-) -> tuple[np.ndarray, StageRecord]:
-    """The target's scores of the candidates [candidates, tasks], and what they took.
+) -> tuple[pa.Table, StageRecord]:
+    """The target's scores of the candidates, by validation example too, and what they took.
 
     Raises:
         InputError: they are of other tasks.
@@ -111,14 +123,14 @@ def _score_again(
     ids = table["id"].take(pa.array(candidates)).to_pylist()
     pool.write_rows(candidates.tolist(), file, ids)
     scored = score_on_target(Pool([file], name="candidates", columns=pool.columns.named), scores)
-    again = read_scores(scores)
+    again = read_scores(scores, examples=True)
     file.unlink()
     scores.unlink()
     if set(task_names(again)) != set(tasks):
         raise InputError(
             f"--validation: the scores are of {', '.join(tasks)}; give the validation sets of these tasks, no others"
         )
-    return score_matrix(again.select([TASK_PREFIX + task for task in tasks])), scored
+    return again, scored
 
 
 def _with_scores(table: pa.Table, tasks: Sequence[str], matrix: np.ndarray, influence: np.ndarray) -> pa.Table:
@@ -127,3 +139,16 @@ def _with_scores(table: pa.Table, tasks: Sequence[str], matrix: np.ndarray, infl
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.float64(), from_pandas=True))
     return table
+
+
+def _with_examples(table: pa.Table, rows: np.ndarray, again: pa.Table) -> Iterator[pa.Table]:
+    """The table with the candidates' scores by validation example, some rows at a time; the other rows have null."""
+    names = [name for name in again.column_names if name.startswith(EXAMPLES_PREFIX)]
+    for start in range(0, table.num_rows, ROWS_AT_ONCE):
+        part = table.slice(start, ROWS_AT_ONCE)
+        numbers = np.arange(start, start + part.num_rows)
+        places = np.minimum(np.searchsorted(rows, numbers), len(rows) - 1)
+        there = rows[places] == numbers
+        for name in names:
+            part = part.append_column(name, again[name].take(pa.array(places, mask=~there)))
+        yield part

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
-from iprox.influence.scores import read_scores, scores_metadata
+from iprox.influence.scores import ExampleScores, read_scores, scores_metadata
 from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, select_rows
@@ -67,7 +67,7 @@ def select(
     def texts(rows: Sequence[int]) -> list[str]:
         return [example.words for example in pool.take(rows)]
 
-    selection = select_rows(table, selection_settings(settings), texts=texts)
+    selection = select_rows(table, selection_settings(settings), texts=texts, examples=ExampleScores.in_file(scores))
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
             f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
