@@ -34,6 +34,8 @@ WINDOW = 4096
 # beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact. Divided by a
 # curvature they are less low-rank, and candidates meet their small directions too (`benchmarks/queries.py`).
 QUERY_NORM, CURVED_QUERY_NORM = 0.9, 0.98
+# The same for scores by validation example, on any model (`iprox.influence.shared_basis`).
+EXAMPLES_NORM = 0.9
 # Random signs a layer that candidates' norms are estimated from on a proxy unless asked otherwise, for their cosine.
 # Exact norms would cost a proxy as much as they do its target, up to half of its scoring.
 NORM_SKETCH = 32
@@ -100,13 +102,13 @@ class ScoringSettings:
             return self.query_norm
         return CURVED_QUERY_NORM if self.estimator in CURVED else QUERY_NORM
 
-    def kept_by_example(self, model: nn.Module) -> float:
-        """The share of the examples' gradients that their shared bases keep when candidates are scored on this model.
+    @property
+    def kept_by_example(self) -> float:
+        """The share of the examples' gradients that their shared bases keep.
 
-        Whole bases would take the memory of a gradient of the model per example, so a model itself is asked with bases
-        that keep `CURVED_QUERY_NORM`, unless whole ones are asked for.
+        Whole bases would take the memory of a gradient of the model per example, so they are for those who ask.
         """
-        return self.query_norm or min(self.kept_norm(model), CURVED_QUERY_NORM)
+        return EXAMPLES_NORM if self.query_norm is None else self.query_norm
 
     def kept_norm(self, model: nn.Module) -> float:
         """The share of the validation gradients' norm to keep when candidates are scored on this model."""
@@ -313,7 +315,7 @@ def _queries_by_example(
     if adam or not shared:
         return dict(found)
     dtype = next(model.parameters()).dtype
-    keep = settings.kept_by_example(model)
+    keep = settings.kept_by_example
     return {task: shared_queries(each, keep, bases, settings.damping, dtype) for task, each in found.items()}
 
 

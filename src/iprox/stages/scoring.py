@@ -99,7 +99,7 @@ def score(
                 "over_examples": settings.over_examples,
                 "per_example": settings.by_example,
                 "query": "target" if models[0].target else "own",
-                "query_norm": scoring.kept_norm(model),
+                "query_norm": scoring.kept_by_example if settings.by_example else scoring.kept_norm(model),
                 "norm_sketch": scoring.sketched(model),
                 "learning_rates": [model.learning_rate for model in models],
                 "dtype": str(session.dtype).removeprefix("torch."),
