@@ -88,16 +88,15 @@ class Preset:
     batch_size: int = 8
     warmup: int = 500
     curvature: int = 256
-    at_once: int = 4
 
 
 PRESETS = {
     "target-17m": Preset(
         model=SHARED / "models/target-17m",
         tasks=("gsm8k", "code", "summarization", "science", "sentiment", "bbh", *CUT),
-        rows=2000,
-        validation=32,
-        tests=160,
+        rows=1500,
+        validation=24,
+        tests=150,
         seeds=2,
         learning_rate=0.1 / 384,
         lora=None,
@@ -106,14 +105,13 @@ PRESETS = {
         model=MODELS / "smollm2-135m-instruct",
         tasks=("gsm8k", "code", "science", "commonsenseqa"),
         rows=1500,
-        validation=32,
-        tests=100,
+        validation=16,
+        tests=80,
         seeds=1,
         learning_rate=1 / 576,
         lora=16,
         warmup=0,  # it knows chat
         curvature=128,
-        at_once=1,
     ),
 }
 
@@ -232,27 +230,25 @@ class Bench:
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = curvature_of(model, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
-        tasks, found = list(self.validation), {}
-        for group in (tasks[i : i + self.preset.at_once] for i in range(0, len(tasks), self.preset.at_once)):
-            examples = [
-                each
-                for task in group
-                for each in example_gradients(model, self.batches(self.encoded_validation[task]), "weight")
-            ]
-            queries = {}
-            for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
-                # One pair of bases for all these tasks: less work, and more memory, than one each.
-                made = queries[name] = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
-                sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
-                kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, mean size of a layer {sizes}"
-                print(f"{name}: {time.time() - started:.0f} s, {kept}", flush=True)
-            del examples
-            edges = np.cumsum([0, *(len(self.validation[task]) for task in group)])
-            norms, scores = contracted(model, layers, self.encoded, queries)
-            found["norms"] = norms
-            for name, matrix in scores.items():
-                for task, start, end in zip(group, edges, edges[1:], strict=False):
-                    found[f"{name}/{task}"] = matrix[:, start:end]
+        examples = [
+            each
+            for rows in self.encoded_validation.values()
+            for each in example_gradients(model, self.batches(rows), "weight")
+        ]
+        queries = {}
+        for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
+            # One pair of bases for all tasks: less work, and more memory, than one each.
+            made = queries[name] = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
+            sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
+            kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, mean size of a layer {sizes}"
+            print(f"{name}: {time.time() - started:.0f} s, {kept}", flush=True)
+        del examples, bases
+        norms, scores = contracted(model, layers, self.encoded, queries)
+        edges = np.cumsum([0, *(len(rows) for rows in self.validation.values())])
+        found = {"norms": norms}
+        for name, matrix in scores.items():
+            for task, start, end in zip(self.validation, edges, edges[1:], strict=False):
+                found[f"{name}/{task}"] = matrix[:, start:end]
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
         rds = gradient_free.rds_scorer(model, validation, by_example=True)
@@ -372,6 +368,7 @@ def contracted(
                         scores[estimator] += query.layers[name].contract(h, delta)
 
             watched_backward(model, layers, lambda batch=batch: causal_lm_losses(model, batch), sink)
+            print(".", end="", flush=True)
             for estimator, matrix in scores.items():
                 total[estimator][batch.indices] = matrix.numpy()
             norms[batch.indices] = squares.sqrt().numpy()
