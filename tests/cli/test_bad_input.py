@@ -359,6 +359,8 @@ def test_an_unreadable_record_of_a_run(copied, refused):
         (["score", "--query=proxy", "--target=x"], "--target x: is not used with --query proxy"),
         (["score", "--estimator=length", "--target=x"], "--target x: is not used with --estimator length"),
         (["audit", "--lds=5"], "--lds 5: "),
+        (["audit", "--removal", "--learning-rate=0"], "--learning-rate 0.0: "),
+        (["audit", "--learning-rate=0.01"], "--learning-rate 0.01: is used by --lds and --removal"),
     ],
 )
 def test_options_that_cannot_be_meant(finished, tmp_path, refused, given, said):

@@ -15,7 +15,7 @@ from iprox.cli import main
 from iprox.data import Pool
 from iprox.recipe import LdsSection
 from iprox.session import Session
-from iprox.stages import alignment, lds
+from iprox.stages import alignment, lds, retraining
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -627,11 +627,12 @@ def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(co
         trained.append(1)
         return retrained(*arguments, **options)
 
-    retrained = lds._retrained
-    monkeypatch.setattr(lds, "_retrained", stopping)
+    retrained = retraining.validation_losses
+    monkeypatch.setattr(retraining, "validation_losses", stopping)
     assert copied.run("--set", *settings, "--stop-after", "audit") == 130
-    assert len(json.loads((copied.output / "audit/lds-losses.json").read_text())["losses"]) == 4
-    monkeypatch.setattr(lds, "_retrained", lambda *a, **o: (trained.append(1), retrained(*a, **o))[1])
+    assert len(json.loads((copied.output / "audit/retrained.json").read_text())) == 4
+    counting = lambda *a, **o: (trained.append(1), retrained(*a, **o))[1]  # noqa: E731
+    monkeypatch.setattr(retraining, "validation_losses", counting)
     assert copied.run("--set", *settings) == 0
     assert len(trained) == 10
     found = json.loads((copied.output / "audit/lds.json").read_text())
@@ -697,9 +698,9 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     audited = pq.read_table(finished.output / "audit/audit.parquet")
     known = {}
 
-    def falling(session, model, rows, held, settings, tasks):
+    def falling(session, model, rows, held, settings, seed):
         chosen = [known[tuple(row.input_ids.tolist())] for row in rows]
-        return [-sum(scores[task] for scores in chosen) for task in tasks]
+        return [-sum(scores[task] for scores in chosen) for task in held]
 
     pool = Pool([str(finished.pool)])
     session = Session.create(max_length=48)
@@ -711,7 +712,7 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     for example, row in zip(examples, encoder.encode(examples), strict=True):
         place = ids.index(example.id)
         known[tuple(row.input_ids.tolist())] = {task: audited[f"target/{task}"][place].as_py() for task in tasks}
-    monkeypatch.setattr(lds, "_retrained", falling)
+    monkeypatch.setattr(retraining, "validation_losses", falling)
     shutil.copytree(finished.output / "audit", tmp_path / "audit")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
     by_place = sorted(examples, key=lambda example: ids.index(example.id))
@@ -722,10 +723,10 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
         assert found["tasks"][task]["target"]["lds"] == pytest.approx(1)
         assert found["tasks"][task]["proxy"]["lds"] > 0.5
     # Another validation set is another measurement.
-    before = json.loads((tmp_path / "audit/lds-losses.json").read_text())
+    before = json.loads((tmp_path / "audit/retrained.json").read_text())
     other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
     lds.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
-    assert json.loads((tmp_path / "audit/lds-losses.json").read_text())["of"] != before["of"]
+    assert len(json.loads((tmp_path / "audit/retrained.json").read_text())) == len(before) + 30
 
 
 @pytest.mark.parametrize("estimator", ["perplexity", "rds"])

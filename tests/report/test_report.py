@@ -204,6 +204,24 @@ def test_the_linear_datamodelling_score_is_told_where_it_was_measured(make_run: 
     assert "0.52 (0.30 to 0.70)" in text
 
 
+def test_the_removal_test_is_told_where_it_was_measured(make_run: MakeRun) -> None:
+    run = make_run()
+    assert "Removal test" not in build(run).text
+    record = json.loads((run / "run.json").read_text())
+    record["stages"]["removal"] = {"seconds": 3.0, "tokens": 10, "flops": 1e9, "warnings": []}
+    write_json(run / "run.json", record)
+    effect = {"top": 0.05, "random": 0.0125, "difference": 0.0375, "standard_error": 0.0042}
+    sides = {"proxy": effect, "target": {**effect, "difference": -0.0007}}
+    measured = {"fraction": 0.05, "repeats": 3, "rows": 300, "removed": 15, "mean": sides}
+    tasks = {task: {"loss": 1.5, **sides} for task in ("gsm8k", "code")}
+    write_json(run / "audit/removal.json", {**measured, "tasks": tasks})
+    text = build(run).text
+    assert "without the top 15 of a ranking" in text
+    assert "each 3 times" in text
+    assert text.count("0.0375 ± 0.0042") == 3
+    assert "−0.0007 ± 0.0042" in text
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
-        resumable = arguments.command in RESUMABLE or getattr(arguments, "lds", None)
+        retrains = getattr(arguments, "lds", None) or getattr(arguments, "removal", None)
+        resumable = arguments.command in RESUMABLE or retrains
         kept = "the same command (without --fresh) goes on from here" if resumable else "nothing is kept"
         print(f"iprox: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED

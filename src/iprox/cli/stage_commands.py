@@ -26,13 +26,15 @@ from iprox.recipe import (
     ProbeSection,
     ProxySection,
     RefineSection,
+    RemovalSection,
     SelectSection,
     WarmupSection,
     validate_section,
 )
 from iprox.run_folder import StageRecord, key_of, read_json
 from iprox.session import draw_rows
-from iprox.stages import alignment, auditing, compression, indexing, lds, refinement, scoring, selection, training
+from iprox.stages import alignment, auditing, compression, indexing, refinement, scoring, selection, training
+from iprox.stages.retraining import LOSSES
 
 SHARDS = "scores.parquet.shards"
 
@@ -197,32 +199,48 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     settings = options.influence_of(arguments)
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     validation = options.tasks_of(arguments.validation, arguments)
-    retrain = arguments.lds and validate_section(
-        LdsSection,
-        {"subsets": "--lds", "learning_rate": "--lds-learning-rate"},
-        subsets=arguments.lds,
-        learning_rate=arguments.lds_learning_rate,
-    )
+    retrain = _retrainings(arguments)
+    results = [f"{name}.json" for name in retrain]
     output = options.resumable_folder(
-        arguments.output, lds.LOSSES, "audit.json", "audit.parquet", lds.LOSSES, "*.partial"
+        arguments.output, LOSSES, "audit.json", "audit.parquet", LOSSES, *results, "*.partial"
     )
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 
     def work() -> StageRecord:
         record, _ = auditing.audit(session, pairs, examples, pool, validation, output, settings)
-        if not retrain:
-            return record
-        more = lds.measure_lds(session, arguments.model, examples, validation, output, retrain)
-        return {**record, **more, **{name: record[name] + more[name] for name in ("tokens", "flops")}}
+        for name, chosen in retrain.items():
+            more = auditing.MEASUREMENTS[name](session, arguments.model, examples, validation, output, chosen)
+            record = {**record, **more, **{count: record[count] + more[count] for count in ("tokens", "flops")}}
+        return record
 
-    record = options.single_stage(session, "audit", output, arguments, work, kept=lds.LOSSES)
+    record = options.single_stage(session, "audit", output, arguments, work, kept=LOSSES)
     found = read_json(output / "audit.json")
+    measured = {name: read_json(output / f"{name}.json") for name in retrain}
     if not arguments.json:
         summary.print_fidelity(found)
-        if retrain:
-            summary.print_lds(read_json(output / lds.RESULT))
-    return {**record, **found, **({"lds": read_json(output / lds.RESULT)} if retrain else {})}
+        for name, result in measured.items():
+            {"lds": summary.print_lds, "removal": summary.print_removal}[name](result)
+    return {**record, **found, **measured}
+
+
+def _retrainings(arguments: Namespace) -> dict[str, Any]:
+    """Return the settings of what is to be measured by retraining, by name.
+
+    Raises:
+        InputError: a bad value, or a learning rate without a training.
+    """
+    rate = {} if arguments.learning_rate is None else {"learning_rate": arguments.learning_rate}
+    chosen: dict[str, Any] = {}
+    if arguments.lds:
+        chosen["lds"] = validate_section(LdsSection, {"subsets": "--lds"}, subsets=arguments.lds, **rate)
+    if arguments.removal:
+        chosen["removal"] = validate_section(RemovalSection, **rate)
+    if rate and not chosen:
+        raise InputError(
+            f"--learning-rate {arguments.learning_rate:g}: is used by --lds and --removal, and neither is given"
+        )
+    return chosen
 
 
 def refine(arguments: Namespace) -> dict[str, Any]:

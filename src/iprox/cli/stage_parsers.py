@@ -210,7 +210,8 @@ def add_audit(commands: Any) -> None:
         "audit",
         "Score a sample on the target itself and say how faithfully the proxy ranks it.",
         "iprox audit --model warm/checkpoint-44 --proxy aligned --pool pool/*.jsonl --validation gsm8k=val.jsonl "
-        "--output audit\n  iprox audit ... --lds 50     # and do the scores foretell what training does?",
+        "--output audit\n  iprox audit ... --lds 50     # and do the scores predict what training does?\n"
+        "  iprox audit ... --removal    # and what is the ranking worth?",
     )
     parser.add_argument("--model", required=True, help="the proxy's target")
     parser.add_argument("--proxy", required=True, help="proxy folder")
@@ -225,7 +226,15 @@ def add_audit(commands: Any) -> None:
         help="retrain on so many random halves of the sample, and say how well the scores foretold what came of it",
     )
     parser.add_argument(
-        "--lds-learning-rate", type=float, default=2e-5, metavar="RATE", help="of each training (default 2e-5)"
+        "--removal",
+        action="store_true",
+        help="retrain without the top 5 %% of the sample and without random rows, and say how far the losses differ",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        metavar="RATE",
+        help="learning rate of each training of --lds and --removal (default 2e-5)",
     )
     influence_options(parser)
     norm_sketch_option(parser)

@@ -156,6 +156,17 @@ def print_lds(found: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_removal(found: dict[str, Any]) -> None:
+    """A removal test as a table."""
+    table = Table("task", "ranking", "without top", "without random", "difference", box=None, pad_edge=False)
+    for task, entry in [*found["tasks"].items(), ("mean", found["mean"])]:
+        for side in ("proxy", "target"):
+            effect = entry[side]
+            error = f"{effect['difference']:+.4f} ± {effect['standard_error']:.4f}"
+            table.add_row(task, side, f"{effect['top']:+.4f}", f"{effect['random']:+.4f}", error)
+    console.print(table)
+
+
 def print_machine(found: dict[str, Any]) -> None:
     """What `iprox doctor` found."""
     rates = ", ".join(f"{name} {formats.flops(rate)}/s" for name, rate in found["gemm_flops_per_second"].items())

@@ -11,7 +11,7 @@ from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
-from iprox.stages import auditing, lds, refinement, scoring
+from iprox.stages import auditing, refinement, scoring
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 from iprox.stages.selection import selection_settings
 
@@ -25,21 +25,23 @@ def audit(run: Run, context: Context) -> None:
     pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
     context.audit = run.stage(
         "audit",
-        [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(exclude={"lds"})],
+        [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(include={"sample"})],
         [run.folder.audit / "audit.json", run.folder.audit / "audit.parquet"],
         lambda: auditing.audit(
             run.session, pairs, run.pool.take(rows), run.pool, run.validation, run.folder.audit, run.recipe.influence
         )[0],
     )
-    if not settings.lds:
-        return
-    chosen, (path, _) = settings.lds, context.targets[-1]
-    run.stage(
-        "lds",
-        [context.audit, chosen.model_dump()],
-        [run.folder.audit / lds.RESULT],
-        lambda: lds.measure_lds(run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen),
-    )
+    path, _ = context.targets[-1]
+    for name, measure in auditing.MEASUREMENTS.items():
+        if chosen := getattr(settings, name):
+            run.stage(
+                name,
+                [context.audit, chosen.model_dump()],
+                [run.folder.audit / f"{name}.json"],
+                lambda measure=measure, chosen=chosen: measure(
+                    run.session, path, run.pool.take(rows), run.validation, run.folder.audit, chosen
+                ),
+            )
 
 
 def score(run: Run, context: Context) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from iprox.audit.removal import removed_count, trainings_without
 from iprox.models import flops
 from iprox.planning.costs import Costs
 from iprox.proxy.align import EVALUATIONS
@@ -97,6 +98,18 @@ def lds(costs: Costs) -> Work | None:
     return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory())
 
 
+def removal(costs: Costs) -> Work | None:
+    """Trainings on all audited rows, and without some for each ranking, as many as there are at most."""
+    audited = costs.recipe.audit
+    if not (costs.recipe.proxy and audited and audited.removal):
+        return None
+    settings = audited.removal
+    whole = min(audited.sample, costs.rows.total)
+    left = whole - removed_count(whole, settings.fraction)
+    rows = settings.repeats * settings.epochs * (whole + trainings_without(costs.queried.tasks) * left)
+    return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory())
+
+
 def score(costs: Costs) -> Work:
     """The whole pool at every checkpoint."""
     rows = costs.rows.total * costs.checkpoints
@@ -146,6 +159,7 @@ PLANS: Mapping[str, Callable[[Costs], Work | None]] = {
     "align": align,
     "audit": audit,
     "lds": lds,
+    "removal": removal,
     "score": score,
     "refine": refine,
     "attribute": attribute,

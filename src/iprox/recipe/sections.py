@@ -218,17 +218,32 @@ class SelectSection(Section):
         return self
 
 
-class LdsSection(Section):
+class RetrainingSection(Section):
+    """How the target is trained on parts of the audited rows, from where the scores were taken."""
+
+    epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+
+
+class LdsSection(RetrainingSection):
     """Retraining on random subsets of the audited rows, to see whether the scores foretell what comes of it.
 
-    As many trainings as `subsets`, each on a `fraction` of the rows, from where the scores were taken.
+    As many trainings as `subsets`, each on a `fraction` of the rows.
     """
 
     subsets: int = Field(50, ge=10)
     fraction: float = Field(0.5, gt=0, lt=1)
-    epochs: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
-    batch_size: int = Field(16, ge=1)
+
+
+class RemovalSection(RetrainingSection):
+    """Retraining without the top rows of each ranking and without random ones, to see what the rankings are worth.
+
+    Each of the `repeats` has an order of training and random rows of its own; a `fraction` of the rows is left out.
+    """
+
+    fraction: float = Field(0.05, gt=0, le=0.5)
+    repeats: int = Field(3, ge=2)
 
 
 class AuditSection(Section):
@@ -236,6 +251,7 @@ class AuditSection(Section):
 
     sample: int = Field(500, ge=10)
     lds: LdsSection | Literal[False] = False
+    removal: RemovalSection | Literal[False] = False
 
 
 class RefineSection(Section):

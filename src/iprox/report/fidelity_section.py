@@ -73,6 +73,7 @@ def fidelity_section(folder: RunFolder) -> dict[str, Any] | None:
             for task, entry in disagreements(audit)
         ],
         "lds": None if audit.lds is None else _lds(audit.lds),
+        "removal": None if audit.removal is None else _removal(audit.removal),
     }
 
 
@@ -89,6 +90,33 @@ def _lds(measured: dict[str, Any]) -> dict[str, Any]:
         "subsets": formats.count(measured["subsets"]),
         "size": formats.count(round(measured["fraction"] * measured["rows"])),
     }
+
+
+def _removal(measured: dict[str, Any]) -> dict[str, Any]:
+    """What leaving out the top rows of each ranking did to the validation losses, by task."""
+    entries = list(measured["tasks"].items())
+    if len(entries) > 1:
+        entries.append(("Mean", measured["mean"]))
+    return {
+        "rows": [
+            (
+                task,
+                side,
+                *(formats.decimal(values[side][key], 4) for key in ("top", "random")),
+                _with_error(values[side]),
+            )
+            for task, values in entries
+            for side in ("proxy", "target")
+        ],
+        "removed": formats.count(measured["removed"]),
+        "of": formats.count(measured["rows"]),
+        "repeats": formats.count(measured["repeats"]),
+    }
+
+
+def _with_error(effect: dict[str, float]) -> str:
+    """A difference and its standard error: `0.0312 ± 0.0051`."""
+    return f"{formats.decimal(effect['difference'], 4)} ± {formats.decimal(effect['standard_error'], 4)}"
 
 
 def _with_interval(value: float | None, bounds: list[float] | None) -> str:

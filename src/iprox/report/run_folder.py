@@ -1,7 +1,7 @@
 """Reads a run folder, column by column, into plain arrays. Stages that were switched off give None."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +82,8 @@ class Audit:
         sources: S sources.
         proxy: task name to float64 [S].
         target: task name to float64 [S].
-        lds: lds.json as read, or None where nothing was retrained.
+        lds: lds.json as read, or None where it was not measured.
+        removal: removal.json as read, or None where it was not measured.
     """
 
     summary: dict[str, Any]
@@ -91,6 +92,7 @@ class Audit:
     proxy: dict[str, np.ndarray]
     target: dict[str, np.ndarray]
     lds: dict[str, Any] | None = None
+    removal: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def read_run_folder(path: Path) -> RunFolder:
         scores=scores,
         refined=refined,
         selection=_read_selection(path / "selection.json", scores.rows) if "select" in done else None,
-        audit=_read_audit(path / "audit", lds="lds" in done) if "audit" in done else None,
+        audit=_read_audit(path / "audit", done) if "audit" in done else None,
         compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,
         checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,
         warmup_history=_read_json(path / "warmup" / "history.json", list) if "warmup" in done else None,
@@ -236,7 +238,7 @@ def _read_selection(path: Path, pool_rows: int) -> Selection | None:
     return Selection(rows, str(content.get("strategy", "unknown")), content.get("threshold"))
 
 
-def _read_audit(folder: Path, *, lds: bool) -> Audit | None:
+def _read_audit(folder: Path, done: Collection[str]) -> Audit | None:
     summary = _read_json(folder / "audit.json", dict)
     if summary is None:
         return None
@@ -249,5 +251,5 @@ def _read_audit(folder: Path, *, lds: bool) -> Audit | None:
         sources=_column(file, "source").to_pylist(),
         proxy={task: _floats(file, f"proxy/{task}") for task in tasks},
         target={task: _floats(file, f"target/{task}") for task in tasks},
-        lds=_read_json(folder / "lds.json", dict) if lds else None,
+        **{name: _read_json(folder / f"{name}.json", dict) for name in ("lds", "removal") if name in done},
     )

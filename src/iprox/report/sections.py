@@ -30,6 +30,7 @@ STAGES = {
     "align": "Align",
     "audit": "Audit",
     "lds": "Retrain (LDS)",
+    "removal": "Retrain (removal)",
     "score": "Score",
     "refine": "Refine",
     "select": "Select",

@@ -24,8 +24,14 @@ from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, encode_validation
+from iprox.stages.lds import measure_lds
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
+from iprox.stages.removal import measure_removal
 from iprox.stages.scoring import curvature_sample, say_what_fitted, scoring_settings
+
+# What is measured by retraining on parts of the audited rows, in this order. NAME has the settings `audit.NAME`, is a
+# stage of its own in a run, and writes `NAME.json`.
+MEASUREMENTS = {"lds": measure_lds, "removal": measure_removal}
 
 
 def audit(
