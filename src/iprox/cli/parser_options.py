@@ -215,13 +215,6 @@ def aggregation_options(parser: argparse.ArgumentParser) -> None:
     """How many scores become one."""
     parser.add_argument("--normalise", choices=("none", "cosine"), default="none", help="default none")
     parser.add_argument(
-        "--aggregate",
-        choices=("standardised", "mean", "max"),
-        default="standardised",
-        help="how several tasks make one score: the mean of scores divided by their standard deviations (default), or "
-        "mean or max of the scores as they are",
-    )
-    parser.add_argument(
         "--over-examples",
         choices=("mean", "max"),
         default="mean",

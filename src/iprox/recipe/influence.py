@@ -39,7 +39,7 @@ class InfluenceSection(Section):
     `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
     eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
-    keeps the scores by example too. `aggregate` says how `influence` is made of several tasks.
+    keeps the scores by example too.
     `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
@@ -54,7 +54,6 @@ class InfluenceSection(Section):
     query_norm: float | None = Field(None, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "none"
     norm_sketch: int | None = Field(None, ge=0)
-    aggregate: Literal["standardised", "mean", "max"] = "standardised"
     over_examples: Literal["mean", "max"] = "mean"
     per_example: bool = False
     checkpoints: Literal["last", "all"] = "last"
