@@ -342,7 +342,6 @@ def test_a_target_that_is_not_the_proxys_is_refused(model):
     "options",
     [
         {"normalise": "cos"},
-        {"aggregate": "avg"},
         {"over_examples": "all"},
         {"gradient": "both"},
         {"query_norm": 2},

@@ -7,7 +7,6 @@ import pytest
 
 from iprox.data.columns import Columns
 from iprox.errors import InputError
-from iprox.influence.aggregate import Aggregation
 from iprox.influence.scores import ExampleScores, read_scores, score_matrix, scores_table
 from iprox.selection import SelectionSettings, best_rows, select_rows
 from iprox.stages.refinement import check_candidates, refine
@@ -56,7 +55,7 @@ def refined(folder, proxy, target, candidates, chosen, tasks=TASKS):
         return {"tokens": 12, "flops": 3.0, "seconds": 9}
 
     record = refine(
-        scores=folder, pool=pool, folder=folder / "refined", candidates=candidates, chosen=chosen, how=Aggregation(),
+        scores=folder, pool=pool, folder=folder / "refined", candidates=candidates, chosen=chosen,
         score_on_target=on_target,
     )  # fmt: skip
     return pool.chosen, read_scores(folder / "refined"), record
@@ -128,7 +127,7 @@ def test_refined_scores_keep_those_by_validation_example(tmp_path, scores):
 
     refine(
         scores=tmp_path, pool=pool, folder=tmp_path / "refined", candidates=0.2, chosen=SelectionSettings(count=9),
-        how=Aggregation(), score_on_target=on_target,
+        score_on_target=on_target,
     )  # fmt: skip
     chunks = ExampleScores.in_file(tmp_path / "refined").chunks(TASKS)
     found = np.concatenate(list(chunks))

@@ -30,8 +30,8 @@ def test_a_moved_run_folder_is_done_already(copied, finished):
         # The few rows that are attributed here stay the same.
         ("select.fraction=0.2", "select.fraction 0.1 → 0.2", ["select", "report"]),
         (
-            "influence.aggregate=mean",
-            "influence.aggregate standardised → mean",
+            "influence.per_example=true",
+            "influence.per_example off → on",
             ["audit", "score", "select", "attribute", "report"],
         ),
         (

@@ -559,7 +559,7 @@ def test_a_proxy_sized_by_its_fidelity(place, capfd):
     faithful = [entry for entry in found["tries"] if entry["lower"] >= 0.6]
     assert max(entry["sparsity"] for entry in faithful) == pytest.approx(found["achieved_sparsity"], abs=0.03)
     assert place.record()["stages"]["compress"]["tries"] == found["tries"]
-    assert place.run("--set", *options, "influence.aggregate=mean", "--stop-after", "audit") == 0
+    assert place.run("--set", *options, "influence.per_example=true", "--stop-after", "audit") == 0
     assert "compress" not in place.done()
     assert place.run("--set", *options, "proxy.fidelity=0.9999", "--fresh") == 2
     assert "reaches a fidelity of" in capfd.readouterr().err

@@ -12,12 +12,12 @@ from letters import Letters
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.aggregate import Aggregation, TaskSpread, combine
+from iprox.influence.aggregate import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradients import summed_gradient
 from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, score_matrix, scores_table
+from iprox.influence.scores import example_matrix, score_matrix
 from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.influence.shards import ScoringCheckpoint, score_to_file
 from iprox.proxy.compress import derive_proxy
@@ -105,9 +105,7 @@ def setup(tiny):
 def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path, over, keep):
     models, pool, validation = setup
     rates = [0.5, 2.0]
-    how = ScoringSettings(
-        batch_tokens=32, window=2, over_examples=over, per_example=keep, aggregate="max", query_norm=1.0
-    )
+    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, query_norm=1.0)
     checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
     score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
     table = pq.read_table(tmp_path / "s.parquet")
@@ -123,8 +121,9 @@ def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path
         columns.append(total)
     matrix = np.stack(columns, axis=1)  # the example without a supervised token has no column
     best = matrix[:, :2].max(1) if over == "max" else matrix[:, :2].mean(1)
-    np.testing.assert_allclose(score_matrix(table), np.stack([best, matrix[:, 2]], 1), rtol=1e-8)
-    np.testing.assert_allclose(table["influence"].to_numpy(), np.maximum(best, matrix[:, 2]), rtol=1e-8)
+    expected = np.stack([best, matrix[:, 2]], 1)
+    np.testing.assert_allclose(score_matrix(table), expected, rtol=1e-8)
+    np.testing.assert_allclose(table["influence"].to_numpy(), (expected / np.nanstd(expected, axis=0)).mean(1), rtol=1e-8)
     assert ("examples/a" in table.column_names) == keep
     if keep:
         np.testing.assert_allclose(example_matrix(table, "a"), matrix[:, :2], rtol=1e-8)
@@ -177,15 +176,6 @@ def test_what_has_no_scores_by_example_says_so(setup, estimator):
             ScoringSettings(estimator=estimator, over_examples="max"),
             sample=Letters().encode(Pool([{"text": "sample"}])),
         )
-
-
-def test_the_maximum_over_tasks_is_of_scores_as_they_are():
-    scores = np.array([[1.0, 100.0], [3.0, -50.0], [np.nan, np.nan]])
-    table = scores_table(["a", "b", "c"], [None] * 3, [1] * 3, scores, ["x", "y"])
-    spread = TaskSpread()
-    spread.add(scores)
-    combined = combine([table], [1.0], Aggregation("max"), spread)
-    assert combined["influence"].to_pylist() == [100.0, 3.0, None]
 
 
 def test_a_task_whose_scores_are_all_alike_does_not_drown_the_others():

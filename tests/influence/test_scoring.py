@@ -201,9 +201,6 @@ def test_the_aggregate_counts_every_task_alike(setup, tmp_path):
     scores = score_matrix(table)
     expected = (scores / np.nanstd(scores, axis=0)).mean(axis=1)
     np.testing.assert_allclose(table["influence"].to_numpy(zero_copy_only=False), expected, rtol=1e-9)
-    run(tmp_path / "b.parquet", [model], pool, validation, settings=dataclasses.replace(SETTINGS, aggregate="mean"))
-    plain = read_scores(tmp_path / "b.parquet")["influence"].to_numpy(zero_copy_only=False)
-    np.testing.assert_allclose(plain, scores.mean(axis=1), rtol=1e-9)
 
 
 def test_of_one_task_the_aggregate_is_its_score(setup, tmp_path):

@@ -17,7 +17,7 @@ from iprox.api.batches import count_batches, score_batches, scorer_for_batches
 from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data import Encoded
 from iprox.errors import InputError
-from iprox.influence.aggregate import Aggregate, OverExamples, TaskSpread, by_task, combine
+from iprox.influence.aggregate import OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, Normalise
 from iprox.influence.gradient_free import Corpus
@@ -50,7 +50,6 @@ def score(
     query_norm: float | None = None,
     normalise: Normalise | None = None,
     norm_sketch: int | None = None,
-    aggregate: Aggregate = "standardised",
     over_examples: OverExamples = "mean",
     per_example: bool | None = None,
     learning_rates: Sequence[float] | None = None,
@@ -86,8 +85,6 @@ def score(
         normalise: `none` or `cosine`; None is `cosine` for estimators that take gradients.
         norm_sketch: of a cosine on a proxy: random signs a layer that norms of candidates are estimated from, which
             saves time on rows of more tokens than that; 0 is exact. None: 32.
-        aggregate: how `influence` is made of several tasks: `standardised`, `mean` or `max`
-            (`iprox.influence.aggregate.Aggregation`).
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
         per_example: keep the scores by validation example, as columns `examples/<task>`, by which examples take turns
             in `iprox.select`. None keeps them where there are any: not of DataLoaders, `datainf`, `random`, `length`
@@ -118,7 +115,6 @@ def score(
         curvature=(curvature, get_args(KroneckerCurvature)),
         gradient=(gradient, get_args(GradientSpace)),
         normalise=(normalise, get_args(Normalise)),
-        aggregate=(aggregate, get_args(Aggregate)),
         over_examples=(over_examples, get_args(OverExamples)),
     )
     if damping <= 0:
@@ -143,7 +139,6 @@ def score(
     settings = ScoringSettings(
         gradient,
         normalise,
-        aggregate,
         query_norm,
         norm_sketch,
         batch_tokens,

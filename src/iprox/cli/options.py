@@ -169,7 +169,7 @@ def influence_of(arguments: Namespace) -> InfluenceSection:
     names = (
         *("estimator", "curvature", "curvature_examples", "damping"),
         *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
-        *("aggregate", "over_examples", "per_example", "compile"),
+        *("over_examples", "per_example", "compile"),
     )
     given = {name: getattr(arguments, name, None) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})

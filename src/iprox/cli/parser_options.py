@@ -229,13 +229,6 @@ def aggregation_options(parser: argparse.ArgumentParser) -> None:
         "--normalise", choices=("none", "cosine"), help="cosine (default), or none: gradients as they are"
     )
     parser.add_argument(
-        "--aggregate",
-        choices=("standardised", "mean", "max"),
-        default="standardised",
-        help="how several tasks make one score: the mean of scores divided by their standard deviations (default), or "
-        "mean or max of the scores as they are",
-    )
-    parser.add_argument(
         "--over-examples",
         choices=("mean", "max"),
         default="mean",

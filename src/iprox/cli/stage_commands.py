@@ -276,7 +276,6 @@ def refine(arguments: Namespace) -> dict[str, Any]:
             folder=output,
             candidates=settings.candidates,
             chosen=selection.selection_settings(chosen),
-            how=scoring.scoring_settings(session, influence).aggregation,
             score_on_target=on_target,
         ),
         kept="candidates.parquet.shards/*/*.parquet",

@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from iprox.influence.scores import example_matrix, score_matrix, scores_table, task_names
 
-Aggregate = Literal["standardised", "mean", "max"]
 OverExamples = Literal["mean", "max"]
 
 # A spread below this share of the mean is rounding of that mean: divided by it, equal scores would drown other tasks.
@@ -23,17 +22,14 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """How many scores of a candidate become one.
+    """How the scores of a task's validation examples become one.
 
     Attributes:
-        tasks: `standardised`: the mean of scores divided by their standard deviation over the pool, so that every
-            task counts alike, whatever the size of its gradients; `mean` or `max` of the scores as they are.
         examples: of a task's validation examples: `mean`, the influence on the task's validation loss, or `max`, on
             the one example that the candidate helps most (LESS, arXiv:2402.04333, has the maximum over subtasks).
         keep_examples: keep the scores by validation example beside their aggregate.
     """
 
-    tasks: Aggregate = "standardised"
     examples: OverExamples = "mean"
     keep_examples: bool = False
 
@@ -42,13 +38,13 @@ class Aggregation:
         """Whether candidates have to meet validation examples one by one; else their mean gradient does."""
         return self.examples == "max" or self.keep_examples
 
-    def over_tasks(self, scores: np.ndarray, spread: TaskSpread) -> np.ndarray:
-        """The aggregate [N] of scores [N, tasks]; NaN where a score is."""
-        if self.tasks == "max":
-            return scores.max(axis=1)
-        if self.tasks == "mean" or scores.shape[1] == 1:
-            return scores.mean(axis=1)
-        return (scores / spread.deviation()).mean(axis=1)
+
+def over_tasks(scores: np.ndarray, spread: TaskSpread) -> np.ndarray:
+    """Return the mean [N] of scores [N, tasks] divided by their spread; NaN where a score is.
+
+    So every task counts alike, whatever the size of its gradients. The scores of a single task stay as they are.
+    """
+    return scores[:, 0] if scores.shape[1] == 1 else (scores / spread.deviation()).mean(axis=1)
 
 
 def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -56,7 +52,7 @@ def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
     Args:
         scores: float64 [N, tasks].
-        weights: of each task, not all 0. Equal ones give what `standardised` does.
+        weights: of each task, not all 0. Equal ones give what `over_tasks` does.
 
     Returns:
         float64 [N]; NaN where a score is.
@@ -116,7 +112,7 @@ def combine(
     Args:
         tables: one a checkpoint, same rows in the same order.
         learning_rates: η of each checkpoint.
-        how: many scores become one.
+        how: how a task's scores by example become one.
         spread: of the scores of the whole pool.
         metadata: kept in the table.
     """
@@ -124,7 +120,7 @@ def combine(
     total = by_task(tables, learning_rates, how)
     examples = by_example(tables, learning_rates) if how.keep_examples else ()
     ids, sources, tokens = (first[name].to_pylist() for name in ("id", "source", "tokens"))
-    influence = how.over_tasks(total, spread)
+    influence = over_tasks(total, spread)
     return scores_table(
         ids, sources, tokens, total, task_names(first), metadata, influence=influence, examples=examples
     )

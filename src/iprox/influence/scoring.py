@@ -13,7 +13,7 @@ from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence import gradient_free
 from iprox.influence.adam import AdamScorer
-from iprox.influence.aggregate import Aggregate, Aggregation, OverExamples
+from iprox.influence.aggregate import Aggregation, OverExamples
 from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
@@ -59,7 +59,6 @@ class ScoringSettings:
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         gradient: which gradient of a proxy's low-rank layers, `factors` or `weight`.
         normalise: `none` or `cosine`.
-        aggregate: how `influence` is made of several tasks (`Aggregation.tasks`).
         over_examples: how a task's score is made of its validation examples (`Aggregation.examples`).
         per_example: keep the scores by validation example.
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
@@ -77,7 +76,6 @@ class ScoringSettings:
 
     gradient: GradientSpace = "factors"
     normalise: Normalise = "none"
-    aggregate: Aggregate = "standardised"
     query_norm: float | None = None
     norm_sketch: int | None = None
     batch_tokens: int = 4096
@@ -93,7 +91,7 @@ class ScoringSettings:
     @property
     def aggregation(self) -> Aggregation:
         """How many scores of a candidate become one."""
-        return Aggregation(self.aggregate, self.over_examples, self.per_example)
+        return Aggregation(self.over_examples, self.per_example)
 
     @property
     def kept_on_proxy(self) -> float:

@@ -99,7 +99,6 @@ def refine(run: Run, context: Context) -> None:
             pool=run.pool,
             candidates=settings.candidates,
             chosen=selection_settings(chosen),
-            how=scoring.scoring_settings(run.session, influence).aggregation,
             score_on_target=on_target,
         ),
     )

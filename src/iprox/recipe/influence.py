@@ -43,7 +43,6 @@ class InfluenceSection(Section):
     An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
     eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
     keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any.
-    `aggregate` says how `influence` is made of several tasks.
     `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
     The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
     none of these settings.
@@ -58,7 +57,6 @@ class InfluenceSection(Section):
     query_norm: float | None = Field(None, gt=0, le=1)
     normalise: Literal["none", "cosine"] = "cosine"
     norm_sketch: int | None = Field(None, ge=0)
-    aggregate: Literal["standardised", "mean", "max"] = "standardised"
     over_examples: Literal["mean", "max"] = "mean"
     per_example: bool | None = None
     checkpoints: Literal["last", "all"] = "last"

@@ -14,7 +14,7 @@ from torch import nn
 
 from iprox.data import Pool
 from iprox.files import replacing
-from iprox.influence.aggregate import Aggregation, TaskSpread
+from iprox.influence.aggregate import TaskSpread, over_tasks
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.rows import fitting
@@ -101,7 +101,7 @@ def attribute(
     columns |= {name: table[name] for name in ("id", "tokens", "supervised")}
     for number, task in enumerate(encoded):
         columns[TASK_PREFIX + task] = _lists([None if term is None else term[:, number] for term in terms])
-    whole = [None if term is None else aggregate_terms(term, scoring.aggregation, spread) for term in terms]
+    whole = [None if term is None else over_tasks(term, spread) for term in terms]
     columns["influence"] = _lists(whole)
     with replacing(output) as partial:
         pq.write_table(pa.table(columns), partial)
@@ -121,13 +121,6 @@ def _spread_of(scores: Path) -> TaskSpread:
     for batch in file.iter_batches(columns=columns):
         spread.add(score_matrix(pa.Table.from_batches([batch])))
     return spread
-
-
-def aggregate_terms(terms: np.ndarray, how: Aggregation, spread: TaskSpread) -> np.ndarray:
-    """Terms [tokens, tasks] of one row as those of its aggregate [tokens]: linear but for the choice of a maximum."""
-    if how.tasks == "max":
-        return terms[:, terms.sum(axis=0).argmax()]
-    return how.over_tasks(terms, spread)
 
 
 def _terms(table: pa.Table, tasks: Sequence[str]) -> list[np.ndarray | None]:

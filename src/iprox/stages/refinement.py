@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.aggregate import Aggregation, TaskSpread
+from iprox.influence.aggregate import TaskSpread, over_tasks
 from iprox.influence.scores import (
     AGGREGATE,
     EXAMPLES_PREFIX,
@@ -37,13 +37,12 @@ def refine(
     folder: Path,
     candidates: float,
     chosen: SelectionSettings,
-    how: Aggregation,
     score_on_target: ScoreOnTarget,
 ) -> StageRecord:
     """Have the target score a proxy's best rows again; writes `scores.parquet` and `refine.json`.
 
-    Only the candidates have scores then, those of the target, so that nothing else can be selected. Where tasks are
-    standardized, it is by the spread of the candidates' scores.
+    Only the candidates have scores then, those of the target, so that nothing else can be selected. Tasks are
+    standardized by the spread of the candidates' scores.
 
     Args:
         scores: the proxy's, a file or its folder.
@@ -52,7 +51,6 @@ def refine(
         candidates: share of the pool to score again, in (0, 1): the best by the scores that `chosen` ranks by, of every
             task where tasks take turns.
         chosen: what will be selected.
-        how: how several tasks make one score.
         score_on_target: scores the candidates.
 
     Raises:
@@ -71,7 +69,7 @@ def refine(
     matrix[rows] = found
     spread = TaskSpread()
     spread.add(found)
-    refined = _with_scores(table, tasks, matrix, how.over_tasks(matrix, spread))
+    refined = _with_scores(table, tasks, matrix, over_tasks(matrix, spread))
     write_parts(folder / "scores.parquet", _with_examples(refined, rows, again))
     record: StageRecord = {
         **{name: scored[name] for name in ("tokens", "flops")},

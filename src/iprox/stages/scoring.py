@@ -95,7 +95,6 @@ def score(
                 **_estimator_identity(session, settings),
                 "gradient": settings.gradient,
                 "normalise": settings.normalise,
-                "aggregate": settings.aggregate,
                 "over_examples": settings.over_examples,
                 "per_example": settings.by_example,
                 "query": "target" if models[0].target else "own",
@@ -143,7 +142,6 @@ def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSet
     return ScoringSettings(
         settings.gradient,
         settings.normalise,
-        settings.aggregate,
         settings.query_norm,
         settings.norm_sketch,
         session.batch_tokens,
