@@ -82,10 +82,11 @@ def by_example(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> l
 
 
 class TaskSpread:
-    """Running mean and variance of each task's scores (Chan's update), to weigh tasks against each other."""
+    """Running mean, variance (Chan's update), lowest and highest of each task's scores over a pool."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.lowest, self.highest = np.inf, -np.inf
 
     def add(self, scores: np.ndarray) -> None:
         """Count scores [N, tasks] in; rows without a score are left out."""
@@ -97,6 +98,8 @@ class TaskSpread:
         self.squares = self.squares + ((scores - mean) ** 2).sum(axis=0) + shift**2 * self.count * count / total
         self.mean = self.mean + shift * count / total
         self.count = total
+        self.lowest = np.minimum(self.lowest, scores.min(axis=0))
+        self.highest = np.maximum(self.highest, scores.max(axis=0))
 
     def deviation(self) -> np.ndarray:
         """Standard deviation of each task's scores; 1 for a task whose scores are all alike, to rounding."""

@@ -114,6 +114,7 @@ def score(
             engine=engine or engine_of(session),
             sample=sample,
             corpus=corpus,
+            ranks=part_of is None,  # what is chosen already may be rows that are all alike
         )
     say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
