@@ -12,7 +12,7 @@ from iprox.audit.cascade import best_rows, candidate_share, rows_needed
 from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.influence.aggregate import Aggregation
-from iprox.influence.scores import scores_table
+from iprox.influence.scores import read_scores, scores_metadata, scores_table
 from iprox.recipe import RefineSection, SelectSection
 from iprox.stages.refinement import refine
 
@@ -85,7 +85,9 @@ def test_the_recall_is_kept_where_one_task_of_two_is_corrected(tmp_path, tasks):
     proxy[:, 0] = target[:, 0] + 0.3 * rng.normal(size=rows) + 5 * source  # off by source, and so corrected
     proxy[:, 1] = 0.001 * (rng.normal(size=rows) - 0.3 * target[:, 1])  # of another unit, and of no use
     ids, sources = [str(row) for row in range(rows)], np.array(["x", "y"])[source].tolist()
-    pq.write_table(scores_table(ids, sources, [10] * rows, proxy, ["a", "b"]), tmp_path / "scores.parquet")
+    lengths, made_by = np.arange(rows) % 9, {"normalise": "none"}
+    scores = scores_table(ids, sources, [10] * rows, proxy, ["a", "b"], made_by, supervised=lengths)
+    pq.write_table(scores, tmp_path / "scores.parquet")
     seen = np.sort(rng.choice(rows, 2000, replace=False))
     columns = {f"{side}/{task}": scores[seen, n] for side, scores in (("proxy", proxy), ("target", target))
                for n, task in enumerate("ab")}  # fmt: skip
@@ -131,3 +133,6 @@ def test_the_recall_is_kept_where_one_task_of_two_is_corrected(tmp_path, tasks):
     # Promised in the mean over samples; of one it has a standard error of 0.03.
     assert np.isin(best_rows(mean, 0.05), pool.chosen).mean() >= 0.8
     assert record["candidate_share"] < 0.95
+    refined = read_scores(tmp_path / "refined")
+    np.testing.assert_array_equal(refined["supervised"].to_numpy(), lengths)
+    assert scores_metadata(refined) == made_by

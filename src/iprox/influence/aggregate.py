@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from iprox.influence.scores import example_matrix, score_matrix, scores_table, task_names
+from iprox.influence.scores import example_matrix, score_matrix, scores_table, supervised_column, task_names
 
 Aggregate = Literal["standardised", "mean", "max"]
 OverExamples = Literal["mean", "max"]
@@ -129,5 +129,8 @@ def combine(
     ids, sources, tokens = (first[name].to_pylist() for name in ("id", "source", "tokens"))
     influence = how.over_tasks(total, spread)
     return scores_table(
-        ids, sources, tokens, total, task_names(first), metadata, influence=influence, examples=examples
+        *(ids, sources, tokens, total, task_names(first), metadata),
+        influence=influence,
+        examples=examples,
+        supervised=supervised_column(first),
     )

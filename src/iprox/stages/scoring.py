@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.data import ChatEncoder, Encoded, Pool
+from iprox.data.lengths import ValidationLengths
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.prefetch import prefetching_engine
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
@@ -109,6 +110,7 @@ def score(
                 "batch_tokens": session.batch_tokens,
                 "compile": compile_model,
                 **({"columns": pool.columns.named} if pool.columns.named else {}),
+                **ValidationLengths.of(encoded).as_metadata(),
             },
             progress=progress,
             engine=engine or engine_of(session),
