@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from iprox.influence.index import GradientIndex
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
 from iprox.selection import SelectionSettings, Strategy, select_rows
+from iprox.selection.guard import guard
 
 
 def select(
@@ -42,6 +44,9 @@ def select(
 ) -> np.ndarray:
     """The chosen rows of a scores table: int64 row numbers, best first.
 
+    Warns where the selected answers are several times shorter or longer than the validation answers, or, with `pool`,
+    where many of them are near-duplicates (`iprox.selection.guard`).
+
     Args:
         scores: from `score`.
         fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
@@ -57,7 +62,7 @@ def select(
         deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
             needs `pool`.
         control_length: compare rows with those of about their length only.
-        pool: what was scored.
+        pool: what was scored; near-duplicates are looked for in its texts.
         features: for `diverse`, the folder of the pool's `iprox index`.
         seed: of `sample`.
 
@@ -86,12 +91,16 @@ def select(
     )
     index = None if features is None else GradientIndex.open(features)
     source = None if pool is None else as_pool(pool, "pool")
-    return select_rows(
+    texts = None if source is None else lambda rows: [example.words for example in source.take(rows)]
+    rows = select_rows(
         scores,
         settings,
-        texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
+        texts=texts,
         features=None if index is None else lambda rows: index.features_of(scores, rows),
     ).rows
+    for line in guard(scores, rows, settings, "python", texts).warnings:
+        warnings.warn(line, stacklevel=2)
+    return rows
 
 
 def audit(

@@ -25,7 +25,9 @@ def select(run: Run, context: Context) -> None:
             GradientIndex.open(settings.features).description if settings.features else None,
         ],
         [run.folder.selected, run.folder.selection],
-        lambda: selection.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
+        lambda: selection.select(
+            run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings, "recipe"
+        ),
     )
 
 

@@ -16,6 +16,7 @@ from iprox.influence.scores import read_scores, scores_metadata
 from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, select_rows
+from iprox.selection.guard import Spelling, guard
 from iprox.session import Session
 
 
@@ -62,9 +63,19 @@ def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
 
 
 def select(
-    session: Session, scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection
+    session: Session,
+    scores: Path,
+    pool: Pool,
+    output: Path,
+    description: Path,
+    settings: SelectSection,
+    spelling: Spelling,
 ) -> StageRecord:
-    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
+    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON.
+
+    Warns where the selection is unlike what the validation sets ask for (`iprox.selection.guard`), naming settings as
+    `spelling` has it.
+    """
     table = read_scores(scores)
     check_rows(table, pool)
 
@@ -74,9 +85,10 @@ def select(
     def features(rows: np.ndarray) -> np.ndarray:
         return GradientIndex.open(str(settings.features)).features_of(table, rows)
 
+    asked = selection_settings(settings, session.seed)
     selection = select_rows(
         table,
-        selection_settings(settings, session.seed),
+        asked,
         texts=texts,
         features=features if settings.features else None,
     )
@@ -90,9 +102,17 @@ def select(
     ids = table["id"].take(pa.array(rows)).to_pylist()
     _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
-    chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True), "seed": session.seed}
+    profile = guard(table, selection.rows, asked, spelling, texts)
+    for warning in profile.warnings:
+        session.reporter.warn(warning)
+    chosen = {
+        **selection.as_dict(),
+        "profile": profile.as_dict(),
+        "settings": settings.model_dump(exclude_defaults=True),
+        "seed": session.seed,
+    }
     write_json(description, chosen)
     return {
         key: chosen[key]
-        for key in ("strategy", "task", "weights", "count", "fraction", "threshold", "tokens", "passed_over")
+        for key in ("strategy", "task", "weights", "count", "fraction", "threshold", "tokens", "passed_over", "profile")
     }
