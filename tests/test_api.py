@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoModelForCausalLM
 
 import iprox
+from iprox.influence.scores import scores_metadata
 from iprox.models.layers import compressible_layers
 
 QUICKSTART = files("iprox.quickstart")
@@ -37,6 +38,8 @@ def test_the_whole_method_in_memory(model, tmp_path):
     scores = iprox.score(proxy, pool, validation, estimator="tracin")
     assert isinstance(scores, pa.Table)
     assert scores["id"].to_pylist() == [row["id"] for row in pool]
+    assert scores["supervised"].to_numpy().min() > 0
+    assert list(scores_metadata(scores)["validation_supervised"]["tasks"]) == ["arithmetic"]
     chosen = iprox.select(scores, fraction=0.1)
     influence = scores["influence"].to_numpy()
     assert chosen.tolist() == np.argsort(-influence, kind="stable")[:4].tolist()

@@ -132,6 +132,15 @@ def test_what_cannot_be_compared_is_refused(other, message):
         compare_scores(table(np.zeros((12, 2))), other)
 
 
+@pytest.mark.parametrize("collapsed", ["proxy", "target"])
+def test_equal_scores_have_no_fidelity(matrices, collapsed):
+    """They would have an overlap of 100 %, as ties go to the earlier row on both sides."""
+    sides = {name: np.array(matrix) for name, matrix in zip(("proxy", "target"), matrices, strict=True)}
+    sides[collapsed][:, 1] = 0.25 * (1 + 1e-9 * np.arange(len(sides[collapsed])))
+    with pytest.raises(InputError, match=f"the {collapsed}'s scores of the 200 audited rows for b are all equal"):
+        compare_scores(table(sides["proxy"]), table(sides["target"]))
+
+
 def test_a_notebook_shows_a_table_and_plots(matrices):
     proxy, target = matrices
     report = compare_scores(table(proxy, ("a", "<b>")), table(target, ("a", "<b>")))

@@ -123,3 +123,20 @@ def test_the_target_is_faithful_to_itself(pair):
 def test_too_few_rows_are_refused(pair):
     with pytest.raises(InputError, match="15 held-out examples"):
         HeldOutFidelity(pair[0], ROWS[: FEWEST - 1], VALIDATION, 0, ScoringSettings("weight"))
+
+
+def test_a_collapsed_model_has_no_fidelity(pair):
+    """Of one whose last norm is zero all logits and all gradients are."""
+    model, proxy = pair
+    settings = ScoringSettings("weight", batch_tokens=64)
+    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)
+    for parameter in proxy.gpt_neox.final_layer_norm.parameters():
+        parameter.data.zero_()
+    for measure in (watched.of, lambda each: watched.watch(each)()):
+        with pytest.raises(InputError, match="the proxy's scores of the 24 held-out rows for a are all equal"):
+            measure(proxy)
+    assert all(np.isnan(each) for each in watched.with_bound(proxy))  # which a search takes for not faithful enough
+    for parameter in model.gpt_neox.final_layer_norm.parameters():
+        parameter.data.zero_()
+    with pytest.raises(InputError, match="the target's scores of the 24 held-out rows for a are all equal"):
+        HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)

@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from iprox.cli import main
+from iprox.influence.scores import scores_metadata
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,11 @@ def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalise):
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     assert queried.schema.names == exact.schema.names
     assert queried["id"].equals(exact["id"])
-    assert queried["tokens"].equals(exact["tokens"])
+    for name in ("tokens", "supervised"):
+        assert queried[name].equals(exact[name])
+    lengths = [scores_metadata(table)["validation_supervised"] for table in (exact, queried)]
+    assert lengths[0] == lengths[1]
+    assert list(lengths[0]["tasks"]) == ["arithmetic", "spelling"]
     for task in ("arithmetic", "spelling"):
         a, b = (table[f"influence/{task}"].to_numpy() for table in (exact, queried))
         assert spearmanr(a, b).statistic > 0.85

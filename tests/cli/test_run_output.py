@@ -63,6 +63,7 @@ def test_scores_have_one_row_a_pool_row_in_order(finished):
         "id": pa.string(),
         "source": pa.string(),
         "tokens": pa.int32(),
+        "supervised": pa.int32(),
         "influence/arithmetic": pa.float64(),
         "influence/spelling": pa.float64(),
         "influence": pa.float64(),

@@ -68,7 +68,7 @@ def write_run(
     Args:
         folder: where to make them.
         name: name of the run folder; the pool is `NAME-pool.jsonl` beside it.
-        without: stages that were switched off.
+        without: stages that were switched off; `supervised`: what files of older versions do not say of lengths.
         rows: rows of the pool.
         tasks: names of the tasks.
 
@@ -102,12 +102,17 @@ def write_run(
         "source": pa.array(sources, type=pa.string()),
         "tokens": pa.array(rng.gamma(3.0, 40.0, rows).astype(np.int32) + 8),
     }
+    supervised = np.maximum(columns["tokens"].to_numpy() // 4, 1)
+    if "supervised" not in without:
+        columns["supervised"] = pa.array(supervised.astype(np.int32))
     columns |= {f"influence/{task}": nullable(values) for task, values in scores.items()}
     columns["influence"] = nullable(influence)
     pq.write_table(pa.table(columns), run / "scores.parquet")
     if "select" not in without:
         selection = {"strategy": "top", "count": len(chosen), "fraction": 0.05}
         selection |= {"threshold": float(influence[chosen[-1]]), "rows": [int(r) for r in chosen]}
+        if "supervised" not in without:
+            selection["profile"] = profile(supervised, chosen, tasks)
         write_json(run / "selection.json", selection)
     if "warmup" not in without:
         points = [
@@ -148,6 +153,26 @@ def write_run(
         write_attribution(run / "attribution.parquet", best)
     write_json(run / "run.json", run_json(pool, rows, tasks, without))
     return run
+
+
+def profile(supervised: np.ndarray, chosen: np.ndarray, tasks: tuple[str, ...]) -> dict[str, Any]:
+    """What the guard says of the selection, with a warning."""
+
+    def lengths(counts: Any) -> dict[str, float]:
+        return dict(zip(("low", "median", "high"), np.quantile(counts, (0.1, 0.5, 0.9)).tolist(), strict=True))
+
+    validation = {task: lengths([200 + 7 * place]) for place, task in enumerate(tasks)}
+    return {
+        "rows": len(chosen),
+        "supervised": {
+            "selection": lengths(supervised[chosen]),
+            "pool": lengths(supervised),
+            "validation": validation,
+        },
+        "sources": [{"source": HOSTILE_SOURCE, "selection": 0.62, "pool": 0.06}],
+        "near_duplicates": {"share": 0.375, "compared": 16},
+        "warnings": ["the selected answers are <i>short</i>"],
+    }
 
 
 def write_attribution(path: Path, best: int) -> None:

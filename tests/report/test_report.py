@@ -121,6 +121,37 @@ def test_hostile_text_is_only_text(make_run: MakeRun) -> None:
     assert any("&lt;img src=x onerror=alert(1)&gt; &amp; &lt;b&gt;co&lt;/b&gt;" in text for text in hovers)
 
 
+def test_the_selection_is_shown_next_to_pool_and_validation(make_run: MakeRun) -> None:
+    run = make_run()
+    html = build_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert "the selected answers are <i>short</i>" in page.text
+    assert "38 % of 16 rows drawn" in page.text
+    assert f"{formats.shorten(HOSTILE_SOURCE, 18)} 62 %" in page.text
+    assert "Validation, code" in page.text
+    chart = charts(html)["chart-lengths"]
+    supervised = pq.read_table(run / "scores.parquet")["supervised"].to_numpy()
+    rows = json.loads((run / "selection.json").read_text())["rows"]
+    marked = {np.median(supervised), np.median(supervised[rows]), 200, 207}
+    assert {shape["x0"] for shape in chart["layout"]["shapes"]} == marked
+    assert len(chart["layout"]["annotations"]) == 4
+    assert chart["layout"]["xaxis"]["range"][1] > 207  # also where the pool has none as long
+    assert "207 in validation code" in page.text
+
+
+def test_many_tasks_mark_the_shortest_and_the_longest(make_run: MakeRun) -> None:
+    tasks = ("a", "b", "c", "d", "e")
+    layout = charts(build_report(make_run(tasks=tasks)).read_text(encoding="utf-8"))["chart-lengths"]["layout"]
+    texts = [each["text"] for each in layout["annotations"]]
+    assert [text for text in texts if text.startswith("validation")] == ["validation e: 228", "validation a: 200"]
+
+
+def test_runs_of_older_versions_show_whole_lengths(make_run: MakeRun) -> None:
+    html = build_report(make_run(without=("supervised",))).read_text(encoding="utf-8")
+    assert charts(html)["chart-lengths"]["layout"]["xaxis"]["title"]["text"] == "length (tokens)"
+    assert "Near-duplicates" not in html
+
+
 def test_json_cannot_close_its_script() -> None:
     value = {"a": "</script><!--<script>&amp;\u2028", "<b>": 1}
     text = safe_json(json.dumps(value, ensure_ascii=False))

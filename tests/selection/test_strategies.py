@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -30,6 +30,10 @@ def test_top_is_a_stable_sort(values, data):
     if not ranked:
         return
     count = data.draw(st.integers(1, len(ranked)))
+    if len({values[row] for row in ranked}) == 1 and count < len(ranked):
+        with pytest.raises(InputError, match=f"all {len(ranked)} rows are equal"):
+            select_rows(table(values), count=count)
+        return
     selection = select_rows(table(values), count=count, strategy="top")
     assert selection.rows.tolist() == ranked[:count]
     assert selection.threshold == values[ranked[count - 1]]
@@ -42,6 +46,7 @@ def test_round_robin_gives_each_task_its_best_in_turn(values, data):
     scored = [row for row in range(len(values)) if np.isfinite(matrix[row, 0])]
     if not scored:
         return
+    assume(np.ptp(matrix[scored], axis=0).any())  # equal scores are refused
     count = data.draw(st.integers(1, len(scored)))
     expected: list[int] = []
     for turn in range(count):
@@ -54,6 +59,29 @@ def test_round_robin_gives_each_task_its_best_in_turn(values, data):
     assert selection.threshold is None
 
 
+@pytest.mark.parametrize("settings", [{"strategy": "round-robin"}, {"strategy": "balanced"}, {"task": "a"}, {}])
+def test_equal_scores_are_refused_unless_all_rows_are_chosen(settings):
+    ids = ["x", "y", "z", "none"]
+    matrix = np.array([[0.5, -2.0]] * 3 + [[np.nan, np.nan]]) * (1 + 1e-8 * np.arange(4)[:, None])
+    scores = scores_table(ids, [None] * 4, [1] * 4, matrix, ["a", "b"])
+    with pytest.raises(InputError, match="the scores of all 3 rows are equal"):
+        select_rows(scores, count=2, **settings)
+    assert sorted(select_rows(scores, count=3, **settings).rows) == [0, 1, 2]
+
+
+def test_equal_scores_of_one_task_are_no_matter_where_another_ranks():
+    scores = scores_table(["x", "y"], [None] * 2, [1] * 2, np.array([[1.0, 1.0], [1.0, 2.0]]), ["a", "b"])
+    assert select_rows(scores, count=1).rows.tolist() == [1]
+    assert select_rows(scores, count=1, strategy="round-robin").rows.tolist() == [0]
+    with pytest.raises(InputError, match="are equal"):
+        select_rows(scores, count=1, task="a")
+
+
+def test_rows_without_any_score_are_refused():
+    with pytest.raises(InputError, match="none of the 2 rows has a score"):
+        select_rows(table([np.nan, np.nan]), fraction=0.5)
+
+
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3).filter(any)
 
 
@@ -64,6 +92,7 @@ def test_weights_are_of_standardised_scores(values, weights, data):
     count = data.draw(st.integers(1, len(values)))
     deviation = np.where(np.ptp(matrix, axis=0) > 0, matrix.std(axis=0), 1.0)
     wanted = (matrix / deviation) @ weights / sum(weights)
+    assume(np.ptp(wanted) > 1e-9 or count == len(values))  # equal scores are refused
     ids = [str(i) for i in range(len(values))]
     scores = scores_table(ids, [None] * len(ids), [1] * len(ids), matrix, ["a", "b", "c"])
     by_name = dict(zip("abc", weights, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from iprox.errors import InputError
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
 from iprox.selection import SelectionSettings, Strategy, select_rows
+from iprox.selection.guard import guard
 
 
 def select(
@@ -36,6 +38,9 @@ def select(
 ) -> np.ndarray:
     """The chosen rows of a scores table: int64 row numbers, best first.
 
+    Warns where the selected answers are several times shorter or longer than the validation answers, or, with `pool`,
+    where many of them are near-duplicates (`iprox.selection.guard`).
+
     Args:
         scores: from `score`.
         fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
@@ -49,7 +54,7 @@ def select(
         source_cap: the largest share of the selection, of any source or by source.
         deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
             needs `pool`.
-        pool: what was scored.
+        pool: what was scored; near-duplicates are looked for in its texts.
 
     Raises:
         InputError: bad input; the message says which and how to mend it.
@@ -72,11 +77,15 @@ def select(
         deduplicate=deduplicate,
     )
     source = None if pool is None else as_pool(pool, "pool")
-    return select_rows(
+    texts = None if source is None else lambda rows: [example.words for example in source.take(rows)]
+    rows = select_rows(
         scores,
         settings,
-        texts=None if source is None else lambda rows: [example.words for example in source.take(rows)],
+        texts=texts,
     ).rows
+    for line in guard(scores, rows, settings, "python", texts).warnings:
+        warnings.warn(line, stacklevel=2)
+    return rows
 
 
 def audit(

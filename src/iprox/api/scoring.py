@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 from torch import nn
@@ -16,6 +16,7 @@ from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.batches import count_batches, score_batches, scorer_for_batches
 from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data import Encoded
+from iprox.data.lengths import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.aggregate import OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
@@ -154,7 +155,8 @@ def score(
     states = [optimizer_state] if isinstance(optimizer_state, str | Path) else list(optimizer_state)
     if len(states) != (len(models) if estimator == "adam" else 0):
         raise InputError(f"optimizer_state= goes with the estimator adam, one a model: {len(states)} given")
-    tables = []
+    tables: list[pa.Table] = []
+    lengths: dict[str, Any] = {}
     source = pool if isinstance(pool, DataLoader) else as_pool(pool, "pool")
     rows, unit = (count_batches(source), "batches") if isinstance(source, DataLoader) else (source.scan().rows, "rows")
     with (
@@ -171,6 +173,7 @@ def score(
                 continue
             reader = Reader(checkpoint, tokenizer, max_length, batch_tokens)
             encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
+            lengths = ValidationLengths.of(encoded).as_metadata()
             curved: list[Encoded] = []
             if estimator in CURVED:
                 curved = (
@@ -190,7 +193,8 @@ def score(
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
     spread.add(by_task(tables, learning_rates, settings.aggregation))
-    return combine(tables, learning_rates, settings.aggregation, spread)
+    made_by = {"estimator": estimator, "normalise": normalise, **lengths}
+    return combine(tables, learning_rates, settings.aggregation, spread, made_by)
 
 
 def attribute(

@@ -17,6 +17,7 @@ from iprox.audit.intervals import bootstrap_intervals
 from iprox.audit.overlap import OVERLAP_AT, top_overlap
 from iprox.audit.spearman import spearman
 from iprox.errors import InputError
+from iprox.influence.ranking import equal_scores
 from iprox.influence.scores import score_matrix, task_names
 
 # The share that a calibration looks at.
@@ -70,7 +71,8 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     Rows without a score are left out.
 
     Raises:
-        InputError: the tables are of different examples or tasks, or fewer than 10 rows have scores.
+        InputError: the tables are of different examples or tasks, fewer than 10 rows have scores, or one side's are all
+            equal.
     """
     if proxy["id"].to_pylist() != target["id"].to_pylist():
         raise InputError("the proxy's and the target's scores are not of the same examples in the same order")
@@ -82,6 +84,8 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     if len(both) < 10:
         raise InputError(f"only {len(both)} examples have both scores; an audit needs at least 10")
     x, y = on_proxy[both].T, on_target[both].T
+    for number, task in enumerate(tasks):
+        _refuse_equal(task, x[number], y[number])
 
     def figures(rows: np.ndarray) -> dict[tuple[str | None, str], float]:
         """Every figure by task and name; the mean over tasks is of no task."""
@@ -119,6 +123,22 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
         by_length(mean_spearman, tokens),
         pa.table(columns),
     )
+
+
+def _refuse_equal(task: str, proxy: np.ndarray, target: np.ndarray) -> None:
+    """Refuse scores of a task that rank nothing: rank correlations with them are no numbers, and their tops are ties.
+
+    Raises:
+        InputError: those of the proxy or of the target are all equal.
+    """
+    for name, scores in (("target", target), ("proxy", proxy)):
+        if equal_scores(scores):
+            what = "warmup.learning_rate" if name == "target" else "proxy.align.learning_rate or proxy.sparsity"
+            raise InputError(
+                f"the {name}'s scores of the {len(scores)} audited rows for {task} are all equal ({scores[0]:.6g}), so "
+                f"the fidelity is not a number: the {name} has probably collapsed; look at its training losses, and "
+                f"lower {what}"
+            )
 
 
 def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from iprox.audit.spearman import spearman
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
+from iprox.influence.ranking import equal_scores
 from iprox.influence.scoring import ScoringSettings, scorer_of_batches, task_queries
 from iprox.influence.truncation import QueryDirections
 from iprox.recipe import CURVED
@@ -43,7 +44,7 @@ class HeldOutFidelity:
         sample: encoded examples of the pool, for an influence function.
 
     Raises:
-        InputError: fewer than 16 rows have a supervised token.
+        InputError: fewer than 16 rows have a supervised token, or the target's scores of a task rank nothing.
     """
 
     def __init__(
@@ -72,16 +73,24 @@ class HeldOutFidelity:
         finer, self._queries = self._cut(means)
         on_target = self._weighing(target, finer)
         self._wanted = self._scores(on_target)
+        self._refuse_unranked(self._wanted, "target", "lower warmup.learning_rate")
         # FLOPs of the rows' contraction with what they meet, and of their norms where those are wanted, on the target
         # and on the last proxy looked at.
         self.meeting_flops = {"target": self._meeting(on_target), "proxy": 0.0}
 
     def of(self, proxy: nn.Module) -> float:
-        """The fidelity of a proxy."""
-        return self._fidelity(self._scores(self._scorer(proxy)), self._wanted)
+        """The fidelity of a proxy.
+
+        Raises:
+            InputError: its scores of a task rank nothing.
+        """
+        return self._ranked(self._scores(self._scorer(proxy)))
 
     def with_bound(self, proxy: nn.Module) -> tuple[float, float]:
-        """The fidelity of a proxy and its lower confidence bound, of a 95 % interval from resampling the rows."""
+        """The fidelity of a proxy and its lower confidence bound, of a 95 % interval from resampling the rows.
+
+        Both are NaN where its scores of a task are all equal.
+        """
         scores = self._scores(self._scorer(proxy))
 
         def measure(rows: np.ndarray) -> dict[str, float]:
@@ -91,7 +100,7 @@ class HeldOutFidelity:
         return self._fidelity(scores, self._wanted), low
 
     def watch(self, proxy: nn.Module) -> Callable[[], float]:
-        """What measures the fidelity of one proxy that is tuned in place, at each call anew."""
+        """What measures the fidelity of one proxy that is tuned in place, at each call anew (as `of`)."""
         made: list[BatchScorer] = []
 
         def fidelity() -> float:
@@ -99,9 +108,24 @@ class HeldOutFidelity:
             # something that hangs on the factors.
             if not made or self._queries is None:
                 made[:] = [self._scorer(proxy)]
-            return self._fidelity(self._scores(made[0]), self._wanted)
+            return self._ranked(self._scores(made[0]))
 
         return fidelity
+
+    def _ranked(self, scores: np.ndarray) -> float:
+        """The fidelity of a proxy's scores, if they rank the rows."""
+        self._refuse_unranked(scores, "proxy", "lower proxy.align.learning_rate, or remove less (proxy.sparsity)")
+        return self._fidelity(scores, self._wanted)
+
+    def _refuse_unranked(self, scores: np.ndarray, of: str, remedy: str) -> None:
+        """Refuse scores [rows, tasks] with which a fidelity is not a number."""
+        for task, column in zip(self.validation, scores.T, strict=True):
+            what = "all equal" if equal_scores(column) else "" if np.isfinite(column).all() else "not finite"
+            if what:
+                raise InputError(
+                    f"the {of}'s scores of the {len(column)} held-out rows for {task} are {what}, so the fidelity is "
+                    f"not a number: the {of} has probably collapsed; look at its training losses, and {remedy}"
+                )
 
     def _cut(self, queries: dict[str, ModelGradient]) -> tuple[Mapping[str, TaskQuery], Mapping[str, TaskQuery] | None]:
         """What candidates meet on the target, and on every proxy; None where that hangs on the proxy."""

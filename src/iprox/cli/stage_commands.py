@@ -186,12 +186,12 @@ def select(arguments: Namespace) -> dict[str, Any]:
     description = output.with_name(f"{output.stem}.selection.json")
     options.columns_as_scored(arguments)
     pool = options.pool_of(arguments.pool, arguments)
-    record = selection.select(session, Path(arguments.scores), pool, output, description, settings)
+    record = selection.select(session, Path(arguments.scores), pool, output, description, settings, "command")
     if not arguments.json:
         print(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
         for reason, number in record["passed_over"].items():
             print(f"passed over: {number:,} {reason}")
-    return {**record, "output": str(output)}
+    return {**record, "warnings": session.reporter.take_warnings(), "output": str(output)}
 
 
 def audit(arguments: Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from iprox.influence.scores import example_matrix, score_matrix, scores_table, task_names
+from iprox.influence.scores import example_matrix, score_matrix, scores_table, supervised_column, task_names
 
 OverExamples = Literal["mean", "max"]
 
@@ -78,10 +78,11 @@ def by_example(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> l
 
 
 class TaskSpread:
-    """Running mean and variance of each task's scores (Chan's update), to weigh tasks against each other."""
+    """Running mean, variance (Chan's update), lowest and highest of each task's scores over a pool."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.lowest, self.highest = np.inf, -np.inf
 
     def add(self, scores: np.ndarray) -> None:
         """Count scores [N, tasks] in; rows without a score are left out."""
@@ -93,6 +94,8 @@ class TaskSpread:
         self.squares = self.squares + ((scores - mean) ** 2).sum(axis=0) + shift**2 * self.count * count / total
         self.mean = self.mean + shift * count / total
         self.count = total
+        self.lowest = np.minimum(self.lowest, scores.min(axis=0))
+        self.highest = np.maximum(self.highest, scores.max(axis=0))
 
     def deviation(self) -> np.ndarray:
         """Standard deviation of each task's scores; 1 for a task whose scores are all alike, to rounding."""
@@ -122,5 +125,8 @@ def combine(
     ids, sources, tokens = (first[name].to_pylist() for name in ("id", "source", "tokens"))
     influence = over_tasks(total, spread)
     return scores_table(
-        ids, sources, tokens, total, task_names(first), metadata, influence=influence, examples=examples
+        *(ids, sources, tokens, total, task_names(first), metadata),
+        influence=influence,
+        examples=examples,
+        supervised=supervised_column(first),
     )

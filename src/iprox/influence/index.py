@@ -2,9 +2,9 @@
 
 A folder with `index.json` (what it is of) and one Arrow file a window, memory-mapped when read, with the columns
 
-    id, source, tokens    as in a scores table
-    norm                  float32, ‖f(z)‖; null where an example has no supervised token
-    gradient              float16 [D], f(z)/‖f(z)‖ (a raw gradient would underflow in half precision)
+    id, source, tokens, supervised    as in a scores table
+    norm                              float32, ‖f(z)‖; null where an example has no supervised token
+    gradient                          float16 [D], f(z)/‖f(z)‖ (a raw gradient would underflow in half precision)
 
 Stopped at any point and started again it goes on after the last window, and gives the same bytes.
 """
@@ -28,7 +28,7 @@ from iprox.files import replacing, write_text
 from iprox.influence.estimators import ApartQuery, Normalise
 from iprox.influence.projector import GradientProjector
 from iprox.influence.rows import RowRunner
-from iprox.influence.scores import scores_table
+from iprox.influence.scores import SUPERVISED, scores_table, supervised_column
 from iprox.influence.scoring import ScoringStats
 from iprox.influence.shards import IDENTITY, claim
 from iprox.influence.windows import Engine, ScoredWindow, Window, local_engine, windows_of
@@ -76,6 +76,7 @@ class WindowProjector:
                 "id": pa.array([example.id for example in window], pa.string()),
                 "source": pa.array([example.source for example in window], pa.string()),
                 "tokens": pa.array([len(example.input_ids) for example in encoded], pa.int32()),
+                SUPERVISED: pa.array([example.supervised for example in encoded], pa.int32()),
                 "norm": pa.array(norms, pa.float32(), mask=unscored),
                 "gradient": pa.FixedSizeListArray.from_arrays(
                     pa.array(features.astype(np.float16).ravel()), self.projector.dimension
@@ -214,7 +215,11 @@ class GradientIndex:
             ids, sources, tokens = (table[name].to_pylist() for name in ("id", "source", "tokens"))
             stats = replace(ScoringStats(**json.loads(table.schema.metadata[b"iprox"])), contraction_flops=0.0)
             kept = columns if by_example else ()
-            yield scores_table(ids, sources, tokens, of_tasks, list(queries), examples=kept), stats
+            supervised = supervised_column(table)
+            yield (
+                scores_table(ids, sources, tokens, of_tasks, list(queries), examples=kept, supervised=supervised),
+                stats,
+            )
             if progress is not None:
                 progress(len(table))
 

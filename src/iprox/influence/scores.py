@@ -18,6 +18,8 @@ from iprox.files import replacing
 TASK_PREFIX = "influence/"
 EXAMPLES_PREFIX = "examples/"
 AGGREGATE = "influence"
+# The number of tokens that a row's loss is taken over. Tables of a DataLoader and older files have no such column.
+SUPERVISED = "supervised"
 
 # Rows of scores by validation example that are read together.
 ROWS_AT_ONCE = 4096
@@ -33,6 +35,7 @@ def scores_table(
     *,
     influence: np.ndarray | None = None,
     examples: Sequence[np.ndarray] = (),
+    supervised: Sequence[int] | np.ndarray | None = None,
 ) -> pa.Table:
     """A table with one row an example, in pool order.
 
@@ -46,16 +49,19 @@ def scores_table(
         influence: the aggregate [N]. None takes the mean over tasks, which is the influence on the mean of their
             validation losses.
         examples: of each task, scores by validation example [N, V], kept as they are.
+        supervised: number of tokens of each that its loss is taken over; None where that is not known.
 
     Returns:
-        Columns `id`, `source`, `tokens`, `influence/<task>`..., `influence`, and with `examples` `examples/<task>`...,
-        lists of one length.
+        Columns `id`, `source`, `tokens`, with `supervised` that too, `influence/<task>`..., `influence`, and with
+        `examples` `examples/<task>`..., lists of one length.
     """
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.string()),
         "source": pa.array(sources, pa.string()),
         "tokens": pa.array(tokens, pa.int32()),
     }
+    if supervised is not None:
+        columns[SUPERVISED] = pa.array(supervised, pa.int32())
     for position, task in enumerate(tasks):
         columns[TASK_PREFIX + task] = pa.array(scores[:, position], pa.float64(), from_pandas=True)
     columns[AGGREGATE] = pa.array(
@@ -86,6 +92,11 @@ def source_column(table: pa.Table) -> np.ndarray:
         encoded = encoded.dictionary_encode()
     names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
     return names[encoded.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)]
+
+
+def supervised_column(table: pa.Table | pa.RecordBatch) -> np.ndarray | None:
+    """Return the number of supervised tokens of each row, int32 [N]; None where the table does not have it."""
+    return table[SUPERVISED].to_numpy(zero_copy_only=False) if SUPERVISED in table.schema.names else None
 
 
 def example_matrix(table: pa.Table, task: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import nn
@@ -17,6 +18,7 @@ from iprox.data import ChatEncoder, Encoded, Example, iter_batches
 from iprox.files import write_text
 from iprox.influence.aggregate import Aggregation, TaskSpread, by_task, combine
 from iprox.influence.gradient_free import Corpus
+from iprox.influence.ranking import all_equal, no_scores, nothing_ranked
 from iprox.influence.scores import scores_metadata, write_parts
 from iprox.influence.scoring import ScoringSettings, ScoringStats
 from iprox.influence.windows import (
@@ -63,6 +65,7 @@ def score_to_file(
     engine: Engine = local_engine,
     sample: Sequence[Encoded] = (),
     corpus: Corpus | None = None,
+    ranks: bool = True,
 ) -> ScoringStats:
     """Score a pool at every checkpoint and write `scores.parquet`.
 
@@ -84,6 +87,10 @@ def score_to_file(
         engine: where windows are scored.
         sample: encoded examples of the pool, which an influence function measures curvature on.
         corpus: term counts of the pool, for BM25.
+        ranks: whether the pool is to be ranked by the scores.
+
+    Raises:
+        InputError: no row has a score, or all have the same.
     """
     shards = path.with_name(path.name + ".shards")
     claim(shards, identity)
@@ -100,7 +107,8 @@ def score_to_file(
         write_shards(shards, number, engine(make, windows, progress), start=done)
         (folder / "done").touch()
 
-    return merge_shards(shards, path, [each.learning_rate for each in checkpoints], settings.aggregation, identity)
+    rates = [each.learning_rate for each in checkpoints]
+    return merge_shards(shards, path, rates, settings.aggregation, identity, ranks=ranks)
 
 
 def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], start: int = 0) -> None:
@@ -119,7 +127,13 @@ def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], star
 
 
 def merge_shards(
-    shards: Path, path: Path, rates: Sequence[float], how: Aggregation, identity: Mapping[str, object]
+    shards: Path,
+    path: Path,
+    rates: Sequence[float],
+    how: Aggregation,
+    identity: Mapping[str, object],
+    *,
+    ranks: bool = True,
 ) -> ScoringStats:
     """Make one scores file of the shards of every checkpoint, and drop them.
 
@@ -129,18 +143,27 @@ def merge_shards(
         rates: learning rate of each checkpoint.
         how: many scores become one.
         identity: kept in the file.
+        ranks: whether the pool is to be ranked by the scores, which equal ones cannot do.
 
     Returns:
         What was read, once, and what was done at all checkpoints.
+
+    Raises:
+        InputError: no row has a score, or all have the same. The shards stay, and no file is written.
     """
-    stats, spread = ScoringStats(), TaskSpread()
+    stats, spread, rows = ScoringStats(), TaskSpread(), 0
 
     def windows_done() -> Iterator[list[pa.Table]]:
         for name in sorted(file.name for file in _checkpoint_folder(shards, 0).glob("*.parquet")):
             yield [pq.read_table(_checkpoint_folder(shards, c) / name) for c in range(len(rates))]
 
     for tables in windows_done():
+        rows += tables[0].num_rows
         spread.add(by_task(tables, rates, how))
+    if not spread.count:
+        raise no_scores(rows)
+    if ranks and spread.count > 1 and all_equal(spread.lowest, spread.highest).all():
+        raise nothing_ranked(spread.count, float(np.max(spread.highest)), identity.get("estimator"))
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():

@@ -119,7 +119,11 @@ class WindowScorer:
         by_example = columns if self.settings.aggregation.by_example else ()
         ids, sources = [example.id for example in window], [example.source for example in window]
         lengths = [len(example.input_ids) for example in encoded]
-        return scores_table(ids, sources, lengths, of_tasks, self.scorer.tasks, examples=by_example), stats
+        supervised = [example.supervised for example in encoded]
+        table = scores_table(
+            ids, sources, lengths, of_tasks, self.scorer.tasks, examples=by_example, supervised=supervised
+        )
+        return table, stats
 
 
 def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial: Batch) -> str:

@@ -19,7 +19,9 @@ def select(run: Run, context: Context) -> None:
         "select",
         [context.keys.get("refine", context.keys["score"]), settings.model_dump()],
         [run.folder.selected, run.folder.selection],
-        lambda: selection.select(run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings),
+        lambda: selection.select(
+            run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings, "recipe"
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from iprox.errors import InputError
 from iprox.influence.aggregate import weighted
+from iprox.influence.scores import SUPERVISED
 from iprox.report.shading import ShadedToken, read_shading
 
 TASK_PREFIX = "influence/"
@@ -26,6 +27,7 @@ class Scores:
         influence: float64 [N], what rows are selected by; NaN where a row has no score.
         tasks: task name to float64 [N].
         tokens: int [N], tokens of each row.
+        supervised: int [N], tokens of each row that its loss is taken over; None where an older file does not say.
         source_codes: int [N], index into `source_names`.
         source_names: the distinct sources; None stands for rows that name no source.
         ids: string column of N rows.
@@ -36,6 +38,7 @@ class Scores:
     influence: np.ndarray
     tasks: dict[str, np.ndarray]
     tokens: np.ndarray
+    supervised: np.ndarray | None
     source_codes: np.ndarray
     source_names: list[str | None]
     ids: pa.ChunkedArray
@@ -65,11 +68,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Selection:
-    """selection.json: the chosen rows, best first, and how they were chosen."""
+    """selection.json: the chosen rows, best first, how they were chosen, and what they are made of (if it says)."""
 
     rows: np.ndarray
     strategy: str
     threshold: float | None
+    profile: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> 
         influence=influence,
         tasks=tasks,
         tokens=_column(file, "tokens").to_numpy(),
+        supervised=_column(file, SUPERVISED).to_numpy() if SUPERVISED in names else None,
         source_codes=source.indices.to_numpy(zero_copy_only=False),
         source_names=source.dictionary.to_pylist(),
         ids=_column(file, "id"),
@@ -235,7 +240,8 @@ def _read_selection(path: Path, pool_rows: int) -> Selection | None:
         raise InputError(
             f"{path}: names a row outside the {pool_rows:,} rows of scores.parquet; run the select stage again"
         )
-    return Selection(rows, str(content.get("strategy", "unknown")), content.get("threshold"))
+    strategy = str(content.get("strategy", "unknown"))
+    return Selection(rows, strategy, content.get("threshold"), content.get("profile"))
 
 
 def _read_audit(folder: Path, done: Collection[str]) -> Audit | None:

@@ -90,7 +90,7 @@ def score_histogram(
     )
 
 
-def _share_traces(
+def share_traces(
     edges: np.ndarray, spans: Sequence[str], everything: np.ndarray, picked: np.ndarray
 ) -> list[go.Bar | go.Scatter]:
     """Draws two distributions over the same bins: all rows as bars, the selected ones as a stepped line.
@@ -141,7 +141,7 @@ def task_histogram(task: str, values: np.ndarray, chosen: np.ndarray, *, id: str
     caption = f"Mean: all rows {formats.score(finite.mean())}"
     caption += f", selected {formats.score(picked.mean())}." if len(picked) else "."
     return make_chart(
-        _share_traces(edges, [f"Influence {span}" for span in _spans(edges, finite)], finite, picked),
+        share_traces(edges, [f"Influence {span}" for span in _spans(edges, finite)], finite, picked),
         id=id,
         title=task,
         caption=caption,
@@ -244,43 +244,4 @@ def source_chart(shares: Sequence[SourceShare], most: int = 24) -> Chart:
             showgrid=False,
             zeroline=False,
         ),
-    )
-
-
-def length_chart(tokens: np.ndarray, chosen: np.ndarray) -> Chart:
-    """Draws the distribution of lengths in pool and selection, each as a share of its own rows.
-
-    Args:
-        tokens: tokens of each pool row [N].
-        chosen: selected rows, at least one.
-
-    Returns:
-        The chart.
-    """
-    top = max(int(np.quantile(tokens, 0.995)), int(tokens.min()) + 1)
-    width = max(1, -(-top // 30))
-    edges = np.arange(0, top + width, width)
-    longest = int(tokens.max())
-    spans = [f"{a:,} to {b - 1:,} tokens" if width > 1 else f"{a:,} tokens" for a, b in pairwise(edges)]
-    if longest >= edges[-1]:
-        spans[-1] = f"{edges[-2]:,} tokens and more"
-    means = float(tokens.mean()), float(tokens[chosen].mean())
-    medians = float(np.median(tokens)), float(np.median(tokens[chosen]))
-    caption = (
-        f"Mean length: {means[0]:,.0f} tokens in the pool, {means[1]:,.0f} in the selection; "
-        f"median {medians[0]:,.0f} and {medians[1]:,.0f}."
-    )
-    if longest >= edges[-1]:
-        caption += f" The last bar also holds longer rows (longest: {longest:,})."
-    return make_chart(
-        _share_traces(edges, spans, tokens, tokens[chosen]),
-        id="chart-lengths",
-        title="Length of the rows",
-        caption=caption,
-        label=f"Histogram of row lengths in tokens, pool against selection. {caption}",
-        height=300,
-        keys=SHARE_KEYS,
-        hovermode="x",
-        xaxis=axis("length (tokens)", tickformat=",", rangemode="tozero"),
-        yaxis=axis("share of rows (%)", rangemode="tozero", nticks=6),
     )

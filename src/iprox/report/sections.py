@@ -11,11 +11,11 @@ from iprox.audit.overlap import telling_share
 from iprox.report import formats
 from iprox.report.charts import Chart
 from iprox.report.fidelity_section import share_name
+from iprox.report.length_charts import answer_length_chart, row_length_chart
 from iprox.report.proxy_charts import rank_chart, tail_chart
 from iprox.report.run_folder import RunFolder, Scores
 from iprox.report.score_charts import (
     SHARE_KEYS,
-    length_chart,
     score_histogram,
     source_chart,
     source_shares,
@@ -175,8 +175,48 @@ def composition_section(folder: RunFolder) -> dict[str, Any] | None:
         "sources": source_chart(shares) if named else None,
         "table": rows,
         "left_out": max(0, len(shares) - len(rows)),
-        "lengths": length_chart(scores.tokens, selection.rows),
+        "lengths": _lengths(folder),
+        "profile": profile_rows(selection.profile),
+        "warnings": selection.profile["warnings"] if selection.profile else [],
     }
+
+
+def _lengths(folder: RunFolder) -> Chart:
+    """The chart of supervised tokens, or of all tokens where an older file has no others."""
+    scores, selection = folder.scores, folder.selection
+    assert selection is not None
+    if scores.supervised is None:
+        return row_length_chart(scores.tokens, selection.rows)
+    known = selection.profile["supervised"]["validation"] if selection.profile else {}
+    return answer_length_chart(
+        scores.supervised, selection.rows, {task: float(each["median"]) for task, each in known.items()}
+    )
+
+
+def profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    """Returns the table of selection, pool and validation sets; empty where selection.json has no profile."""
+    if profile is None:
+        return []
+    lengths, duplicates = profile["supervised"], profile["near_duplicates"]
+
+    def row(name: str, of: dict[str, float] | None, sources: str = formats.DASH, same: str = formats.DASH) -> Any:
+        if of is None:
+            return (name, formats.DASH, formats.DASH, sources, same)
+        spread = f"{formats.count(of['low'])} to {formats.count(of['high'])}"
+        return (name, formats.count(of["median"]), spread, sources, same)
+
+    def shares(of: str) -> str:
+        named = [(each["source"] or "(no source)", each[of]) for each in profile["sources"][:3]]
+        return ", ".join(f"{formats.shorten(name, 18)} {formats.percent(share, 0)}" for name, share in named)
+
+    same = formats.percent(duplicates["share"], 0)
+    if duplicates["share"] is not None and duplicates["compared"] < profile["rows"]:
+        same += f" of {formats.rows(duplicates['compared'])} drawn"
+    return [
+        row("Selection", lengths["selection"], shares("selection"), same),
+        row("Pool", lengths["pool"], shares("pool")),
+        *(row(f"Validation, {task}", each) for task, each in lengths["validation"].items()),
+    ]
 
 
 def asked_size(size: dict[str, float]) -> str:

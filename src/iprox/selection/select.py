@@ -12,7 +12,16 @@ import pyarrow as pa
 
 from iprox.errors import InputError
 from iprox.influence.aggregate import weighted
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX, ExampleScores, score_matrix, source_column, task_names
+from iprox.influence.ranking import equal_scores, no_scores, nothing_ranked
+from iprox.influence.scores import (
+    AGGREGATE,
+    TASK_PREFIX,
+    ExampleScores,
+    score_matrix,
+    scores_metadata,
+    source_column,
+    task_names,
+)
 from iprox.selection.constraints import Limits, take
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.feasible import check_feasible
@@ -81,7 +90,8 @@ def select_rows(
         examples: scores by validation example; None takes those of the table, if it has any.
 
     Raises:
-        InputError: the settings ask for more than the table has, or for texts that are not given.
+        InputError: the settings ask for more than the table has, or for texts that are not given; or no row has a
+            score, or all have the same.
     """
     if settings.deduplicate is not None and texts is None:
         raise InputError("near-duplicates are found by the rows' texts, which a scores table has not: give the pool")
@@ -89,6 +99,8 @@ def select_rows(
     check_feasible(settings, scores.num_rows, Counter(sources) if settings.by_source else {None: scores.num_rows})
     influence = _column(scores, settings)
     scored = int(np.isfinite(influence).sum())
+    if not scored:
+        raise no_scores(scores.num_rows)
     count = settings.rows_of(scores.num_rows)
     if count is not None and count > scored:
         raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
@@ -98,8 +110,9 @@ def select_rows(
         allowed &= influence >= settings.threshold
     available = int(allowed.sum())
     if not available:
-        raise InputError(f"no row has a score of {settings.threshold} or more" if scored else "no row has a score")
+        raise InputError(f"no row has a score of {settings.threshold} or more")
     asked, count = count, None if count is None else min(count, available)
+    _refuse_equal(scores, settings, influence, chosen=count)
 
     ranking = _ranking(settings, scores, influence, allowed, examples or ExampleScores.of(scores))
     whole = count or 0  # without a number of rows there are no shares
@@ -158,6 +171,20 @@ def best_rows(
     influence = _column(scores, settings)
     ranking = _ranking(settings, scores, influence, np.isfinite(influence), examples or ExampleScores.of(scores))
     return np.sort(ranking(rows_in_share(share, scores.num_rows)))
+
+
+def _refuse_equal(scores: pa.Table, settings: SelectionSettings, influence: np.ndarray, chosen: int | None) -> None:
+    """Refuse scores that are all equal, unless all rows that have one are chosen.
+
+    Raises:
+        InputError: they are, in each column that the strategy chooses by.
+    """
+    known = influence[np.isfinite(influence)]
+    if chosen is not None and chosen >= len(known):
+        return
+    columns = list(score_matrix(scores).T) if settings.strategy == "round-robin" else [influence]
+    if all(equal_scores(column) for column in columns):
+        raise nothing_ranked(len(known), float(known[0]), scores_metadata(scores).get("estimator"))
 
 
 def _ranking(

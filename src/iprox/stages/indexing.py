@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
+from iprox.data.lengths import ValidationLengths
 from iprox.errors import InputError
 from iprox.files import replacing
 from iprox.influence.estimators import ApartQuery
@@ -70,7 +71,7 @@ def build_index(
     tokenizer = encoder.tokenizer
     compiled = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     description = {
-        "format": 1,
+        "format": 2,
         "model": str(Path(model.path).resolve()) if Path(model.path).exists() else model.path,
         "model_fingerprint": fingerprint,
         "estimator": settings.estimator,
@@ -184,6 +185,7 @@ def query_indexes(
     # An index holds what it holds: the queries are projected whole.
     scoring = replace(scoring_settings(session, settings), query_norm=1.0)
     shards = output.with_name(output.name + ".shards")
+    identity = {**identity, **ValidationLengths.of(encoded).as_metadata()}
     claim(shards, identity)
     columns = 0
     with session.reporter.bar("query", first.rows * len(asked), "rows") as progress:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.data import ChatEncoder, Encoded, Pool
+from iprox.data.lengths import ValidationLengths
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.prefetch import prefetching_engine
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
@@ -108,11 +109,13 @@ def score(
                 "batch_tokens": session.batch_tokens,
                 "compile": compile_model,
                 **({"columns": pool.columns.named} if pool.columns.named else {}),
+                **ValidationLengths.of(encoded).as_metadata(),
             },
             progress=progress,
             engine=engine or engine_of(session),
             sample=sample,
             corpus=corpus,
+            ranks=part_of is None,  # what is chosen already may be rows that are all alike
         )
     say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)

@@ -14,6 +14,7 @@ from iprox.influence.scores import ExampleScores, read_scores, scores_metadata
 from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, select_rows
+from iprox.selection.guard import Spelling, guard
 from iprox.session import Session
 
 
@@ -58,16 +59,27 @@ def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
 
 
 def select(
-    session: Session, scores: Path, pool: Pool, output: Path, description: Path, settings: SelectSection
+    session: Session,
+    scores: Path,
+    pool: Pool,
+    output: Path,
+    description: Path,
+    settings: SelectSection,
+    spelling: Spelling,
 ) -> StageRecord:
-    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON."""
+    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON.
+
+    Warns where the selection is unlike what the validation sets ask for (`iprox.selection.guard`), naming settings as
+    `spelling` has it.
+    """
     table = read_scores(scores)
     check_rows(table, pool)
 
     def texts(rows: Sequence[int]) -> list[str]:
         return [example.words for example in pool.take(rows)]
 
-    selection = select_rows(table, selection_settings(settings), texts=texts, examples=ExampleScores.in_file(scores))
+    asked = selection_settings(settings)
+    selection = select_rows(table, asked, texts=texts, examples=ExampleScores.in_file(scores))
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
             f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
@@ -78,9 +90,16 @@ def select(
     ids = table["id"].take(pa.array(rows)).to_pylist()
     _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
-    chosen = {**selection.as_dict(), "settings": settings.model_dump(exclude_defaults=True)}
+    profile = guard(table, selection.rows, asked, spelling, texts)
+    for warning in profile.warnings:
+        session.reporter.warn(warning)
+    chosen = {
+        **selection.as_dict(),
+        "profile": profile.as_dict(),
+        "settings": settings.model_dump(exclude_defaults=True),
+    }
     write_json(description, chosen)
     return {
         key: chosen[key]
-        for key in ("strategy", "task", "weights", "count", "fraction", "threshold", "tokens", "passed_over")
+        for key in ("strategy", "task", "weights", "count", "fraction", "threshold", "tokens", "passed_over", "profile")
     }
