@@ -124,11 +124,9 @@ def test_only_the_tasks_selected_for_are_compared_with():
     ("made_by", "settings", "tasks", "tried"),
     [
         ({}, {}, 1, "influence.normalise: cosine"),
-        ({"estimator": "length"}, {}, 1, "influence.estimator: tracin"),
-        ({"normalise": "cosine"}, {}, 2, "select.strategy: round-robin"),
-        ({"normalise": "cosine"}, {}, 1, "select.control_length: true"),
-        ({"normalise": "cosine"}, {"strategy": "balanced"}, 2, "select.control_length: true"),
-        ({"normalise": "cosine"}, {"control_length": True}, 1, None),
+        ({"estimator": "length"}, {}, 1, "influence.estimator: influence-function"),
+        ({"normalise": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
+        ({"normalise": "cosine"}, {}, 1, None),
     ],
 )
 def test_the_setting_to_try_is_one_that_is_not_set(made_by, settings, tasks, tried):

@@ -182,7 +182,8 @@ def _refuse_equal(scores: pa.Table, settings: SelectionSettings, influence: np.n
     known = influence[np.isfinite(influence)]
     if chosen is not None and chosen >= len(known):
         return
-    columns = list(score_matrix(scores).T) if settings.strategy == "round-robin" else [influence]
+    by_turns = settings.strategy == "round-robin" and settings.task is None
+    columns = list(score_matrix(scores).T) if by_turns else [influence]
     if all(equal_scores(column) for column in columns):
         raise nothing_ranked(len(known), float(known[0]), scores_metadata(scores).get("estimator"))
 
