@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from iprox.audit.fidelity import fidelity_metrics
+from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
 from iprox.influence.preconditioning import precondition

@@ -4,7 +4,7 @@
     python benchmarks/removal.py --fraction 0.1 --output results/removal-tenth.json
 
 The bundled model is warmed up, 500 rows are scored on it and on its proxy (sparsity 0.5, TracIn), and it is trained on
-all of them, without the top rows of each ranking, and without random rows of like length (`iprox.audit.removal`). A
+all of them, without the top rows of each ranking, and without random rows of like length (`iprox.audits.removal`). A
 stopped benchmark resumes where it was.
 """
 

@@ -21,7 +21,7 @@ import torch
 from runs import SHARED, Results, as_rows, in_bfloat16
 
 import iprox
-from iprox.audit.fidelity import fidelity_metrics
+from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer

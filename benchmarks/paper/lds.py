@@ -5,7 +5,7 @@
 The bundled model is warmed up, 300 rows are scored on it and on its proxy (sparsity 0.5), and it is retrained on 400
 random halves of them; the retrainings serve both estimators. (Of 60 halves intervals are half a correlation wide.) The
 score is the Spearman correlation, over subsets, of the sum of the scores with the validation loss that training leaves
-(`iprox.audit.datamodels`).
+(`iprox.audits.datamodels`).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import reference
 import scorer
 from runs import SHARED, Results, run, scores_in
 
-from iprox.audit.fidelity import fidelity_metrics
+from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter

@@ -24,7 +24,7 @@ import torch
 from runs import SHARED, Results, as_rows, in_bfloat16
 
 import iprox
-from iprox.audit.fidelity import fidelity_metrics
+from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches
 from iprox.finetune import evaluate
 from iprox.influence.projector import GradientProjector

@@ -1,15 +1,21 @@
 """iprox: select the training data that helps your task, with influence scored on a low-rank proxy of your model.
 
-Importing it teaches transformers to load proxies: `AutoModelForCausalLM.from_pretrained(proxy_folder)`.
+Importing it teaches transformers to load proxies: `AutoModelForCausalLM.from_pretrained(proxy_folder)`. It imports
+nothing heavy itself; torch and transformers are imported with the first name that needs them.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from iprox.api import align, attribute, audit, compress, load, score, select
-from iprox.api.views import view
-from iprox.audit import compare
-from iprox.errors import InputError
-from iprox.influence.index import GradientIndex
+from iprox.registration import teach_transformers
+
+if TYPE_CHECKING:
+    from iprox.api import align, attribute, audit, compress, load, score, select
+    from iprox.api.views import view
+    from iprox.audits import compare
+    from iprox.errors import InputError
+    from iprox.influence.index import GradientIndex
 
 __version__ = version("iprox")
 __all__ = [
@@ -25,3 +31,26 @@ __all__ = [
     "select",
     "view",
 ]
+
+# Where each public name is.
+_HOMES = {
+    **dict.fromkeys(("align", "attribute", "audit", "compress", "load", "score", "select"), "iprox.api"),
+    "view": "iprox.api.views",
+    "compare": "iprox.audits.comparison",
+    "InputError": "iprox.errors",
+    "GradientIndex": "iprox.influence.index",
+}
+
+teach_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'iprox' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from iprox.audit import compare
+from iprox.audits import compare
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iprox.audit.datamodels import datamodelling_score, draw_subsets
+from iprox.audits.datamodels import datamodelling_score, draw_subsets
 
 
 def test_subsets_are_of_one_size_and_the_first_stay_as_more_are_drawn():

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iprox.audit import compare_scores
-from iprox.audit.breakdown import calibration, disagreements
-from iprox.audit.intervals import bootstrap_intervals
-from iprox.audit.overlap import telling_share, top_overlap
+from iprox.audits import compare_scores
+from iprox.audits.breakdown import calibration, disagreements
+from iprox.audits.intervals import bootstrap_intervals
+from iprox.audits.overlap import telling_share, top_overlap
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iprox.audit.held_out import FEWEST, HeldOutFidelity
+from iprox.audits.held_out import FEWEST, HeldOutFidelity
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.influence import scoring

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from iprox.audit.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
+from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 
 
 def test_the_top_rows_are_the_highest_and_of_equal_ones_the_first():

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
-from iprox.audit import intervals
+from iprox.audits import intervals
 from iprox.cli import main
 from iprox.planning import stages
 from iprox.proxy import align

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.audit import compare_scores
+from iprox.audits import compare_scores
 from iprox.influence.scores import scores_table
 
 ROWS = 600

@@ -13,7 +13,7 @@ from torch import nn
 from iprox.api.arguments import check_model
 from iprox.api.examples import Examples, as_pool
 from iprox.api.scoring import score
-from iprox.audit.fidelity import AuditReport, compare_scores
+from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.examples import Examples, Reader
-from iprox.audit.held_out import HeldOutFidelity
+from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import Normalise

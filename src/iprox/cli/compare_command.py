@@ -9,8 +9,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from iprox.audit.comparison import Comparison
-from iprox.audit.comparison import compare as compare_scores
+from iprox.audits.comparison import Comparison
+from iprox.audits.comparison import compare as compare_scores
 from iprox.cli import summary
 from iprox.errors import InputError
 from iprox.files import expanded

@@ -11,12 +11,10 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-
-import datasets
-from huggingface_hub.utils import enable_progress_bars
-from transformers.utils import logging as transformers_logging
+from importlib import import_module
 
 from iprox.cli.parser import build_parser
+from iprox.cli.recipes import check_recipe
 from iprox.errors import InputError
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -39,8 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     arguments.started_as = shlex.join(["iprox", *given])
     try:
+        check_recipe(arguments)
         _quieten_libraries(arguments.quiet)
-        result = arguments.run(arguments)
+        result = getattr(import_module(arguments.module), arguments.command)(arguments)
     except (InputError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -78,7 +77,11 @@ def _disk_is_full(error: Exception) -> bool:
 
 
 def _quieten_libraries(quiet: bool) -> None:
-    """Our own progress is enough; errors of the libraries still come through."""
+    """Our own progress is enough; errors of the libraries still come through. Imports them, which takes seconds."""
+    import datasets
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()

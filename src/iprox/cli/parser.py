@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from importlib.metadata import version
 from typing import Any
 
 import shtab
 
-from iprox.audit.overlap import NAMED
 from iprox.cli.parser_options import above_zero, command
 from iprox.cli.stage_parsers import (
     add_align,
@@ -21,12 +21,11 @@ from iprox.cli.stage_parsers import (
     add_select,
     add_warmup,
 )
+from iprox.recipe import NAMED_SHARE
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from iprox import __version__
-
     parser = argparse.ArgumentParser(
         prog="iprox",
         description="Select the training data that helps your task, with influence scored on a low-rank proxy of your "
@@ -37,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     shtab.add_argument_to(
         parser, "--print-completion", help="print a script of completions for this shell, to be sourced by it"
     )
-    parser.add_argument("--version", action="version", version=f"iprox {__version__}")
+    parser.add_argument("--version", action="version", version=f"iprox {version('iprox')}")
     # Without a command, the help says more than "COMMAND is required".
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -127,7 +126,9 @@ def add_compare(commands: Any) -> None:
         metavar="[NAME=]SCORES",
         help="scores.parquet, or a folder that holds it, such as a run's; the first is what the others are beside",
     )
-    parser.add_argument("--share", type=float, default=NAMED, help=f"of the rows that a top is (default {NAMED})")
+    parser.add_argument(
+        "--share", type=float, default=NAMED_SHARE, help=f"fraction of rows counted as the top ({NAMED_SHARE})"
+    )
 
 
 def add_report(commands: Any) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any, get_args
 
-from iprox.cli import compare_command, index_commands, run_commands, stage_commands
 from iprox.recipe import GRADIENT_FREE, SelectSection, TrainingSection
 
-# Where a command's function is; the others are in `stage_commands`.
+# Where a command's function is; the others are in `stage_commands`. They import torch, so parsing does not import them.
 MODULES = {
-    **dict.fromkeys(("quickstart", "run", "plan", "report", "doctor"), run_commands),
-    **dict.fromkeys(("index", "query"), index_commands),
-    "compare": compare_command,
+    **dict.fromkeys(("quickstart", "run", "plan", "report", "doctor"), "run_commands"),
+    **dict.fromkeys(("index", "query"), "index_commands"),
+    "compare": "compare_command",
 }
 
 
@@ -25,8 +24,7 @@ def command(commands: Any, name: str, summary: str, example: str) -> argparse.Ar
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module = MODULES.get(name, stage_commands)
-    parser.set_defaults(command=name, run=getattr(module, name))
+    parser.set_defaults(command=name, module=f"iprox.cli.{MODULES.get(name, 'stage_commands')}")
     common = parser.add_argument_group("options of every command")
     common.add_argument("--seed", type=seed, default=None, help="seed of every draw and order (default 0)")
     common.add_argument(

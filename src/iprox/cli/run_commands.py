@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from iprox.cli import summary
 from iprox.cli.doctor import examine
-from iprox.errors import InputError
 from iprox.pipeline import run_recipe
 from iprox.planning import plan_recipe
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter
-from iprox.quickstart import quickstart_recipe
-from iprox.recipe import STAGES, Recipe, load_recipe
 from iprox.report import build_report
 from iprox.session import Session
-
-# The recipe keys that the options of every command stand for.
-COMMON_OPTIONS = {
-    "seed": "seed",
-    "dtype": "dtype",
-    "device": "device",
-    "batch_tokens": "batch_tokens",
-    "max_length": "data.max_length",
-}
 
 
 def quickstart(arguments: Namespace) -> dict[str, Any]:
     """`iprox quickstart`."""
-    return _run(quickstart_recipe(arguments.output, _common_overrides(arguments)), arguments, None)
+    return _run(arguments, None)
 
 
 def run(arguments: Namespace) -> dict[str, Any]:
     """`iprox run`."""
-    if arguments.stop_after is not None and arguments.stop_after not in STAGES:
-        raise InputError(f"--stop-after {arguments.stop_after}: no such stage; stages: {', '.join(STAGES)}")
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *_common_overrides(arguments)])
-    return _run(recipe, arguments, arguments.stop_after)
+    return _run(arguments, arguments.stop_after)
 
 
 def plan(arguments: Namespace) -> dict[str, Any]:
     """`iprox plan`."""
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *_common_overrides(arguments)]).resolved()
+    recipe = arguments.checked.resolved()
     session = Session.of_recipe(recipe, Reporter(arguments.quiet))
     rate = arguments.tflops * 1e12 if arguments.tflops else measured_gemm_rate(session.device, session.dtype)
     planned = plan_recipe(recipe, session, rate)
@@ -70,9 +54,9 @@ def report(arguments: Namespace) -> dict[str, Any]:
     return {"report": str(path)}
 
 
-def _run(recipe: Recipe, arguments: Namespace, stop_after: str | None) -> dict[str, Any]:
+def _run(arguments: Namespace, stop_after: str | None) -> dict[str, Any]:
     done = run_recipe(
-        recipe,
+        arguments.checked,
         reporter=Reporter(arguments.quiet),
         fresh=arguments.fresh,
         stop_after=stop_after,
@@ -81,9 +65,3 @@ def _run(recipe: Recipe, arguments: Namespace, stop_after: str | None) -> dict[s
     if not arguments.json:
         summary.print_run(done.folder)
     return summary.run_summary(done.folder)
-
-
-def _common_overrides(arguments: Namespace) -> list[str]:
-    """`--seed 3` as `seed=3`, for the options that were given."""
-    given = {key: getattr(arguments, option) for option, key in COMMON_OPTIONS.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]

@@ -20,8 +20,7 @@ from iprox.cli.parser_options import (
     streaming_option,
     training_options,
 )
-from iprox.influence.index import DIMENSION
-from iprox.recipe import FinetuneSection, WarmupSection
+from iprox.recipe import DIMENSION, FinetuneSection, WarmupSection
 
 
 def add_warmup(commands: Any) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from iprox.audit.overlap import telling_share
+from iprox.audits.overlap import telling_share
 from iprox.cli.doctor import OPTIONAL
 from iprox.report import formats
 from iprox.run_folder import RunFolder, read_json

@@ -36,9 +36,6 @@ from iprox.progress import Advance
 
 DESCRIPTION = "index.json"
 
-# Numbers an example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
-DIMENSION = 8192
-
 
 class WindowProjector:
     """Projects windows of examples (a `WindowWorker`).

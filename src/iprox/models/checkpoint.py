@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -92,10 +91,6 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
         biased = layer_bias(dense) is not None
         layer = LowRankLinear(n, m, rank, biased, device=weight.device, dtype=weight.dtype)
         replace_module(model, name, layer)
-
-
-register_quantization_config("iprox")(IproxConfig)
-register_quantizer("iprox")(IproxQuantizer)
 
 
 def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:

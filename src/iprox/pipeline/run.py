@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from iprox.audit.held_out import FEWEST
+from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.models import flops

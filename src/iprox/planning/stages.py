@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from iprox.audit.removal import removed_count, trainings_without
+from iprox.audits.removal import removed_count, trainings_without
 from iprox.models import flops
 from iprox.planning.costs import Costs
 from iprox.proxy.align import EVALUATIONS

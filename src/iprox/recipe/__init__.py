@@ -4,6 +4,7 @@ from iprox.recipe.influence import (
     ALIKE,
     CURVATURE_EXAMPLES,
     CURVED,
+    DIMENSION,
     GRADIENT_FREE,
     MODEL_FREE,
     OF_GRADIENTS,
@@ -13,6 +14,7 @@ from iprox.recipe.influence import (
 )
 from iprox.recipe.recipe import STAGES, Recipe, absolute_pattern, load_recipe, parse_recipe, validate_section
 from iprox.recipe.sections import (
+    NAMED_SHARE,
     SIZES,
     AlignSection,
     AuditSection,
@@ -34,8 +36,10 @@ __all__ = [
     "ALIKE",
     "CURVATURE_EXAMPLES",
     "CURVED",
+    "DIMENSION",
     "GRADIENT_FREE",
     "MODEL_FREE",
+    "NAMED_SHARE",
     "OF_GRADIENTS",
     "SIZES",
     "STAGES",

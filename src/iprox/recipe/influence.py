@@ -11,6 +11,9 @@ from iprox.recipe.section import Section
 # Examples of the pool that an influence function measures curvature on, unless told.
 CURVATURE_EXAMPLES = 256
 
+# Numbers an example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
+DIMENSION = 8192
+
 # Estimators that divide by curvature, which they measure on a sample of the pool.
 CURVED = ("influence-function", "datainf")
 

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from iprox.recipe.section import Section
 
+# The share of a ranking that counts as its top where overlaps are named.
+NAMED_SHARE = 0.05
+
 # How large a proxy may be, in the order they are documented.
 SIZES = ("sparsity", "parameters", "flops", "fidelity")
 # The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from iprox.audit.overlap import telling_share
+from iprox.audits.overlap import telling_share
 from iprox.report import formats
 from iprox.report.charts import Chart
 from iprox.report.fidelity_section import share_name

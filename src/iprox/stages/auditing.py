@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers import PreTrainedModel
 
-from iprox.audit import AuditReport, compare_scores
+from iprox.audits import AuditReport, compare_scores
 from iprox.data import ChatEncoder, Encoded, Example, Pool
 from iprox.files import replacing
 from iprox.influence.aggregate import TaskSpread, combine

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from iprox.audit.held_out import HeldOutFidelity
+from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iprox.audit.datamodels import datamodelling_score, draw_subsets
+from iprox.audits.datamodels import datamodelling_score, draw_subsets
 from iprox.data import Example, Pool
 from iprox.recipe import LdsSection
 from iprox.run_folder import StageRecord, write_json

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iprox.audit.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
+from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Example, Pool
 from iprox.recipe import RemovalSection
 from iprox.run_folder import StageRecord, write_json

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from iprox.audit.intervals import bootstrap_intervals
-from iprox.audit.spearman import spearman
+from iprox.audits.intervals import bootstrap_intervals
+from iprox.audits.spearman import spearman
 from iprox.data import Batch, Encoded, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery

@@ -14,10 +14,10 @@ import pyarrow.compute as pc
 from plotly.subplots import make_subplots
 from scipy import stats
 
-from iprox.audit.overlap import NAMED
 from iprox.data import GENERATED_ID
 from iprox.errors import InputError
 from iprox.influence.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
+from iprox.recipe import NAMED_SHARE
 
 FEWEST = 10
 
@@ -120,7 +120,7 @@ class Comparison:
         return figure
 
 
-def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED) -> Comparison:
+def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED_SHARE) -> Comparison:
     """Compare scores of the same pool: of several proxies, estimators or seeds, with the first or two and two.
 
     Rows are matched by id, so they may be in any order; those that one lacks, or has no score of, are left out of all.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from iprox.audit.intervals import bootstrap_intervals
-from iprox.audit.spearman import spearman
+from iprox.audits.intervals import bootstrap_intervals
+from iprox.audits.spearman import spearman
 
 
 def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndarray:

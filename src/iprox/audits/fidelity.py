@@ -11,11 +11,11 @@ import plotly.graph_objects as go
 import pyarrow as pa
 from scipy import stats
 
-from iprox.audit.breakdown import by_group, by_length, calibration, disagreements
-from iprox.audit.display import audit_figure, audit_html
-from iprox.audit.intervals import bootstrap_intervals
-from iprox.audit.overlap import OVERLAP_AT, top_overlap
-from iprox.audit.spearman import spearman
+from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
+from iprox.audits.display import audit_figure, audit_html
+from iprox.audits.intervals import bootstrap_intervals
+from iprox.audits.overlap import OVERLAP_AT, top_overlap
+from iprox.audits.spearman import spearman
 from iprox.errors import InputError
 from iprox.influence.ranking import equal_scores
 from iprox.influence.scores import score_matrix, task_names

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from iprox.recipe import NAMED_SHARE
+
 OVERLAP_AT = (0.01, 0.02, 0.05, 0.1, 0.2)
-# The share to name first, and the rows that a top has to hold for an overlap of two of them to say something.
-NAMED, TELLING = 0.05, 10
+# The rows that a top has to hold for an overlap of two of them to say something.
+TELLING = 10
 
 
 def telling_share(sample: int) -> float:
     """The share whose overlap to name first: 5 %, or the next whose top is ten rows of a small sample, or the last."""
-    shares = [share for share in OVERLAP_AT if share >= NAMED]
+    shares = [share for share in OVERLAP_AT if share >= NAMED_SHARE]
     return next((share for share in shares if round(share * sample) >= TELLING), shares[-1])
 
 
