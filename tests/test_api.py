@@ -1,4 +1,4 @@
-"""The Python API of design 7, on the bundled quickstart model and on a model that is no language model."""
+"""The Python API, on the bundled quickstart model and on a model that is no language model."""
 
 import copy
 import json

@@ -1,6 +1,6 @@
 """The published code's proxies before alignment, by its rules (github.com/csr16/IProX), as a row to compare with.
 
-What differs from `iprox.proxy` (design 11): moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of
+What differs from `iprox.proxy`: moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of
 each, the loss taken on all tokens, prompts too; factors in the span of those columns only, with a ridge of 0.001
 whatever the size of the moments; one rank rule for all layers, ranks rounded up to multiples of 128; a layer whose rank
 reaches its smaller side stays as it is, and one whose rank is above the number of columns is left at random values.

@@ -1,4 +1,4 @@
-"""Bad input (design 12): one clear line on standard error, exit code 2, nothing half-made left behind."""
+"""Bad input: one clear line on standard error, exit code 2, nothing half-made left behind."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A whole `iprox run`: what it leaves and what it says (design 6)."""
+"""A whole `iprox run`: what it leaves and what it says."""
 
 import html
 import json

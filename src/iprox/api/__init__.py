@@ -1,4 +1,4 @@
-"""The Python API (design 7): the stages on models and data in memory."""
+"""The Python API: the stages on models and data in memory."""
 
 from iprox.api.choosing import audit, select
 from iprox.api.making import align, compress, load

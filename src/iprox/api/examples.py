@@ -14,7 +14,7 @@ from iprox.errors import InputError
 from iprox.models.loading import load_tokenizer
 from iprox.models.reach import Reach
 
-# A `datasets.Dataset`, a list of dicts in a format of design 6, or a DataLoader of batches.
+# A `datasets.Dataset`, a list of dicts in a format of docs/files.md, or a DataLoader of batches.
 Examples = Any
 
 

@@ -99,7 +99,7 @@ def score(
         progress: show it, with rate and time left, on standard error.
 
     Returns:
-        The scores table (design 6), one row an example in pool order.
+        The scores table (docs/files.md), one row an example in pool order.
 
     Raises:
         InputError: bad input; the message says which and how to mend it.

@@ -1,4 +1,4 @@
-"""The command line (design 4)."""
+"""The command line."""
 
 from iprox.cli.entry import main
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print, exit codes (design 4)."""
+"""The command line: parse, call, print, exit codes."""
 
 from __future__ import annotations
 

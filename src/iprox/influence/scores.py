@@ -1,4 +1,4 @@
-"""The scores table: its columns, its file, its shards (design 6)."""
+"""The scores table: its columns, its file, its shards."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> dict[str, nn.Module]:
-    """The modules whose weight gradients make up influence (design 2, "which gradient of the proxy").
+    """The modules whose weight gradients make up influence (docs/method.md, "Which gradient of the proxy").
 
     Every dense compressible layer counts as itself. A low-rank layer counts as its two factors (`factors`),
     or as one layer with the gradient it would have if it were dense (`weight`).

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub, with the refusals of design 12."""
+"""Models and tokenizers from a folder or the hub, and what is refused."""
 
 from __future__ import annotations
 

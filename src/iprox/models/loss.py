@@ -1,4 +1,4 @@
-"""Per-example losses: mean cross-entropy over the supervised tokens (design 2)."""
+"""Per-example losses: mean cross-entropy over the supervised tokens."""
 
 from __future__ import annotations
 

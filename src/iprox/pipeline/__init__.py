@@ -1,4 +1,4 @@
-"""The whole method, stage by stage: each reads and writes the run folder and is skipped when it is done (design 3).
+"""The whole method, stage by stage: each reads and writes the run folder and is skipped when it is done.
 
 data → warm-up → compress → align → audit → score → refine → select → fine-tune → report. A stage is done when
 `run.json` has its key (its settings, its inputs' fingerprints and the keys of the stages it reads) and its output is

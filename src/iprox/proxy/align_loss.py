@@ -1,6 +1,6 @@
 """The alignment loss: what the proxy is to match of its target on a batch, and how far it is from it.
 
-Source: arXiv:2602.17835, section 4.2; design 2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
+Source: arXiv:2602.17835, section 4.2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
 factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
 
     gradient_weight · mean over low-rank layers of

@@ -36,7 +36,7 @@ class FactorSettings:
     """How layers are factorised.
 
     Attributes:
-        method: `ipsvd` (design 2) or a baseline (`iprox.proxy.methods`).
+        method: `ipsvd` or a baseline (`iprox.proxy.methods`).
         ranks: `global` or `uniform` (`iprox.proxy.budget`).
         ridge: share of the mean eigenvalue added to every direction of a moment, or `auto` (Ledoit and Wolf).
         moments: how moments are measured.

@@ -1,6 +1,6 @@
 """IPSVD, the closed form (pure maths): the best rank-r factors under K-FAC-weighted error.
 
-Source: arXiv:2602.17835, section 4 and Prop. 4.1; design 2. A change E of a weight W [m, n] moves an example's
+Source: arXiv:2602.17835, section 4 and Prop. 4.1. A change E of a weight W [m, n] moves an example's
 loss by Σ_t δ_tᵀ E h_t to first order. With the K-FAC approximation its mean square is
 
     ‖C_δ^{1/2} E C_h^{1/2}‖_F²,   C_h = E[h hᵀ] [n, n],  C_δ = E[δ δᵀ] [m, m].

@@ -1,4 +1,4 @@
-"""The recipe: everything a run depends on, validated whole before any work starts (design 5)."""
+"""The recipe: everything a run depends on, validated whole before any work starts."""
 
 from __future__ import annotations
 
