@@ -10,6 +10,8 @@ $(VENV)/.installed: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints-dev.txt -e ".[dev]"
+	# An oracle of the tests. It asks for torchvision, which it does not need here and which would bring another torch.
+	$(BIN)/pip install --quiet -c constraints-dev.txt --no-deps kronfluence einconv
 	touch $@
 
 quickstart: $(VENV)/.installed
