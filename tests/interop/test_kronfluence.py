@@ -1,7 +1,6 @@
 """kronfluence on a loaded proxy, unmodified: its gradient dot products are our scores."""
 
-import importlib
-
+import kronfluence  # `make test` installs it
 import pytest
 import torch
 from scipy import stats
@@ -14,8 +13,6 @@ from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
-
-kronfluence = importlib.import_module("kronfluence")  # `make test` installs it; this oracle is not to be skipped
 
 
 class Rows(Dataset):
