@@ -233,7 +233,7 @@ def add_audit(commands: Any) -> None:
         "--learning-rate",
         type=float,
         metavar="RATE",
-        help="learning rate of each training of --lds and --removal (default 2e-5)",
+        help="learning rate of each training of --lds and --removal (default 0.1 over the model's hidden size)",
     )
     influence_options(parser)
     norm_sketch_option(parser)

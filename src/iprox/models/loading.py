@@ -246,3 +246,8 @@ def _check_folder(path: str | Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def hidden_size(config: PretrainedConfig) -> int:
+    """Return the width of a model's hidden states, which its learning rate goes by."""
+    return int(config.get_text_config().hidden_size)

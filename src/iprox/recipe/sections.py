@@ -225,8 +225,12 @@ class RetrainingSection(Section):
     """How the target is trained on parts of the audited rows, from where the scores were taken."""
 
     epochs: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
     batch_size: int = Field(16, ge=1)
+
+    def peak(self, hidden_size: int) -> float:
+        """Return `learning_rate`, or what it is for a model of some hidden size when left out."""
+        return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
 
 class LdsSection(RetrainingSection):

@@ -16,7 +16,7 @@ from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
-from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
 from iprox.recipe import RetrainingSection
 from iprox.run_folder import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
@@ -123,7 +123,7 @@ def validation_losses(
             rows,
             Path(folder),
             epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
+            learning_rate=settings.peak(hidden_size(fresh.config)),
             batch_size=settings.batch_size,
             bf16=session.dtype == torch.bfloat16,
             every_epoch=False,

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
@@ -16,7 +15,7 @@ from iprox.finetune import evaluate, steps_an_epoch, train
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import skeleton, stored_dtype
+from iprox.models.loading import hidden_size, skeleton, stored_dtype
 from iprox.models.saving import CHECKPOINTS
 from iprox.recipe import FinetuneSection, WarmupSection
 from iprox.run_folder import StageRecord, read_json, write_json
@@ -72,11 +71,6 @@ def finetune(
 def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, float]]:
     loaded = session.model(model)
     return {task: evaluate(loaded, rows, session.batch_tokens, 0) for task, rows in encoded.items()}
-
-
-def hidden_size(config: PretrainedConfig) -> int:
-    """Return the width of a model's hidden states, which its learning rate goes by."""
-    return int(config.get_text_config().hidden_size)
 
 
 def _sft(
