@@ -19,7 +19,7 @@ from iprox.recipe import STAGES, Recipe, load_recipe
 from iprox.report import build_report
 from iprox.session import Session
 
-# The recipe keys that the options of every command stand for.
+# The recipe keys that options of how to compute stand for.
 COMMON_OPTIONS = {
     "seed": "seed",
     "dtype": "dtype",
@@ -85,5 +85,5 @@ def _run(recipe: Recipe, arguments: Namespace, stop_after: str | None) -> dict[s
 
 def _common_overrides(arguments: Namespace) -> list[str]:
     """`--seed 3` as `seed=3`, for the options that were given."""
-    given = {key: getattr(arguments, option) for option, key in COMMON_OPTIONS.items()}
+    given = {key: getattr(arguments, option, None) for option, key in COMMON_OPTIONS.items()}
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
