@@ -123,9 +123,8 @@ def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path
     best = matrix[:, :2].max(1) if over == "max" else matrix[:, :2].mean(1)
     expected = np.stack([best, matrix[:, 2]], 1)
     np.testing.assert_allclose(score_matrix(table), expected, rtol=1e-8)
-    np.testing.assert_allclose(
-        table["influence"].to_numpy(), (expected / np.nanstd(expected, axis=0)).mean(1), rtol=1e-8
-    )
+    whole = (expected / np.nanstd(expected, axis=0)).mean(1)
+    np.testing.assert_allclose(table["influence"].to_numpy(), whole, rtol=1e-8)
     assert ("examples/a" in table.column_names) == keep
     if keep:
         np.testing.assert_allclose(example_matrix(table, "a"), matrix[:, :2], rtol=1e-8)

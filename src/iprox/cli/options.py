@@ -33,11 +33,11 @@ OF_A_PROXY = {"gradient", "query", "query_norm", "norm_sketch", "per_example", "
 
 
 def session_of(arguments: Namespace) -> Session:
-    """The session that the options of every command ask for."""
+    """The session that a command's options ask for."""
     given = {name: getattr(arguments, name, None) for name in ("batch_tokens", "max_length", "seed", "num_proc")}
     return Session.create(
-        arguments.device or "auto",
-        arguments.dtype or "auto",
+        getattr(arguments, "device", None) or "auto",
+        getattr(arguments, "dtype", None) or "auto",
         trust_remote_code=getattr(arguments, "trust_remote_code", False),
         chat_template=getattr(arguments, "chat_template", None),
         skip_refused=getattr(arguments, "on_bad_row", "stop") == "skip",

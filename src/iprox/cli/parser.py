@@ -8,7 +8,7 @@ from typing import Any
 
 import shtab
 
-from iprox.cli.parser_options import above_zero, command
+from iprox.cli.parser_options import WITHOUT_SEED, above_zero, command
 from iprox.cli.stage_parsers import (
     add_align,
     add_audit,
@@ -105,6 +105,7 @@ def add_plan(commands: Any) -> None:
         "plan",
         "Say what a recipe would cost, stage by stage: tokens, FLOPs, memory, time. Runs nothing.",
         "iprox plan recipe.yaml",
+        WITHOUT_SEED,
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml")
     parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
@@ -119,6 +120,7 @@ def add_compare(commands: Any) -> None:
         "Say how alike several scores rank the same pool: of proxies, estimators, seeds or runs, beside the first.",
         "iprox compare runs/target runs/ipsvd runs/sibling\n  "
         "iprox compare target=a/scores.parquet proxy=b/scores.parquet --share 0.1",
+        computing=(),
     )
     parser.add_argument(
         "scores",
@@ -133,7 +135,9 @@ def add_compare(commands: Any) -> None:
 
 def add_report(commands: Any) -> None:
     """`iprox report`."""
-    parser = command(commands, "report", "Write report.html of a run folder anew.", "iprox report runs/quickstart")
+    parser = command(
+        commands, "report", "Write report.html of a run folder anew.", "iprox report runs/quickstart", computing=()
+    )
     parser.add_argument("run_dir", metavar="RUN_DIR")
 
 
@@ -144,6 +148,7 @@ def add_doctor(commands: Any) -> None:
         "doctor",
         "Say what this machine can do: device, number format, speed, memory, optional packages.",
         "iprox doctor --device cuda:0",
+        computing=("--device",),
     )
 
 
@@ -154,6 +159,7 @@ def add_export(commands: Any) -> None:
         "export",
         "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or make an index one of FAISS.",
         "iprox export runs/quickstart/aligned --output dense-proxy\n  iprox export index --output pool.faiss",
+        computing=("--dtype", "--device"),
     )
     parser.add_argument("source", metavar="PROXY_DIR|INDEX_DIR")
     parser.add_argument("--output", required=True, help="folder for the dense checkpoint, or FAISS file")
@@ -166,6 +172,7 @@ def add_push(commands: Any) -> None:
         "push",
         "Upload a proxy, with its model card, to the Hugging Face Hub.",
         "iprox push runs/quickstart/aligned me/qwen3-4b-proxy --private",
+        computing=(),
     )
     parser.add_argument("proxy", metavar="PROXY_DIR")
     parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub; made if it is not there")

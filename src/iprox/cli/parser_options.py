@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any, get_args
 
 from iprox.recipe import GRADIENT_FREE, SelectSection, TrainingSection
@@ -13,32 +14,6 @@ MODULES = {
     **dict.fromkeys(("index", "query"), "index_commands"),
     "compare": "compare_command",
 }
-
-
-def command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    """One command, with the options that every command has."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(command=name, module=f"iprox.cli.{MODULES.get(name, 'stage_commands')}")
-    common = parser.add_argument_group("options of every command")
-    common.add_argument("--seed", type=seed, default=None, help="seed of every draw and order (default 0)")
-    common.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default=None,
-        help="of the products; auto is bfloat16 where the device has it natively (default auto)",
-    )
-    common.add_argument("--device", default=None, help="cpu, cuda, cuda:1 or auto (default auto)")
-    common.add_argument("--batch-tokens", type=positive, default=None, help="largest rows × longest row (default 4096)")
-    common.add_argument("--max-length", type=positive, default=None, help="longest example in tokens (default 2048)")
-    common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
-    common.add_argument("--json", action="store_true", help="one machine-readable line on standard output at the end")
-    return parser
 
 
 def streaming_option(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +28,14 @@ def streaming_option(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_options(parser: argparse.ArgumentParser) -> None:
-    """How examples and models are read."""
+    """Add the options of how examples and models are read."""
+    row_options(parser)
     parser.add_argument("--chat-template", help="instead of the tokenizer's own: chatml, or a Jinja file")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
+
+
+def row_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how rows are read."""
     parser.add_argument(
         "--on-bad-row", choices=("stop", "skip"), default="stop", help="bad rows: stop (default) or leave them out"
     )
@@ -65,7 +46,6 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=YOURS",
         help="columns of your names and what they are read as: input=context output=response source=category",
     )
-    parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
 
 
 def positive(text: str) -> int:
@@ -103,6 +83,42 @@ def seed(text: str) -> int:
 def number_or_auto(text: str) -> float | str:
     """A number, or the word."""
     return text if text == "auto" else float(text)
+
+
+# How a command computes, option by option. A command has those that change its result.
+COMPUTING: dict[str, dict[str, Any]] = {
+    "--seed": {"type": seed, "help": "seed of every draw and order (default 0)"},
+    "--dtype": {
+        "choices": ("auto", "float32", "bfloat16"),
+        "help": "of the products; auto is bfloat16 where the device has it natively (default auto)",
+    },
+    "--device": {"help": "cpu, cuda, cuda:1 or auto (default auto)"},
+    "--batch-tokens": {"type": positive, "help": "largest rows × longest row (default 4096)"},
+    "--max-length": {"type": positive, "help": "longest example in tokens (default 2048)"},
+}
+
+WITHOUT_SEED = COMPUTING.keys() - {"--seed"}
+
+
+def command(
+    commands: Any, name: str, summary: str, example: str, computing: Collection[str] = COMPUTING.keys()
+) -> argparse.ArgumentParser:
+    """Add one command, with the options that every command has and those of `COMPUTING` that it names."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=name, module=f"iprox.cli.{MODULES.get(name, 'stage_commands')}")
+    common = parser.add_argument_group("common options")
+    for option, how in COMPUTING.items():
+        if option in computing:
+            common.add_argument(option, default=None, **how)
+    common.add_argument("--quiet", action="store_true", help="no progress; warnings and errors only")
+    common.add_argument("--json", action="store_true", help="one machine-readable line on standard output at the end")
+    return parser
 
 
 def training_options(parser: argparse.ArgumentParser, section: type[TrainingSection]) -> None:
@@ -165,7 +181,6 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         "proxy, 1 on a model itself)",
     )
     aggregation_options(parser)
-    compile_option(parser)
 
 
 def ranked_by_options(parser: argparse.ArgumentParser) -> None:
@@ -232,6 +247,10 @@ def aggregation_options(parser: argparse.ArgumentParser) -> None:
         default="mean",
         help="how a task's validation examples make one score (default mean); max costs a column an example",
     )
+
+
+def per_example_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that write scores."""
     parser.add_argument(
         "--per-example",
         action=argparse.BooleanOptionalAction,

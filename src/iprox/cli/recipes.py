@@ -35,5 +35,5 @@ def check_recipe(arguments: Namespace) -> None:
 
 def _common_overrides(arguments: Namespace) -> list[str]:
     """`--seed 3` as `seed=3`, for the options that were given."""
-    given = {key: getattr(arguments, option) for option, key in COMMON_OPTIONS.items()}
+    given = {key: getattr(arguments, option, None) for option, key in COMMON_OPTIONS.items()}
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from iprox.cli.parser_options import (
+    COMPUTING,
+    WITHOUT_SEED,
     aggregation_options,
     command,
     compile_option,
@@ -13,10 +15,12 @@ from iprox.cli.parser_options import (
     influence_options,
     norm_sketch_option,
     number_or_auto,
+    per_example_option,
     positive,
     query_option,
     ranked_by_options,
     reading_options,
+    row_options,
     streaming_option,
     training_options,
 )
@@ -30,6 +34,7 @@ def add_warmup(commands: Any) -> None:
         "warmup",
         "Fine-tune a model briefly on a random share of the pool, keeping each epoch's checkpoint and learning rate.",
         "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm",
+        COMPUTING.keys() - {"--batch-tokens"},
     )
     parser.add_argument("--model", required=True, help="hub id or folder")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="files, globs or hf://datasets/...")
@@ -144,6 +149,8 @@ def add_score(commands: Any) -> None:
     parser.add_argument("--validation", required=True, nargs="+", metavar="TASK=FILE")
     parser.add_argument("--output", required=True, help="folder for scores.parquet")
     influence_options(parser)
+    per_example_option(parser)
+    compile_option(parser)
     norm_sketch_option(parser)
     streaming_option(parser)
     reading_options(parser)
@@ -183,6 +190,7 @@ def add_query(commands: Any) -> None:
         "query",
         "Score a pool against validation tasks by its index, at the speed of the disk.",
         "iprox query --index index --validation code=code.val.jsonl --output scores",
+        WITHOUT_SEED,
     )
     parser.add_argument(
         "--index", required=True, nargs="+", metavar="INDEX_DIR", help="several are checkpoints of TracIn"
@@ -199,6 +207,7 @@ def add_query(commands: Any) -> None:
     parser.add_argument("--output", required=True, help="folder for scores.parquet")
     query_option(parser)
     aggregation_options(parser)
+    per_example_option(parser)
     reading_options(parser)
 
 
@@ -267,6 +276,7 @@ def add_select(commands: Any) -> None:
         "Write the best rows of the pool, byte for byte, best first.",
         "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05\n  "
         "iprox select --scores scores --pool pool/*.jsonl --output for-gsm8k.jsonl --count 10000 --task gsm8k",
+        computing=(),
     )
     parser.add_argument("--scores", required=True, help="scores.parquet or its folder")
     parser.add_argument("--pool", required=True, nargs="+", metavar="FILE", help="the pool that was scored")
@@ -295,7 +305,7 @@ def add_select(commands: Any) -> None:
         metavar="SIMILARITY",
         help="keep the better of two rows whose words are this similar, 0 to 1, e.g. 0.8",
     )
-    reading_options(parser)
+    row_options(parser)
 
 
 def add_finetune(commands: Any) -> None:
