@@ -3,8 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.proxy.ipsvd import Spectrum, weighted_error, weighted_svd
+from iprox.proxy.ipsvd import Spectrum, weighted_svd
 from iprox.proxy.second_moment import CholeskyRoot
+
+
+def weighted_error(error, moment_out, moment_in):
+    """‖C_δ^{1/2} E C_h^{1/2}‖_F² = tr(C_δ E C_h Eᵀ), for E [m, n]."""
+    return ((moment_out @ error @ moment_in) * error).sum()
 
 
 def ridged(C: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -82,8 +82,3 @@ def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) ->
     if root_in is not None:
         Vh = root_in.unweigh(Vh.mT).mT
     return Spectrum(U, sigma, Vh)
-
-
-def weighted_error(error: Tensor, moment_out: Tensor, moment_in: Tensor) -> Tensor:
-    """‖C_δ^{1/2} E C_h^{1/2}‖_F² = tr(C_δ E C_h Eᵀ), for E [m, n]."""
-    return ((moment_out @ error @ moment_in) * error).sum()
