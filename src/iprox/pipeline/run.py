@@ -20,6 +20,7 @@ from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.pipeline.changes import changed_settings
 from iprox.progress import Reporter
 from iprox.recipe import Recipe, parse_recipe
+from iprox.recipe.reading import read_yaml
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
@@ -185,8 +186,8 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
 def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
     """Say which settings are others than at the last start in the folder: stages that hang on them are done again."""
     try:
-        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = read_yaml(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return  # a first start, or a file that someone wrote over; it is written anew
     if not isinstance(before, dict):
         return
