@@ -95,7 +95,8 @@ def system_refusal(error: BaseException, fallback: object = None) -> str | None:
             return None
         number = int(next(filter(None, found.groups()))) if found else errno.ENOSPC
     words = _WORDS.get(number) or os.strerror(number).lower()
-    return f"{_place(place or fallback)}: {words}; {_WHAT_HELPS.get(number, 'choose another place or change its rights')}"
+    helps = _WHAT_HELPS.get(number, "choose another place or change its rights")
+    return f"{_place(place or fallback)}: {words}; {helps}"
 
 
 def _place(place: object) -> str:

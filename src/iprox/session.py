@@ -145,7 +145,11 @@ class Session:
         """Check and count a pool, with progress.
 
         Warns of its rows that are in a set that it is judged by, and of columns to be read that no row of any has.
+
+        Raises:
+            InputError: a file of it is that of a set that it is judged by.
         """
+        refuse_shared_files(pool, judged_by)
         for source in judged_by.values():
             source.scan()  # tells of all their bad rows, not of the first
         overlap = Overlap(judged_by)
@@ -208,6 +212,25 @@ class Session:
     def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
         """Length-sorted batches on the session's device."""
         return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
+
+
+def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
+    """Refuse a pool that is judged by itself, before it is read.
+
+    Args:
+        pool: the candidates.
+        judged_by: by what each is, e.g. `validation set of gsm8k`.
+
+    Raises:
+        InputError: a file is both the pool's and such a set's.
+    """
+    for name, source in judged_by.items():
+        file = pool.shared_file(source)
+        if file is not None:
+            raise InputError(
+                f"{file}: is both the {pool.name}'s and the {name}: each row would be judged by itself; take the rows "
+                "of that set out of the pool, into a file of their own"
+            )
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

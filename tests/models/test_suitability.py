@@ -76,7 +76,10 @@ def refusal(folder):
         (lambda: RobertaForCausalLM(RobertaConfig(**SMALL)), "RobertaForCausalLM is a masked language model"),
         (lambda: ElectraForCausalLM(ElectraConfig(**SMALL)), "ElectraForCausalLM is a masked language model"),
         (lambda: BertGenerationDecoder(BertGenerationConfig(**SMALL)), "BertGenerationDecoder is a masked"),
-        (lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=24)), "XLNetLMHead"),
+        (
+            lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=24)),
+            "XLNetLMHeadModel is a masked language model",
+        ),
         (lambda: DistilBertForMaskedLM(DistilBertConfig(vocab_size=64, dim=16, n_layers=1, n_heads=2)), "DistilBert"),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_ff=24, num_layers=1, num_heads=2)),
@@ -205,7 +208,6 @@ def test_sizes_of_parts_are_looked_at_too():
         {"num_hidden_layers": 5000, "layer_types": None},
         {"hidden_size": 2**30},
         {"num_attention_heads": 0},
-        {"num_attention_heads": 3, "num_key_value_heads": 2},
         {"head_dim": 10**5},
         {"intermediate_size": 10**9},
         {"hidden_act": "nonsense"},
@@ -213,19 +215,15 @@ def test_sizes_of_parts_are_looked_at_too():
         {"layer_types": ["nonsense", "nonsense"]},
         {"dtype": "float7"},
         {"model_type": 7},
-        {"architectures": "Qwen3ForCausalLM"},
         {"pad_token_id": 10**9},
     ],
 )
 def test_a_config_that_does_not_fit_is_no_fault_of_ours(folder, changes):
     describe(folder, **changes)
-    try:
+    with pytest.raises(InputError) as error:
         load_model(folder)
-    except InputError as error:
-        assert str(error).startswith(str(folder))
-        assert len(str(error).splitlines()) == 1
-    else:
-        assert changes in ({"architectures": "Qwen3ForCausalLM"}, {"num_attention_heads": 3, "num_key_value_heads": 2})
+    assert str(error.value).startswith(str(folder))
+    assert len(str(error.value).splitlines()) == 1
 
 
 def sharded(folder, **files):
@@ -239,7 +237,9 @@ def sharded(folder, **files):
     return weights
 
 
-@pytest.mark.parametrize("other", ["pickle.bin", "../outside.safetensors", "sub/part.safetensors", "/etc/x.safetensors"])
+@pytest.mark.parametrize(
+    "other", ["pickle.bin", "../outside.safetensors", "sub/part.safetensors", "/etc/x.safetensors"]
+)
 def test_an_index_names_safetensors_of_the_folder_only(folder, other):
     weights = sharded(folder, one="part-1.safetensors", two=other)
     for place in (folder.parent / "outside.safetensors", folder / "sub/part.safetensors"):

@@ -221,7 +221,7 @@ def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedMo
         printable = "".join(each if each.isprintable() else "?" for each in cut(target))
         check_path(target)
         if not Path(target).is_dir():
-            raise InputError(f"there is no folder {printable} here; --target {printable} fetches a hub model of that name")
+            raise InputError(f"there is no folder {printable} here; --target {printable} fetches it from the hub")
     with session.own_warnings():
         return session.model(target)
 

@@ -15,7 +15,7 @@ from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.shards import IDENTITY
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import checkpoint_fingerprint, stored_dtype
+from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import save_model
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
@@ -31,7 +31,7 @@ from iprox.recipe import (
     validate_section,
 )
 from iprox.run_folder import StageRecord, key_of, read_json
-from iprox.session import draw_rows
+from iprox.session import draw_rows, refuse_shared_files
 from iprox.stages import alignment, auditing, compression, indexing, lds, refinement, scoring, selection, training
 
 SHARDS = "scores.parquet.shards"
@@ -75,6 +75,7 @@ def compress(arguments: Namespace) -> dict[str, Any]:
     )
     session, pool = options.session_of(arguments), options.pool_of(arguments.probe, arguments, "probe")
     output = options.new_folder(arguments.output)
+    compression.check_size(skeleton(arguments.model, trust_remote_code=session.trust_remote_code), settings)
     examples = options.sample_of(pool, session, "probe", arguments.probe_size)
     held_out = options.held_out_of(arguments)
     if (settings.fidelity is not None) != (held_out is not None):
@@ -208,6 +209,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     output = options.resumable_folder(
         arguments.output, lds.LOSSES, "audit.json", "audit.parquet", lds.LOSSES, "*.partial"
     )
+    refuse_shared_files(pool, {f"validation set of {task}": each for task, each in validation.items()})
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 

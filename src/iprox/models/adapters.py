@@ -109,7 +109,10 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
 def _misfit(error: Exception) -> str:
     """What of an adapter does not fit, as PEFT or torch says it: of shapes, the first with both sizes."""
-    pattern = r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, the shape in current model is (.+?)\.?$"
+    pattern = (
+        r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, "
+        r"the shape in current model is (.+?)\.?$"
+    )
     found = re.search(pattern, str(error), re.MULTILINE)
     if found is None:
         return one_line(error)

@@ -52,7 +52,8 @@ class IproxConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         self.quant_method = "iprox"  # pyright: ignore[reportAttributeAccessIssue]
-        _check_description(ranks, method=method, sparsity=sparsity, target=target, target_fingerprint=target_fingerprint)
+        others = {"method": method, "sparsity": sparsity, "target": target, "target_fingerprint": target_fingerprint}
+        _check_description(ranks, others)
         self.ranks = dict(ranks)
         self.method = method
         self.sparsity = sparsity
@@ -60,19 +61,19 @@ class IproxConfig(QuantizationConfigMixin):
         self.target_fingerprint = target_fingerprint
 
 
-def _check_description(ranks: object, **others: object) -> None:
+def _check_description(ranks: object, others: Mapping[str, object]) -> None:
     """Refuse a description of a proxy that nobody but a hand has written."""
     if not isinstance(ranks, Mapping):
         raise InputError(f"the proxy's config has the ranks {shown(ranks)}, and must have a rank by layer name")
     for layer, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise InputError(
-                f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}, and must have a whole number above 0"
+                f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}; give a whole number above 0"
             )
     for key, value in others.items():
         kinds = (int, float) if key == "sparsity" else (str,) if key == "method" else (str, type(None))
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise InputError(f"the proxy's config has the {key} {shown(value)}, which is of another type than iprox writes")
+            raise InputError(f"the proxy's config has the {key} {shown(value)}, of another type than iprox writes")
 
 
 def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:

@@ -64,8 +64,8 @@ def load_model(
             layers (`iprox.models.experts`).
 
     Raises:
-        InputError: no such model, no config, no causal language model, quantized or pickled weights, or weights that are
-            missing, of another shape or not finite (named).
+        InputError: no such model, no config, no causal language model, quantized or pickled weights, or weights that
+            are missing, of another shape or not finite (named).
     """
     where = torch.device(device)
     model = _whole_model(path, dtype, where, trust_remote_code)
@@ -76,7 +76,9 @@ def load_model(
     return model
 
 
-def _whole_model(path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> PreTrainedModel:
+def _whole_model(
+    path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
     """A model on the CPU, its adapter merged, its experts fused; `device` is where it will be run."""
     base = adapter_base(path)
     if base is None:
@@ -150,11 +152,13 @@ def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
     Raises:
         InputError: it is one.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    if not follows_order(model, vocabulary):
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    with _telling(f"{path}: cannot be run"):
+        ordered = not isinstance(vocabulary, int) or follows_order(model, vocabulary)
+    if not ordered:
         raise InputError(
-            f"{path}: {type(model).__name__} sees the tokens after each token (its attention is bidirectional), so that "
-            "every answer would be known before it is predicted; iprox scores causal language models"
+            f"{path}: {type(model).__name__} sees the tokens after each token (its attention is bidirectional), so "
+            "that every answer would be known before it is predicted; iprox scores causal language models"
         )
 
 
@@ -168,9 +172,7 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
     if wrong:
         name, *shapes = wrong[0]
         sizes = " ({} instead of {})".format(*(list(shape) for shape in shapes)) if len(shapes) == 2 else ""
-        raise InputError(
-            f"{path}: {name} has another shape than its config says{sizes} ({len(wrong)} tensors in all)"
-        )
+        raise InputError(f"{path}: {name} has another shape than its config says{sizes} ({len(wrong)} tensors in all)")
     missing = sorted(found["missing_keys"])
     if missing:
         others = f"; it has {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -115,7 +114,13 @@ def _by_example(
     elif x.ndim == 2:
         x = x.unsqueeze(1)  # no positions
         return x
-    return x if counted is None or x.shape[1] != counted.shape[1] else x * counted[..., None]
+    if counted is None:
+        return x
+    if x.shape[:-1] != counted.shape:
+        raise InputError(
+            f"{name}: is given {x.shape[1]} rows, not one per token, of examples of {counted.shape[1]} tokens"
+        )
+    return x * counted[..., None]
 
 
 def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
@@ -124,8 +129,10 @@ def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
     Raises:
         InputError: which example a row is of cannot be told.
     """
-    seen = [size for size in x.shape[:-1] if size != 1]
-    if seen in ([size for size in (examples, length) if size != 1], [size for size in (examples * length,) if size != 1]):
+    seen, kept, flat = (
+        [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
+    )
+    if seen in (kept, flat):
         return x.reshape(examples, length, x.shape[-1])
     if x.ndim == 2 and len(x) == examples:
         return x.unsqueeze(1)  # no positions

@@ -114,7 +114,7 @@ def _check_causal(config: PretrainedConfig, name: str) -> None:
     if architectures and not (kind in _ENCODERS and decoder):
         causal = [each for each in architectures if not _OTHER_TASK.search(each) or each in _causal_classes()]
         if not causal:
-            raise InputError(f"{name}: {called} is a model of another task, whose head is no language model's; {_ADVICE}")
+            raise InputError(f"{name}: {called} is a model of another task, with another head; {_ADVICE}")
 
 
 def _causal_classes() -> set[str]:
@@ -185,7 +185,7 @@ def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> No
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 4 * numbers:
         raise InputError(
-            f"{name}: its config describes {size:,} parameters, and its weights hold {numbers:,}: the two do not belong "
+            f"{name}: its config describes {size:,} parameters, and its weights hold {numbers:,}: they do not belong "
             "together; copy the model's files again"
         )
 
@@ -223,9 +223,9 @@ def _check_quantization(config: PretrainedConfig, name: str) -> None:
         return
     how = f"first: pip install {packages}, then " if absent else ""
     raise InputError(
-        f"{name}: its weights are quantized ({cut(str(method), 40)}), and iprox reads weights of 16 or 32 bits; give the "
-        f"model that it was made from, or convert this one ({how}AutoModelForCausalLM.from_pretrained(...).dequantize() "
-        "and save_pretrained)"
+        f"{name}: its weights are quantized ({cut(str(method), 40)}), and iprox reads weights of 16 or 32 bits; give "
+        f"the model that it was made from, or convert this one ({how}"
+        "AutoModelForCausalLM.from_pretrained(...).dequantize() and save_pretrained)"
     )
 
 
@@ -282,8 +282,8 @@ def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
 def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bool:
     """Whether a token's logits are the same whatever comes after it, tried on a few rows of random tokens.
 
-    Of three draws one must hold: rounding moves logits by far less than a tenth of their spread, but may send a token to
-    another expert.
+    Of three draws one must hold: rounding moves logits by far less than a tenth of their spread, but may send a token
+    to another expert.
 
     Args:
         model: in eval mode; called with `input_ids` [2, 4].

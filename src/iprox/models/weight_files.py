@@ -75,8 +75,7 @@ def count_weights(folder: Path) -> tuple[int, int]:
                     tensors, numbers = tensors + 1, numbers + size
         except SafetensorError as error:
             raise InputError(
-                f"{file}: cannot be loaded as a causal language model: no whole file of safetensors: "
-                f"{one_line(error)}"
+                f"{file}: cannot be loaded as a causal language model: no whole file of safetensors: {one_line(error)}"
             ) from error
     return tensors, numbers
 

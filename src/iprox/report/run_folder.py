@@ -187,7 +187,9 @@ def _open_parquet(path: Path, required: Sequence[str], stage: str) -> pq.Parquet
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run the {stage} stage again") from None
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({one_line(error)}); run the {stage} stage again") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file ({one_line(error)}); run the {stage} stage again"
+        ) from None
     absent = [name for name in required if name not in file.schema_arrow.names]
     if absent:
         raise InputError(f"{path}: no column {absent[0]!r}; run the {stage} stage again")
