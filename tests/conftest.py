@@ -7,7 +7,10 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
+    Glm4MoeLiteConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -46,6 +49,28 @@ CONFIGS = {
     "phi3": Phi3Config,
     "olmo2": Olmo2Config,
     "smollm3": SmolLM3Config,
+    "deepseek-v2": DeepseekV2Config,
+    "deepseek-v3": DeepseekV3Config,
+    "glm4-moe-lite": Glm4MoeLiteConfig,
+}
+# Attention from a latent vector, which a layer is given as of one head: [B, 1, L, r].
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 # Names of their own, and special tokens within the tiny vocabulary.
 OWN = {
@@ -65,6 +90,9 @@ OWN = {
     },
     # Its router is a kind of linear layer.
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek-v2": LATENT,
+    "deepseek-v3": LATENT,
+    "glm4-moe-lite": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
 }
 SHAPE = {

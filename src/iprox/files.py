@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line, system_refusal
 
 
 def expanded(path: str | Path) -> Path:
     """A path with `~` expanded.
 
     Raises:
-        InputError: it is the home of a user who is not there.
+        InputError: it is the home of a user who is not there, or no path at all.
     """
+    check_path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path}: there is no home of such a user") from error
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse what no file system can have: a NUL in it, a name that is too long, a loop of links.
+
+    Raises:
+        InputError: it is such a path; a path where nothing is passes.
+    """
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:
+        number = getattr(error, "errno", None)
+        if not isinstance(error, OSError) or number in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(system_refusal(error, path) or f"{path}: no path ({one_line(error)})") from error
+
+
+def absolute(path: str | Path) -> Path:
+    """A path expanded, made absolute and without links.
+
+    Raises:
+        InputError: it is no path that can be (see `check_path`).
+    """
+    return expanded(path).resolve()
+
+
+def check_output(path: str | Path) -> Path:
+    """Refuse an output folder that cannot be made, or not be written to, before any work; nothing is made.
+
+    Returns:
+        The path, expanded.
+
+    Raises:
+        InputError: it is a file, its place is on a read-only file system or not ours to write to, or it is no path.
+    """
+    folder = expanded(path)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose a folder as output")
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"{folder}: {place} is a file, so no folder can be in it; choose another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & getattr(os, "ST_RDONLY", 1)
+        why = "read-only file system" if read_only else f"permission denied in {place}"
+        raise InputError(f"{folder}: {why}; choose another place" + ("" if read_only else " or change its rights"))
+    return folder
 
 
 @contextmanager

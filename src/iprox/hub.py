@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.models.card import CARD
+from iprox.models.checkpoint import proxy_description
 from iprox.models.loading import load_config
 
 # What belongs to a proxy; not `run.json`, which is of this machine.
@@ -35,15 +36,15 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     Raises:
         InputError: no proxy there, or the Hub refuses or cannot be reached.
     """
-    described = getattr(load_config(folder), "quantization_config", None) or {}
-    if described.get("quant_method") != "iprox":
+    described = proxy_description(load_config(folder), str(folder))
+    if described is None:
         raise InputError(f"{folder}: is no iprox proxy; push other models with `hf upload`")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        with _without_local_path(folder, described.get("target")) as published:
+        with _without_local_path(folder, described.target) as published:
             commit = api.upload_folder(
                 repo_id=repo,
                 folder_path=published,
@@ -53,8 +54,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
                 ignore_patterns=PRIVATE,
             )
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{repo}: cannot be pushed to ({reason}); log in with `hf auth login`") from error
+        raise InputError(f"{repo}: cannot be pushed to ({one_line(error)}); log in with `hf auth login`") from error
     return commit.commit_url
 
 

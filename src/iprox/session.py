@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, PoolSummary, iter_batches, on_device
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
 from iprox.models.loading import load_config, load_model, load_tokenizer
@@ -82,8 +82,7 @@ class Session:
             where = resolve_device(device)
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"--device {device}: not usable here ({reason}); try --device cpu") from error
+            raise InputError(f"--device {device}: not usable here ({one_line(error)}); try --device cpu") from error
         # The cores of a CPU have the model to run; an accelerator leaves them free, and outruns one core's tokeniser.
         ahead = 0 if where.type == "cpu" else min(MOST_AHEAD, (os.cpu_count() or 1) - 1)
         return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
@@ -116,19 +115,19 @@ class Session:
             InputError: not enough memory.
         """
         try:
-            with metered(self.device) as usage, self._own_warnings():
+            with metered(self.device) as usage, self.own_warnings():
                 yield usage
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             raise InputError(
-                f"not enough memory on {self.device} ({str(error).strip().splitlines()[0]}); --batch-tokens "
+                f"not enough memory on {self.device} ({one_line(error)}); --batch-tokens "
                 f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}); a training "
                 "needs less with a smaller batch_size (and accumulate) or lora; iprox plan says what each stage needs"
             ) from error
 
     @contextmanager
-    def _own_warnings(self) -> Iterator[None]:
+    def own_warnings(self) -> Iterator[None]:
         """Report what the library itself warns of, so that it is kept in `run.json`; other packages' as they are."""
         with warnings.catch_warnings():
             show = warnings.showwarning
@@ -146,7 +145,11 @@ class Session:
         """Check and count a pool, with progress.
 
         Warns of its rows that are in a set that it is judged by, and of columns to be read that no row of any has.
+
+        Raises:
+            InputError: a file of it is that of a set that it is judged by.
         """
+        refuse_shared_files(pool, judged_by)
         for source in judged_by.values():
             source.scan()  # tells of all their bad rows, not of the first
         overlap = Overlap(judged_by)
@@ -209,6 +212,25 @@ class Session:
     def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
         """Length-sorted batches on the session's device."""
         return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
+
+
+def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
+    """Refuse a pool that is judged by itself, before it is read.
+
+    Args:
+        pool: the candidates.
+        judged_by: by what each is, e.g. `validation set of gsm8k`.
+
+    Raises:
+        InputError: a file is both the pool's and such a set's.
+    """
+    for name, source in judged_by.items():
+        file = pool.shared_file(source)
+        if file is not None:
+            raise InputError(
+                f"{file}: is both the {pool.name}'s and the {name}: each row would be judged by itself; take the rows "
+                "of that set out of the pool, into a file of their own"
+            )
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

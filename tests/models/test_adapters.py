@@ -1,6 +1,7 @@
 """PEFT adapters: merged into their base model, which is said; put on a model to be trained, and saved."""
 
 import json
+import shutil
 import sys
 import warnings
 
@@ -183,3 +184,56 @@ def test_fused_experts_and_a_missing_peft_are_refused(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install 'iprox\\[lora\\]'"):
         with_lora(tiny.model(), "org/name", rank=2, alpha=4.0)
+
+
+def rewritten(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "IA3", "LN_TUNING", "XLORA", "of-nobody", 3, None]
+)
+def test_adapters_that_are_no_products_are_refused_by_their_type(adapter, kind):
+    _, folder, _ = adapter
+    rewritten(folder, peft_type=kind)
+    for read in (load_model, load_config, checkpoint_fingerprint):
+        with pytest.raises(InputError, match=f"a PEFT adapter of the type {kind!r}"):
+            read(folder)
+
+
+def test_adapters_that_name_each_other_are_refused(adapter, tmp_path):
+    _, folder, _ = adapter
+    other, third = tmp_path / "other", tmp_path / "third"
+    shutil.copytree(folder, other)
+    shutil.copytree(folder, third)
+    rewritten(folder, base_model_name_or_path=str(other))
+    rewritten(other, base_model_name_or_path=str(third))
+    rewritten(third, base_model_name_or_path=str(other))  # a cycle that the first is not in
+    for read in (load_model, load_config, checkpoint_fingerprint, adapter_base):
+        with pytest.raises(InputError, match="name each other"):
+            read(folder)
+
+
+@pytest.mark.parametrize("base", [3, ["a"], "a\0b", "b" * 300])
+def test_a_base_that_is_no_path_is_refused(adapter, base):
+    _, folder, _ = adapter
+    rewritten(folder, base_model_name_or_path=base)
+    with pytest.raises(InputError):
+        load_model(folder)
+
+
+def test_an_adapter_of_other_shapes_is_refused_with_both_sizes(adapter, tiny, tmp_path):
+    base, folder, _ = adapter
+    resized = load_model(base)
+    resized.resize_token_embeddings(70)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    get_peft_model(resized, config).save_pretrained(tmp_path / "resized")
+    rewritten(tmp_path / "resized", base_model_name_or_path=str(base))
+    with pytest.raises(InputError, match=r"\[70, 32\] in the adapter and .*\[64, 32\] in the base model"):
+        load_model(tmp_path / "resized")
+    wider = tmp_path / "wider"
+    tiny.model(dtype=torch.float32, hidden_size=48).save_pretrained(wider)
+    rewritten(folder, base_model_name_or_path=str(wider))
+    with pytest.raises(InputError, match=r"\[2, 32\] in the adapter and .*\[2, 48\] in the base model"):
+        load_model(folder)

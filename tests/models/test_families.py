@@ -30,6 +30,8 @@ from iprox.proxy.spectra import SpectrumStore
 LAYERS = {
     "qwen2": 7, "qwen3": 7, "llama": 7, "gemma3": 7, "mistral": 7, "phi3": 4, "gpt2": 4, "gpt-neox": 4, "olmo2": 7,
     "smollm3": 7, "qwen3-moe": 4 + 2 * 4, "qwen2-moe": 4 + 2 * 4 + 4, "phimoe": 4 + 2 * 4, "opt": 6, "olmo": 7,
+    # One dense layer and one of experts: (5 + 3 + 5 + 2 * 4 + 3) / 2.
+    "deepseek-v2": 12, "deepseek-v3": 12, "glm4-moe-lite": 12,
 }  # fmt: skip
 
 

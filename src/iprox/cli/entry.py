@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from importlib import import_module
 
 from iprox.cli.parser import build_parser
 from iprox.cli.recipes import check_recipe
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line, system_refusal
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -40,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_recipe(arguments)
         _quieten_libraries(arguments.quiet)
         result = getattr(import_module(arguments.module), arguments.command)(arguments)
+        if arguments.json:
+            print(json.dumps(result, ensure_ascii=False), flush=True)
     except (InputError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -48,32 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = "the same command (without --fresh) goes on from here" if resumable else "nothing is kept"
         print(f"iprox: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
-    except PermissionError as error:
-        return _refuse(f"{error.filename or 'output'}: permission denied; choose another place or change its rights")
-    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        return _refuse(f"{error.filename}: {(error.strerror or 'not to be written').lower()}; choose another place")
     except Exception as error:
-        if _disk_is_full(error):
-            place = getattr(error, "filename", None) or getattr(arguments, "output", None) or "the output folder"
-            return _refuse(f"{place}: no space left on the disk; free some and run the same command")
+        from iprox.models.memory import out_of_memory  # imports torch
+
+        refusal = system_refusal(error, getattr(arguments, "output", None))
+        if refusal is None and out_of_memory(error):
+            refusal = f"not enough memory ({one_line(error)}); close other programs, or give less at once"
+        if refusal is not None:
+            return _refuse(refusal)
         traceback.print_exc()
         print(f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)", file=sys.stderr)
         return OUR_FAULT
-    if arguments.json:
-        print(json.dumps(result, ensure_ascii=False))
     return DONE
 
 
 def _refuse(message: str) -> int:
     print(f"iprox: {message}", file=sys.stderr)
     return BAD_INPUT
-
-
-def _disk_is_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors and Arrow raise errors of their own that only quote the system's.
-    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _quieten_libraries(quiet: bool) -> None:

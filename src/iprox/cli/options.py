@@ -11,11 +11,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from iprox.data import Pool
-from iprox.errors import InputError
-from iprox.files import expanded
+from iprox.errors import InputError, cut
+from iprox.files import check_output, check_path
 from iprox.influence.scores import read_scores_schema, scores_metadata
 from iprox.models.adapters import check_lora
+from iprox.models.checkpoint import proxy_description
 from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
 from iprox.models.saving import CHECKPOINTS
@@ -199,11 +202,10 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
         InputError: --target with a model that is no factorised proxy, or the target is not the proxy's; --norm-sketch
             with a model that is no proxy.
     """
-    config = load_config(model, trust_remote_code=session.trust_remote_code)
-    proxy = getattr(config, "quantization_config", None) or {}
-    if settings.norm_sketch and proxy.get("quant_method") != "iprox":
+    proxy = proxy_description(load_config(model, trust_remote_code=session.trust_remote_code), model)
+    if settings.norm_sketch and proxy is None:
         raise InputError(f"--norm-sketch: {model} is no proxy, and a model's own norms are exact; leave it out")
-    if proxy.get("quant_method") != "iprox" or not proxy["ranks"]:
+    if proxy is None or not proxy.ranks:
         if arguments.target:
             raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
         return None
@@ -212,9 +214,9 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
             why = f"--estimator {settings.estimator} takes no gradients" if settings.gradient_free else "--query proxy"
             raise InputError(f"--target {arguments.target}: is not used with {why}; leave one of the two out")
         return None
-    target = arguments.target or proxy["target"]
+    target = arguments.target or proxy.target
     try:
-        loaded = session.model(str(target))
+        loaded = _target_model(str(target), session, named=bool(arguments.target))
     except InputError as error:
         if arguments.target:
             raise
@@ -223,11 +225,29 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
             "less faithful: give --target"
         )
         return None
-    if proxy["target_fingerprint"] not in (None, model_fingerprint(loaded)):
+    if proxy.target_fingerprint not in (None, model_fingerprint(loaded)):
         raise InputError(
             f"{target}: is not the target of {model} (the weights differ); give the right --target, or --query proxy"
         )
     return str(target)
+
+
+def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedModel:
+    """The target of a proxy, loaded.
+
+    What only the proxy's config names is read if it is a folder here: whoever wrote the proxy does not choose what is
+    fetched from the hub.
+
+    Raises:
+        InputError: it is none, or cannot be loaded.
+    """
+    if not named:
+        printable = "".join(each if each.isprintable() else "?" for each in cut(target))
+        check_path(target)
+        if not Path(target).is_dir():
+            raise InputError(f"there is no folder {printable} here; --target {printable} fetches it from the hub")
+    with session.own_warnings():
+        return session.model(target)
 
 
 def warmed_folder(model: str, target: str | None, settings: InfluenceSection) -> str | None:
@@ -278,8 +298,8 @@ def new_folder(path: str) -> Path:
     Raises:
         InputError: it holds something.
     """
-    folder = expanded(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = check_output(path)
+    if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists already; choose another output or remove it")
     return folder
 
@@ -295,7 +315,7 @@ def resumable_folder(path: str, marker: str, *left: str) -> Path:
     Raises:
         InputError: it holds something else.
     """
-    folder = expanded(path)
+    folder = check_output(path)
     if (folder / marker).is_file() and all(any(fnmatch(file.name, name) for name in left) for file in folder.iterdir()):
         return folder
     return new_folder(path)

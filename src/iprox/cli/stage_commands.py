@@ -15,7 +15,7 @@ from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.shards import IDENTITY
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import checkpoint_fingerprint, stored_dtype
+from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import save_model
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
@@ -32,7 +32,7 @@ from iprox.recipe import (
     validate_section,
 )
 from iprox.run_folder import StageRecord, key_of, read_json
-from iprox.session import draw_rows
+from iprox.session import draw_rows, refuse_shared_files
 from iprox.stages import alignment, auditing, compression, indexing, refinement, scoring, selection, training
 from iprox.stages.retraining import LOSSES
 
@@ -77,6 +77,7 @@ def compress(arguments: Namespace) -> dict[str, Any]:
     )
     session, pool = options.session_of(arguments), options.pool_of(arguments.probe, arguments, "probe")
     output = options.new_folder(arguments.output)
+    compression.check_size(skeleton(arguments.model, trust_remote_code=session.trust_remote_code), settings)
     examples = options.sample_of(pool, session, "probe", arguments.probe_size)
     held_out = options.held_out_of(arguments)
     if (settings.fidelity is not None) != (held_out is not None):
@@ -204,6 +205,7 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     output = options.resumable_folder(
         arguments.output, LOSSES, "audit.json", "audit.parquet", LOSSES, *results, "*.partial"
     )
+    refuse_shared_files(pool, {f"validation set of {task}": each for task, each in validation.items()})
     examples = options.sample_of(pool, session, "audit", arguments.sample)
     pairs = [(arguments.model, arguments.proxy, 1.0)]
 

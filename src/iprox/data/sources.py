@@ -94,6 +94,11 @@ class Pool:
         for example, _, _ in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
             yield example
 
+    def shared_file(self, other: Pool) -> Path | None:
+        """A file that both pools read, by whichever name; None where there is none."""
+        mine, others = ([reader.path for reader in pool._readers if reader.path is not None] for pool in (self, other))
+        return next((one for one in mine if any(_same_file(one, each) for each in others)), None)
+
     def scan(
         self, progress: Callable[[int], None] | None = None, look: Callable[[Example], None] | None = None
     ) -> PoolSummary:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ PACKAGE = Path(__file__).parents[1]
 
 # Seconds after which workers that have not started are spoken of; other work may have their cores or GPUs.
 PATIENCE = 60
+# Where Ray notes the address of a cluster on this machine.
+RUNNING_CLUSTER = Path("/tmp/ray/ray_current_cluster")
+_NOT_INSTALLED = "engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local"
 
 
 class _Worker:
@@ -48,6 +54,38 @@ class _Worker:
         return scored, [str(each.message) for each in heard if Path(each.filename).is_relative_to(PACKAGE)]
 
 
+def check_ray(workers: int, device: str) -> None:
+    """Refuse Ray where it is not installed or cannot hold the workers, before any work and without starting it.
+
+    Of a cluster that is running, only Ray knows what it holds; `ray_engine` asks it.
+
+    Args:
+        workers: number of actors.
+        device: what each scores on, `cpu` or `cuda`.
+
+    Raises:
+        InputError: it is so.
+    """
+    if find_spec("ray") is None:
+        raise InputError(_NOT_INSTALLED)
+    if os.environ.get("RAY_ADDRESS") or RUNNING_CLUSTER.is_file() or ("ray" in sys.modules and _is_running()):
+        return
+    cuda = device.startswith("cuda")
+    there = torch.cuda.device_count() if cuda else os.cpu_count() or 1
+    if workers > there:
+        raise InputError(_too_many(workers, there, "GPU" if cuda else "CPU"))
+
+
+def _is_running() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _too_many(workers: int, there: float, need: str) -> str:
+    return f"engine ray: {workers} workers asked for, but Ray has {there:.0f} {need}s; set engine.ray.workers lower"
+
+
 def ray_engine(workers: int, device: str) -> Engine:
     """An engine of `workers` Ray actors, on the cluster that Ray finds or else on this machine.
 
@@ -65,7 +103,7 @@ def ray_engine(workers: int, device: str) -> Engine:
         import ray
         from ray import cloudpickle
     except ImportError as error:
-        raise InputError("engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local") from error
+        raise InputError(_NOT_INSTALLED) from error
 
     def result(pending: Any, progress: Callable[[int], None] | None) -> ScoredWindow:
         try:
@@ -89,7 +127,7 @@ def ray_engine(workers: int, device: str) -> Engine:
             nodes = [node["Resources"].get(need, 0) for node in ray.nodes() if node["Alive"]]
             share = share_of_each(nodes, workers)
             if share == 0:
-                raise InputError(f"engine ray: {workers} workers asked for, but Ray has {sum(nodes):.0f} {need}s")
+                raise InputError(_too_many(workers, sum(nodes), need))
             options: dict[str, Any] = {"num_gpus": 1} if need == "GPU" else {"num_cpus": share}
             actor = ray.remote(**options)(_Worker)
             made = ray.put(cloudpickle.dumps(make))  # pyright: ignore[reportPrivateImportUsage]

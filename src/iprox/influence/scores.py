@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.files import replacing
 
 TASK_PREFIX = "influence/"
@@ -232,4 +232,4 @@ def _readable(path: str | Path) -> Iterator[Path]:
     try:
         yield file
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{file}: not a readable Parquet file: {one_line(error)}") from error

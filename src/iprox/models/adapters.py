@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line, shown
+from iprox.files import check_path
 from iprox.models.experts import has_experts
+from iprox.models.memory import out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,26 +25,56 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 
 
+# PEFT's adapters that are products added to weights, and what each is by them alone once merged.
+MERGED_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
+
+
 def adapter_base(path: str | Path) -> str | None:
     """The model that an adapter folder adapts; None where the folder holds no adapter.
 
     Raises:
-        InputError: the adapter does not say, or names a folder that is not there, or its weights are pickled.
+        InputError: the adapter does not say, or names a folder that is not there, or its weights are pickled, or it is
+            of a kind that is not multiplied into weights, or adapters name each other.
     """
-    folder = Path(path)
+    check_path(path)
+    base = _named_base(Path(path))
+    chain, follower = [Path(path)], base
+    while follower is not None and Path(follower).exists():
+        known = [folder for folder in chain if folder.samefile(follower)]
+        chain.append(Path(follower))
+        if known:
+            raise InputError(
+                f"{Path(path) / ADAPTER}: adapters name each other as base_model_name_or_path "
+                f"({' → '.join(map(str, chain))}); put there the model that it adapts"
+            )
+        follower = _named_base(Path(follower))
+    return base
+
+
+def _named_base(folder: Path) -> str | None:
+    """What one adapter folder says that it adapts."""
     file = folder / ADAPTER
     if not file.is_file():
         return None
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        base, kind = described.get("base_model_name_or_path"), described.get("peft_type")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: is no JSON object; save the adapter again") from error
     if not base:
         raise InputError(f"{file}: names no base_model_name_or_path; add the model that it adapts")
+    if not isinstance(base, str):
+        raise InputError(f"{file}: base_model_name_or_path is {shown(base)}; put there the model that it adapts")
+    check_path(base)
     if Path(base).exists() and Path(base).samefile(folder):
         raise InputError(f"{file}: names itself as base_model_name_or_path; put there the model that it adapts")
     if not Path(base).exists() and not may_be_hub_id(base):
         raise InputError(f"{folder}: adapts {base}, which is not there; correct base_model_name_or_path in {file}")
+    if kind not in MERGED_TYPES:
+        raise InputError(
+            f"{folder}: is a PEFT adapter of the type {shown(kind)}, which iprox does not merge into a model; it reads "
+            f"{', '.join(MERGED_TYPES)}: give the model without it"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
     return base
@@ -68,9 +100,27 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         whole = adapted.merge_and_unload()
     except UserWarning as error:
         raise InputError(f"{path}: is not whole: it lacks weights of some of the layers that it adapts") from error
-    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
-        raise InputError(f"{path}: does not fit its base model ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of any kind: PEFT reads whatever its config and weights say
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{path}: does not fit its base model ({_misfit(error)})") from error
     return whole.requires_grad_(True)  # PEFT leaves the base model frozen, and a warm-up would train nothing
+
+
+def _misfit(error: Exception) -> str:
+    """What of an adapter does not fit, as PEFT or torch says it: of shapes, the first with both sizes."""
+    pattern = (
+        r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, "
+        r"the shape in current model is (.+?)\.?$"
+    )
+    found = re.search(pattern, str(error), re.MULTILINE)
+    if found is None:
+        return one_line(error)
+    name, own, other = found.groups()
+    name = name.removeprefix("base_model.model.")
+    sizes = [re.sub(r"torch\.Size\((.*)\)", r"\1", each) for each in (own, other)]
+    advice = "; resize the base model's embeddings as the adapter's were, and save it" if "embed" in name else ""
+    return f"{name} is {sizes[0]} in the adapter and {sizes[1]} in the base model{advice}"
 
 
 def with_lora(

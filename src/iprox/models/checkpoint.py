@@ -7,14 +7,15 @@ proxy needs, so after `import iprox` a proxy folder loads with `AutoModelForCaus
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from iprox.errors import InputError
+from iprox.errors import InputError, cut, shown
 from iprox.models.experts import split_experts
 from iprox.models.layers import (
     LowRankLinear,
@@ -35,11 +36,14 @@ class IproxConfig(QuantizationConfigMixin):
         sparsity: share of the compressible parameters removed, as achieved.
         target: the model it was derived from.
         target_fingerprint: fingerprint of that model's weights, so that another target is refused.
+
+    Raises:
+        InputError: one of them is of another type, or a rank is below 1.
     """
 
     def __init__(
         self,
-        ranks: dict[str, int] | None = None,
+        ranks: Mapping[str, int] = MappingProxyType({}),
         method: str = "ipsvd",
         sparsity: float = 0.0,
         target: str | None = None,
@@ -47,11 +51,45 @@ class IproxConfig(QuantizationConfigMixin):
         **_: Any,
     ) -> None:
         self.quant_method = "iprox"  # pyright: ignore[reportAttributeAccessIssue]
-        self.ranks = ranks or {}
+        others = {"method": method, "sparsity": sparsity, "target": target, "target_fingerprint": target_fingerprint}
+        _check_description(ranks, others)
+        self.ranks = dict(ranks)
         self.method = method
         self.sparsity = sparsity
         self.target = target
         self.target_fingerprint = target_fingerprint
+
+
+def _check_description(ranks: object, others: Mapping[str, object]) -> None:
+    """Refuse a description of a proxy that nobody but a hand has written."""
+    if not isinstance(ranks, Mapping):
+        raise InputError(f"the proxy's config has the ranks {shown(ranks)}, and must have a rank by layer name")
+    for layer, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise InputError(
+                f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}; give a whole number above 0"
+            )
+    for key, value in others.items():
+        kinds = (int, float) if key == "sparsity" else (str,) if key == "method" else (str, type(None))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(f"the proxy's config has the {key} {shown(value)}, of another type than iprox writes")
+
+
+def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:
+    """What a config says of a proxy, checked; None for the config of a model that is no proxy.
+
+    Raises:
+        InputError: it says something that cannot be; the message begins with the name.
+    """
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, IproxConfig):
+        return described
+    if not isinstance(described, dict) or described.get("quant_method") != "iprox":
+        return None
+    try:
+        return IproxConfig(**{str(key): value for key, value in described.items()})
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 class IproxQuantizer(HfQuantizer):
@@ -79,15 +117,17 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Put empty low-rank layers of these ranks where the dense ones are, by module name.
 
     Raises:
-        InputError: the model has no such layer.
+        InputError: the model has no such layer, or one too small for its rank.
     """
     layers = compressible_layers(model)
     for name, rank in ranks.items():
         dense = layers.get(name)
         if dense is None:
-            raise InputError(f"the proxy names the layer {name}, which {type(model).__name__} does not have")
+            raise InputError(f"the proxy names the layer {cut(name)}, which {type(model).__name__} does not have")
         weight = dense_weight(dense)
         m, n = weight_shape(dense)
+        if rank > min(m, n):
+            raise InputError(f"the proxy's config has the rank {rank:,} for {name}, which is {m} by {n}")
         biased = layer_bias(dense) is not None
         layer = LowRankLinear(n, m, rank, biased, device=weight.device, dtype=weight.dtype)
         replace_module(model, name, layer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,22 @@ from transformers import (
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
+from iprox.files import check_path
 from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
-from iprox.models.checkpoint import IproxConfig, make_low_rank, proxy_config
+from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
+from iprox.models.memory import out_of_memory
+from iprox.models.suitability import (
+    check_config,
+    check_layers_by_weights,
+    check_size_by_weights,
+    check_sizes,
+    follows_order,
+    quantization_of,
+    run_attention_here,
+)
+from iprox.models.weight_files import check_hub_index, check_weight_files, count_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What decides a model's scores beside its weights and templates; not what was written beside it (`run.json`, ...).
@@ -51,37 +64,102 @@ def load_model(
             layers (`iprox.models.experts`).
 
     Raises:
-        InputError: no such model, no config, pickled weights only, or weights that are missing, of another shape or
-            not finite (named).
+        InputError: no such model, no config, no causal language model, quantized or pickled weights, or weights that
+            are missing, of another shape or not finite (named).
     """
-    base = adapter_base(path)
-    if base is None:
-        model = _stored_model(path, dtype, trust_remote_code)
-    else:  # which may be an adapter itself
-        model = merged(load_model(base, dtype=dtype, trust_remote_code=trust_remote_code, fused=True), path)
-    check_finite(model, str(path))
+    where = torch.device(device)
+    model = _whole_model(path, dtype, where, trust_remote_code)
     if not fused:
         split_experts(model)
-    return model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
+    model = model.to(where).eval()  # pyright: ignore[reportArgumentType]
+    _refuse_looking_ahead(model, str(path))
+    return model
 
 
-def _stored_model(path: str | Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def _whole_model(
+    path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A model on the CPU, its adapter merged, its experts fused; `device` is where it will be run."""
+    base = adapter_base(path)
+    if base is None:
+        model = _stored_model(path, dtype, device, trust_remote_code)
+    else:  # which may be an adapter itself
+        model = merged(_whole_model(base, dtype, device, trust_remote_code), path)
+    check_finite(model, str(path))
+    return model
+
+
+def _stored_model(
+    path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
     """What a model folder or the hub holds, whole."""
-    _check_folder(path)
-    try:
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    run_attention_here(config, dtype, device, str(path))
+    if Path(path).exists():
+        skeleton(path, trust_remote_code=trust_remote_code)  # refused where it would not fit its weights
+    else:
+        check_hub_index(str(path))
+    with _telling(f"{path}: cannot be loaded as a causal language model", "pip install what it asks for"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below, with names
             output_loading_info=True,
         )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
     model, found = loaded
     _refuse_random_weights(str(path), found)
     return model
+
+
+@contextmanager
+def _telling(refusal: str, remedy: str = "") -> Iterator[None]:
+    """Refuse in one line whatever a library raises for a model that it cannot read.
+
+    What is wrong with a checkpoint or its config comes out as any kind of error, from anywhere in transformers.
+
+    Args:
+        refusal: beginning of the message.
+        remedy: added where a package is missing.
+
+    Raises:
+        InputError: a library raised something.
+    """
+    try:
+        yield
+    except InputError as error:
+        name = refusal.partition(":")[0]
+        raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+    except Exception as error:
+        if out_of_memory(error):
+            name = refusal.partition(":")[0]
+            raise InputError(
+                f"{name}: not enough memory to load it ({one_line(error)}); take a smaller model, or see whether its "
+                "config.json fits its weights"
+            ) from error
+        if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
+            raise  # of the machine, which names the file itself
+        kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
+        also = f"; {remedy}" if remedy and isinstance(error, ImportError) else ""
+        raise InputError(f"{refusal}: {kind}{one_line(error)}{also}") from error
+
+
+def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
+    """Refuse a model whose logits at a token depend on tokens after it: its loss would see the answers.
+
+    Raises:
+        InputError: it is one.
+    """
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    with _telling(f"{path}: cannot be run"):
+        ordered = not isinstance(vocabulary, int) or follows_order(model, vocabulary)
+    if not ordered:
+        raise InputError(
+            f"{path}: {type(model).__name__} sees the tokens after each token (its attention is bidirectional), so "
+            "that every answer would be known before it is predicted; iprox scores causal language models"
+        )
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
@@ -90,9 +168,11 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
     Raises:
         InputError: a tensor is not in it, or is of another shape (which is named).
     """
-    wrong = sorted(str(name if isinstance(name, str) else name[0]) for name in found["mismatched_keys"])
+    wrong = sorted((each,) if isinstance(each, str) else tuple(each) for each in found["mismatched_keys"])
     if wrong:
-        raise InputError(f"{path}: {wrong[0]} has another shape than its config says ({len(wrong)} tensors in all)")
+        name, *shapes = wrong[0]
+        sizes = " ({} instead of {})".format(*(list(shape) for shape in shapes)) if len(shapes) == 2 else ""
+        raise InputError(f"{path}: {name} has another shape than its config says{sizes} ({len(wrong)} tensors in all)")
     missing = sorted(found["missing_keys"])
     if missing:
         others = f"; it has {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""
@@ -115,10 +195,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise InputError(
             f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the tokenizer files of the model there"
         )
-    try:
+    with _telling(f"{_found(path)}: no tokenizer can be loaded from it", "pip install what it asks for"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from it: {_first_line(error)}") from error
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
@@ -167,10 +245,8 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 def _commit_of(repo: str) -> str:
     """The commit of a hub model, as its config's place in the cache says; the config is fetched if it is not there."""
-    try:
+    with _telling(f"{_found(repo)}: no model config can be loaded from it"):
         commit = extract_commit_hash(cached_file(repo, CONFIG_NAME), None)
-    except OSError as error:
-        raise InputError(f"{repo}: no model config can be loaded from it: {_first_line(error)}") from error
     if commit is None:
         raise InputError(f"{repo}: the cache does not say which commit it is of; download it, and give the folder")
     return commit
@@ -186,10 +262,19 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     if base is not None:
         return load_config(base, trust_remote_code=trust_remote_code)
     _check_folder(path)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model config can be loaded from it: {_first_line(error)}") from error
+    with _telling(f"{_found(path)}: no model config can be loaded from it"):
+        written, _ = PretrainedConfig.get_config_dict(path)
+        check_sizes(written, str(path))
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_config(config, str(path))
+        if Path(path).exists():
+            check_layers_by_weights(config, count_weights(Path(path))[0], str(path))
+    return config
+
+
+def _found(path: str | Path) -> str:
+    """A model's name for messages, which says where it was looked for if no folder has it."""
+    return str(path) if Path(path).exists() else f"{path}: no such folder here, and on the hub"
 
 
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -201,13 +286,19 @@ def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.
 def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model's modules, a proxy's low-rank ones among them, without weights (on the meta device), to count costs."""
     config = load_config(path, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    config._attn_implementation = None  # it computes nothing
+    with (
+        torch.device("meta"),
+        _telling(f"{path}: cannot be loaded as a causal language model", "pip install what it asks for"),
+    ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    proxy = getattr(config, "quantization_config", None)
-    split_experts(model)
-    if isinstance(proxy, dict) and proxy.get("quant_method") == "iprox":
-        make_low_rank(model, proxy["ranks"])
-        model.config.quantization_config = IproxConfig.from_dict(proxy)  # a proxy, as a loaded one is
+        proxy = proxy_description(config, str(path))
+        split_experts(model)
+        if proxy is not None:
+            make_low_rank(model, proxy.ranks)
+            model.config.quantization_config = proxy  # a proxy, as a loaded one is
+        if Path(path).exists() and (proxy is not None or quantization_of(config) is None):
+            check_size_by_weights(model, count_weights(Path(path))[1], str(path))
     return model
 
 
@@ -227,25 +318,18 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
+    """Refuse what is neither a model folder nor may be a hub id, and a folder whose weights are not safetensors."""
+    check_path(path)
     folder = Path(path)
     if not folder.exists():
         if may_be_hub_id(path):
             return
         raise InputError(f"{path}: no such model folder")
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
+        raise InputError(f"{path}: is a file; give the folder that it is in")
+    if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{path}: no config.json in it; give a transformers model folder or a hub id")
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickled:
-            raise InputError(
-                f"{path}: holds pickled weights only ({pickled[0]}); iprox reads safetensors. "
-                "Convert with model.save_pretrained(folder), which writes safetensors"
-            )
-        raise InputError(f"{path}: holds no *.safetensors weights")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    check_weight_files(folder)
 
 
 def hidden_size(config: PretrainedConfig) -> int:

@@ -12,10 +12,10 @@ import torch
 RELEASE_EVERY = 4
 
 
-def out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the device or of the machine, did not suffice."""
     # torch's CPU allocator raises a plain RuntimeError, and so do CUDA's libraries of linear algebra.
-    plain = ("can't allocate memory", "STATUS_ALLOC_FAILED")
+    plain = ("can't allocate memory", "STATUS_ALLOC_FAILED", "(os error 12)")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in plain)
 
 

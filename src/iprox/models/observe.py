@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -100,6 +99,9 @@ def _by_example(
 ) -> Tensor:
     """Rows of a layer as [B, L, n], those that do not count zero.
 
+    Some models flatten what a layer is given ([B·L, n]), others see it as of one head ([B, 1, L, n]): dimensions of
+    size 1 beside B and L change nothing.
+
     Raises:
         InputError: it is given neither one row an example nor one a position.
     """
@@ -107,16 +109,39 @@ def _by_example(
         if counted is not None:
             x = x * counted.flatten()[routing.tokens, None]
         return _padded(x, routing)
-    if x.ndim == 2 and len(x) == math.prod(positions) and positions:
-        x = x.unflatten(0, tuple(positions))  # some models flatten what a layer is given
+    if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
+        x = _unfolded(name, x, *positions)
     elif x.ndim == 2:
-        if positions and len(x) != positions[0]:
-            raise InputError(
-                f"{name}: is given {len(x)} rows for {positions[0]} examples of {positions[1]} tokens, so that its "
-                "gradients cannot be told apart by example"
-            )
+        x = x.unsqueeze(1)  # no positions
+        return x
+    if counted is None:
+        return x
+    if x.shape[:-1] != counted.shape:
+        raise InputError(
+            f"{name}: is given {x.shape[1]} rows, not one per token, of examples of {counted.shape[1]} tokens"
+        )
+    return x * counted[..., None]
+
+
+def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
+    """Rows of a layer in another shape than [B, L, n] as [B, L, n], or as [B, any, n] where they are fewer or more.
+
+    Raises:
+        InputError: which example a row is of cannot be told.
+    """
+    seen, kept, flat = (
+        [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
+    )
+    if seen in (kept, flat):
+        return x.reshape(examples, length, x.shape[-1])
+    if x.ndim == 2 and len(x) == examples:
         return x.unsqueeze(1)  # no positions
-    return x if counted is None else x * counted[..., None]
+    if x.ndim == 3 and len(x) == examples:
+        return x
+    raise InputError(
+        f"{name}: is given rows of the shape {list(x.shape)} for {examples} examples of {length} tokens, so that its "
+        "gradients cannot be told apart by example"
+    )
 
 
 def _padded(x: Tensor, routing: _Routing) -> Tensor:

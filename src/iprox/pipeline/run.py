@@ -14,16 +14,20 @@ import yaml
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
 from iprox.errors import InputError
+from iprox.files import check_output
+from iprox.influence.ray_engine import check_ray
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.pipeline.changes import changed_settings
 from iprox.progress import Reporter
 from iprox.recipe import Recipe, parse_recipe
+from iprox.recipe.reading import read_yaml
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
 from iprox.stages import refinement, scoring, selection
+from iprox.stages.compression import check_size
 from iprox.tracking import check_tracking
 
 
@@ -106,7 +110,9 @@ class Context:
 
 def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     """Check every input, claim the folder, write the resolved recipe."""
+    check_output(recipe.output)
     session = Session.of_recipe(recipe, reporter)
+    check_recipe(recipe, session)
     pool = pool_of(recipe.data.pool, recipe)
     validation = tasks_of(recipe.data.validation, recipe)
     check_tracking(recipe.tracking)
@@ -123,10 +129,6 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
-        target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
-        flops.compressible_layers(target)
-        if recipe.trains_adapters:
-            check_lora(target, recipe.model)
         encode_validation(encoder, tests)
         if summary.bad_rows:
             reporter.warn(f"{summary.bad_rows} bad row{'s' * (summary.bad_rows > 1)} left out (first: {summary.bad_row_messages[0]})")
@@ -183,11 +185,27 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     return run
 
 
+def check_recipe(recipe: Recipe, session: Session) -> None:
+    """Refuse what can be known to fail from the recipe, the model's shapes and the machine, before the pool is read.
+
+    Raises:
+        InputError: the model is none to score, its proxy's size is out of reach, or Ray cannot hold the workers.
+    """
+    target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    flops.compressible_layers(target)
+    if recipe.trains_adapters:
+        check_lora(target, recipe.model)
+    if recipe.proxy:
+        check_size(target, recipe.proxy)
+    if recipe.engine != "local":
+        check_ray(recipe.engine.ray.workers, session.device.type)
+
+
 def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
     """Say which settings are others than at the last start in the folder: stages that hang on them are done again."""
     try:
-        before = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = read_yaml(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return  # a first start, or a file that someone wrote over; it is written anew
     if not isinstance(before, dict):
         return

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from iprox.models.adapters import check_lora
+from iprox.files import check_output
 from iprox.models.loading import skeleton
+from iprox.pipeline.run import check_recipe, judging
 from iprox.planning.costs import Costs, Rows
 from iprox.planning.stages import PLANS
 from iprox.recipe import Recipe
-from iprox.session import Session, encode_validation, pool_of, tasks_of, tokens_of
+from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, tasks_of, tokens_of
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
@@ -31,18 +32,23 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         `rows`, `tokens_per_row`, `supervised_per_row`, `gemm_rate`, `parameters` of target and proxy, `stages`: by
         name `tokens`, `flops`, `seconds`, `memory_bytes`; and `total_seconds`, `relative_score_cost`: making and
         scoring the proxy over scoring the target.
+
+    Raises:
+        InputError: bad input, or something that the run would refuse before its first stage.
     """
-    pool = pool_of(recipe.data.pool, recipe)
+    check_output(recipe.output)
+    check_recipe(recipe, session)
+    pool, validation = pool_of(recipe.data.pool, recipe), tasks_of(recipe.data.validation, recipe)
+    tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
+    refuse_shared_files(pool, judging(validation, tests))
     total = session.read(pool).rows
     encoder = session.encoder(recipe.model)
-    encoded = encode_validation(encoder, tasks_of(recipe.data.validation, recipe))
+    encoded = encode_validation(encoder, validation)
     step = max(1, total // SAMPLE)
     tokens, supervised = tokens_of(encoder.encode(pool.take(range(0, total, step))))
     sampled = len(range(0, total, step))
     rows = Rows(total, tokens / sampled, supervised / sampled)
     model = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
-    if recipe.trains_adapters:
-        check_lora(model, recipe.model)
     costs = Costs.of(recipe, model, rows, encoded, session.dtype)
     works = {name: work for name, plan in PLANS.items() if (work := plan(costs)) is not None}
     stages = {

@@ -15,18 +15,11 @@ from iprox.errors import InputError
 from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
 
 
-def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
-    """Layer extraction: a copy of the model with its first k decoder layers, then its final norm and head.
-
-    Args:
-        model: the target; left as it was.
-        budget: the most parameters that the compressible layers may have.
-
-    Returns:
-        The copy, and k: the most layers that fit.
+def fitting_layers(model: PreTrainedModel, budget: float) -> int:
+    """How many of a model's first decoder layers a budget of parameters holds; the model needs no weights.
 
     Raises:
-        InputError: not even one layer fits.
+        InputError: not even one.
     """
     name, blocks = decoder_layers(model)
     spent, count = 0.0, 0
@@ -42,6 +35,24 @@ def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel
         count += 1
     if count == 0:
         raise InputError("the size asked for leaves less than one decoder layer")
+    return count
+
+
+def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
+    """Layer extraction: a copy of the model with its first k decoder layers, then its final norm and head.
+
+    Args:
+        model: the target; left as it was.
+        budget: the most parameters that the compressible layers may have.
+
+    Returns:
+        The copy, and k: the most layers that fit.
+
+    Raises:
+        InputError: not even one layer fits.
+    """
+    name, blocks = decoder_layers(model)
+    count = fitting_layers(model, budget)
     # deepcopy takes what the memo already holds, so layers that go are never copied.
     shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")

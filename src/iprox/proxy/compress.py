@@ -21,7 +21,7 @@ from iprox.proxy import baselines
 from iprox.proxy.factorise import Factorisation, FactorSettings, Spectra, measured_spectra
 from iprox.proxy.methods import FactorMethod
 from iprox.proxy.norms import refit_norms
-from iprox.proxy.size import Size
+from iprox.proxy.size import Prices, Size
 
 Method = FactorMethod | Literal["layers", "off-the-shelf"]
 
@@ -146,24 +146,17 @@ def proxies_of(
     """
     _refuse_proxy(model)
     layers = compressible_layers(model)
-    # A budget of FLOPs charges a parameter for the share of tokens that use it; the others for what is stored.
-    shares = flops.active_shares(model) if largest.flops is not None else {}
-    prices = {name: shares.get(name, 1.0) for name in layers}
+    prices = Prices.of(model, largest)
+    prices.refuse_out_of_reach(model, largest)
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    dense = sum(m * n * prices[name] for name, (m, n) in shapes.items())
-    least = sum((m + n) * prices[name] for name, (m, n) in shapes.items())
-    if least > largest.budget(model, dense):
-        raise largest.refusal(model, dense, least)
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read once more
 
     def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
         started = time.perf_counter()
-        allowed = size.budget(model, dense)
-        if least > allowed:
-            raise size.refusal(model, dense, least)
-        proxy, done = spectra.cut(allowed)
+        prices.refuse_out_of_reach(model, size)
+        proxy, done = spectra.cut(size.budget(model, prices.dense))
         report = CompressionReport(settings.method, settings.ranks, size.as_dict())
         if refit:
             report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
@@ -182,7 +175,7 @@ def proxies_of(
         report.seconds = time.perf_counter() - started
         return proxy, report
 
-    with measured_spectra(model, layers, probe, prices, settings, loss_fn, progress) as spectra:
+    with measured_spectra(model, layers, probe, prices.by_layer, settings, loss_fn, progress) as spectra:
         yield lambda size: make(spectra, size)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
 from iprox.errors import InputError
 from iprox.models import flops
+from iprox.models.layers import compressible_layers, weight_shape
 
 
 class OutOfReachError(InputError):
@@ -71,3 +73,38 @@ class Size:
         head = flops.head_flops(model) / 2
         fewest = (least + head) / (dense + head)
         return OutOfReachError(f"flops {self.flops} leaves less than one rank per layer; the least is {fewest:.4f}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What the compressible layers of a model cost, by which a size is met: known from their shapes alone.
+
+    Attributes:
+        by_layer: price of a parameter of each layer: 1, or of FLOPs the share of tokens that pass through it.
+        dense: cost of all layers as they are.
+        least: of all at rank 1.
+    """
+
+    by_layer: Mapping[str, float]
+    dense: float
+    least: float
+
+    @classmethod
+    def of(cls, model: nn.Module, size: Size) -> Prices:
+        """Of a model, with or without weights, in the unit of a size."""
+        shapes = {name: weight_shape(layer) for name, layer in compressible_layers(model).items()}
+        # A budget of FLOPs charges a parameter for the share of tokens that use it; the others for what is stored.
+        shares = flops.active_shares(model) if size.flops is not None else {}
+        by_layer = {name: shares.get(name, 1.0) for name in shapes}
+        dense = sum(m * n * by_layer[name] for name, (m, n) in shapes.items())
+        least = sum((m + n) * by_layer[name] for name, (m, n) in shapes.items())
+        return cls(by_layer, dense, least)
+
+    def refuse_out_of_reach(self, model: nn.Module, size: Size) -> None:
+        """Refuse a size that even rank 1 everywhere does not meet.
+
+        Raises:
+            OutOfReachError: it is one; the message has the bound.
+        """
+        if self.least > size.budget(model, self.dense):
+            raise size.refusal(model, self.dense, self.least)

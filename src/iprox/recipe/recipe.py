@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from iprox.errors import InputError
-from iprox.files import expanded
+from iprox.errors import InputError, cut, shown
+from iprox.files import absolute, check_path, expanded
 from iprox.recipe.influence import InfluenceSection
+from iprox.recipe.reading import read_yaml
 from iprox.recipe.section import Section
 from iprox.recipe.sections import (
     AuditSection,
@@ -30,6 +31,10 @@ from iprox.recipe.sections import (
 
 # In the order they are done.
 STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
+
+
+# Faults of a recipe that one message tells of.
+MOST_TOLD = 20
 
 
 class Recipe(Section):
@@ -123,25 +128,12 @@ class Recipe(Section):
         copy.data.validation = _absolute_tasks(copy.data.validation)
         if copy.finetune:
             copy.finetune.test = _absolute_tasks(copy.finetune.test)
-        copy.output = str(expanded(copy.output).resolve())
+        copy.output = str(absolute(copy.output))
         return copy
 
     def to_yaml(self) -> str:
         """The recipe as a file that gives the same run again."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
-
-
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's readers keep the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -155,12 +147,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: no such file, not YAML, an unknown key (the nearest known one is named), or a bad value.
     """
     file = Path(path)
+    check_path(file)
     if not file.is_file():
         raise InputError(f"{file}: no such recipe file")
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _EachKeyOnce)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        raw = read_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{file}: a recipe is a mapping of sections (model, data, ...), not {type(raw).__name__}")
     for override in overrides:
@@ -179,7 +172,9 @@ def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
     except ValidationError as error:
         # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
         problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
-        raise InputError(f"{name}: " + "; ".join(_explain(problem) for problem in problems)) from error
+        told = [_explain(problem) for problem in problems[:MOST_TOLD]]
+        left = len(problems) - len(told)
+        raise InputError(f"{name}: " + "; ".join(told) + (f"; and {left:,} more" if left else "")) from error
 
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
@@ -207,7 +202,7 @@ def validate_section(
             if problem["loc"]:
                 key = ".".join(str(part) for part in problem["loc"])
                 option = options.get(key, "--" + key.replace("_", "-"))
-                said = f"{option} {problem['input']!r}: {said.lower()}"
+                said = f"{option} {shown(problem['input'])}: {said.lower()}"
             clauses.append(said)  # of the section as a whole: it names the keys itself
         raise InputError("; ".join(clauses)) from error
 
@@ -234,7 +229,7 @@ def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[s
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {override}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
+        raise InputError(f"--set {cut(override)}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
@@ -242,15 +237,15 @@ def _override(raw: dict[str, Any], override: str) -> None:
             section[parent] = {}
         section = section[parent]
     try:
-        section[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML") from error
+        section[last] = read_yaml(value)
+    except ValueError as error:
+        raise InputError(f"--set {cut(override)}: the value is not valid YAML ({error})") from error
 
 
 def _explain(problem: Any) -> str:
     """One clause for one of pydantic's problems."""
     path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
-    where = ".".join(path)
+    where = cut(".".join(path))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
@@ -259,13 +254,13 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"the key {where!r} is missing"
     if problem["type"] == "model_type":
-        return f"{where}: give a section of keys (or false where the recipe allows it), not {problem['input']!r}"
+        return f"{where}: give a section of keys (or false where the recipe allows it), not {shown(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
         return message  # of the recipe as a whole: it names the keys itself
     if isinstance(problem["input"], dict | BaseModel):
         return f"{where}: {message}"  # of a section as a whole
-    return f"{where}: {message[0].lower()}{message[1:]} (given: {problem['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]} (given: {shown(problem['input'])})"
 
 
 def _is_false_branch(problem: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.influence.aggregate import weighted
 from iprox.influence.scores import SUPERVISED
 from iprox.report.shading import ShadedToken, read_shading
@@ -186,8 +186,9 @@ def _open_parquet(path: Path, required: Sequence[str], stage: str) -> pq.Parquet
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run the {stage} stage again") from None
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: not a readable Parquet file ({reason}); run the {stage} stage again") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file ({one_line(error)}); run the {stage} stage again"
+        ) from None
     absent = [name for name in required if name not in file.schema_arrow.names]
     if absent:
         raise InputError(f"{path}: no column {absent[0]!r}; run the {stage} stage again")

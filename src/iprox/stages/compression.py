@@ -12,11 +12,12 @@ from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.saving import save_model
+from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
 from iprox.proxy.factorise import FactorSettings
 from iprox.proxy.moments import MomentSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
-from iprox.proxy.size import Size
+from iprox.proxy.size import Prices, Size
 from iprox.recipe import ProxySection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
@@ -69,6 +70,26 @@ def compress(
         "parameters": sum(p.numel() for p in proxy.parameters()),
         "target_parameters": sum(p.numel() for p in target.parameters()),
     }
+
+
+def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
+    """Refuse a size that no proxy of a model can have, before anything is trained or measured.
+
+    Args:
+        model: the target, with or without weights.
+        settings: of the recipe.
+
+    Raises:
+        InputError: it is out of reach; the message has the bound.
+    """
+    if settings.fidelity is not None or settings.method == "off-the-shelf":
+        return
+    size = Size(settings.sparsity, settings.parameters, settings.flops)
+    prices = Prices.of(model, size)
+    if settings.method == "layers":
+        baselines.fitting_layers(model, size.budget(model, prices.dense))
+    else:
+        prices.refuse_out_of_reach(model, size)
 
 
 def _search(

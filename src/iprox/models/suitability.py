@@ -1,0 +1,304 @@
+"""What a config says of a model: whether it is one that iprox scores, and how it is to be run here."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from iprox.errors import InputError, cut, shown
+
+# Encoders that have a class for causal language modeling as well: causal only where `is_decoder` says so.
+_ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+# Attention of every token to all others, whatever the config says, without permutation masks.
+_BIDIRECTIONAL = {"xlnet"}
+_OTHER_TASK = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|NextSentencePrediction|PreTraining"
+    r"|MaskedLM|MaskedDiffusion|ConditionalGeneration|Seq2SeqLM|TextEncoding)$|RewardModel$"
+)
+_ADVICE = "iprox scores causal language models (each token sees those before it only), such as Qwen3ForCausalLM"
+
+# Keys of a config that are numbers of something, and the most that any of them can be.
+_COUNTS = (
+    *("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads"),
+    *("intermediate_size", "ffn_dim", "head_dim", "vocab_size", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+_LAYERS, _MOST_LAYERS = ("num_hidden_layers", "n_layer"), 10_000
+_EXPERTS, _MOST_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts"), 100_000
+_MOST = 2**40
+# The others are 0 where a model has no such thing.
+_NEVER_ZERO = {*_LAYERS, "hidden_size", "n_embd", "vocab_size"}
+
+_QUANTIZATION = ("quantization_config", "compression_config")
+# Of each method of quantization: the modules that read it, and how they are installed.
+_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
+    "bitsandbytes": (("bitsandbytes", "accelerate"), "bitsandbytes accelerate"),
+    "gptq": (("optimum", "gptqmodel"), "optimum gptqmodel"),
+    "awq": (("gptqmodel",), "gptqmodel"),
+    "auto-round": (("auto_round",), "auto-round"),
+    "aqlm": (("aqlm",), "'aqlm[gpu,cpu]'"),
+    "quanto": (("optimum.quanto",), "optimum-quanto"),
+    "quark": (("quark",), "amd-quark"),
+    "fouroversix": (("fouroversix",), "fouroversix"),
+    "fp_quant": (("fp_quant",), "fp_quant"),
+    "eetq": (("kernels",), "kernels"),
+    "higgs": (("flute",), "flute-kernel fast_hadamard_transform"),
+    "hqq": (("hqq",), "hqq"),
+    "vptq": (("vptq",), "vptq"),
+    "spqr": (("spqr_quant",), "'spqr_quant[gpu]'"),
+    "torchao": (("torchao",), "torchao"),
+    "fbgemm_fp8": (("fbgemm_gpu",), "fbgemm-gpu"),
+    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+    "sinq": (("sinq",), "sinq"),
+    "mxfp4": (("kernels",), "kernels"),
+    "metal": (("kernels",), "kernels"),
+    "nvfp4": ((), ""),
+    "fp8": ((), ""),
+    "mxfp8": ((), ""),
+    "bitnet": ((), ""),
+    "gguf": (("gguf",), "gguf"),
+}
+
+
+# What transformers can turn into plain weights as it loads it; where it does not, the layers are refused by name.
+_DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
+
+
+def check_config(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model that is not one to score, before any of its weights are read.
+
+    Args:
+        config: of the model.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: it is no causal language model, or is quantized.
+    """
+    _check_causal(config, name)
+    _check_quantization(config, name)
+
+
+def _check_causal(config: PretrainedConfig, name: str) -> None:
+    """Refuse encoders, encoder-decoders, and models of another task, by the name of their architecture."""
+    kind = str(config.model_type)
+    listed = config.architectures
+    architectures = [str(each) for each in listed] if isinstance(listed, list | tuple) else []
+    called = cut(architectures[0] if architectures else kind or type(config).__name__)
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False) is True:
+        raise InputError(f"{name}: {called} is an encoder-decoder, no causal language model; {_ADVICE}")
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code and not _registered(config):
+        raise InputError(f"{name}: {called} (model_type {cut(kind)!r}) is no causal language model; {_ADVICE}")
+    decoder = getattr(config, "is_decoder", False) is True or getattr(config, "causal", False) is True
+    if kind in _BIDIRECTIONAL or (kind in _ENCODERS and not decoder and not own_code):
+        remedy = "" if kind in _BIDIRECTIONAL else ' (one that was trained as a decoder has "is_decoder": true)'
+        raise InputError(
+            f"{name}: {called} is a masked language model, in which each token sees those after it{remedy}; {_ADVICE}"
+        )
+    if any(getattr(each, "is_causal", None) is False for each in (config, text)) or any(
+        getattr(each, "use_bidirectional_attention", None) in (True, "all") for each in (config, text)
+    ):
+        raise InputError(f"{name}: {called} is set to bidirectional attention in its config; {_ADVICE}")
+    if architectures and not (kind in _ENCODERS and decoder):
+        causal = [each for each in architectures if not _OTHER_TASK.search(each) or each in _causal_classes()]
+        if not causal:
+            raise InputError(f"{name}: {called} is a model of another task, with another head; {_ADVICE}")
+
+
+def _causal_classes() -> set[str]:
+    """The names of transformers' classes of causal language models; some are called otherwise (multimodal ones)."""
+    names: set[str] = set()
+    for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update([each] if isinstance(each, str) else each)
+    return names
+
+
+def _registered(config: PretrainedConfig) -> bool:
+    """Whether a class for the config was registered with `AutoModelForCausalLM.register`."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping._extra_content
+
+
+def check_sizes(config: Mapping[str, Any], name: str) -> None:
+    """Refuse sizes of the wrong type, below 1, or beyond those of any model, before lists of that length are made.
+
+    A quantization must be described by keys and values, or transformers cannot even read the config.
+
+    Args:
+        config: as it is written, the configs of its parts included.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: there is such a size; it is named.
+    """
+    for key, value in config.items():
+        if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
+            raise InputError(f"{name}: {key} in its config is {shown(value)}, and must have keys and values")
+        if isinstance(value, dict) and key.endswith("_config") and key not in _QUANTIZATION:
+            check_sizes(value, name)
+        if key not in _COUNTS or value is None or (isinstance(value, list) and value):  # some have one per layer
+            continue
+        most = _MOST_LAYERS if key in _LAYERS else _MOST_EXPERTS if key in _EXPERTS else _MOST
+        least = 1 if key in _NEVER_ZERO else 0
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InputError(
+                f"{name}: {key} in its config is {shown(value)}, and must be a whole number from {least} to {most:,}; "
+                "correct config.json"
+            )
+
+
+def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -> None:
+    """Refuse a config with more layers than its checkpoint has tensors, before that many layers are made.
+
+    Raises:
+        InputError: it is one.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > tensors:
+        raise InputError(f"{name}: its config says {layers:,} layers, and its weights are {tensors:,} tensors in all")
+
+
+def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> None:
+    """Refuse a model far larger than its checkpoint, which would fill the memory before it is found out.
+
+    Args:
+        model: without weights, as its config has it.
+        numbers: how many its checkpoint holds.
+        name: of the model, for messages.
+
+    Raises:
+        InputError: it has more than four times the numbers (embeddings that are tied in one of the two double it).
+    """
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > 4 * numbers:
+        raise InputError(
+            f"{name}: its config describes {size:,} parameters, and its weights hold {numbers:,}: they do not belong "
+            "together; copy the model's files again"
+        )
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantization of a model as its config has it; None for one that has none."""
+    for key in _QUANTIZATION:
+        found = getattr(config, key, None)
+        if found is not None:
+            return found if isinstance(found, dict) else found.to_dict()
+    return None
+
+
+def _check_quantization(config: PretrainedConfig, name: str) -> None:
+    """Refuse weights that are packed: iprox reads one number per weight. A proxy of iprox's is none."""
+    found = quantization_of(config)
+    if found is None:
+        return
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method is None and getattr(config, "compression_config", None) is not None:
+        method = "compressed-tensors"
+    method = getattr(method, "value", method)
+    if method == "iprox" or not found:
+        return
+    modules, packages = _PACKAGES.get(str(method), ((), ""))
+    absent = [module for module in modules if not _installed(module)]
+    if method in _DEQUANTIZED:
+        if absent:
+            raise InputError(
+                f"{name}: its weights are quantized ({method}), which {absent[0]} reads, and it is not installed: "
+                f"pip install {packages}; or give the model that it was made from"
+            )
+        return
+    how = f"first: pip install {packages}, then " if absent else ""
+    raise InputError(
+        f"{name}: its weights are quantized ({cut(str(method), 40)}), and iprox reads weights of 16 or 32 bits; give "
+        f"the model that it was made from, or convert this one ({how}"
+        "AutoModelForCausalLM.from_pretrained(...).dequantize() and save_pretrained)"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, name: str) -> None:
+    """Leave the choice of attention to transformers where the config asks for one that cannot run here, and warn.
+
+    A kernel that would be fetched from the hub cannot: nobody has named its repository.
+
+    Args:
+        config: of the model, changed in place.
+        dtype: that the model is to be run in.
+        device: where it is to be run.
+        name: of the model, for messages.
+    """
+    asked = sorted(
+        {
+            str(each._attn_implementation)
+            for each in (config, config.get_text_config())
+            if each._attn_implementation is not None and not _runs(str(each._attn_implementation), dtype, device)
+        }
+    )
+    if not asked:
+        return
+    config._attn_implementation = None
+    text = config.get_text_config()
+    if text is not config:
+        text._attn_implementation = None
+    warnings.warn(
+        f"{name}: its config asks for the attention {cut(asked[0], 60)}, which is not installed or does not run on "
+        f"{device.type} in {str(dtype).removeprefix('torch.')}; sdpa is used",
+        stacklevel=2,
+    )
+
+
+def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
+    if attention in ("eager", "sdpa"):
+        return True
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3"}.get(attention)
+    return (
+        package is not None
+        and device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and (_installed(package) or (package == "flash_attn_3" and _installed("flash_attn_interface")))
+    )
+
+
+def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bool:
+    """Whether a token's logits are the same whatever comes after it, tried on a few rows of random tokens.
+
+    Of three draws one must hold: rounding moves logits by far less than a tenth of their spread, but may send a token
+    to another expert.
+
+    Args:
+        model: in eval mode; called with `input_ids` [2, 4].
+        vocabulary: number of tokens.
+        tries: draws.
+    """
+    device = next(model.parameters()).device
+    for seed in range(tries):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(vocabulary, (1, 4), generator=generator).repeat(2, 1)
+        rows[1, 3] = (rows[1, 3] + 1 + int(torch.randint(max(1, vocabulary - 1), (), generator=generator))) % vocabulary
+        with torch.no_grad():
+            logits = model(input_ids=rows.to(device)).logits[:, :3].double()
+        spread = float(logits.std())
+        moved = float((logits[0] - logits[1]).abs().max())
+        if not math.isfinite(moved) or moved <= 0.1 * spread:
+            return True
+    return False

@@ -1,0 +1,103 @@
+"""What can be known before any work is refused before any work, by the run and by its plan."""
+
+import json
+import shutil
+
+import pytest
+
+from iprox.errors import InputError
+from iprox.influence import ray_engine
+from iprox.influence.ray_engine import check_ray
+from iprox.models.loading import load_model
+
+
+@pytest.fixture
+def both(place, refused):
+    """What `run` and `plan` say, which must be the same and leave nothing behind."""
+
+    def call(*settings):
+        before = place.files()
+        options = [option for setting in settings for option in ("--set", setting)]
+        said = {refused(command, place.recipe, "--quiet", *options) for command in ("run", "plan")}
+        assert place.files() == before
+        (only,) = said
+        assert len(only.splitlines()) == 1
+        return only
+
+    return call
+
+
+def test_a_size_out_of_reach(both):
+    assert "the most is 0.9" in both("proxy.sparsity=0.9999")
+    assert "the fewest are" in both("proxy.sparsity=null", "proxy.parameters=1")
+    assert "the least is 0." in both("proxy.sparsity=null", "proxy.flops=1e-9")
+    assert "less than one decoder layer" in both("proxy.method=layers", "proxy.sparsity=0.99", "proxy.align=false")
+
+
+def test_compress_refuses_it_before_it_reads(place, refused, model):
+    said = refused(
+        *("compress", "--model", model, "--probe", place.pool, "--sparsity", "0.9999", "--output", place.path / "p")
+    )
+    assert said.splitlines()[-1].startswith("iprox: sparsity 0.9999")
+    assert "read" not in said.partition("iprox:")[0]
+
+
+def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray_engine, "RUNNING_CLUSTER", tmp_path / "nothing")
+    monkeypatch.setattr(ray_engine, "_is_running", lambda: False)
+    monkeypatch.setattr(ray_engine, "find_spec", lambda _: object())
+    assert "engine ray: 1000 workers asked for, but Ray has" in both("engine.ray.workers=1000")
+    check_ray(1, "cpu")
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
+    check_ray(1000, "cpu")  # a cluster may have them
+    monkeypatch.setattr(ray_engine, "find_spec", lambda _: None)
+    assert "Ray is not installed; pip install" in both("engine.ray.workers=1")
+
+
+def test_an_output_that_is_a_file(both, place):
+    assert "is a file; choose a folder" in both(f"output={place.pool}")
+    assert "so no folder can be in it" in both(f"output={place.pool / 'below'}")
+    assert "NUL" in both('output="a\\0b"')
+    assert "too long" in both(f"output={'a' * 300}")
+
+
+def test_a_pool_that_is_judged_by_itself(both, place, refused, model):
+    assert "is both the pool's and the validation set of spelling" in both(f"data.validation.spelling={place.pool}")
+    link = place.path / "link.jsonl"
+    link.symlink_to(place.pool)
+    assert "judged by itself" in both(f"data.validation.spelling={link}")
+    for command in ("score", "audit"):
+        options = ["--proxy", model] if command == "audit" else []
+        said = refused(
+            *(command, "--model", model, *options, "--pool", place.pool, "--validation", f"a={place.pool}"),
+            *("--output", place.path / "out"),
+        )
+        assert "judged by itself" in said
+
+
+def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monkeypatch):
+    from iprox.cli import main, options
+
+    proxy = tmp_path / "proxy"
+    shutil.copytree(finished.output / "proxy", proxy)
+    config = json.loads((proxy / "config.json").read_text())
+    config["quantization_config"]["target"] = "some/\x1b[2Jrepo"
+    (proxy / "config.json").write_text(json.dumps(config))
+    asked = []
+    monkeypatch.setattr(options.Session, "model", lambda _, path, *rest, **more: asked.append(path))
+    arguments = type("Arguments", (), {"target": None})
+    session = options.Session.create("cpu", "float32")
+    influence = options.validate_section(options.InfluenceSection)
+    assert options.query_target(str(proxy), arguments, influence, session) is None
+    (said,) = session.reporter.take_warnings()
+    assert asked == []
+    assert "no folder some/?[2Jrepo here" in said
+    assert "--target" in said
+    assert "\x1b" not in said
+    assert main is not None
+    arguments.target = "some/repo"  # what the user names is asked for
+    with pytest.raises((InputError, AttributeError)):
+        options.query_target(str(proxy), arguments, influence, session)
+    assert asked == ["some/repo"]
+    load_model(proxy)
