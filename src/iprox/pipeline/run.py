@@ -131,9 +131,8 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
         encode_validation(encoder, tests)
         if summary.bad_rows:
-            reporter.warn(
-                f"{summary.bad_rows} bad row{'s' * (summary.bad_rows > 1)} left out (first: {summary.bad_row_messages[0]})"
-            )
+            several = "s" if summary.bad_rows > 1 else ""
+            reporter.warn(f"{summary.bad_rows} bad row{several} left out (first: {summary.bad_row_messages[0]})")
     inputs = {
         "pool": {
             "files": list(summary.files),
