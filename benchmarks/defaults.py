@@ -255,7 +255,9 @@ class Bench:
         corpus = gradient_free.Corpus.of(self.encoded)
         bm25 = gradient_free.bm25_scorer(corpus, self.encoded_validation, by_example=True)
         for name, scorer in (("RDS+", rds), ("BM25", bm25)):
-            whole = np.concatenate([scorer(batch)[0].numpy() for batch in in_order(self.encoded)])
+            whole = np.zeros((len(self.encoded), sum(scorer.widths)))
+            for batch in self.batches(self.encoded):
+                whole[batch.indices] = scorer(batch)[0].numpy()
             edges = np.cumsum([0, *scorer.widths])
             for task, start, end in zip(scorer.tasks, edges, edges[1:], strict=False):
                 found[f"{name}/{task}"] = whole[:, start:end]
@@ -373,11 +375,6 @@ def contracted(
                 total[estimator][batch.indices] = matrix.numpy()
             norms[batch.indices] = squares.sqrt().numpy()
     return norms, total
-
-
-def in_order(encoded: list[Encoded]) -> list[Batch]:
-    """Batches of rows as they come."""
-    return [batch for i in range(0, len(encoded), 16) for batch in iter_batches(encoded[i : i + 16], 1 << 30, 0)]
 
 
 def examples_in(name: str) -> list[Example]:
