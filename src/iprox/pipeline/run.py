@@ -129,7 +129,9 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
             check_lora(target, recipe.model)
         encode_validation(encoder, tests)
         if summary.bad_rows:
-            reporter.warn(f"{summary.bad_rows} bad row{'s' * (summary.bad_rows > 1)} left out (first: {summary.bad_row_messages[0]})")
+            reporter.warn(
+                f"{summary.bad_rows} bad row{'s' * (summary.bad_rows > 1)} left out (first: {summary.bad_row_messages[0]})"
+            )
     inputs = {
         "pool": {
             "files": list(summary.files),
