@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -153,13 +153,13 @@ def _rough_intervals() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _watched_once() -> Iterator[None]:
-    """Alignments are watched before and after: when they stop early is tested in tests/proxy."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Watch alignments before and after only, in the tests of this folder: tests/proxy has those of stopping early."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (align, stages):
             patch.setattr(module, "EVALUATIONS", 1)
-        yield
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
