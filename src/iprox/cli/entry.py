@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from iprox.cli.parser import build_parser
 from iprox.errors import InputError
+from iprox.progress import printable
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -56,16 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _disk_is_full(error):
             place = getattr(error, "filename", None) or getattr(arguments, "output", None) or "the output folder"
             return _refuse(f"{place}: no space left on the disk; free some and run the same command")
-        traceback.print_exc()
-        print(f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)", file=sys.stderr)
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        fault = f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)"
+        print(printable(fault), file=sys.stderr)
         return OUR_FAULT
     if arguments.json:
-        print(json.dumps(result, ensure_ascii=False))
+        # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
+        print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(result, ensure_ascii=False)))
     return DONE
 
 
 def _refuse(message: str) -> int:
-    print(f"iprox: {message}", file=sys.stderr)
+    print(printable(f"iprox: {message}"), file=sys.stderr)
     return BAD_INPUT
 
 
