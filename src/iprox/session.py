@@ -147,10 +147,11 @@ class Session:
 
         Warns of its rows that are in a set that it is judged by, and of columns to be read that no row of any has.
         """
-        for source in judged_by.values():
-            source.scan()  # tells of all their bad rows, not of the first
-        overlap = Overlap(judged_by)
-        with self.reporter.bar("read", None, "rows") as progress:
+        with self._own_warnings():
+            for source in judged_by.values():
+                source.scan()  # tells of all their bad rows, not of the first
+            overlap = Overlap(judged_by)
+        with self._own_warnings(), self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
         unmet = [own for own in pool.columns.unmet if all(own in each.columns.unmet for each in judged_by.values())]
         if unmet:

@@ -65,7 +65,8 @@ def reading_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=YOURS",
-        help="columns of your names and what they are read as: input=context output=response source=category",
+        help="columns of your names and what they are read as: input=context output=response source=category; "
+        "source= leaves one unread",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="let a model's own code run (off by default)")
 

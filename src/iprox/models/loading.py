@@ -78,7 +78,9 @@ def _stored_model(path: str | Path, dtype: torch.dtype, trust_remote_code: bool)
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model: {_first_line(error)}") from error
+        raise InputError(
+            f"{path}: {_absent(path)}cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
     model, found = loaded
     _refuse_random_weights(str(path), found)
     return model
@@ -118,7 +120,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: no tokenizer can be loaded from it: {_first_line(error)}") from error
+        raise InputError(f"{path}: {_absent(path)}no tokenizer can be loaded from it: {_first_line(error)}") from error
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
@@ -170,7 +172,9 @@ def _commit_of(repo: str) -> str:
     try:
         commit = extract_commit_hash(cached_file(repo, CONFIG_NAME), None)
     except OSError as error:
-        raise InputError(f"{repo}: no model config can be loaded from it: {_first_line(error)}") from error
+        raise InputError(
+            f"{repo}: {_absent(repo)}no model config can be loaded from it: {_first_line(error)}"
+        ) from error
     if commit is None:
         raise InputError(f"{repo}: the cache does not say which commit it is of; download it, and give the folder")
     return commit
@@ -189,7 +193,9 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no model config can be loaded from it: {_first_line(error)}") from error
+        raise InputError(
+            f"{path}: {_absent(path)}no model config can be loaded from it: {_first_line(error)}"
+        ) from error
 
 
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -242,6 +248,11 @@ def _check_folder(path: str | Path) -> None:
                 "Convert with model.save_pretrained(folder), which writes safetensors"
             )
         raise InputError(f"{path}: holds no *.safetensors weights")
+
+
+def _absent(path: str | Path) -> str:
+    """That no folder has the name, which the hub has been asked for then."""
+    return "" if Path(path).exists() else "there is no such folder here, and as a model of the Hub: "
 
 
 def _first_line(error: Exception) -> str:
