@@ -1,12 +1,14 @@
 """What a person sees of a stage in progress."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from iprox import progress
-from iprox.progress import Reporter
+from iprox.progress import Reporter, make_console, printable, say_plainly
 
 
 @pytest.fixture
@@ -48,3 +50,42 @@ def test_on_a_terminal_the_rate_is_of_this_start(clock):
     shown = reporter.console.file.getvalue()
     assert "1000/1000" in shown
     assert "5.0 rows/s" in shown
+
+
+HOSTILE = "a\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f\u202eb"
+SHOWN = r"a\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r\x7f\u202eb"
+
+
+def test_texts_of_others_are_shown_and_not_obeyed():
+    assert printable(HOSTILE) == SHOWN
+    assert printable("tab\t, line\nend, é 中 🙂 \u200f") == "tab\t, line\nend, é 中 🙂 \u200f"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_console_passes_on_what_a_terminal_obeys(monkeypatch, terminal):
+    out = io.StringIO()
+    hostile = HOSTILE.translate(dict.fromkeys(map(ord, "\x07\x08\r")))  # which rich takes out itself
+    shown = printable(hostile)
+    reporter = Reporter()
+    consoles = (reporter.console, make_console())
+    for console in consoles:
+        console.file, console._force_terminal, console.width = out, terminal, 200
+    reporter.say(f"say {hostile}")
+    reporter.warn(f"warn {hostile}")
+    table = Table("source", box=None)
+    table.add_row(hostile)
+    consoles[1].print(table)
+    consoles[1].print(f"[bold]{'name':<10}[/bold]", end="")
+    consoles[1].print(hostile, markup=False, soft_wrap=True)
+    with reporter.bar(hostile, 3, "rows") as advance:
+        advance(3)
+    said = out.getvalue()
+    assert said.count(shown) >= 5
+    own = re.sub(r"\x1b\[[0-9;?]*[mhlKAG]", "", said) if terminal else said  # colours, and the bar's own moves
+    assert not re.search(r"[\x07\x08\x7f\x9b\u202e]|\x1b", own)
+    assert ("\x1b[1m" in said) == terminal
+
+
+def test_lines_for_scripts_are_plain_too(capsys):
+    say_plainly("one", HOSTILE)
+    assert capsys.readouterr().out == f"one\n{SHOWN}\n"

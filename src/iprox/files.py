@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,29 @@ def check_output(path: str | Path) -> Path:
         why = "read-only file system" if read_only else f"permission denied in {place}"
         raise InputError(f"{folder}: {why}; choose another place" + ("" if read_only else " or change its rights"))
     return folder
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def not_regular(path: Path) -> str:
+    """Return why a path cannot be read as a file, which reading some would wait for without end; "" where it can.
+
+    What a link leads to counts. That nothing is there is left to the reader to say.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError):
+        return ""
+    return (
+        "" if kind == stat.S_IFREG else f"is {_KINDS.get(kind, 'something')}, not a regular file; write it to one first"
+    )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,10 +22,52 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 # Seconds between the lines of a stage in a log file.
 LOG_INTERVAL = 60.0
+
+
+# What a terminal obeys, or that turns the order of what it shows: all controls but tabs and line ends, in ASCII and
+# beyond, and Unicode's marks of direction.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Return a text that a terminal shows and does not obey: names, sources and templates come from others' files.
+
+    Control characters become escapes as Python writes them (`\\x1b`).
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Printable(RenderHook):
+    """Makes all that a console prints `printable`; its own colours stay, which it adds afterwards."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Escaped(renderable) for renderable in renderables]
+
+
+class _Escaped:
+    def __init__(self, renderable: ConsoleRenderable) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console, on standard output or standard error, that prints what others wrote as `printable`."""
+    console = Console(file=sys.stderr if stderr else None, highlight=False)
+    console.push_render_hook(_Printable())
+    return console
+
+
+def say_plainly(*lines: str) -> None:
+    """Print lines as they are, for people and scripts, on standard output."""
+    print(*map(printable, lines), sep="\n")
 
 
 class Advance(Protocol):
@@ -49,7 +92,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.console = make_console(stderr=True)
         self.warnings: list[str] = []
         self._shown: set[str] = set()
 
@@ -81,6 +124,7 @@ class Reporter:
         if self.quiet:
             yield _nowhere
             return
+        description = printable(description)  # a bar that moves goes past the console's hook
         if not self.console.is_terminal:
             with self._lines(description, total, unit) as advance:
                 yield advance

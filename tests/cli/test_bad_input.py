@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iprox import run_folder
-from iprox.cli import main
+from iprox.cli import main, run_commands
 from iprox.data import Pool
+from iprox.errors import InputError
 from iprox.models import loading
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -80,6 +82,44 @@ def test_template_that_marks_no_assistant_token(place, run):
 
 def test_no_such_model(place, run):
     assert f"{place.path / 'nothing'}: no such model folder" in run("--set", f"model={place.path / 'nothing'}")
+
+
+@pytest.mark.parametrize("name", ["o/aligned", "aligned"])
+def test_a_folder_that_is_not_there_is_said_before_the_hub_is(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+
+    def unreachable(*_args, **_kwargs):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading, "cached_file", unreachable)
+    calls = (loading.load_config, loading.load_model, loading.load_tokenizer, loading.checkpoint_fingerprint)
+    for load in calls:
+        with pytest.raises(
+            InputError, match=f"^{name}: there is no such folder here, and as a model of the Hub: .* We"
+        ):
+            load(name)
+
+
+@pytest.mark.parametrize("json_asked", [False, True])
+def test_what_a_terminal_obeys_does_not_reach_it(monkeypatch, capsys, tmp_path, json_asked):
+    pool = tmp_path / "\x1b[31mred\x9b.jsonl"
+    assert (
+        main(["score", "--model", "m", "--validation", "v=v", "--output", str(tmp_path / "o"), "--pool", str(pool)])
+        == 2
+    )
+    said = capsys.readouterr()
+    assert r"\x1b[31mred\x9b.jsonl" in said.err
+    monkeypatch.setattr(run_commands, "build_report", lambda folder: folder / "\x1b[31m\x9b")
+    assert main(["report", "run", *(["--json"] if json_asked else [])]) == 0
+    monkeypatch.setattr(run_commands, "build_report", lambda _: {}["\x1b[31m" + "\x9b"])
+    assert main(["report", "run"]) == 1
+    said = capsys.readouterr()
+    assert not re.search("[\x1b\x9b]", said.out + said.err)
+    if json_asked:
+        assert json.loads(said.out) == {"report": "run/\x1b[31m\x9b"}
 
 
 @pytest.fixture

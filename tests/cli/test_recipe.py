@@ -1,5 +1,7 @@
 """The recipe: defaults, refusals that name the key and the mend, overrides, and a round trip."""
 
+import datetime
+
 import pytest
 import yaml
 
@@ -34,6 +36,10 @@ def test_defaults_are_those_of_the_design():
     assert recipe.audit.sample == 500
     assert recipe.finetune is False
     assert recipe.data.pool == ["p.jsonl"]
+
+
+def with_tasks(tasks):
+    return {**SMALLEST, "data": {**SMALLEST["data"], "validation": tasks}}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +91,26 @@ def test_defaults_are_those_of_the_design():
             "engine ray's workers for themselves",
         ),
         ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
+        (
+            with_tasks({False: "v"}),
+            "data.validation: a key must be text, and YAML reads no, off and false as false: quote",
+        ),
+        (with_tasks({True: "v"}), 'reads yes, on and true as true: quote it, e.g. "yes"'),
+        (with_tasks({1: "v"}), 'data.validation: a key must be text, and YAML reads 1 as a number: quote it, "1"'),
+        (with_tasks({1.5: "v"}), 'YAML reads 1.5 as a number: quote it, "1.5"'),
+        (with_tasks({None: "v"}), "YAML reads an empty key, ~ and null as nothing"),
+        (with_tasks({datetime.date(2020, 1, 2): "v"}), 'reads 2020-01-02 as a date: quote it, "2020-01-02"'),
+        (
+            with_section(select={"source_floor": {False: 0.1}}),
+            "select.source_floor: a key must be text, and YAML reads no",
+        ),
+        (
+            with_section(select={"weights": {2: 0.1}}),
+            "select.weights: a key must be text, and YAML reads 2 as a number",
+        ),
+        (with_section(finetune={"test": {False: "x"}}), "finetune.test: a key must be text, and YAML reads no"),
+        (with_section(select={"task": False}), 'text that YAML reads so (yes, no, on, off) is quoted: "no"'),
+        ({**SMALLEST, 1: 2}, 'a key must be text, and YAML reads 1 as a number: quote it, "1"'),
     ],
 )
 def test_refusals_name_the_key(raw, said):

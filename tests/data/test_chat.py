@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +463,126 @@ def test_what_the_template_leaves_out_is_refused(template, row, parts):
     assert same(kept, last)
     assert encode(encoder, row)[0].supervised == 0
     assert f"row:2: the row has {parts}" in encoder.refused
+
+
+def masked_turns(*masked):
+    turns = [{"role": role, "content": text} for role, text in (("user", "2+2?"), ("assistant", "5"))]
+    turns += [{"role": "assistant", "content": "Or four"}, {"role": "user", "content": "3+3?"}]
+    turns += [{"role": "assistant", "content": "Six"}]
+    return {"messages": [{**turn, **({"train": False} if at in masked else {})} for at, turn in enumerate(turns)]}
+
+
+@pytest.mark.parametrize("encoder", [BY_MARK, BY_BOUNDARY], ids=["marks", "boundaries"])
+@pytest.mark.parametrize(
+    ("masked", "supervised"),
+    [
+        ((), "5<|im_end|>Or four<|im_end|>Six<|im_end|>"),
+        ((1,), "Or four<|im_end|>Six<|im_end|>"),
+        ((2,), "5<|im_end|>Six<|im_end|>"),
+        ((4,), "5<|im_end|>Or four<|im_end|>"),
+        ((1, 2), "Six<|im_end|>"),
+        ((2, 4), "5<|im_end|>"),
+    ],
+)
+def test_masked_turns_are_read_and_not_supervised(encoder, masked, supervised):
+    whole, row, after = encode(encoder, masked_turns(), masked_turns(*masked), TWO_TURNS)
+    assert np.array_equal(row.input_ids, whole.input_ids)
+    assert supervised_text(row) == supervised
+    assert supervised_text(after).startswith("4<|im_end|>")  # of the rows together, each by its own
+
+
+@pytest.mark.parametrize("encoder", [BY_MARK, BY_BOUNDARY], ids=["marks", "boundaries"])
+def test_masked_turns_of_a_completion_are_not_supervised(encoder):
+    turns = masked_turns(2)["messages"]
+    (row,) = encode(encoder, {"prompt": turns[:1], "completion": turns[1:], "system": "Add."})
+    assert supervised_text(row) == "5<|im_end|>Six<|im_end|>"
+    assert "Add." in str(TOKENIZER.decode(row.input_ids))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2_5"])
+def test_masked_turns_of_the_templates_that_trl_marks(name):
+    folder = Path(trl.__file__).parent / "chat_templates"
+    encoder = ChatEncoder(make_tokenizer((folder / f"{name}.jinja").read_text()), 10_000)
+    assert encoder.mode == "trl"
+    row = masked_turns(1, 2)
+    (ours,), (whole,) = encode(encoder, row), encode(encoder, masked_turns())
+    decode = encoder.tokenizer.decode
+    said = str(decode(ours.input_ids[ours.labels != IGNORE]))
+    assert "Six" in said
+    assert "four" not in said
+    assert "5" not in said
+    assert str(decode(whole.input_ids[whole.labels != IGNORE])).endswith(said)
+
+
+def test_a_template_that_rewrites_earlier_turns_cannot_mask_one():
+    shown = "{{ (message['content'] if loop.last else message['content'] | upper) + '<|im_end|>' }}"
+    rewriting = MARKED.replace("{{ message['content'] + '<|im_end|>' }}", shown)
+    with pytest.raises(InputError, match=r"row:1: the chat template renders turn \d otherwise when other turns follow"):
+        encode(ChatEncoder(TOKENIZER, 10_000, rewriting), masked_turns(2))
+
+
+MARKS = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("[THINK]", "[/THINK]"),
+    ("<reasoning>", "</reasoning>"),
+]
+MARKS += [("", "</think>"), ("<seed:think>", "</seed:think>"), ("<|begin_of_thought|>", "<|end_of_thought|>")]
+
+
+def thinking(opening, closing, *, earlier=False):
+    thought = f"{opening}I add.\n{closing}\n\nFour"
+    later = [("user", "Sure?"), ("assistant", "Yes")] if earlier else []
+    return chat(("user", "2+2?"), ("assistant", thought), *later)
+
+
+def stripping(closing, when="true"):
+    """The template of models that reason, such as DeepSeek-R1: what stands before the mark is left out."""
+    cut = f"(message['content'].split('{closing}')[-1] | trim if {when} else message['content'])"
+    return MARKED.replace("{{ message['content'] + '<|im_end|>' }}", "{{ " + cut + " + '<|im_end|>' }}")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("opening", "closing"), MARKS)
+@pytest.mark.parametrize("earlier", [False, True])
+def test_reasoning_in_the_content_that_a_template_strips_is_refused(opening, closing, earlier):
+    row = thinking(opening, closing, earlier=earlier)
+    said = re.escape(
+        f"row:2: the row has reasoning in its content ({opening}...{closing}), which the chat template leaves"
+    )
+    with pytest.raises(InputError, match=said):
+        encode(ChatEncoder(TOKENIZER, 10_000, stripping(closing)), TWO_TURNS, row)
+    skipping = ChatEncoder(TOKENIZER, 10_000, stripping(closing), skip_refused=True)
+    assert [each.supervised > 0 for each in encode(skipping, TWO_TURNS, row)] == [True, False]
+    (kept,) = encode(BY_MARK, row)  # a template that renders contents as they are
+    assert "I add." in supervised_text(kept)
+
+
+@pytest.mark.parametrize(("opening", "closing"), MARKS[:2])
+def test_reasoning_of_earlier_turns_that_a_template_strips_is_warned_of(opening, closing):
+    encoder = ChatEncoder(TOKENIZER, 10_000, stripping(closing, "not loop.last"))
+    with pytest.warns(UserWarning, match="leaves out the reasoning in the content of turns before the last"):
+        (row,) = encode(encoder, thinking(opening, closing, earlier=True))
+    assert "I add." not in str(TOKENIZER.decode(row.input_ids))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "content", ["Four", "<think>\n\n</think>\n\nFour", "a </b> c", "</think>", "Write <think> here"]
+)
+def test_answers_without_reasoning_are_taken_as_they_are(content):
+    encoder = ChatEncoder(TOKENIZER, 10_000, stripping("</think>"))
+    (row,) = encode(encoder, chat(("user", "Why <think>so</think>?"), ("assistant", content)))
+    assert row.supervised > 0
+
+
+def test_tools_that_the_turns_say_already_can_be_left_unread():
+    said = f"You may call <tools>{json.dumps(TOOLS)}</tools>"
+    row = {**chat(("system", said), ("user", "Q"), ("assistant", "A")), "tools": json.dumps(TOOLS)}
+    with pytest.raises(InputError, match=r"has tools, .*leave the column unread where .* \(--columns tools=\)"):
+        encode(BY_MARK, row)
+    (left,) = BY_MARK.encode(list(Pool([row], columns={"tools": None})))
+    assert supervised_text(left) == "A<|im_end|>"
 
 
 def test_a_template_without_system_turns_is_warned_of():

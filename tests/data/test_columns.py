@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from iprox.cli.options import columns_of
 from iprox.data import Pool
 from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
+from iprox.recipe.sections import DataSection
 from iprox.session import Session
 
 DOLLY = [
@@ -84,7 +86,8 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest():
     ("columns", "said"),
     [
         ({"ouput": "response"}, "no column is read as 'ouput'; there are messages, conversations, instruction, input"),
-        ({"output": ""}, "output names no column"),
+        ({"tols": ""}, "'tols' is a column that iprox does not read anyway; did you mean tools="),
+        ({"weight": "w"}, "no column is read as 'weight'"),
         ({"response": "output"}, "no column is read as 'response'; did you mean output=response?"),
     ],
 )
@@ -96,3 +99,46 @@ def test_what_names_nothing_is_refused(columns, said):
 def test_a_row_of_no_known_format_is_told_of_columns():
     with pytest.raises(InputError, match=r"it has 'instruction', 'context', .*--columns output=response, reads "):
         Pool(DOLLY).scan()
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_a_column_is_left_unread_as_if_no_row_had_it(tmp_path, empty):
+    file = tmp_path / "pool.jsonl"
+    row = {
+        "instruction": "Q",
+        "output": "A",
+        "source": ["a", "b"],
+        "tools": "now()",
+        "weight": 0.5,
+        "images": ["a.png"],
+    }
+    file.write_text(json.dumps(row) + "\n")
+    pool = Pool(file, columns=dict.fromkeys(("source", "tools", "weight", "images"), empty))
+    (example,) = pool
+    assert (example.source, example.rendering, example.messages[1]["content"]) == (None, {}, "A")
+    assert pool.columns.named["source"] == ""
+    pool.write_rows([0], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == row  # all columns are kept
+    (example,) = Pool([{"instruction": "Q", "output": "", "text": "T"}], columns={"output": empty})
+    assert example.text == "T"
+    (example,) = Pool([{"text": "", "body": "T"}], columns={"text": "body", "id": empty})
+    assert example.text == "T"
+
+
+def test_a_column_left_unread_that_no_row_has_is_said():
+    session = Session.create(reporter=Reporter(quiet=True))
+    session.read(Pool([{"text": "T", "sources": "s"}], columns={"source": ""}))
+    said = "pool: no row has the column 'source' to leave unread; did you mean 'sources'?"
+    assert session.reporter.take_warnings() == [said]
+
+
+def test_what_a_row_is_read_as_instead_is_warned_of_once(recwarn):
+    session = Session.create(reporter=Reporter(quiet=True))
+    session.read(Pool([{"messages": None, "text": f"T{i}"} for i in range(3)]))
+    assert session.reporter.take_warnings() == ["rows whose messages is empty are read as text"]
+
+
+def test_columns_are_left_unread_by_the_command_line_and_the_recipe():
+    assert columns_of(["source=", "output=response"]) == {"source": "", "output": "response"}
+    data = DataSection(pool=["a"], validation={"t": "b"}, columns={"source": None, "output": "response"})
+    assert data.model_dump(mode="json", exclude_none=True)["columns"] == {"source": "", "output": "response"}

@@ -1,3 +1,6 @@
+import uuid
+from decimal import Decimal
+
 import pytest
 
 from iprox.data.fields import BadRowError
@@ -18,11 +21,6 @@ def test_messages_with_labels():
     assert example.messages == (USER, ASSISTANT)
     assert example.supervised_from == 0
     assert example.text is example.prompt is example.completion is None
-
-
-def test_a_weight_counts_for_assistant_turns_only():
-    example = read({"messages": [{**USER, "weight": 0}, {**ASSISTANT, "weight": 1}]})
-    assert example.messages == (USER, ASSISTANT)
 
 
 def test_content_parts_are_joined():
@@ -59,10 +57,188 @@ def test_alpaca_and_sharegpt_rows_may_have_a_system_turn_and_alpaca_earlier_ones
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     system = {"role": "system", "content": "S"}
     assert read({"conversations": turns, "system": "S"}).messages == (system, *plain)
-    own = [{"from": "system", "value": "own"}, *turns]
-    assert read({"conversations": own, "system": "S"}).messages == ({"role": "system", "content": "own"}, *plain)
-    # As TRL, which knows no such column beside messages.
-    assert read({"messages": [USER, ASSISTANT], "system": "S"}).messages == (USER, ASSISTANT)
+
+
+def contents(example):
+    return [(turn["role"], turn["content"]) for turn in example.messages]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize(
+    "turns",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"instruction": "Q", "output": "A"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"messages": [{"role": "system", "content": " "}, USER, ASSISTANT]},
+        {"messages": [{"role": "system", "content": "Rhyme."}, USER, ASSISTANT]},  # which says so already
+    ],
+)
+def test_a_system_column_is_the_first_turn(column, turns):
+    example = read({**turns, column: "Rhyme."})
+    assert contents(example) == [("system", "Rhyme."), ("user", "Q"), ("assistant", "A")]
+    assert example.supervised_from == (2 if "prompt" in turns else 0)
+    assert contents(read({**turns, column: None}))[-2:] == [("user", "Q"), ("assistant", "A")]
+
+
+def test_a_system_column_that_says_something_else_is_refused():
+    own = {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]}
+    refused(
+        {**own, "system_prompt": "Rhyme."}, "system_prompt says something else than the system turn .*--columns sys"
+    )
+    refused(
+        {**own, "messages": [{**own["messages"][0], "role": "developer"}, ASSISTANT], "system": "R"}, "something el"
+    )
+    refused({"messages": [USER, ASSISTANT], "system": "a", "system_prompt": "b"}, "system and system_prompt say diff")
+    refused(
+        {"messages": [USER, ASSISTANT], "system": [{"text": "a"}]}, "system must be text, not a list .*--columns sy"
+    )
+    refused({"prompt": "P", "completion": "C", "system": "Rhyme."}, "has 'system', which prompt does not hold")
+    refused({"text": "T", "system": "Rhyme."}, "has 'system', which text does not hold")
+    assert read({"prompt": "Rhyme.\nP", "completion": "C", "system": "Rhyme."}).prompt == "Rhyme.\nP"
+    assert read({"text": "Rhyme. T", "system": "Rhyme."}).text == "Rhyme. T"
+
+
+def refused(row, reason):
+    with pytest.raises(BadRowError, match=reason):
+        read(row)
+
+
+FALSE = [False, 0, 0.0, "0", "0.0", "false", "False", " no "]
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "loss_mask", "weight"])
+@pytest.mark.parametrize("value", FALSE)
+def test_a_turn_that_is_masked_does_not_count(key, value):
+    turns = [USER, {**ASSISTANT, key: value}, USER, {**ASSISTANT, key: True}]
+    example = read({"messages": turns})
+    assert example.masked == {1}
+    assert example.messages == (USER, ASSISTANT, USER, ASSISTANT)  # a template does not see the mark
+    assert read({"messages": turns, "system": "S"}).masked == {2}
+    assert read({"prompt": turns[:2], "completion": [USER, *turns[1:]], "system": "S"}).masked == {4}
+    sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", key: value}]
+    assert read({"conversations": [*sharegpt, *sharegpt[:1], {"from": "gpt", "value": "B"}]}).masked == {1}
+    refused({"messages": turns[:2]}, "every assistant turn of messages is masked")
+    refused({"prompt": [USER], "completion": [turns[1]]}, "every assistant turn of completion is masked")
+    refused(
+        {"messages": [USER, ASSISTANT], key: value}, f"{key} is .*, so nothing of the row counts.*--columns {key}= "
+    )
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss", "loss_mask", "weight"])
+@pytest.mark.parametrize("value", [None, "", True, 1, 1.0, "1", "true"])
+def test_a_turn_that_is_not_masked_counts(key, value):
+    assert read({"messages": [{**USER, key: False}, {**ASSISTANT, key: value}]}).masked == frozenset()
+    assert read({"messages": [USER, ASSISTANT], key: value}).masked == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"weight": 0.5}, "weight of .* is 0.5: a turn counts with weight 1 or not at all"),
+        ({"weight": "0.5"}, "weight of .* must be true or false, or 1 or 0, not text"),
+        ({"weight": 2}, "weight of .* is 2"),
+        ({"loss_mask": [1, 0]}, "loss_mask of .* masks parts"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "train_detail .* masks a part"),
+        ({"train_detail": "half"}, "train_detail .* masks a part"),
+        ({"training": "maybe"}, "training of .* must be true or false"),
+    ],
+)
+def test_what_is_finer_than_a_turn_is_refused(turn, reason):
+    refused({"messages": [USER, {**ASSISTANT, **turn}]}, reason)
+
+
+def test_training_on_another_turn_than_the_assistants_is_refused():
+    refused({"messages": [{**USER, "train": True}, ASSISTANT]}, "trains on turns of the assistant only, not of user")
+    whole = [{"begin_offset": 0, "end_offset": 1, "train": True}]
+    assert read({"messages": [{**USER, "weight": 1}, {**ASSISTANT, "train_detail": whole}]}).masked == frozenset()
+
+
+def test_marks_of_a_row_are_taken_for_what_they_can_be():
+    plain = {"prompt": "P", "completion": "C"}
+    assert read({**plain, "loss": 2.31, "train": "split-1", "loss_mask": [1, 1]}).prompt == "P"
+    refused({**plain, "weight": 0.5}, "weight is 0.5.*--columns weight= leaves")
+    refused({**plain, "loss_mask": [0, 1]}, "loss_mask masks parts.*--columns loss_mask= ")
+    refused({**plain, "train_detail": [{"train": False}]}, "train_detail masks parts")
+
+
+def test_answers_that_preference_data_marks_as_bad_are_refused():
+    for value in FALSE:
+        refused(
+            {"prompt": "P", "completion": "C", "label": value}, "label is .* an answer not to give.*--columns label="
+        )
+    for value in (False, "false"):
+        refused({"messages": [USER, ASSISTANT], "kto_tag": value}, "kto_tag is .* an answer not to give")
+    assert read({"prompt": "P", "completion": "C", "label": True}).prompt == "P"
+    assert read({"messages": [USER, ASSISTANT], "label": 0}).masked == frozenset()  # a class
+    assert read({"text": "T", "label": False}).text == "T"
+    refused({"prompt": "P", "chosen": "C", "rejected": "D"}, "--columns completion=chosen")
+
+
+@pytest.mark.parametrize(
+    "column", ["image", "images", "image_url", "image_path", "audio", "audios", "video", "videos", "functions"]
+)
+def test_images_and_sound_are_refused_by_name(column):
+    row = {"messages": [USER, ASSISTANT]}
+    for value in (["a.png"], "a.png", [{"bytes": b"x"}], {"path": "a.png", "bytes": None}):
+        refused({**row, column: value}, f"has '{column}', which iprox does not read.*--columns {column}= leaves")
+        if column != "functions":
+            refused({"messages": [{**USER, column: value}, ASSISTANT]}, rf"messages\[0\] has '{column}'")
+    for value in (None, [], "", [None], {"path": None, "bytes": None}, [[]]):
+        assert read({**row, column: value}).messages == (USER, ASSISTANT)
+
+
+@pytest.mark.parametrize("kind", ["image", "image_url", "input_audio", "video", "file"])
+def test_parts_of_a_content_that_are_no_text_are_refused(kind):
+    refused({"messages": [{"role": "user", "content": [{"type": kind, kind: "x"}]}, ASSISTANT]}, f"not text: {kind}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "I", "input": "", "output": "", "text": "T"}, "output is empty .--columns output= .* as text"),
+        ({"instruction": "I", "output": None, "text": "T"}, "output is empty"),
+        ({"instruction": "I", "output": " \n", "text": "T"}, "output is empty"),
+        ({"instruction": "", "output": "O", "text": "T"}, "instruction is empty"),
+        ({"instruction": None, "input": "X", "output": None, "text": "T"}, "instruction is empty"),
+        ({"instruction": "I", "output": None, "prompt": "P", "completion": "C"}, "read as prompt . completion"),
+        ({"prompt": "P", "completion": "", "text": "T"}, "completion is empty"),
+        ({"prompt": "", "completion": "C", "text": "T"}, "prompt is empty"),
+        ({"prompt": [], "completion": [ASSISTANT], "text": "T"}, "prompt is empty"),
+        ({"messages": [], "text": "T"}, "messages is empty"),
+        ({"conversations": [], "prompt": "P", "completion": "C"}, "conversations is empty"),
+        ({"messages": [], "conversations": [USER]}, "messages is empty"),
+    ],
+)
+def test_a_format_that_is_half_filled_gives_way_to_no_other(row, reason):
+    refused(row, reason)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_format_that_is_not_filled_at_all_gives_way_with_a_warning():
+    with pytest.warns(UserWarning, match="rows whose messages is empty are read as text"):
+        assert read({"messages": None, "prompt": "", "completion": None, "text": "T"}).text == "T"
+    with pytest.warns(UserWarning, match=r"rows whose instruction \+ output is empty are read as prompt \+ completion"):
+        assert read({"instruction": float("nan"), "output": "", "prompt": "P", "completion": "C"}).prompt == "P"
+    assert read({"messages": [USER, ASSISTANT], "instruction": "I", "output": "", "text": ""}).messages[0] == USER
+
+
+def test_labels_of_other_kinds_name_the_way_out():
+    text = {"text": "T"}
+    assert (read({**text, "id": uuid.UUID(int=7)}).id, read({**text, "id": Decimal("7")}).id) == (
+        str(uuid.UUID(int=7)),
+        "7",
+    )
+    refused({**text, "source": ["a"]}, "source must be text or a whole number, not a list .--columns source= leaves")
+    refused({**text, "task": 0.5}, "task must be text or a whole number, not 0.5")
+    refused({**text, "id": float("inf")}, "id must be text or a whole number, not inf")
+    chat = {"messages": [USER, ASSISTANT]}
+    refused({**chat, "tools": "now()"}, "tools is text, and not JSON .--columns tools= leaves")
+    refused({**chat, "tools": {"name": "x"}}, "tools must be a list of objects .--columns tools= leaves")
+    refused(
+        {**chat, "chat_template_kwargs": "x"}, "must be an object, not text .--columns chat_template_kwargs= leaves"
+    )
 
 
 def test_plain_prompt_completion():
@@ -74,11 +250,6 @@ def test_conversational_prompt_completion_supervises_only_the_completion():
     example = read({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
     assert example.messages == (USER, ASSISTANT, USER, ASSISTANT)
     assert example.supervised_from == 3
-
-
-def test_a_filled_format_wins_over_an_empty_column():
-    assert read({"messages": None, "prompt": "", "completion": "x", "text": "T"}).text == "T"
-    assert read({"messages": [], "text": "T", "id": None}).id == "pool-00000001"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +282,7 @@ def test_a_filled_format_wins_over_an_empty_column():
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": True}}, "has 'tools', which is not"),
         ({"messages": [USER, ASSISTANT], "tools": "[" * 100_000}, "tools is text, and not JSON"),
         ({"text": "T", "tools": [{"name": "f"}]}, "has 'tools', which a chat template renders, and no messages"),
-        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, r"messages\[1\] has 'weight' 0"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every assistant turn of messages is masked"),
         (
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f()"}]},
             r"conversations\[1\] is a turn of 'function_call'",

@@ -1,8 +1,12 @@
 import csv
+import datetime
 import json
 import os
 import resource
+import socket
 import tracemalloc
+import uuid
+from decimal import Decimal
 
 import datasets
 import numpy as np
@@ -383,8 +387,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     out.write_text("old")
     with pytest.raises(InputError, match="row 5"):
         Pool([{"text": "a"}]).write_rows([0, 5], out)
-    with pytest.raises(InputError, match="row:1: a column holds bytes"):
-        Pool([{"text": "a", "image": b"x"}]).write_rows([0], out)
+    with pytest.raises(InputError, match="row:1: the column 'blob' holds bytes"):
+        Pool([{"text": "a", "blob": b"x"}]).write_rows([0], out)
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
 
@@ -412,9 +416,191 @@ def test_rows_of_more_files_than_may_be_open_are_written(tmp_path):
 
 
 def test_what_could_not_be_written_is_refused_when_it_is_scanned(tmp_path):
-    write_parquet(tmp_path / "b.parquet", [{"text": "a", "image": b"x"}, {"text": "b", "image": b"y"}])
-    with pytest.raises(InputError, match=r"b.parquet:1: a column holds bytes, which JSON cannot; remove the column"):
+    write_parquet(tmp_path / "b.parquet", [{"text": "a", "blob": b"x"}, {"text": "b", "blob": b"y"}])
+    with pytest.raises(
+        InputError, match=r"b.parquet:1: the column 'blob' holds bytes, which JSON cannot; remove the column"
+    ):
         Pool(tmp_path / "b.parquet").scan()
+
+
+def test_a_column_that_json_cannot_hold_is_found_wherever_it_is_filled_first(tmp_path):
+    rows = [{"text": "a", "blob": None}, {"text": "b", "blob": None}, {"text": "c", "blob": b"x"}]
+    write_parquet(tmp_path / "b.parquet", rows)
+    with pytest.raises(InputError, match=r"b\.parquet:3: the column 'blob' holds bytes"):
+        Pool(tmp_path / "b.parquet").scan()
+    circle: list[object] = []
+    circle.append(circle)
+    for value, reason in (
+        ({1, 2}, "'odd' holds set"),
+        ({(1, 2): 3}, "'odd' holds keys must be"),
+        (circle, "'odd' holds obj"),
+    ):
+        with pytest.raises(InputError, match=f"row:1: the column {reason}"):
+            Pool([{"text": "a", "odd": value}]).scan()
+
+
+def test_decimals_uuids_times_and_durations_are_written_as_text(tmp_path):
+    number = uuid.UUID(int=7)
+    columns = {
+        "text": ["a"],
+        "price": pa.array([Decimal("12.50")], pa.decimal128(9, 2)),
+        "key": pa.array([number.bytes], pa.binary(16)).cast(pa.binary(16)),
+        "at": pa.array([datetime.datetime(2020, 2, 3, 4, 5, 6)], pa.timestamp("us")),
+        "took": pa.array([datetime.timedelta(seconds=90)], pa.duration("us")),
+        "nested": [{"price": Decimal("0.1")}],
+    }
+    columns["key"] = pa.ExtensionArray.from_storage(pa.uuid(), columns["key"])
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    pool = Pool(tmp_path / "a.parquet")
+    assert pool.scan().rows == 1
+    pool.write_rows([0], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {
+        "text": "a",
+        "price": "12.50",
+        "key": str(number),
+        "at": "2020-02-03T04:05:06",
+        "took": "0:01:30",
+        "nested": {"price": "0.1"},
+    }
+    Pool([{"text": "a", "n": np.int64(3), "v": np.arange(2)}]).write_rows([0], tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == {"text": "a", "n": 3, "v": [0, 1]}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.csv.zst"])
+@pytest.mark.parametrize("skip", ["stop", "skip"])
+def test_a_pointer_of_git_lfs_is_refused_as_one(tmp_path, name, skip):
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer, not the file .*; run git lfs pull"):
+        Pool(tmp_path / name, on_bad_row=skip).scan()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_other_encodings_than_utf_8_are_named(tmp_path, name, encoding):
+    text = (
+        "text\nhello\n" if name == "a.csv" else json.dumps([row(0)]) if name == "a.json" else json.dumps(row(0)) + "\n"
+    )
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    said = encoding[:6].upper()
+    with pytest.raises(
+        InputError, match=rf"{name}: is {said}, and iprox reads UTF-8; convert it: iconv -f {said} -t UTF-8"
+    ):
+        Pool(tmp_path / name).scan()
+    copy = compressed(tmp_path / name, "gzip")
+    with pytest.raises(InputError, match=f"is {said}, and iprox reads UTF-8"):
+        Pool(copy).scan()
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "zstd"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps([row(0), row(1)]), r"is a JSON array, not one object per line; name it a\.json"),
+        (json.dumps([row(0), row(1)], indent=2), r"is a JSON array, not one object per line; name it a\.json"),
+        ("\ufeff \n" + json.dumps([row(0)], indent=2), "is a JSON array"),
+        ("[\n" + ",\n".join(json.dumps(row(i)) for i in range(3)) + "\n]\n", "is a JSON array"),
+        (
+            "\n".join(json.dumps(row(i), indent=2) for i in range(3)),
+            "has a JSON object over several lines; write each on",
+        ),
+        ("{\n" + json.dumps(row(0))[1:], "has a JSON object over several lines"),
+        (json.dumps(row(0, more=["x" * 99] * 30_000), indent=1), "has a JSON object over several lines"),
+    ],
+)
+def test_json_that_is_not_by_line_is_refused_as_what_it_is(tmp_path, text, reason, compression):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    path = compressed(path, compression) if compression else path
+    for skip in ("stop", "skip"):
+        with pytest.raises(InputError, match=rf"a\.jsonl.*: {reason}"):
+            Pool(path, on_bad_row=skip).scan()
+
+
+def test_lines_of_json_that_are_merely_bad_are_bad_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for bad in ('{"a": ', "[1, 2]", "oops", '{"a": 1,}'):
+        path.write_text(bad + "\n" + json.dumps(row(1)) + "\n")
+        assert Pool(path, on_bad_row="skip").scan().bad_rows == 1
+
+
+def test_a_folder_cloned_from_the_hub(tmp_path):
+    for name in ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "._a.jsonl", ".a.jsonl.swp.json"):
+        (tmp_path / name).write_text('{"default": {}}')
+    for hidden in (".git", ".cache/huggingface"):
+        (tmp_path / hidden).mkdir(parents=True)
+        (tmp_path / hidden / "x.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data/train-00000-of-00001.parquet", [row(0)])
+    (tmp_path / "dataset_dict.json").unlink()  # of `datasets`, which is read otherwise
+    with pytest.raises(InputError, match=rf"no file to read in the folder .*; there are some in {tmp_path}/data$"):
+        Pool(tmp_path)
+    assert Pool(tmp_path / "data").scan().rows == 1
+    write_jsonl(tmp_path / "a.jsonl", [row(1)])
+    for pattern in (tmp_path, tmp_path / "*.json*", tmp_path / "**/a.json*"):
+        assert Pool(pattern).scan().files == (str(tmp_path / "a.jsonl"),)
+    write_jsonl(tmp_path / "dataset_info.json", [row(2)])
+    assert Pool(tmp_path / "dataset_info.json").scan().rows == 1  # as named
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_what_is_no_regular_file_is_refused_rather_than_waited_for(tmp_path, monkeypatch, name):
+    os.mkfifo(tmp_path / name)
+    for pattern in (tmp_path / name, tmp_path, tmp_path / "a*"):
+        with pytest.raises(InputError, match=rf"{name}: is a pipe, not a regular file; write it to one first"):
+            Pool(pattern)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=rf"{name}: is a device, not a regular file"):
+        Pool([str(tmp_path / name)])
+    (tmp_path / name).unlink()
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+        server.bind(name)
+        with pytest.raises(InputError, match=rf"{name}: is a socket, not a regular file"):
+            Pool(name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=rf"{name}: cannot be read"):
+        Pool(tmp_path).scan()
+
+
+@pytest.mark.parametrize("skip", ["stop", "skip"])
+@pytest.mark.parametrize("compression", [None, "gzip", "zstd"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "lines.json", "a.csv"])
+def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch, name, compression, skip):
+    monkeypatch.setattr(iprox.data.readers, "LONGEST", 1 << 20)
+    rows = [{"text": "a"}, {"text": "x" * (1 << 20)}]
+    texts = {"a.json": json.dumps(rows), "a.csv": "text\na\n" + "x" * (1 << 21)}
+    path = tmp_path / name
+    path.write_text(texts.get(name, "\n".join(map(json.dumps, rows))))
+    path = compressed(path, compression) if compression else path
+    what = "element 2" if name == "a.json" else "a line"
+    with pytest.raises(
+        InputError, match=rf"{name}.*: {what} is longer than 1 MB, the most that is read of one; split it"
+    ):
+        Pool(path, on_bad_row=skip).scan()
+    shorter = tmp_path / "shorter.jsonl"
+    write_jsonl(shorter, [{"text": "x" * ((1 << 20) - 20)}])
+    assert Pool(shorter).scan().rows == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_small_file_that_is_large_once_decompressed_takes_no_more_memory_than_the_limit(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(iprox.data.readers, "LONGEST", 4 << 20)
+    path = tmp_path / f"{name}.gz"
+    with pa.CompressedOutputStream(str(path), "gzip") as stream:
+        stream.write(b'[{"text": "' if name == "a.json" else b'{"text": "' if name == "a.jsonl" else b"text\n")
+        for _ in range(300):
+            stream.write(b"x" * (1 << 20))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="is longer than 4 MB"):
+        Pool(path).scan()
+    top = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert top < 64 << 20
 
 
 def test_numbers_that_json_has_no_word_for_are_null(tmp_path):

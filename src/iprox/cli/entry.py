@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -15,6 +16,7 @@ from importlib import import_module
 from iprox.cli.parser import build_parser
 from iprox.cli.recipes import check_recipe
 from iprox.errors import InputError, one_line, system_refusal
+from iprox.progress import printable
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quieten_libraries(arguments.quiet)
         result = getattr(import_module(arguments.module), arguments.command)(arguments)
         if arguments.json:
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
+            line = json.dumps(result, ensure_ascii=False)
+            print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
     except (InputError, FloatingPointError) as error:
         return _refuse(str(error))
     except KeyboardInterrupt:
@@ -57,14 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             refusal = f"not enough memory ({one_line(error)}); close other programs, or give less at once"
         if refusal is not None:
             return _refuse(refusal)
-        traceback.print_exc()
-        print(f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)", file=sys.stderr)
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
+        fault = f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)"
+        print(printable(fault), file=sys.stderr)
         return OUR_FAULT
     return DONE
 
 
 def _refuse(message: str) -> int:
-    print(f"iprox: {message}", file=sys.stderr)
+    print(printable(f"iprox: {message}"), file=sys.stderr)
     return BAD_INPUT
 
 

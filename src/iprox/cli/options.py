@@ -22,7 +22,7 @@ from iprox.models.checkpoint import proxy_description
 from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
 from iprox.models.saving import CHECKPOINTS
-from iprox.progress import Reporter
+from iprox.progress import Reporter, say_plainly
 from iprox.recipe import InfluenceSection, validate_section
 from iprox.run_folder import StageRecord, environment, read_json, write_json
 from iprox.session import Session, draw_rows
@@ -151,8 +151,8 @@ def columns_of(pairs: list[str]) -> dict[str, str]:
     columns = {}
     for pair in pairs:
         known, equals, own = pair.partition("=")
-        if not equals or not known or not own:
-            raise InputError(f"--columns {pair}: write it as NAME=YOURS, e.g. output=response")
+        if not equals or not known:
+            raise InputError(f"--columns {pair}: write it as NAME=YOURS, e.g. output=response (NAME= reads none)")
         columns[known] = own
     return columns
 
@@ -358,5 +358,5 @@ def single_stage(
         shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
         raise
     if not arguments.json:
-        print(f"{name}: {record['seconds']:.1f} s, {output}")
+        say_plainly(f"{name}: {record['seconds']:.1f} s, {output}")
     return {**record, "output": str(output)}

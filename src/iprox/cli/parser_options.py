@@ -44,7 +44,8 @@ def row_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME=YOURS",
-        help="columns of your names and what they are read as: input=context output=response source=category",
+        help="columns of your names and what they are read as: input=context output=response source=category; "
+        "source= leaves one unread",
     )
 
 

@@ -11,7 +11,7 @@ from iprox.cli.doctor import examine
 from iprox.pipeline import run_recipe
 from iprox.planning import plan_recipe
 from iprox.planning.rate import measured_gemm_rate
-from iprox.progress import Reporter
+from iprox.progress import Reporter, say_plainly
 from iprox.report import build_report
 from iprox.session import Session
 
@@ -50,7 +50,7 @@ def report(arguments: Namespace) -> dict[str, Any]:
     """`iprox report`."""
     path = build_report(Path(arguments.run_dir))
     if not arguments.json:
-        print(path)
+        say_plainly(str(path))
     return {"report": str(path)}
 
 

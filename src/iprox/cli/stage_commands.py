@@ -17,6 +17,7 @@ from iprox.influence.shards import IDENTITY
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import save_model
+from iprox.progress import say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import (
     SIZES,
@@ -189,9 +190,9 @@ def select(arguments: Namespace) -> dict[str, Any]:
     pool = options.pool_of(arguments.pool, arguments)
     record = selection.select(session, Path(arguments.scores), pool, output, description, settings, "command")
     if not arguments.json:
-        print(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
+        say_plainly(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
         for reason, number in record["passed_over"].items():
-            print(f"passed over: {number:,} {reason}")
+            say_plainly(f"passed over: {number:,} {reason}")
     return {**record, "warnings": session.reporter.take_warnings(), "output": str(output)}
 
 
@@ -313,7 +314,7 @@ def export(arguments: Namespace) -> dict[str, Any]:
     if (Path(arguments.source) / DESCRIPTION).is_file():
         rows = indexing.export_faiss(GradientIndex.open(arguments.source), Path(arguments.output))
         if not arguments.json:
-            print(f"FAISS index of {rows:,} normalised gradients: {arguments.output}")
+            say_plainly(f"FAISS index of {rows:,} normalised gradients: {arguments.output}")
         return {"output": arguments.output, "rows": rows}
     session = options.session_of(arguments)
     output = options.new_folder(arguments.output)
@@ -324,7 +325,7 @@ def export(arguments: Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.source}: is neither an iprox proxy nor an index, so there is nothing to export")
     save_model(to_dense(proxy), session.tokenizer(arguments.source), output)
     if not arguments.json:
-        print(f"dense checkpoint, loads without iprox: {output}")
+        say_plainly(f"dense checkpoint, loads without iprox: {output}")
     return {"output": str(output)}
 
 
@@ -332,5 +333,5 @@ def push(arguments: Namespace) -> dict[str, Any]:
     """`iprox push`."""
     address = hub.push(Path(arguments.proxy), arguments.repo, private=arguments.private, revision=arguments.revision)
     if not arguments.json:
-        print(address)
+        say_plainly(address)
     return {"commit": address}

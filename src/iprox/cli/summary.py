@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
 from rich.table import Table
 
 from iprox.audits.overlap import telling_share
 from iprox.cli.doctor import OPTIONAL
+from iprox.progress import make_console
 from iprox.report import formats
 from iprox.run_folder import RunFolder, read_json
 
-console = Console(highlight=False)
+console = make_console()
 
 
 def run_summary(folder: RunFolder) -> dict[str, Any]:

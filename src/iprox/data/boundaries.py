@@ -32,8 +32,38 @@ class TurnBoundaries:
             RefusedRowError: a turn is rendered otherwise when others follow, or its start is not to be seen.
         """
         texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
+        return self._tokens(texts, self._spans(examples, texts))
+
+    def masked(self, examples: Sequence[Example]) -> list[np.ndarray]:
+        """Which tokens belong to the turns that do not count, bool [L], of each.
+
+        They are all from the end of the turn before, so that none is left that a template marks around what the
+        assistant says.
+
+        Raises:
+            RefusedRowError: a turn is rendered otherwise when others follow.
+        """
+        texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
+        places = [(index, place) for index, example in enumerate(examples) for place in sorted(example.masked)]
+        ends: list[dict[int, int]] = [{0: 0} for _ in examples]  # by number of turns, where their text ends
+        asked = sorted({(index, turns) for index, place in places for turns in (place, place + 1) if turns})
+        parts = self._apply(
+            [examples[index].turns[:turns] for index, turns in asked],
+            [examples[index] for index, _ in asked],
+            tokenize=False,
+        )
+        for (index, turns), part in zip(asked, parts, strict=True):
+            if not texts[index].startswith(part):
+                raise RefusedRowError(_otherwise(examples[index], turns))
+            ends[index][turns] = len(part)
+        spans: list[list[tuple[int, int]]] = [[] for _ in examples]
+        for index, place in places:
+            spans[index].append((ends[index][place], ends[index][place + 1]))
+        return [mask for _, mask in self._tokens(texts, spans)]
+
+    def _tokens(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids int32 [L] of each text and which of them are in its spans of characters, bool [L]."""
         out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
-        spans = self._spans(examples, texts)
         rows = []
         for index, ids in enumerate(out["input_ids"]):
             mask = np.zeros(len(ids), dtype=bool)
@@ -63,7 +93,7 @@ class TurnBoundaries:
         for index, example in enumerate(examples):
             turns = example.turns
             for position, turn in enumerate(turns):
-                if turn["role"] == "assistant":
+                if turn["role"] == "assistant" and position not in example.masked:
                     before.append((index, turns[:position]))
                     through.append((index, turns[: position + 1]))
         heads = iter(
@@ -77,14 +107,10 @@ class TurnBoundaries:
         wholes = self._apply([turns for _, turns in through], [examples[index] for index, _ in through], tokenize=False)
         spans: list[list[tuple[int, int]]] = [[] for _ in examples]
         for (index, turns), whole in zip(before, wholes, strict=True):
-            text, origin = texts[index], examples[index].origin
+            text = texts[index]
             head = next(heads) if turns else self._first_head(whole, examples[index])
             if not (whole.startswith(head) and text.startswith(whole)):
-                raise RefusedRowError(
-                    f"{origin}: the chat template renders turn {len(turns) + 1} otherwise when other turns follow, "
-                    "so the assistant's tokens cannot be told; use a template that marks them with "
-                    "{% generation %} (--chat-template FILE)"
-                )
+                raise RefusedRowError(_otherwise(examples[index], len(turns) + 1))
             spans[index].append((len(head), self._turn_end(whole, len(head))))
         return spans
 
@@ -112,3 +138,10 @@ class TurnBoundaries:
         if not hasattr(self, "_added"):
             self._added = tuple(token for token in self.tokenizer.get_added_vocab() if token.strip())
         return self._added
+
+
+def _otherwise(example: Example, turn: int) -> str:
+    return (
+        f"{example.origin}: the chat template renders turn {turn} otherwise when other turns follow, so the "
+        "assistant's tokens cannot be told; use a template that marks them with {% generation %} (--chat-template FILE)"
+    )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from iprox.data.boundaries import TurnBoundaries
 from iprox.data.encoded import IGNORE, Encoded, RefusedRowError, fit
 from iprox.data.formats import Example
-from iprox.data.messages import Message, parts_beside
-from iprox.data.templates import choose_template, leaves_out
+from iprox.data.messages import EARLIER, NO_MARK, THOUGHT, Message, parts_beside
+from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited, reason_of
+from iprox.data.templates import GIVEN, choose_template, leaves_out
 from iprox.errors import InputError
 
 _CHUNK = 1024
@@ -39,6 +39,7 @@ class ChatEncoder:
     Attributes:
         chat_template: The template in use (Jinja source), None if there is none.
         mode: The rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
+        origin: Where the template is from, for messages.
         describe: The rule in a sentence, for `run.json`.
         warnings: What the user should know about the labels.
         refused: Why the first row that was left without labels was (with `skip_refused`); empty while there is none.
@@ -72,6 +73,7 @@ class ChatEncoder:
         choice = choose_template(tokenizer, chat_template)
         self.chat_template = choice.template
         self.mode = choice.rule
+        self.origin = choice.origin
         self.describe = choice.describe
         self.warnings = choice.warnings
         self.lowered = None
@@ -154,21 +156,47 @@ class ChatEncoder:
         lost = []
         for part in parts_beside(example.messages or (), example.rendering):
             if part not in self._left_out:
-                self._left_out[part] = leaves_out(self.tokenizer, self.chat_template or "", part)
+                self._left_out[part] = self._leaves_out(part, example)
             if self._left_out[part]:
-                lost.append(f"turns of {part}" if part.startswith("role ") else part)
+                lost.append(part)
+        earlier = [part for part in lost if part.startswith(EARLIER)]
+        if any(
+            THOUGHT + part.removeprefix(EARLIER) not in lost for part in earlier
+        ):  # as templates of models that reason do with what was thought before the last question
+            warnings.warn(
+                "the chat template leaves out the reasoning in the content of turns before the last, so rows are read "
+                "without",
+                stacklevel=2,
+            )
+        lost = [_part_in_words(part) for part in lost if part not in earlier]
         if lost == ["turns of role system"]:  # as some templates are meant to be; what remains is a conversation
             warnings.warn("the chat template leaves out turns of role system, so rows are read without", stacklevel=2)
             return ""
         if not lost:
             return ""
+        # Data sets of tools may have them in the system turn too.
+        unread = "leave the column unread where the turns say them (--columns tools=), " if "tools" in lost else ""
         return (
             f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
-            "renders them (--chat-template FILE), or leave such rows out (--on-bad-row skip)"
+            f"renders them (--chat-template FILE), {unread}or leave such rows out (--on-bad-row skip)"
         )
+
+    def _leaves_out(self, part: str, example: Example) -> bool:
+        try:
+            return leaves_out(self.tokenizer, self.chat_template or "", part)
+        except RenderingTimeError as error:
+            raise self._too_slow(example, error) from error
+
+    def _too_slow(self, example: Example, error: RenderingTimeError) -> InputError:
+        return InputError(f"{example.origin}: {self.origin} {error}; give another (--chat-template FILE)")
 
     def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         rows = self._boundaries.rows(examples) if self.mode == "boundary" else self._by_mask(examples)
+        with_masks = [index for index, example in enumerate(examples) if example.masked]
+        if with_masks and self.mode != "boundary":
+            masked = self._boundaries.masked([examples[index] for index in with_masks])
+            for index, unsupervised in zip(with_masks, masked, strict=True):
+                rows[index][1][unsupervised] = False
         # A conversational prompt may hold assistant turns of its own: TRL supervises only after the prompt.
         with_prompt = [index for index, example in enumerate(examples) if example.supervised_from]
         if with_prompt:
@@ -239,20 +267,36 @@ class ChatEncoder:
             return {key: _in_order([(places, part[key]) for places, part in parts]) for key in parts[0][1]}
         if kwargs["tokenize"]:
             kwargs["tokenizer_kwargs"] = {"verbose": False}  # long rows are cut here; no warning per row
-        apply: Callable[..., Any] = self.tokenizer.apply_chat_template
         kwargs |= examples[0].rendering
         try:
-            return apply(chats, chat_template=self.chat_template, **kwargs)
-        except (TemplateError, TypeError, ValueError) as error:
+            return self._rendered(chats, **kwargs)
+        except (*RENDERING_ERRORS, RenderingTimeError) as error:
             for chat, example in zip(chats, examples, strict=True):
                 try:
-                    apply([chat], chat_template=self.chat_template, **kwargs)
-                except (TemplateError, TypeError, ValueError) as refusal:
+                    self._rendered([chat], **kwargs)
+                except RenderingTimeError as slow:
+                    raise self._too_slow(example, slow) from slow
+                except RENDERING_ERRORS as refusal:
                     raise RefusedRowError(
-                        f"{example.origin}: the chat template refuses this row: {refusal} (--on-bad-row skip leaves "
-                        "such rows out)"
+                        f"{example.origin}: {self._refuses(refusal)} (--on-bad-row skip leaves such rows out)"
                     ) from refusal
-            raise InputError(f"the chat template cannot be used: {error}") from error
+            raise InputError(f"{self.origin} cannot be used: {reason_of(error)}") from error
+
+    def _rendered(self, chats: list[list[Message]], **kwargs: Any) -> Any:
+        with limited():
+            return self.tokenizer.apply_chat_template(chats, chat_template=self.chat_template, **kwargs)
+
+    def _refuses(self, refusal: Exception) -> str:
+        of_file = self.origin.startswith("the chat template ") and self.origin != GIVEN
+        named = self.origin if of_file else "the chat template"
+        return f"{named} refuses this row: {reason_of(refusal)}"
+
+
+def _part_in_words(part: str) -> str:
+    if part.startswith(THOUGHT):
+        opening, closing = part.removeprefix(THOUGHT).split()
+        return f"reasoning in its content ({'' if opening == NO_MARK else opening}...{closing})"
+    return f"turns of {part}" if part.startswith("role ") else part
 
 
 def _empty() -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from iprox.data.formats import COLUMNS
+from iprox.data.formats import COLUMNS, REFUSED
 from iprox.errors import InputError
 
 
@@ -17,33 +17,34 @@ class Columns:
     read, so that rows of several kinds go together.
 
     Args:
-        named: by the name that iprox knows (`COLUMNS`) the name in the files, e.g. `{"output": "response"}`.
+        named: by the name that iprox knows (`COLUMNS`) the name in the files, e.g. `{"output": "response"}`. An empty
+            one, or None, leaves the column unread as if no row had it; so may those be that rows are refused for
+            (`REFUSED`).
 
     Attributes:
-        named: the same.
+        named: the same, with "" for None.
         unmet: of the names in the files, those that no row so far has had.
         there: the columns of the first row.
 
     Raises:
-        InputError: a name is not one that iprox knows, or names nothing.
+        InputError: a name is not one that iprox knows.
     """
 
-    def __init__(self, named: Mapping[str, str] | None = None) -> None:
-        self.named = dict(named or {})
+    def __init__(self, named: Mapping[str, str | None] | None = None) -> None:
+        self.named = {known: own or "" for known, own in (named or {}).items()}
         for known, own in self.named.items():
-            if known not in COLUMNS:
-                mend = f"did you mean {own}={known}?" if own in COLUMNS else f"there are {', '.join(COLUMNS)}"
-                raise InputError(f"columns: no column is read as {known!r}; {mend}")
-            if not own:
-                raise InputError(f"columns: {known} names no column; write e.g. {known}=response")
-        self.unmet = list(self.named.values())
+            if known not in COLUMNS and (own or known not in REFUSED):
+                raise InputError(_unknown(known, own))
+        self.unread = frozenset(known for known, own in self.named.items() if not own)
+        self.unmet = [own or known for known, own in self.named.items()]
         self.there: tuple[str, ...] = ()
 
     def why_unmet(self, own: str) -> str:
         """That no row has had a column, with the nearest that the first row has."""
-        known = next(known for known, named in self.named.items() if named == own)
+        known = next((known for known, named in self.named.items() if named == own), None)
         near = difflib.get_close_matches(own, self.there, n=1, cutoff=0.5)
-        return f"no row has the column {own!r} to read as {known}{f'; did you mean {near[0]!r}?' if near else ''}"
+        what = "leave unread" if known is None else f"read as {known}"
+        return f"no row has the column {own!r} to {what}{f'; did you mean {near[0]!r}?' if near else ''}"
 
     def read(self, data: Any) -> Any:
         """A row as read from a file, under the names that iprox knows."""
@@ -55,7 +56,16 @@ class Columns:
         found = {
             known: data[own]
             for known, own in self.named.items()
-            if own in data and (data[own] not in (None, "") or known not in data)
+            if own and own in data and (data[own] not in (None, "") or known not in data)
         }
-        moved = {own for known, own in self.named.items() if known in found}
-        return {**{key: value for key, value in data.items() if key not in moved}, **found}
+        gone = self.unread | {own for known, own in self.named.items() if known in found}
+        return {**{key: value for key, value in data.items() if key not in gone}, **found}
+
+
+def _unknown(known: str, own: str) -> str:
+    if not own:
+        near = difflib.get_close_matches(known, (*COLUMNS, *REFUSED), n=1, cutoff=0.5)
+        mend = f"; did you mean {near[0]}=?" if near else ""
+        return f"columns: {known!r} is a column that iprox does not read anyway{mend}"
+    mend = f"did you mean {own}={known}?" if own in COLUMNS else f"there are {', '.join(COLUMNS)}"
+    return f"columns: no column is read as {known!r}; {mend}"

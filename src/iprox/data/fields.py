@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import uuid
+from decimal import Decimal
 from typing import Any
 
 
@@ -10,9 +12,21 @@ class BadRowError(ValueError):
     """A row that is no example; the message is the reason, without file and row number."""
 
 
+def is_blank(value: Any) -> bool:
+    """Return whether a column says nothing: null, white space, or the NaN of a missing value (pandas)."""
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    )
+
+
+def leave_unread(column: str) -> str:
+    """Return how a column of the row is left unread, for messages."""
+    return f"--columns {column}= leaves the column unread"
+
+
 def text_of(value: Any, what: str) -> str:
     """A text that says something."""
-    if value is None or value == "" or (isinstance(value, str) and value.isspace()):
+    if is_blank(value):
         raise BadRowError(f"{what} is empty")
     if not isinstance(value, str):
         raise BadRowError(f"{what} must be text, not {kind_of(value)}")
@@ -24,12 +38,15 @@ def label_of(value: Any, what: str) -> str | None:
     # pandas keeps whole numbers as floats where a column lacks some, and NaN for those it lacks.
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
     if not isinstance(value, str):
-        raise BadRowError(f"{what} must be text or a whole number, not {kind_of(value)}")
+        given = repr(value) if isinstance(value, float) else kind_of(value)
+        raise BadRowError(f"{what} must be text or a whole number, not {given} ({leave_unread(what)})")
     return valid(value, what)
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from iprox.data.fields import BadRowError, kind_of, label_of, text_of
-from iprox.data.messages import Message, read_messages, read_rendering, require_assistant, said
+from iprox.data.fields import BadRowError, is_blank, kind_of, label_of, leave_unread, text_of
+from iprox.data.masks import SPANS, TURN_MASKS, VERDICTS, refuse_masked_row, refuse_rejected_row
+from iprox.data.messages import (
+    SYSTEM,
+    UNREAD_ROW_KEYS,
+    Message,
+    masked_turns,
+    read_messages,
+    read_rendering,
+    require_assistant,
+    said,
+    system_of,
+    with_system,
+)
 
 # In order of precedence. The original Alpaca set also has a `text` column and UltraChat a `prompt` column,
 # so the more specific format comes first.
@@ -20,9 +33,13 @@ FORMATS: tuple[tuple[str, ...], ...] = (
 )
 COLUMNS = (
     *("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text"),
-    *("system", "history", "tools", "chat_template_kwargs", "id", "source", "task"),
+    *(*SYSTEM, "history", "tools", "chat_template_kwargs", "id", "source", "task"),
 )
 """Every column that is read."""
+REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
+"""Columns that are not read, and that rows may be refused for unless they are left unread by name."""
+# What a row of a format may hold beside the columns that make it one.
+_BESIDE = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
@@ -44,6 +61,7 @@ class Example:
         text: Plain text, all of it supervised.
         supervised_from: Only assistant messages at or after this index are supervised.
         rendering: What a chat template gets beside the messages: `tools` and other variables of the row.
+        masked: Places of assistant messages that do not count in the loss.
     """
 
     id: str
@@ -57,6 +75,7 @@ class Example:
     text: str | None
     supervised_from: int = 0
     rendering: Mapping[str, Any] = field(default_factory=dict)
+    masked: frozenset[int] = frozenset()
 
     @property
     def turns(self) -> list[Message]:
@@ -90,11 +109,14 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         raise BadRowError(f"not an object but {kind_of(data)}")
     if None in data:  # csv.DictReader puts surplus fields there
         raise BadRowError("more fields than the header has; quote fields that contain commas or line breaks")
+    keys = _format_of(data)
     rendering = read_rendering(data)
+    refuse_masked_row(data)
+    if keys != ("text",):  # where `label` is a class
+        refuse_rejected_row(data, preference=keys == ("prompt", "completion"))
     messages: tuple[Message, ...] | None = None
     prompt = completion = text = None
-    supervised_from = 0
-    keys = _format_of(data)
+    supervised_from, masked = 0, frozenset[int]()
     if keys == ("text",):
         text = text_of(data["text"], "text")
     elif keys == ("prompt", "completion"):
@@ -104,27 +126,36 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         else:
             before = read_messages(data["prompt"], "prompt")
             after = read_messages(data["completion"], "completion")
-            require_assistant(after, "completion")
+            masked = masked_turns(data["completion"], after, "completion")
+            require_assistant(after, "completion", masked)
             messages, supervised_from = before + after, len(before)
+            masked = frozenset(index + len(before) for index in masked)
     elif keys == ("instruction", "output"):
         instruction = text_of(data["instruction"], "instruction")
         extra = data.get("input")
         if extra is not None and extra != "":
             instruction += "\n\n" + text_of(extra, "input")
         turns = *_history(data.get("history")), (instruction, text_of(data["output"], "output"))
-        messages = _system(data) + tuple(
+        messages = tuple(
             {"role": role, "content": text}
             for turn in turns
             for role, text in zip(("user", "assistant"), turn, strict=True)
         )
     else:
         messages = read_messages(data[keys[0]], keys[0])
-        require_assistant(messages, keys[0])
-        if keys == ("conversations",) and messages[0]["role"] != "system":
-            messages = _system(data) + messages
+        masked = masked_turns(data[keys[0]], messages, keys[0])
+        require_assistant(messages, keys[0], masked)
 
-    if rendering and messages is None:
-        raise BadRowError(f"has {next(iter(rendering))!r}, which a chat template renders, and no messages")
+    system = system_of(data)
+    if messages is None:
+        if rendering:
+            raise BadRowError(f"has {next(iter(rendering))!r}, which a chat template renders, and no messages")
+        _require_said(system, prompt or text or "", "text" if prompt is None else "prompt")
+    else:
+        before, messages = len(messages), with_system(messages, system)
+        added = len(messages) - before
+        supervised_from += added if supervised_from else 0
+        masked = frozenset(index + added for index in masked)
     return Example(
         id=label_of(data.get("id"), "id") or default_id,
         source=label_of(data.get("source"), "source"),
@@ -137,34 +168,54 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         text=text,
         supervised_from=supervised_from,
         rendering=rendering,
+        masked=masked,
     )
 
 
 def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
-    # A column may exist for every row and be filled for some (Parquet, CSV), so a filled format wins over an
-    # earlier empty one; a row with only empty ones gets the reason "... is empty" from its reader below.
-    for empty in ((None, "", []), ()):
-        for keys in FORMATS:
-            if all(key in data and data[key] not in empty for key in keys):
-                return keys
+    """Which of `FORMATS` a row is of.
+
+    A column may exist for every row and be filled for some (Parquet, CSV), so a format whose columns are all empty
+    gives way to a later one, which is warned of. One of which a part is filled does not: the row would be read as
+    something else than what it was written as.
+    """
+    there = [keys for keys in FORMATS if all(key in data for key in keys)]
+    for place, keys in enumerate(there):
+        if all(is_blank(data[key]) for key in (*keys, *_BESIDE.get(keys, ())) if key in data):
+            continue
+        empty = [key for key in keys if is_blank(data[key]) or (isinstance(data[key], list) and not data[key])]
+        other = next((each for each in there[place + 1 :] if not any(is_blank(data[key]) for key in each)), None)
+        if empty and other is not None:
+            hint = f"--columns {empty[0]}= has such rows read as {' + '.join(other)}"
+            raise BadRowError(f"{empty[0]} is empty ({hint})")
+        if place:
+            passed = " + ".join(there[0])
+            warnings.warn(f"rows whose {passed} is empty are read as {' + '.join(keys)}", stacklevel=2)
+        return keys
+    if there:
+        return there[0]  # whose reader says that it is empty
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
-    raise BadRowError(
-        f"no known format: it has {named}; known are {KNOWN_FORMATS} (data.columns, --columns output=response, reads "
-        "yours as one)"
-    )
+    if "chosen" in data and "rejected" in data:
+        hint = "--columns completion=chosen, with a prompt, or messages=chosen reads the answers preferred"
+    else:
+        hint = "data.columns, --columns output=response, reads yours as one"
+    raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS} ({hint})")
 
 
-def _system(data: Mapping[Any, Any]) -> tuple[Message, ...]:
-    """The system turn that Alpaca's and ShareGPT's rows may have beside the others, in a column of its own."""
-    system = data.get("system")
-    return () if system is None or system == "" else ({"role": "system", "content": text_of(system, "system")},)
+def _require_said(system: tuple[str, str] | None, text: str, what: str) -> None:
+    """Refuse plain text beside a system turn that it does not hold: there is no place to put it."""
+    if system is not None and system[1].strip() not in text:
+        raise BadRowError(
+            f"has {system[0]!r}, which {what} does not hold, and no messages to put it before; add it to {what} "
+            f"({leave_unread(system[0])})"
+        )
 
 
 def _history(value: Any) -> Sequence[tuple[str, str]]:
     """Alpaca's earlier turns: pairs of what the user and the assistant said."""
     pairs = [] if value is None else value
     if not isinstance(pairs, Sequence) or isinstance(pairs, str):
-        raise BadRowError(f"history must be a list of pairs, not {kind_of(value)}")
+        raise BadRowError(f"history must be a list of pairs, not {kind_of(value)} ({leave_unread('history')})")
     turns: list[tuple[str, str]] = []
     for index, pair in enumerate(pairs):
         where = f"history[{index}]"

@@ -16,6 +16,8 @@ EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _READ = f"{', '.join(EXTENSIONS)}, and all but Parquet with {' or '.join(COMPRESSIONS)}"
 HUB_PREFIX = "hf://datasets/"
+# What describes a data set beside its files, in a folder cloned from the Hub or saved by `datasets`.
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of `datasets.save_to_disk`
 
 
@@ -23,7 +25,7 @@ def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
     """Expand paths, patterns and folders to what is to be read.
 
     Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two
-    patterns match is read once.
+    patterns match is read once. Of a folder or a pattern, hidden files and descriptions of a data set are passed over.
 
     Args:
         patterns: Paths, glob patterns, folders, or `hf://datasets/...` addresses.
@@ -100,6 +102,7 @@ def _expand(pattern: str, name: str) -> list[Path]:
     if path.exists():  # before globbing: a file name may hold brackets
         return [_known(path, name)]
     matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(pattern) else []
+    matches = [match for match in matches if Path(match).name not in _DESCRIPTIONS]
     if not matches:
         raise InputError(f"{name}: {_not_found(path)}")
     return [file for match in matches for file in _expand(match, name)]
@@ -111,12 +114,23 @@ def _folder(folder: Path, name: str) -> list[Path]:
     if (folder / _SAVED_DICT).is_file():
         splits = sorted(child.name for child in folder.iterdir() if (child / _SAVED_DATASET).is_file())
         raise InputError(f"{name}: {folder} holds several splits; name one: {_join(folder, splits)}")
-    files = sorted(child for child in folder.iterdir() if extension(child) and child.is_file())
+    # What is no regular file is refused by its reader rather than left out.
+    files = sorted(child for child in folder.iterdir() if _is_data(child) and not child.is_dir())
     if files:
         return files
-    below = sorted({file.parent for file in folder.rglob("*") if extension(file)})[:5]
+    found = (file for file in folder.rglob("*") if _is_data(file))
+    below = sorted({file.parent for file in found if not _is_hidden(file.relative_to(folder))})[:5]
     hint = f"; there are some in {', '.join(map(str, below))}" if below else ""
     raise InputError(f"{name}: no file to read in the folder {folder} ({_READ}){hint}")
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a folder holds examples, by its name."""
+    return bool(extension(path)) and path.name not in _DESCRIPTIONS and not path.name.startswith(".")
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def is_saved_dataset(path: Path) -> bool:

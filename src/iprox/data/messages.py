@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iprox.data.fields import BadRowError, kind_of, text_of, valid
+from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread, text_of, valid
+from iprox.data.masks import counts
 
 Message = dict[str, Any]
 """One turn: `{"role": ..., "content": ...}`, both text. It may have `REASONING` (text) and `tool_calls` (a list of
@@ -15,10 +17,24 @@ objects; then `content` may be None), and a tool's turn `name` and `tool_call_id
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Keys of what the assistant thought; transformers gives each to a chat template under the name that it reads."""
 
+THOUGHT, EARLIER, NO_MARK = "reasoning in the content ", "reasoning in the content of earlier turns ", "-"
+"""How `parts_beside` names reasoning that stands in the content, before its two marks."""
+_THOUGHTS = re.compile(
+    r"(?P<open><(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>)?"
+    r"(?P<said>.*?)"
+    r"(?P<close></(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>)",
+    re.DOTALL,
+)
+
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 # What says more than role and content and is not read. To drop it would change the training text.
-_UNREAD_ROW_KEYS = ("functions",)
-_UNREAD_MESSAGE_KEYS = ("function_call",)
+_MEDIA = ("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos")
+UNREAD_ROW_KEYS = ("functions", *_MEDIA)
+"""Columns that say a part of the example which is not read; rows that have one filled are refused."""
+_UNREAD_MESSAGE_KEYS = ("function_call", *_MEDIA)
+SYSTEM = ("system", "system_prompt", "system_message")
+"""Columns that hold the system turn of a row."""
+_SYSTEM_ROLES = ("system", "developer")
 # Variables that `apply_chat_template` takes for itself, which are the encoder's to set.
 _RESERVED = frozenset(
     {
@@ -45,15 +61,76 @@ def read_messages(value: Any, key: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{key}[{index}]") for index, item in enumerate(value))
 
 
-def require_assistant(messages: Sequence[Message], key: str) -> None:
+def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
+    """Return the places of the assistant's turns that do not count in the loss (see `iprox.data.masks`).
+
+    Args:
+        value: The turns as the row has them.
+        messages: The same as they are read.
+        key: The column.
+
+    Raises:
+        BadRowError: A turn asks for what cannot be done.
+    """
+    pairs = zip(value, messages, strict=True)
+    counted = [counts(item, f"{key}[{index}]", message["role"]) for index, (item, message) in enumerate(pairs)]
+    return frozenset(
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and not counted[index]
+    )
+
+
+def system_of(data: Mapping[Any, Any]) -> tuple[str, str] | None:
+    """Return the system turn that a row has in a column of its own: (the column, the text).
+
+    Raises:
+        BadRowError: It is no text, or two columns say different things.
+    """
+    given = {column: data[column] for column in SYSTEM if not is_blank(data.get(column))}
+    for column, value in given.items():
+        if not isinstance(value, str):
+            raise BadRowError(f"{column} must be text, not {kind_of(value)} ({leave_unread(column)})")
+        valid(value, column)
+    if len({text.strip() for text in given.values()}) > 1:
+        raise BadRowError(f"{' and '.join(given)} say different things; keep one ({leave_unread(list(given)[-1])})")
+    return next(iter(given.items()), None)
+
+
+def with_system(messages: tuple[Message, ...], system: tuple[str, str] | None) -> tuple[Message, ...]:
+    """Return a conversation with the system turn of its row in front, unless it has that turn already.
+
+    Args:
+        messages: The turns.
+        system: The column and the text (see `system_of`); None where the row has none.
+
+    Raises:
+        BadRowError: The conversation has a system turn that says something else.
+    """
+    if system is None:
+        return messages
+    column, text = system
+    given = [message["content"] or "" for message in messages if message["role"] in _SYSTEM_ROLES]
+    own = [content for content in given if content.strip()]
+    if not own:
+        start = 1 if messages[0]["role"] in _SYSTEM_ROLES else 0  # an empty one
+        return ({"role": "system", "content": text}, *messages[start:])
+    if not any(text.strip() in content for content in own):
+        raise BadRowError(
+            f"{column} says something else than the system turn of the messages; keep one ({leave_unread(column)})"
+        )
+    return messages
+
+
+def require_assistant(messages: Sequence[Message], key: str, masked: frozenset[int] = frozenset()) -> None:
     """Refuse a conversation that has nothing to learn from.
 
     Raises:
-        BadRowError: No turn is the assistant's.
+        BadRowError: No turn is the assistant's, or none of these counts.
     """
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(sorted({message["role"] for message in messages}))
         raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
+    if all(index in masked for index, message in enumerate(messages) if message["role"] == "assistant"):
+        raise BadRowError(f"every assistant turn of {key} is masked, so nothing is supervised; remove the row")
 
 
 def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
@@ -64,24 +141,25 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
     Raises:
         BadRowError: They are malformed, or of a kind that is not read.
     """
-    for key in _UNREAD_ROW_KEYS:
-        if data.get(key):
-            raise BadRowError(f"has {key!r}, which iprox does not read; remove it or the row")
+    for key in UNREAD_ROW_KEYS:
+        if _filled(data.get(key)):
+            raise BadRowError(f"has {key!r}, which iprox does not read; remove it or the row ({leave_unread(key)})")
     tools = data.get("tools")
     if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise BadRowError("tools is text, and not JSON") from None
+            raise BadRowError(f"tools is text, and not JSON ({leave_unread('tools')})") from None
     given = data.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
-        raise BadRowError(f"chat_template_kwargs must be an object, not {kind_of(given)}")
+        hint = leave_unread("chat_template_kwargs")
+        raise BadRowError(f"chat_template_kwargs must be an object, not {kind_of(given)} ({hint})")
     rendering = dict(given)
     for key in rendering:
         if key in _RESERVED:
             raise BadRowError(f"chat_template_kwargs has {key!r}, which is not a template's variable of its own")
     if tools:
-        rendering["tools"] = _objects(tools, "tools")
+        rendering["tools"] = _objects(tools, "tools", f" ({leave_unread('tools')})")
     _check_json(rendering, "tools or chat_template_kwargs")
     return rendering
 
@@ -101,26 +179,40 @@ def said(message: Message) -> list[tuple[str, str]]:
 def parts_beside(messages: Sequence[Message], rendering: Mapping[str, Any]) -> list[str]:
     """What a conversation says that a chat template may leave out, as `templates.leaves_out` knows it."""
     parts = {"tools": None} if "tools" in rendering else {}
-    for message in messages:
+    last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    for index, message in enumerate(messages):
         parts |= {key: None for key in ("tool_calls", *REASONING) if key in message}
         if message["role"] not in ("user", "assistant") and message["content"]:
             parts[f"role {message['role']}"] = None
+        if message["role"] == "assistant" and (marks := thought_marks(message["content"] or "")):
+            parts |= {THOUGHT + marks: None} | ({EARLIER + marks: None} if index < last else {})
     return list(parts)
+
+
+def thought_marks(content: str) -> str:
+    """Return the marks, as `"<think> </think>"`, between which an answer holds its reasoning; "" where it holds none.
+
+    The first is `NO_MARK` where the reasoning starts with the answer, whose prompt has opened it.
+    """
+    if "/" not in content and "<|end_of_thought|>" not in content:
+        return ""
+    found = _THOUGHTS.search(content)
+    if found is None or not found["said"].strip():
+        return ""
+    return f"{found['open'] or NO_MARK} {found['close']}"
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise BadRowError(f"{where} must be an object with role and content, not {kind_of(item)}")
     for key in _UNREAD_MESSAGE_KEYS:
-        if item.get(key):
+        if _filled(item.get(key)):
             raise BadRowError(f"{where} has {key!r}, which iprox does not read; remove it or the row")
     role = item.get("role")
     if role is None and isinstance(item.get("from"), str):
         role = _SHAREGPT_ROLES.get(item["from"], item["from"])
     if not isinstance(role, str) or not role:
         raise BadRowError(f"{where} has no role")
-    if role == "assistant" and item.get("weight") == 0:
-        raise BadRowError(f"{where} has 'weight' 0, and iprox trains on every assistant turn; remove it or the row")
     if role in _UNREAD_ROLES:
         raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
     message: Message = {"role": role, "content": None}
@@ -135,6 +227,15 @@ def _message(item: Any, where: str) -> Message:
         message["tool_calls"] = _tool_calls(item["tool_calls"], f"tool_calls of {where} ({role})")
     message["content"] = _content(item, where, role, calls="tool_calls" in message)
     return message
+
+
+def _filled(value: Any) -> bool:
+    """Whether a column that is not read holds something: a list of nothing, as Arrow fills in, holds nothing."""
+    if isinstance(value, Mapping):
+        return any(_filled(each) for each in value.values())
+    if isinstance(value, list | tuple):
+        return any(_filled(each) for each in value)
+    return not is_blank(value) and value is not False
 
 
 def _content(item: Mapping[Any, Any], where: str, role: str, *, calls: bool) -> str | None:
@@ -167,9 +268,9 @@ def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _objects(value: Any, what: str) -> list[dict[str, Any]]:
+def _objects(value: Any, what: str, hint: str = "") -> list[dict[str, Any]]:
     if not isinstance(value, list | tuple) or not all(isinstance(each, dict) for each in value):
-        raise BadRowError(f"{what} must be a list of objects")
+        raise BadRowError(f"{what} must be a list of objects{hint}")
     return list(value)
 
 

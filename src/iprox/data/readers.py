@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import datetime
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +24,17 @@ import pyarrow.parquet as pq
 from iprox.data.arrow import json_decoder, unfilled
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
 from iprox.errors import InputError
+from iprox.files import not_regular
 
 _CHUNK = 1 << 20
 # Of a JSON array: what is left of a chunk is copied for every element, so a large one costs more than it saves.
 _ARRAY_CHUNK = 1 << 14
 _PARQUET_ROWS = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONGEST = 64 << 20
+"""Most bytes of one line, after decompression (characters of one element of an array, and of one field of CSV)."""
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_UTF_32, _UTF_16 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +83,12 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
 
     Returns:
         The reader. The file is opened when `records()` is iterated.
+
+    Raises:
+        InputError: It is not a regular file: to read a pipe or a device may never end, and iprox reads more than once.
     """
+    if irregular := not_regular(path):
+        raise InputError(f"{path}: {irregular}")
     read = {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(extension(path), _jsonl)
     return Reader(label, stem, str(path), path, lambda: _guarded(read(path), path))
 
@@ -178,18 +192,13 @@ def json_line(data: Mapping[str, Any], origin: str) -> bytes:
         origin: File and row for messages.
 
     Returns:
-        UTF-8 bytes that end with a newline; NaN and infinities are null, as pandas writes them.
+        UTF-8 bytes that end with a newline; NaN and infinities are null, as pandas writes them. Dates, decimals, UUIDs
+        and durations are text.
 
     Raises:
         InputError: A column holds what JSON cannot (bytes, images).
     """
-
-    def other(value: Any) -> Any:
-        if hasattr(value, "isoformat"):  # dates and times
-            return value.isoformat()
-        raise TypeError(type(value).__name__)
-
-    dumps = functools.partial(json.dumps, default=other, allow_nan=False)
+    dumps = functools.partial(json.dumps, default=_plain, allow_nan=False)
     try:
         try:
             text = dumps(data, ensure_ascii=False)
@@ -200,8 +209,31 @@ def json_line(data: Mapping[str, Any], origin: str) -> bytes:
             return text.encode() + b"\n"
         except UnicodeEncodeError:  # a lone surrogate in a column that is not read
             return dumps(data).encode() + b"\n"
-    except TypeError as error:
-        raise InputError(f"{origin}: a column holds {error}, which JSON cannot; remove the column") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{origin}: {_unwritable(data)}; remove the column") from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form of, as text or as what it holds."""
+    if hasattr(value, "isoformat"):  # dates and times
+        return value.isoformat()
+    if isinstance(value, Decimal | uuid.UUID | datetime.timedelta):
+        return str(value)
+    if hasattr(value, "tolist"):  # arrays and numbers of NumPy
+        return value.tolist()
+    raise TypeError(type(value).__name__)
+
+
+def _unwritable(data: Mapping[str, Any]) -> str:
+    """Which column of a row JSON cannot hold, and why."""
+    for column, value in data.items():
+        try:
+            json.dumps({column: value}, default=_plain)
+        except TypeError as error:
+            return f"the column {column!r} holds {error}, which JSON cannot"
+        except (ValueError, RecursionError):
+            return f"the column {column!r} holds objects within themselves, or nested too deep for JSON"
+    return "a column holds what JSON cannot"
 
 
 def _finite(value: Any) -> Any:
@@ -214,6 +246,7 @@ def _finite(value: Any) -> Any:
 
 def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
     try:
+        _require_readable(path)
         yield from records
     except OSError as error:
         mend = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
@@ -234,10 +267,40 @@ def _text(path: Path, newline: str | None = None) -> IO[str]:
     return io.TextIOWrapper(_opened(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
+def _require_readable(path: Path) -> None:
+    """Refuse what is there in place of a file, and files in an encoding that is not read."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(
+                f"{path}: is a Git LFS pointer, not the file that it stands for; run git lfs pull in its repository"
+            )
+    if extension(path) == ".parquet":
+        return
+    with _opened(path) as file:
+        head = file.read(4)
+    for marks, name in ((_UTF_32, "UTF-32"), (_UTF_16, "UTF-16")):
+        # Without a byte order mark: a character of ASCII is two bytes there, one of them 0.
+        if head.startswith(marks) or (name == "UTF-16" and len(head) == 4 and sorted(head[:2])[0] == 0 < max(head[:2])):
+            raise InputError(f"{path}: is {name}, and iprox reads UTF-8; convert it: iconv -f {name} -t UTF-8 IN > OUT")
+
+
+def _lines(file: IO[Any], path: Path) -> Iterator[Any]:
+    """The lines of a file, none of which is too long to be held."""
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise InputError(_too_long(path, "a line"))
+        yield line
+
+
+def _too_long(path: Path, what: str) -> str:
+    return f"{path}: {what} is longer than {LONGEST >> 20} MB, the most that is read of one; split it or leave it out"
+
+
 def _jsonl(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
+        first = True
         # Bytes, not text: `write_rows` copies lines byte for byte, and only "\n" ends a line of JSON.
-        for row, line in enumerate(file, start=1):
+        for row, line in enumerate(_lines(file, path), start=1):
             if row == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)  # which belongs to the file's start, not to the row
             if line.isspace():
@@ -247,9 +310,36 @@ def _jsonl(path: Path) -> Iterator[Record]:
             except UnicodeDecodeError as error:
                 yield Record(row, None, f"not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:
+                if first:
+                    _require_lines(path)
                 yield Record(row, None, f"not JSON: {_json_fault(error)}")
             else:
+                if first and isinstance(data, list) and any(isinstance(each, dict) for each in data):
+                    _require_lines(path)
                 yield Record(row, data, None, line)
+            first = False
+
+
+def _require_lines(path: Path) -> None:
+    """Say that a file whose first line is no object is an array, or has its objects over several lines."""
+    with _opened(path) as file:
+        head = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()
+    if head.startswith(b"["):
+        plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+        name = plain.with_suffix(".json").name + path.name[len(plain.name) :]
+        raise InputError(f"{path}: is a JSON array, not one object per line; name it {name}")
+    try:
+        _, end = json.JSONDecoder().raw_decode(head.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        # An object that does not end in what was read looks like this too.
+        broken = head.startswith(b"{") and head[1:].lstrip(b" \t\r").startswith(b"\n") and len(head) > _CHUNK // 2
+    else:
+        broken = b"\n" in head.decode(errors="replace")[:end].encode()
+    if broken:
+        raise InputError(
+            f"{path}: has a JSON object over several lines; write each on one line (jq -c . IN > OUT), or all as an "
+            "array in a .json file"
+        )
 
 
 def _json(path: Path) -> Iterator[Record]:
@@ -291,7 +381,9 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            chunk = file.read(size)
+            if len(buffer) > LONGEST:
+                raise InputError(_too_long(path, f"element {row + 1}")) from error
+            chunk = file.read(min(size, LONGEST))
             if not chunk:
                 # The decoder counts from the buffer, so its position would mislead.
                 fault = error.msg if isinstance(error, json.JSONDecodeError) else _json_fault(error)
@@ -299,6 +391,8 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
             buffer += chunk
             size *= 2  # a long element is parsed again after each read: doubling keeps the total linear
             continue
+        if end > LONGEST:
+            raise InputError(_too_long(path, f"element {row + 1}"))
         row, buffer, separator, size = row + 1, body[end:], ",", _ARRAY_CHUNK
         yield Record(row, data)
     if (buffer[1:] + file.read(_ARRAY_CHUNK)).strip():
@@ -319,9 +413,9 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long document
+    csv.field_size_limit(LONGEST)  # the default, 131,072 characters, is less than a long document
     with _text(path, newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_lines(file, path), strict=True)
         row = 0
         while True:
             row += 1

@@ -79,7 +79,7 @@ class Pool:
         *,
         name: str = "pool",
         on_bad_row: str = "stop",
-        columns: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | None] | None = None,
     ) -> None:
         if on_bad_row not in ("stop", "skip"):
             raise InputError(f"{name}: on_bad_row must be 'stop' or 'skip', not {on_bad_row!r}")
@@ -231,14 +231,14 @@ class Pool:
                 hash_file(digest, reader.path)
         sources: Counter[str] = Counter()
         hashes = array("Q")
-        writable: set[Reader] = set()
+        writable: set[tuple[Any, ...]] = set()  # by reader, the types of a row's columns
         for example, record, reader in self._good_rows(note):
             hashes.append(_hash64(example.id))
             if look is not None:
                 look(example)
-            if record.line is None and reader not in writable:
+            if record.line is None and (types := (id(reader), *map(type, record.data.values()))) not in writable:
                 json_line(record.data, example.origin)  # refused now rather than when rows are selected
-                writable.add(reader)
+                writable.add(types)
             if progress is not None and len(hashes) % _PROGRESS_ROWS == 0:
                 progress(_PROGRESS_ROWS)
             if example.source is not None:

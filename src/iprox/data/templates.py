@@ -8,12 +8,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
-from iprox.data.messages import REASONING
+from iprox.data.messages import EARLIER, NO_MARK, REASONING, THOUGHT
+from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited
 from iprox.errors import InputError
-from iprox.files import expanded
+from iprox.files import expanded, not_regular
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The named default that `--chat-template chatml` asks for."""
+
+GIVEN = "the chat template given"
+"""The origin of a template that is given as Jinja source."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -42,12 +46,14 @@ class TemplateChoice:
             assistant turns) or `"none"` (no template; only plain text can be encoded).
         describe: One sentence for people and for `run.json`.
         warnings: What the user should know about these labels.
+        origin: Where the template is from, for messages.
     """
 
     template: str | None
     rule: str
     describe: str
     warnings: tuple[str, ...] = ()
+    origin: str = ""
 
 
 def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice:
@@ -62,7 +68,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
 
     Raises:
         InputError: `chat_template` is none of the three, the tokenizer has named templates without a default,
-            or the template is no Jinja or loses the messages' text.
+            or the template is no Jinja, takes too long or loses the messages' text.
     """
     template, origin = _given(tokenizer, chat_template)
     warnings: list[str] = []
@@ -72,14 +78,23 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
         warnings.append(
             "the ChatML end-of-turn mark <|im_end|> is not one token of this tokenizer; it is written with several"
         )
+    try:
+        with limited():
+            return _choice(tokenizer, template, origin, warnings)
+    except RenderingTimeError as error:
+        raise InputError(f"{origin} {error}; give another (--chat-template FILE)") from error
+
+
+def _choice(tokenizer: Any, template: str, origin: str, warnings: list[str]) -> TemplateChoice:
+    _require_content(tokenizer, template, origin)
     if _GENERATION.search(template):
         rule, describe = "generation", f"assistant tokens as marked by the generation blocks of {origin}"
     elif (training := _training_template(tokenizer, template)) is not None:
         template, rule = training, "trl"
         describe = f"assistant tokens as marked by TRL's training variant of {origin}"
+        _require_content(tokenizer, template, origin)
     else:
         rule, describe = "boundary", f"assistant tokens by the exact boundaries of the turns in {origin}"
-    _require_content(tokenizer, template, origin)
     if rule != "boundary" and not _stop_is_supervised(tokenizer, template):
         warnings.append(
             "the chat template leaves the end-of-turn token out of the assistant's tokens, "
@@ -87,7 +102,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
         )
     for warning in warnings:
         _LOG.warning("%s", warning)
-    return TemplateChoice(template, rule, describe, tuple(warnings))
+    return TemplateChoice(template, rule, describe, tuple(warnings), origin)
 
 
 def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
@@ -98,7 +113,12 @@ def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
     Args:
         tokenizer: Of transformers.
         template: Jinja source.
-        part: `"tools"`, `"tool_calls"`, one of `REASONING`, or `"role ROLE"` for turns of that role.
+        part: `"tools"`, `"tool_calls"`, one of `REASONING`, `THOUGHT` with the marks that the reasoning has in the
+            content (see `messages.thought_marks`), `EARLIER` with them for turns before the last of the assistant, or
+            `"role ROLE"` for turns of that role.
+
+    Raises:
+        RenderingTimeError: The template takes too long.
     """
     mark = "q31415926"  # letters and digits that no template changes
     answer: dict[str, Any] = {"role": "assistant", "content": "x"}
@@ -117,12 +137,18 @@ def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
         answer[part] = call[part] = mark
         # Some templates show what was thought before a call only.
         turns = [answer, {"role": "user", "content": "x"}, call]
+    elif part.startswith((THOUGHT, EARLIER)):
+        opening, closing = part.removeprefix(THOUGHT).removeprefix(EARLIER).split()[-2:]
+        answer["content"] = f"{'' if opening == NO_MARK else opening}\n{mark}\n{closing}\n\nx"
+        later = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        turns = [answer, *(later if part.startswith(EARLIER) else ())]
     else:
         turns = [call if part == "role tool" else answer, marked, answer]
     turns = [marked, asked, answer] if part == "role system" else [asked, *turns]
     try:
-        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **given)
-    except (TemplateError, TypeError, ValueError):
+        with limited():
+            text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **given)
+    except RENDERING_ERRORS:
         return False
     return mark not in text
 
@@ -141,9 +167,12 @@ def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
     if chat_template == "chatml":
         return CHATML, "iprox's ChatML template"
     if "{{" in chat_template or "{%" in chat_template:
-        return chat_template, "the chat template given"
+        return chat_template, GIVEN
     try:
-        return expanded(chat_template).read_text(encoding="utf-8"), f"the chat template {chat_template}"
+        file = expanded(chat_template)
+        if irregular := not_regular(file):
+            raise InputError(f"chat template {chat_template}: {irregular}")
+        return file.read_text(encoding="utf-8"), f"the chat template {chat_template}"
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"chat template {chat_template!r} is neither 'chatml' nor Jinja source nor a readable file"
@@ -156,7 +185,7 @@ def _training_template(tokenizer: Any, template: str) -> str | None:
         tokenizer.chat_template = template
     try:
         return get_training_chat_template(tokenizer)
-    except (ValueError, TypeError, KeyError, TemplateError):
+    except RENDERING_ERRORS:
         # ValueError is TRL's "not known"; the others come from the template that refuses TRL's probe messages.
         return None
 
@@ -170,7 +199,7 @@ def _require_content(tokenizer: Any, template: str, origin: str) -> None:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     except TemplateSyntaxError as error:
         raise InputError(f"{origin}, line {error.lineno}: not valid Jinja: {error.message}") from error
-    except (TemplateError, TypeError, ValueError):
+    except RENDERING_ERRORS:
         return  # `encode` names the row if the template refuses real ones too
     if asked not in text or answered not in text:
         raise InputError(
@@ -189,7 +218,7 @@ def _stop_is_supervised(tokenizer: Any, template: str) -> bool:
             return_dict=True,
             return_assistant_tokens_mask=True,
         )
-    except (TemplateError, TypeError, ValueError):
+    except RENDERING_ERRORS:
         return True  # the template refuses the probe; `encode` names the row if it refuses real ones too
     kept = [token for token, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     return len(tokenizer.decode(kept).strip()) > 1  # more than the "x"

@@ -245,6 +245,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     """One clause for one of pydantic's problems."""
     path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
+    if path and (path[-1] == "[key]" or problem["type"] == "invalid_key"):
+        section = ".".join(path[:-2] if path[-1] == "[key]" else path[:-1])
+        place = f"{section}: " if section else ""
+        return f"{place}a key must be text, and YAML reads {_as_yaml_reads(problem['input'], problem['loc'])}"
     where = cut(".".join(path))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
@@ -260,7 +264,22 @@ def _explain(problem: Any) -> str:
         return message  # of the recipe as a whole: it names the keys itself
     if isinstance(problem["input"], dict | BaseModel):
         return f"{where}: {message}"  # of a section as a whole
-    return f"{where}: {message[0].lower()}{message[1:]} (given: {shown(problem['input'])})"
+    said = f"{where}: {message[0].lower()}{message[1:]} (given: {shown(problem['input'])})"
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool):
+        return f'{said}; text that YAML reads so (yes, no, on, off) is quoted: "no"'
+    return said
+
+
+def _as_yaml_reads(key: Any, loc: tuple[Any, ...]) -> str:
+    """What a key was read as that was to be text, and how it is written."""
+    if loc[-1] != "[key]":  # pydantic gives the value of such a key, not the key
+        key = loc[-1]
+    if isinstance(key, bool):
+        words = "yes, on and true" if key else "no, off and false"
+        return f'{words} as {str(key).lower()}: quote it, e.g. "{"yes" if key else "no"}"'
+    if key is None:
+        return 'an empty key, ~ and null as nothing: quote it, e.g. "null"'
+    return f'{key} as {"a number" if isinstance(key, int | float) else f"a {type(key).__name__}"}: quote it, "{key}"'
 
 
 def _is_false_branch(problem: Any) -> bool:

@@ -23,7 +23,8 @@ WARMUP_FRACTION, FEWEST_WARMUP, MOST_WARMUP = 0.05, 500, 10_000
 class DataSection(Section):
     """The pool, the validation set of each task, and how they are read.
 
-    `columns` says which columns of theirs are read as which that iprox knows: `{output: response}`.
+    `columns` says which columns of theirs are read as which that iprox knows: `{output: response}`; one that is null
+    (kept as empty text) is left unread.
     `num_proc` processes tokenise ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
     """
 
@@ -39,6 +40,13 @@ class DataSection(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _null_is_unread(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {known: "" if own is None else own for known, own in value.items()}
 
 
 class LoraSection(Section):

@@ -1,0 +1,122 @@
+"""Which turns are not trained on, as data sets say it for other trainers, and rows that data sets mark as bad.
+
+A turn is left out of the loss by `train`, `training` or `trainable` false (axolotl, verl), `loss` false (ms-swift),
+`loss_mask` 0 (slime) or `weight` 0 (OpenAI, Together, Fireworks). What is finer than a turn is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread
+
+_TRAINS = ("train", "training", "trainable")  # true on a user's turn asks to train on it
+TURN_MASKS = (*_TRAINS, "loss", "loss_mask", "weight")
+"""Keys of a turn, or of a row, that say whether it counts."""
+
+SPANS = "train_detail"
+"""The key under which axolotl's data sets mark parts of a turn."""
+
+VERDICTS = ("label", "kto_tag")
+"""Columns of preference data that say whether an answer is a good one (KTO)."""
+
+_YES, _NO = ("true", "yes"), ("false", "no")
+
+
+def counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
+    """Return whether a turn of the assistant counts in the loss.
+
+    Raises:
+        BadRowError: A key asks for what cannot be done: parts of a turn, a share of its loss, or the loss of a turn
+            that is not the assistant's.
+    """
+    counted = True
+    for key in TURN_MASKS:
+        verdict = _verdict(item.get(key), f"{key} of {where} ({role})") if key in item else None
+        if verdict and role != "assistant" and key in _TRAINS:
+            raise BadRowError(
+                f"{key} of {where} is true, and iprox trains on turns of the assistant only, not of {role}"
+            )
+        counted = counted and verdict is not False
+    if role == "assistant" and not _whole(item.get(SPANS)):
+        raise BadRowError(
+            f"{SPANS} of {where} masks a part of the turn, and iprox masks whole turns; remove it or the row"
+        )
+    return counted
+
+
+def refuse_masked_row(data: Mapping[Any, Any]) -> None:
+    """Refuse a row of which nothing or only a share counts.
+
+    Raises:
+        BadRowError: It has a key of `TURN_MASKS` that says so.
+    """
+    for key in TURN_MASKS:
+        value = data.get(key)
+        # Columns of the other names often hold something else: the loss of some model, a split.
+        whole = key in ("weight", "loss_mask")
+        counted = _verdict(value, key, leave_unread(key)) if whole else _plain_verdict(value)
+        if counted is False:
+            raise BadRowError(f"{key} is {value!r}, so nothing of the row counts; remove the row ({leave_unread(key)})")
+    if not _whole(data.get(SPANS)):
+        raise BadRowError(f"{SPANS} masks parts of the row, and iprox masks whole turns ({leave_unread(SPANS)})")
+
+
+def refuse_rejected_row(data: Mapping[Any, Any], *, preference: bool) -> None:
+    """Refuse a row that is labelled as an answer not to give, which no training on good examples takes.
+
+    Args:
+        data: The row.
+        preference: Whether the row has the columns of KTO, prompt and completion: then 0 is false.
+
+    Raises:
+        BadRowError: It is.
+    """
+    for key in VERDICTS:
+        value = data.get(key)
+        says_no = _plain_verdict(value) is False if preference else value is False or _text(value) in _NO
+        if says_no:
+            raise BadRowError(
+                f"{key} is {value!r}: preference data marks so an answer not to give; remove the row "
+                f"({leave_unread(key)} where it means something else)"
+            )
+
+
+def _verdict(value: Any, what: str, hint: str = "remove it or the row") -> bool | None:
+    """Whether something counts; None where that is not said."""
+    verdict = _plain_verdict(value)
+    if verdict is not None or is_blank(value):
+        return verdict
+    if isinstance(value, Sequence) and not isinstance(value, str):  # by token
+        if all(_plain_verdict(each) for each in value):
+            return True if value else None
+        raise BadRowError(f"{what} masks parts, and iprox masks whole turns; {hint}")
+    if isinstance(value, int | float):
+        raise BadRowError(f"{what} is {value!r}: a turn counts with weight 1 or not at all (0); {hint}")
+    raise BadRowError(f"{what} must be true or false, or 1 or 0, not {kind_of(value)}; {hint}")
+
+
+def _plain_verdict(value: Any) -> bool | None:
+    """What a value says if it is true or false, in any of the ways that files write these."""
+    text = _text(value)
+    if text in _YES or text in _NO:
+        return text in _YES
+    try:
+        number = float(text if text is not None else value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return bool(number) if number in (0.0, 1.0) else None
+
+
+def _text(value: Any) -> str | None:
+    return value.strip().lower() if isinstance(value, str) else None
+
+
+def _whole(spans: Any) -> bool:
+    """Whether spans of a turn leave nothing out."""
+    if is_blank(spans):
+        return True
+    if isinstance(spans, str) or not isinstance(spans, Sequence):
+        return False
+    return all(isinstance(span, Mapping) and _plain_verdict(span.get("train", True)) for span in spans)
