@@ -150,11 +150,11 @@ class Session:
             InputError: a file of it is that of a set that it is judged by.
         """
         refuse_shared_files(pool, judged_by)
-        with self._own_warnings():
+        with self.own_warnings():
             for source in judged_by.values():
                 source.scan()  # tells of all their bad rows, not of the first
             overlap = Overlap(judged_by)
-        with self._own_warnings(), self.reporter.bar("read", None, "rows") as progress:
+        with self.own_warnings(), self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
         unmet = [own for own in pool.columns.unmet if all(own in each.columns.unmet for each in judged_by.values())]
         if unmet:
