@@ -111,6 +111,8 @@ def audit(
     check_model("model", model)
     check_model("proxy", proxy)
     target = model if query == "target" and low_rank_layers(proxy) else None
+    settings = {"per_example": False, **settings}
     on_proxy = score(proxy, sample, validation, target=target, **settings)
-    # Whole validation gradients, so that the two have no error in common.
-    return compare_scores(on_proxy, score(model, sample, validation, **{**settings, "query_norm": 1.0}))
+    # Whole validation gradients and exact norms, so that the two have no error in common.
+    exact = {name: value for name, value in settings.items() if name != "norm_sketch"}
+    return compare_scores(on_proxy, score(model, sample, validation, **{**exact, "query_norm": 1.0}))

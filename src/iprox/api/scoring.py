@@ -205,7 +205,7 @@ def attribute(
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
-    normalise: Normalise = "none",
+    normalise: Normalise = "cosine",
     norm_sketch: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -220,7 +220,7 @@ def attribute(
         target: as for `score`.
         gradient: as for `score`.
         query_norm: as for `score`.
-        normalise: as for `score`.
+        normalise: `cosine` (default) or `none`.
         norm_sketch: as for `score`.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
