@@ -48,7 +48,7 @@ def test_the_whole_method_in_memory(model, tmp_path):
     assert 0.3 < report.mean["spearman"] <= 1
     rough = iprox.audit(model, proxy, pool, validation, query_norm=0.5)
     assert rough.scores["target/arithmetic"].equals(report.scores["target/arithmetic"])
-    sketched = iprox.audit(model, proxy, pool, validation, norm_sketch=1)  # of the proxy's norms; the target's are exact
+    sketched = iprox.audit(model, proxy, pool, validation, norm_sketch=1)  # of the proxy alone
     assert sketched.scores["target/arithmetic"].equals(report.scores["target/arithmetic"])
     assert not sketched.scores["proxy/arithmetic"].equals(report.scores["proxy/arithmetic"])
     assert not rough.scores["proxy/arithmetic"].equals(report.scores["proxy/arithmetic"])

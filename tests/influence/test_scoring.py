@@ -70,7 +70,7 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
     model, pool, validation = setup
     stats = run(tmp_path / "scores.parquet", [model], pool, validation)
     table = read_scores(tmp_path)
-    assert table.column_names == ["id", "source", "tokens", "influence/one", "influence/two", "influence"]
+    assert table.column_names == ["id", "source", "tokens", "supervised", "influence/one", "influence/two", "influence"]
     assert [str(table.schema.field(name).type) for name in table.column_names] == ["string", "string", "int32"] + [
         "double"
     ] * 3
@@ -308,3 +308,60 @@ def test_a_proxys_validation_gradients_are_cut_and_its_targets_are_not(tiny, set
     assert all(QUERY_NORM <= share < 1 for share in cut.kept.values())
     assert set(whole.kept.values()) == set(own.kept.values()) == {1.0}
     assert cut.contraction_flops < whole.contraction_flops
+
+
+def stopped_before_the_merge(path, models, pool, validation, monkeypatch):
+    """All shards are there, and the scores are not: where a run is stopped at its very end."""
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "merge_shards", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(path, models, pool, validation, [0.3, 0.07])
+    return sorted(path.with_name(path.name + ".shards").rglob("*.parquet"))
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def flip(file):
+    """One byte of the first column's data."""
+    raw = bytearray(file.read_bytes())
+    raw[40] ^= 0xFF
+    file.write_bytes(bytes(raw))
+
+
+def shorten(file):
+    """A whole file with a row less than it says."""
+    table = pq.read_table(file)
+    pq.write_table(table.slice(1), file)
+
+
+@pytest.mark.parametrize("fault", [lambda file: file.unlink(), cut, empty, flip, shorten])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_a_shard_that_is_lost_or_damaged_is_made_again(setup, tiny, tmp_path, monkeypatch, fault, place):
+    model, pool, validation = setup
+    models = [model, tiny.model("gpt-neox", seed=5)]
+    whole, path = tmp_path / "whole.parquet", tmp_path / "scores.parquet"
+    expected = run(whole, models, pool, validation, [0.3, 0.07])
+    files = stopped_before_the_merge(path, models, pool, validation, monkeypatch)
+    fault(files[place])
+    said = f"{files[place].name}: is (damaged|not there), so its rows are scored again"
+    with pytest.warns(UserWarning, match=said):
+        assert run(path, models, pool, validation, [0.3, 0.07]) == expected
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_shards_that_are_whole_are_not_scored_again(setup, tmp_path, monkeypatch, tiny):
+    model, pool, validation = setup
+    models, path = [model, tiny.model("gpt-neox", seed=5)], tmp_path / "scores.parquet"
+    files = stopped_before_the_merge(path, models, pool, validation, monkeypatch)
+    files[1].unlink()
+    real, written = shards.write_parts, []
+    monkeypatch.setattr(shards, "write_parts", lambda to, parts: (written.append(to), real(to, parts)))
+    with pytest.warns(UserWarning, match="is not there"):
+        run(path, models, pool, validation, [0.3, 0.07])
+    assert written == [files[1], path]

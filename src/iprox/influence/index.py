@@ -116,7 +116,7 @@ def write_index(
         stats.add(counted)
         if progress is not None:
             progress(counted.rows, earlier=True)
-    windows = windows_of(pool, window, skip=len(ready))
+    windows = windows_of(pool, window, leave_out=range(len(ready)))
     for number, (table, counted) in enumerate(engine(make, windows, progress), start=len(ready)):
         # A window carries its own counts, so that a resumed run reports the whole.
         table = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})

@@ -180,7 +180,7 @@ def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
         try:
             for part in parts:
                 if writer is None:
-                    writer = pq.ParquetWriter(partial, part.schema, compression="zstd")
+                    writer = pq.ParquetWriter(partial, part.schema, compression="zstd", write_page_checksum=True)
                 writer.write_table(part)
                 rows += part.num_rows
         finally:

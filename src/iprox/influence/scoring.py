@@ -28,7 +28,7 @@ from iprox.recipe import ALIKE, CURVED, GRADIENT_FREE, GradientFree
 
 # Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
-WINDOW = 4096
+WINDOW = 1024
 
 # Share of the validation gradients' norm that scores on a proxy keep unless asked otherwise: what is lost is small
 # beside what the proxy loses. On a model itself they are kept whole, so that its scores are exact. Divided by a

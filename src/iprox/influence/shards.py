@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +37,8 @@ from iprox.progress import Advance
 from iprox.recipe import MODEL_FREE
 
 IDENTITY = "identity.json"
+# Says of a checkpoint that all its windows are scored, and how many there are.
+DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,8 @@ def score_to_file(
     """Score a pool at every checkpoint and write `scores.parquet`.
 
     Every window of every checkpoint is a shard, written atomically beside the result. Stopped at any point and
-    started again with the same `identity`, it goes on after the last shard and writes the same bytes. One
-    checkpoint is in memory at a time.
+    started again with the same `identity`, it scores the windows whose shards are missing or damaged, and writes the
+    same bytes. One checkpoint is in memory at a time.
 
     Args:
         checkpoints: where to score, with learning rates.
@@ -96,34 +100,76 @@ def score_to_file(
     claim(shards, identity)
     for number, checkpoint in enumerate(checkpoints):
         folder = _checkpoint_folder(shards, number)
-        ready = sorted(folder.glob("*.parquet"))
-        done = len(ready)
-        if progress is not None and done:
-            progress(sum(pq.read_metadata(file).num_rows for file in ready), earlier=True)
-        if (folder / "done").exists():
+        ready = sound_shards(folder, settings.window)
+        if progress is not None and ready:
+            progress(sum(ready.values()), earlier=True)
+        if ready and len(ready) == _done(folder):
             continue
         make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample, corpus)
-        windows = windows_of(pool, settings.window, skip=done)
-        write_shards(shards, number, engine(make, windows, progress), start=done)
-        (folder / "done").touch()
+        windows = windows_of(pool, settings.window, leave_out=ready)
+        made = write_shards(shards, number, engine(make, windows, progress), leave_out=ready)
+        write_text(folder / DONE, str(len(ready) + made))
 
     rates = [each.learning_rate for each in checkpoints]
     return merge_shards(shards, path, rates, settings.aggregation, identity, ranks=ranks)
 
 
-def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], start: int = 0) -> None:
+def sound_shards(folder: Path, window: int) -> dict[int, int]:
+    """Return the rows of each shard that is whole, by the number of its window; a damaged one is deleted and warned of.
+
+    A shard is whole if its pages have the checksums they were written with, its own count of rows is right, and it
+    has as many as a window, unless it is the last. One that is missing is left out as well, so both are made again.
+
+    Args:
+        folder: shards of one checkpoint.
+        window: rows of a window.
+    """
+    files = {int(file.stem): file for file in sorted(folder.glob("*.parquet")) if file.stem.isdecimal()}
+    found: dict[int, int] = {}
+    for number, file in files.items():
+        try:
+            table = pq.read_table(file, page_checksum_verification=True)
+            counted = scores_metadata(table).get("rows")
+        except (pa.ArrowException, OSError, ValueError):
+            counted, table = None, None
+        if table is None or counted != table.num_rows or (number < max(files) and table.num_rows != window):
+            file.unlink()
+            warnings.warn(f"{file}: is damaged, so its rows are scored again", stacklevel=2)
+        else:
+            found[number] = table.num_rows
+    expected = max(_done(folder), max(files, default=-1) + 1)
+    gone = next((number for number in range(expected) if number not in files), None)
+    if gone is not None:
+        warnings.warn(f"{folder / f'{gone:06d}.parquet'}: is not there, so its rows are scored again", stacklevel=2)
+    return found
+
+
+def _done(folder: Path) -> int:
+    """The number of windows of a checkpoint whose windows are all scored; 0 where they are not."""
+    said = (folder / DONE).read_text() if (folder / DONE).is_file() else ""
+    return int(said) if said.isdecimal() else 0
+
+
+def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], leave_out: Container[int] = ()) -> int:
     """Write the scores of windows at one checkpoint, each atomically.
 
     Args:
         shards: the folder of all shards.
         number: of the checkpoint.
-        scored: from an engine.
-        start: number of the first window.
+        scored: from an engine, of the windows that are not left out.
+        leave_out: numbers of the windows that there are.
+
+    Returns:
+        The number of shards written.
     """
-    for index, (table, counted) in enumerate(scored, start=start):
+    made = 0
+    numbers = (index for index in itertools.count() if index not in leave_out)
+    for (table, counted), index in zip(scored, numbers, strict=False):
         # The shard carries its own counts, so that a resumed run reports the whole.
         shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
         write_parts(_checkpoint_folder(shards, number) / f"{index:06d}.parquet", [shard])
+        made += 1
+    return made
 
 
 def merge_shards(

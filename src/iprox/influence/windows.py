@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -152,11 +152,15 @@ def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial
     return ""
 
 
-def windows_of(pool: Iterable[Example], size: int, skip: int = 0) -> Iterator[Window]:
-    """Cut a stream of examples into windows, leaving out the first `skip` windows."""
-    rows = itertools.islice(iter(pool), skip * size, None)
-    while window := list(itertools.islice(rows, size)):
-        yield window
+def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = ()) -> Iterator[Window]:
+    """Cut a stream of examples into windows, and leave out those of some numbers, counted from 0."""
+    rows = iter(pool)
+    for number in itertools.count():
+        window = list(itertools.islice(rows, size))
+        if not window:
+            return
+        if number not in leave_out:
+            yield window
 
 
 # Works through windows, in order: (make a worker, windows, progress) -> tables.
