@@ -71,9 +71,8 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
     stats = run(tmp_path / "scores.parquet", [model], pool, validation)
     table = read_scores(tmp_path)
     assert table.column_names == ["id", "source", "tokens", "supervised", "influence/one", "influence/two", "influence"]
-    assert [str(table.schema.field(name).type) for name in table.column_names] == ["string", "string", "int32"] + [
-        "double"
-    ] * 3
+    types = [str(field.type) for field in table.schema]
+    assert types == ["string", "string", "int32", "int32", "double", "double", "double"]
     assert table["id"].to_pylist() == [example.id for example in pool]
     assert table["source"].to_pylist() == [example.source for example in pool]
     assert table["tokens"].to_pylist() == [len(text) for text in TEXTS]
