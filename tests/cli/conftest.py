@@ -111,7 +111,6 @@ def _make_place(path: Path, model: Path) -> Place:
             "sparsity": 0.5,
             "align": {"epochs": 1, "batch_size": 16, "learning_rate": 1.0e-3, "held_out": 20},
         },
-        "influence": {"curvature_examples": 32},
         "audit": {"sample": 30},
         "select": {"fraction": 0.1},
         "report": {"attributed": 8},

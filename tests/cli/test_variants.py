@@ -14,6 +14,7 @@ import yaml
 from iprox.cli import main
 from iprox.data import Pool
 from iprox.recipe import LdsSection
+from iprox.selection.turns import Turns
 from iprox.session import Session
 from iprox.stages import alignment, lds, retraining
 
@@ -72,7 +73,7 @@ def test_norms_of_a_cosine_are_sketched_and_that_is_recorded_and_planned(tmp_pat
     found, planned, cosines = {}, {}, {}
     for sketch in (0, 2, None):
         given = [] if sketch is None else [f"influence.norm_sketch={sketch}"]
-        assert place.run("--set", "influence.normalise=cosine", "audit.sample=12", *given) == 0
+        assert place.run("--set", "influence.estimator=tracin", "audit.sample=12", *given) == 0
         found[sketch] = place.record()["stages"]
         table = pq.read_table(place.output / "scores.parquet")
         made_by = json.loads(table.schema.metadata[b"iprox"])
@@ -137,7 +138,7 @@ def test_the_best_validation_example_decides_and_all_are_kept(several, tmp_path)
         several.output / "aligned" / entry["path"]
         for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())
     ]
-    options = ("--query-norm", "1", "--learning-rates", "1e-3", "1e-4")
+    options = ("--query-norm", "1", "--normalise", "none", "--learning-rates", "1e-3", "1e-4")
     score(several, proxies, tmp_path / "max", "--over-examples", "max", "--per-example", *options)
     table = pq.read_table(tmp_path / "max/scores.parquet")
     made_by = json.loads(table.schema.metadata[b"iprox"])
@@ -338,14 +339,15 @@ def test_validation_rows_in_the_pool_are_said_and_recorded(place):
 
 
 def test_tasks_take_turns_and_the_report_draws_no_cut(place):
-    assert place.run("--set", "select.strategy=round-robin", *NO_PROXY[1:]) == 0
+    assert place.run(*NO_PROXY) == 0
     chosen = json.loads((place.output / "selection.json").read_text())
     assert chosen["strategy"] == "round-robin"
     assert chosen["threshold"] is None
     table = pq.read_table(place.output / "scores.parquet")
-    tasks = [name for name in table.column_names if name.startswith("influence/")]
-    for turn, name in enumerate(tasks):  # each task's first choice, unless another took it before
-        best = int(table[name].to_numpy().argmax())
+    tasks = [name for name in table.column_names if name.startswith("examples/")]
+    examples = np.hstack([np.stack(table[name].to_pylist()) for name in tasks])
+    assert examples.shape[1] == 16
+    for turn, best in enumerate(examples.argmax(axis=0)):  # each one's first choice, unless another took it before
         assert best in chosen["rows"][: turn + 1]
     report = (place.output / "report.html").read_text()
     assert "round-robin" in report
@@ -365,27 +367,24 @@ def test_a_model_of_few_positions_reads_no_more_and_the_run_says_so(place):
 
 
 def test_one_task_selects_and_the_report_shows_its_scores(place):
-    assert place.run("--set", "select.task=spelling", *NO_PROXY[1:]) == 0
+    assert place.run("--set", "select.task=spelling", "select.strategy=top", *NO_PROXY[1:]) == 0
     chosen = json.loads((place.output / "selection.json").read_text())
     scores = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
     assert chosen["rows"] == np.argsort(-scores, kind="stable")[: len(chosen["rows"])].tolist()
-    assert (chosen["task"], chosen["settings"], chosen["seed"]) == (
-        "spelling",
-        {"task": "spelling", "fraction": 0.1},
-        0,
-    )
+    assert chosen["task"] == "spelling"
+    assert chosen["settings"] == {"task": "spelling", "strategy": "top", "fraction": 0.1}
     report = (place.output / "report.html").read_text()
     assert "Influence on spelling, by which rows are selected" in report
-    assert place.run("--set", "select.task=arithmetic", *NO_PROXY[1:]) == 0
+    assert place.run("--set", "select.task=arithmetic", "select.strategy=top", *NO_PROXY[1:]) == 0
     assert place.done() == ["select", "attribute", "report"]
     selected = place.path / "for-spelling.jsonl"
     again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--output", str(selected), "--quiet"]
-    assert main([*again, "--task", "spelling"]) == 0
+    assert main([*again, "--task", "spelling", "--strategy", "top"]) == 0
     assert json.loads((place.path / "for-spelling.selection.json").read_text())["rows"] == chosen["rows"][:10]
 
 
 def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(place):
-    off = NO_PROXY[1:]
+    off = [*NO_PROXY[1:], "select.strategy=top"]
     assert place.run("--set", *off) == 0
     assert place.run("--set", *off, "select.weights={spelling: 3}") == 0
     assert place.done() == ["select", "attribute", "report"]
@@ -398,35 +397,39 @@ def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(place
     report = (place.output / "report.html").read_text()
     assert "Influence, all tasks together by weight (arithmetic 1, spelling 3)" in report
     again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--quiet", "--count", "20"]
+    again += ["--strategy", "top"]
     output = place.path / "weighed.jsonl"
     assert main([*again, "--output", str(output), "--weights", "spelling=3", "arithmetic=1"]) == 0
     assert output.read_bytes() == (place.output / "selected.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("by", ["select.task=spelling", "select.strategy=round-robin"])
-def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(place, by, capsys):
-    options = ["refine.candidates=0.3", "proxy.sparsity=0.7", "proxy.align=false", by]
+@pytest.mark.parametrize("strategy", ["top", "round-robin"])
+def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(place, strategy, capsys):
+    options = ["refine.candidates=0.3", "proxy.sparsity=0.7", "proxy.align=false", "select.task=spelling"]
+    options.append(f"select.strategy={strategy}")
     assert place.run("--set", *options) == 0
     refined, scores = (pq.read_table(place.output / name / "scores.parquet").to_pandas() for name in ("refined", "."))
-    tasks = ["spelling"] if "task" in by else ["arithmetic", "spelling"]
-    best = set.union(*(set(scores[f"influence/{task}"].nlargest(60).index) for task in tasks))
+    best = set(scores["influence/spelling"].nlargest(60).index)
+    if strategy == "round-robin":
+        examples = np.stack(scores["examples/spelling"])
+        best = set(Turns(lambda: iter([examples]), [1.0] * 8, np.ones(200, bool))(60).tolist())
     known = refined.index[np.isfinite(refined["influence"])]
     assert set(known) == best
     record = place.record()["stages"]["refine"]
     assert (record["candidates"], record["candidate_share"]) == (len(best), len(best) / 200)
     assert set(json.loads((place.output / "selection.json").read_text())["rows"]) <= best
-    if "task" in by:
+    if strategy == "top":
         chosen = refined["influence/spelling"].nlargest(20).index
         assert json.loads((place.output / "selection.json").read_text())["rows"] == list(chosen)
     capsys.readouterr()
     assert main(["plan", str(place.recipe), "--quiet", "--json", "--tflops=1", "--set", *options]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]["refine"]["flops"]
-    assert planned == pytest.approx(record["flops"] * 60 * len(tasks) / len(best), rel=0.35)
+    assert planned == pytest.approx(record["flops"], rel=0.35)
 
 
 def test_the_best_rows_are_scored_again_on_the_target(place):
-    options = ["refine={}", "proxy.sparsity=0.7", "proxy.align=false"]
-    options.append("influence.query_norm=0.8")  # of the proxy's scores; the target's are exact
+    options = ["refine={}", "proxy.sparsity=0.7", "proxy.align=false", "select.strategy=top"]
+    options.append("influence.query_norm=0.8")  # of the proxy's scores alone
     assert place.run("--set", *options) == 0
     refined = pq.read_table(place.output / "refined/scores.parquet")
     record = json.loads((place.output / "refined/refine.json").read_text())

@@ -39,8 +39,11 @@ def attribute_examples(
     """
     encoded = encoder.encode(examples)
     terms: list[np.ndarray | None] = [None] * len(examples)
+    edges = np.cumsum(scorer.widths)[:-1]
     for batch in iter_batches(encoded, batch_tokens, pad_id):
-        values = scorer.by_token(batch.to(scorer.device)).double().cpu().numpy()
+        columns_of_tasks = np.split(scorer.by_token(batch.to(scorer.device)).double().cpu().numpy(), edges, axis=-1)
+        parts = zip(columns_of_tasks, scorer.weights, strict=True)  # of validation examples, or one per task
+        values = np.stack([part @ weights for part, weights in parts], axis=-1)
         for row, index in enumerate(batch.indices):
             terms[index] = values[row, : int(batch.lengths[row])]
     columns: dict[str, pa.Array] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +71,7 @@ def attribute(
     encoder = session.encoder(first, *models[0].others)
     tokenizer = encoder.tokenizer
     encoded = encode_validation(encoder, dict(validation))
-    scoring = replace(scoring_settings(session, settings), per_example=False)
+    scoring = scoring_settings(session, settings)  # in the bases that the scores were taken in
     curved = curvature_sample(session, pool, encoder, settings)
     examples = pool.take(rows)
     read = encoder.encode(examples)
