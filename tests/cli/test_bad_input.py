@@ -198,8 +198,8 @@ def test_a_task_to_select_by_that_is_not_validated(place, refused):
     assert "select.task 'maths' is none of data.validation: arithmetic, spelling" in said
     said = refused("run", place.recipe, "--quiet", *OFF, "select.weights={maths: 2}")
     assert "select.weights 'maths' is none of data.validation: arithmetic, spelling" in said
-    both = ["select.task=spelling", "select.strategy=round-robin"]
-    assert "the strategy round-robin is for all tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
+    both = ["select.task=spelling", "select.weights={spelling: 2}"]
+    assert "weights are of several tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
 
 
 def test_a_selection_named_as_another_format(finished, tmp_path, refused):
@@ -456,7 +456,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
         (["--source-cap", "0.3", "0.4"], "write it as SOURCE=SHARE"),
         (["--source-cap", "lots"], "give a share such as 0.3"),
         (["--source-floor", "a=0.6", "b=0.7"], "add up to 1.3"),
-        (["--strategy=round-robin", "--task=spelling"], "is for all tasks"),
+        (["--task=maths"], "the scores are of no task 'maths'"),
         (["--deduplicate=2"], "deduplicate"),
         (["--threshold=1e30"], "no row has a score of"),
     ],

@@ -138,7 +138,7 @@ def test_select_without_near_duplicates(chain, tmp_path):
     pq.write_table(table, tmp_path / "scores.parquet")
     output = tmp_path / "out.jsonl"
     common = ["--scores", str(tmp_path / "scores.parquet"), "--pool", str(tmp_path / "twice.jsonl"), "--quiet"]
-    assert main(["select", *common, "--output", str(output), "--count=15", "--deduplicate=0.99"]) == 0
+    assert main(["select", *common, "--output", str(output), "--count=15", "--deduplicate=0.99", "--strategy=top"]) == 0
     record = json.loads((tmp_path / "out.selection.json").read_text())
     assert max(record["rows"]) < len(lines)
     assert record["passed_over"]["near-duplicate"] >= 14

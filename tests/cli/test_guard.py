@@ -54,7 +54,7 @@ def mixed(make_place, tmp_path_factory):
         proxy=False,
         audit=False,
         influence={"estimator": "tracin", "normalise": "none"},
-        select={"count": CHOSEN},
+        select={"count": CHOSEN, "strategy": "top"},
         report={"attributed": 0},
     )
     assert place.run() == 0
@@ -110,7 +110,8 @@ def select(mixed, tmp_path, capfd):
 
     def run(scores, *options):
         output = tmp_path / "chosen.jsonl"
-        given = ["--scores", scores, "--pool", mixed.pool, "--output", output, f"--count={CHOSEN}", "--json", *options]
+        given = ["--scores", scores, "--pool", mixed.pool, "--output", output, f"--count={CHOSEN}", "--json"]
+        given += ["--strategy=top", *options]
         assert main(["select", *map(str, given)]) == 0
         said = capfd.readouterr()
         return said.err, json.loads(said.out)
@@ -138,7 +139,7 @@ def test_older_scores_are_read_and_nothing_is_said_of_lengths(mixed, select, tmp
 def test_python_warns_in_its_own_words(mixed):
     table = pq.read_table(mixed.output / "scores.parquet")
     with pytest.warns(UserWarning, match="the selected answers are short") as heard:
-        rows = iprox.select(table, count=CHOSEN)
+        rows = iprox.select(table, count=CHOSEN, strategy="top")
     assert [str(each.message) for each in heard] == [f"{LINE}normalise='cosine' in iprox.score"]
     assert rows.tolist() == selected(mixed)["rows"]
 

@@ -48,7 +48,8 @@ def score(place, models, output, *arguments):
 
 @pytest.mark.parametrize("normalise", ["none", "cosine"])
 def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalise):
-    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--normalise", normalise, "--norm-sketch=0")
+    how = ["--estimator=tracin", "--normalise", normalise, "--norm-sketch=0"]
+    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", *how)
     assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalise", normalise) == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     assert queried.schema.names == exact.schema.names

@@ -142,7 +142,7 @@ def test_no_model_is_loaded_where_none_is_run(tmp_path, estimator):
     corpus = Corpus.of(Numbers().encode(list(pool)))
     stats = score_to_file(
         [ScoringCheckpoint(load)], pool, validation, Numbers(), 0, tmp_path / "s.parquet", settings, identity={},
-        corpus=corpus,
+        corpus=corpus, ranks=False,
     )  # fmt: skip
     assert stats.rows == 8
     scores = score_matrix(read_scores(tmp_path / "s.parquet"))
