@@ -294,7 +294,7 @@ class Bench:
             return
         rows = self.selection(row, task, seed)
         tasks = list(self.tests) if row == "random" else [task]
-        started = time.time()
+        started, here = time.time(), environment()
         tested = self.trained(rows, tasks, seed)
         own = OWN.get(task, task)
         for each, metrics in tested.items():
@@ -310,7 +310,7 @@ class Bench:
                 supervised_median=float(np.median(self.tokens[rows])),
                 supervised_sum=int(self.tokens[rows].sum()),
                 seconds=time.time() - started,
-                machine=environment(),
+                machine={"machine": here["machine"], "torch": here["versions"]["torch"]},
             )
         first = tested[task]
         print(f"{self.name} {row} {task} {seed}: {first['loss']:.4f} ({time.time() - started:.0f} s)", flush=True)
