@@ -6,6 +6,7 @@ then fine-tuned on the selection and tested. Next to them: random rows, RDS+, BM
 task has of its own.
 
     python benchmarks/defaults.py                                  # target-17m, 8 tasks, 2 seeds
+    python benchmarks/defaults.py --selected                       # what each row selects; trains nothing
     python benchmarks/defaults.py --preset smollm2                 # SmolLM2-135M-Instruct (benchmarks/models.py), LoRA
     python benchmarks/defaults.py --preset smollm2 --only random 'EK-FAC, cosine, turns'
 
@@ -125,7 +126,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="which seeds to compute")
     parser.add_argument("--work", type=Path, default=Path("runs/defaults"))
     parser.add_argument("--output", type=Path, help="results file; default results/defaults-PRESET.jsonl")
-    parser.add_argument("--scores-only", action="store_true")
+    parser.add_argument(
+        "--selected", action="store_true", help="train nothing; print what each row selects: own source, median length"
+    )
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset]
     output = arguments.output or RESULTS / f"defaults-{arguments.preset}.jsonl"
@@ -134,12 +137,13 @@ def main() -> None:
     bench = Bench(arguments.preset, preset, arguments.work / arguments.preset, Cells(output))
     for seed in arguments.seeds or range(preset.seeds):
         bench.scored(seed)
-        if arguments.scores_only:
+        if arguments.selected:
+            print_selected(bench, seed)
             continue
         for name in chosen:
             for task in tasks:
                 bench.cell(name, task, seed)
-    if not arguments.scores_only:
+    if not arguments.selected:
         print_table(bench.cells, preset)
 
 
@@ -385,6 +389,24 @@ def examples_in(name: str) -> list[Example]:
 def spread(examples: list[Example], count: int) -> list[Example]:
     """So many examples, evenly spread over a file."""
     return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, min(count, len(examples)))]
+
+
+def print_selected(bench: Bench, seed: int) -> None:
+    """Share of each selection that is of the task's own source, and its median of supervised tokens."""
+    print(f"pool: median of {np.median(bench.tokens):.0f} supervised tokens")
+    for task, rows in bench.encoded_validation.items():
+        print(f"validation, {task}: {np.median([row.supervised for row in rows]):.0f}")
+    for row in ROWS:
+        line = f"{row:<28}"
+        for task in bench.tests:
+            own = OWN.get(task, task)
+            if row == "own source" and own is None:
+                line += f"{'-':>15}"
+                continue
+            chosen = bench.selection(row, task, seed)
+            share = "" if own is None else f"{(bench.source[chosen] == own).mean():.2f} "
+            line += f"{share + f'({np.median(bench.tokens[chosen]):.0f})':>15}"
+        print(line)
 
 
 def print_table(cells: Cells, preset: Preset) -> None:
