@@ -91,7 +91,8 @@ OWN = {
     # Its router is a kind of linear layer.
     "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek-v2": LATENT,
-    "deepseek-v3": LATENT,
+    # The width of a head is that of its rotated part: the one of SHAPE would take its place.
+    "deepseek-v3": {**LATENT, "head_dim": LATENT["qk_rope_head_dim"]},
     "glm4-moe-lite": {**LATENT, "mlp_layer_types": ["dense", "sparse"]},
     "qwen3-moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1},
 }

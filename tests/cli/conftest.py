@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -144,20 +144,19 @@ def copied(finished: Place, tmp_path: Path) -> Place:
     return Place(path)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _rough_intervals() -> Iterator[None]:
-    """Intervals of fewer resamples: what they are worth is tested in tests/audit, and every run here has an audit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(intervals, "RESAMPLES", 50)
-        yield
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol() -> Generator[None, object, object]:
-    """Watch alignments before and after only, in the tests of this folder: tests/proxy has those of stopping early."""
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """In the tests of this folder, watch alignments before and after only, and resample few times.
+
+    tests/proxy has the alignments that stop early, and tests/audit what intervals are worth. pytest calls this hook for
+    the tests of every folder once this file is loaded.
+    """
+    if not item.path.is_relative_to(Path(__file__).parent):
+        return (yield)
     with pytest.MonkeyPatch.context() as patch:
         for module in (align, stages):
             patch.setattr(module, "EVALUATIONS", 1)
+        patch.setattr(intervals, "RESAMPLES", 50)
         return (yield)
 
 

@@ -9,13 +9,15 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import get_session
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 from iprox import run_folder
 from iprox.cli import main, run_commands
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.models import loading
+from iprox.models import hub_access, loading
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -84,6 +86,9 @@ def test_no_such_model(place, run):
     assert f"{place.path / 'nothing'}: no such model folder" in run("--set", f"model={place.path / 'nothing'}")
 
 
+LOADERS = (loading.load_config, loading.load_model, loading.load_tokenizer, loading.checkpoint_fingerprint)
+
+
 @pytest.mark.parametrize("name", ["o/aligned", "aligned"])
 def test_a_folder_that_is_not_there_is_said_before_the_hub_is(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
@@ -91,16 +96,41 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is(monkeypatch, tmp_p
     def unreachable(*_args, **_kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
-    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", unreachable)
+    monkeypatch.setattr(hub_access, "get_hf_file_metadata", lambda _: None)
+    monkeypatch.setattr(loading.PretrainedConfig, "get_config_dict", unreachable)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
     monkeypatch.setattr(loading, "cached_file", unreachable)
-    calls = (loading.load_config, loading.load_model, loading.load_tokenizer, loading.checkpoint_fingerprint)
-    for load in calls:
-        with pytest.raises(
-            InputError, match=f"^{name}: there is no such folder here, and as a model of the Hub: .* We"
-        ):
+    for load in LOADERS:
+        with pytest.raises(InputError, match=f"^{name}: no such folder here, and on the hub: .* We"):
             load(name)
+
+
+@pytest.mark.parametrize("name", ["o/aligned", "aligned"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path, name):
+    """huggingface_hub itself asks six times, and waits 23 seconds in all."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def unreachable(_client, **request):
+        asked.append(request["url"])
+        raise HTTPError("Name or service not known")
+
+    monkeypatch.setattr(type(get_session()), "request", unreachable)
+    monkeypatch.setattr(hub_access.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_access.constants, "HF_HUB_CACHE", str(tmp_path))
+    for load in LOADERS:
+        with pytest.raises(InputError, match=f"^{name}: no such folder here, and the Hub cannot be reached"):
+            load(name)
+    assert asked == [f"{hub_access.constants.ENDPOINT}/{name}/resolve/main/config.json"] * len(LOADERS)
+
+
+def test_a_model_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
+    snapshot = tmp_path / "models--o--known/snapshots/0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(hub_access.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub_access, "get_hf_file_metadata", lambda _: pytest.fail("the Hub was asked"))
+    hub_access.check_reachable("o/known")
 
 
 @pytest.mark.parametrize("json_asked", [False, True])

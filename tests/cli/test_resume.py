@@ -210,7 +210,7 @@ def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, mon
     options += ["--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     assert main(["score", *options, "--output", str(tmp_path / "whole")]) == 0
 
-    def stop(*_):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -229,7 +229,7 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     own = Path(yaml.safe_load(place.recipe.read_text())["model"]) / "chat_template.jinja"
     strict = "{% for m in messages if 'forbidden' in m.content %}{{ raise_exception('not this one') }}{% endfor %}"
     template.write_text(strict + own.read_text())
-    row = next(row for row in range(199, 0, -1) if row not in draw_rows("warmup", 0, 200, 64))
+    row = next(row for row in range(199, 0, -1) if row not in draw_rows("warmup", 0, 200, 12))
     lines = place.pool.read_text().splitlines()
     changed = json.loads(lines[row])
     changed["messages"][0]["content"] += " forbidden"
@@ -337,7 +337,7 @@ def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
     assert resolved["data"]["pool"] == [str(finished.pool)]
     assert resolved["output"] == str(finished.output)
     assert resolved["seed"] == 0
-    assert resolved["influence"]["estimator"] == "tracin"
+    assert resolved["influence"]["estimator"] == "influence-function"
 
 
 def warnings_of_drawing(place):

@@ -26,6 +26,7 @@ from iprox.files import check_path
 from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
+from iprox.models.hub_access import check_reachable
 from iprox.models.memory import out_of_memory
 from iprox.models.suitability import (
     check_config,
@@ -195,6 +196,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         raise InputError(
             f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the tokenizer files of the model there"
         )
+    if not folder.exists():
+        _check_folder(path)
     with _telling(f"{_found(path)}: no tokenizer can be loaded from it", "pip install what it asks for"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
@@ -318,13 +321,18 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse what is neither a model folder nor may be a hub id, and a folder whose weights are not safetensors."""
+    """Refuse what is neither a model folder nor may be a hub id, and a folder whose weights are not safetensors.
+
+    Raises:
+        InputError: it is, or the hub cannot be reached.
+    """
     check_path(path)
     folder = Path(path)
     if not folder.exists():
-        if may_be_hub_id(path):
-            return
-        raise InputError(f"{path}: no such model folder")
+        if not may_be_hub_id(path):
+            raise InputError(f"{path}: no such model folder")
+        check_reachable(str(path))
+        return
     if not folder.is_dir():
         raise InputError(f"{path}: is a file; give the folder that it is in")
     if not (folder / CONFIG_NAME).is_file():
