@@ -107,7 +107,9 @@ def autograd_gradients(model, batch, layers):
 
 @pytest.mark.parametrize("kind", ["target", "proxy"])
 def test_scores_equal_autograd_dot_products(family, tiny, kind):
-    _, model, batch = family
+    name, model, batch = family
+    # DeepSeek's router and rotation compute in float32 whatever the model's dtype is.
+    close = {"rtol": 1e-6, "atol": 1e-6} if "deepseek" in str(name) else {"rtol": 1e-9, "atol": 1e-9}
     if kind == "proxy":
         model, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5], seed=1)
@@ -116,10 +118,10 @@ def test_scores_equal_autograd_dot_products(family, tiny, kind):
     query = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(validation)]).mean(0)
     gradient, _ = mean_gradient(model, [validation], "factors")
     scores, _ = BatchScorer(model, {"task": gradient}, gradient="factors")(pool)
-    torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scores[:, 0], rows @ query, **close)
     cosine, _ = BatchScorer(model, {"task": gradient}, gradient="factors", normalise="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(rows, query[None])
-    torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cosine[:, 0], expected, **close)
 
 
 @pytest.mark.parametrize("space", ["weight", "factors"])
