@@ -237,7 +237,9 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     place.pool.write_text("\n".join(lines) + "\n")
     options = ["proxy=false", "audit=false", "warmup.fraction=0.06", f"data.chat_template={template}"]
     said = refused("run", place.recipe, "--quiet", "--set", *options)
-    assert f"pool.jsonl:{row + 1}: the chat template refuses this row: not this one (--on-bad-row skip" in said
+    assert (
+        f"pool.jsonl:{row + 1}: the chat template {template} refuses this row: not this one (--on-bad-row skip" in said
+    )
     assert place.run("--set", *options, "data.on_bad_row=skip") == 0
     assert place.done() == ["score", "select", "attribute", "report"]
     influence = pq.read_table(place.output / "scores.parquet")["influence"]

@@ -96,7 +96,7 @@ def test_a_recipe_retrains_without_the_top_rows(copied, capfd):
     stage = copied.record()["stages"]["removal"]
     found = json.loads((copied.output / "audit/removal.json").read_text())
     assert stage["removal"] == found["mean"]
-    assert 0.5 * planned["flops"] < stage["flops"] < 1.2 * planned["flops"]  # where sides agree, trained once
+    assert 0.3 * planned["flops"] < stage["flops"] < 1.2 * planned["flops"]  # where sides agree, trained once
     assert (found["removed"], found["repeats"], list(found["tasks"])) == (3, 2, ["arithmetic", "spelling"])
     assert "Removal test" in (copied.output / "report.html").read_text()
     assert copied.run("--set", *options) == 0
