@@ -39,7 +39,7 @@ COLUMNS = (
 REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
 """Columns that are not read, and that rows may be refused for unless they are left unread by name."""
 # What a row of a format may hold beside the columns that make it one.
-_BESIDE = {("instruction", "output"): ("input", "history")}
+_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
