@@ -120,3 +120,14 @@ def test_a_layer_that_no_example_moves_costs_nothing(tiny):
     apart = [BatchScorer(model, {"t": each}, gradient="weight")(pool)[0] for each in (queries, other)]
     torch.testing.assert_close(together(pool)[0], torch.cat(apart, dim=1))
     torch.testing.assert_close(together.by_token(pool).sum(1), torch.cat(apart, dim=1))
+
+
+def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monkeypatch):
+    model, batch = tiny.model(), tiny.batch([6, 5])
+    real = curvature_of(model, [batch])
+    silent = sorted(real)[0]
+    real[silent].eigenvalues.zero_()
+    monkeypatch.setattr("iprox.influence.scoring.curvature_of", lambda *_, **__: real)
+    how = ScoringSettings(estimator="influence-function", gradient="weight", per_example=True)
+    with pytest.warns(UserWarning, match=f"moved {silent}"):
+        scorer_of_batches(model, {"t": [batch]}, how, sample=[batch])

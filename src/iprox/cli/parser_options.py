@@ -178,8 +178,8 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
         "--query-norm",
         type=float,
         default=None,
-        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.9 on a "
-        "proxy, 1 on a model itself)",
+        help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.9; "
+        "without --per-example 0.98 on a proxy by influence functions, and 1 on a model itself)",
     )
     aggregation_options(parser)
 

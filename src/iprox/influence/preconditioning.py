@@ -76,17 +76,22 @@ def precondition(
             for task, query in queries.items()
         }
     unmoved = sorted({name for task, query in queries.items() for name in query if solved[task][name] is query[name]})
-    if unmoved:
-        warnings.warn(
-            f"no example of the curvature sample moved {unmoved[0]} ({len(unmoved)} layers in all): their validation "
-            "gradients are used as they are; take more curvature examples",
-            stacklevel=2,
-        )
+    warn_of_unmoved(unmoved)
     for query in solved.values():
         for name, part in query.items():
             if not torch.isfinite(part.squared_norm()):
                 raise FloatingPointError(f"the preconditioned gradient of {name} is not finite; try --dtype float32")
     return solved
+
+
+def warn_of_unmoved(layers: Sequence[str]) -> None:
+    """Warn of layers that no example of the curvature sample moved, so that there is nothing to divide by."""
+    if layers:
+        warnings.warn(
+            f"no example of the curvature sample moved {layers[0]} ({len(layers)} layers in all): their validation "
+            "gradients are used as they are; take more curvature examples",
+            stacklevel=3,
+        )
 
 
 def curvature_of(

@@ -17,7 +17,13 @@ from iprox.influence.aggregate import Aggregation, OverExamples
 from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
-from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature, curvature_of, precondition
+from iprox.influence.preconditioning import (
+    InfluenceEstimator,
+    KroneckerCurvature,
+    curvature_of,
+    precondition,
+    warn_of_unmoved,
+)
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.truncation import low_rank_queries
 from iprox.models.checkpoint import proxy_config
@@ -308,6 +314,8 @@ def _queries_by_example(
     bases = None
     if settings.estimator in CURVED:
         bases = curvature_of(source, sample, settings.curvature, gradient=space, loss_fn=loss_fn, seed=settings.seed)
+        first = next(iter(found.values()))[0]
+        warn_of_unmoved(sorted(name for name in first if name not in bases or not bases[name].eigenvalues.any()))
     if target is not None:  # layers that the proxy lacks are met by no candidate
         found = {t: [example_seen_from(each, model, settings.gradient) for each in of] for t, of in found.items()}
     if adam or not shared:

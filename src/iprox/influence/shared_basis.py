@@ -191,6 +191,9 @@ def shared_queries(
         curvature: by layer, in whose eigenbasis (F + λI)⁻¹ is applied; layers it lacks are left as they are.
         damping: λ as a share of the mean eigenvalue of each layer's curvature.
         dtype: of the products with candidates.
+
+    Raises:
+        FloatingPointError: a gradient divided by the curvature is not finite.
     """
     names, curvature = list(examples[0]), curvature or {}
     norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in examples])
@@ -219,6 +222,8 @@ def shared_queries(
             totals = totals + torch.stack(
                 [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
             )
+    if not torch.isfinite(totals).all():
+        raise FloatingPointError("a validation gradient divided by the curvature is not finite; try --dtype float32")
     kept = torch.where(totals > 0, held / totals, torch.ones_like(totals)).sqrt()
     return SharedQueries(queries, totals.sqrt(), kept)
 
