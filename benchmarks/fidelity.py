@@ -11,7 +11,7 @@ probe or alignment) and the same size. Cells are cached in the work folder, so a
 
 Scores are raw, at the warm-up's last checkpoint: TracIn, or with --estimator an influence function. `query` says where
 validation gradients are taken: on the target (iprox's default), or on the proxy (the paper's way, and the only one for
-proxies that are not factorised).
+proxies that are not factorized).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from iprox.progress import Reporter
 from iprox.proxy import baselines, budget
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective
-from iprox.proxy.factorise import with_factors
+from iprox.proxy.factorize import with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
 from iprox.proxy.norms import refit_norms
@@ -58,7 +58,7 @@ from iprox.stages.training import warm_up
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # name -> (method of weighing, rank rule, ridge)
-FACTORISED: dict[str, tuple[Any, Any, Any]] = {
+FACTORIZED: dict[str, tuple[Any, Any, Any]] = {
     "ipsvd": ("ipsvd", "global", "auto"),
     "ipsvd, norms as they were": ("ipsvd", "global", "auto"),
     "ipsvd, uniform ranks": ("ipsvd", "uniform", "auto"),
@@ -77,9 +77,9 @@ ALIGNED: dict[str, dict[str, float]] = {
     "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
     "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
 }
-FACTORISED.update(dict.fromkeys(ALIGNED, FACTORISED["ipsvd"]))
+FACTORIZED.update(dict.fromkeys(ALIGNED, FACTORIZED["ipsvd"]))
 DAMPING = 0.1  # iprox's default
-METHODS = (*FACTORISED, "layers", "off-the-shelf")
+METHODS = (*FACTORIZED, "layers", "off-the-shelf")
 
 
 @dataclass
@@ -175,7 +175,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     missing: list[tuple[str, float | None, str]] = []
     for method in arguments.methods:
         for sparsity in [None] if method == "off-the-shelf" else arguments.sparsities:
-            for query in arguments.queries if method in FACTORISED else ["proxy"]:
+            for query in arguments.queries if method in FACTORIZED else ["proxy"]:
                 cell = folder / cell_name(arguments, method, sparsity, query)
                 if cell.is_file():
                     cells.append(json.loads(cell.read_text()))
@@ -190,9 +190,9 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     seconds = {"moments": time.perf_counter() - started}
     made: tuple[tuple[Any, Any, Any], SpectrumStore, dict[str, budget.LayerSpectrum]] | None = None
     for method, sparsity, query in missing:
-        if method in FACTORISED and (made is None or made[0] != FACTORISED[method]):
+        if method in FACTORIZED and (made is None or made[0] != FACTORIZED[method]):
             started = time.perf_counter()
-            made = (FACTORISED[method], *weigh(setting.target, moments, method, seed))
+            made = (FACTORIZED[method], *weigh(setting.target, moments, method, seed))
             seconds["svd"] = time.perf_counter() - started
         proxy = make_proxy(arguments, setting, made, method, sparsity, seed)
         aligned = None
@@ -220,7 +220,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             "achieved_sparsity": 1 - flops.linear_parameters(proxy) / flops.linear_parameters(setting.target),
             "relative_flops": (flops.forward_flops(proxy) + flops.head_flops(proxy))
             / (flops.forward_flops(setting.target) + head),
-            "stage1_seconds": sum(seconds.values()) if method in FACTORISED else None,
+            "stage1_seconds": sum(seconds.values()) if method in FACTORIZED else None,
             "align_seconds": aligned and aligned.seconds,
             "align_tokens": aligned and aligned.tokens,
             "fidelity": fidelity,
@@ -291,7 +291,7 @@ def weigh(
     target: PreTrainedModel, moments: dict[str, Moments], method: str, seed: int
 ) -> tuple[SpectrumStore, dict[str, budget.LayerSpectrum]]:
     """Spectra of all layers by one method: cut to any size afterwards."""
-    weighing, _, ridge = FACTORISED[method]
+    weighing, _, ridge = FACTORIZED[method]
     store, spectra, roots = SpectrumStore(), {}, RootCache()
     generator = torch.Generator().manual_seed(seed)
     for name, layer in compressible_layers(target).items():
@@ -313,7 +313,7 @@ def make_proxy(
     if method == "layers":
         return baselines.first_layers(setting.target, allowed)[0]
     _, store, spectra = made
-    ranks = budget.RULES[FACTORISED[method][1]](spectra, allowed)
+    ranks = budget.RULES[FACTORIZED[method][1]](spectra, allowed)
     proxy = with_factors(setting.target, compressible_layers(setting.target), store, ranks)
     assert low_rank_layers(proxy)
     if method.startswith("ipsvd") and method != "ipsvd, norms as they were":

@@ -115,13 +115,13 @@ def main() -> None:
 
     # The reference's own time is taken without the norms, which only the cosine needs.
     exact, seconds = {}, {}
-    for normalise in ("none", "cosine"):
-        scorer = BatchScorer(model, queries, normalise=normalise)
+    for normalize in ("none", "cosine"):
+        scorer = BatchScorer(model, queries, normalize=normalize)
         run = lambda batch, scorer=scorer: scorer(batch)[0]  # noqa: E731
         over_pool(run, encoded[:64], arguments.batch_tokens, device)
         started = time.perf_counter()
-        exact[normalise] = over_pool(run, encoded, arguments.batch_tokens, device)
-        seconds[normalise] = time.perf_counter() - started
+        exact[normalize] = over_pool(run, encoded, arguments.batch_tokens, device)
+        seconds[normalize] = time.perf_counter() - started
     print(f"scoring: {tokens / seconds['none']:,.0f} tokens/s\n")
     print("      D layers     tokens/s of scoring  Spearman  least  cosine  least")
     measured = []

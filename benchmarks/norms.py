@@ -58,7 +58,7 @@ def main() -> None:
     print(f"no norms: {without:.0f} tokens a second")
     found, exact = [], raw
     for sketch in SKETCHES:
-        cosine, cost, rate = scores(normalise="cosine", norm_sketch=sketch)
+        cosine, cost, rate = scores(normalize="cosine", norm_sketch=sketch)
         exact = cosine if sketch == 0 else exact
         errors = (exact / cosine)[:, 0] - 1  # of the norms, as both have the same dot products
         entry = {"sketch": sketch, "cost": cost, "tokens_per_second": rate, **agreement(cosine, exact)}

@@ -103,7 +103,7 @@ def main() -> None:
         return torch.cat([scorer(batch)[0] for batch in candidates]).double().numpy(), scorer.contraction_flops
 
     whole, most = scores(gradients)
-    cosine, _ = scores(gradients, normalise="cosine")
+    cosine, _ = scores(gradients, normalize="cosine")
     lengths, forward = cosine / whole, flops.forward_flops(model)
     print(f"whole gradients: {most / forward:.3f} of a forward pass")
     found = []

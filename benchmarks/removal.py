@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.05, help="share of them to leave out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--normalise", choices=("none", "cosine"), default="none")
+    parser.add_argument("--normalize", choices=("none", "cosine"), default="none")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/removal"))
@@ -47,7 +47,7 @@ def main() -> None:
         },
         "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
         "proxy": {"sparsity": arguments.sparsity},
-        "influence": {"normalise": arguments.normalise},
+        "influence": {"normalize": arguments.normalize},
         "audit": {"sample": arguments.sample, "removal": retraining},
         "seed": arguments.seed,
         "output": str(arguments.work),

@@ -1,7 +1,7 @@
 """How fast is scoring? Tokens per second, share of the machine's GEMM rate and peak memory, beside the peers.
 
 Every engine scores the same pool rows against the same validation rows, in the same dtype, in a process of its own, one
-after the other. Seconds are those in process (model loaded, rows tokenised), validation gradients included, code
+after the other. Seconds are those in process (model loaded, rows tokenized), validation gradients included, code
 generation of `torch.compile` apart.
 
     python benchmarks/scoring.py                                  # the shared 17 M-parameter target
@@ -41,7 +41,7 @@ from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
-from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.run_folder import environment, write_json
 
@@ -60,7 +60,7 @@ QWEN3_600M = {
 
 
 class Work:
-    """What one process is given: the model and the tokenised rows."""
+    """What one process is given: the model and the tokenized rows."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -152,7 +152,7 @@ def autograd(work: Work) -> dict[str, Any]:
 
 
 class Rows(Dataset):
-    """Tokenised rows, longest first, as kronfluence's loader wants them."""
+    """Tokenized rows, longest first, as kronfluence's loader wants them."""
 
     def __init__(self, rows: list[Encoded]) -> None:
         self.rows = sorted(rows, key=lambda row: -len(row.input_ids))

@@ -24,7 +24,7 @@ from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
-from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.run_folder import environment, write_json
 from iprox.session import draw_rows

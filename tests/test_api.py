@@ -107,7 +107,7 @@ def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(
 def test_attribution_splits_a_score_by_token(model):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3), "u": rows("spelling.val.jsonl", 5)}
     proxy = iprox.compress(model, pool, sparsity=0.5)
-    exact = {"target": model, "normalise": "cosine", "query_norm": 1.0, "norm_sketch": 0}
+    exact = {"target": model, "normalize": "cosine", "query_norm": 1.0, "norm_sketch": 0}
     options = {**exact, "norm_sketch": 8}
     tracin = {"estimator": "tracin", "per_example": False}
     scores, unsketched = (iprox.score(proxy, pool, validation, **tracin, **each) for each in (options, exact))
@@ -126,9 +126,9 @@ def test_attribution_splits_a_score_by_token(model):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"norm_sketch": -1, "normalise": "cosine"}, "must be 0 or more"),
-        ({"norm_sketch": 8, "normalise": "none"}, "set normalise to cosine"),
-        ({"norm_sketch": 8, "normalise": "cosine"}, "a model's own norms are exact"),
+        ({"norm_sketch": -1, "normalize": "cosine"}, "must be 0 or more"),
+        ({"norm_sketch": 8, "normalize": "none"}, "set normalize to cosine"),
+        ({"norm_sketch": 8, "normalize": "cosine"}, "a model's own norms are exact"),
     ],
 )
 def test_a_sketch_of_norms_that_are_not_wanted_is_refused(model, options, said):
@@ -139,7 +139,7 @@ def test_a_sketch_of_norms_that_are_not_wanted_is_refused(model, options, said):
 
 def test_a_sketch_of_norms_that_adam_forms_is_refused(model):
     with pytest.raises(iprox.InputError, match="adam forms whole gradients"):
-        iprox.score(model, [], {}, estimator="adam", normalise="cosine", norm_sketch=8)
+        iprox.score(model, [], {}, estimator="adam", normalize="cosine", norm_sketch=8)
 
 
 def test_attribution_refuses_experts_before_any_work(tiny):
@@ -232,7 +232,7 @@ def test_a_model_that_is_no_language_model():
         DataLoader(pool, batch_size=5),
         {"task": DataLoader(validation, batch_size=4)},
         loss_fn=classification_losses,
-        normalise="none",
+        normalize="none",
     )
 
     def gradient(data):
@@ -349,7 +349,7 @@ def test_a_target_that_is_not_the_proxys_is_refused(model):
 @pytest.mark.parametrize(
     "options",
     [
-        {"normalise": "cos"},
+        {"normalize": "cos"},
         {"over_examples": "all"},
         {"gradient": "both"},
         {"query_norm": 2},

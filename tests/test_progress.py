@@ -81,7 +81,7 @@ def test_no_console_passes_on_what_a_terminal_obeys(monkeypatch, terminal):
         advance(3)
     said = out.getvalue()
     assert said.count(shown) >= 5
-    own = re.sub(r"\x1b\[[0-9;?]*[mhlKAG]", "", said) if terminal else said  # colours, and the bar's own moves
+    own = re.sub(r"\x1b\[[0-9;?]*[mhlKAG]", "", said) if terminal else said  # colors, and the bar's own moves
     assert not re.search(r"[\x07\x08\x7f\x9b\u202e]|\x1b", own)
     assert ("\x1b[?25l" in said) == terminal  # what the console itself tells a terminal goes through
 

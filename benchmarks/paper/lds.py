@@ -1,4 +1,4 @@
-"""Do the scores foretell what training does? Linear datamodelling scores of proxy and target, on the bundled model.
+"""Do the scores foretell what training does? Linear datamodeling scores of proxy and target, on the bundled model.
 
     python benchmarks/paper/lds.py                    # 400 subsets, TracIn and the influence function (K-FAC)
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
-    """The linear datamodelling scores of one estimator. Both share a run folder, and with it the retrainings."""
+    """The linear datamodeling scores of one estimator. Both share a run folder, and with it the retrainings."""
     folder = arguments.work
     recipe = {
         "model": arguments.model,

@@ -7,7 +7,7 @@
 
 A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
 fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
-cosine-normalised (raw ones pick the shortest answers, see docs/method.md). Every cell is kept in the results file, so
+cosine-normalized (raw ones pick the shortest answers, see docs/method.md). Every cell is kept in the results file, so
 a stopped benchmark goes on where it was; run folders are in `--work`.
 
 With hub ids the same command runs on a GPU, see README.md here.
@@ -154,7 +154,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fraction", type=float, default=0.05, help="of the pool that is selected")
     parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
-    parser.add_argument("--normalise", choices=("none", "cosine"), default="cosine")
+    parser.add_argument("--normalize", choices=("none", "cosine"), default="cosine")
     parser.add_argument("--norm-sketch", type=int, default=0, help="of the cosine on proxies; 0 (default) is exact")
     parser.add_argument("--warmup-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4, help="of the fine-tuning")
@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     name = f"paper-{arguments.estimator}"
     # Scores of other settings are in another folder.
-    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalise, arguments.norm_sketch)
+    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize, arguments.norm_sketch)
     training = (arguments.warmup_epochs, arguments.learning_rate, arguments.max_length, arguments.batch_tokens)
     arguments.work = arguments.work or Path("runs") / f"{name}-{key_of([scoring, training])[:6]}"
     arguments.output = arguments.output or Path(__file__).parents[1] / f"results/{name}.json"
@@ -195,7 +195,7 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
         else {
             "estimator": arguments.estimator,
             "curvature": "k-fac",
-            "normalise": arguments.normalise,
+            "normalize": arguments.normalize,
             "norm_sketch": arguments.norm_sketch if proxy else 0,
             # What low-rank proxies kept by default when the table was made; influence functions keep more now.
             "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,

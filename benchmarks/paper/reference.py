@@ -4,7 +4,7 @@ What differs from `iprox.proxy`: moments of 14 examples (a tenth of 1 % of the p
 each, the loss taken on all tokens, prompts too; factors in the span of those columns only, with a ridge of 0.001
 whatever the size of the moments; one rank rule for all layers, ranks rounded up to multiples of 128; a layer whose rank
 reaches its smaller side stays as it is, and one whose rank is above the number of columns is left at random values.
-Rewritten from its behaviour: no line of it is here.
+Rewritten from its behavior: no line of it is here.
 """
 
 from __future__ import annotations

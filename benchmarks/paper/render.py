@@ -190,10 +190,10 @@ def why_kept(results: dict[str, Any]) -> str:
     sizes = sorted({float(name.split("/")[2]) for name in cells})
     figure, both = plt.subplots(1, 2, figsize=(7.2, 2.8))
     rows = []
-    for method, colour in (("ipsvd", "#1565c0"), ("svd", "#88909a")):
+    for method, color in (("ipsvd", "#1565c0"), ("svd", "#88909a")):
         found = [cells[f"kept/{method}/{size}"] for size in sizes if f"kept/{method}/{size}" in cells]
         for axes, part in zip(both, ("influence", "loss"), strict=True):
-            axes.plot(sizes[: len(found)], [cell[part] for cell in found], "o-", color=colour, label=method)
+            axes.plot(sizes[: len(found)], [cell[part] for cell in found], "o-", color=color, label=method)
         rows.append([f"{method}: influence", *(f"{cell['influence']:.3f}" for cell in found)])
         rows.append([f"{method}: loss over the target's", *(f"{cell['loss']:.2f}" for cell in found)])
     both[0].set_ylabel("Spearman with the target's influence")
@@ -218,11 +218,11 @@ def why_selected(results: dict[str, Any]) -> str:
         of_tasks = (cells.get(f"selection/{method}/{task}") for task in tasks)
         shown = (f"{cell['affinity']:.2f}, {cell['nearest']:.2f}" if cell else "" for cell in of_tasks)
         rows.append([method, *shown])
-    return f"{table(['affinity, nearest neighbour', *tasks], rows)}\n\n{made_on(results)}"
+    return f"{table(['affinity, nearest neighbor', *tasks], rows)}\n\n{made_on(results)}"
 
 
 def lds_rows(results: dict[str, Any]) -> str:
-    """Linear datamodelling scores by estimator and task."""
+    """Linear datamodeling scores by estimator and task."""
     rows = []
     for estimator, cell in results["cells"].items():
         for task, sides in cell["tasks"].items():

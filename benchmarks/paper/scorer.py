@@ -74,7 +74,7 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
 def train(
     sibling: str, tokenizer: Any, encoded: list[Encoded], values: np.ndarray, folder: Path, seed: int
 ) -> nn.Module:
-    """Fit the regression head and the model below it to standardised scores [N, tasks]."""
+    """Fit the regression head and the model below it to standardized scores [N, tasks]."""
     labels = (values - values.mean(0)) / values.std(0)
     model = AutoModelForSequenceClassification.from_pretrained(
         sibling,

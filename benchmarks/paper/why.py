@@ -4,7 +4,7 @@
 
 1. By row of the main table and task: the affinity of the selection to the task, ‖Uᵀ V‖_F² / k, U and V the leading k
    directions of the selected rows' and of the validation examples' gradients (unit length, projected to 4,096
-   dimensions), 0 to 1; and its diversity, the mean cosine distance of a selected row to its nearest neighbour.
+   dimensions), 0 to 1; and its diversity, the mean cosine distance of a selected row to its nearest neighbor.
 2. By sparsity, for SVD and IPSVD: Spearman with the target's influence, and the loss on the validation sets over the
    target's.
 

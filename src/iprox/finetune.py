@@ -40,7 +40,7 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class TrainingResult:
-    """What a training run did. `history` has one entry an optimiser step: step, epoch, loss, learning_rate.
+    """What a training run did. `history` has one entry an optimizer step: step, epoch, loss, learning_rate.
 
     `uncompiled` says why the model did not run compiled although asked to; empty where it did or need not.
     """
@@ -87,7 +87,7 @@ def train(
         epochs: passes over the examples.
         learning_rate: peak.
         batch_size: examples a batch.
-        accumulate: batches an optimiser step.
+        accumulate: batches an optimizer step.
         bf16: multiply in bfloat16.
         every_epoch: keep a checkpoint at the end of every epoch, else the last only.
         seed: of the order.
@@ -95,7 +95,7 @@ def train(
         optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
         adapters_only: of a model with adapters, save them alone, rather than the model with them multiplied in.
         compile_model: run the decoder layers compiled, on a CPU; auto does where there are steps to repay it.
-        progress: called with 1 after each optimiser step.
+        progress: called with 1 after each optimizer step.
         report_to: the tracking service that transformers logs to.
 
     Raises:
@@ -176,7 +176,7 @@ def train(
 
 
 def steps_an_epoch(rows: int, batch_size: int, accumulate: int) -> int:
-    """Optimiser steps of a pass over some examples; the last batch, and the last step, may be smaller."""
+    """Optimizer steps of a pass over some examples; the last batch, and the last step, may be smaller."""
     return math.ceil(math.ceil(rows / batch_size) / accumulate)
 
 

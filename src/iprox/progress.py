@@ -43,7 +43,7 @@ def printable(text: str) -> str:
 
 
 class _Printable(RenderHook):
-    """Makes all that a console prints `printable`; its own colours stay, which it adds afterwards."""
+    """Makes all that a console prints `printable`; its own colors stay, which it adds afterwards."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Escaped(renderable) for renderable in renderables]

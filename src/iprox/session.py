@@ -32,7 +32,7 @@ from iprox.tracking import Tracker
 # Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
 AT_LEAST = 64
 
-# Processes that tokenise ahead on an accelerator: one tokenises some ten thousand examples a second.
+# Processes that tokenize ahead on an accelerator: one tokenizes some ten thousand examples a second.
 MOST_AHEAD = 4
 
 
@@ -49,7 +49,7 @@ class Session:
         trust_remote_code: whether a model's own code may run.
         chat_template: instead of the tokenizer's own.
         skip_refused: whether rows that the chat template cannot render have no score, rather than stop the run.
-        num_proc: processes that tokenise ahead of scoring; 0 tokenises in this one.
+        num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this one.
         reporter: where progress and warnings go.
         tracker: where numbers go.
     """
@@ -83,7 +83,7 @@ class Session:
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {device}: not usable here ({one_line(error)}); try --device cpu") from error
-        # The cores of a CPU have the model to run; an accelerator leaves them free, and outruns one core's tokeniser.
+        # The cores of a CPU have the model to run; an accelerator leaves them free, and outruns one core's tokenizer.
         ahead = 0 if where.type == "cpu" else min(MOST_AHEAD, (os.cpu_count() or 1) - 1)
         return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
 

@@ -60,9 +60,9 @@ def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_no
         ({"gradient": "factors", "query_norm": 1.0}, True, 1e-9),  # seen from the factors, anew for each proxy
         ({"gradient": "weight", "query_norm": 1.0}, False, 1e-9),  # the proxy's own
         ({"gradient": "factors", "query_norm": 1.0}, False, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "normalise": "cosine"}, True, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "normalise": "cosine", "norm_sketch": 3}, True, 1e-9),
-        ({"gradient": "factors", "query_norm": 1.0, "normalise": "cosine", "norm_sketch": 3}, True, 1e-9),
+        ({"gradient": "weight", "query_norm": 1.0, "normalize": "cosine"}, True, 1e-9),
+        ({"gradient": "weight", "query_norm": 1.0, "normalize": "cosine", "norm_sketch": 3}, True, 1e-9),
+        ({"gradient": "factors", "query_norm": 1.0, "normalize": "cosine", "norm_sketch": 3}, True, 1e-9),
         ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, True, 1e-9),
         ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, False, 1e-9),
         # With what the cuts lose.

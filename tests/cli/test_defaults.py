@@ -67,4 +67,4 @@ def test_what_was_done_is_in_the_record(run):
     assert stages["warmup"]["learning_rate"] == pytest.approx(0.1 / 128)
     names = pq.read_schema(run / "scores.parquet").names
     assert [f"examples/{task}" in names for task in TASKS] == [True, True]
-    assert json.loads(pq.read_schema(run / "scores.parquet").metadata[b"iprox"])["normalise"] == "cosine"
+    assert json.loads(pq.read_schema(run / "scores.parquet").metadata[b"iprox"])["normalize"] == "cosine"

@@ -53,7 +53,7 @@ def mixed(make_place, tmp_path_factory):
         warmup=False,
         proxy=False,
         audit=False,
-        influence={"estimator": "tracin", "normalise": "none"},
+        influence={"estimator": "tracin", "normalize": "none"},
         select={"count": CHOSEN, "strategy": "top"},
         report={"attributed": 0},
     )
@@ -78,11 +78,11 @@ def selected(place, file="selection.json"):
 def test_one_word_answers_for_worked_solutions_are_told(mixed, capfd):
     assert sources(mixed) == {"wishes"}
     assert mixed.run("--set", f"select.count={CHOSEN - 1}") == mixed.run("--set", f"select.count={CHOSEN}") == 0
-    assert f"warning: {LINE}influence.normalise: cosine\n" in capfd.readouterr().err
+    assert f"warning: {LINE}influence.normalize: cosine\n" in capfd.readouterr().err
     entry, profile = mixed.record()["stages"]["select"], selected(mixed)["profile"]
     assert entry["profile"] == profile
     assert entry["warnings"] == profile["warnings"]
-    assert profile["warnings"][0] == f"{LINE}influence.normalise: cosine"
+    assert profile["warnings"][0] == f"{LINE}influence.normalize: cosine"
     assert profile["supervised"]["selection"] == {"low": 5.0, "median": 5.0, "high": 5.0}
     assert profile["supervised"]["validation"]["sums"]["median"] == 39
     assert profile["sources"] == [{"source": "wishes", "selection": 1.0, "pool": ONE_WORD / (WORKED + ONE_WORD)}]
@@ -91,7 +91,7 @@ def test_one_word_answers_for_worked_solutions_are_told(mixed, capfd):
 def test_the_report_shows_lengths_of_answers_and_the_line(mixed):
     page = html.unescape((mixed.output / "report.html").read_text())
     composition = page[page.index('<section id="composition">') : page.index('<section id="examples">')]
-    assert f'<p class="alert">{LINE}influence.normalise: cosine</p>' in composition
+    assert f'<p class="alert">{LINE}influence.normalize: cosine</p>' in composition
     assert "Validation, sums" in composition
     assert "Median: 5 in the pool, 5 in the selection, 39 in validation sums." in composition
 
@@ -99,7 +99,7 @@ def test_the_report_shows_lengths_of_answers_and_the_line(mixed):
 def test_the_setting_that_is_told_helps(mixed, tmp_path):
     shutil.copytree(mixed.path, tmp_path / "place")
     place = type(mixed)(tmp_path / "place")
-    assert place.run("--set", "influence.normalise=cosine", "--set", f"output={place.output}") == 0
+    assert place.run("--set", "influence.normalize=cosine", "--set", f"output={place.output}") == 0
     assert sources(place) == {"sums"}
     assert place.record()["stages"]["select"]["warnings"] == []
 
@@ -121,7 +121,7 @@ def select(mixed, tmp_path, capfd):
 
 def test_a_command_names_its_options(mixed, select):
     said, record = select(mixed.output / "scores.parquet")
-    assert f"warning: {LINE}--normalise cosine when scoring\n" in said
+    assert f"warning: {LINE}--normalize cosine when scoring\n" in said
     assert "are near-duplicates of better ones (of 10 compared); try --deduplicate 0.8\n" in said
     assert len(record["warnings"]) == 2
     # Near-duplicates that are left out are none to be told of.
@@ -140,7 +140,7 @@ def test_python_warns_in_its_own_words(mixed):
     table = pq.read_table(mixed.output / "scores.parquet")
     with pytest.warns(UserWarning, match="the selected answers are short") as heard:
         rows = iprox.select(table, count=CHOSEN, strategy="top")
-    assert [str(each.message) for each in heard] == [f"{LINE}normalise='cosine' in iprox.score"]
+    assert [str(each.message) for each in heard] == [f"{LINE}normalize='cosine' in iprox.score"]
     assert rows.tolist() == selected(mixed)["rows"]
 
 

@@ -46,11 +46,11 @@ def score(place, models, output, *arguments):
     return pq.read_table(output / "scores.parquet")
 
 
-@pytest.mark.parametrize("normalise", ["none", "cosine"])
-def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalise):
-    how = ["--estimator=tracin", "--normalise", normalise, "--norm-sketch=0"]
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
+    how = ["--estimator=tracin", "--normalize", normalize, "--norm-sketch=0"]
     exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", *how)
-    assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalise", normalise) == 0
+    assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalize", normalize) == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     assert queried.schema.names == exact.schema.names
     assert queried["id"].equals(exact["id"])
@@ -81,7 +81,7 @@ def test_a_query_twice_gives_the_same_bytes(indexed, tmp_path):
 
 def test_scores_by_example_change_no_score_of_a_task(indexed, tmp_path):
     for name, options in (("alone", []), ("kept", ["--per-example"])):
-        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--normalise=cosine", *options) == 0
+        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--normalize=cosine", *options) == 0
     alone, kept = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("alone", "kept"))
     for column in ("influence/spelling", "influence/arithmetic"):
         np.testing.assert_allclose(kept[column].to_numpy(), alone[column].to_numpy(), rtol=0.02, atol=2e-3)
@@ -110,16 +110,16 @@ def test_several_indexes_are_checkpoints(indexed, tmp_path):
 
 
 def test_the_steps_of_adam_are_indexed(indexed, tmp_path):
-    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--normalise=cosine")
+    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--normalize=cosine")
     assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=adam") == 0
-    assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--normalise=cosine") == 0
+    assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--normalize=cosine") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     a, b = (table["influence/spelling"].to_numpy() for table in (exact, queried))
     np.testing.assert_allclose(b, a, rtol=0, atol=6 / 8192**0.5)  # six standard errors of a cosine near 0
     assert np.corrcoef(a, b)[0, 1] > 0.9
 
 
-def test_tokenising_ahead_gives_the_same_bytes(indexed, tmp_path):
+def test_tokenizing_ahead_gives_the_same_bytes(indexed, tmp_path):
     assert make(indexed, indexed.proxies[0], tmp_path / "index", "--num-proc=2") == 0
     ours, theirs = (folder / "000000.arrow" for folder in (tmp_path / "index", indexed.indexes[0]))
     assert ours.read_bytes() == theirs.read_bytes()

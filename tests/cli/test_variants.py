@@ -91,7 +91,7 @@ def test_norms_of_a_cosine_are_sketched_and_that_is_recorded_and_planned(tmp_pat
     assert 0.9 < np.corrcoef(cosines[0], cosines[2])[0, 1] < 0.99999
     warmed = next((place.output / "warmup").glob("checkpoint-*"))
     data = ["--pool", str(place.pool), "--validation", f"spelling={place.path}/spelling.jsonl"]
-    asked = ["--output", str(tmp_path / "o"), "--normalise=cosine", "--norm-sketch=4", "--quiet"]
+    asked = ["--output", str(tmp_path / "o"), "--normalize=cosine", "--norm-sketch=4", "--quiet"]
     assert main(["score", "--model", str(warmed), *data, *asked]) == 2
     assert "is no proxy, and a model's own norms are exact" in capsys.readouterr().err
 
@@ -105,7 +105,7 @@ def test_a_model_with_experts_is_charged_in_the_plan_as_in_the_run(tmp_path, mak
     for file in [*own.glob("token*"), *own.glob("*.jinja")]:
         shutil.copy(file, place.path / "moe")
     place.set(model=str(place.path / "moe"))
-    options = ["warmup=false", "proxy.align=false", "audit.sample=12", "influence.normalise=cosine"]
+    options = ["warmup=false", "proxy.align=false", "audit.sample=12", "influence.normalize=cosine"]
     assert place.run("--set", *options) == 0
     capsys.readouterr()
     assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
@@ -138,7 +138,7 @@ def test_the_best_validation_example_decides_and_all_are_kept(several, tmp_path)
         several.output / "aligned" / entry["path"]
         for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())
     ]
-    options = ("--query-norm", "1", "--normalise", "none", "--learning-rates", "1e-3", "1e-4")
+    options = ("--query-norm", "1", "--normalize", "none", "--learning-rates", "1e-3", "1e-4")
     score(several, proxies, tmp_path / "max", "--over-examples", "max", "--per-example", *options)
     table = pq.read_table(tmp_path / "max/scores.parquet")
     made_by = json.loads(table.schema.metadata[b"iprox"])
@@ -156,7 +156,7 @@ def test_adam_takes_the_state_that_the_warm_up_keeps(tmp_path, make_place):
     place = make_place(tmp_path / "place")
     assert place.run("--stop-after", "compress") == 0
     assert not list(place.output.rglob("optimizer.safetensors"))
-    options = ["--set", "influence.estimator=adam", "influence.normalise=cosine", "audit.sample=12"]
+    options = ["--set", "influence.estimator=adam", "influence.normalize=cosine", "audit.sample=12"]
     assert place.run(*options) == 0
     record = place.record()["stages"]
     assert not record["warmup"]["skipped"]  # once more, for the state
@@ -467,11 +467,11 @@ def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path):
     checkpoints = json.loads((finished.output / "warmup/checkpoints.json").read_text())
     target = finished.output / "warmup" / checkpoints[-1]["path"]
     proxy = finished.output / "aligned"
-    score(finished, [proxy], tmp_path / "proxy", "--normalise=cosine", "--target", str(target))
-    score(finished, [target], tmp_path / "target", "--normalise=cosine")
+    score(finished, [proxy], tmp_path / "proxy", "--normalize=cosine", "--target", str(target))
+    score(finished, [target], tmp_path / "target", "--normalize=cosine")
     tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
     command = ["refine", "--scores", str(tmp_path / "proxy"), "--pool", str(finished.pool), "--model", str(target)]
-    command += ["--validation", *tasks, "--quiet"]  # and neither --normalise nor --max-length
+    command += ["--validation", *tasks, "--quiet"]  # and neither --normalize nor --max-length
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
     own, whole = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("target", "whole"))
     for task in ("arithmetic", "spelling"):
@@ -645,7 +645,7 @@ def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(co
             assert -1 <= sides[side]["lds"] <= 1
             assert sides[side]["interval"][0] <= sides[side]["interval"][1]
     assert copied.record()["stages"]["lds"]["flops"] > 0
-    assert "linear datamodelling score" in (copied.output / "report.html").read_text()
+    assert "linear datamodeling score" in (copied.output / "report.html").read_text()
     # Nothing hangs on it, and it is done once.
     assert copied.run("--set", *settings) == 0
     assert copied.done() == []

@@ -24,7 +24,7 @@ from iprox.errors import InputError
 
 MARKED = CHATML
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-TEXTS = ["What is two plus two? It is four.", "Name a colour: blue, green or red.", "Answer the question, please."]
+TEXTS = ["What is two plus two? It is four.", "Name a color: blue, green or red.", "Answer the question, please."]
 
 
 def make_tokenizer(template: Any = MARKED):
@@ -158,7 +158,7 @@ def test_plain_prompt_completion_supervises_the_completion():
 
 
 ROWS = {
-    "messages": [TWO_TURNS, chat(("user", "Name a colour"), ("assistant", "\n\nblue"))],
+    "messages": [TWO_TURNS, chat(("user", "Name a color"), ("assistant", "\n\nblue"))],
     "prompt and completion": [
         {"prompt": "What is two", "completion": " plus two?"},
         {"prompt": "Answer the ques", "completion": "tion, please."},  # a token may merge across the boundary
@@ -361,7 +361,7 @@ def test_cutting_always_fits_and_keeps_a_window(mask, length):
 
 def test_a_long_conversation_is_cut_to_its_answer():
     encoder = ChatEncoder(TOKENIZER, 8)
-    (row,) = encode(encoder, chat(("user", "Name a colour: " * 20), ("assistant", "red")))
+    (row,) = encode(encoder, chat(("user", "Name a color: " * 20), ("assistant", "red")))
     assert row.truncated
     assert len(row.input_ids) == 8
     assert supervised_text(row) == "red<|im_end|>"
@@ -379,8 +379,8 @@ WITH_TOOLS = [
         ],
         "tools": TOOLS,
     },
-    {**chat(("user", "Name a colour"), ("assistant", "red")), "tools": json.dumps(TOOLS[:1])},
-    {**chat(("user", "Name a colour"), ("assistant", "red")), "tools": []},
+    {**chat(("user", "Name a color"), ("assistant", "red")), "tools": json.dumps(TOOLS[:1])},
+    {**chat(("user", "Name a color"), ("assistant", "red")), "tools": []},
     {**chat(("user", "Q"), ("assistant", "A")), "chat_template_kwargs": {"enable_thinking": False}},
     {
         "prompt": [{"role": "user", "content": "2+2?"}],
@@ -415,9 +415,9 @@ def test_tools_their_calls_and_reasoning_are_rendered_as_trl_does():
         assert (ours.labels != IGNORE).tolist() == [bool(mark) for mark in alone["assistant_masks"]]
     text = str(encoder.tokenizer.decode(encoded[0].input_ids))
     assert '"description": "plus"' in text
-    learnt = supervised_text(encoded[0])
-    assert '<think>\nI add.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"x": 2, "y": 2}}' in learnt
-    assert "<tool_response>" not in learnt  # what the tool says is not the model's
+    learned = supervised_text(encoded[0])
+    assert '<think>\nI add.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"x": 2, "y": 2}}' in learned
+    assert "<tool_response>" not in learned  # what the tool says is not the model's
     assert len(encoded[1].input_ids) > len(encoded[2].input_ids)
     assert "<think>\nplus\n</think>" in supervised_text(encoded[4])  # transformers knows both names of reasoning
 

@@ -27,7 +27,7 @@ TURNS = [
     {"role": "system", "content": "Be <b>brief</b>."},
     {"role": "user", "content": "Add two."},
     {"role": "assistant", "content": "It is four. 🙂"},
-    {"role": "user", "content": "Name a colour."},
+    {"role": "user", "content": "Name a color."},
     {"role": "assistant", "content": "blue"},
 ]
 # What templates of well-known models do, in one.

@@ -85,7 +85,7 @@ def test_scores_are_steps_of_adamw_on_the_validation_gradient(tiny, family):
     scores, losses = AdamScorer(model, mean, state)(pool)
     torch.testing.assert_close(scores[:, 0], steps @ each.mean(0), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
-    cosine, _ = AdamScorer(model, mean, state, normalise="cosine")(pool)
+    cosine, _ = AdamScorer(model, mean, state, normalize="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(steps, each.mean(0)[None])
     torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-8, atol=1e-9)
     by_example, _ = AdamScorer(model, {"t": example_gradients(model, [validation])}, state)(pool)
@@ -97,8 +97,8 @@ def test_on_a_proxy_the_step_is_that_of_the_dense_weights(tiny):
     state = state_of(model, warmed_optimizer(model, tiny))
     proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
     query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
-    scores, _ = AdamScorer(proxy, {"t": seen_from(query, proxy, "weight")}, state, normalise="cosine")(pool)
-    dense, _ = AdamScorer(to_dense(proxy), {"t": query}, state, normalise="cosine")(pool)
+    scores, _ = AdamScorer(proxy, {"t": seen_from(query, proxy, "weight")}, state, normalize="cosine")(pool)
+    dense, _ = AdamScorer(to_dense(proxy), {"t": query}, state, normalize="cosine")(pool)
     torch.testing.assert_close(scores, dense, rtol=1e-8, atol=1e-9)
 
 

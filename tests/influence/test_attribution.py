@@ -54,7 +54,7 @@ def test_terms_are_those_of_autograd_and_sum_to_the_score(tiny, family, keep):
 def test_terms_of_a_cosine_sum_to_it(tiny):
     model = tiny.model("qwen3")
     batch = tiny.batch([9, 4], seed=2)
-    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])[0]}, normalise="cosine")
+    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])[0]}, normalize="cosine")
     torch.testing.assert_close(scorer.by_token(batch).sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
 
 

@@ -43,8 +43,8 @@ def test_the_gradient_of_an_example_is_its_product_of_tokens(length, m, n, bias,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3-moe"])
-@pytest.mark.parametrize("normalise", ["none", "cosine"])
-def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalise):
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalize):
     from iprox.models.experts import experts_split
 
     model, pool = tiny.model(family), tiny.batch([9, 3, 7])
@@ -52,9 +52,9 @@ def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalise):
         validation = tiny.batch([4, 8, 5], seed=1)
         backwards = dataclasses.replace(validation, indices=[2, 0, 1])  # as length-sorted batches are
         queries = [mean_gradient(model, [row])[0] for row in tiny.rows(validation)]
-        expected = torch.cat([BatchScorer(model, {"t": q}, normalise=normalise)(pool)[0] for q in queries], dim=1)
+        expected = torch.cat([BatchScorer(model, {"t": q}, normalize=normalize)(pool)[0] for q in queries], dim=1)
         examples = example_gradients(model, [backwards])
-        scorer = BatchScorer(model, {"a": examples, "b": examples[:1]}, normalise=normalise)
+        scorer = BatchScorer(model, {"a": examples, "b": examples[:1]}, normalize=normalize)
         assert scorer.widths == [3, 1]
         scores, _ = scorer(pool)
     torch.testing.assert_close(scores[:, :3], expected[:, [1, 2, 0]], rtol=1e-8, atol=1e-9)
@@ -65,8 +65,8 @@ def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalise):
 def test_the_examples_cosines_make_the_cosine_with_their_mean(tiny, family):
     """Weighed by their norms: asking for scores by example changes no score of a task."""
     model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
-    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalise="cosine")(pool)
-    scorer = BatchScorer(model, {"t": example_gradients(model, [validation])}, normalise="cosine")
+    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalize="cosine")(pool)
+    scorer = BatchScorer(model, {"t": example_gradients(model, [validation])}, normalize="cosine")
     scores, _ = scorer(pool)
     (weights,) = scorer.weights
     torch.testing.assert_close((scores * torch.tensor(weights)).sum(1, keepdim=True), expected, rtol=1e-8, atol=1e-10)

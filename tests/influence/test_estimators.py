@@ -42,7 +42,7 @@ def test_scores_equal_autograd_dot_products(tiny, case, padding):
     scores, losses = BatchScorer(model, {"task": gradient})(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
-    cosine, _ = BatchScorer(model, {"task": gradient}, normalise="cosine")(pool)
+    cosine, _ = BatchScorer(model, {"task": gradient}, normalize="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(rows, query[None])
     torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-9, atol=1e-9)
 
@@ -53,7 +53,7 @@ def test_sketched_cosines_equal_those_of_the_sketch_of_each_gradient(tiny, case)
     model = tiny.model(family, **changes)
     pool = tiny.batch([9, 3, 7, 12], padding=3)
     gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
-    scorer = BatchScorer(model, {"task": gradient}, normalise="cosine", norm_sketch=5)
+    scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=5)
     expected, sketched = [], 0
     for row in tiny.rows(pool):
         score, norm, query = (torch.zeros((), dtype=torch.float64) for _ in range(3))
@@ -72,7 +72,7 @@ def test_sketched_cosines_equal_those_of_the_sketch_of_each_gradient(tiny, case)
         expected.append(score / (norm * query).sqrt())
     assert sketched
     torch.testing.assert_close(scorer(pool)[0][:, 0], torch.stack(expected), rtol=1e-9, atol=1e-9)
-    exact = BatchScorer(model, {"task": gradient}, normalise="cosine")
+    exact = BatchScorer(model, {"task": gradient}, normalize="cosine")
     assert scorer.norm_flops([9, 3]) != exact.norm_flops([9, 3])
     assert not torch.equal(exact(pool)[0], scorer(pool)[0])
 
@@ -84,14 +84,14 @@ def test_norms_of_experts_are_not_sketched(tiny):
         assert experts == {name for name in layers if ".experts." in name}
         assert 0 < len(experts) < len(layers)
         gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
-        scorer = BatchScorer(model, {"task": gradient}, normalise="cosine", norm_sketch=2)
+        scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=2)
         shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     exact = norm_flops([shapes[name] for name in experts], [4.5, 20])  # two experts of four see a token
     others = norm_flops([shape for name, shape in shapes.items() if name not in experts], [9, 40], 2)
     assert scorer.norm_flops([9, 40]) == exact + others
 
 
-@pytest.mark.parametrize("options", [{}, {"normalise": "cosine"}, {"normalise": "cosine", "norm_sketch": 5}])
+@pytest.mark.parametrize("options", [{}, {"normalize": "cosine"}, {"normalize": "cosine", "norm_sketch": 5}])
 def test_scores_do_not_depend_on_the_batch(tiny, options):
     model, pool = tiny.model(), tiny.batch([9, 3, 7, 12], padding=4)
     gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
@@ -129,9 +129,9 @@ def test_weight_gradients_of_a_proxy_are_those_of_the_dense_model_it_stands_for(
     proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     dense = to_dense(proxy)
     gradient, _ = mean_gradient(proxy, [validation], "weight")
-    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="weight", normalise="cosine")(pool)
+    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="weight", normalize="cosine")(pool)
     reference, _ = mean_gradient(dense, [validation])
-    expected, _ = BatchScorer(dense, {"task": reference}, normalise="cosine")(pool)
+    expected, _ = BatchScorer(dense, {"task": reference}, normalize="cosine")(pool)
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
 
 

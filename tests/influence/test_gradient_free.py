@@ -118,7 +118,7 @@ def test_bm25_is_its_formula(documents, queries):
 
 
 def test_cosine_of_no_gradient_is_refused(tiny):
-    settings = ScoringSettings(estimator="perplexity", normalise="cosine")
+    settings = ScoringSettings(estimator="perplexity", normalize="cosine")
     with pytest.raises(InputError, match="perplexity has none"):
         build_scorer(tiny.model("qwen3"), {"a": encoded([[1, 2]])}, 0, settings)
 

@@ -88,7 +88,7 @@ def test_inner_products_of_features_are_the_scores_in_the_mean(tiny, family):
 def test_enough_numbers_give_the_scores_of_a_proxy(tiny, space):
     proxy, _ = derive_proxy(tiny.model("qwen3"), [tiny.batch([9, 7, 5], seed=2)], Size(sparsity=0.5))
     pool, query = tiny.batch([9, 3, 7]), mean_gradient(proxy, [tiny.batch([5, 8], seed=1)], space)[0]
-    exact = BatchScorer(proxy, {"t": query}, gradient=space, normalise="cosine")(pool)[0][:, 0]
+    exact = BatchScorer(proxy, {"t": query}, gradient=space, normalize="cosine")(pool)[0][:, 0]
     projector = GradientProjector(proxy, 1 << 16, space)
     features, meets = projector(pool), projector.project(query)[0]
     torch.testing.assert_close(features @ meets / features.norm(dim=1) / meets.norm(), exact, rtol=0, atol=0.03)
@@ -99,7 +99,7 @@ def test_adams_steps_are_projected_where_asked(tiny, tmp_path):
     save_adam_state(model, warmed_optimizer(model, tiny), tmp_path)
     state = load_adam_state(tmp_path)
     query = mean_gradient(model, [tiny.batch([5, 8], seed=1)])[0]
-    exact = AdamScorer(model, {"t": query}, state, normalise="cosine")(pool)[0][:, 0]
+    exact = AdamScorer(model, {"t": query}, state, normalize="cosine")(pool)[0][:, 0]
     projector = GradientProjector(model, 1 << 16, adam=state)
     features, meets = projector(pool), projector.project(query)[0]
     torch.testing.assert_close(features @ meets / features.norm(dim=1) / meets.norm(), exact, rtol=0, atol=0.03)
@@ -120,8 +120,8 @@ def write(projector, folder, pool=POOL, window=2, engine=None, **description):
     return write_index(make, pool, folder, {"dimension": 64, **description}, window=window, **more)
 
 
-@pytest.mark.parametrize("normalise", ["none", "cosine"])
-def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path, normalise):
+@pytest.mark.parametrize("normalize", ["none", "cosine"])
+def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path, normalize):
     model, projector = made
     stats = write(projector, tmp_path / "index")
     assert (stats.rows, stats.unscored) == (5, 1)
@@ -129,7 +129,7 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
     assert (index.rows, index.dimension) == (5, 64)
     batch = tiny.batch([5, 8, 4], seed=1)
     queries = {"mean": mean_gradient(model, [batch])[0], "each": example_gradients(model, [batch])}
-    parts = list(index.scores(queries, projector, normalise, by_example=True))
+    parts = list(index.scores(queries, projector, normalize, by_example=True))
     table = pa.concat_tables([table for table, _ in parts])
     assert sum(counted.rows for _, counted in parts) == 5
     assert table["id"].to_pylist() == [example.id for example in POOL]
@@ -138,12 +138,12 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
     expected = np.full((5, 4), np.nan)
     for each in iter_batches(encoded, 4096, 0):
         features, meets = projector(each), torch.cat([projector.project(query) for query in queries.values()])
-        if normalise == "cosine":
+        if normalize == "cosine":
             features, meets = (torch.nn.functional.normalize(x, dim=1) for x in (features, meets))
         expected[each.indices] = (features @ meets.mT).numpy()
     scale = np.nanmax(np.abs(expected))
     np.testing.assert_allclose(score_matrix(table)[:, 0] / scale, expected[:, 0] / scale, atol=2e-3)
-    # The task's own score is of the mean of its examples, the other task's, however it is normalised.
+    # The task's own score is of the mean of its examples, the other task's, however it is normalized.
     np.testing.assert_allclose(score_matrix(table)[:, 1] / scale, expected[:, 0] / scale, atol=2e-3)
     np.testing.assert_allclose(example_matrix(table, "each") / scale, expected[:, 1:] / scale, atol=2e-3)
     assert np.isnan(expected[1]).all()  # the row without a supervised token has no score

@@ -158,7 +158,7 @@ def test_shards_of_other_scores_are_thrown_away(setup, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(path, [model], pool, validation, identity={"run": 1})
     monkeypatch.setattr(shards, "write_parts", real)
-    cosine = dataclasses.replace(SETTINGS, normalise="cosine")
+    cosine = dataclasses.replace(SETTINGS, normalize="cosine")
     run(path, [model], pool, validation, settings=cosine, identity={"run": 2})
     assert np.nanmax(np.abs(score_matrix(read_scores(path)))) <= 1 + 1e-9
 
@@ -276,7 +276,7 @@ def test_norms_are_sketched_for_the_cosine_on_a_proxy_unless_asked(tiny, setup):
     _, _, validation = setup
     model = tiny.model()
     proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
-    cosine = ScoringSettings(normalise="cosine")
+    cosine = ScoringSettings(normalize="cosine")
     assert ScoringSettings().sketched(proxy) == cosine.sketched(model) == 0
     assert cosine.sketched(proxy) == NORM_SKETCH > 0
     assert dataclasses.replace(cosine, norm_sketch=0).sketched(proxy) == 0

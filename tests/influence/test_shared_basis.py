@@ -68,10 +68,10 @@ def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
 def test_examples_cosines_sum_to_the_cosine_with_their_mean(tiny, family):
     model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
     expected, _ = BatchScorer(
-        model, {"t": mean_gradient(model, [validation], "weight")[0]}, gradient="weight", normalise="cosine"
+        model, {"t": mean_gradient(model, [validation], "weight")[0]}, gradient="weight", normalize="cosine"
     )(pool)
     queries = shared_queries(example_gradients(model, [validation], "weight"), 1.0, dtype=torch.float64)
-    scorer = BatchScorer(model, {"t": queries}, gradient="weight", normalise="cosine")
+    scorer = BatchScorer(model, {"t": queries}, gradient="weight", normalize="cosine")
     (weights,) = scorer.weights
     scores, _ = scorer(pool)
     torch.testing.assert_close((scores * torch.tensor(weights)).sum(1, keepdim=True), expected, rtol=1e-8, atol=1e-10)

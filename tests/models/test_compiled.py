@@ -44,10 +44,10 @@ def check(tiny, model, **options):
 
 
 # qwen3's norms go through float32, and fused they round otherwise; gpt-neox and gpt2 stay in float64.
-@pytest.mark.parametrize(("family", "normalise"), [("gpt-neox", "none"), ("gpt2", "cosine")])
-def test_scores_are_the_same(tiny, backend, family, normalise):
+@pytest.mark.parametrize(("family", "normalize"), [("gpt-neox", "none"), ("gpt2", "cosine")])
+def test_scores_are_the_same(tiny, backend, family, normalize):
     backend("aot_eager")
-    check(tiny, tiny.model(family), normalise=normalise)
+    check(tiny, tiny.model(family), normalize=normalize)
 
 
 @pytest.mark.parametrize("gradient", ["factors", "weight"])

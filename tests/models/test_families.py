@@ -20,7 +20,7 @@ from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.export import to_dense
-from iprox.proxy.factorise import with_factors
+from iprox.proxy.factorize import with_factors
 from iprox.proxy.ipsvd import weighted_svd
 from iprox.proxy.moments import MomentSettings, collect_moments
 from iprox.proxy.size import Size
@@ -119,7 +119,7 @@ def test_scores_equal_autograd_dot_products(family, tiny, kind):
     gradient, _ = mean_gradient(model, [validation], "factors")
     scores, _ = BatchScorer(model, {"task": gradient}, gradient="factors")(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, **close)
-    cosine, _ = BatchScorer(model, {"task": gradient}, gradient="factors", normalise="cosine")(pool)
+    cosine, _ = BatchScorer(model, {"task": gradient}, gradient="factors", normalize="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(rows, query[None])
     torch.testing.assert_close(cosine[:, 0], expected, **close)
 
@@ -266,7 +266,7 @@ def test_packed_weights_are_refused(tiny):
     model = tiny.model()
     layer = model.get_submodule("model.layers.1.mlp.up_proj")
     layer.weight = torch.nn.Parameter(torch.zeros(64, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: its weights are quantised"):
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj: its weights are quantized"):
         compressible_layers(model)
 
 

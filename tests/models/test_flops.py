@@ -13,7 +13,7 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 
 
-def test_compression_counts_each_reading_and_factorises_once(tiny):
+def test_compression_counts_each_reading_and_factorizes_once(tiny):
     model = tiny.model()
     reading = 2 * (100 * flops.forward_flops(model) + 40 * flops.head_flops(model))
     once, twice = (flops.compression_flops(model, 100, 40, passes) for passes in (1, 2))
@@ -65,7 +65,7 @@ def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
     split_experts(model)
     query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
-    scorer = BatchScorer(model, {"t": query}, gradient="weight", normalise="cosine")
+    scorer = BatchScorer(model, {"t": query}, gradient="weight", normalize="cosine")
     met = 0.0
     layers = compressible_layers(model)
 

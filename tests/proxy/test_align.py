@@ -79,7 +79,7 @@ def test_target_signals_are_the_gradient_of_the_mean_loss(pair):
 
 def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     from iprox.models.layers import compressible_layers
-    from iprox.proxy.factorise import with_factors
+    from iprox.proxy.factorize import with_factors
     from iprox.proxy.ipsvd import weighted_svd
     from iprox.proxy.spectra import SpectrumStore
 

@@ -7,7 +7,7 @@ from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
 from iprox.proxy.export import to_dense
-from iprox.proxy.factorise import FactorSettings, layer_groups, with_factors
+from iprox.proxy.factorize import FactorSettings, layer_groups, with_factors
 from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import MomentSettings, collect_moments
 from iprox.proxy.size import Size

@@ -23,7 +23,7 @@ def spectrum(method, weight, moments, ridge=1e-2):
 
 
 def weights_of(method, weight, moments):
-    """The (output, input) moments whose norm each method minimises, written out."""
+    """The (output, input) moments whose norm each method minimizes, written out."""
     m, n = weight.shape
     C_d, C_h = moments.gradients.matrix, moments.inputs.matrix
     ridged = C_h + 1e-2 * C_h.diagonal().mean() * torch.eye(n, dtype=C_h.dtype)

@@ -8,7 +8,7 @@ import torch
 from iprox.models.layers import compressible_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
-from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.norms import norm_layers, refit_norms, scale_norm
 from iprox.proxy.size import Size
 

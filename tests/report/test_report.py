@@ -220,7 +220,7 @@ def test_shades_are_relative_to_the_strongest_of_the_row() -> None:
     assert {token.level for token in shaded(["a", "b"], [True, False], np.zeros(2))} == {0}
 
 
-def test_the_linear_datamodelling_score_is_told_where_it_was_measured(make_run: MakeRun) -> None:
+def test_the_linear_datamodeling_score_is_told_where_it_was_measured(make_run: MakeRun) -> None:
     run = make_run()
     assert "random subsets" not in build(run).text
     record = json.loads((run / "run.json").read_text())

@@ -28,7 +28,7 @@ def scored(supervised, validation, sources=None, **made_by):
     rows, tasks = len(supervised), list(validation)
     known = ValidationLengths.of({task: [encoded(each) for each in given] for task, given in validation.items()})
     matrix = np.tile(-np.arange(rows, dtype=float)[:, None], len(tasks))
-    metadata = {"estimator": "tracin", "normalise": "none", **known.as_metadata(), **made_by}
+    metadata = {"estimator": "tracin", "normalize": "none", **known.as_metadata(), **made_by}
     return scores_table(
         [str(row) for row in range(rows)], sources or [None] * rows, [99] * rows, matrix, tasks, metadata,
         supervised=supervised,
@@ -108,7 +108,7 @@ def test_lengths_three_times_apart_are_told(lengths, validation, expected):
     else:
         (line,) = lines
         assert expected in line
-        assert line.endswith("try influence.normalise: cosine")
+        assert line.endswith("try influence.normalize: cosine")
 
 
 def test_only_the_tasks_selected_for_are_compared_with():
@@ -123,10 +123,10 @@ def test_only_the_tasks_selected_for_are_compared_with():
 @pytest.mark.parametrize(
     ("made_by", "settings", "tasks", "tried"),
     [
-        ({}, {}, 1, "influence.normalise: cosine"),
+        ({}, {}, 1, "influence.normalize: cosine"),
         ({"estimator": "length"}, {}, 1, "influence.estimator: influence-function"),
-        ({"normalise": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
-        ({"normalise": "cosine"}, {}, 1, None),
+        ({"normalize": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
+        ({"normalize": "cosine"}, {}, 1, None),
     ],
 )
 def test_the_setting_to_try_is_one_that_is_not_set(made_by, settings, tasks, tried):
@@ -154,8 +154,8 @@ def test_nothing_is_said_of_lengths_that_are_not_known():
     ("setting", "recipe", "command", "python"),
     [
         (
-            Setting("influence", "normalise", "cosine"),
-            *("influence.normalise: cosine", "--normalise cosine when scoring", "normalise='cosine' in iprox.score"),
+            Setting("influence", "normalize", "cosine"),
+            *("influence.normalize: cosine", "--normalize cosine when scoring", "normalize='cosine' in iprox.score"),
         ),
         (
             Setting("select", "control_length", True),

@@ -86,7 +86,7 @@ WEIGHTS = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3
 
 
 @given(st.lists(st.tuples(*[st.integers(-5, 5)] * 3), min_size=1, max_size=30), WEIGHTS, st.data())
-def test_weights_are_of_standardised_scores(values, weights, data):
+def test_weights_are_of_standardized_scores(values, weights, data):
     """Tenths, whose mean is rounded: a task of equal scores has no spread all the same."""
     matrix = np.array(values) / 10
     count = data.draw(st.integers(1, len(values)))

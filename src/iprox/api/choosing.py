@@ -105,7 +105,7 @@ def audit(
         sample: examples to compare on.
         validation: validation examples by task.
         query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
-            are not factorised take their own.
+            are not factorized take their own.
         **settings: as for `score`; a `query_norm` is of the proxy's scores, the target's are exact.
     """
     check_model("model", model)

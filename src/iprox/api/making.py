@@ -16,7 +16,7 @@ from iprox.api.examples import Examples, Reader
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
-from iprox.influence.estimators import Normalise
+from iprox.influence.estimators import Normalize
 from iprox.influence.scoring import ScoringSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
@@ -28,7 +28,7 @@ from iprox.proxy.align import AlignmentHistory, AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Objective
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
-from iprox.proxy.factorise import FactorSettings, RankRule
+from iprox.proxy.factorize import FactorSettings, RankRule
 from iprox.proxy.methods import PROBED, Ridge
 from iprox.proxy.moments import Labels, MomentSettings, Tokens
 from iprox.proxy.size import Size
@@ -123,7 +123,7 @@ def align(
     accumulate: int = 1,
     held_out: Examples | None = None,
     validation: Mapping[str, Examples] | None = None,
-    normalise: Normalise = "none",
+    normalize: Normalize = "none",
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -141,11 +141,11 @@ def align(
         gradient_weight: weight of the gradients' distance; 0 matches the logits only, at a third of the cost.
         kl_weight: weight of the KL of the logits.
         hidden_weight: weight of the distance of hidden states.
-        accumulate: batches an optimiser step; with a `batch_size` of 1 every example is matched by itself.
+        accumulate: batches an optimizer step; with a `batch_size` of 1 every example is matched by itself.
         held_out: examples that are not aligned on: the factors most faithful on them are kept, for which
             `validation` is needed.
         validation: validation examples by task.
-        normalise: of the scores whose fidelity is measured.
+        normalize: of the scores whose fidelity is measured.
         seed: of the order.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
@@ -162,7 +162,7 @@ def align(
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
     check_model("proxy", proxy)
     check_model("model", model)
-    check_choices(normalise=(normalise, get_args(Normalise)))
+    check_choices(normalize=(normalize, get_args(Normalize)))
     if validation is not None:
         check_tasks(validation)
     objective = Objective(gradient_weight, kl_weight, hidden_weight)
@@ -176,7 +176,7 @@ def align(
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            scoring = ScoringSettings("weight", normalise)
+            scoring = ScoringSettings("weight", normalize)
             watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
         chosen = AlignSettings(steps, learning_rate, accumulate, seed)

@@ -20,7 +20,7 @@ from iprox.data.lengths import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.aggregate import OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples
-from iprox.influence.estimators import BatchScorer, Normalise
+from iprox.influence.estimators import BatchScorer, Normalize
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.preconditioning import InfluenceEstimator, KroneckerCurvature
 from iprox.influence.scoring import Estimator, ScoringSettings
@@ -49,7 +49,7 @@ def score(
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
-    normalise: Normalise | None = None,
+    normalize: Normalize | None = None,
     norm_sketch: int | None = None,
     over_examples: OverExamples = "mean",
     per_example: bool | None = None,
@@ -83,7 +83,7 @@ def score(
         gradient: of a proxy: `factors` or `weight`.
         query_norm: share of the validation gradients' norm that is kept when they are made low-rank; 1 is exact.
             None: 0.9 on a proxy, by influence functions 0.98, and 1 on a model itself.
-        normalise: `none` or `cosine`; None is `cosine` for estimators that take gradients.
+        normalize: `none` or `cosine`; None is `cosine` for estimators that take gradients.
         norm_sketch: of a cosine on a proxy: random signs a layer that norms of candidates are estimated from, which
             saves time on rows of more tokens than that; 0 is exact. None: 32.
         over_examples: how a task's score is made of its validation examples: their `mean`, or the `max`.
@@ -107,15 +107,15 @@ def score(
     loader = isinstance(pool, DataLoader)
     if estimator is None:
         estimator = "tracin" if loader and curvature_sample is None else "influence-function"
-    if normalise is None:
-        normalise = "none" if estimator in GRADIENT_FREE else "cosine"
+    if normalize is None:
+        normalize = "none" if estimator in GRADIENT_FREE else "cosine"
     if per_example is None:
         per_example = not loader and estimator not in WITHOUT_EXAMPLES
     check_choices(
         estimator=(estimator, (*get_args(InfluenceEstimator), *GRADIENT_FREE)),
         curvature=(curvature, get_args(KroneckerCurvature)),
         gradient=(gradient, get_args(GradientSpace)),
-        normalise=(normalise, get_args(Normalise)),
+        normalize=(normalize, get_args(Normalize)),
         over_examples=(over_examples, get_args(OverExamples)),
     )
     if damping <= 0:
@@ -125,7 +125,7 @@ def score(
     models = [model] if isinstance(model, nn.Module | str) else list(model)
     for each in models:
         check_model("model", each)
-    _check_norm_sketch(norm_sketch, normalise, models, estimator)
+    _check_norm_sketch(norm_sketch, normalize, models, estimator)
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -139,7 +139,7 @@ def score(
     check_tasks(validation)
     settings = ScoringSettings(
         gradient,
-        normalise,
+        normalize,
         query_norm,
         norm_sketch,
         batch_tokens,
@@ -193,7 +193,7 @@ def score(
             tables.append(pa.concat_tables([table for table, _ in parts]))
     spread = TaskSpread()
     spread.add(by_task(tables, learning_rates, settings.aggregation))
-    made_by = {"estimator": estimator, "normalise": normalise, **lengths}
+    made_by = {"estimator": estimator, "normalize": normalize, **lengths}
     return combine(tables, learning_rates, settings.aggregation, spread, made_by)
 
 
@@ -205,7 +205,7 @@ def attribute(
     target: nn.Module | None = None,
     gradient: GradientSpace = "weight",
     query_norm: float | None = None,
-    normalise: Normalise = "cosine",
+    normalize: Normalize = "cosine",
     norm_sketch: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -220,7 +220,7 @@ def attribute(
         target: as for `score`.
         gradient: as for `score`.
         query_norm: as for `score`.
-        normalise: `cosine` (default) or `none`.
+        normalize: `cosine` (default) or `none`.
         norm_sketch: as for `score`.
         tokenizer: the model's own if None.
         max_length: longest example in tokens.
@@ -234,14 +234,14 @@ def attribute(
         InputError: bad input, or a model with experts, whose layers do not see every token.
     """
     check_model("model", model)
-    check_choices(gradient=(gradient, get_args(GradientSpace)), normalise=(normalise, get_args(Normalise)))
+    check_choices(gradient=(gradient, get_args(GradientSpace)), normalize=(normalize, get_args(Normalize)))
     with experts_split(model):
         if any(isinstance(module, SplitExperts) for module in model.modules()):
             raise InputError("attribution: the model has experts, whose layers do not see every token")
-    _check_norm_sketch(norm_sketch, normalise, [model])
+    _check_norm_sketch(norm_sketch, normalize, [model])
     check_tasks(validation)
     settings = ScoringSettings(
-        gradient, normalise, query_norm=query_norm, norm_sketch=norm_sketch, batch_tokens=batch_tokens
+        gradient, normalize, query_norm=query_norm, norm_sketch=norm_sketch, batch_tokens=batch_tokens
     )
     reader = Reader(model, tokenizer, max_length, batch_tokens)
     encoded = {task: reader.encode(rows, task) for task, rows in validation.items()}
@@ -255,15 +255,15 @@ def attribute(
 
 
 def _check_norm_sketch(
-    sketch: int | None, normalise: Normalise, models: Sequence[nn.Module], estimator: Estimator = "tracin"
+    sketch: int | None, normalize: Normalize, models: Sequence[nn.Module], estimator: Estimator = "tracin"
 ) -> None:
     """Refuse a sketch of norms that are not wanted, are had for nothing, or not of a proxy."""
     if not sketch:
         return
     if sketch < 0:
         raise InputError(f"norm_sketch must be 0 or more, not {sketch}")
-    if normalise == "none":
-        raise InputError("norm_sketch is of the norms of a cosine: set normalise to cosine, or leave it out")
+    if normalize == "none":
+        raise InputError("norm_sketch is of the norms of a cosine: set normalize to cosine, or leave it out")
     if estimator == "adam":
         raise InputError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
     if any(proxy_config(model) is None for model in models):

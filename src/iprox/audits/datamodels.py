@@ -1,4 +1,4 @@
-"""The linear datamodelling score (LDS): do scores foretell what training on a subset does?
+"""The linear datamodeling score (LDS): do scores foretell what training on a subset does?
 
 Park et al. 2023 (TRAK, arXiv:2303.14186), section 4.1: train on many random subsets S; the LDS is the Spearman
 correlation, over subsets, of what the scores foretell, Σ_{i∈S} I(z_i), with what came of it. Influence is positive
@@ -34,7 +34,7 @@ def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndar
     return members
 
 
-def datamodelling_score(scores: np.ndarray, members: np.ndarray, losses: np.ndarray) -> dict[str, Any]:
+def datamodeling_score(scores: np.ndarray, members: np.ndarray, losses: np.ndarray) -> dict[str, Any]:
     """The LDS of one task's scores.
 
     Args:

@@ -161,7 +161,7 @@ class HeldOutFidelity:
     def _weighing(self, model: nn.Module, queries: Mapping[str, TaskQuery]) -> BatchScorer:
         """A scorer of gradients of whole layers."""
         sketch = self.settings.sketched(model)
-        return BatchScorer(model, queries, gradient="weight", normalise=self.settings.normalise, norm_sketch=sketch)
+        return BatchScorer(model, queries, gradient="weight", normalize=self.settings.normalize, norm_sketch=sketch)
 
     def _validation(self, model: nn.Module) -> dict[str, list[Batch]]:
         return {task: self._batches(rows, model) for task, rows in self.validation.items()}

@@ -20,7 +20,7 @@ from iprox.run_folder import environment
 # Optional packages, and what each is for.
 OPTIONAL = {
     "peft": "merges adapters into their base model, and trains them (warmup.lora, finetune.lora)",
-    "bitsandbytes": "reads models quantised to 8 or 4 bits",
+    "bitsandbytes": "reads models quantized to 8 or 4 bits",
     "ray": "scores on several workers (engine: {ray: {workers: 8}})",
     "faiss": "exports indexes of gradients (iprox export)",
     "wandb": "tracks training on Weights & Biases",

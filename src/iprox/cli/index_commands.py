@@ -69,7 +69,7 @@ def query(arguments: Namespace) -> dict[str, Any]:
         "dimension": [each["dimension"] for each in about],
         "learning_rates": rates,
         "max_length": session.max_length,
-        **settings.model_dump(include={"estimator", "gradient", "normalise", "over_examples"}),
+        **settings.model_dump(include={"estimator", "gradient", "normalize", "over_examples"}),
     }
     return options.single_stage(
         session,

@@ -171,7 +171,7 @@ def influence_of(arguments: Namespace) -> InfluenceSection:
     """The settings of influence; what is not given, or no option of the command, is at its default."""
     names = (
         *("estimator", "curvature", "curvature_examples", "damping"),
-        *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
+        *("gradient", "query", "query_norm", "normalize", "norm_sketch"),
         *("over_examples", "per_example", "compile"),
     )
     given = {name: getattr(arguments, name, None) for name in names}
@@ -199,7 +199,7 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
     A proxy whose target is not to be found is scored with its own, and that is said.
 
     Raises:
-        InputError: --target with a model that is no factorised proxy, or the target is not the proxy's; --norm-sketch
+        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's; --norm-sketch
             with a model that is no proxy.
     """
     proxy = proxy_description(load_config(model, trust_remote_code=session.trust_remote_code), model)

@@ -23,7 +23,7 @@ def streaming_option(parser: argparse.ArgumentParser) -> None:
         type=not_negative,
         default=None,
         metavar="N",
-        help="processes that tokenise ahead (default: none on a CPU, up to 4 on an accelerator)",
+        help="processes that tokenize ahead (default: none on a CPU, up to 4 on an accelerator)",
     )
 
 
@@ -132,7 +132,7 @@ def training_options(parser: argparse.ArgumentParser, section: type[TrainingSect
         help="peak (default 0.1 over the model's hidden size, 2.4e-5 at 4,096; with --lora ten times that)",
     )
     parser.add_argument("--batch-size", type=positive, default=16, help="examples a batch (default 16)")
-    parser.add_argument("--accumulate", type=positive, default=1, help="batches an optimiser step (default 1)")
+    parser.add_argument("--accumulate", type=positive, default=1, help="batches an optimizer step (default 1)")
     parser.add_argument(
         "--lora",
         type=positive,
@@ -211,7 +211,7 @@ def norm_sketch_option(parser: argparse.ArgumentParser) -> None:
         "--norm-sketch",
         type=int,
         default=None,
-        help="of --normalise cosine on a proxy: random signs a layer that norms of candidates are estimated from, "
+        help="of --normalize cosine on a proxy: random signs a layer that norms of candidates are estimated from, "
         "which saves time on rows of more tokens than that; 0 is exact (default 32)",
     )
 
@@ -240,7 +240,7 @@ def query_option(parser: argparse.ArgumentParser) -> None:
 def aggregation_options(parser: argparse.ArgumentParser) -> None:
     """How many scores become one."""
     parser.add_argument(
-        "--normalise", choices=("none", "cosine"), help="cosine (default), or none: gradients as they are"
+        "--normalize", choices=("none", "cosine"), help="cosine (default), or none: gradients as they are"
     )
     parser.add_argument(
         "--over-examples",

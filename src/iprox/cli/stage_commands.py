@@ -314,7 +314,7 @@ def export(arguments: Namespace) -> dict[str, Any]:
     if (Path(arguments.source) / DESCRIPTION).is_file():
         rows = indexing.export_faiss(GradientIndex.open(arguments.source), Path(arguments.output))
         if not arguments.json:
-            say_plainly(f"FAISS index of {rows:,} normalised gradients: {arguments.output}")
+            say_plainly(f"FAISS index of {rows:,} normalized gradients: {arguments.output}")
         return {"output": arguments.output, "rows": rows}
     session = options.session_of(arguments)
     output = options.new_folder(arguments.output)

@@ -106,7 +106,7 @@ def add_align(commands: Any) -> None:
     parser.add_argument("--proxy", required=True, help="proxy folder")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="examples to align on")
     parser.add_argument("--output", required=True, help="folder for the aligned proxy")
-    parser.add_argument("--steps", type=positive, help="optimiser steps (default: 5 epochs)")
+    parser.add_argument("--steps", type=positive, help="optimizer steps (default: 5 epochs)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="default 1e-4")
     parser.add_argument(
         "--gradient-weight",
@@ -121,7 +121,7 @@ def add_align(commands: Any) -> None:
         "--accumulate",
         type=positive,
         default=1,
-        help="batches an optimiser step (default 1); with --batch-size 1 every example is matched by itself",
+        help="batches an optimizer step (default 1); with --batch-size 1 every example is matched by itself",
     )
     held_out_options(parser, "keep the factors most faithful on these examples")
     reading_options(parser)

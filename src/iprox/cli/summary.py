@@ -149,7 +149,7 @@ def print_fidelity(audit: dict[str, Any]) -> None:
 
 
 def print_lds(found: dict[str, Any]) -> None:
-    """Linear datamodelling scores as a table."""
+    """Linear datamodeling scores as a table."""
     table = Table("task", "LDS, proxy", "LDS, target", box=None, pad_edge=False)
     for task, entry in found["tasks"].items():
         table.add_row(task, *(f"{side['lds']:.3f} ({_bounds(side['interval'])})" for side in entry.values()))

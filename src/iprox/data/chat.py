@@ -1,4 +1,4 @@
-"""Tokenise examples and label the tokens that training would learn from."""
+"""Tokenize examples and label the tokens that training would learn from."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class ChatEncoder:
             )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokenise and label.
+        """Tokenize and label.
 
         Args:
             examples: Any mix of chat, prompt and completion, and text.
@@ -233,8 +233,8 @@ class ChatEncoder:
         for example in examples:
             text = example.text if example.text is not None else (example.prompt or "") + (example.completion or "")
             texts.append(text if text.endswith(eos) else text + eos)
-        all_ids = self._tokenise(texts)
-        prompts = iter(self._tokenise([example.prompt for example in examples if example.prompt is not None]))
+        all_ids = self._tokenize(texts)
+        prompts = iter(self._tokenize([example.prompt for example in examples if example.prompt is not None]))
         rows = []
         for example, ids in zip(examples, all_ids, strict=True):
             mask = np.ones(len(ids), dtype=bool)
@@ -243,7 +243,7 @@ class ChatEncoder:
             rows.append((ids, mask))
         return rows
 
-    def _tokenise(self, texts: list[str]) -> list[np.ndarray]:
+    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
             return []
         out = self.tokenizer(texts, padding=False, truncation=False, verbose=False)

@@ -91,7 +91,7 @@ class Example:
 
 
 def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
-    """Recognise the format of one raw row and read it.
+    """Recognize the format of one raw row and read it.
 
     Args:
         data: The row as read from the file; a mapping if it is good.

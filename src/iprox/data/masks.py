@@ -64,7 +64,7 @@ def refuse_masked_row(data: Mapping[Any, Any]) -> None:
 
 
 def refuse_rejected_row(data: Mapping[Any, Any], *, preference: bool) -> None:
-    """Refuse a row that is labelled as an answer not to give, which no training on good examples takes.
+    """Refuse a row that is labeled as an answer not to give, which no training on good examples takes.
 
     Args:
         data: The row.

@@ -58,7 +58,7 @@ class PoolSummary:
 class Pool:
     """A re-iterable stream of the examples of one or more inputs; it never holds them all.
 
-    Formats are recognised row by row (see `iprox.data.formats`). Rows without `id` get one from the file's name
+    Formats are recognized row by row (see `iprox.data.formats`). Rows without `id` get one from the file's name
     and the row's number, so it is the same in every run.
 
     Args:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.errors import InputError
-from iprox.influence.estimators import BatchScorer, Normalise, TaskQuery, has_bias
+from iprox.influence.estimators import BatchScorer, Normalize, TaskQuery, has_bias
 from iprox.influence.gradients import LayerGradient
 from iprox.influence.queries import LayerQuery
 from iprox.models.flops import contraction_flops
@@ -80,7 +80,7 @@ class AdamScorer(BatchScorer):
         model: a model, or a proxy of one, whose layers stand for the target's.
         queries: as for `BatchScorer`, of the space `weight`.
         state: of the warm-up's optimizer at this checkpoint.
-        normalise: `none`, or `cosine` as in LESS: divide by ‖Γ(z)‖·‖Ḡ(V)‖.
+        normalize: `none`, or `cosine` as in LESS: divide by ‖Γ(z)‖·‖Ḡ(V)‖.
         loss_fn: as for `BatchScorer`.
 
     Raises:
@@ -93,10 +93,10 @@ class AdamScorer(BatchScorer):
         queries: Mapping[str, TaskQuery],
         state: AdamState,
         *,
-        normalise: Normalise = "none",
+        normalize: Normalize = "none",
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
-        super().__init__(model, queries, gradient="weight", normalise=normalise, loss_fn=loss_fn)
+        super().__init__(model, queries, gradient="weight", normalize=normalize, loss_fn=loss_fn)
         self.state = state
         check_state(state, self.layers)
         self.contraction_flops = contraction_flops(model, "weight")

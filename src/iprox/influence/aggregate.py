@@ -48,7 +48,7 @@ def over_tasks(scores: np.ndarray, spread: TaskSpread) -> np.ndarray:
 
 
 def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """The weighted mean of standardised scores: Σ_t w_t s_t/σ_t / Σ_t w_t, σ_t over the rows that have scores.
+    """The weighted mean of standardized scores: Σ_t w_t s_t/σ_t / Σ_t w_t, σ_t over the rows that have scores.
 
     Args:
         scores: float64 [N, tasks].

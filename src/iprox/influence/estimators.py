@@ -35,7 +35,7 @@ from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 
-Normalise = Literal["none", "cosine"]
+Normalize = Literal["none", "cosine"]
 
 # A gradient of the whole model: layer name -> gradient of that layer.
 ModelGradient = dict[str, LayerGradient]
@@ -147,7 +147,7 @@ class BatchScorer:
             `seen_from`, made low-rank by `iprox.influence.truncation` or not; or the gradients of its examples, from
             `example_gradients`, which are a column of scores each, one by one or (all tasks) in shared bases.
         gradient: `factors` or `weight`, for proxies.
-        normalise: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
+        normalize: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together.
         norm_sketch: random signs a layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
             0 is exact. Layers too small to gain are exact, and experts, which an example sends few tokens.
         loss_fn: per-example losses of a model that is no language model.
@@ -168,16 +168,16 @@ class BatchScorer:
         queries: Mapping[str, TaskQuery],
         *,
         gradient: GradientSpace = "factors",
-        normalise: Normalise = "none",
+        normalize: Normalize = "none",
         norm_sketch: int = 0,
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model = model
-        self.normalise = normalise
+        self.normalize = normalize
         self.norm_sketch = norm_sketch
         self.loss_fn = loss_fn
         self.layers = influence_layers(model, gradient)
-        sketched = norm_sketch > 0 and normalise == "cosine"
+        sketched = norm_sketch > 0 and normalize == "cosine"
         exact = expert_layers(model) if sketched else ()
         self._signs = {
             # The same for a layer in every run, so that a score is too.
@@ -242,7 +242,7 @@ class BatchScorer:
 
     def _of_examples(self, norms: Tensor, mean: float) -> np.ndarray:
         weights = np.full(len(norms), 1 / len(norms))
-        if self.normalise == "cosine" and mean > 0:
+        if self.normalize == "cosine" and mean > 0:
             weights = weights * (norms / mean).double().cpu().numpy()
         return weights
 
@@ -253,7 +253,7 @@ class BatchScorer:
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
-        if self.normalise == "none":
+        if self.normalize == "none":
             return 0.0
         shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
         for name, layer in self.layers.items():
@@ -290,7 +290,7 @@ class BatchScorer:
     def _meet(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[Tensor | None, Tensor | None]:
         """One layer's part of the scores, and of the candidates' squared norms where those are wanted."""
         column = self._queries[name].contract(h, delta, by_token) if name in self._queries else None
-        if self.normalise == "none":
+        if self.normalize == "none":
             return column, None
         bias = has_bias(self.layers[name])
         if name in self._signs:
@@ -316,7 +316,7 @@ class BatchScorer:
                 seen = "every token" if by_token else "one row an example"
                 raise TypeError(f"{name} does not see {seen}, so its gradients cannot be told apart")
         scores = torch.stack(list(columns.values())).sum(0)
-        if self.normalise == "cosine":
+        if self.normalize == "cosine":
             length = torch.stack(norms).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
             length = length[:, None] if by_token else length
             # A zero gradient has no direction: its cosine is 0, not NaN.

@@ -22,7 +22,7 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen
 from iprox.models.precision import accumulation_dtype
 
-# BM25's saturation of term counts and strength of length normalisation (Robertson and Zaragoza 2009, section 3.4).
+# BM25's saturation of term counts and strength of length normalization (Robertson and Zaragoza 2009, section 3.4).
 K1, B = 1.5, 0.75
 
 

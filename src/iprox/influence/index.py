@@ -25,7 +25,7 @@ from torch import Tensor
 from iprox.data import ChatEncoder, Encoded, Example
 from iprox.errors import InputError
 from iprox.files import replacing, write_text
-from iprox.influence.estimators import ApartQuery, Normalise
+from iprox.influence.estimators import ApartQuery, Normalize
 from iprox.influence.projector import GradientProjector
 from iprox.influence.rows import RowRunner
 from iprox.influence.scores import SUPERVISED, scores_table, supervised_column
@@ -178,7 +178,7 @@ class GradientIndex:
         self,
         queries: Mapping[str, ApartQuery],
         projector: GradientProjector,
-        normalise: Normalise = "none",
+        normalize: Normalize = "none",
         *,
         by_example: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -190,7 +190,7 @@ class GradientIndex:
         Args:
             queries: by task, from `iprox.influence.scoring.task_queries`.
             projector: of the model, dimension and seed that the index is of.
-            normalise: `none`; `cosine` divides by the norms of the features.
+            normalize: `none`; `cosine` divides by the norms of the features.
             by_example: keep the scores by validation example too.
             progress: called with the number of rows done.
         """
@@ -199,14 +199,14 @@ class GradientIndex:
         Q = torch.cat(parts)
         # A task's own score is of its mean gradient; see `BatchScorer.weights`.
         weights = [np.full(width, 1 / width) for width in widths]
-        if normalise == "cosine":
+        if normalize == "cosine":
             weights = [_of_mean(part) for part in parts]
             Q = torch.nn.functional.normalize(Q, dim=1)
         for table in self.windows():
             X = unit_gradients(table).to(Q.device, Q.dtype)
             scores = (X @ Q.mT).double().cpu().numpy()
             norms = table["norm"].to_numpy().astype(np.float64)  # NaN where there is no score
-            scores *= (norms if normalise == "none" else np.where(np.isnan(norms), norms, 1.0))[:, None]
+            scores *= (norms if normalize == "none" else np.where(np.isnan(norms), norms, 1.0))[:, None]
             columns = np.split(scores, np.cumsum(widths)[:-1], axis=1)
             of_tasks = np.stack([(c * w).sum(axis=1) for c, w in zip(columns, weights, strict=True)], axis=1)
             ids, sources, tokens = (table[name].to_pylist() for name in ("id", "source", "tokens"))
@@ -229,7 +229,7 @@ def _of_mean(features: Tensor) -> np.ndarray:
 
 
 def unit_gradients(table: pa.Table) -> Tensor:
-    """The normalised features of a window, float16 [N, D]; a copy, as torch has no read-only tensors."""
+    """The normalized features of a window, float16 [N, D]; a copy, as torch has no read-only tensors."""
     column = table["gradient"].chunk(0)
     return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 

@@ -1,4 +1,4 @@
-"""Tokenise ahead of the model, in processes of their own: rendering templates holds Python's lock."""
+"""Tokenize ahead of the model, in processes of their own: rendering templates holds Python's lock."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _encoder: ChatEncoder | None = None
 
 
 def prefetching_engine(processes: int) -> Engine:
-    """An engine that works in this process, on windows that others have tokenised.
+    """An engine that works in this process, on windows that others have tokenized.
 
     Results are those of `local_engine`. At most one window a process, and one more, is ahead of the model, so memory
     does not grow with the pool.
 
     Args:
-        processes: how many tokenise.
+        processes: how many tokenize.
     """
 
     def engine(

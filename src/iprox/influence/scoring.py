@@ -14,7 +14,7 @@ from iprox.errors import InputError
 from iprox.influence import gradient_free
 from iprox.influence.adam import AdamScorer
 from iprox.influence.aggregate import Aggregation, OverExamples
-from iprox.influence.estimators import BatchScorer, ModelGradient, Normalise, TaskQuery, mean_gradient, seen_from
+from iprox.influence.estimators import BatchScorer, ModelGradient, Normalize, TaskQuery, mean_gradient, seen_from
 from iprox.influence.example_gradients import example_gradients, example_seen_from
 from iprox.influence.gradient_free import Corpus, RowScorer
 from iprox.influence.preconditioning import (
@@ -32,7 +32,7 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState
 from iprox.recipe import ALIKE, CURVED, GRADIENT_FREE, GradientFree
 
-# Rows tokenised and sorted by length together. Enough that length-sorted batches hold little padding, few enough
+# Rows tokenized and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.
 WINDOW = 1024
 
@@ -64,7 +64,7 @@ class ScoringSettings:
         curvature: of `influence-function`: `ek-fac` or `k-fac`.
         damping: of an influence function: λ as a share of the mean eigenvalue of each layer's curvature.
         gradient: which gradient of a proxy's low-rank layers, `factors` or `weight`.
-        normalise: `none` or `cosine`.
+        normalize: `none` or `cosine`.
         over_examples: how a task's score is made of its validation examples (`Aggregation.examples`).
         per_example: keep the scores by validation example.
         query_norm: share of the norm of a validation gradient that is kept when it is made low-rank
@@ -81,7 +81,7 @@ class ScoringSettings:
     """
 
     gradient: GradientSpace = "factors"
-    normalise: Normalise = "none"
+    normalize: Normalize = "none"
     query_norm: float | None = None
     norm_sketch: int | None = None
     batch_tokens: int = 4096
@@ -121,7 +121,7 @@ class ScoringSettings:
 
     def sketched(self, model: nn.Module) -> int:
         """The random signs a layer that norms of candidates are estimated from on this model; 0: none are."""
-        if self.normalise == "none" or self.estimator == "adam" or proxy_config(model) is None:
+        if self.normalize == "none" or self.estimator == "adam" or proxy_config(model) is None:
             return 0
         return NORM_SKETCH if self.norm_sketch is None else self.norm_sketch
 
@@ -219,7 +219,7 @@ def scorer_of_batches(
     queries = task_queries(model, validation, settings, loss_fn, target, sample)
     if settings.estimator == "adam":
         assert adam is not None
-        return AdamScorer(model, queries, adam, normalise=settings.normalise, loss_fn=loss_fn)
+        return AdamScorer(model, queries, adam, normalize=settings.normalize, loss_fn=loss_fn)
     keep = settings.kept_norm(model)
     if keep < 1 and not settings.aggregation.by_example:
         queries = low_rank_queries(cast(Mapping[str, ModelGradient], queries), keep)
@@ -227,7 +227,7 @@ def scorer_of_batches(
         model,
         queries,
         gradient=settings.gradient,
-        normalise=settings.normalise,
+        normalize=settings.normalize,
         norm_sketch=settings.sketched(model),
         loss_fn=loss_fn,
     )
@@ -344,8 +344,8 @@ def build_scorer(
         InputError: cosine of a scorer without gradients; a task, or the sample that an influence function needs, has no
             example with a supervised token.
     """
-    if settings.estimator in GRADIENT_FREE and settings.normalise != "none":
-        raise InputError(f"normalise {settings.normalise} is of gradients, which {settings.estimator} has none of")
+    if settings.estimator in GRADIENT_FREE and settings.normalize != "none":
+        raise InputError(f"normalize {settings.normalize} is of gradients, which {settings.estimator} has none of")
     if settings.aggregation.by_example and settings.estimator in ALIKE:
         raise InputError(f"{settings.estimator} looks at no validation example, so it has no scores by example")
     if settings.estimator == "bm25":

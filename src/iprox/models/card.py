@@ -105,7 +105,7 @@ def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, ob
 def _ranks(model: PreTrainedModel, config: IproxConfig) -> str:
     """A table of ranks, one row a block of the model, one column a kind of layer; the others are dense."""
     if not config.ranks:
-        return "No layer is factorised."
+        return "No layer is factorized."
     blocks: dict[str, dict[str, int]] = {}
     for name in low_rank_layers(model):
         match = re.match(r"(.*?\.\d+)\.(.*)", name)

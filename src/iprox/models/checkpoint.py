@@ -1,6 +1,6 @@
 """Proxies as transformers checkpoints: a `quantization_config` names the rank of each low-rank layer.
 
-transformers lets a quantisation method replace modules before weights are loaded; that is exactly what a
+transformers lets a quantization method replace modules before weights are loaded; that is exactly what a
 proxy needs, so after `import iprox` a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
 """
 

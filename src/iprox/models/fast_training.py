@@ -18,7 +18,7 @@ from iprox.models.attention import fast_attention
 from iprox.models.compiled import PIECES, why_not_compiled
 from iprox.models.layers import decoder_layers
 
-# Optimiser steps that repay compiling: it takes up to a minute once on a machine, seconds after that.
+# Optimizer steps that repay compiling: it takes up to a minute once on a machine, seconds after that.
 COMPILE_STEPS = 128
 
 

@@ -152,9 +152,9 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
     moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model, "weight"))
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
-    factorise = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
+    factorize = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
     reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))
-    return passes * reading + (tokens * moments + roots if passes else 0.0) + factorise
+    return passes * reading + (tokens * moments + roots if passes else 0.0) + factorize
 
 
 def alignment_flops(

@@ -116,8 +116,8 @@ def _readable(name: str, layer: nn.Module) -> nn.Module:
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not readable or weight.ndim != 2:
         raise InputError(
-            f"{name}: its weights are quantised ({type(layer).__name__}), which iprox cannot read; load the model "
-            "without quantisation (e.g. in bfloat16)"
+            f"{name}: its weights are quantized ({type(layer).__name__}), which iprox cannot read; load the model "
+            "without quantization (e.g. in bfloat16)"
         )
     return layer
 

@@ -103,22 +103,22 @@ class TokenLosses(torch.autograd.Function):
         """Losses [N] in float32 or better."""
         dtype = accumulation_dtype(logits)
         counted = logits[: len(targets)]
-        normalisers = torch.cat([torch.logsumexp(rows.to(dtype), 1) for rows in _few_rows(counted)])
-        ctx.save_for_backward(logits, targets, normalisers)
-        return normalisers - counted.gather(1, targets[:, None])[:, 0]
+        normalizers = torch.cat([torch.logsumexp(rows.to(dtype), 1) for rows in _few_rows(counted)])
+        ctx.save_for_backward(logits, targets, normalizers)
+        return normalizers - counted.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """softmax(logits) - onehot(targets), times each row's own gradient."""
-        logits, targets, normalisers = ctx.saved_tensors
+        logits, targets, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         result = torch.empty_like(logits)
         result[len(targets) :] = 0
         start = 0
         for rows in _few_rows(logits[: len(targets)]):
             some = slice(start, start + rows.shape[0])
-            part = (rows.to(normalisers.dtype) - normalisers[some, None]).exp_()
+            part = (rows.to(normalizers.dtype) - normalizers[some, None]).exp_()
             part.scatter_add_(1, targets[some, None], part.new_full((len(part), 1), -1.0))
             result[some] = part.mul_(gradient[some, None])
             start += rows.shape[0]

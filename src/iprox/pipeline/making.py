@@ -104,7 +104,7 @@ def compress(run: Run, context: Context) -> None:
 def align(run: Run, context: Context) -> None:
     """Tune the factors of each proxy to its target, unless that is off or there are none."""
     proxy = run.recipe.proxy
-    settings = proxy and proxy.factorised and proxy.align
+    settings = proxy and proxy.factorized and proxy.align
     if not settings:
         return
     rows = draw(run, "align", share(run.total, settings.fraction))

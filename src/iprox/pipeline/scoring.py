@@ -48,7 +48,7 @@ def score(run: Run, context: Context) -> None:
     """Score the pool on the proxies, or on the targets where there are none."""
     proxy = run.recipe.proxy
     influence = run.recipe.influence
-    from_target = proxy and proxy.factorised and influence.query == "target" and not influence.gradient_free
+    from_target = proxy and proxy.factorized and influence.query == "target" and not influence.gradient_free
     models = [
         scoring.ScoredModel(model, rate, path if from_target else None, path if influence.estimator == "adam" else None)
         for model, (path, rate) in zip(

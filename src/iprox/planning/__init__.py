@@ -21,7 +21,7 @@ SAMPLE = 512
 def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]:
     """Plan a recipe.
 
-    The pool is read once (counted and checked); a sample of it is tokenised to know the mean length.
+    The pool is read once (counted and checked); a sample of it is tokenized to know the mean length.
 
     Args:
         recipe: resolved.

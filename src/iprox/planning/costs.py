@@ -147,7 +147,7 @@ class Costs:
 
         Of rows of one length; exact ones of longer rows cost more. Experts', which see a part of a row, are exact.
         """
-        if self.influence.normalise != "cosine":
+        if self.influence.normalize != "cosine":
             return 0.0, 0.0
         mean = self.rows.tokens
         shapes: dict[float, list[tuple[int, int]]] = {}

@@ -54,7 +54,7 @@ def compress(costs: Costs) -> Work | None:
 def align(costs: Costs) -> Work | None:
     """Steps of the factors, and fidelity watched."""
     proxy = costs.recipe.proxy
-    settings = proxy and proxy.factorised and proxy.align
+    settings = proxy and proxy.factorized and proxy.align
     if not settings:
         return None
     examples = share(costs.rows.total, settings.fraction)

@@ -34,7 +34,7 @@ PATIENCE = 2
 
 @dataclass(frozen=True, slots=True)
 class AlignmentStep:
-    """One optimiser step: the whole loss, its parts (KL per token, nats), the learning rate.
+    """One optimizer step: the whole loss, its parts (KL per token, nats), the learning rate.
 
     Parts without weight are None, and were not computed. Of several batches a step they are means.
     """
@@ -105,9 +105,9 @@ class AlignSettings:
     """How factors are tuned.
 
     Attributes:
-        steps: optimiser steps; batches are taken in a new seeded order each time round.
+        steps: optimizer steps; batches are taken in a new seeded order each time round.
         learning_rate: peak step size of a factor of average scale.
-        accumulate: batches an optimiser step. With batches of one example each, every example's own gradient is matched
+        accumulate: batches an optimizer step. With batches of one example each, every example's own gradient is matched
             rather than a batch's mean.
         seed: of the order.
     """
@@ -151,10 +151,10 @@ def align(
 
     Args:
         proxy: the model to tune; its dtype is restored at the end.
-        target: the model to match; left as it was. It may be on another device, or quantised.
+        target: the model to match; left as it was. It may be on another device, or quantized.
         batches: the alignment batches.
         settings: how factors are tuned.
-        objective: what is minimised.
+        objective: what is minimized.
         held_out: fidelity of the proxy as it is, on examples that are not aligned on.
         store: keeps what the target says of each batch, so that it is asked once; None asks every time.
         state: file that an interrupted alignment goes on from.
@@ -241,7 +241,7 @@ def _step(
     rate: float,
     autocast: bool,
 ) -> tuple[float, float | None, float, float | None]:
-    """One optimiser step. Returns the mean losses of its batches: whole, gradient, KL, hidden."""
+    """One optimizer step. Returns the mean losses of its batches: whole, gradient, KL, hidden."""
     here = next(proxy.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     found = []

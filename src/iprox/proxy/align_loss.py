@@ -37,7 +37,7 @@ TEMPERATURE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What alignment minimises.
+    """What alignment minimizes.
 
     Attributes:
         gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
@@ -50,7 +50,7 @@ class Objective:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be minimised."""
+        """Refuse what cannot be minimized."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
 

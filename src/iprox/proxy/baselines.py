@@ -1,6 +1,6 @@
-"""Proxies that are not factorised: the first layers of the target, or another model altogether.
+"""Proxies that are not factorized: the first layers of the target, or another model altogether.
 
-The factorising baselines (SVD, SVD-LLM, ASVD, FWSVD, random) differ from IPSVD in their weighing alone: `methods.py`.
+The factorizing baselines (SVD, SVD-LLM, ASVD, FWSVD, random) differ from IPSVD in their weighing alone: `methods.py`.
 """
 
 from __future__ import annotations

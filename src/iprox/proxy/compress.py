@@ -18,7 +18,7 @@ from iprox.models.layers import compressible_layers, weight_shape
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
-from iprox.proxy.factorise import Factorisation, FactorSettings, Spectra, measured_spectra
+from iprox.proxy.factorize import Factorization, FactorSettings, Spectra, measured_spectra
 from iprox.proxy.methods import FactorMethod
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Prices, Size
@@ -51,7 +51,7 @@ class CompressionReport:
 
     Attributes:
         method: how the proxy was made.
-        ranks_rule: `global` or `uniform`; None where nothing was factorised.
+        ranks_rule: `global` or `uniform`; None where nothing was factorized.
         size: what was asked for, e.g. {"sparsity": 0.7}.
         achieved_sparsity: share of the compressible parameters removed.
         relative_flops: of a token's forward pass, linear layers and head, over the target's.
@@ -60,7 +60,7 @@ class CompressionReport:
         unreached: layers that no probe token moved: weighed by the plain norm.
         norm_scales: what each norm of the proxy was multiplied by, by module name (`iprox.proxy.norms`).
         seconds: wall time.
-        layers: by module name; empty where nothing was factorised.
+        layers: by module name; empty where nothing was factorized.
     """
 
     method: str
@@ -98,7 +98,7 @@ def derive_proxy(
         model: the target.
         probe: batches over which second moments are measured; not read by methods that need none.
         size: how large the proxy may be.
-        settings: how layers are factorised.
+        settings: how layers are factorized.
         loss_fn: per-example losses of a model that is no language model.
         target: what to name the target in the proxy's config.
         progress: called with 1 as each layer is done.
@@ -138,7 +138,7 @@ def proxies_of(
     Args:
         model: the target.
         probe: batches.
-        settings: how layers are factorised.
+        settings: how layers are factorized.
         largest: refused now if even this is out of reach; later sizes are given in the same unit.
         loss_fn: per-example losses.
         target: what to name the target in the proxy's config.
@@ -188,7 +188,7 @@ def extract_layers(
     dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))
     proxy, _ = baselines.first_layers(model, size.budget(model, dense))
     report = CompressionReport("layers", None, size.as_dict())
-    _describe(model, proxy, report, Factorisation(), target)
+    _describe(model, proxy, report, Factorization(), target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -204,7 +204,7 @@ def adopt(
     started = time.perf_counter()
     proxy = baselines.off_the_shelf(model, other)
     report = CompressionReport("off-the-shelf", None, {})
-    _describe(model, proxy, report, Factorisation(), target)
+    _describe(model, proxy, report, Factorization(), target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -215,7 +215,7 @@ def _refuse_proxy(model: PreTrainedModel) -> None:
 
 
 def _describe(
-    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, done: Factorisation, target: str | None
+    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, done: Factorization, target: str | None
 ) -> None:
     """Fill in the report's sizes and mark the proxy as one."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)

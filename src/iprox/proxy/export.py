@@ -27,7 +27,7 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
         raise InputError("the model has no low-rank layer: it is no proxy")
     dense = copy.deepcopy(proxy)
     with torch.device("meta"):
-        bare = type(proxy)(proxy.config)  # says what each layer was before it was factorised
+        bare = type(proxy)(proxy.config)  # says what each layer was before it was factorized
     split_experts(bare)
     originals = compressible_layers(bare)
     for name, layer in low_rank_layers(dense).items():

@@ -1,6 +1,6 @@
-"""How each factorising method weighs a layer before its SVD: IPSVD and its baselines, side by side (pure maths).
+"""How each factorizing method weighs a layer before its SVD: IPSVD and its baselines, side by side (pure maths).
 
-All of them minimise ‖R_outᵀ (W - AB) R_in‖_F over rank r; they differ in the roots only.
+All of them minimize ‖R_outᵀ (W - AB) R_in‖_F over rank r; they differ in the roots only.
 
 | method | R_out | R_in | source |
 | --- | --- | --- | --- |
@@ -77,7 +77,7 @@ def weigh_layer(
 ) -> Weighing:
     """The spectrum of one layer by a method, computed in float64.
 
-    Cost: a Cholesky factorisation of each moment used (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
+    Cost: a Cholesky factorization of each moment used (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
 
     Args:
         method: which.

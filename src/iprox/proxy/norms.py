@@ -2,7 +2,7 @@
 
 What truncation leaves of a hidden state is the target's plus noise of about the same length, and a norm scales the sum
 to the length that the target's alone would have. So all that reads from it, the head most of all, is too sure of it:
-the logits are too steep, and p - y, which the backward pass starts from, is wrong. The scalar g that minimises
+the logits are too steep, and p - y, which the backward pass starts from, is wrong. The scalar g that minimizes
 Σ_t ‖g·x_t - y_t‖², x the proxy's and y the target's outputs of the same norm, is Σ x·y / Σ x·x (Wiener's gain); it goes
 into the norm's weight, so the proxy has not one parameter more.
 """

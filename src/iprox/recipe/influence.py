@@ -30,7 +30,7 @@ WITHOUT_EXAMPLES = ("datainf", *ALIKE)
 # Settings of influence that say what a gradient is, and so how faithful a proxy's are.
 OF_GRADIENTS = (
     *("estimator", "curvature", "curvature_examples", "damping"),
-    *("gradient", "query", "query_norm", "normalise", "norm_sketch"),
+    *("gradient", "query", "query_norm", "normalize", "norm_sketch"),
 )
 
 
@@ -58,7 +58,7 @@ class InfluenceSection(Section):
     gradient: Literal["factors", "weight"] = "weight"
     query: Literal["target", "proxy"] = "target"
     query_norm: float | None = Field(None, gt=0, le=1)
-    normalise: Literal["none", "cosine"] = "cosine"
+    normalize: Literal["none", "cosine"] = "cosine"
     norm_sketch: int | None = Field(None, ge=0)
     over_examples: Literal["mean", "max"] = "mean"
     per_example: bool | None = None
@@ -92,18 +92,18 @@ class InfluenceSection(Section):
 
     @model_validator(mode="after")
     def _without_gradients(self) -> InfluenceSection:
-        if self.gradient_free and self.normalise != "none":
-            if "normalise" in self.model_fields_set:
-                raise ValueError(f"normalise is of gradients, which {self.estimator} has none of; leave it out")
-            object.__setattr__(self, "normalise", "none")
+        if self.gradient_free and self.normalize != "none":
+            if "normalize" in self.model_fields_set:
+                raise ValueError(f"normalize is of gradients, which {self.estimator} has none of; leave it out")
+            object.__setattr__(self, "normalize", "none")
         if self.gradient_free and self.checkpoints == "all":
             raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
         return self
 
     @model_validator(mode="after")
     def _norms(self) -> InfluenceSection:
-        if self.norm_sketch and self.normalise == "none":
-            raise ValueError("norm_sketch is of the norms of a cosine: set normalise to cosine, or leave it out")
+        if self.norm_sketch and self.normalize == "none":
+            raise ValueError("norm_sketch is of the norms of a cosine: set normalize to cosine, or leave it out")
         if self.norm_sketch and self.estimator == "adam":
             raise ValueError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
         return self

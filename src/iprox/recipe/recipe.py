@@ -90,7 +90,7 @@ class Recipe(Section):
                 "GPUs with CUDA_VISIBLE_DEVICES"
             )
         if self.engine != "local" and self.data.num_proc:
-            raise ValueError("data.num_proc tokenises ahead in this process, and engine ray's workers for themselves")
+            raise ValueError("data.num_proc tokenizes ahead in this process, and engine ray's workers for themselves")
         return self
 
     @model_validator(mode="after")
@@ -107,7 +107,7 @@ class Recipe(Section):
             raise ValueError(
                 "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none"
             )
-        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorised:
+        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorized:
             raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
         return self
 

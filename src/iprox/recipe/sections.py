@@ -25,7 +25,7 @@ class DataSection(Section):
 
     `columns` says which columns of theirs are read as which that iprox knows: `{output: response}`; one that is null
     (kept as empty text) is left unread.
-    `num_proc` processes tokenise ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
+    `num_proc` processes tokenize ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
     """
 
     pool: list[str] = Field(min_length=1)
@@ -170,7 +170,7 @@ class ProxySection(Section):
     @model_validator(mode="after")
     def _one_size(self) -> ProxySection:
         given = [name for name in SIZES if getattr(self, name) is not None]
-        if not self.factorised:
+        if not self.factorized:
             if self.align and "align" in self.model_fields_set:
                 raise ValueError(f"align tunes low-rank factors, which the method {self.method} has none of")
             object.__setattr__(self, "align", False)
@@ -181,7 +181,7 @@ class ProxySection(Section):
         if self.model is not None:
             raise ValueError("`model` goes with the method off-the-shelf only")
         if self.fidelity is not None and self.method == "layers":
-            raise ValueError("fidelity goes with methods that factorise layers: give the method layers a size")
+            raise ValueError("fidelity goes with methods that factorize layers: give the method layers a size")
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
@@ -189,7 +189,7 @@ class ProxySection(Section):
         return self
 
     @property
-    def factorised(self) -> bool:
+    def factorized(self) -> bool:
         """Whether the proxy has low-rank factors, which is what alignment tunes."""
         return self.method not in ("layers", "off-the-shelf")
 

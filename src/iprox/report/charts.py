@@ -1,6 +1,6 @@
-"""What every chart shares: colours by name, the base layout, and JSON that is safe inside HTML.
+"""What every chart shares: colors by name, the base layout, and JSON that is safe inside HTML.
 
-Colours are never fixed here. A trace says `meta={"colour": "accent"}`, and report.js looks the colour up in the
+Colors are never fixed here. A trace says `meta={"color": "accent"}`, and report.js looks the color up in the
 page's style, so that charts follow the light and the dark theme.
 """
 
@@ -11,10 +11,10 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-ACCENT = {"colour": "accent"}
-NEUTRAL = {"colour": "neutral"}
-FAINT = {"colour": "faint"}
-INK = {"colour": "ink"}
+ACCENT = {"color": "accent"}
+NEUTRAL = {"color": "neutral"}
+FAINT = {"color": "faint"}
+INK = {"color": "ink"}
 
 MARGIN = {"l": 8, "r": 12, "t": 10, "b": 8}
 
@@ -84,7 +84,7 @@ def make_chart(
     """Builds a chart from Plotly traces.
 
     Args:
-        traces: Plotly traces with their colour's name in `meta`.
+        traces: Plotly traces with their color's name in `meta`.
         id: unique in the page.
         title: plain text above the chart.
         caption: what is to be seen.
@@ -94,10 +94,10 @@ def make_chart(
         **layout: Plotly layout, e.g. `xaxis=axis("tokens")`.
 
     Returns:
-        The chart, its figure serialised.
+        The chart, its figure serialized.
     """
     base = {
-        # The default template is 6 kB a chart and would fix colours; report.js sets them.
+        # The default template is 6 kB a chart and would fix colors; report.js sets them.
         "template": go.layout.Template(),
         "margin": MARGIN,
         "height": height,

@@ -71,13 +71,13 @@ def fidelity_chart(
         plain = plain[:: -(-len(plain) // MOST_DOTS)]
         caption += f" {len(plain):,} of the other points are drawn."
 
-    def dots(where: np.ndarray, colour: dict[str, str], marker: dict[str, object]) -> go.Scatter:
+    def dots(where: np.ndarray, color: dict[str, str], marker: dict[str, object]) -> go.Scatter:
         return go.Scatter(
             x=x[where],
             y=y[where],
             mode="markers",
             marker=marker,
-            meta=colour,
+            meta=color,
             hoverinfo="text",
             hovertext=[
                 f"<b>{escape_label(formats.shorten(ids[row], 40))}</b><br>"

@@ -77,7 +77,7 @@ def _rows_of_bars(kinds: Mapping[str, Sequence[str]], draw: Any, y_title: str, *
             title = "block" if last else y_title if middle else ""
             layout[key] = value | axis(title, **extra)
     for title in layout.get("annotations", ()):
-        # Subplot titles are centred by default; beside short bars a title at the left reads better.
+        # Subplot titles are centered by default; beside short bars a title at the left reads better.
         title.update(x=0, xanchor="left", font={"size": 12})
     layout.pop("template", None)
     return make_chart(

@@ -23,55 +23,55 @@
 
   const palette = () => {
     const style = getComputedStyle(root);
-    const colour = (name) => style.getPropertyValue(`--${name}`).trim();
+    const color = (name) => style.getPropertyValue(`--${name}`).trim();
     const names = ["ink", "muted", "rule", "accent", "neutral", "faint", "surface", "page"];
-    return Object.fromEntries(names.map((name) => [name, colour(name)]));
+    return Object.fromEntries(names.map((name) => [name, color(name)]));
   };
 
-  const themedTrace = (trace, colours) => {
-    const colour = colours[trace.meta.colour];
+  const themedTrace = (trace, colors) => {
+    const color = colors[trace.meta.color];
     if (trace.type === "bar" || trace.mode === "markers") {
-      trace.marker = { ...trace.marker, color: colour };
-      // A ring's line takes the same colour; a bar has no outline.
-      if (trace.marker.line) trace.marker.line = { ...trace.marker.line, color: colour };
+      trace.marker = { ...trace.marker, color: color };
+      // A ring's line takes the same color; a bar has no outline.
+      if (trace.marker.line) trace.marker.line = { ...trace.marker.line, color: color };
     } else {
-      trace.line = { ...trace.line, color: colour };
-      if (trace.fill) trace.fillcolor = colour;
+      trace.line = { ...trace.line, color: color };
+      if (trace.fill) trace.fillcolor = color;
     }
     return trace;
   };
 
-  const themedLayout = (layout, colours, font) => {
+  const themedLayout = (layout, colors, font) => {
     layout.paper_bgcolor = "rgba(0,0,0,0)";
     layout.plot_bgcolor = "rgba(0,0,0,0)";
-    layout.font = { family: font, size: 12, color: colours.muted };
+    layout.font = { family: font, size: 12, color: colors.muted };
     layout.hoverlabel = {
-      bgcolor: colours.surface,
-      bordercolor: colours.muted,
+      bgcolor: colors.surface,
+      bordercolor: colors.muted,
       align: "left",
-      font: { family: font, size: 12, color: colours.ink },
+      font: { family: font, size: 12, color: colors.ink },
     };
     for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
       Object.assign(layout[name], {
-        gridcolor: colours.rule,
-        zerolinecolor: colours.neutral,
-        linecolor: colours.neutral,
+        gridcolor: colors.rule,
+        zerolinecolor: colors.neutral,
+        linecolor: colors.neutral,
         exponentformat: "power",
       });
     }
-    for (const shape of layout.shapes ?? []) shape.line = { ...shape.line, color: colours.ink, width: 1.5 };
-    for (const note of layout.annotations ?? []) note.font = { ...note.font, color: colours.ink };
+    for (const shape of layout.shapes ?? []) shape.line = { ...shape.line, color: colors.ink, width: 1.5 };
+    for (const note of layout.annotations ?? []) note.font = { ...note.font, color: colors.ink };
     return layout;
   };
 
   const draw = () => {
-    const colours = palette();
+    const colors = palette();
     const font = getComputedStyle(document.body).fontFamily;
     for (const chart of document.querySelectorAll(".chart")) {
       const figure = JSON.parse(document.getElementById(`${chart.id}-data`).textContent);
-      const traces = figure.data.map((trace) => themedTrace(trace, colours));
+      const traces = figure.data.map((trace) => themedTrace(trace, colors));
       // react() draws the first time and updates after that.
-      Plotly.react(chart, traces, themedLayout(figure.layout, colours, font), {
+      Plotly.react(chart, traces, themedLayout(figure.layout, colors, font), {
         responsive: true,
         displayModeBar: false,
       });
@@ -118,7 +118,7 @@
       setTheme(current());
       draw();
     });
-    // Paper is white: charts in dark colours would be unreadable on it.
+    // Paper is white: charts in dark colors would be unreadable on it.
     let before = root.dataset.theme;
     window.addEventListener("beforeprint", () => {
       before = root.dataset.theme;

@@ -27,7 +27,7 @@ def _spans(edges: np.ndarray, values: np.ndarray) -> list[str]:
 def score_histogram(
     values: np.ndarray, chosen: np.ndarray, cut: float | None, *, id: str, title: str, caption: str
 ) -> Chart:
-    """Draws a histogram of scores, the selected rows in the accent colour.
+    """Draws a histogram of scores, the selected rows in the accent color.
 
     Args:
         values: scores [N], NaN where a row has none; at least one is finite.

@@ -14,7 +14,7 @@ MOST_POINTS = 1000
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Averages neighbouring points of a long curve, so that at most `most` are left.
+    """Averages neighboring points of a long curve, so that at most `most` are left.
 
     Args:
         x: [K].
@@ -22,7 +22,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
         most: the most points to keep.
 
     Returns:
-        Shorter x and y, each point the mean of a run of neighbours.
+        Shorter x and y, each point the mean of a run of neighbors.
     """
     if len(x) <= most:
         return x, y
@@ -31,7 +31,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-def _curve(points: Sequence[Mapping[str, Any]], key: str, name: str, colour: dict[str, str], dash: str) -> Any:
+def _curve(points: Sequence[Mapping[str, Any]], key: str, name: str, color: dict[str, str], dash: str) -> Any:
     known = [p for p in points if p.get(key) is not None and p.get("step") is not None]
     if not known:
         return None
@@ -41,7 +41,7 @@ def _curve(points: Sequence[Mapping[str, Any]], key: str, name: str, colour: dic
         y=y,
         mode="lines" if len(x) > 1 else "markers",
         line={"width": 2, "dash": dash},
-        meta=colour,
+        meta=color,
         hoverinfo="text",
         hovertext=[f"step {a:,.0f}<br>{name} {b:.4g}" for a, b in zip(x, y, strict=True)],
     )

@@ -232,8 +232,8 @@ def _length_setting(settings: SelectionSettings, made_by: Mapping[str, Any]) -> 
     """The setting that is likeliest to bring lengths nearer; None where all are set already."""
     if made_by.get("estimator") in GRADIENT_FREE:
         return Setting("influence", "estimator", "influence-function")
-    if made_by.get("normalise") == "none":
-        return Setting("influence", "normalise", "cosine")
+    if made_by.get("normalize") == "none":
+        return Setting("influence", "normalize", "cosine")
     if settings.strategy != "round-robin":
         return Setting("select", "strategy", "round-robin")
     return None

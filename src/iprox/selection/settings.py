@@ -24,7 +24,7 @@ class SelectionSettings:
             scores by example were not kept) or `top` (highest `influence`).
         task: the one task whose scores count; None takes all of them, by the column `influence`.
         weights: by task, how much it counts, 1 where it is not named. Rows are then chosen by the weighted mean of
-            standardised scores; by `round-robin` tasks have turns in proportion.
+            standardized scores; by `round-robin` tasks have turns in proportion.
         threshold: rows with a lower score are not chosen, so there may be fewer than asked for.
         source_floor: by source, the least share of the selection.
         source_cap: the largest share of the selection, of any source or by source.

@@ -94,7 +94,7 @@ def audit(
 def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
     """Whether candidates on this model are to meet validation gradients of its target.
 
-    Only the layers of a factorised proxy stand for the target's layers one by one; those of a shorter or another
+    Only the layers of a factorized proxy stand for the target's layers one by one; those of a shorter or another
     model do not, and take their own.
     """
     return settings.query == "target" and not settings.gradient_free and bool(low_rank_layers(proxy))

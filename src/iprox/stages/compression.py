@@ -14,7 +14,7 @@ from iprox.models import flops
 from iprox.models.saving import save_model
 from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
-from iprox.proxy.factorise import FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.moments import MomentSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
@@ -56,7 +56,7 @@ def compress(
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", {**report.as_dict(), **searched})
     tokens, supervised = tokens_of(encoded)
-    # Of the baselines that factorise nothing, there is nothing to count.
+    # Of the baselines that factorize nothing, there is nothing to count.
     made = flops.compression_flops(target, tokens, supervised, report.passes) if report.layers else 0.0
     return {
         **searched,
@@ -136,7 +136,7 @@ def _found(tries: Sequence[Try], report: CompressionReport) -> str:
 
 
 def factor_settings(session: Session, settings: ProxySection) -> FactorSettings:
-    """How a recipe has layers factorised."""
+    """How a recipe has layers factorized."""
     moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
     return FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)  # pyright: ignore[reportArgumentType]
 

@@ -197,7 +197,7 @@ def query_indexes(
             about = query.index.description
             projector = GradientProjector(model, about["dimension"], about["gradient"], seed=about["seed"])
             scored = query.index.scores(
-                queries, projector, settings.normalise, by_example=scoring.aggregation.by_example, progress=progress
+                queries, projector, settings.normalize, by_example=scoring.aggregation.by_example, progress=progress
             )
             write_shards(shards, number, scored)
     rates = [query.learning_rate for query in asked]
@@ -235,7 +235,7 @@ def _queries(
 
 
 def export_faiss(index: GradientIndex, output: Path) -> int:
-    """Write a FAISS index of an index's normalised gradients in half precision, its metric the inner product.
+    """Write a FAISS index of an index's normalized gradients in half precision, its metric the inner product.
 
     FAISS's ids are row numbers of the pool; an example without a score is the zero vector. Like any flat FAISS index it
     is in memory as a whole: 2D bytes an example.

@@ -1,4 +1,4 @@
-"""Retraining on random subsets: linear datamodelling scores of the proxy's and the target's scores (`audit.lds`)."""
+"""Retraining on random subsets: linear datamodeling scores of the proxy's and the target's scores (`audit.lds`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from iprox.audits.datamodels import datamodelling_score, draw_subsets
+from iprox.audits.datamodels import datamodeling_score, draw_subsets
 from iprox.data import Example, Pool
 from iprox.recipe import LdsSection
 from iprox.run_folder import StageRecord, write_json
@@ -43,7 +43,7 @@ def measure_lds(
     members = draw_subsets(rows, settings.subsets, settings.fraction, session.seed)
     losses, record = retraining.losses([Training(subset, session.seed) for subset in members])
     found = {
-        task: {side: datamodelling_score(scores[side][:, column], members, losses[:, column]) for side in scores}
+        task: {side: datamodeling_score(scores[side][:, column], members, losses[:, column]) for side in scores}
         for column, task in enumerate(retraining.tasks)
     }
     result = {**settings.model_dump(), "rows": rows, "tasks": found}

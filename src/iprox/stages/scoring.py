@@ -95,7 +95,7 @@ def score(
                 **identity,
                 **_estimator_identity(session, settings),
                 "gradient": settings.gradient,
-                "normalise": settings.normalise,
+                "normalize": settings.normalize,
                 "over_examples": settings.over_examples,
                 "per_example": settings.by_example,
                 "query": "target" if models[0].target else "own",
@@ -144,7 +144,7 @@ def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSet
     """The scoring settings that a recipe and a session give."""
     return ScoringSettings(
         settings.gradient,
-        settings.normalise,
+        settings.normalize,
         settings.query_norm,
         settings.norm_sketch,
         session.batch_tokens,
@@ -199,7 +199,7 @@ def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncode
         refused = ", or the chat template refuses them" if session.skip_refused else ""
         session.reporter.warn(f"{stats.unscored} examples have no supervised token{refused}: no score, never selected")
     if stats.truncated and encoder.lowered:
-        session.reporter.warn(encoder.lowered)  # which processes that tokenise ahead cannot
+        session.reporter.warn(encoder.lowered)  # which processes that tokenize ahead cannot
     if stats.truncated:
         share = f"{stats.truncated / stats.rows:.1%} of the rows"
         session.reporter.warn(
@@ -209,7 +209,7 @@ def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncode
 
 
 def engine_of(session: Session) -> Engine:
-    """Where windows are worked through unless a recipe names an engine: in this process, tokenised ahead if asked."""
+    """Where windows are worked through unless a recipe names an engine: in this process, tokenized ahead if asked."""
     return prefetching_engine(session.num_proc) if session.num_proc else local_engine
 
 

@@ -33,7 +33,7 @@ MEMORY = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class FactorSettings:
-    """How layers are factorised.
+    """How layers are factorized.
 
     Attributes:
         method: `ipsvd` or a baseline (`iprox.proxy.methods`).
@@ -57,7 +57,7 @@ class FactorSettings:
 
 
 @dataclass(slots=True)
-class Factorisation:
+class Factorization:
     """What was measured and chosen.
 
     Attributes:
@@ -86,13 +86,13 @@ class Spectra:
         layers: Mapping[str, nn.Module],
         store: SpectrumStore,
         spectra: Mapping[str, budget.LayerSpectrum],
-        done: Factorisation,
+        done: Factorization,
         rule: RankRule,
     ) -> None:
         self._model, self._layers, self._store = model, layers, store
         self._spectra, self._done, self._rule = spectra, done, rule
 
-    def cut(self, allowed: float) -> tuple[PreTrainedModel, Factorisation]:
+    def cut(self, allowed: float) -> tuple[PreTrainedModel, Factorization]:
         """A copy of the model with its layers as factors of ranks that together cost no more than `allowed`.
 
         Args:
@@ -126,7 +126,7 @@ def measured_spectra(
         progress: called with 1 as each layer is done.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    done = Factorisation()
+    done = Factorization()
     with _store(shapes, settings.memory) as store:
         spectra: dict[str, budget.LayerSpectrum] = {}
         for name, weighing in _weighed_layers(model, layers, probe, settings, loss_fn, done):
@@ -145,7 +145,7 @@ def _weighed_layers(
     probe: Iterable[Any],
     settings: FactorSettings,
     loss_fn: LossFn,
-    done: Factorisation,
+    done: Factorization,
 ) -> Iterator[tuple[str, Weighing]]:
     """Each layer's spectrum in its method's space, a group of layers at a time.
 
