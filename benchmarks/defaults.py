@@ -44,11 +44,11 @@ from iprox.models.adapters import with_lora
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
-from iprox.recipe import WarmupSection
 from iprox.run_folder import environment, read_json
 from iprox.selection.strategies import top
 from iprox.selection.turns import Turns
 from iprox.session import Session, draw_rows
+from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -32,10 +32,11 @@ from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter
-from iprox.recipe import FinetuneSection, parse_recipe
+from iprox.recipe import parse_recipe
 from iprox.run_folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
+from iprox.settings import FinetuneSection
 from iprox.stages.training import finetune, warm_up
 
 # Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and with

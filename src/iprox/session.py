@@ -26,7 +26,7 @@ from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.models.reach import Reach
 from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter
-from iprox.recipe import Recipe
+from iprox.settings import Recipe
 from iprox.tracking import Tracker
 
 # Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.

@@ -4,8 +4,7 @@ import pytest
 import yaml
 
 from iprox.errors import InputError
-from iprox.recipe import load_recipe
-from iprox.recipe.reading import DEEPEST, MOST, read_yaml
+from iprox.recipe import DEEPEST, MOST, load_recipe, read_yaml
 
 PLAIN = "model: m\ndata: {pool: [p.jsonl], validation: {t: v.jsonl}}\noutput: o\n"
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from iprox.errors import InputError
-from iprox.recipe import (
+from iprox.recipe import load_recipe, parse_recipe, resolved, to_yaml, validate_section
+from iprox.settings import (
     STAGES,
     FinetuneSection,
     InfluenceSection,
@@ -15,9 +16,6 @@ from iprox.recipe import (
     Recipe,
     SelectSection,
     WarmupSection,
-    load_recipe,
-    parse_recipe,
-    validate_section,
 )
 
 SMALLEST = {"model": "m", "data": {"pool": "p.jsonl", "validation": {"t": "v.jsonl"}}, "output": "o"}
@@ -177,16 +175,16 @@ def test_a_home_is_meant_by_a_tilde_everywhere(file, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m").mkdir()
     raw = {**SMALLEST, "model": "~/m", "output": "~/runs/a", "data": {"pool": "~/p.jsonl", "validation": {"t": "~/v"}}}
-    recipe = parse_recipe(raw).resolved()
+    recipe = resolved(parse_recipe(raw))
     assert [recipe.model, recipe.output] == [str(tmp_path / "m"), str(tmp_path / "runs/a")]
     assert recipe.data.pool == [str(tmp_path / "p.jsonl")]
     with pytest.raises(InputError, match="there is no home of such a user"):
-        parse_recipe({**raw, "output": "~nobody-of-that-name/x"}).resolved()
+        resolved(parse_recipe({**raw, "output": "~nobody-of-that-name/x"}))
 
 
 def test_a_template_given_as_source_may_be_long(file):
     raw = {**SMALLEST, "data": {**SMALLEST["data"], "chat_template": "{{ messages }}" * 500}}
-    assert parse_recipe(raw).resolved().data.chat_template == "{{ messages }}" * 500
+    assert resolved(parse_recipe(raw)).data.chat_template == "{{ messages }}" * 500
 
 
 @pytest.mark.parametrize("override", ["proxy.sparsity", "=3", "proxy..sparsity=0.5", "seed=[1", "model.name=x", "."])
@@ -213,8 +211,8 @@ def test_no_such_file(tmp_path):
 
 
 def test_yaml_of_a_recipe_is_the_recipe(file):
-    recipe = load_recipe(file, ["finetune={epochs: 2}", "proxy=false"]).resolved()
-    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    recipe = resolved(load_recipe(file, ["finetune={epochs: 2}", "proxy=false"]))
+    assert parse_recipe(yaml.safe_load(to_yaml(recipe))) == recipe
 
 
 def test_resolving_makes_local_paths_absolute_and_leaves_hub_names(tmp_path, monkeypatch):
@@ -222,15 +220,13 @@ def test_resolving_makes_local_paths_absolute_and_leaves_hub_names(tmp_path, mon
     (tmp_path / "mine").mkdir()
     (tmp_path / "t.jinja").write_text("{{ messages }}")
     data = {"pool": ["a/*.jsonl", "hf://datasets/x/y"], "validation": {"t": ["v.jsonl"]}, "chat_template": "t.jinja"}
-    recipe = parse_recipe(with_section(model="mine", data=data)).resolved()
+    recipe = resolved(parse_recipe(with_section(model="mine", data=data)))
     assert recipe.model == str(tmp_path / "mine")
     assert recipe.data.pool == [str(tmp_path / "a/*.jsonl"), "hf://datasets/x/y"]
     assert recipe.data.validation == {"t": [str(tmp_path / "v.jsonl")]}
     assert recipe.data.chat_template == str(tmp_path / "t.jinja")
-    assert parse_recipe(with_section(model="Qwen/Qwen3-4B")).resolved().model == "Qwen/Qwen3-4B"
-    assert (
-        parse_recipe(with_section(data={**data, "chat_template": "chatml"})).resolved().data.chat_template == "chatml"
-    )
+    assert resolved(parse_recipe(with_section(model="Qwen/Qwen3-4B"))).model == "Qwen/Qwen3-4B"
+    assert resolved(parse_recipe(with_section(data={**data, "chat_template": "chatml"}))).data.chat_template == "chatml"
 
 
 def test_options_of_commands_are_named_in_refusals():

@@ -9,8 +9,8 @@ import pytest
 
 from iprox.cli import main
 from iprox.data import Pool
-from iprox.recipe import RemovalSection
 from iprox.session import Session
+from iprox.settings import RemovalSection
 from iprox.stages import removal, retraining
 
 SIDES = ("proxy", "target")

@@ -13,9 +13,9 @@ import yaml
 
 from iprox.cli import main
 from iprox.data import Pool
-from iprox.recipe import LdsSection
 from iprox.selection.turns import Turns
 from iprox.session import Session
+from iprox.settings import LdsSection
 from iprox.stages import alignment, lds, retraining
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]

@@ -9,8 +9,8 @@ from iprox.data import Pool
 from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
-from iprox.recipe.sections import DataSection
 from iprox.session import Session
+from iprox.settings import DataSection
 
 DOLLY = [
     {"instruction": f"Q{i}", "context": "" if i % 2 else f"C{i}", "response": f"A{i}", "category": f"kind {i % 3}"}

@@ -18,7 +18,7 @@ from iprox.influence.scoring import ScoringSettings, scorer_of_batches
 from iprox.models.loss import LossFn, examples_with_loss
 from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
-from iprox.recipe import CURVED, GRADIENT_FREE
+from iprox.settings import CURVED, GRADIENT_FREE
 
 
 def count_batches(pool: DataLoader) -> int | None:

@@ -32,8 +32,8 @@ from iprox.models.loading import check_belongs
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import load_adam_state
 from iprox.progress import Reporter
-from iprox.recipe import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE, WITHOUT_EXAMPLES
 from iprox.session import draw_rows
+from iprox.settings import CURVATURE_EXAMPLES, CURVED, GRADIENT_FREE, WITHOUT_EXAMPLES
 
 
 def score(

@@ -17,7 +17,7 @@ from scipy import stats
 from iprox.data import GENERATED_ID
 from iprox.errors import InputError
 from iprox.influence.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
-from iprox.recipe import NAMED_SHARE
+from iprox.settings import NAMED_SHARE
 
 FEWEST = 10
 

@@ -18,7 +18,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, TaskQuery
 from iprox.influence.ranking import equal_scores
 from iprox.influence.scoring import ScoringSettings, scorer_of_batches, task_queries
 from iprox.influence.truncation import QueryDirections
-from iprox.recipe import CURVED
+from iprox.settings import CURVED
 
 # Fewest rows that a correlation is worth keeping factors by.
 FEWEST = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from iprox.recipe import NAMED_SHARE
+from iprox.settings import NAMED_SHARE
 
 OVERLAP_AT = (0.01, 0.02, 0.05, 0.1, 0.2)
 # The rows that a top has to hold for an overlap of two of them to say something.

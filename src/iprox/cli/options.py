@@ -23,9 +23,10 @@ from iprox.models.loading import load_config, model_fingerprint, skeleton
 from iprox.models.optimizer_state import load_adam_state
 from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter, say_plainly
-from iprox.recipe import InfluenceSection, validate_section
+from iprox.recipe import validate_section
 from iprox.run_folder import StageRecord, environment, read_json, write_json
 from iprox.session import Session, draw_rows
+from iprox.settings import InfluenceSection
 from iprox.stages.held_out import HeldOutRows
 
 # Probe examples unless asked otherwise: past some hundreds the moments hardly change.

@@ -21,7 +21,7 @@ from iprox.cli.stage_parsers import (
     add_select,
     add_warmup,
 )
-from iprox.recipe import NAMED_SHARE
+from iprox.settings import NAMED_SHARE
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection
 from typing import Any, get_args
 
-from iprox.recipe import GRADIENT_FREE, SelectSection, TrainingSection
+from iprox.settings import GRADIENT_FREE, SelectSection, TrainingSection
 
 # Where a command's function is; the others are in `stage_commands`. They import torch, so parsing does not import them.
 MODULES = {

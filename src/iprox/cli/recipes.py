@@ -7,7 +7,8 @@ from argparse import Namespace
 
 from iprox.errors import InputError
 from iprox.quickstart import quickstart_recipe
-from iprox.recipe import STAGES, load_recipe
+from iprox.recipe import load_recipe
+from iprox.settings import STAGES
 
 # The recipe keys that the options of every command stand for.
 COMMON_OPTIONS = {

@@ -12,6 +12,7 @@ from iprox.pipeline import run_recipe
 from iprox.planning import plan_recipe
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter, say_plainly
+from iprox.recipe import resolved
 from iprox.report import build_report
 from iprox.session import Session
 
@@ -28,7 +29,7 @@ def run(arguments: Namespace) -> dict[str, Any]:
 
 def plan(arguments: Namespace) -> dict[str, Any]:
     """`iprox plan`."""
-    recipe = arguments.checked.resolved()
+    recipe = resolved(arguments.checked)
     session = Session.of_recipe(recipe, Reporter(arguments.quiet))
     rate = arguments.tflops * 1e12 if arguments.tflops else measured_gemm_rate(session.device, session.dtype)
     planned = plan_recipe(recipe, session, rate)

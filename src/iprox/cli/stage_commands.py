@@ -19,7 +19,10 @@ from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import save_model
 from iprox.progress import say_plainly
 from iprox.proxy.export import to_dense
-from iprox.recipe import (
+from iprox.recipe import validate_section
+from iprox.run_folder import StageRecord, key_of, read_json
+from iprox.session import draw_rows, refuse_shared_files
+from iprox.settings import (
     SIZES,
     AlignSection,
     FinetuneSection,
@@ -30,10 +33,7 @@ from iprox.recipe import (
     RemovalSection,
     SelectSection,
     WarmupSection,
-    validate_section,
 )
-from iprox.run_folder import StageRecord, key_of, read_json
-from iprox.session import draw_rows, refuse_shared_files
 from iprox.stages import alignment, auditing, compression, indexing, refinement, scoring, selection, training
 from iprox.stages.retraining import LOSSES
 

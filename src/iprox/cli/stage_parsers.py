@@ -24,7 +24,7 @@ from iprox.cli.parser_options import (
     streaming_option,
     training_options,
 )
-from iprox.recipe import DIMENSION, FinetuneSection, WarmupSection
+from iprox.settings import DIMENSION, FinetuneSection, WarmupSection
 
 
 def add_warmup(commands: Any) -> None:

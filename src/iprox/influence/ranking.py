@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from iprox.errors import InputError
-from iprox.recipe import ALIKE
+from iprox.settings import ALIKE
 
 # Scores closer than this share of the largest are equal: float32, in which models run, rounds sums of many terms so.
 ROUNDING = 1e-6

@@ -30,7 +30,7 @@ from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import GradientSpace
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState
-from iprox.recipe import ALIKE, CURVED, GRADIENT_FREE, GradientFree
+from iprox.settings import ALIKE, CURVED, GRADIENT_FREE, GradientFree
 
 # Rows tokenized and sorted by length together. Enough that length-sorted batches hold little padding, few enough
 # that a window's tokens are nothing beside a model; also the unit of resuming and of spreading over workers.

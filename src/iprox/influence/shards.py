@@ -34,7 +34,7 @@ from iprox.influence.windows import (
 )
 from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
-from iprox.recipe import MODEL_FREE
+from iprox.settings import MODEL_FREE
 
 IDENTITY = "identity.json"
 # Says of a checkpoint that all its windows are scored, and how many there are.

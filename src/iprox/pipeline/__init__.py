@@ -10,7 +10,8 @@ from __future__ import annotations
 from iprox.pipeline import choosing, making, scoring
 from iprox.pipeline.run import Context, Run, open_run
 from iprox.progress import Reporter
-from iprox.recipe import STAGES, Recipe
+from iprox.recipe import resolved
+from iprox.settings import STAGES, Recipe
 from iprox.tracking import Tracker
 
 __all__ = ["Run", "run_recipe"]
@@ -52,7 +53,7 @@ def run_recipe(
     Raises:
         InputError: bad input, before any long work.
     """
-    recipe = recipe.resolved()
+    recipe = resolved(recipe)
     run = open_run(recipe, reporter, fresh, command)
     try:
         if stop_after != "data":

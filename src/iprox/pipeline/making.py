@@ -12,9 +12,9 @@ from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.models.saving import CHECKPOINTS
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.proxy.align_state import discard_other_states
-from iprox.recipe import OF_GRADIENTS
 from iprox.run_folder import StageRecord, key_of, read_json
 from iprox.session import share
+from iprox.settings import OF_GRADIENTS
 from iprox.stages import alignment, compression, training
 from iprox.stages.held_out import HeldOutRows
 

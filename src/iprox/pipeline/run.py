@@ -21,11 +21,11 @@ from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.pipeline.changes import changed_settings
 from iprox.progress import Reporter
-from iprox.recipe import Recipe, parse_recipe
-from iprox.recipe.reading import read_yaml
+from iprox.recipe import parse_recipe, read_yaml, to_yaml
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
+from iprox.settings import Recipe
 from iprox.stages import refinement, scoring, selection
 from iprox.stages.compression import check_size
 from iprox.tracking import check_tracking
@@ -182,7 +182,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     }
     run.earlier.pop("data", None)
     run.save()
-    write_text(folder.recipe, recipe.to_yaml())
+    write_text(folder.recipe, to_yaml(recipe))
     return run
 
 
@@ -211,8 +211,8 @@ def tell_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
     if not isinstance(before, dict):
         return
     with contextlib.suppress(InputError):  # of another version, which knew other keys
-        before = yaml.safe_load(parse_recipe(before).to_yaml())  # with the defaults that this one has more
-    changed = changed_settings(before, yaml.safe_load(recipe.to_yaml()))
+        before = yaml.safe_load(to_yaml(parse_recipe(before)))  # with the defaults that this one has more
+    changed = changed_settings(before, yaml.safe_load(to_yaml(recipe)))
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
 

@@ -9,8 +9,8 @@ from iprox.models.loading import skeleton
 from iprox.pipeline.run import check_recipe, judging
 from iprox.planning.costs import Costs, Rows
 from iprox.planning.stages import PLANS
-from iprox.recipe import Recipe
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, tasks_of, tokens_of
+from iprox.settings import Recipe
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.

@@ -15,7 +15,7 @@ from iprox.influence.scoring import NORM_SKETCH
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.proxy.size import Size
-from iprox.recipe import CURVED, InfluenceSection, Recipe
+from iprox.settings import CURVED, InfluenceSection, Recipe
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.

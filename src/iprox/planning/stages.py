@@ -11,8 +11,8 @@ from iprox.planning.costs import Costs
 from iprox.proxy.align import EVALUATIONS
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
-from iprox.recipe import AlignSection, TrainingSection
 from iprox.session import share
+from iprox.settings import AlignSection, TrainingSection
 from iprox.stages.attribution import why_not_attributed
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from iprox.recipe import Recipe, load_recipe
+from iprox.recipe import load_recipe
+from iprox.settings import Recipe
 
 
 def quickstart_recipe(output: str, overrides: Sequence[str] = ()) -> Recipe:

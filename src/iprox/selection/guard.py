@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 
 from iprox.data.lengths import Lengths, ValidationLengths
 from iprox.influence.scores import scores_metadata, supervised_column, task_names
-from iprox.recipe import GRADIENT_FREE
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.settings import SelectionSettings
+from iprox.settings import GRADIENT_FREE
 
 # Times from which a selection's median length, or the tasks' own, are far apart.
 SEVERAL = 3.0

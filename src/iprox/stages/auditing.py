@@ -21,9 +21,9 @@ from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session, encode_validation
+from iprox.settings import InfluenceSection
 from iprox.stages.lds import measure_lds
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 from iprox.stages.removal import measure_removal

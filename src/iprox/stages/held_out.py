@@ -11,8 +11,8 @@ from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
-from iprox.recipe import InfluenceSection
 from iprox.session import Session, encode_validation, tokens_of
+from iprox.settings import InfluenceSection
 from iprox.stages.query_cost import QueryTokens, query_flops
 from iprox.stages.scoring import curvature_sample, scoring_settings
 

@@ -25,9 +25,9 @@ from iprox.influence.windows import compile_model, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.recipe import InfluenceSection
 from iprox.run_folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of
+from iprox.settings import InfluenceSection
 from iprox.stages.scoring import (
     COMPILE_ROWS,
     engine_of,

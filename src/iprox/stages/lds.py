@@ -9,9 +9,9 @@ import numpy as np
 
 from iprox.audits.datamodels import datamodeling_score, draw_subsets
 from iprox.data import Example, Pool
-from iprox.recipe import LdsSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session
+from iprox.settings import LdsSection
 from iprox.stages.retraining import Retraining, Training
 
 RESULT = "lds.json"

@@ -9,8 +9,8 @@ from torch import nn
 
 from iprox.data import Encoded
 from iprox.models import flops
-from iprox.recipe import CURVED, InfluenceSection
 from iprox.session import tokens_of
+from iprox.settings import CURVED, InfluenceSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import numpy as np
 
 from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Example, Pool
-from iprox.recipe import RemovalSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.session import Session
+from iprox.settings import RemovalSection
 from iprox.stages.retraining import Retraining, Training
 
 RESULT = "removal.json"

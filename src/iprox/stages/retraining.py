@@ -17,9 +17,9 @@ from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
-from iprox.recipe import RetrainingSection
 from iprox.run_folder import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
+from iprox.settings import RetrainingSection
 
 # Validation losses by training; all measurements of an audit share them.
 LOSSES = "retrained.json"

@@ -18,9 +18,9 @@ from iprox.influence.windows import Engine, local_engine, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import load_adam_state
-from iprox.recipe import CURVED, InfluenceSection
 from iprox.run_folder import StageRecord, key_of
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of
+from iprox.settings import CURVED, InfluenceSection
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.

@@ -11,11 +11,11 @@ import pyarrow as pa
 from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
 from iprox.influence.scores import ExampleScores, read_scores, scores_metadata
-from iprox.recipe import SelectSection
 from iprox.run_folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, select_rows
 from iprox.selection.guard import Spelling, guard
 from iprox.session import Session
+from iprox.settings import SelectSection
 
 
 def selection_settings(settings: SelectSection) -> SelectionSettings:

@@ -1,4 +1,4 @@
-"""The recipe: everything a run depends on, validated whole before any work starts."""
+"""Recipes as files: read, checked, with paths made absolute, and written back."""
 
 from __future__ import annotations
 
@@ -7,133 +7,23 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
-from iprox.errors import InputError, cut, shown
+from iprox.errors import InputError, cut, one_line, shown
 from iprox.files import absolute, check_path, expanded
-from iprox.recipe.influence import InfluenceSection
-from iprox.recipe.reading import read_yaml
-from iprox.recipe.section import Section
-from iprox.recipe.sections import (
-    AuditSection,
-    DataSection,
-    EngineSection,
-    FinetuneSection,
-    ProxySection,
-    RefineSection,
-    ReportSection,
-    SelectSection,
-    WarmupSection,
-)
+from iprox.settings import Recipe
 
-# In the order they are done.
-STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
-
-
-# Faults of a recipe that one message tells of.
+# Problems of a recipe that one message names.
 MOST_TOLD = 20
 
+# Levels of a document, and values it holds once its aliases are written out; a few hundred bytes of aliases of aliases
+# can stand for gigabytes. A recipe has five levels, and as many values as it has files.
+DEEPEST, MOST = 50, 100_000
 
-class Recipe(Section):
-    """A whole run. Paths are relative to the working directory, as on the command line."""
-
-    model: str
-    data: DataSection
-    warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
-    proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
-    influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
-    select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
-    audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
-    refine: RefineSection | Literal[False] = False
-    finetune: FinetuneSection | Literal[False] = False
-    report: ReportSection = ReportSection()  # pyright: ignore[reportCallIssue]
-    engine: Literal["local"] | EngineSection = "local"
-    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    output: str
-    seed: int = Field(0, ge=0, lt=2**32)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    batch_tokens: int = Field(4096, ge=1)
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _no_idle_proxy(self) -> Recipe:
-        if self.proxy and not self.influence.runs_model:
-            raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
-        return self
-
-    @model_validator(mode="after")
-    def _refined_from_a_proxy(self) -> Recipe:
-        if self.refine and not self.proxy:
-            raise ValueError("refine has the target score a proxy's best rows again, and proxy is off: leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _selected_by_a_task(self) -> Recipe:
-        tasks, named = self.data.validation, {"task": [self.select.task], "weights": self.select.weights}
-        for key, names in named.items():
-            unknown = next((name for name in names if name is not None and name not in tasks), None)
-            if unknown is not None:
-                raise ValueError(f"select.{key} {unknown!r} is none of data.validation: {', '.join(tasks)}")
-        if self.select.weights and not any(self.select.weights.get(task, 1) for task in tasks):
-            raise ValueError("select.weights are all 0, so there is nothing to choose by")
-        return self
-
-    @model_validator(mode="after")
-    def _workers_of_their_own(self) -> Recipe:
-        if self.engine != "local" and ":" in self.device:
-            raise ValueError(
-                f"engine ray gives each worker a GPU of its own: set device to cuda, not {self.device}, and choose "
-                "GPUs with CUDA_VISIBLE_DEVICES"
-            )
-        if self.engine != "local" and self.data.num_proc:
-            raise ValueError("data.num_proc tokenizes ahead in this process, and engine ray's workers for themselves")
-        return self
-
-    @model_validator(mode="after")
-    def _sketch_of_a_proxy(self) -> Recipe:
-        if self.influence.norm_sketch and not self.proxy:
-            raise ValueError("influence.norm_sketch is for a proxy, and proxy is off: a model's own norms are exact")
-        return self
-
-    @model_validator(mode="after")
-    def _adam_of_a_warm_up(self) -> Recipe:
-        if self.influence.estimator == "adam" and not self.warmup:
-            raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
-        if self.influence.estimator == "adam" and self.warmup and self.warmup.lora:
-            raise ValueError(
-                "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none"
-            )
-        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorized:
-            raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
-        return self
-
-    @property
-    def trains_adapters(self) -> bool:
-        """Whether some training is of adapters."""
-        return any(training and training.lora is not False for training in (self.warmup, self.finetune))
-
-    def resolved(self) -> Recipe:
-        """The same recipe with every local path absolute, so that it runs from anywhere."""
-        copy = self.model_copy(deep=True)
-        copy.model = _absolute_if_there(copy.model)
-        if copy.proxy and copy.proxy.model:
-            copy.proxy.model = _absolute_if_there(copy.proxy.model)
-        if copy.data.chat_template:
-            copy.data.chat_template = _absolute_if_there(copy.data.chat_template)
-        copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
-        copy.data.validation = _absolute_tasks(copy.data.validation)
-        if copy.finetune:
-            copy.finetune.test = _absolute_tasks(copy.finetune.test)
-        copy.output = str(absolute(copy.output))
-        return copy
-
-    def to_yaml(self) -> str:
-        """The recipe as a file that gives the same run again."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -298,3 +188,108 @@ def _known_keys(path: list[str]) -> list[str]:
         options = getattr(annotation, "__args__", (annotation,))
         section = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
     return list(section.model_fields)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The same recipe with every local path absolute, so that it runs from anywhere."""
+    copy = recipe.model_copy(deep=True)
+    copy.model = _absolute_if_there(copy.model)
+    if copy.proxy and copy.proxy.model:
+        copy.proxy.model = _absolute_if_there(copy.proxy.model)
+    if copy.data.chat_template:
+        copy.data.chat_template = _absolute_if_there(copy.data.chat_template)
+    copy.data.pool = [absolute_pattern(pattern) for pattern in copy.data.pool]
+    copy.data.validation = _absolute_tasks(copy.data.validation)
+    if copy.finetune:
+        copy.finetune.test = _absolute_tasks(copy.finetune.test)
+    copy.output = str(absolute(copy.output))
+    return copy
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that gives the same run again."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: it is none, gives a key twice, merges keys, or stands for more than a recipe may (`MOST`); the
+            message is one line.
+    """
+    try:
+        _check_depth(text)
+        loader = _EachKeyOnce(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(cut(" ".join(str(error).split()), 400)) from error
+    except (RecursionError, OverflowError, TypeError, KeyError, IndexError) as error:  # e.g. of a base-60 number
+        raise ValueError(one_line(error)) from error
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's readers keep the last without a word, and merge keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, of keys that differ."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                raise self._refusal("merge keys (<<) are not read: write out the keys that it stands for", key_node)
+            key = self.construct_object(key_node, deep=True)
+            try:
+                twice = key in seen
+                seen.add(key)
+            except TypeError:
+                raise self._refusal(f"found unhashable key {shown(key)}", key_node) from None
+            if twice:
+                raise self._refusal(f"the key {shown(key)} is given twice", key_node)
+        return super().construct_mapping(node, deep)
+
+    @staticmethod
+    def _refusal(words: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+        return yaml.constructor.ConstructorError(None, None, words, node.start_mark)
+
+
+def _check_depth(text: str) -> None:
+    """Refuse a document nested deeper than `DEEPEST`, before it is read level by level."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} levels deep (line {event.start_mark.line + 1})")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Refuse a document that its aliases make larger than `MOST` values, or that holds itself."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ValueError(f"an alias stands for what it is in (line {node.start_mark.line + 1})")
+            return known
+        sizes[id(node)] = None
+        total = 1
+        if isinstance(node, yaml.SequenceNode):
+            total += sum(map(size, node.value))
+        elif isinstance(node, yaml.MappingNode):
+            total += sum(size(key) + size(value) for key, value in node.value)
+        sizes[id(node)] = total
+        if total > MOST:
+            raise ValueError(f"its aliases stand for more than {MOST:,} values (line {node.start_mark.line + 1})")
+        return total
+
+    size(root)

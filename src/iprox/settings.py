@@ -1,12 +1,21 @@
-"""The sections of a recipe beside `influence`, in the order of the stages."""
+"""Every setting of iprox, written once: name, type, default, rule, and what it means.
+
+The recipe is these sections as YAML; the options of the commands, the arguments of the Python functions and the table
+in docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is refused at once.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from iprox.recipe.section import Section
+
+class Section(BaseModel):
+    """A section. Unknown keys are refused; values are checked when it is made and whenever one is set."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
 
 # The share of a ranking that counts as its top where overlaps are named.
 NAMED_SHARE = 0.05
@@ -194,6 +203,131 @@ class ProxySection(Section):
         return self.method not in ("layers", "off-the-shelf")
 
 
+# Examples of the pool that an influence function measures curvature on, unless told.
+CURVATURE_EXAMPLES = 256
+
+# Numbers an example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
+DIMENSION = 8192
+
+# Estimators that divide by curvature, which they measure on a sample of the pool.
+CURVED = ("influence-function", "datainf")
+
+# Scorers without gradients, and those among them that need tokens only.
+GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
+GRADIENT_FREE = get_args(GradientFree)
+MODEL_FREE = ("random", "length", "bm25")
+# Those that look at a candidate alone, so that all tasks and validation examples have the same score.
+ALIKE = ("random", "length", "perplexity")
+
+# Estimators without scores by validation example: DataInf divides the mean gradient of a task by the curvature.
+WITHOUT_EXAMPLES = ("datainf", *ALIKE)
+
+# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+OF_GRADIENTS = (
+    *("estimator", "curvature", "curvature_examples", "damping"),
+    *("gradient", "query", "query_norm", "normalize", "norm_sketch"),
+)
+
+
+class InfluenceSection(Section):
+    """What is scored, and at which of the warm-up's checkpoints.
+
+    `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
+    examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
+    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy, by influence functions 0.98, and 1 on a model
+    itself. Audits and `refine` ask the target with whole ones. `norm_sketch` is the number of random signs a layer that
+    the cosine's norms are estimated from on a proxy; 0 is exact, left out it is 32.
+    `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
+    An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
+    eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
+    keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any.
+    `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
+    The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
+    none of these settings.
+    """
+
+    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = "influence-function"
+    curvature: Literal["ek-fac", "k-fac"] = "ek-fac"
+    curvature_examples: int = Field(CURVATURE_EXAMPLES, ge=1)
+    damping: float = Field(0.1, gt=0)
+    gradient: Literal["factors", "weight"] = "weight"
+    query: Literal["target", "proxy"] = "target"
+    query_norm: float | None = Field(None, gt=0, le=1)
+    normalize: Literal["none", "cosine"] = "cosine"
+    norm_sketch: int | None = Field(None, ge=0)
+    over_examples: Literal["mean", "max"] = "mean"
+    per_example: bool | None = None
+    checkpoints: Literal["last", "all"] = "last"
+    compile: Literal["auto"] | bool = "auto"
+
+    @property
+    def gradient_free(self) -> bool:
+        """Whether the estimator takes no gradients."""
+        return self.estimator in GRADIENT_FREE
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the estimator needs more of a model than its tokenizer."""
+        return self.estimator not in MODEL_FREE
+
+    @property
+    def by_example(self) -> bool:
+        """Whether scores by validation example are kept."""
+        return self.estimator not in WITHOUT_EXAMPLES if self.per_example is None else self.per_example
+
+    @property
+    def exact(self) -> InfluenceSection:
+        """The same with whole mean validation gradients: how a target is asked for what a proxy is judged by."""
+        return self.of_tasks.model_copy(update={"query_norm": 1.0})
+
+    @property
+    def of_tasks(self) -> InfluenceSection:
+        """The same without scores by validation example, which cost a little more."""
+        return self.model_copy(update={"per_example": False})
+
+    @model_validator(mode="after")
+    def _without_gradients(self) -> InfluenceSection:
+        if self.gradient_free and self.normalize != "none":
+            if "normalize" in self.model_fields_set:
+                raise ValueError(f"normalize is of gradients, which {self.estimator} has none of; leave it out")
+            object.__setattr__(self, "normalize", "none")
+        if self.gradient_free and self.checkpoints == "all":
+            raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
+        return self
+
+    @model_validator(mode="after")
+    def _norms(self) -> InfluenceSection:
+        if self.norm_sketch and self.normalize == "none":
+            raise ValueError("norm_sketch is of the norms of a cosine: set normalize to cosine, or leave it out")
+        if self.norm_sketch and self.estimator == "adam":
+            raise ValueError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _by_example(self) -> InfluenceSection:
+        if (self.over_examples == "max" or self.per_example) and self.estimator in WITHOUT_EXAMPLES:
+            raise ValueError(
+                f"over_examples: max and per_example: {self.estimator} has no scores by validation example"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inverse_of_weights(self) -> InfluenceSection:
+        if (
+            self.estimator == "adam"
+            and (self.query_norm or 1) < 1
+            and not (self.over_examples == "max" or self.by_example)
+        ):
+            raise ValueError("adam forms whole gradients, so a query_norm saves it nothing: leave it out")
+        if self.estimator == "adam" and self.gradient == "factors":
+            raise ValueError("adam takes the optimizer's moments of the target's weights: leave gradient at weight")
+        if self.estimator in CURVED and self.gradient == "factors" and self.query == "target":
+            raise ValueError(
+                f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
+            )
+        return self
+
+
 # Of a whole, from nothing to all.
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -301,3 +435,87 @@ class EngineSection(Section):
     """Where scoring runs, if not in this process."""
 
     ray: RaySection
+
+
+# In the order they are done.
+STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
+
+
+class Recipe(Section):
+    """A whole run. Paths are relative to the working directory, as on the command line."""
+
+    model: str
+    data: DataSection
+    warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
+    proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
+    influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
+    select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
+    audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
+    refine: RefineSection | Literal[False] = False
+    finetune: FinetuneSection | Literal[False] = False
+    report: ReportSection = ReportSection()  # pyright: ignore[reportCallIssue]
+    engine: Literal["local"] | EngineSection = "local"
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    output: str
+    seed: int = Field(0, ge=0, lt=2**32)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    batch_tokens: int = Field(4096, ge=1)
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _no_idle_proxy(self) -> Recipe:
+        if self.proxy and not self.influence.runs_model:
+            raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
+        return self
+
+    @model_validator(mode="after")
+    def _refined_from_a_proxy(self) -> Recipe:
+        if self.refine and not self.proxy:
+            raise ValueError("refine has the target score a proxy's best rows again, and proxy is off: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _selected_by_a_task(self) -> Recipe:
+        tasks, named = self.data.validation, {"task": [self.select.task], "weights": self.select.weights}
+        for key, names in named.items():
+            unknown = next((name for name in names if name is not None and name not in tasks), None)
+            if unknown is not None:
+                raise ValueError(f"select.{key} {unknown!r} is none of data.validation: {', '.join(tasks)}")
+        if self.select.weights and not any(self.select.weights.get(task, 1) for task in tasks):
+            raise ValueError("select.weights are all 0, so there is nothing to choose by")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_of_their_own(self) -> Recipe:
+        if self.engine != "local" and ":" in self.device:
+            raise ValueError(
+                f"engine ray gives each worker a GPU of its own: set device to cuda, not {self.device}, and choose "
+                "GPUs with CUDA_VISIBLE_DEVICES"
+            )
+        if self.engine != "local" and self.data.num_proc:
+            raise ValueError("data.num_proc tokenizes ahead in this process, and engine ray's workers for themselves")
+        return self
+
+    @model_validator(mode="after")
+    def _sketch_of_a_proxy(self) -> Recipe:
+        if self.influence.norm_sketch and not self.proxy:
+            raise ValueError("influence.norm_sketch is for a proxy, and proxy is off: a model's own norms are exact")
+        return self
+
+    @model_validator(mode="after")
+    def _adam_of_a_warm_up(self) -> Recipe:
+        if self.influence.estimator == "adam" and not self.warmup:
+            raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
+        if self.influence.estimator == "adam" and self.warmup and self.warmup.lora:
+            raise ValueError(
+                "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none"
+            )
+        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorized:
+            raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
+        return self
+
+    @property
+    def trains_adapters(self) -> bool:
+        """Whether some training is of adapters."""
+        return any(training and training.lora is not False for training in (self.warmup, self.finetune))
