@@ -24,7 +24,7 @@ from iprox.influence.scores import read_scores, score_matrix
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.session import draw_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -25,7 +25,7 @@ from iprox.influence.truncation import low_rank_queries
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.session import draw_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -20,7 +20,7 @@ import numpy as np
 
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.selection.strategies import top
 from paper.runs import SHARED, run, scores_in
 

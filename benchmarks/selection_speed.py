@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from iprox.influence.scores import AGGREGATE
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.selection import SelectionSettings, select_rows
 
 CASES = {

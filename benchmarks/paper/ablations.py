@@ -26,7 +26,7 @@ from iprox.data import Pool
 from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.progress import Reporter
-from iprox.run_folder import key_of, read_json
+from iprox.run.folder import key_of, read_json
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up

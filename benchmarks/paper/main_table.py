@@ -33,7 +33,7 @@ from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run_folder import key_of, read_json, write_json
+from iprox.run.folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
 from iprox.settings import FinetuneSection

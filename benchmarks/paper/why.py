@@ -30,7 +30,7 @@ from iprox.finetune import evaluate
 from iprox.influence.projector import GradientProjector
 from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer
-from iprox.run_folder import key_of
+from iprox.run.folder import key_of
 from iprox.session import draw_rows
 
 DIMENSION, DIRECTIONS, PROBE = 4096, 16, 139

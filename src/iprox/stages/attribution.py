@@ -22,7 +22,7 @@ from iprox.influence.windows import fitting_scorer
 from iprox.models import flops
 from iprox.models.experts import SplitExperts
 from iprox.models.loading import skeleton
-from iprox.run_folder import StageRecord
+from iprox.run.folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of, tokens_of
 from iprox.settings import InfluenceSection
 from iprox.stages.query_cost import QueryTokens, query_flops

@@ -25,7 +25,7 @@ from iprox.influence.windows import compile_model, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.run_folder import StageRecord
+from iprox.run.folder import StageRecord
 from iprox.session import Session, encode_validation, pad_id_of
 from iprox.settings import InfluenceSection
 from iprox.stages.scoring import (
@@ -69,7 +69,7 @@ def build_index(
     summary = pool.scan()
     encoder = session.encoder(model.path)
     tokenizer = encoder.tokenizer
-    compiled = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
+    compiled = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
     description = {
         "format": 2,
         "model": str(Path(model.path).resolve()) if Path(model.path).exists() else model.path,

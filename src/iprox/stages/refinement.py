@@ -22,7 +22,7 @@ from iprox.influence.scores import (
     task_names,
     write_parts,
 )
-from iprox.run_folder import StageRecord, write_json
+from iprox.run.folder import StageRecord, write_json
 from iprox.selection import SelectionSettings, best_rows, rows_in_share
 from iprox.stages.selection import check_rows
 

@@ -18,7 +18,7 @@ from iprox.influence.windows import Engine, local_engine, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.models.optimizer_state import load_adam_state
-from iprox.run_folder import StageRecord, key_of
+from iprox.run.folder import StageRecord, key_of
 from iprox.session import Session, draw_rows, encode_validation, pad_id_of
 from iprox.settings import CURVED, InfluenceSection
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
@@ -68,7 +68,7 @@ def score(
     tokenizer = encoder.tokenizer
     encoded = encode_validation(encoder, dict(validation))
     say_what_counts_for_nothing(session, encoded)
-    compile_model = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
+    compile_model = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
     scoring = replace(scoring_settings(session, settings), compile=compile_model)
     model = skeleton(first, trust_remote_code=session.trust_remote_code)
     sample = curvature_sample(session, part_of or pool, encoder, settings)

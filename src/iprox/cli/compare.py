@@ -16,7 +16,7 @@ from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.influence.scores import read_scores
 from iprox.report import formats
-from iprox.run_folder import read_json
+from iprox.run.folder import read_json
 
 # What scores cost: to make the proxy, and to score. Warm-up and audit are not counted, nor what a run does with its
 # scores; of `iprox refine` its own work is.
