@@ -13,11 +13,11 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
-from iprox import run_folder
 from iprox.cli import main, run_commands
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.models import hub_access, loading
+from iprox.run import folder as run_folder
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
