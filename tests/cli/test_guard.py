@@ -55,7 +55,6 @@ def mixed(make_place, tmp_path_factory):
         audit=False,
         influence={"estimator": "tracin", "normalize": "none"},
         select={"count": CHOSEN, "strategy": "top"},
-        report={"attributed": 0},
     )
     assert place.run() == 0
     return place

@@ -101,7 +101,8 @@ def test_killed_when_all_but_its_marker_is_done_an_index_is_finished_by_the_same
     described = json.loads((again / "index.json").read_text())
     rows = described.pop("rows")
     (again / "identity.json").write_text(json.dumps(described, sort_keys=True))
-    (again / "run.json").unlink()
+    record = json.loads((again / "run.json").read_text())
+    (again / "run.json").write_text(json.dumps({**record, "stages": {}}))
     assert make(indexed, indexed.proxies[0], again) == 0
     assert not (again / "identity.json").exists()
     assert json.loads((again / "index.json").read_text())["rows"] == rows
@@ -150,8 +151,11 @@ def refusal(capfd):
 
 
 def test_what_cannot_be_is_refused(indexed, tmp_path, capfd):
-    assert make(indexed, indexed.proxies[0], indexed.indexes[0]) == 2
-    assert "exists already" in refusal(capfd)
+    before = {file.name: file.read_bytes() for file in indexed.indexes[0].glob("*.arrow")}
+    assert make(indexed, indexed.proxies[0], indexed.indexes[0]) == 0  # done already
+    assert {file.name: file.read_bytes() for file in indexed.indexes[0].glob("*.arrow")} == before
+    assert make(indexed, indexed.proxies[0], indexed.indexes[0], "--dimension=256") == 2
+    assert "exists already, with another result (dimension differ)" in refusal(capfd)
     assert make(indexed, indexed.proxies[0], tmp_path / "index", "--dimension=101") == 2
     assert "power of two" in refusal(capfd)
     assert not (tmp_path / "index").exists()
