@@ -21,7 +21,7 @@ class Section(BaseModel):
 NAMED_SHARE = 0.05
 
 # How large a proxy may be, in the order they are documented.
-SIZES = ("sparsity", "parameters", "flops", "fidelity")
+SIZES = ("sparsity", "flops", "fidelity")
 # The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is
 # 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few numbers to move: ten times that.
 RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
@@ -113,9 +113,9 @@ class WarmupSection(TrainingSection):
 
 
 class ProbeSection(Section):
-    """What second moments are measured on: a share of the pool, at least 64 examples.
+    """The examples that second moments are measured on: a share of the pool, at least 64 examples.
 
-    `labels` are those of the data, or `sampled` from the model (true Fisher); `tokens` all, or only those at which a
+    `labels` are the data's, or `sampled` from the model (true Fisher); `tokens` are all, or only those at which a
     supervised token is predicted.
     """
 
@@ -125,12 +125,12 @@ class ProbeSection(Section):
 
 
 class AlignSection(Section):
-    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
+    """Tuning of the factors until the proxy's gradients match the target's; on at least 64 examples.
 
-    Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
+    With a `gradient_weight` of 0 there are no second derivatives: the logits are matched, by KL, and with a
     `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best
-    fidelity on `held_out` examples of the pool, measured before the first step and four times after it; 0 of them keeps
-    the last factors.
+    fidelity on `held_out` examples of the pool, measured before the first step and four times after it; a `held_out` of
+    0 keeps the last factors.
     """
 
     fraction: float = Field(0.01, gt=0, le=1)
@@ -156,17 +156,15 @@ class AlignSection(Section):
 
 
 class ProxySection(Section):
-    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`.
+    """How the proxy is made, and how large it may be: `sparsity` or `flops`, as shares of the target's.
 
-    Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
-    `held_out` examples of the pool, is at least that with confidence.
-
-    With `influence.checkpoints: all` there is a proxy for each.
+    With `fidelity` in their place, it is the smallest proxy whose Spearman correlation with the target, on `held_out`
+    examples of the pool, is at least that with confidence. With `influence.checkpoints: all` there is one proxy per
+    checkpoint.
     """
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
     sparsity: float | None = Field(None, gt=0, lt=1)
-    parameters: int | None = Field(None, ge=1)
     flops: float | None = Field(None, gt=0, lt=1)
     fidelity: float | None = Field(None, gt=0, lt=1)
     held_out: int = Field(256, ge=16)

@@ -18,19 +18,21 @@ from iprox.data import example_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.estimators import Normalize
 from iprox.influence.scoring import ScoringSettings
+from iprox.kronecker.moments import MomentSettings
+from iprox.kronecker.sample import Labels, Tokens
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
-from iprox.proxy.align import AlignmentHistory, AlignSettings
+from iprox.proxy.align import AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Objective
+from iprox.proxy.align_state import AlignmentHistory
 from iprox.proxy.compress import Method, adopt, derive_proxy, extract_layers
-from iprox.proxy.factorize import FactorSettings, RankRule
-from iprox.proxy.methods import PROBED, Ridge
-from iprox.proxy.moments import Labels, MomentSettings, Tokens
+from iprox.proxy.factorize import PROBED, FactorSettings, RankRule
+from iprox.proxy.ipsvd import Ridge
 from iprox.proxy.size import Size
 
 
@@ -39,7 +41,6 @@ def compress(
     probe: Examples = (),
     *,
     sparsity: float | None = None,
-    parameters: int | None = None,
     flops: float | None = None,
     method: Method = "ipsvd",
     ranks: RankRule = "global",
@@ -56,13 +57,12 @@ def compress(
 ) -> PreTrainedModel:
     """Derive a proxy from a model (stage 1). The model is left as it was.
 
-    Give exactly one of `sparsity`, `parameters` and `flops` (none with `off-the-shelf`).
+    Give exactly one of `sparsity` and `flops` (none with `off-the-shelf`).
 
     Args:
         model: the target.
         probe: examples that second moments are measured on; `svd`, `random`, `layers` and `off-the-shelf` need none.
         sparsity: share of the linear parameters to remove, in (0, 1).
-        parameters: of the whole proxy, embeddings and head included.
         flops: of a token's forward pass, as a share of the target's, in (0, 1).
         method: `ipsvd`, or a baseline: `svd`, `svd-llm`, `asvd`, `fwsvd`, `random`, `layers` (the first few decoder
             layers), `off-the-shelf` (`other` as it is).
@@ -98,7 +98,7 @@ def compress(
     if other is not None:
         with experts_split(model, other):
             return adopt(model, other)[0]
-    size = Size(sparsity, parameters, flops)
+    size = Size(sparsity, flops)
     if method == "layers":
         with experts_split(model):
             return extract_layers(model, size)[0]

@@ -62,7 +62,6 @@ def add_compress(commands: Any) -> None:
     size.add_argument(
         "--sparsity", type=float, help="share of the linear parameters to remove, in (0, 1) (default 0.7)"
     )
-    size.add_argument("--parameters", type=positive, help="parameters of the whole proxy, embeddings included")
     size.add_argument("--flops", type=float, help="FLOPs per token as a share of the target's, in (0, 1)")
     size.add_argument(
         "--fidelity",

@@ -45,8 +45,8 @@ class Wire:
         module: the layer.
         watchers: called with inputs and output gradients of the layer itself, or of a low-rank layer's factors, by
             module, as the backward pass reaches it.
-        factors: A [m, R] and B [R, n] of a low-rank layer, R its rank rounded up, the rest zero, so that layers share
-            shapes (see `round_columns`); None for another.
+        factors: up [m, R] and down [R, n] of a low-rank layer, R its rank rounded up, padded with zeros so that layers
+            share shapes (see `round_columns`); None for another layer.
     """
 
     number: int
@@ -93,8 +93,8 @@ def _linear(x: Tensor, number: Tensor, out_features: int) -> Tensor:
     with torch.no_grad():
         if wire.factors is None:
             return wire.module(x)
-        A, B = wire.factors
-        return nn.functional.linear(nn.functional.linear(x, B), A, layer_bias(wire.module))
+        up, down = wire.factors
+        return nn.functional.linear(nn.functional.linear(x, down), up, layer_bias(wire.module))
 
 
 @_linear.register_fake
@@ -111,13 +111,13 @@ def _linear_backward(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
         if wire.factors is None:
             return delta @ dense_weight(layer)
         assert isinstance(layer, LowRankLinear)
-        A, B = wire.factors
-        between = delta @ A
-        if layer.A in wire.watchers:
-            wire.tell(layer.A, layer.B(x), delta)
-        if layer.B in wire.watchers:
-            wire.tell(layer.B, x, between[..., : layer.rank])
-        return between @ B
+        up, down = wire.factors
+        between = delta @ up
+        if layer.up in wire.watchers:
+            wire.tell(layer.up, layer.down(x), delta)
+        if layer.down in wire.watchers:
+            wire.tell(layer.down, x, between[..., : layer.rank])
+        return between @ down
 
 
 @_linear_backward.register_fake
@@ -162,8 +162,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
         wire = Wire(next(_numbers), layer)
         if isinstance(layer, LowRankLinear):
-            A, B = layer.A.weight.detach(), layer.B.weight.detach()
-            wire.factors = round_columns(A), round_columns(B.mT).mT.contiguous()
+            up, down = layer.up.weight.detach(), layer.down.weight.detach()
+            wire.factors = round_columns(up), round_columns(down.mT).mT.contiguous()
         _wires[wire.number] = wire
         for part in (layer, *layer.children()):
             part.__dict__[ATTRIBUTE] = wire

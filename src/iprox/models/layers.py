@@ -15,17 +15,17 @@ GradientSpace = Literal["factors", "weight"]
 
 
 class LowRankLinear(nn.Module):
-    """y = A(B(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
+    """y = up(down(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
 
-    `B` maps n inputs to r, `A` maps r to m outputs and carries the bias, so that any tool that hooks
-    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications a
+    `down` maps n inputs to r, `up` maps r to m outputs and has the bias, so that any tool that hooks
+    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications per
     token where the dense layer costs mn.
 
     Args:
         in_features: n.
         out_features: m.
         rank: r, at least 1.
-        bias: whether `A` has a bias.
+        bias: whether `up` has a bias.
     """
 
     def __init__(
@@ -41,33 +41,33 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.B = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.A = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
-        """Build a layer from A [m, r], B [r, n] and an optional bias [m], stored as `dtype`."""
-        layer = cls(B.shape[1], A.shape[0], A.shape[1], bias is not None, device=A.device, dtype=dtype)
+    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
+        """Build a layer from up [m, r], down [r, n] and an optional bias [m], stored as `dtype`."""
+        layer = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device=up.device, dtype=dtype)
         with torch.no_grad():
-            layer.A.weight.copy_(A)
-            layer.B.weight.copy_(B)
+            layer.up.weight.copy_(up)
+            layer.down.weight.copy_(down)
             if bias is not None:
-                layer.A.bias.copy_(bias)
+                layer.up.bias.copy_(bias)
         return layer
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [m, n] that the factors stand for (some model code reads `layer.weight`)."""
-        return self.A.weight @ self.B.weight
+        return self.up.weight @ self.down.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias [m], if any."""
-        return self.A.bias
+        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m]."""
-        return self.A(self.B(x))
+        return self.up(self.down(x))
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -142,8 +142,8 @@ def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> d
         if gradient == "weight":
             layers[name] = layer
         else:
-            layers[f"{name}.A"] = layer.A
-            layers[f"{name}.B"] = layer.B
+            layers[f"{name}.up"] = layer.up
+            layers[f"{name}.down"] = layer.down
     return layers
 
 
@@ -186,6 +186,11 @@ def layer_bias(layer: nn.Module) -> Tensor | None:
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Return whether a linear layer carries a bias."""
+    return getattr(layer, "bias", None) is not None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
