@@ -35,7 +35,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient
 from iprox.influence.preconditioning import precondition
 from iprox.influence.scoring import QUERY_NORM
 from iprox.influence.truncation import low_rank_queries
-from iprox.kronecker.moments import Moments, collect_moments
+from iprox.kronecker.moments import LayerMoments, collect_moments
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
@@ -288,7 +288,7 @@ def warmed(arguments: argparse.Namespace, model: str, name: str, seed: int) -> P
 
 
 def weigh(
-    target: PreTrainedModel, moments: dict[str, Moments], method: str, seed: int
+    target: PreTrainedModel, moments: dict[str, LayerMoments], method: str, seed: int
 ) -> tuple[dict[str, Spectrum], dict[str, ErrorCurve]]:
     """Spectra of all layers by one method: cut to any size afterwards."""
     weighing, _, ridge = FACTORIZED[method]

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"iprox: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        from iprox.models.memory import out_of_memory  # imports torch
+        from iprox.models.precision import out_of_memory  # imports torch
 
         refusal = system_refusal(error, getattr(arguments, "output", None))
         if refusal is None and out_of_memory(error):

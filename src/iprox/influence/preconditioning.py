@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from iprox.influence.estimators import ModelGradient, has_bias
 from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
 from iprox.kronecker.eigen import EigenBasis, kronecker_curvature
-from iprox.kronecker.sample import Labels, read_sample
+from iprox.kronecker.sample import Labels, SampleSettings, read_sample
 from iprox.models.layers import GradientSpace, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 
@@ -137,7 +137,8 @@ def _datainf(
     def measure(name: str, h: Tensor, delta: Tensor) -> None:
         squares[name] = squares.get(name, 0.0) + float(squared_norms(h, delta, has_bias(layers[name])).sum())
 
-    examples = read_sample(model, layers, batches, measure, loss_fn).examples
+    settings = SampleSettings(balanced=False)
+    examples = read_sample(model, layers, batches, measure, loss_fn, settings).examples
     ridges: dict[str, float] = {}
     for name, total in squares.items():
         m, n = weight_shape(layers[name])
@@ -158,7 +159,7 @@ def _datainf(
             before = taken[task].get(name)
             taken[task][name] = part if before is None else _combined(before, part, 1.0)
 
-    read_sample(model, layers, batches, project, loss_fn)
+    read_sample(model, layers, batches, project, loss_fn, settings)
     solved: dict[str, ModelGradient] = {}
     for task, query in queries.items():
         solved[task] = {}

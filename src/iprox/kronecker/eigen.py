@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iprox.kronecker.moments import Moments, MomentSettings, append_ones, collect_moments
+from iprox.kronecker.moments import LayerMoments, MomentSettings, append_ones, collect_moments
 from iprox.kronecker.sample import Labels, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment
 from iprox.models.layers import has_bias
@@ -94,11 +94,9 @@ def kronecker_curvature(
     Returns:
         The curvature by layer name, without layers that no token moved.
     """
-    settings = MomentSettings(
-        labels, exact_width=None, balanced=False, bias=True, gradients_per="example", blocks=False, seed=seed
-    )
+    settings = MomentSettings(labels, balanced=False, seed=seed, kfac=True)
     moments, read = collect_moments(model, layers, batches, settings, loss_fn)
-    bases = _eigenbases({name: each for name, each in moments.items() if each.reached})
+    bases = {name: _eigenbasis(each) for name, each in moments.items() if each.reached}
     if corrected:
         for basis in bases.values():
             basis.eigenvalues.zero_()
@@ -108,24 +106,14 @@ def kronecker_curvature(
                 squares = bases[name].squares(append_ones(h, has_bias(layers[name])), delta)
                 bases[name].eigenvalues += squares / read.examples
 
-        read_sample(model, layers, batches, correct, loss_fn, labels=labels, seed=seed)
+        read_sample(model, layers, batches, correct, loss_fn, settings)
     return bases
 
 
-def _eigenbases(moments: Mapping[str, Moments]) -> dict[str, EigenBasis]:
-    """Return the basis of each layer, with the eigenvalues of K-FAC; layers with the same input share V."""
-    known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def eigen(moment: SecondMoment) -> tuple[Tensor, Tensor]:
-        if id(moment) not in known:
-            known[id(moment)] = _eigh(moment)
-        return known[id(moment)]
-
-    bases: dict[str, EigenBasis] = {}
-    for name, each in moments.items():
-        (squares_out, U), (squares_in, V) = eigen(each.gradients), eigen(each.inputs)
-        bases[name] = EigenBasis(U, V, squares_out[:, None] * squares_in)
-    return bases
+def _eigenbasis(moments: LayerMoments) -> EigenBasis:
+    """Return the basis of a layer, with the eigenvalues of K-FAC."""
+    (squares_out, U), (squares_in, V) = _eigh(moments.gradients), _eigh(moments.inputs)
+    return EigenBasis(U, V, squares_out[:, None] * squares_in)
 
 
 def _eigh(moment: SecondMoment) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iprox.kronecker.sample import Counts, Labels, Tokens, read_sample
+from iprox.kronecker.sample import Counts, SampleSettings, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment, SketchedMoment
+from iprox.models.flops import active_shares
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
@@ -24,12 +25,12 @@ SKETCH_DIRECTIONS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class LayerMoments:
     """Second moments of one layer.
 
     Attributes:
-        inputs: C_h = E[h hᵀ] [n, n], a mean over the tokens that reached the layer; the same object for layers that
-            read the same input. With `MomentSettings.bias` the bias's input, 1, is the last entry of h.
+        inputs: C_h = E[h hᵀ] [n, n], over tokens, of an expert over those that reached it; the same object for layers
+            that read the same input. For K-FAC each layer has its own (`MomentSettings.kfac`).
         gradients: C_δ = E[δ δᵀ] [m, m], δ the gradient of the example's own mean loss.
     """
 
@@ -43,48 +44,35 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True)
-class MomentSettings:
+class MomentSettings(SampleSettings):
     """How moments are measured.
 
     Attributes:
-        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own
-            predictions at the same tokens (true Fisher).
-        tokens: `all`, or only those at which a supervised token is predicted.
-        exact_width: widest layer whose moments are exact; wider ones are sketched. None measures all exactly.
+        exact_width: widest layer whose moments are exact; wider ones are sketched.
         directions: directions of a sketch.
-        balanced: whether each example's δ is scaled by the root of its number of supervised tokens. The gradient of a
-            mean over k tokens has a variance of about 1/k, so without this the few examples with one or two supervised
-            tokens make up nearly all of C_δ.
-        bias: whether the input of a layer with a bias has one more entry, which is 1.
-        gradients_per: `token`, C_δ is a mean over tokens; or `example`, a mean over examples of the sum over their
-            tokens, which C_δ ⊗ C_h has the scale of the Fisher with.
-        blocks: whether to measure what `SecondMoment.shrinkage` needs.
-        seed: seed for sampled labels.
+        kfac: whether the moments are those of K-FAC, so that C_δ ⊗ C_h is the Fisher of the layer. All are exact, the
+            input of a layer with a bias has one more entry, which is 1, and C_δ is a mean over examples of the sum over
+            their tokens, not a mean over tokens. What only `SecondMoment.shrinkage` needs is left out.
     """
 
-    labels: Labels = "data"
-    tokens: Tokens = "all"
-    exact_width: int | None = EXACT_WIDTH
+    exact_width: int = EXACT_WIDTH
     directions: int = SKETCH_DIRECTIONS
-    balanced: bool = True
-    bias: bool = False
-    gradients_per: Literal["token", "example"] = "token"
-    blocks: bool = True
-    seed: int = 0
+    kfac: bool = False
 
     def is_exact(self, width: int) -> bool:
         """Return whether a moment of this width is exact."""
-        return self.exact_width is None or width <= self.exact_width
+        return self.kfac or width <= self.exact_width
 
     def numbers(self, width: int) -> int:
         """Return the number of floats that one moment of this width takes."""
         return width**2 if self.is_exact(width) else 2 * self.directions * width
 
-    def moment(self, width: int, device: torch.device, dtype: torch.dtype) -> SecondMoment:
-        """Return an empty moment of this width."""
+    def moment(self, width: int, like: Tensor) -> SecondMoment:
+        """Return an empty moment of this width, in float32 or better."""
+        dtype = accumulation_dtype(like)
         if self.is_exact(width):
-            return ExactMoment(width, device, dtype, self.blocks)
-        return SketchedMoment(width, self.directions, device, dtype)
+            return ExactMoment(width, like.device, dtype, blocks=not self.kfac)
+        return SketchedMoment(width, self.directions, like.device, dtype)
 
 
 def collect_moments(
@@ -93,7 +81,7 @@ def collect_moments(
     batches: Iterable[Any],
     settings: MomentSettings | None = None,
     loss_fn: LossFn = causal_lm_losses,
-) -> tuple[dict[str, Moments], Counts]:
+) -> tuple[dict[str, LayerMoments], Counts]:
     """Measure the moments of some layers over a sample, in float32 or better.
 
     Per token and layer 2n² + 2m² FLOPs on top of a backward pass without weight gradients, and about as much
@@ -104,7 +92,7 @@ def collect_moments(
         model: model to run; left as it was.
         layers: layers to measure, by name.
         batches: batches of the sample; their labels should be the training labels.
-        settings: how moments are measured.
+        settings: settings of the measurement.
         loss_fn: per-example losses of a model that is not a language model.
 
     Returns:
@@ -120,54 +108,47 @@ def collect_moments(
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
     owner: dict[str, str] = {}  # layer -> the layer whose C_h it shares, itself if none
-    seen: dict[tuple[int, bool], tuple[str, Tensor]] = {}
-    with_ones = {name: settings.bias and has_bias(layer) for name, layer in layers.items()}
+    seen: dict[int, tuple[str, Tensor]] = {}
 
     def add(moments: dict[str, SecondMoment], name: str, x: Tensor) -> None:
         if name not in moments:
-            moments[name] = settings.moment(x.shape[-1], x.device, accumulation_dtype(x))
+            moments[name] = settings.moment(x.shape[-1], x)
         moments[name].add(x.to(accumulation_dtype(x)))
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
         seen.clear()  # the forward pass is over
         add(gradients, name, delta)
-        if owner[name] == name:
-            add(inputs, name, append_ones(h, with_ones[name]))
+        if owner.get(name, name) == name:
+            add(inputs, name, append_ones(h, settings.kfac and has_bias(layers[name])))
 
-    with _noting_owners(layers, with_ones, owner, seen):
-        read = read_sample(
-            *(model, layers, batches, sink, loss_fn),
-            labels=settings.labels,
-            tokens=settings.tokens,
-            balanced=settings.balanced,
-            seed=settings.seed,
-        )
+    # With the bias's input in it, a layer's moment is its own.
+    with nullcontext() if settings.kfac else _noting_owners(layers, owner, seen):
+        read = read_sample(model, layers, batches, sink, loss_fn, settings)
     if read.tokens == 0:
         raise ValueError("the probe set holds no supervised example")
-    result: dict[str, Moments] = {}
+    result: dict[str, LayerMoments] = {}
     for name, layer in layers.items():
         m, n = weight_shape(layer)
         like = next(layer.parameters())
         # A layer that no token reached (an expert that no token was routed to) has moments of zero.
-        sides = inputs.get(owner.get(name, name)), gradients.get(name)
-        widths = n + with_ones[name], m
-        result[name] = Moments(
-            *(
-                side or settings.moment(width, like.device, accumulation_dtype(like))
-                for side, width in zip(sides, widths, strict=True)
-            )
-        )
-    # The squared change of the loss is a mean over all tokens. Of those that reach an expert, a share p, it is
-    # p · E[δ δᵀ] ⊗ E[h hᵀ]: C_δ is a mean over all tokens, C_h over the layer's own.
-    count = read.tokens if settings.gradients_per == "token" else read.examples
+        C_h = inputs.get(owner.get(name, name)) or settings.moment(n + (settings.kfac and has_bias(layer)), like)
+        result[name] = LayerMoments(C_h, gradients.get(name) or settings.moment(m, like))
+    routed = active_shares(model)
     # Inputs first: an error of the forward pass shows at the layer after it, and spoils the gradients of all layers.
-    for side in ("inputs", "gradients"):
-        for name, moments in result.items():
-            each: SecondMoment = getattr(moments, side)
-            each.finish(each.rows if side == "inputs" else count)
-            if not math.isfinite(each.squared_norm()):
-                raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
+    for name, moments in result.items():
+        # The squared change of the loss is a mean over all tokens. Of those that reach an expert, a share p, it is
+        # p · E[δ δᵀ] ⊗ E[h hᵀ]: C_δ is a mean over all tokens, C_h over the layer's own.
+        _finish(name, moments.inputs, moments.inputs.rows if settings.kfac or name in routed else read.tokens)
+    for name, moments in result.items():
+        _finish(name, moments.gradients, read.examples if settings.kfac else read.tokens)
     return result, read
+
+
+def _finish(name: str, moment: SecondMoment, count: int) -> None:
+    """Make a moment a mean, and refuse one that is not finite."""
+    moment.finish(count)
+    if not math.isfinite(moment.squared_norm()):
+        raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
 
 
 def append_ones(h: Tensor, bias: bool) -> Tensor:
@@ -177,16 +158,12 @@ def append_ones(h: Tensor, bias: bool) -> Tensor:
 
 @contextmanager
 def _noting_owners(
-    layers: Mapping[str, nn.Module],
-    with_ones: Mapping[str, bool],
-    owner: dict[str, str],
-    seen: dict[tuple[int, bool], tuple[str, Tensor]],
+    layers: Mapping[str, nn.Module], owner: dict[str, str], seen: dict[int, tuple[str, Tensor]]
 ) -> Iterator[None]:
     """Note, in forward passes with gradients, which layers are given the very same tensor.
 
     Args:
         layers: layers to watch, by name.
-        with_ones: layers whose input has one more column in its moment, which the others cannot share.
         owner: filled in: the first of the layers with the same input owns its moment.
         seen: inputs of one pass, held so that no other tensor takes the address of one; the caller clears it.
     """
@@ -194,7 +171,7 @@ def _noting_owners(
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if torch.is_grad_enabled():
-                first, tensor = seen.setdefault((inputs[0].data_ptr(), with_ones[name]), (name, inputs[0]))
+                first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
                 owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
 
         return hook

@@ -10,11 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from iprox.data.batching import Batch
-from iprox.models.loss import LossFn, causal_lm_logits, causal_lm_losses
+from iprox.models.loss import LossFn, causal_lm_logits
 from iprox.models.observe import Sink, frozen, watched_backward
 
 Labels = Literal["data", "sampled"]
 Tokens = Literal["all", "supervised"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """How a sample is read.
+
+    Attributes:
+        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own predictions
+            at the same tokens (true Fisher).
+        tokens: `all`, or only those at which a supervised token is predicted.
+        balanced: whether each example's δ is scaled by the root of its number of supervised tokens. The gradient of a
+            mean over k tokens has a variance of about 1/k, so without this the few examples with one or two supervised
+            tokens make up nearly all of C_δ.
+        seed: seed for sampled labels; the same seed draws the same labels.
+    """
+
+    labels: Labels = "data"
+    tokens: Tokens = "all"
+    balanced: bool = True
+    seed: int = 0
 
 
 @dataclass(slots=True)
@@ -30,12 +50,8 @@ def read_sample(
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     sink: Sink,
-    loss_fn: LossFn = causal_lm_losses,
-    *,
-    labels: Labels = "data",
-    tokens: Tokens = "all",
-    balanced: bool = False,
-    seed: int = 0,
+    loss_fn: LossFn,
+    settings: SampleSettings,
 ) -> Counts:
     """Hand each layer's inputs h [B, L, n] and output gradients δ [B, L, m] to a function, batch by batch.
 
@@ -48,23 +64,19 @@ def read_sample(
         batches: batches of the sample.
         sink: function called for each layer and batch.
         loss_fn: per-example losses of a model that is not a language model.
-        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own predictions
-            at the same tokens (true Fisher).
-        tokens: `all`, or only those at which a supervised token is predicted.
-        balanced: whether each example's δ is scaled by the root of its number of supervised tokens.
-        seed: seed for sampled labels; the same seed draws the same labels.
+        settings: settings of the reading.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     read = Counts()
     with frozen(model):
         for batch in batches:
             counted, fed = None, sink
             if isinstance(batch, Batch):
-                if labels == "sampled":
+                if settings.labels == "sampled":
                     batch = sampled_labels(model, batch, generator)
-                counted = counted_tokens(batch, tokens)
+                counted = counted_tokens(batch, settings.tokens)
                 read.tokens += int(counted.sum())
-                if balanced:
+                if settings.balanced:
                     fed = _scaled(sink, (batch.labels[:, 1:] != -100).sum(1).sqrt())
             losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), fed, counted)
             read.examples += len(losses)

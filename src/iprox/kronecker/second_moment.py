@@ -116,7 +116,7 @@ class ExactMoment(SecondMoment):
         self.sum = torch.zeros(width, width, device=device, dtype=dtype)
 
     def _accumulate(self, rows: Tensor) -> None:
-        self.sum.addmm_(rows.mT, rows)
+        torch.addmm(self.sum, rows.mT, rows, out=self.sum)  # `addmm_` is not in torch's FLOP counter
 
     @property
     def matrix(self) -> Tensor:

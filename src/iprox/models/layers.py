@@ -70,15 +70,15 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the sizes, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense linear layers that may be compressed, in model order, by module name.
+    """Return the dense linear layers that may be compressed, in model order, by module name.
 
-    Embeddings and the output head are left out: the head decides the loss directly, and in small models it
-    is tied to the embedding. So are routers to experts, where they are linear layers.
+    Without embeddings and the output head: the head decides the loss directly, and in small models it is tied to the
+    embedding. Also without routers to experts.
 
     Raises:
         InputError: the model has no such layer, one whose weights are packed, or two that share their weights.
@@ -111,7 +111,7 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
-    """The layer, if its weight holds one number an entry, which subclasses of nn.Linear need not (bitsandbytes)."""
+    """Return the layer if its weight has one number per entry; in some subclasses of nn.Linear it has not."""
     weight = layer.weight
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not readable or weight.ndim != 2:
@@ -123,7 +123,7 @@ def _readable(name: str, layer: nn.Module) -> nn.Module:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a proxy, in model order, by module name."""
+    """Return the low-rank layers of a proxy, in model order, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
@@ -148,13 +148,13 @@ def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> d
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that maps hidden states to logits, or None where the model has none."""
+    """Return the module that maps hidden states to logits, or None where the model has none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if get_head is not None else None
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the model's decoder layers, and its name.
+    """Return the name of the model's list of decoder layers, and the list.
 
     Raises:
         InputError: the model has no such list.
@@ -167,7 +167,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """(m, n) of a layer's weight, as if dense."""
+    """Return (m, n) of a layer's weight, as if dense."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear | LowRankLinear)
@@ -175,14 +175,14 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W [m, n] of a layer: a view of its parameter, or the product of its factors."""
+    """Return W [m, n] of a layer: a view of its parameter, or the product of its factors."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.mT if isinstance(layer, Conv1D) else weight
 
 
 def layer_bias(layer: nn.Module) -> Tensor | None:
-    """The bias [m] of a layer, if it has one."""
+    """Return the bias [m] of a layer, if it has one."""
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias

@@ -15,8 +15,8 @@ from torch import nn
 
 from iprox.data.batching import Batch
 from iprox.errors import InputError
+from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.layers import LowRankLinear, low_rank_layers
-from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.precision import cast_parameters
 from iprox.progress import Advance
 from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_signals
@@ -82,13 +82,13 @@ def align(
         proxy: model to tune; its dtype is restored at the end.
         target: model to match; left as it was. It may be on another device, or quantized.
         batches: alignment batches.
-        settings: how factors are tuned.
-        objective: what is minimized.
+        settings: settings of the alignment.
+        objective: weights of the parts of the loss.
         held_out: fidelity of the proxy as it is, on examples that are not in `batches`.
         store: cache of the target's signals, so that each batch runs through the target once; None runs it every time.
         state: file that an interrupted alignment resumes from.
         identity: identity of the alignment, which alone may resume from the file.
-        progress: called with the number of steps done.
+        progress: function called with the number of steps done.
 
     Raises:
         InputError: the proxy has no low-rank layer, or there is nothing to align on.

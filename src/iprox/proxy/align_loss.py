@@ -169,7 +169,7 @@ def alignment_loss(
         proxy: model in evaluation mode.
         layers: its low-rank layers.
         batch: batch on its device.
-        signals: what it should match, on its device.
+        signals: signals that it should match, on its device.
         objective: weights of the parts.
     """
     names = objective.matched(layers)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
-from iprox.kronecker.moments import Moments
+from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import DiagonalRoot
 from iprox.kronecker.svd import along
 from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
@@ -36,7 +36,7 @@ WEIGHTED = ("svd-llm", "asvd", "fwsvd")
 
 
 def baseline_spectrum(
-    method: FactorBaseline, weight: Tensor, moments: Moments | None, ridge: Ridge, generator: torch.Generator
+    method: FactorBaseline, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
     """Return the spectrum of one layer by a factorizing baseline, computed in float64.
 

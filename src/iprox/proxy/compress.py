@@ -49,7 +49,7 @@ class CompressionReport:
     """What compression did; written next to the proxy as `compression.json`.
 
     Attributes:
-        method: how the proxy was made.
+        method: method that made the proxy.
         ranks_rule: `global` or `uniform`; None where nothing was factorized.
         size: size that was asked for, e.g. {"sparsity": 0.7}.
         achieved_sparsity: share of the compressible parameters that was removed.
@@ -97,10 +97,10 @@ def derive_proxy(
         model: target.
         probe: batches over which second moments are measured; not read by methods that need none.
         size: size of the proxy.
-        settings: how layers are factorized.
+        settings: settings of the factorization.
         loss_fn: per-example losses of a model that is not a language model.
         target: name of the target in the proxy's config.
-        progress: called with 1 as each layer is done.
+        progress: function called with 1 as each layer is done.
 
     Returns:
         The proxy, in the model's dtype and on its device, and a report.
@@ -137,11 +137,11 @@ def proxies_of(
     Args:
         model: target.
         probe: batches over which second moments are measured.
-        settings: how layers are factorized.
+        settings: settings of the factorization.
         largest: largest size, refused now if it is out of reach; later sizes are given in the same unit.
         loss_fn: per-example losses.
         target: name of the target in the proxy's config.
-        progress: called with 1 as each layer is done.
+        progress: function called with 1 as each layer is done.
     """
     _refuse_proxy(model)
     layers = compressible_layers(model)

@@ -24,7 +24,7 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
         InputError: the model has no low-rank layer.
     """
     if not low_rank_layers(proxy):
-        raise InputError("the model has no low-rank layer: it is no proxy")
+        raise InputError("the model has no low-rank layer: it is not a proxy")
     dense = copy.deepcopy(proxy)
     with torch.device("meta"):
         bare = type(proxy)(proxy.config)  # says what each layer was before it was factorized

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iprox.kronecker.moments import Moments, MomentSettings, collect_moments
+from iprox.kronecker.moments import LayerMoments, MomentSettings, collect_moments
 from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_shape
 from iprox.models.loss import LossFn
 from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
@@ -44,7 +44,7 @@ class FactorSettings:
         method: `ipsvd` or a baseline (`iprox.proxy.baselines`).
         ranks: `global` or `uniform` (`iprox.proxy.ranks`).
         ridge: share of the mean eigenvalue added to every direction of a moment, or `auto` (Ledoit and Wolf).
-        moments: how moments are measured.
+        moments: settings of the moments.
         memory: bytes that moments may take at once. Where they would take more, the probe is read several times, once
             per group of layers; spectra that would take more are kept on disk.
         refit_norms: whether the norms of an `ipsvd` proxy are rescaled after truncation (`iprox.proxy.norms`);
@@ -91,8 +91,8 @@ class Spectra:
         layers: its compressible layers by name.
         by_layer: spectrum of each layer, cut to its largest rank; in memory or on disk.
         curves: error of each layer by rank, and its cost.
-        measured: what was measured; without ranks.
-        rule: how ranks are chosen.
+        measured: report of the measurement, without ranks.
+        rule: name of the rank rule.
     """
 
     model: PreTrainedModel
@@ -151,9 +151,9 @@ def measured_spectra(
         layers: its compressible layers.
         probe: batches over which second moments are measured.
         prices: cost of one parameter of each layer.
-        settings: how layers are factorized.
+        settings: settings of the factorization.
         loss_fn: per-example losses.
-        progress: called with 1 as each layer is done.
+        progress: function called with 1 as each layer is done.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     done = Factorization()
@@ -183,7 +183,7 @@ def _measured(
     if len(groups) > 1:
         probe = list(probe)  # read once per group
     for group in groups:
-        moments: dict[str, Moments] = {}
+        moments: dict[str, LayerMoments] = {}
         if probed:
             chosen = {name: layers[name] for name in group}
             moments, read = collect_moments(model, chosen, probe, settings.moments, loss_fn)
@@ -197,7 +197,7 @@ def _measured(
 
 
 def layer_spectrum(
-    method: FactorMethod, weight: Tensor, moments: Moments | None, ridge: Ridge, generator: torch.Generator
+    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
     """Return the spectrum of one layer in the space of a method, computed in float64.
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iprox.kronecker.moments import Moments
+from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import Root
 from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import thin_svd
@@ -84,7 +84,7 @@ class Spectrum:
         return up, down
 
 
-def ipsvd(weight: Tensor, moments: Moments, ridge: Ridge) -> Spectrum:
+def ipsvd(weight: Tensor, moments: LayerMoments, ridge: Ridge) -> Spectrum:
     """Return the spectrum of one layer by IPSVD, computed in float64.
 
     Cost: a Cholesky factorization of each moment (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).

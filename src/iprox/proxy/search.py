@@ -53,7 +53,7 @@ def smallest_faithful(
         make: function that makes a proxy of a size, from `proxies_of`.
         asked: fidelity to reach, in (0, 1).
         measure: function that measures the fidelity of a proxy.
-        progress: called with 1 after each try.
+        progress: function called with 1 after each try.
 
     Returns:
         The proxy, its report, and all tries in order of sparsity.
