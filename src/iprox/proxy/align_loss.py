@@ -14,7 +14,7 @@ The first part needs second derivatives; the other two do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +53,6 @@ class Objective:
         """Refuse an objective without any weight."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
-
-    def matched(self, layers: Mapping[str, LowRankLinear]) -> list[str]:
-        """Return the names of the layers whose gradients are matched: all of them, or none without a weight."""
-        return list(layers) if self.gradient_weight else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,39 +106,33 @@ def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: floa
     return temperature**2 * F.kl_div(log_q, reference, reduction="none", log_target=True).sum(-1)
 
 
-def gradient_distance(
-    layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor], names: Sequence[str]
-) -> Tensor:
+def gradient_distance(layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     """Return the gradient part of the alignment loss, differentiable in the factors (second order).
 
     Args:
         layers: the proxy's low-rank layers.
         loss: ℓ of the proxy on the batch, a scalar with its graph.
         target: ∇_W ℓ_target [m, n] by layer name, without a graph.
-        names: names of the layers that are aligned.
     """
-    seen = factor_gradients(layers, loss, names)
+    seen = factor_gradients(layers, loss)
     distances = []
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
-        for name in names:
-            if name not in seen or name not in target:
-                continue  # an expert that no token of the batch was routed to, on the proxy or on the target
+        for name, (grad_up, grad_down) in seen.items():
+            if name not in target:
+                continue  # an expert that no token of the batch was routed to on the target
             up, down = layers[name].up.weight, layers[name].down.weight
-            grad_up, grad_down = seen[name]
             G = target[name].to(up.dtype)
             distances.append(cosine_distance(grad_up, G @ down.mT) + cosine_distance(grad_down, up.mT @ G))
     if not distances:
-        return loss * 0  # no layer that is aligned saw a token of this batch
+        return loss * 0  # no low-rank layer saw a token of this batch
     return torch.stack(distances).mean()
 
 
-def factor_gradients(
-    layers: Mapping[str, LowRankLinear], loss: Tensor, names: Sequence[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def factor_gradients(layers: Mapping[str, LowRankLinear], loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Return ∇_up [m, r] and ∇_down [r, n] of a loss by layer name, with their graph; without unused layers."""
-    factors = [weight for name in names for weight in (layers[name].up.weight, layers[name].down.weight)]
+    factors = [weight for layer in layers.values() for weight in (layer.up.weight, layer.down.weight)]
     gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
-    pairs = zip(names, gradients[::2], gradients[1::2], strict=True)
+    pairs = zip(layers, gradients[::2], gradients[1::2], strict=True)
     return {name: (up, down) for name, up, down in pairs if up is not None and down is not None}
 
 
@@ -172,8 +162,7 @@ def alignment_loss(
         signals: signals that it should match, on its device.
         objective: weights of the parts.
     """
-    names = objective.matched(layers)
-    kernel = sdpa_kernel(SDPBackend.MATH) if names else nullcontext()
+    kernel = sdpa_kernel(SDPBackend.MATH) if objective.gradient_weight else nullcontext()
     with kernel, layer_outputs(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
@@ -183,9 +172,9 @@ def alignment_loss(
         if apart is not None:
             whole = whole + objective.hidden_weight * apart
         gradient = None
-        if names:
+        if objective.gradient_weight:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
-            gradient = gradient_distance(layers, losses.mean(), signals.gradients, names)
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients)
             whole = whole + objective.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
@@ -197,12 +186,11 @@ def target_signals(
     objective: Objective,
 ) -> Signals:
     """Return what the proxy should match on a batch. Without a weight of gradients there is no backward pass."""
-    names = objective.matched(layers)
     with layer_outputs(target, objective.hidden_weight > 0) as hidden:
-        if not names:
+        if not objective.gradient_weight:
             with frozen(target), torch.no_grad():
                 return Signals({}, causal_lm_logits(target, batch)[0], [state.detach() for state in hidden])
-        watched = {name: target.get_submodule(name) for name in names}
+        watched = {name: target.get_submodule(name) for name in layers}
         gradients: dict[str, Tensor] = {}
         kept: list[Tensor] = []
         count = batch.input_ids.shape[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from iprox.data.batching import Batch
 from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
-from iprox.proxy.align_loss import Signals
+from iprox.proxy.align_loss import Objective, Signals
 
 # Signals that take more bytes than this are not kept.
 AUTO_BYTES = 4 << 30
@@ -68,17 +68,18 @@ class SignalStore:
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], names: Sequence[str], batches: Sequence[Batch], vocabulary: int
+    layers: Mapping[str, LowRankLinear], objective: Objective, batches: Sequence[Batch], vocabulary: int
 ) -> int:
     """Return about how many bytes the signals of some batches take: gradients [m, n] and supervised logits, in float32.
 
     Args:
         layers: low-rank layers of the proxy.
-        names: names of the layers whose gradients are matched.
+        objective: objective, by whose weights gradients are stored or not.
         batches: alignment batches.
         vocabulary: number of logits per token.
     """
-    gradients = sum(layers[name].out_features * layers[name].in_features for name in names)
+    matched = layers.values() if objective.gradient_weight else ()
+    gradients = sum(layer.out_features * layer.in_features for layer in matched)
     supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
     return 4 * (len(batches) * gradients + supervised * vocabulary)
 

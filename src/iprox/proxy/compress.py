@@ -14,34 +14,15 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
-from iprox.models.layers import compressible_layers, weight_shape
+from iprox.models.layers import compressible_layers
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
-from iprox.proxy.factorize import Factorization, FactorMethod, FactorSettings, Spectra, measured_spectra
+from iprox.proxy.factorize import FactorMethod, FactorSettings, LayerReport, Spectra, measured_spectra
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Prices, Size
 
 Method = FactorMethod | Literal["layers", "off-the-shelf"]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """How one layer was compressed.
-
-    Attributes:
-        shape: (m, n).
-        rank: None if it was left dense.
-        tail: share of its weighted squared norm that was lost.
-        ridge_in: ridge of its input moment, as a share of the mean eigenvalue; None where none was used.
-        ridge_out: ridge of its gradient moment, likewise.
-    """
-
-    shape: tuple[int, int]
-    rank: int | None
-    tail: float
-    ridge_in: float | None = None
-    ridge_out: float | None = None
 
 
 @dataclass(slots=True)
@@ -147,29 +128,25 @@ def proxies_of(
     layers = compressible_layers(model)
     prices = Prices.of(model, largest)
     prices.budget(model, largest)  # refuses a size out of reach
-    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read once more
 
     def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
         started = time.perf_counter()
-        proxy, done = spectra.cut(prices.budget(model, size))
-        report = CompressionReport(settings.method, settings.ranks, size.as_dict())
+        proxy, layers = spectra.cut(prices.budget(model, size))
+        report = CompressionReport(settings.method, settings.ranks, size.as_dict(), layers=layers)
         if refit:
             report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
-        report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
+        report.probe_tokens, report.passes = spectra.probe_tokens, spectra.passes
+        report.unreached = spectra.unreached
         if report.unreached:
             warnings.warn(
                 f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
                 "compressed by the plain norm; give more probe examples",
                 stacklevel=2,
             )
-        report.layers = {
-            name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])
-            for name, shape in shapes.items()
-        }
-        _describe(model, proxy, report, done, target)
+        _describe(model, proxy, report, target)
         report.seconds = time.perf_counter() - started
         return proxy, report
 
@@ -185,7 +162,7 @@ def extract_layers(
     _refuse_proxy(model)
     proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
     report = CompressionReport("layers", None, size.as_dict())
-    _describe(model, proxy, report, Factorization(), target)
+    _describe(model, proxy, report, target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -201,7 +178,7 @@ def adopt(
     started = time.perf_counter()
     proxy = baselines.off_the_shelf(model, other)
     report = CompressionReport("off-the-shelf", None, {})
-    _describe(model, proxy, report, Factorization(), target)
+    _describe(model, proxy, report, target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -211,9 +188,7 @@ def _refuse_proxy(model: PreTrainedModel) -> None:
         raise InputError("the model is an iprox proxy already; compress its target instead")
 
 
-def _describe(
-    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, done: Factorization, target: str | None
-) -> None:
+def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None) -> None:
     """Fill in the report's sizes and mark the proxy as one."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)
     head = flops.head_flops(model)
@@ -222,7 +197,7 @@ def _describe(
         mark_as_proxy(
             proxy,
             IproxConfig(
-                ranks={name: rank for name, rank in done.ranks.items() if rank is not None},
+                ranks={name: layer.rank for name, layer in report.layers.items() if layer.rank is not None},
                 method=report.method,
                 sparsity=report.achieved_sparsity,
                 target=target or getattr(model.config, "_name_or_path", None) or None,

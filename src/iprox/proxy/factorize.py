@@ -10,7 +10,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,7 +24,7 @@ from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_
 from iprox.models.loss import LossFn
 from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
 from iprox.proxy.ipsvd import Ridge, Spectrum, ipsvd
-from iprox.proxy.ranks import RULES, ErrorCurve, Ranks, largest_rank
+from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
 
 FactorMethod = Literal["ipsvd", FactorBaseline]
 RankRule = Literal["global", "uniform"]
@@ -61,28 +61,26 @@ class FactorSettings:
     seed: int = 0
 
 
-@dataclass(slots=True)
-class Factorization:
-    """What was measured and chosen.
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """How one layer was compressed.
 
     Attributes:
-        ranks: rank by layer name; None is a layer left dense.
-        tails: share of each layer's weighted squared norm that was lost.
-        ridges: (of the input moment, of the gradient moment) as shares of the mean eigenvalue; None where not used.
-        probe_tokens: number of tokens that moments were measured on.
-        passes: number of times that the probe was read.
-        unreached: layers that no probe token moved, so that their moments are zero: weighted by the plain norm.
+        shape: (m, n).
+        rank: None if it was left dense.
+        tail: share of its weighted squared norm that was lost.
+        ridge_in: ridge of its input moment, as a share of the mean eigenvalue; None where none was used.
+        ridge_out: ridge of its gradient moment, likewise.
     """
 
-    ranks: Ranks = field(default_factory=dict)
-    tails: dict[str, float] = field(default_factory=dict)
-    ridges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
-    probe_tokens: int = 0
-    passes: int = 0
-    unreached: list[str] = field(default_factory=list)
+    shape: tuple[int, int]
+    rank: int | None
+    tail: float
+    ridge_in: float | None = None
+    ridge_out: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spectra:
     """The spectra of all layers of a model, from which proxies of any size are cut.
 
@@ -90,28 +88,41 @@ class Spectra:
         model: target; left as it was.
         layers: its compressible layers by name.
         by_layer: spectrum of each layer, cut to its largest rank; in memory or on disk.
-        curves: error of each layer by rank, and its cost.
-        measured: report of the measurement, without ranks.
         rule: name of the rank rule.
+        curves: error of each layer by rank, and its cost.
+        ridges: ridges of each layer's moments, of inputs and of gradients.
+        probe_tokens: number of tokens that moments were measured on.
+        passes: number of times that the probe was read.
+        unreached: layers that no probe token moved, so that their moments are zero: weighted by the plain norm.
     """
 
     model: PreTrainedModel
     layers: Mapping[str, nn.Module]
     by_layer: SpectrumByName
-    curves: Mapping[str, ErrorCurve]
-    measured: Factorization
     rule: RankRule
+    curves: dict[str, ErrorCurve] = field(default_factory=dict)
+    ridges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    probe_tokens: int = 0
+    passes: int = 0
+    unreached: list[str] = field(default_factory=list)
 
-    def cut(self, budget: float) -> tuple[PreTrainedModel, Factorization]:
+    def cut(self, budget: float) -> tuple[PreTrainedModel, dict[str, LayerReport]]:
         """Return a copy of the model with its layers as factors of ranks that cost no more than a budget together.
 
         Args:
             budget: cost, at least that of rank 1 in every layer.
         """
         ranks = RULES[self.rule](self.curves, budget)
-        tails = {name: 0.0 if rank is None else self.by_layer[name].tail(rank) for name, rank in ranks.items()}
-        done = replace(self.measured, ranks=ranks, tails=tails)
-        return with_factors(self.model, self.layers, self.by_layer, ranks), done
+        reports = {
+            name: LayerReport(
+                self.curves[name].shape,
+                rank,
+                0.0 if rank is None else self.by_layer[name].tail(rank),
+                *self.ridges[name],
+            )
+            for name, rank in ranks.items()
+        }
+        return with_factors(self.model, self.layers, self.by_layer, ranks), reports
 
 
 class SpectrumByName(Protocol):
@@ -156,27 +167,22 @@ def measured_spectra(
         progress: function called with 1 as each layer is done.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    done = Factorization()
-    curves: dict[str, ErrorCurve] = {}
     with _kept(shapes, settings.memory) as by_layer:
-        for name, spectrum in _measured(model, layers, probe, settings, loss_fn, done):
-            curves[name] = ErrorCurve(shapes[name], spectrum.comparable.cpu().numpy(), prices[name])
-            done.ridges[name] = (spectrum.ridge_in, spectrum.ridge_out)
+        spectra = Spectra(model, layers, by_layer, settings.ranks)
+        for name, spectrum in _measured(spectra, probe, settings, loss_fn):
+            spectra.curves[name] = ErrorCurve(shapes[name], spectrum.comparable.cpu().numpy(), prices[name])
+            spectra.ridges[name] = (spectrum.ridge_in, spectrum.ridge_out)
             by_layer[name] = spectrum.cut(largest_rank(shapes[name]))
             if progress is not None:
                 progress(1)
-        yield Spectra(model, layers, by_layer, curves, done, settings.ranks)
+        yield spectra
 
 
 def _measured(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    probe: Iterable[Any],
-    settings: FactorSettings,
-    loss_fn: LossFn,
-    done: Factorization,
+    spectra: Spectra, probe: Iterable[Any], settings: FactorSettings, loss_fn: LossFn
 ) -> Iterator[tuple[str, Spectrum]]:
-    """Yield each layer's spectrum, a group of layers at a time; fills in what `done` says about the probe."""
+    """Yield each layer's spectrum, a group of layers at a time; fills in what `spectra` says about the probe."""
+    layers = spectra.layers
     generator = torch.Generator().manual_seed(settings.seed)
     probed = settings.method in PROBED
     groups = layer_groups(layers, settings) if probed else [list(layers)]
@@ -186,10 +192,10 @@ def _measured(
         moments: dict[str, LayerMoments] = {}
         if probed:
             chosen = {name: layers[name] for name in group}
-            moments, read = collect_moments(model, chosen, probe, settings.moments, loss_fn)
-            done.probe_tokens = read.tokens
-            done.passes += 1
-            done.unreached += [name for name in group if not moments[name].reached]
+            moments, read = collect_moments(spectra.model, chosen, probe, settings.moments, loss_fn)
+            spectra.probe_tokens = read.tokens
+            spectra.passes += 1
+            spectra.unreached += [name for name in group if not moments[name].reached]
         for name in group:
             weight = dense_weight(layers[name]).detach()
             # Each layer's moments are freed as soon as they are used.
