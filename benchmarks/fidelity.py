@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from iprox.run_folder import environment, key_of, write_json
 from transformers import PreTrainedModel
 
 from iprox.audits.fidelity import fidelity_metrics
@@ -35,6 +36,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient
 from iprox.influence.preconditioning import precondition
 from iprox.influence.scoring import QUERY_NORM
 from iprox.influence.truncation import low_rank_queries
+from iprox.kronecker.moments import LayerMoments, collect_moments
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
@@ -42,15 +44,13 @@ from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters, resolve_dtype
 from iprox.progress import Reporter
-from iprox.proxy import baselines, budget
+from iprox.proxy import baselines
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective
-from iprox.proxy.factorize import with_factors
-from iprox.proxy.methods import RootCache, weigh_layer
-from iprox.proxy.moments import Moments, collect_moments
+from iprox.proxy.factorize import layer_spectrum, with_factors
+from iprox.proxy.ipsvd import Spectrum
 from iprox.proxy.norms import refit_norms
-from iprox.proxy.spectra import SpectrumStore
-from iprox.run.folder import environment, key_of, write_json
+from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up
@@ -188,7 +188,7 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     started = time.perf_counter()
     moments, _ = collect_moments(setting.target, layers, setting.probe)
     seconds = {"moments": time.perf_counter() - started}
-    made: tuple[tuple[Any, Any, Any], SpectrumStore, dict[str, budget.LayerSpectrum]] | None = None
+    made: tuple[tuple[Any, Any, Any], dict[str, Spectrum], dict[str, ErrorCurve]] | None = None
     for method, sparsity, query in missing:
         if method in FACTORIZED and (made is None or made[0] != FACTORIZED[method]):
             started = time.perf_counter()
@@ -288,18 +288,18 @@ def warmed(arguments: argparse.Namespace, model: str, name: str, seed: int) -> P
 
 
 def weigh(
-    target: PreTrainedModel, moments: dict[str, Moments], method: str, seed: int
-) -> tuple[SpectrumStore, dict[str, budget.LayerSpectrum]]:
+    target: PreTrainedModel, moments: dict[str, LayerMoments], method: str, seed: int
+) -> tuple[dict[str, Spectrum], dict[str, ErrorCurve]]:
     """Spectra of all layers by one method: cut to any size afterwards."""
     weighing, _, ridge = FACTORIZED[method]
-    store, spectra, roots = SpectrumStore(), {}, RootCache()
+    spectra, curves = {}, {}
     generator = torch.Generator().manual_seed(seed)
     for name, layer in compressible_layers(target).items():
-        weighed = weigh_layer(weighing, dense_weight(layer).detach(), moments[name], ridge, roots, generator)
+        spectrum = layer_spectrum(weighing, dense_weight(layer).detach(), moments[name], ridge, generator)
         shape = weight_shape(layer)
-        store.put(name, weighed.spectrum.cut(budget.largest_rank(shape)))
-        spectra[name] = budget.LayerSpectrum(shape, weighed.comparable.numpy())
-    return store, spectra
+        spectra[name] = spectrum.cut(largest_rank(shape))
+        curves[name] = ErrorCurve(shape, spectrum.comparable.numpy())
+    return spectra, curves
 
 
 def make_proxy(
@@ -312,9 +312,9 @@ def make_proxy(
     allowed = (1 - sparsity) * flops.linear_parameters(setting.target)
     if method == "layers":
         return baselines.first_layers(setting.target, allowed)[0]
-    _, store, spectra = made
-    ranks = budget.RULES[FACTORIZED[method][1]](spectra, allowed)
-    proxy = with_factors(setting.target, compressible_layers(setting.target), store, ranks)
+    _, spectra, curves = made
+    ranks = RULES[FACTORIZED[method][1]](curves, allowed)
+    proxy = with_factors(setting.target, compressible_layers(setting.target), spectra, ranks)
     assert low_rank_layers(proxy)
     if method.startswith("ipsvd") and method != "ipsvd, norms as they were":
         refit_norms(proxy, setting.target, setting.probe, causal_lm_losses)

@@ -16,10 +16,10 @@ import torch
 from iprox.data import Example
 from iprox.influence.scores import score_matrix
 from iprox.models.precision import cast_parameters
-from iprox.run.whole import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.run.folder import environment, write_json
+from iprox.run.whole import run_recipe
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

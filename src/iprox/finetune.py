@@ -18,9 +18,9 @@ from trl.trainer.sft_trainer import SFTTrainer
 from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.models.adapters import is_adapted
-from iprox.models.fast_training import COMPILE_STEPS, fast_training
+from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
+from iprox.models.cpu.training import COMPILE_STEPS, fast_training
 from iprox.models.loss import causal_lm_logits, causal_lm_losses
-from iprox.models.memory import RELEASE_EVERY, release_memory
 from iprox.models.saving import save_model
 
 if TYPE_CHECKING:

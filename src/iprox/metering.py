@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from iprox.models.memory import release_memory
+from iprox.models.cpu.shapes import release_memory
 
 
 @dataclass(slots=True)

@@ -21,10 +21,9 @@ from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
 from iprox.models.loading import load_config, load_model, load_tokenizer
-from iprox.models.memory import out_of_memory
-from iprox.models.precision import resolve_device, resolve_dtype
-from iprox.models.reach import Reach
+from iprox.models.precision import out_of_memory, resolve_device, resolve_dtype
 from iprox.models.saving import CHECKPOINTS
+from iprox.models.suitability import ModelLimits
 from iprox.progress import Reporter
 from iprox.settings import Settings
 from iprox.tracking import Tracker
@@ -201,7 +200,7 @@ class Session:
     def encoder(self, model: str | Path, *others: str | Path) -> ChatEncoder:
         """What turns examples into tokens for a model, and for others that read the same; its warnings are reported."""
         configs = (load_config(each, trust_remote_code=self.trust_remote_code) for each in (model, *others))
-        reach = Reach.of(*configs)
+        reach = ModelLimits.of(*configs)
         encoder = ChatEncoder(
             self.tokenizer(model),
             self.max_length,

@@ -198,7 +198,7 @@ class AlignSection(Section):
 
 
 # How large a proxy may be, in the order they are documented.
-SIZES = ("sparsity", "parameters", "flops", "fidelity")
+SIZES = ("sparsity", "flops", "fidelity")
 
 
 class ProxySection(Section):
@@ -210,7 +210,6 @@ class ProxySection(Section):
     sparsity: float | None = setting(
         None, "fraction of the linear parameters to remove; one of this, flops and fidelity", "0.7", gt=0, lt=1
     )
-    parameters: int | None = setting(None, "parameters of the whole proxy, embeddings and head included", ge=1)
     flops: float | None = setting(
         None, "FLOPs per token (linear layers and head), as a fraction of the target's", gt=0, lt=1
     )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from iprox.cli import actions, main
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.models import hub_access, loading
+from iprox.models import loading, weight_files
 from iprox.run import folder as run_folder
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_there_is_said_before_the_hub_is(monkeypatch, tmp_p
     def unreachable(*_args, **_kwargs):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
 
-    monkeypatch.setattr(hub_access, "get_hf_file_metadata", lambda _: None)
+    monkeypatch.setattr(weight_files, "get_hf_file_metadata", lambda _: None)
     monkeypatch.setattr(loading.PretrainedConfig, "get_config_dict", unreachable)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", unreachable)
     monkeypatch.setattr(loading, "cached_file", unreachable)
@@ -116,21 +116,21 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tmp_path, name)
         raise HTTPError("Name or service not known")
 
     monkeypatch.setattr(type(get_session()), "request", unreachable)
-    monkeypatch.setattr(hub_access.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_access.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weight_files.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(weight_files.constants, "HF_HUB_CACHE", str(tmp_path))
     for load in LOADERS:
         with pytest.raises(InputError, match=f"^{name}: no such folder here, and the Hub cannot be reached"):
             load(name)
-    assert asked == [f"{hub_access.constants.ENDPOINT}/{name}/resolve/main/config.json"] * len(LOADERS)
+    assert asked == [f"{weight_files.constants.ENDPOINT}/{name}/resolve/main/config.json"] * len(LOADERS)
 
 
 def test_a_model_in_the_cache_needs_no_hub(monkeypatch, tmp_path):
     snapshot = tmp_path / "models--o--known/snapshots/0"
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
-    monkeypatch.setattr(hub_access.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub_access, "get_hf_file_metadata", lambda _: pytest.fail("the Hub was asked"))
-    hub_access.check_reachable("o/known")
+    monkeypatch.setattr(weight_files.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(weight_files, "get_hf_file_metadata", lambda _: pytest.fail("the Hub was asked"))
+    weight_files.check_reachable("o/known")
 
 
 @pytest.mark.parametrize("json_asked", [False, True])
@@ -329,7 +329,7 @@ def test_a_proxy_with_another_target(finished, model, tmp_path, refused, command
 @pytest.mark.parametrize("command", ["align", "audit"])
 def test_a_model_offered_as_proxy(finished, model, tmp_path, refused, command):
     options = ["--model", model, "--proxy", model, "--output", tmp_path / "out"]
-    assert f"{model}: is no iprox proxy" in refused(*single(finished, command, *options))
+    assert f"{model}: is not an iprox proxy" in refused(*single(finished, command, *options))
     assert not (tmp_path / "out").exists()
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from iprox.influence.curvature import as_matrix
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import kronecker_curvature, precondition
+from iprox.influence.preconditioning import as_matrix, precondition
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -61,8 +61,8 @@ def test_kfac_is_the_dense_kronecker_inverse(setting):
     for name, tokens in seen.items():
         h, delta = (torch.cat(part) for part in zip(*tokens, strict=True))
         fisher = torch.kron(delta.mT @ delta / len(tokens), h.mT @ h / len(h))
-        got = bases[name].solve(query[name], DAMPING)
-        torch.testing.assert_close(as_matrix(got), dense_solve(fisher, query[name]), rtol=1e-7, atol=1e-10)
+        got = bases[name].solve(as_matrix(query[name]), DAMPING)
+        torch.testing.assert_close(got, dense_solve(fisher, query[name]), rtol=1e-7, atol=1e-10)
 
 
 def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronecker_basis(setting):
@@ -75,8 +75,8 @@ def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronec
         eigenvalues = (Q.mT @ fisher @ Q).diagonal()
         corrected = Q @ torch.diag(eigenvalues) @ Q.mT
         assert torch.isclose(corrected.trace(), fisher.trace(), rtol=1e-9)
-        got = bases[name].solve(query[name], DAMPING)
-        torch.testing.assert_close(as_matrix(got), dense_solve(corrected, query[name]), rtol=1e-7, atol=1e-10)
+        got = bases[name].solve(as_matrix(query[name]), DAMPING)
+        torch.testing.assert_close(got, dense_solve(corrected, query[name]), rtol=1e-7, atol=1e-10)
         # No diagonal in this basis is closer to the Fisher: K-FAC's, for one.
         kfac = kronecker_curvature(model, {name: layers[name]}, [sample], corrected=False, labels="data")[name]
         plain = Q @ torch.diag(kfac.eigenvalues.flatten()) @ Q.mT

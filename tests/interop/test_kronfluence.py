@@ -8,7 +8,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import kronecker_curvature
+from iprox.influence.preconditioning import divided
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
@@ -69,7 +70,7 @@ def test_influence_functions_equal_ours(tiny, tmp_path, strategy):
     query, _ = mean_gradient(model, [validation])
     bases = kronecker_curvature(model, layers, [pool], corrected=strategy == "ekfac", labels="data")
     # kronfluence's own rule of damping is ours.
-    solved = {name: bases[name].solve(part, 0.1) for name, part in query.items()}
+    solved = {name: divided(part, bases[name], 0.1) for name, part in query.items()}
     scores, _ = BatchScorer(model, {"task": solved})(pool)
     arguments = kronfluence.arguments.FactorArguments(strategy=strategy, use_empirical_fisher=True)
     theirs = kronfluence_scores(model, list(layers), pool, validation, arguments, tmp_path)

@@ -15,7 +15,7 @@ def test_lora_trains_on_the_factors(tiny, tmp_path):
     proxy, _ = derive_proxy(tiny.model(dtype=torch.float32), [batch], Size(0.5))
     proxy.save_pretrained(tmp_path / "proxy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "proxy", dtype=torch.float32)
-    adapted = get_peft_model(loaded, LoraConfig(r=2, target_modules=["A", "B"], init_lora_weights=False))
+    adapted = get_peft_model(loaded, LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False))
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * len(low_rank_layers(proxy))
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)

@@ -165,8 +165,11 @@ def described(**changes):
     [
         (half, "adapter: is not whole: it lacks weights of some of the layers that it adapts"),
         (cut, "adapter: does not fit its base model"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[1"), "adapter_config.json: is no JSON object"),
-        (lambda folder: (folder / "adapter_config.json").write_text("[1]"), "adapter_config.json: is no JSON object"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[1"), "config.json: is not a JSON object"),
+        (
+            lambda folder: (folder / "adapter_config.json").write_text("[1]"),
+            "config.json: is not a JSON object",
+        ),
         (described(base_model_name_or_path="{}"), "names itself as base_model_name_or_path"),
         (described(base_model_name_or_path="/moved/base"), "adapter: adapts /moved/base, which is not there; correct"),
     ],

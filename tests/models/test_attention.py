@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.models import attention
-from iprox.models.attention import NAME, causal_attention, fast_attention
+from iprox.models.cpu import attention
+from iprox.models.cpu.attention import NAME, causal_attention, fast_attention
 
 
 def plain(query, key, value, scale):

@@ -113,7 +113,7 @@ def test_experts_and_foreign_models_are_not_compiled(tiny):
     experts = tiny.model("qwen3-moe")
     split_experts(experts)
     assert "experts" in str(why_not_compiled(experts))
-    assert why_not_compiled(nn.Linear(2, 2)) == "it is no transformers model"
+    assert why_not_compiled(nn.Linear(2, 2)) == "it is not a transformers model"
     assert why_not_compiled(tiny.model()) is None
     scorer = BatchScorer(experts, {"task": mean_gradient(experts, [tiny.batch([9, 3])])[0]})
     assert "experts" in compile_model(scorer.model, scorer, tiny.batch([9, 3]))

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
+from iprox.kronecker.moments import MomentSettings, collect_moments
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, expert_layers, experts_split, split_experts
 from iprox.models.flops import forward_flops, linear_parameters
@@ -22,9 +23,7 @@ from iprox.proxy.compress import derive_proxy
 from iprox.proxy.export import to_dense
 from iprox.proxy.factorize import with_factors
 from iprox.proxy.ipsvd import weighted_svd
-from iprox.proxy.moments import MomentSettings, collect_moments
 from iprox.proxy.size import Size
-from iprox.proxy.spectra import SpectrumStore
 
 # Layers of a block that iprox compresses: what a family must not silently lose.
 LAYERS = {
@@ -59,9 +58,7 @@ def test_every_layer_of_a_block_is_found(family):
 def test_at_full_rank_the_proxy_is_the_target(family, tmp_path):
     _, model, batch = family
     layers = compressible_layers(model)
-    spectra = SpectrumStore()
-    for name, layer in layers.items():
-        spectra.put(name, weighted_svd(dense_weight(layer).detach(), None, None))
+    spectra = {name: weighted_svd(dense_weight(layer).detach(), None, None) for name, layer in layers.items()}
     full = {name: min(dense_weight(layer).shape) for name, layer in layers.items()}
     proxy = with_factors(model, layers, spectra, full)
     assert len(low_rank_layers(proxy)) == len(layers)
@@ -149,10 +146,9 @@ def test_a_proxy_meets_the_targets_query(family, tiny, space):
                 continue
             G = gradient.mT if isinstance(layer, Conv1D) else gradient
             if name in factors and space == "factors":
-                A, B = factors[name].A.weight, factors[name].B.weight
-                total = (
-                    total + (G @ B.mT * (own[name].weight @ B.mT)).sum() + (A.mT @ G * (A.mT @ own[name].weight)).sum()
-                )
+                up, down = factors[name].up.weight, factors[name].down.weight
+                total = total + (G @ down.mT * (own[name].weight @ down.mT)).sum()
+                total = total + (up.mT @ G * (up.mT @ own[name].weight)).sum()
             else:
                 total = total + (G * own[name].weight).sum()
             bias = layer_bias(layer)

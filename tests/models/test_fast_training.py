@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from iprox.models.attention import NAME
-from iprox.models.fast_training import fast_training
+from iprox.models.cpu.attention import NAME
+from iprox.models.cpu.training import fast_training
 from iprox.models.loss import causal_lm_losses
 
 COMPILE = nn.Module.compile

@@ -14,12 +14,12 @@ def test_the_head_and_the_embeddings_are_not_compressible(tiny):
 
 
 def test_a_low_rank_layer_is_two_linear_children(tiny):
-    A, B, bias = torch.randn(5, 2), torch.randn(2, 7), torch.randn(5)
-    layer = LowRankLinear.from_factors(A, B, bias, torch.float32)
-    assert [(name, type(child)) for name, child in layer.named_children()] == [("B", nn.Linear), ("A", nn.Linear)]
+    up, down, bias = torch.randn(5, 2), torch.randn(2, 7), torch.randn(5)
+    layer = LowRankLinear.from_factors(up, down, bias, torch.float32)
+    assert [(name, type(child)) for name, child in layer.named_children()] == [("down", nn.Linear), ("up", nn.Linear)]
     x = torch.randn(3, 7)
-    torch.testing.assert_close(layer(x), x @ (A @ B).mT + bias)
-    torch.testing.assert_close(layer.weight, A @ B)
+    torch.testing.assert_close(layer(x), x @ (up @ down).mT + bias)
+    torch.testing.assert_close(layer.weight, up @ down)
     assert (layer.in_features, layer.out_features, layer.rank) == (7, 5, 2)
 
 
@@ -30,8 +30,8 @@ def test_influence_layers_of_a_proxy(tiny):
     assert list(low_rank_layers(model)) == [name]
     assert name not in compressible_layers(model)
     factors, weight = influence_layers(model, "factors"), influence_layers(model, "weight")
-    assert f"{name}.A" in factors
-    assert f"{name}.B" in factors
+    assert f"{name}.up" in factors
+    assert f"{name}.down" in factors
     assert name not in factors
     assert isinstance(weight[name], LowRankLinear)
     assert len(weight) == 14

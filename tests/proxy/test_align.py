@@ -47,7 +47,7 @@ def test_the_gradient_equals_finite_differences(pair, objective):
     """Second-order autograd through the gradient distances, against central differences of the loss itself."""
     model, proxy, (batch, _) = pair
     proxy.requires_grad_(False)
-    factors = [f for layer in low_rank_layers(proxy).values() for f in (layer.A.weight, layer.B.weight)]
+    factors = [f for layer in low_rank_layers(proxy).values() for f in (layer.up.weight, layer.down.weight)]
     for factor in factors:
         factor.requires_grad_(True)
     loss_of(proxy, model, batch, objective).whole.backward()
@@ -81,14 +81,11 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     from iprox.models.layers import compressible_layers
     from iprox.proxy.factorize import with_factors
     from iprox.proxy.ipsvd import weighted_svd
-    from iprox.proxy.spectra import SpectrumStore
 
     model, batch = tiny.model(), tiny.batch([9, 6])
     layers = compressible_layers(model)
     full = {name: min(layer.weight.shape) for name, layer in layers.items()}
-    spectra = SpectrumStore()
-    for name, layer in layers.items():
-        spectra.put(name, weighted_svd(layer.weight.detach(), None, None))
+    spectra = {name: weighted_svd(layer.weight.detach(), None, None) for name, layer in layers.items()}
     proxy = with_factors(model, layers, spectra, full)
     losses = loss_of(proxy, model, batch, Objective(1.0, 0.3, hidden_weight=1.0))
     assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
@@ -113,7 +110,7 @@ def test_alignment_lowers_the_loss_and_moves_only_factors(pair):
     assert [step.step for step in history.steps] == list(range(1, 31))
     assert history.tokens == 15 * sum(int(batch.lengths.sum()) for batch in batches)
     moved = {name for name, parameter in proxy.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {f"{name}.{factor}.weight" for name in low_rank_layers(proxy) for factor in "AB"}
+    assert moved == {f"{name}.{factor}.weight" for name in low_rank_layers(proxy) for factor in ("up", "down")}
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, target_before[name])
         assert parameter.requires_grad
@@ -180,9 +177,9 @@ def test_the_gradient_part_is_the_mean_over_layers_of_both_distances(pair):
     loss = causal_lm_losses(proxy, batch).mean()
     expected = []
     for name, layer in layers.items():
-        A, B, G = layer.A.weight, layer.B.weight, signals.gradients[name]
-        seen = torch.autograd.grad(loss, [A, B], retain_graph=True)
-        pairs = zip(seen, (G @ B.mT, A.mT @ G), strict=True)
+        up, down, G = layer.up.weight, layer.down.weight, signals.gradients[name]
+        seen = torch.autograd.grad(loss, [up, down], retain_graph=True)
+        pairs = zip(seen, (G @ down.mT, up.mT @ G), strict=True)
         expected.append(sum(1 - torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) for one, other in pairs))
     torch.testing.assert_close(loss_of(proxy, model, batch).gradient, torch.stack(expected).mean())
 
@@ -229,7 +226,7 @@ def test_nothing_to_align_by_is_refused():
 
 def factors_of(proxy):
     return {
-        name: parameter.detach().clone() for name, parameter in proxy.named_parameters() if name.endswith("B.weight")
+        name: parameter.detach().clone() for name, parameter in proxy.named_parameters() if name.endswith("down.weight")
     }
 
 
@@ -245,7 +242,6 @@ def test_the_best_factors_are_kept_and_training_stops_when_fidelity_falls(pair):
     history = align(proxy, model, batches, AlignSettings(8, 1e-3), BOTH, held_out=held_out)
     assert [(point.step, point.fidelity) for point in history.held_out] == [(0, 0.5), (2, 0.7), (4, 0.6), (6, 0.65)]
     assert (history.best_step, history.stopped_early, len(history.steps)) == (2, True, 6)
-    assert [trace.name for trace in history.plot().data] == ["loss", "gradient", "kl", "held-out fidelity"]
     for name, factor in factors_of(proxy).items():
         assert torch.equal(factor, seen[1][name])
 
@@ -308,7 +304,7 @@ def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_p
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(pair):
     model, proxy, batches = pair
     with torch.no_grad():
-        next(iter(low_rank_layers(proxy).values())).A.weight[0, 0] = float("nan")
+        next(iter(low_rank_layers(proxy).values())).up.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1"):
         align(proxy, model, batches, AlignSettings(2))
 
@@ -345,7 +341,7 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     size = sum(file.stat().st_size for file in store.folder.iterdir())
     # Here everything is float64, and hidden states are kept too.
     layers = low_rank_layers(proxy)
-    assert size > 2 * stored_bytes(layers, objective.matched(layers), batches, 64)
+    assert size > 2 * stored_bytes(layers, objective, batches, 64)
     first = next(store.folder.iterdir())
     first.write_bytes(first.read_bytes()[:100])  # a file that was cut off is made again
     align(other, model, batches, AlignSettings(4, 1e-3), objective, store=SignalStore(store.folder))
@@ -362,6 +358,6 @@ def test_a_full_disk_spares_the_alignment(pair, tmp_path, monkeypatch):
 
     model, proxy, batches = pair
     monkeypatch.setattr(align_signals, "save_file", full)
-    with pytest.warns(UserWarning, match="asked at every step"):
+    with pytest.warns(UserWarning, match="runs at every step"):
         align(proxy, model, batches, AlignSettings(4, 1e-3), BOTH, store=SignalStore(tmp_path / "may"))
     assert not (tmp_path / "may").exists()

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iprox.kronecker.roots import CholeskyRoot
 from iprox.proxy.ipsvd import Spectrum, weighted_svd
-from iprox.proxy.second_moment import CholeskyRoot
 
 
 def weighted_error(error, moment_out, moment_in):
@@ -36,15 +36,15 @@ def test_weighted_error_is_the_tail_of_the_singular_values(m, n, seed, data):
     W, C_h, C_d = problem(m, n, seed)
     rank = data.draw(st.integers(1, min(m, n)))
     spectrum = solve(W, C_h, C_d)
-    A, B = spectrum.factors(rank)
-    error = weighted_error(W - A @ B, C_d, C_h)
+    up, down = spectrum.factors(rank)
+    error = weighted_error(W - up @ down, C_d, C_h)
     assert error.item() == pytest.approx(spectrum.singular_values[rank:].square().sum().item(), rel=1e-8, abs=1e-10)
     whole = weighted_error(W, C_d, C_h).item()
     assert spectrum.tail(rank) == pytest.approx(error.item() / whole, rel=1e-6, abs=1e-10)
 
 
 def test_equals_the_closed_form_with_symmetric_roots():
-    """The paper's C^{1/2} and our Cholesky factors give the same product AB."""
+    """The paper's C^{1/2} and our Cholesky factors give the same product up·down."""
 
     def root(C, power):
         values, vectors = torch.linalg.eigh(C)
@@ -53,8 +53,8 @@ def test_equals_the_closed_form_with_symmetric_roots():
     W, C_h, C_d = problem(9, 7, 3)
     U, sigma, Vh = torch.linalg.svd(root(C_d, 0.5) @ W @ root(C_h, 0.5), full_matrices=False)
     product = root(C_d, -0.5) @ (U[:, :3] * sigma[:3]) @ Vh[:3] @ root(C_h, -0.5)
-    A, B = solve(W, C_h, C_d).factors(3)
-    torch.testing.assert_close(A @ B, product)
+    up, down = solve(W, C_h, C_d).factors(3)
+    torch.testing.assert_close(up @ down, product)
 
 
 def test_weighted_error_is_the_dense_kronecker_form():
@@ -68,34 +68,34 @@ def test_no_rank_r_factors_do_better():
     """Not plain SVD, not SVD-LLM whitening, not 200 random pairs fitted by weighted least squares."""
     W, C_h, C_d = problem(10, 8, 5)
     rank = 3
-    A, B = solve(W, C_h, C_d).factors(rank)
-    best = weighted_error(W - A @ B, C_d, C_h).item()
+    up, down = solve(W, C_h, C_d).factors(rank)
+    best = weighted_error(W - up @ down, C_d, C_h).item()
     identity_m, identity_n = torch.eye(10, dtype=W.dtype), torch.eye(8, dtype=W.dtype)
     for C_out, C_in in ((identity_m, identity_n), (identity_m, C_h), (C_d, identity_n)):
-        A, B = solve(W, C_in, C_out).factors(rank)
-        assert weighted_error(W - A @ B, C_d, C_h).item() > best
+        up, down = solve(W, C_in, C_out).factors(rank)
+        assert weighted_error(W - up @ down, C_d, C_h).item() > best
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        A = torch.randn(10, rank, generator=generator, dtype=W.dtype)
-        B = torch.linalg.solve(A.mT @ C_d @ A, A.mT @ C_d @ W)  # the best B for this A
-        assert weighted_error(W - A @ B, C_d, C_h).item() >= best
+        up = torch.randn(10, rank, generator=generator, dtype=W.dtype)
+        down = torch.linalg.solve(up.mT @ C_d @ up, up.mT @ C_d @ W)  # the best `down` for this `up`
+        assert weighted_error(W - up @ down, C_d, C_h).item() >= best
 
 
 def test_full_rank_gives_the_weight_back_even_where_no_probe_looked():
     """Two probe tokens span two directions; the ridge keeps the others (a fault of the reference code)."""
     W, C_h, C_d = problem(6, 9, 2, samples=2)
-    A, B = solve(W, C_h, C_d).factors(6)
-    torch.testing.assert_close(A @ B, W, rtol=1e-8, atol=1e-8)
+    up, down = solve(W, C_h, C_d).factors(6)
+    torch.testing.assert_close(up @ down, W, rtol=1e-8, atol=1e-8)
 
 
 def test_factors_are_balanced_whatever_the_scale_of_the_moments():
     W, C_h, C_d = problem(6, 9, 4)
-    A, B = solve(W, C_h, 1e-8 * C_d).factors(4)
-    torch.testing.assert_close(A.norm(), B.norm())
+    up, down = solve(W, C_h, 1e-8 * C_d).factors(4)
+    torch.testing.assert_close(up.norm(), down.norm())
     same, _ = solve(W, C_h, C_d).factors(4)
-    torch.testing.assert_close(A.norm(), same.norm())
+    torch.testing.assert_close(up.norm(), same.norm())
 
 
 def test_a_zero_weight_has_zero_factors():
-    A, B = weighted_svd(torch.zeros(3, 4), None, None).factors(2)
-    assert (A @ B == 0).all()
+    up, down = weighted_svd(torch.zeros(3, 4), None, None).factors(2)
+    assert (up @ down == 0).all()

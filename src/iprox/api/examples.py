@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.models.loading import load_tokenizer
-from iprox.models.reach import Reach
+from iprox.models.suitability import ModelLimits
 
 # A `datasets.Dataset`, a list of dicts in a format of docs/files.md, or a DataLoader of batches.
 Examples = Any
@@ -61,7 +61,7 @@ class Reader:
         if self._encoder is None:
             config = getattr(self.model, "config", None)
             tokenizer = self._tokenizer or _tokenizer_of(getattr(config, "_name_or_path", ""))
-            reach = Reach.of(config) if isinstance(config, PretrainedConfig) else Reach()
+            reach = ModelLimits.of(config) if isinstance(config, PretrainedConfig) else ModelLimits()
             self._encoder = ChatEncoder(
                 tokenizer, self.max_length, positions=reach.positions, vocabulary=reach.vocabulary
             )

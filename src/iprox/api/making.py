@@ -18,19 +18,19 @@ from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.scoring import ScoringSettings
+from iprox.kronecker.moments import MomentSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
-from iprox.proxy.align import AlignmentHistory, AlignSettings
+from iprox.proxy.align import AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Objective
+from iprox.proxy.align_state import AlignmentHistory
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
-from iprox.proxy.factorize import FactorSettings
-from iprox.proxy.methods import PROBED
-from iprox.proxy.moments import MomentSettings
+from iprox.proxy.factorize import PROBED, FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, ProxySection
 
@@ -85,7 +85,7 @@ def compress(
     how = chosen(ProxySection, compress, settings, _OF_PROXY)
     if how.method == "off-the-shelf":
         raise InputError("compress: method='off-the-shelf' takes other=, the model to use as the proxy")
-    size = Size(how.sparsity, how.parameters, how.flops)
+    size = Size(how.sparsity, how.flops)
     if how.method == "layers":
         with experts_split(model):
             return extract_layers(model, size)[0]

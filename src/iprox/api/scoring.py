@@ -69,7 +69,7 @@ def score(
         validation: validation examples by task.
         estimator: None is `influence-function`, but `tracin` for DataLoaders without a `curvature_sample`. `tracin`;
             `adam`, of the steps that the warm-up's Adam would take (LESS, `iprox.influence.adam`); an
-            influence function, `influence-function` or `datainf` (`iprox.influence.curvature`); or without gradients,
+            influence function, `influence-function` or `datainf` (`iprox.kronecker.eigen`); or without gradients,
             to compare with (`iprox.influence.gradient_free`): `random`, `length`, `perplexity`, `rds` (hidden states)
             or `bm25` (words).
         curvature: of `influence-function`: `ek-fac` or `k-fac`.

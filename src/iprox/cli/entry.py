@@ -73,7 +73,7 @@ def _act(request: Request, line: str) -> None:
 
 def _failed(error: Exception, request: Request | None) -> int:
     """Report an exception: what the machine or the input caused in one line, anything else as a fault of iprox."""
-    from iprox.models.memory import out_of_memory  # imports torch
+    from iprox.models.precision import out_of_memory  # imports torch
 
     output = request.output if isinstance(request, Request) else None
     refusal = system_refusal(error, output)

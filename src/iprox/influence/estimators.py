@@ -114,8 +114,8 @@ def mean_gradient(
 def seen_from(gradient: ModelGradient, proxy: nn.Module, space: GradientSpace) -> ModelGradient:
     """A target's gradient as its proxy's layers see it, so that candidates on the proxy meet the target's own query.
 
-    `weight`: the layer's gradient as it is. `factors`: by the chain rule of W = AB, ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W
-    (the bias belongs to A). Layers that the proxy does not have are left out.
+    `weight`: the layer's gradient as it is. `factors`: by the chain rule of W = up·down, ∇_up = ∇_W downᵀ and
+    ∇_down = upᵀ ∇_W (the bias belongs to up). Layers that the proxy does not have are left out.
 
     Args:
         gradient: of the target, by layer name.
@@ -127,9 +127,10 @@ def seen_from(gradient: ModelGradient, proxy: nn.Module, space: GradientSpace) -
     for name in influence_layers(proxy, "weight"):
         part = gradient[name]
         if name in low_rank and space == "factors":
-            A, B = (factor.weight.detach().to(part.weight.dtype) for factor in (low_rank[name].A, low_rank[name].B))
-            seen[f"{name}.A"] = LayerGradient(part.weight @ B.mT, part.bias)
-            seen[f"{name}.B"] = LayerGradient(A.mT @ part.weight, None)
+            factors = low_rank[name].up, low_rank[name].down
+            up, down = (factor.weight.detach().to(part.weight.dtype) for factor in factors)
+            seen[f"{name}.up"] = LayerGradient(part.weight @ down.mT, part.bias)
+            seen[f"{name}.down"] = LayerGradient(up.mT @ part.weight, None)
         else:
             seen[name] = part
     return seen

@@ -75,10 +75,11 @@ def example_seen_from(example: ExampleGradient, proxy: nn.Module, space: Gradien
     for name in influence_layers(proxy, "weight"):
         part = example[name]
         if name in low_rank and space == "factors":
-            A, B = (factor.weight.detach().to(part.left.dtype) for factor in (low_rank[name].A, low_rank[name].B))
+            factors = low_rank[name].up, low_rank[name].down
+            up, down = (factor.weight.detach().to(part.left.dtype) for factor in factors)
             nothing = torch.zeros_like(part.lost)
-            seen[f"{name}.A"] = LowRankGradient(part.left, B @ part.right, part.bias, nothing)
-            seen[f"{name}.B"] = LowRankGradient(A.mT @ part.left, part.right, None, nothing)
+            seen[f"{name}.up"] = LowRankGradient(part.left, down @ part.right, part.bias, nothing)
+            seen[f"{name}.down"] = LowRankGradient(up.mT @ part.left, part.right, None, nothing)
         else:
             seen[name] = part
     return seen

@@ -13,14 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from iprox.data import Batch
-from iprox.influence.curvature import EigenBasis, KroneckerMoments, datainf_weights, with_ones
 from iprox.influence.estimators import ModelGradient, has_bias
 from iprox.influence.gradients import LayerGradient, contract, squared_norms, summed_gradient
+from iprox.kronecker.eigen import EigenBasis, kronecker_curvature
+from iprox.kronecker.sample import Labels, SampleSettings, read_sample
 from iprox.models.layers import GradientSpace, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.observe import Sink, frozen, watched_backward
-from iprox.proxy.moments import Labels, counted_tokens, sampled_labels
 
 # What is scored: TracIn, of gradients or of Adam's directions, or an influence function by one of three inverses.
 InfluenceEstimator = Literal["tracin", "adam", "influence-function", "datainf"]
@@ -72,7 +70,7 @@ def precondition(
     else:
         bases = curvature_of(model, batches, curvature, gradient=gradient, loss_fn=loss_fn, seed=seed)
         solved = {
-            task: {name: bases[name].solve(part, damping) if name in bases else part for name, part in query.items()}
+            task: {name: divided(part, bases[name], damping) if name in bases else part for name, part in query.items()}
             for task, query in queries.items()
         }
     unmoved = sorted({name for task, query in queries.items() for name in query if solved[task][name] is query[name]})
@@ -125,49 +123,6 @@ def curvature_of(
     )
 
 
-def kronecker_curvature(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Sequence[Any],
-    *,
-    corrected: bool = True,
-    labels: Labels = "sampled",
-    seed: int = 0,
-    loss_fn: LossFn = causal_lm_losses,
-) -> dict[str, EigenBasis]:
-    """The K-FAC curvature of each layer, or with `corrected` the EK-FAC one.
-
-    Args:
-        model: left as it was.
-        layers: from `influence_layers`.
-        batches: the sample; read twice for EK-FAC.
-        corrected: measure the eigenvalues in the basis.
-        labels: `sampled` from the model (true Fisher) or the `data`'s (empirical).
-        seed: of sampled labels; both readings draw the same.
-        loss_fn: per-example losses of a model that is no language model.
-
-    Returns:
-        By layer name; layers that no token reached are left out.
-    """
-    moments: dict[str, KroneckerMoments] = {}
-
-    def measure(name: str, h: Tensor, delta: Tensor) -> None:
-        moments.setdefault(name, KroneckerMoments()).add(with_ones(h, has_bias(layers[name])), delta)
-
-    examples = _read(model, layers, batches, measure, loss_fn, labels, seed)
-    bases = {name: each.basis(examples) for name, each in moments.items()}
-    if corrected:
-        for basis in bases.values():
-            basis.eigenvalues.zero_()
-
-        def correct(name: str, h: Tensor, delta: Tensor) -> None:
-            basis = bases[name]
-            basis.eigenvalues += basis.squares(with_ones(h, has_bias(layers[name])), delta) / examples
-
-        _read(model, layers, batches, correct, loss_fn, labels, seed)
-    return bases
-
-
 def _datainf(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -182,7 +137,8 @@ def _datainf(
     def measure(name: str, h: Tensor, delta: Tensor) -> None:
         squares[name] = squares.get(name, 0.0) + float(squared_norms(h, delta, has_bias(layers[name])).sum())
 
-    examples = _read(model, layers, batches, measure, loss_fn)
+    settings = SampleSettings(balanced=False)
+    examples = read_sample(model, layers, batches, measure, loss_fn, settings).examples
     ridges: dict[str, float] = {}
     for name, total in squares.items():
         m, n = weight_shape(layers[name])
@@ -203,7 +159,7 @@ def _datainf(
             before = taken[task].get(name)
             taken[task][name] = part if before is None else _combined(before, part, 1.0)
 
-    _read(model, layers, batches, project, loss_fn)
+    read_sample(model, layers, batches, project, loss_fn, settings)
     solved: dict[str, ModelGradient] = {}
     for task, query in queries.items():
         solved[task] = {}
@@ -216,28 +172,32 @@ def _datainf(
     return solved
 
 
-def _read(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Sequence[Any],
-    sink: Sink,
-    loss_fn: LossFn,
-    labels: Labels = "data",
-    seed: int = 0,
-) -> int:
-    """Feed the sample's inputs and output gradients to `sink`; returns the number of examples."""
-    generator = torch.Generator().manual_seed(seed)
-    count = 0
-    with frozen(model):
-        for batch in batches:
-            counted = None
-            if isinstance(batch, Batch):
-                if labels == "sampled":
-                    batch = sampled_labels(model, batch, generator)
-                counted = counted_tokens(batch, "all")
-            losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink, counted)
-            count += len(losses)
-    return count
+def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> LayerGradient:
+    """Return (F + λI)⁻¹ Ḡ of one layer, or Ḡ itself where the curvature is zero."""
+    solved = basis.solve(as_matrix(gradient), damping)
+    return gradient if solved is None else as_gradient(solved.to(gradient.weight.dtype), gradient.bias is not None)
+
+
+def as_matrix(gradient: LayerGradient) -> Tensor:
+    """Return a layer's gradient with that of the bias as its last column."""
+    if gradient.bias is None:
+        return gradient.weight
+    return torch.cat([gradient.weight, gradient.bias[:, None]], dim=1)
+
+
+def as_gradient(matrix: Tensor, bias: bool) -> LayerGradient:
+    """Return the inverse of `as_matrix`."""
+    return LayerGradient(matrix[:, :-1], matrix[:, -1]) if bias else LayerGradient(matrix, None)
+
+
+def datainf_weights(products: Tensor, squared_norms: Tensor, ridge: float) -> Tensor:
+    """Return how much of each example's gradient DataInf takes out of Ḡ: ⟨G(z), Ḡ⟩ / (λ + ‖G(z)‖²), any equal shapes.
+
+    DataInf (Kwon et al., arXiv:2310.00902) takes the mean of inverses for the inverse of the mean. By Sherman and
+    Morrison (λI + g gᵀ)⁻¹ v = (v - g · ⟨g, v⟩ / (λ + ‖g‖²)) / λ, and DataInf is its mean over examples, λ a share of
+    the mean eigenvalue E‖G(z)‖² / (mn).
+    """
+    return products / (ridge + squared_norms)
 
 
 def _combined(one: LayerGradient, other: LayerGradient, factor: float) -> LayerGradient:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
+from iprox.models.cpu.shapes import round_columns
 from iprox.models.precision import accumulation_dtype
-from iprox.models.shapes import round_columns
 
 # Up to this width a whole spectrum is cheap beside reading a pool; above it the leading directions are sketched.
 WHOLE_GRAM = 1024

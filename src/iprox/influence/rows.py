@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from iprox.data import Batch, Encoded, Example, iter_batches
-from iprox.models.memory import RELEASE_EVERY, out_of_memory, release_memory
+from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
+from iprox.models.precision import out_of_memory
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def filled_rows(rows: int, full: int) -> int:
     """Rows that a batch is filled up to: a quarter, half, three quarters or all of a full batch.
 
     Only the last batch of a window is not full. Without this it would be of a new shape in most windows, and what CPU
-    libraries generate and keep for new shapes (`iprox.models.shapes`) would let memory grow with the pool.
+    libraries generate and keep for new shapes (`iprox.models.cpu.shapes`) would let memory grow with the pool.
     """
     quarter = max(1, full // 4)
     return max(rows, min(full, -(-rows // quarter) * quarter))

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iprox.influence.curvature import EigenBasis, with_ones
 from iprox.influence.gradients import LowRankGradient
+from iprox.kronecker.eigen import EigenBasis
+from iprox.kronecker.moments import append_ones
 from iprox.models.precision import accumulation_dtype
 
 # Random columns that an example's gradient is multiplied with to find the bases; together they are to span a layer.
@@ -60,7 +61,7 @@ class SharedQuery:
             by_token: leave the sum over tokens to the caller, and return its terms [B, L, V]. 2Vrs FLOPs per token.
         """
         dtype = accumulation_dtype(h)
-        inputs, outputs = with_ones(h, self.bias) @ self.right, delta @ self.left
+        inputs, outputs = append_ones(h, self.bias) @ self.right, delta @ self.left
         if by_token:
             cores = self.cores.unflatten(1, (outputs.shape[-1], inputs.shape[-1]))
             return torch.einsum("blr,vrs,bls->blv", outputs.to(dtype), cores, inputs.to(dtype))

@@ -1,4 +1,4 @@
-"""PEFT adapters: put on a model to be trained, saved, found, and merged into the model that they adapt."""
+"""PEFT adapters: adding them to a model for training, saving and finding them, and merging them into their model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from iprox.errors import InputError, one_line, shown
 from iprox.files import check_path
 from iprox.models.experts import has_experts
-from iprox.models.memory import out_of_memory
+from iprox.models.precision import out_of_memory
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 ADAPTER = "adapter_config.json"
 
 
-# PEFT's adapters that are products added to weights, and what each is by them alone once merged.
+# The types of PEFT adapters that are products added to weights, so that merging loses nothing.
 MERGED_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The model that an adapter folder adapts; None where the folder holds no adapter.
+    """Return the model that an adapter folder adapts; None where the folder holds no adapter.
 
     Raises:
-        InputError: the adapter does not say, or names a folder that is not there, or its weights are pickled, or it is
-            of a kind that is not multiplied into weights, or adapters name each other.
+        InputError: the adapter names no model or a folder that is missing, its weights are pickled, its type cannot be
+            merged into weights, or adapters name each other.
     """
     check_path(path)
     base = _named_base(Path(path))
@@ -52,7 +52,7 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def _named_base(folder: Path) -> str | None:
-    """What one adapter folder says that it adapts."""
+    """Return the model that one adapter folder names."""
     file = folder / ADAPTER
     if not file.is_file():
         return None
@@ -60,7 +60,7 @@ def _named_base(folder: Path) -> str | None:
         described = json.loads(file.read_text(encoding="utf-8"))
         base, kind = described.get("base_model_name_or_path"), described.get("peft_type")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{file}: is no JSON object; save the adapter again") from error
+        raise InputError(f"{file}: is not a JSON object; save the adapter again") from error
     if not base:
         raise InputError(f"{file}: names no base_model_name_or_path; add the model that it adapts")
     if not isinstance(base, str):
@@ -81,12 +81,12 @@ def _named_base(folder: Path) -> str | None:
 
 
 def may_be_hub_id(path: str | Path) -> bool:
-    """Whether a name that no folder has may be one on the hub: NAME or OWNER/NAME."""
+    """Return whether a name without a folder may be a model on the hub: NAME or OWNER/NAME."""
     return str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
 
 
 def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """A model with an adapter multiplied into its weights, without any trace of PEFT.
+    """Return a model with an adapter multiplied into its weights, without any trace of PEFT.
 
     Raises:
         InputError: PEFT is not installed, or the adapter does not fit the model.
@@ -94,13 +94,13 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     peft = _peft(f"{path}: is a PEFT adapter")
     try:
         with warnings.catch_warnings():
-            # Half an adapter is none: PEFT would leave the rest at zero, and warn.
+            # PEFT would leave missing weights at zero, with only a warning.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = peft.PeftModel.from_pretrained(model, str(path), torch_device=str(model.device))
         whole = adapted.merge_and_unload()
     except UserWarning as error:
         raise InputError(f"{path}: is not whole: it lacks weights of some of the layers that it adapts") from error
-    except Exception as error:  # of any kind: PEFT reads whatever its config and weights say
+    except Exception as error:  # of any type: PEFT reads whatever the config and the weights contain
         if out_of_memory(error):
             raise
         raise InputError(f"{path}: does not fit its base model ({_misfit(error)})") from error
@@ -108,7 +108,7 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
 
 def _misfit(error: Exception) -> str:
-    """What of an adapter does not fit, as PEFT or torch says it: of shapes, the first with both sizes."""
+    """Return why an adapter does not fit, from the error of PEFT or torch: for shapes, the first with both sizes."""
     pattern = (
         r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, "
         r"the shape in current model is (.+?)\.?$"
@@ -126,18 +126,18 @@ def _misfit(error: Exception) -> str:
 def with_lora(
     model: PreTrainedModel, base: str, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
 ) -> PeftModel:
-    """A model with LoRA adapters (arXiv:2106.09685) on every linear layer but the head, which alone are to be trained.
+    """Add LoRA adapters (arXiv:2106.09685) to every linear layer except the head; only they are trained.
 
     Args:
-        model: changed in place: its weights are frozen, its layers wrapped.
-        base: where it was loaded from, which the saved adapters will name: a folder or a hub id.
-        rank: of each adapter.
-        alpha: adapters are scaled by alpha/rank.
-        dropout: of what goes into them.
-        seed: of their first values; the second factors are 0, so that the model computes what it did.
+        model: model, changed in place: its weights are frozen, its layers wrapped.
+        base: folder or hub id that it was loaded from, which the saved adapters will name.
+        rank: rank of each adapter.
+        alpha: numerator of the adapters' scale, alpha/rank.
+        dropout: dropout of the adapters' inputs.
+        seed: seed for the initial values; the second factors start at 0, so the model's outputs do not change.
 
     Raises:
-        InputError: PEFT is not installed, or the model has fused experts, on which there would be no adapter.
+        InputError: PEFT is not installed, or the model has fused experts, which would get no adapter.
     """
     peft = check_lora(model, base)
     config = peft.LoraConfig(
@@ -157,7 +157,11 @@ def with_lora(
 
 
 def check_lora(model: nn.Module, name: str) -> Any:
-    """PEFT, for a model of this name that can be trained with adapters.
+    """Return PEFT, for a model that can be trained with adapters.
+
+    Args:
+        model: model to train.
+        name: name of the model, for messages.
 
     Raises:
         InputError: PEFT is not installed, or the model has experts.
@@ -168,14 +172,14 @@ def check_lora(model: nn.Module, name: str) -> Any:
 
 
 def is_adapted(model: nn.Module) -> TypeIs[PeftModel]:
-    """Whether a model carries adapters that PEFT trains."""
+    """Return whether a model has adapters that PEFT trains."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def merged_state(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a model with its adapters multiplied in, under the names that they have without adapters.
+    """Return the weights of a model with its adapters multiplied in, under their names without adapters.
 
-    Summed in float32 and rounded once to the dtype; the model is left as it is, to be trained on.
+    They are summed in float32 and rounded once to the dtype. The model itself does not change, so training can resume.
     """
     state: dict[str, Tensor] = {}
     modules = dict(model.get_base_model().named_modules())
@@ -196,15 +200,15 @@ def save_adapters(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     file = folder / ADAPTER
     described = json.loads(file.read_text(encoding="utf-8"))
-    described["target_modules"] = sorted(described["target_modules"])  # PEFT has them as a set, in any order
+    described["target_modules"] = sorted(described["target_modules"])  # PEFT keeps them in a set, in any order
     file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _peft(reason: str) -> Any:
-    """PEFT, which is an extra.
+    """Return PEFT, which is an extra.
 
     Raises:
-        InputError: it is not installed; the message begins with the reason.
+        InputError: PEFT is not installed; the message begins with the reason.
     """
     try:
         import peft
@@ -214,10 +218,10 @@ def _peft(reason: str) -> Any:
 
 
 def refuse_adapter(model: nn.Module) -> None:
-    """Refuse a model that carries an adapter by PEFT: its layers are not those of the model that will be trained.
+    """Refuse a model with a PEFT adapter: its layers are not those of the model that will be trained.
 
     Raises:
-        InputError: it does.
+        InputError: the model has one.
     """
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise InputError("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")

@@ -16,19 +16,19 @@ from iprox.models.layers import low_rank_layers
 
 CARD = "README.md"
 
-# What the card's fidelity section says until an audit has measured it.
+# The fidelity section of a card before an audit.
 UNMEASURED = "Not measured yet: `iprox audit` compares the proxy's ranking with its target's."
 
 
 def proxy_card(model: PreTrainedModel) -> str:
-    """The card of a proxy, with front matter that the Hub reads.
+    """Return the card of a proxy, with front matter for the Hub.
 
     Raises:
-        ValueError: the model is no proxy.
+        ValueError: the model is not a proxy.
     """
     config = proxy_config(model)
     if config is None:
-        raise ValueError("the model is no proxy")
+        raise ValueError("the model is not a proxy")
     target = config.target or "a model that was not named"
     data = ModelCardData(
         base_model=config.target if config.target and not Path(config.target).exists() else None,
@@ -83,11 +83,11 @@ def write_card(model: PreTrainedModel, folder: Path) -> None:
 
 
 def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, object]]) -> None:
-    """Put an audit's figures into the card of a proxy's folder.
+    """Write an audit's figures into the card of a proxy.
 
     Args:
-        folder: of the proxy.
-        sample: examples that were compared.
+        folder: folder of the proxy.
+        sample: number of examples that were compared.
         tasks: by task `spearman` and `overlap` (by share of the top), as in `audit.json`.
     """
     file = folder / CARD
@@ -103,7 +103,7 @@ def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, ob
 
 
 def _ranks(model: PreTrainedModel, config: IproxConfig) -> str:
-    """A table of ranks, one row a block of the model, one column a kind of layer; the others are dense."""
+    """Return a table of ranks: one row per block of the model, one column per kind of layer; the others are dense."""
     if not config.ranks:
         return "No layer is factorized."
     blocks: dict[str, dict[str, int]] = {}

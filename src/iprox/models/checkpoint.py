@@ -1,7 +1,7 @@
-"""Proxies as transformers checkpoints: a `quantization_config` names the rank of each low-rank layer.
+"""Proxies as transformers checkpoints: a `quantization_config` has the rank of each low-rank layer.
 
-transformers lets a quantization method replace modules before weights are loaded; that is exactly what a
-proxy needs, so after `import iprox` a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
+In transformers a quantization method may replace modules before weights are loaded, which is what a proxy
+needs. So after `import iprox` a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from iprox.models.layers import (
 
 
 class IproxConfig(QuantizationConfigMixin):
-    """What a proxy is: the rank of every low-rank layer and how it was made.
+    """The description of a proxy: the rank of every low-rank layer, and how it was made.
 
     Args:
-        ranks: rank by module name; layers not named are dense.
-        method: how the factors were found (`ipsvd`, `svd`, ...).
-        sparsity: share of the compressible parameters removed, as achieved.
-        target: the model it was derived from.
-        target_fingerprint: fingerprint of that model's weights, so that another target is refused.
+        ranks: rank by module name; the other layers are dense.
+        method: method that made the factors (`ipsvd`, `svd`, ...).
+        sparsity: share of the compressible parameters that was removed.
+        target: model that the proxy was derived from.
+        target_fingerprint: fingerprint of that model's weights, by which another target is refused.
 
     Raises:
-        InputError: one of them is of another type, or a rank is below 1.
+        InputError: a value has the wrong type, or a rank is below 1.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class IproxConfig(QuantizationConfigMixin):
 
 
 def _check_description(ranks: object, others: Mapping[str, object]) -> None:
-    """Refuse a description of a proxy that nobody but a hand has written."""
+    """Refuse values that iprox does not write, as of a config edited by hand."""
     if not isinstance(ranks, Mapping):
         raise InputError(f"the proxy's config has the ranks {shown(ranks)}, and must have a rank by layer name")
     for layer, rank in ranks.items():
@@ -76,10 +76,10 @@ def _check_description(ranks: object, others: Mapping[str, object]) -> None:
 
 
 def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:
-    """What a config says of a proxy, checked; None for the config of a model that is no proxy.
+    """Return the description of a proxy from a config, checked; None for the config of another model.
 
     Raises:
-        InputError: it says something that cannot be; the message begins with the name.
+        InputError: the description is not valid; the message begins with the name.
     """
     described = getattr(config, "quantization_config", None)
     if isinstance(described, IproxConfig):
@@ -93,9 +93,9 @@ def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None
 
 
 class IproxQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` modules where the config names a rank, before the weights are read."""
+    """Puts `LowRankLinear` modules where the config has a rank, before the weights are read."""
 
-    requires_calibration = True  # "load only what is already made": a proxy is made by iprox.compress
+    requires_calibration = True  # loads proxies only; iprox.compress makes them
     quantization_config: IproxConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -104,7 +104,7 @@ class IproxQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Proxies can be saved."""
+        """Return True: proxies can be saved."""
         return True
 
     @property
@@ -114,10 +114,10 @@ class IproxQuantizer(HfQuantizer):
 
 
 def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
-    """Put empty low-rank layers of these ranks where the dense ones are, by module name.
+    """Replace dense layers by empty low-rank layers of these ranks, by module name.
 
     Raises:
-        InputError: the model has no such layer, or one too small for its rank.
+        InputError: the model does not have a layer, or the layer is too small for its rank.
     """
     layers = compressible_layers(model)
     for name, rank in ranks.items():
@@ -134,7 +134,7 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
 
 def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
-    """Tell transformers that `model` is a proxy, so that `save_pretrained` writes it as one."""
+    """Mark a model as a proxy, so that `save_pretrained` writes it as one."""
     model.config.quantization_config = config  # pyright: ignore[reportAttributeAccessIssue]
     model.hf_quantizer = IproxQuantizer(config, pre_quantized=True)  # pyright: ignore
     setattr(model, "is_quantized", True)  # noqa: B010  (not a parameter or module, whatever nn.Module types say)
@@ -142,6 +142,6 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
 
 
 def proxy_config(model: nn.Module) -> IproxConfig | None:
-    """The proxy description of a model, or None for a model that is no proxy."""
+    """Return the description of a proxy, or None for another model."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if isinstance(config, IproxConfig) else None

@@ -1,9 +1,9 @@
-"""Decoder layers compiled once for all: `torch.compile` with linear layers that stay readable from outside.
+"""Decoder layers compiled once for all of them: `torch.compile`, with linear layers that can still be watched.
 
 Norms, rotations, activations and residual sums of a small model cost more than its GEMMs; compiled, they are fused.
-Hooks cannot reach into compiled code, so every linear layer is put behind a port: one opaque operator that looks the
-layer up by a number. That makes the code of all decoder layers the same whatever their ranks, so it is compiled once,
-and it lets `observe` watch a layer from inside (`Wire.watchers`).
+Hooks cannot reach into compiled code, so every linear layer is replaced by a port: one opaque operator that looks the
+layer up by a number. The code of all decoder layers is then the same whatever their ranks, so it is compiled once,
+and `observe` can watch a layer from inside the operator (`Wire.watchers`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from iprox.models.cpu.shapes import round_columns
 from iprox.models.layers import (
     LowRankLinear,
     compressible_layers,
@@ -30,23 +31,22 @@ from iprox.models.layers import (
     replace_module,
     weight_shape,
 )
-from iprox.models.shapes import round_columns
 
 # (inputs h [B, L, n], output gradients δ [B, L, m]) of one layer.
 Watcher = Callable[[Tensor, Tensor], None]
 
 
-@dataclass(eq=False)  # without slots: it is referred to weakly
+@dataclass(eq=False)  # without slots: weakly referenced
 class Wire:
     """One linear layer of a compiled model; it lives as long as the layer does.
 
     Attributes:
-        number: by which the operators find it.
-        module: the layer.
-        watchers: called with inputs and output gradients of the layer itself, or of a low-rank layer's factors, by
-            module, as the backward pass reaches it.
-        factors: A [m, R] and B [R, n] of a low-rank layer, R its rank rounded up, the rest zero, so that layers share
-            shapes (see `round_columns`); None for another.
+        number: number by which the operators find it.
+        module: layer.
+        watchers: functions called with inputs and output gradients of the layer itself, or of a low-rank layer's
+            factors, by module, as the backward pass reaches it.
+        factors: up [m, R] and down [R, n] of a low-rank layer, R its rank rounded up, padded with zeros so that layers
+            share shapes (see `round_columns`); None for another layer.
     """
 
     number: int
@@ -55,26 +55,26 @@ class Wire:
     factors: tuple[Tensor, Tensor] | None = None
 
     def tell(self, module: nn.Module, h: Tensor, delta: Tensor) -> None:
-        """Hand a layer's inputs and output gradients to whoever watches it."""
+        """Hand a layer's inputs and output gradients to its watcher, if there is one."""
         if module in self.watchers:
             self.watchers[module](h, delta)
 
 
-# Operators take tensors and numbers only, so they find their layer here; a wire lives as long as its port.
+# Operators take tensors and numbers only, so they find their layer here. A wire lives as long as its port.
 _wires: WeakValueDictionary[int, Wire] = WeakValueDictionary()
 _numbers = itertools.count()
 ATTRIBUTE = "_iprox_wire"
-# Pieces of code one decoder layer may come to: kinds of layers, times batches of one row or of one token.
+# Pieces of code that one decoder layer may be compiled to: kinds of layers, times batches of one row or of one token.
 PIECES = 64
 
 
 def wire_of(module: nn.Module) -> Wire | None:
-    """The wire of a compiled model that passes through a layer or factor, if any."""
+    """Return the wire of a layer or factor in a compiled model, if any."""
     return module.__dict__.get(ATTRIBUTE)
 
 
 class Port(nn.Module):
-    """Stands for a linear layer in compiled code: the same to look at whatever is behind it."""
+    """Stands for a linear layer in compiled code; all ports have the same code."""
 
     def __init__(self, wire: Wire) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Port(nn.Module):
         self.out_features = weight_shape(wire.module)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer does, as one operator."""
+        """Run the layer as one operator."""
         return _linear(x, self.number, self.out_features)
 
 
@@ -93,8 +93,8 @@ def _linear(x: Tensor, number: Tensor, out_features: int) -> Tensor:
     with torch.no_grad():
         if wire.factors is None:
             return wire.module(x)
-        A, B = wire.factors
-        return nn.functional.linear(nn.functional.linear(x, B), A, layer_bias(wire.module))
+        up, down = wire.factors
+        return nn.functional.linear(nn.functional.linear(x, down), up, layer_bias(wire.module))
 
 
 @_linear.register_fake
@@ -111,13 +111,13 @@ def _linear_backward(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
         if wire.factors is None:
             return delta @ dense_weight(layer)
         assert isinstance(layer, LowRankLinear)
-        A, B = wire.factors
-        between = delta @ A
-        if layer.A in wire.watchers:
-            wire.tell(layer.A, layer.B(x), delta)
-        if layer.B in wire.watchers:
-            wire.tell(layer.B, x, between[..., : layer.rank])
-        return between @ B
+        up, down = wire.factors
+        between = delta @ up
+        if layer.up in wire.watchers:
+            wire.tell(layer.up, layer.down(x), delta)
+        if layer.down in wire.watchers:
+            wire.tell(layer.down, x, between[..., : layer.rank])
+        return between @ down
 
 
 @_linear_backward.register_fake
@@ -138,11 +138,11 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def why_not_compiled(model: nn.Module) -> str | None:
-    """Why a model's decoder layers cannot be compiled; None where they can."""
+    """Return why a model's decoder layers cannot be compiled; None where they can."""
     if not isinstance(model, PreTrainedModel):
-        return "it is no transformers model"
+        return "it is not a transformers model"
     if any(type(layer) not in (nn.Linear, Conv1D) for layer in compressible_layers(model).values()):
-        return "it has linear layers of a kind of their own"
+        return "it has linear layers of an unknown type"
     if any(name.endswith("experts") for name, _ in model.named_modules()):
         return "its experts see tokens chosen at run time"
     return None
@@ -153,22 +153,22 @@ def compile_layers(model: PreTrainedModel) -> None:
 
     The first batches compile: up to a minute for the first of a kind, then seconds, since torch keeps a cache on
     disk. Shapes are dynamic, so that batches of any size run the same code. The model's linear layers are behind
-    ports meanwhile: whoever wants them by name asks before.
+    ports meanwhile, so look them up by name before.
 
     Args:
-        model: one of which `why_not_compiled` says nothing; changed in place, until `uncompile_layers`.
+        model: model for which `why_not_compiled` returns None; changed in place, until `uncompile_layers`.
     """
     blocks = decoder_layers(model)[1]
     for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
         wire = Wire(next(_numbers), layer)
         if isinstance(layer, LowRankLinear):
-            A, B = layer.A.weight.detach(), layer.B.weight.detach()
-            wire.factors = round_columns(A), round_columns(B.mT).mT.contiguous()
+            up, down = layer.up.weight.detach(), layer.down.weight.detach()
+            wire.factors = round_columns(up), round_columns(down.mT).mT.contiguous()
         _wires[wire.number] = wire
         for part in (layer, *layer.children()):
             part.__dict__[ATTRIBUTE] = wire
         replace_module(model, name, Port(wire))
-    # Autograd goes only where a gradient is asked for: with frozen weights, from the embeddings on.
+    # With frozen weights, autograd starts at the embeddings.
     model.enable_input_require_grads()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
     for block in blocks:
@@ -190,7 +190,7 @@ def uncompile_layers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """`compile_layers` inside, and as before after it."""
+    """Compile the decoder layers inside the block, and undo it afterwards."""
     compile_layers(model)
     try:
         yield

@@ -1,9 +1,9 @@
-"""Mixture-of-experts models: fused expert tensors seen as ordinary linear layers, one pair an expert.
+"""Mixture-of-experts models: fused expert tensors split into ordinary linear layers, one pair per expert.
 
-transformers keeps all experts of a block in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I]. What
-compresses, watches or adapts linear layers (ours, PEFT's, anyone's) sees nothing there. `SplitExperts` stands in for
-the fused module and computes the same, gating as its class does; its layers are named `...experts.gate_up.3` and
-`...experts.down.3`. Blocks that keep their tensors otherwise are refused: most of such a model would go unseen.
+transformers keeps all experts of a block in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], which
+code that compresses, watches or adapts linear layers does not see. `SplitExperts` takes the place of the fused module
+and computes the same, with the gating of its class; its layers are named `...experts.gate_up.3` and
+`...experts.down.3`. Blocks with another layout are refused, as most of such a model would be left out.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class SplitExperts(nn.Module):
     """Experts as two lists of linear layers, called expert by expert.
 
     Args:
-        gate_up: of each expert, H → 2I, gate first.
-        down: of each expert, I → H.
-        fused: the module it stands in for, whose class the layers can be fused to again, and whose gating it keeps.
+        gate_up: first layer of each expert, H → 2I, gate first.
+        down: second layer of each expert, I → H.
+        fused: module that is replaced: its gating is kept, and the layers can be fused to its class again.
     """
 
     def __init__(self, gate_up: list[nn.Linear], down: list[nn.Linear], fused: nn.Module) -> None:
@@ -35,7 +35,7 @@ class SplitExperts(nn.Module):
         self.gate_up = nn.ModuleList(gate_up)
         self.down = nn.ModuleList(down)
         self.fused = type(fused)
-        # For its activation and limits only, so that no parameter is seen twice; no submodule, as it is none of ours.
+        # Holds the activation and limits only; not a submodule, so that no parameter is counted twice.
         shell = copy.copy(fused)
         shell._parameters = {}
         self.__dict__["shell"] = shell
@@ -45,9 +45,9 @@ class SplitExperts(nn.Module):
         """Mix the chosen experts' outputs.
 
         Args:
-            hidden_states: [T, H].
+            hidden_states: hidden states [T, H].
             top_k_index: experts of each token [T, k].
-            top_k_weights: their weights [T, k].
+            top_k_weights: weights of these experts [T, k].
         """
         mixed = torch.zeros_like(hidden_states)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True)):
@@ -61,7 +61,7 @@ class SplitExperts(nn.Module):
         return mixed
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """What an expert's second layer is given, [T, 2I] to [T, I]: as the fused class has it, some clamp it."""
+        """Return the input of an expert's second layer, [T, 2I] to [T, I], gated as by the fused class."""
         shell: Any = self.__dict__["shell"]
         if hasattr(shell, "_apply_gate"):
             return shell._apply_gate(gate_up)
@@ -70,7 +70,7 @@ class SplitExperts(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is a block of fused experts in the layout that `split` knows."""
+    """Return whether a module is a block of fused experts in the layout that `split` knows."""
     tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     return (
         all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
@@ -83,19 +83,19 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _is_unknown(module: nn.Module) -> bool:
-    """Whether a module keeps the weights of several experts in one tensor, in a layout that `split` does not know."""
+    """Return whether a module keeps several experts in one tensor, in a layout that `split` does not know."""
     stacked = {name for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
     named = type(module).__name__.endswith("Experts") or stacked & {"gate_up_proj", "down_proj"}
     return bool(stacked and named) and not is_fused(module)
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether some block of a model is one of experts, split or fused in whichever layout."""
+    """Return whether a model has a block of experts, split or fused in any layout."""
     return any(isinstance(each, SplitExperts) or is_fused(each) or _is_unknown(each) for each in model.modules())
 
 
 def split(fused: nn.Module) -> SplitExperts:
-    """Fused experts as linear layers whose weights are views of the fused tensors: nothing is copied."""
+    """Return fused experts as linear layers whose weights are views of the fused tensors: nothing is copied."""
 
     def linears(tensor: nn.Parameter) -> list[nn.Linear]:
         layers = []
@@ -118,7 +118,7 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
         The fused modules that were replaced, by name: `restore_experts` puts them back.
 
     Raises:
-        InputError: a block of experts is in a layout that is not known.
+        InputError: a block of experts has an unknown layout.
     """
     replaced: dict[str, nn.Module] = {}
     modules = list(model.named_modules())
@@ -139,7 +139,7 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
-    """Undo `split_experts`; the weights were shared all along."""
+    """Undo `split_experts`; the weights are shared, so nothing is copied."""
     for name, module in replaced.items():
         parent, _, child = name.rpartition(".")
         block = model.get_submodule(parent)
@@ -150,9 +150,9 @@ def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 
 def expert_layers(model: nn.Module) -> set[str]:
-    """The names of the linear layers of split experts, which see only the tokens that are routed to them.
+    """Return the names of the linear layers of split experts, which see only the tokens that are routed to them.
 
-    Of low-rank ones, those of the layer and of its factors.
+    A low-rank layer has its own name and those of its factors.
     """
     return {
         f"{name}.{inner}"
@@ -165,7 +165,7 @@ def expert_layers(model: nn.Module) -> set[str]:
 
 @contextmanager
 def experts_split(*models: nn.Module) -> Iterator[None]:
-    """The fused experts of some models are split inside the block, and as they were after it."""
+    """Split the fused experts of some models inside the block, and restore them afterwards."""
     replaced = [(model, split_experts(model)) for model in models]
     try:
         yield
@@ -178,8 +178,8 @@ def fuse_experts(model: nn.Module, config: object) -> None:
     """Put fused tensors back in place of split experts that are all dense.
 
     Args:
-        model: changed in place.
-        config: of the model, to make the fused modules with.
+        model: model, changed in place.
+        config: config of the model, from which the fused modules are made.
 
     Raises:
         InputError: an expert is low-rank.
@@ -198,7 +198,7 @@ def fuse_experts(model: nn.Module, config: object) -> None:
 
 
 def _note_row_length(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """A hook on the block above the experts, which sees [B, L, H] where they see [B·L, H]."""
+    """Note the row length: a hook on the block above the experts, which sees [B, L, H] where they see [B·L, H]."""
     for child in block.children():
         if isinstance(child, SplitExperts):
             child.tokens_per_row = inputs[0].shape[1] if inputs[0].ndim == 3 else 1

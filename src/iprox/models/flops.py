@@ -23,7 +23,7 @@ from iprox.models.layers import (
 
 
 def forward_flops(model: nn.Module) -> float:
-    """One token through the compressible layers, dense or low-rank: 2P, of experts the share that a token uses."""
+    """Return the FLOPs of one token through the compressible layers: 2P, of experts the share that a token uses."""
     shares = active_shares(model)
     total = 0.0
     for name, layer in compressible_layers(model).items():
@@ -35,7 +35,7 @@ def forward_flops(model: nn.Module) -> float:
 
 
 def active_shares(model: nn.Module) -> dict[str, float]:
-    """Of each expert's layers, by name, the share of tokens that use it if all experts are used alike: k/E."""
+    """Return by layer of an expert the share of tokens that use it if all experts are used alike: k/E."""
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitExperts):
@@ -61,7 +61,7 @@ def layers_of(model: nn.Module, gradient: GradientSpace) -> list[tuple[int, int,
 
 
 def head_flops(model: nn.Module) -> float:
-    """One token through the output head: 2·V·d; 0 for a model without."""
+    """Return the FLOPs of one token through the output head: 2·V·d; 0 for a model without a head."""
     weight = getattr(output_head(model), "weight", None)
     return 0.0 if weight is None else 2.0 * weight.numel()
 
@@ -72,11 +72,11 @@ def contraction_flops(model: nn.Module, gradient: GradientSpace) -> float:
 
 
 def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
-    """Scoring: forward and backward to the activations, the head on supervised tokens, and the contraction.
+    """Return the FLOPs of scoring: forward and backward to activations, head on supervised tokens, contraction.
 
     Args:
-        model: what candidates are scored on.
-        tokens: of the candidates.
+        model: model that candidates are scored on.
+        tokens: number of tokens of the candidates.
         supervised: tokens among them.
         contraction: FLOPs of contracting with all tasks, over all tokens: measured, as queries are of low rank, or
             `tokens * tasks * contraction_flops(...)` where they are whole.
@@ -85,7 +85,7 @@ def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: f
 
 
 def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
-    """One forward pass over some examples, the head on supervised tokens."""
+    """Return the FLOPs of one forward pass over some examples, the head on supervised tokens."""
     return tokens * forward_flops(model) + supervised * head_flops(model)
 
 
@@ -125,13 +125,13 @@ def curvature_flops(
 
 
 def linear_parameters(model: nn.Module) -> int:
-    """Parameters of the compressible layers, dense or low-rank."""
+    """Return the number of parameters of the compressible layers, dense or low-rank."""
     dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))
     return dense + sum(x.rank * (x.in_features + x.out_features) for x in low_rank_layers(model).values())
 
 
 def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: int | None = None) -> float:
-    """Training every weight, the head on supervised tokens: 6P a token; or adapters of a rank r alone: 4P + 6r(m+n)."""
+    """Return the FLOPs of training, the head on supervised tokens: 6P per token, or with adapters 4P + 6r(m+n)."""
     forward = tokens * forward_flops(model) + supervised * head_flops(model)
     if lora_rank is None:
         return 3 * forward
@@ -139,15 +139,16 @@ def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: in
 
 
 def lora_parameters(model: nn.Module, rank: int) -> int:
-    """Parameters of adapters of a rank on every linear layer but the head: r(m+n) each."""
+    """Return the number of parameters of adapters on every linear layer except the head: r(m+n) each."""
     return sum(rank * sum(weight_shape(layer)) for layer in compressible_layers(model).values())
 
 
 def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: int = 1) -> float:
-    """The probe: forward and backward to the activations in each pass, 2n² + 2m² a layer; then Cholesky and SVD.
+    """Return the FLOPs of compression.
 
-    Of a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods that need no moments read the probe in 0 passes;
-    of those that need one side's only, and of sketches, this is an upper bound.
+    Each pass over the probe is a forward and a backward pass to activations, and 2n² + 2m² per token and layer; then
+    come Cholesky factorizations and a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods without moments read
+    the probe in 0 passes; for methods that need one side's only, and for sketches, this is an upper bound.
     """
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
     moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model, "weight"))
@@ -160,17 +161,17 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
 def alignment_flops(
     model: nn.Module, proxy: nn.Module, tokens: int, supervised: int, *, gradients: bool = True, asked: float = 1.0
 ) -> float:
-    """Alignment: the target's weight gradients (6P), the proxy's and the backward of both (about 16P′).
+    """Return the FLOPs of alignment: the target's weight gradients (6P), the proxy's and the backward of both (16P′).
 
-    Of the logits only: the target forward (2P), the proxy forward and backward (6P′).
+    With logits only: the target forward (2P), the proxy forward and backward (6P′).
 
     Args:
-        model: the target.
-        proxy: of it.
-        tokens: of all steps.
+        model: target.
+        proxy: proxy that is aligned.
+        tokens: number of tokens of all steps.
         supervised: tokens among them.
-        gradients: whether they are matched.
-        asked: share of the steps at which the target was run; else what it said was read.
+        gradients: whether gradients are matched.
+        asked: share of the steps at which the target was run; at the others its signals were read from disk.
     """
     on_target, on_proxy = (3, 8) if gradients else (1, 3)
     heads = (2 * asked + 6) if gradients else (asked + 3)

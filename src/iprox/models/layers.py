@@ -15,17 +15,17 @@ GradientSpace = Literal["factors", "weight"]
 
 
 class LowRankLinear(nn.Module):
-    """y = A(B(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
+    """y = up(down(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
 
-    `B` maps n inputs to r, `A` maps r to m outputs and carries the bias, so that any tool that hooks
-    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications a
+    `down` maps n inputs to r, `up` maps r to m outputs and has the bias, so that any tool that hooks
+    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications per
     token where the dense layer costs mn.
 
     Args:
         in_features: n.
         out_features: m.
         rank: r, at least 1.
-        bias: whether `A` has a bias.
+        bias: whether `up` has a bias.
     """
 
     def __init__(
@@ -41,44 +41,44 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.B = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.A = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_factors(cls, A: Tensor, B: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
-        """Build a layer from A [m, r], B [r, n] and an optional bias [m], stored as `dtype`."""
-        layer = cls(B.shape[1], A.shape[0], A.shape[1], bias is not None, device=A.device, dtype=dtype)
+    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
+        """Build a layer from up [m, r], down [r, n] and an optional bias [m], stored as `dtype`."""
+        layer = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device=up.device, dtype=dtype)
         with torch.no_grad():
-            layer.A.weight.copy_(A)
-            layer.B.weight.copy_(B)
+            layer.up.weight.copy_(up)
+            layer.down.weight.copy_(down)
             if bias is not None:
-                layer.A.bias.copy_(bias)
+                layer.up.bias.copy_(bias)
         return layer
 
     @property
     def weight(self) -> Tensor:
         """The dense weight [m, n] that the factors stand for (some model code reads `layer.weight`)."""
-        return self.A.weight @ self.B.weight
+        return self.up.weight @ self.down.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias [m], if any."""
-        return self.A.bias
+        return self.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., n] to [..., m]."""
-        return self.A(self.B(x))
+        return self.up(self.down(x))
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Return the sizes, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense linear layers that may be compressed, in model order, by module name.
+    """Return the dense linear layers that may be compressed, in model order, by module name.
 
-    Embeddings and the output head are left out: the head decides the loss directly, and in small models it
-    is tied to the embedding. So are routers to experts, where they are linear layers.
+    Without embeddings and the output head: the head decides the loss directly, and in small models it is tied to the
+    embedding. Also without routers to experts.
 
     Raises:
         InputError: the model has no such layer, one whose weights are packed, or two that share their weights.
@@ -111,7 +111,7 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
-    """The layer, if its weight holds one number an entry, which subclasses of nn.Linear need not (bitsandbytes)."""
+    """Return the layer if its weight has one number per entry; in some subclasses of nn.Linear it has not."""
     weight = layer.weight
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not readable or weight.ndim != 2:
@@ -123,7 +123,7 @@ def _readable(name: str, layer: nn.Module) -> nn.Module:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The low-rank layers of a proxy, in model order, by module name."""
+    """Return the low-rank layers of a proxy, in model order, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
@@ -142,19 +142,19 @@ def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> d
         if gradient == "weight":
             layers[name] = layer
         else:
-            layers[f"{name}.A"] = layer.A
-            layers[f"{name}.B"] = layer.B
+            layers[f"{name}.up"] = layer.up
+            layers[f"{name}.down"] = layer.down
     return layers
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that maps hidden states to logits, or None where the model has none."""
+    """Return the module that maps hidden states to logits, or None where the model has none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if get_head is not None else None
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The list of the model's decoder layers, and its name.
+    """Return the name of the model's list of decoder layers, and the list.
 
     Raises:
         InputError: the model has no such list.
@@ -167,7 +167,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """(m, n) of a layer's weight, as if dense."""
+    """Return (m, n) of a layer's weight, as if dense."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear | LowRankLinear)
@@ -175,17 +175,22 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """W [m, n] of a layer: a view of its parameter, or the product of its factors."""
+    """Return W [m, n] of a layer: a view of its parameter, or the product of its factors."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.mT if isinstance(layer, Conv1D) else weight
 
 
 def layer_bias(layer: nn.Module) -> Tensor | None:
-    """The bias [m] of a layer, if it has one."""
+    """Return the bias [m] of a layer, if it has one."""
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
     return bias
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Return whether a linear layer carries a bias."""
+    return getattr(layer, "bias", None) is not None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

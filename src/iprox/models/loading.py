@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the hub, and what is refused."""
+"""Load models and tokenizers from a folder or the hub, or refuse them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from iprox.files import check_path
 from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
-from iprox.models.hub_access import check_reachable
-from iprox.models.memory import out_of_memory
+from iprox.models.precision import out_of_memory
 from iprox.models.suitability import (
     check_config,
     check_layers_by_weights,
@@ -37,10 +36,10 @@ from iprox.models.suitability import (
     quantization_of,
     run_attention_here,
 )
-from iprox.models.weight_files import check_hub_index, check_weight_files, count_weights
+from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# What decides a model's scores beside its weights and templates; not what was written beside it (`run.json`, ...).
+# The files that a model's scores depend on, apart from weights and templates; not iprox's own (`run.json`, ...).
 MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
 
 
@@ -52,21 +51,21 @@ def load_model(
     trust_remote_code: bool = False,
     fused: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model, or a proxy of one, from a folder or the hub, in eval mode.
+    """Load a causal language model, or a proxy of one, from a folder or the hub, in eval mode.
 
     A folder with a PEFT adapter gives its base model with the adapter merged.
 
     Args:
         path: folder or hub id.
-        dtype: of the weights.
-        device: where.
-        trust_remote_code: let the model's own code run.
-        fused: leave fused experts as they are stored, for training and saving; otherwise they are split into linear
-            layers (`iprox.models.experts`).
+        dtype: dtype of the weights.
+        device: device to load to.
+        trust_remote_code: whether the model's own code may run.
+        fused: whether fused experts are left as they are stored, for training and saving; otherwise they are split
+            into linear layers (`iprox.models.experts`).
 
     Raises:
-        InputError: no such model, no config, no causal language model, quantized or pickled weights, or weights that
-            are missing, of another shape or not finite (named).
+        InputError: there is no model or config, the model is not a causal language model, or its weights are quantized
+            or pickled, missing, of another shape or not finite (named).
     """
     where = torch.device(device)
     model = _whole_model(path, dtype, where, trust_remote_code)
@@ -80,11 +79,11 @@ def load_model(
 def _whole_model(
     path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """A model on the CPU, its adapter merged, its experts fused; `device` is where it will be run."""
+    """Load a model to the CPU, its adapter merged, its experts fused; it will run on `device`."""
     base = adapter_base(path)
     if base is None:
         model = _stored_model(path, dtype, device, trust_remote_code)
-    else:  # which may be an adapter itself
+    else:  # which may itself be an adapter
         model = merged(_whole_model(base, dtype, device, trust_remote_code), path)
     check_finite(model, str(path))
     return model
@@ -93,11 +92,11 @@ def _whole_model(
 def _stored_model(
     path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """What a model folder or the hub holds, whole."""
+    """Load a model as it is stored in a folder or on the hub."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     run_attention_here(config, dtype, device, str(path))
     if Path(path).exists():
-        skeleton(path, trust_remote_code=trust_remote_code)  # refused where it would not fit its weights
+        skeleton(path, trust_remote_code=trust_remote_code)  # refuses a config that does not fit the weights
     else:
         check_hub_index(str(path))
     with _telling(f"{path}: cannot be loaded as a causal language model", "pip install what it asks for"):
@@ -119,11 +118,11 @@ def _stored_model(
 def _telling(refusal: str, remedy: str = "") -> Iterator[None]:
     """Refuse in one line whatever a library raises for a model that it cannot read.
 
-    What is wrong with a checkpoint or its config comes out as any kind of error, from anywhere in transformers.
+    A broken checkpoint or config raises any type of error, from anywhere in transformers.
 
     Args:
         refusal: beginning of the message.
-        remedy: added where a package is missing.
+        remedy: advice to add where a package is missing.
 
     Raises:
         InputError: a library raised something.
@@ -141,17 +140,17 @@ def _telling(refusal: str, remedy: str = "") -> Iterator[None]:
                 "config.json fits its weights"
             ) from error
         if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
-            raise  # of the machine, which names the file itself
+            raise  # an error of the machine, which names the file
         kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
         also = f"; {remedy}" if remedy and isinstance(error, ImportError) else ""
         raise InputError(f"{refusal}: {kind}{one_line(error)}{also}") from error
 
 
 def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
-    """Refuse a model whose logits at a token depend on tokens after it: its loss would see the answers.
+    """Refuse a model whose logits at a token depend on later tokens: its loss would see the answers.
 
     Raises:
-        InputError: it is one.
+        InputError: the logits do.
     """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     with _telling(f"{path}: cannot be run"):
@@ -164,10 +163,10 @@ def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of which transformers would leave tensors at random values.
+    """Refuse a checkpoint that would leave tensors at random values in transformers.
 
     Raises:
-        InputError: a tensor is not in it, or is of another shape (which is named).
+        InputError: a tensor is missing, or has another shape (it is named).
     """
     wrong = sorted((each,) if isinstance(each, str) else tuple(each) for each in found["mismatched_keys"])
     if wrong:
@@ -184,7 +183,7 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id.
+    """Load the tokenizer of a model folder or hub id.
 
     Raises:
         InputError: there is none.
@@ -214,7 +213,7 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """A short fingerprint of a model's shape and weights, the same whatever dtype it was loaded in.
+    """Return a short fingerprint of a model's shape and weights, the same whatever dtype it was loaded in.
 
     Each parameter counts as the sum of its bfloat16 bit patterns: an integer, so exact in any order, and enough
     to tell checkpoints apart.
@@ -227,7 +226,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """A fingerprint of a model's files, without loading it: of their bytes, or of a hub model its commit."""
+    """Return a fingerprint of a model without loading it: of its files' bytes, or of a hub model's commit."""
     base, folder = adapter_base(path), Path(path)
     digest = hashlib.blake2b(digest_size=8)
     if base is None:
@@ -247,7 +246,7 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 
 def _commit_of(repo: str) -> str:
-    """The commit of a hub model, as its config's place in the cache says; the config is fetched if it is not there."""
+    """Return the commit of a hub model, from its config's path in the cache; downloads the config if needed."""
     with _telling(f"{_found(repo)}: no model config can be loaded from it"):
         commit = extract_commit_hash(cached_file(repo, CONFIG_NAME), None)
     if commit is None:
@@ -256,7 +255,7 @@ def _commit_of(repo: str) -> str:
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model folder or hub id.
+    """Load the config of a model folder or hub id.
 
     Raises:
         InputError: there is none.
@@ -276,18 +275,18 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
 
 
 def _found(path: str | Path) -> str:
-    """A model's name for messages, which says where it was looked for if no folder has it."""
+    """Return a model's name for messages, with where it was looked for if there is no such folder."""
     return str(path) if Path(path).exists() else f"{path}: no such folder here, and on the hub"
 
 
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
-    """The number format a checkpoint is stored in, as its config says; float32 where it does not."""
+    """Return the dtype that a checkpoint is stored in, by its config; float32 where the config does not say."""
     dtype = load_config(path, trust_remote_code=trust_remote_code).dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
 
 def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules, a proxy's low-rank ones among them, without weights (on the meta device), to count costs."""
+    """Build a model or proxy without weights (on the meta device), to count costs."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # it computes nothing
     with (
@@ -309,11 +308,11 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
     """Refuse a proxy offered with another target.
 
     Raises:
-        InputError: it is no proxy, or one of another model.
+        InputError: it is not a proxy, or a proxy of another model.
     """
     config = proxy_config(proxy)
     if config is None:
-        raise InputError(f"{proxy_path}: is no iprox proxy; make one with iprox compress")
+        raise InputError(f"{proxy_path}: is not an iprox proxy; make one with iprox compress")
     if config.target_fingerprint and config.target_fingerprint != model_fingerprint(target):
         raise InputError(
             f"{proxy_path}: is a proxy of {config.target or 'another model'}, not of {target_path} (the weights differ)"
@@ -321,10 +320,10 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse what is neither a model folder nor may be a hub id, and a folder whose weights are not safetensors.
+    """Refuse a path that is neither a model folder nor a possible hub id, and a folder without safetensors.
 
     Raises:
-        InputError: it is, or the hub cannot be reached.
+        InputError: it is one of these, or the hub cannot be reached.
     """
     check_path(path)
     folder = Path(path)
@@ -341,5 +340,5 @@ def _check_folder(path: str | Path) -> None:
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    """Return the width of a model's hidden states, which its learning rate goes by."""
+    """Return the width of a model's hidden states, which its default learning rate depends on."""
     return int(config.get_text_config().hidden_size)

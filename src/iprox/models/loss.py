@@ -15,16 +15,16 @@ from iprox.errors import InputError
 from iprox.models.layers import output_head
 from iprox.models.precision import accumulation_dtype
 
-# What a model that is no language model brings instead: (model, batch) -> losses [B].
+# The loss of a model that is not a language model: (model, batch) -> losses [B].
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
-    """Which examples of a batch have a loss, bool [B]: of text, those with a supervised token; else all.
+    """Return which examples of a batch have a loss, bool [B]: for text, those with a supervised token; else all.
 
     Args:
-        batch: of text, or of a model that is no language model.
-        losses: of its examples [B].
+        batch: batch of text, or of a model that is not a language model.
+        losses: losses of its examples [B].
     """
     if isinstance(batch, Batch):
         return (batch.labels[:, 1:] != -100).any(1)
@@ -32,7 +32,7 @@ def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
 
 
 def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits where a supervised token is predicted, and only there.
+    """Return the logits where a supervised token is predicted, and only there.
 
     Prompts are often most of the tokens and the head a large share of a small model, so the hidden states are
     gathered before the head rather than the logits after it. The gather is a hook on the head: whatever the
@@ -49,7 +49,7 @@ def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
 
 
 def _filled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """`causal_lm_logits` with meaningless rows after the N, so that the head's shapes repeat (`padded_width`)."""
+    """Return `causal_lm_logits` with surplus rows after the N, so that the head's shapes repeat (`padded_width`)."""
     head = output_head(model)
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output head; pass loss_fn for such a model")
@@ -70,7 +70,7 @@ def _filled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tens
 
 
 def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
+    """Return the mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
 
     It has a first derivative only (see `TokenLosses`).
 
@@ -78,7 +78,7 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
         Losses [B]; 0 for an example without a supervised token.
 
     Raises:
-        InputError: the batch is no `iprox.data.Batch`, so that its padding and labels are not known.
+        InputError: the batch is not an `iprox.data.Batch`, so its padding and labels are not known.
     """
     if not isinstance(batch, Batch):
         raise InputError(
@@ -100,7 +100,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Losses [N] in float32 or better."""
+        """Return losses [N] in float32 or better."""
         dtype = accumulation_dtype(logits)
         counted = logits[: len(targets)]
         normalizers = torch.cat([torch.logsumexp(rows.to(dtype), 1) for rows in _few_rows(counted)])
@@ -110,7 +110,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """softmax(logits) - onehot(targets), times each row's own gradient."""
+        """Return softmax(logits) - onehot(targets), times each row's own gradient."""
         logits, targets, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         result = torch.empty_like(logits)
@@ -126,13 +126,13 @@ class TokenLosses(torch.autograd.Function):
 
 
 def _few_rows(logits: Tensor) -> tuple[Tensor, ...]:
-    """Rows whose float32 fits in a core's cache; on an accelerator as many as keep it busy."""
+    """Split logits into rows whose float32 fits in a core's cache; an accelerator gets more rows, to keep it busy."""
     numbers = 1 << 18 if logits.device.type == "cpu" else 1 << 26
     return logits.split(max(1, numbers // logits.shape[1]))
 
 
 def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Mean of values [N] over each of `count` rows [count]; 0 where a row has none."""
+    """Return the mean of values [N] over each of `count` rows [count]; 0 where a row has none."""
     sums = values.new_zeros(count).index_add(0, rows, values)
     numbers = torch.bincount(rows, minlength=count).clamp(min=1)
     return sums / numbers

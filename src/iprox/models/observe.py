@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from iprox.errors import InputError
-from iprox.models.attention import fast_attention
 from iprox.models.compiled import Watcher, wire_of
+from iprox.models.cpu.attention import fast_attention
 
 # (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that sees only some tokens (an
 # expert), L is the most that any one example sent it, and shorter examples are filled with zeros.
@@ -22,7 +22,7 @@ Sink = Callable[[str, Tensor, Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class _Routing:
-    """Which tokens a layer is being given.
+    """The tokens that a layer is given.
 
     Attributes:
         tokens: their positions among all tokens of the batch, ascending [T].
@@ -40,7 +40,7 @@ _routing: ContextVar[_Routing | None] = ContextVar("iprox_routing", default=None
 
 @contextmanager
 def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[None]:
-    """Say that layers called inside see only these tokens of the batch (see `_Routing`)."""
+    """Note that layers called inside the block see only these tokens of the batch (see `_Routing`)."""
     before = _routing.set(_Routing(tokens, total, tokens_per_row))
     try:
         yield
@@ -58,8 +58,8 @@ def observe(
     frozen weights (see `frozen`) autograd itself skips every weight GEMM, a third of a backward pass.
 
     Args:
-        layers: what to watch, by name.
-        sink: what to call.
+        layers: layers to watch, by name.
+        sink: function to call.
         counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
         positions: B and L once they are known, by which layers that are given [B·L, n] are told apart.
     """
@@ -97,13 +97,13 @@ def observe(
 def _by_example(
     name: str, x: Tensor, routing: _Routing | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
-    """Rows of a layer as [B, L, n], those that do not count zero.
+    """Return rows of a layer as [B, L, n], those that do not count zero.
 
-    Some models flatten what a layer is given ([B·L, n]), others see it as of one head ([B, 1, L, n]): dimensions of
-    size 1 beside B and L change nothing.
+    Some models flatten the input of a layer ([B·L, n]), others give it one head ([B, 1, L, n]): dimensions of size 1
+    next to B and L change nothing.
 
     Raises:
-        InputError: it is given neither one row an example nor one a position.
+        InputError: the layer has neither one row per example nor one per position.
     """
     if routing is not None:
         if counted is not None:
@@ -124,10 +124,10 @@ def _by_example(
 
 
 def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
-    """Rows of a layer in another shape than [B, L, n] as [B, L, n], or as [B, any, n] where they are fewer or more.
+    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] where they are fewer or more.
 
     Raises:
-        InputError: which example a row is of cannot be told.
+        InputError: it is not clear which example a row belongs to.
     """
     seen, kept, flat = (
         [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
@@ -145,7 +145,7 @@ def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
 
 
 def _padded(x: Tensor, routing: _Routing) -> Tensor:
-    """Rows [T, n] of some tokens as [B, most of one example, n], filled up with zeros."""
+    """Return rows [T, n] of some tokens as [B, most of one example, n], padded with zeros."""
     rows = routing.tokens // routing.tokens_per_row
     counts = torch.bincount(rows, minlength=routing.total // routing.tokens_per_row)
     starts = counts.cumsum(0) - counts
@@ -157,7 +157,7 @@ def _padded(x: Tensor, routing: _Routing) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, dropout is off, and attention has a first derivative only.
+    """Turn off gradients of parameters and dropout inside the block; attention has a first derivative only.
 
     Restores every `requires_grad` flag, the training mode and the attention afterwards.
     """

@@ -1,4 +1,4 @@
-"""Adam's running moments of a model's linear layers, saved beside a checkpoint: safetensors, no pickle."""
+"""Adam's running moments of a model's linear layers, saved next to a checkpoint: safetensors, no pickle."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Running moments of one parameter: of a weight [m, n] as if the layer were nn.Linear, or of a bias [m].
+    """Running moments of one parameter: a weight [m, n] as if the layer were nn.Linear, or a bias [m].
 
     Attributes:
         mean: exponential moving average of gradients.
-        square: of their squares.
+        square: exponential moving average of their squares.
     """
 
     mean: Tensor
@@ -36,14 +36,14 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class AdamState:
-    """Adam as it stood at a checkpoint.
+    """The state of Adam at a checkpoint.
 
     Attributes:
         weights: moments of each layer's weight, by layer name.
-        biases: of each layer's bias, where it has one.
-        step: steps taken.
-        betas: decay of the two averages.
-        eps: added to the root of the second.
+        biases: moments of each layer's bias, where it has one.
+        step: number of steps taken.
+        betas: decay rates of the two averages.
+        eps: number added to the root of the second average.
     """
 
     weights: Mapping[str, Moments]
@@ -54,12 +54,12 @@ class AdamState:
 
 
 def save_adam_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Write the moments of a model's compressible layers, float32: eight bytes a parameter.
+    """Write the moments of a model's compressible layers, float32: eight bytes per parameter.
 
     Args:
-        model: what was trained, its experts fused; they are written as they are scored, one by one.
+        model: model that was trained, with fused experts; they are written one by one, as they are scored.
         optimizer: torch's Adam or AdamW, or a wrapper with its `state` and `param_groups`.
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
     step = 0
@@ -77,7 +77,7 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
     """Read what `save_adam_state` wrote.
 
     Raises:
-        InputError: there is none, or it is not whole.
+        InputError: there is no such file, or it is incomplete.
     """
     file = Path(folder) / OPTIMIZER_FILE
     if not file.is_file():
@@ -100,11 +100,11 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
             )
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{file}: is no optimizer state written by iprox ({reason}); warm up anew") from error
+        raise InputError(f"{file}: is not an optimizer state written by iprox ({reason}); warm up again") from error
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[Tensor], Tensor]]]:
-    """By name of the linear layer's parameter: the parameter that is trained, and what part of it that is."""
+    """Yield for each linear layer's parameter its name, the trained parameter, and what takes its part of it."""
     for name, layer in compressible_layers(model).items():
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, nn.Parameter)

@@ -1,4 +1,4 @@
-"""Devices and number formats."""
+"""Devices: number formats, and memory that does not suffice."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 tensors: what sums are kept in."""
+    """Return the dtype of sums: float32, or float64 for float64 tensors."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Change the dtype of a model's parameters in place, and of nothing else.
 
-    `model.to(dtype)` would also round its buffers; rotary frequencies in bfloat16 are wrong by radians a few
-    hundred tokens on.
+    `model.to(dtype)` would also round its buffers; rotary frequencies in bfloat16 are wrong by radians after a few
+    hundred tokens.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 def warn_of_rounded_frequencies(model: nn.Module) -> None:
-    """Warn of rotary frequencies that somebody has rounded with the parameters (see `cast_parameters`)."""
+    """Warn of rotary frequencies that were rounded with the parameters (see `cast_parameters`)."""
     for name, buffer in model.named_buffers():
         if "inv_freq" in name and torch.finfo(buffer.dtype).bits < 32:
             warnings.warn(
@@ -53,10 +53,10 @@ def warn_of_slow_products(model: nn.Module) -> None:
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`auto` is a CUDA device if there is one, else the CPU.
+    """Return a device by name; `auto` is a CUDA device if there is one, else the CPU.
 
     Raises:
-        InputError: the device has no float64, which moments, factors and validation gradients are worked out in.
+        InputError: the device has no float64, in which moments, factors and validation gradients are computed.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +66,7 @@ def resolve_device(device: str = "auto") -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it natively, else float32.
+    """Return a dtype by name; `auto` is bfloat16 where the device multiplies it natively, else float32.
 
     Scores are accumulated in float32 either way; in bfloat16 they keep a rank correlation of 0.9995 or better
     with float32.
@@ -80,3 +80,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     else:
         native = False
     return torch.bfloat16 if native else torch.float32
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory, of the device or of the machine, did not suffice."""
+    # torch's CPU allocator raises a plain RuntimeError, and so do CUDA's libraries of linear algebra.
+    plain = ("can't allocate memory", "STATUS_ALLOC_FAILED", "(os error 12)")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in plain)

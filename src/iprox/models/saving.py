@@ -1,4 +1,4 @@
-"""A model and its tokenizer, saved to a folder."""
+"""Save a model and its tokenizer to a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from iprox.models.optimizer_state import save_adam_state
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Beside the checkpoints of a training: which there are, with their learning rates.
+# The list of the checkpoints of a training, with their learning rates.
 CHECKPOINTS = "checkpoints.json"
 
 
@@ -34,15 +34,15 @@ def save_model(
     *,
     adapters_only: bool = False,
 ) -> None:
-    """Save model and tokenizer to a folder that appears only when it is whole.
+    """Save a model and its tokenizer to a folder that appears only when it is complete.
 
     Args:
-        model: what to save; of one that carries adapters, the model with them multiplied in.
-        tokenizer: saved beside it.
-        folder: an older one of that name is replaced.
-        dtype: cast floating weights to this for storage; None keeps theirs.
-        optimizer: the Adam that trains it, to keep its moments; None keeps none.
-        adapters_only: save the adapters that it carries, float32, without the model.
+        model: model to save; adapters are multiplied in.
+        tokenizer: tokenizer to save next to it.
+        folder: folder to write; an older one of that name is replaced.
+        dtype: dtype of floating weights in storage; None keeps theirs.
+        optimizer: Adam that trains the model, whose moments are saved; None saves none.
+        adapters_only: whether to save only the adapters, in float32, without the model.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -66,7 +66,7 @@ def save_model(
 
 
 def _save_whole(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a model's config and weights, the weights those of `state`."""
+    """Write a model's config, and the weights of `state`."""
     if dtype is None:
         model.save_pretrained(folder)
         return

@@ -1,4 +1,4 @@
-"""What a config says of a model: whether it is one that iprox scores, and how it is to be run here."""
+"""What a config says about a model: whether iprox can score it, how long its inputs may be, how it runs here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from iprox.errors import InputError, cut, shown
 
-# Encoders that have a class for causal language modeling as well: causal only where `is_decoder` says so.
+# Encoders that have a class for causal language modeling as well: causal only with `is_decoder`.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 # Attention of every token to all others, whatever the config says, without permutation masks.
 _BIDIRECTIONAL = {"xlnet"}
@@ -41,7 +42,7 @@ _MOST = 2**40
 _NEVER_ZERO = {*_LAYERS, "hidden_size", "n_embd", "vocab_size"}
 
 _QUANTIZATION = ("quantization_config", "compression_config")
-# Of each method of quantization: the modules that read it, and how they are installed.
+# The modules that read each method of quantization, and how they are installed.
 _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "bitsandbytes": (("bitsandbytes", "accelerate"), "bitsandbytes accelerate"),
     "gptq": (("optimum", "gptqmodel"), "optimum gptqmodel"),
@@ -71,19 +72,43 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-# What transformers can turn into plain weights as it loads it; where it does not, the layers are refused by name.
+# The methods whose weights transformers can dequantize as it loads them; otherwise layers are refused by name.
 _DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
 
 
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """The longest input and the largest token that a model reads, or several models that read the same input.
+
+    Attributes:
+        positions: longest input in tokens; None where the config sets no limit.
+        vocabulary: number of embeddings; None where the config does not say.
+    """
+
+    positions: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, *configs: PretrainedConfig) -> ModelLimits:
+        """Return the limits of models by their configs: the least of each."""
+        texts = [config.get_text_config() for config in configs]
+        return cls(_least(texts, "max_position_embeddings"), _least(texts, "vocab_size"))
+
+
+def _least(configs: list[PretrainedConfig], name: str) -> int | None:
+    found = [getattr(config, name, None) for config in configs]
+    return min((value for value in found if isinstance(value, int) and value > 0), default=None)
+
+
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model that is not one to score, before any of its weights are read.
+    """Refuse a model that iprox cannot score, before any of its weights are read.
 
     Args:
-        config: of the model.
-        name: of the model, for messages.
+        config: config of the model.
+        name: name of the model, for messages.
 
     Raises:
-        InputError: it is no causal language model, or is quantized.
+        InputError: the model is not a causal language model, or is quantized.
     """
     _check_causal(config, name)
     _check_quantization(config, name)
@@ -97,10 +122,10 @@ def _check_causal(config: PretrainedConfig, name: str) -> None:
     called = cut(architectures[0] if architectures else kind or type(config).__name__)
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) is True:
-        raise InputError(f"{name}: {called} is an encoder-decoder, no causal language model; {_ADVICE}")
+        raise InputError(f"{name}: {called} is an encoder-decoder, not a causal language model; {_ADVICE}")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code and not _registered(config):
-        raise InputError(f"{name}: {called} (model_type {cut(kind)!r}) is no causal language model; {_ADVICE}")
+        raise InputError(f"{name}: {called} (model_type {cut(kind)!r}) is not a causal language model; {_ADVICE}")
     decoder = getattr(config, "is_decoder", False) is True or getattr(config, "causal", False) is True
     if kind in _BIDIRECTIONAL or (kind in _ENCODERS and not decoder and not own_code):
         remedy = "" if kind in _BIDIRECTIONAL else ' (one that was trained as a decoder has "is_decoder": true)'
@@ -118,7 +143,7 @@ def _check_causal(config: PretrainedConfig, name: str) -> None:
 
 
 def _causal_classes() -> set[str]:
-    """The names of transformers' classes of causal language models; some are called otherwise (multimodal ones)."""
+    """Return the names of transformers' classes of causal language models; not all end in `ForCausalLM`."""
     names: set[str] = set()
     for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names.update([each] if isinstance(each, str) else each)
@@ -126,7 +151,7 @@ def _causal_classes() -> set[str]:
 
 
 def _registered(config: PretrainedConfig) -> bool:
-    """Whether a class for the config was registered with `AutoModelForCausalLM.register`."""
+    """Return whether a class for the config was registered with `AutoModelForCausalLM.register`."""
     from transformers import AutoModelForCausalLM
 
     return type(config) in AutoModelForCausalLM._model_mapping._extra_content
@@ -138,11 +163,11 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
     A quantization must be described by keys and values, or transformers cannot even read the config.
 
     Args:
-        config: as it is written, the configs of its parts included.
-        name: of the model, for messages.
+        config: config as it is written, with the configs of its parts.
+        name: name of the model, for messages.
 
     Raises:
-        InputError: there is such a size; it is named.
+        InputError: there is such a size (it is named).
     """
     for key, value in config.items():
         if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
@@ -164,7 +189,7 @@ def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -
     """Refuse a config with more layers than its checkpoint has tensors, before that many layers are made.
 
     Raises:
-        InputError: it is one.
+        InputError: it has more.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
@@ -172,15 +197,15 @@ def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -
 
 
 def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> None:
-    """Refuse a model far larger than its checkpoint, which would fill the memory before it is found out.
+    """Refuse a model far larger than its checkpoint, which would fill the memory before anything else shows it.
 
     Args:
-        model: without weights, as its config has it.
-        numbers: how many its checkpoint holds.
-        name: of the model, for messages.
+        model: model without weights, made from its config.
+        numbers: count of numbers in its checkpoint.
+        name: name of the model, for messages.
 
     Raises:
-        InputError: it has more than four times the numbers (embeddings that are tied in one of the two double it).
+        InputError: the model has more than four times the numbers (embeddings tied in one of the two double them).
     """
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 4 * numbers:
@@ -191,7 +216,7 @@ def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> No
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """The quantization of a model as its config has it; None for one that has none."""
+    """Return the quantization of a model by its config; None without one."""
     for key in _QUANTIZATION:
         found = getattr(config, key, None)
         if found is not None:
@@ -200,7 +225,7 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _check_quantization(config: PretrainedConfig, name: str) -> None:
-    """Refuse weights that are packed: iprox reads one number per weight. A proxy of iprox's is none."""
+    """Refuse packed weights: iprox reads one number per weight. A proxy's weights are not packed."""
     found = quantization_of(config)
     if found is None:
         return
@@ -239,13 +264,13 @@ def _installed(module: str) -> bool:
 def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, name: str) -> None:
     """Leave the choice of attention to transformers where the config asks for one that cannot run here, and warn.
 
-    A kernel that would be fetched from the hub cannot: nobody has named its repository.
+    Kernels that would be downloaded from the hub are not used, as the user has not chosen their repository.
 
     Args:
-        config: of the model, changed in place.
-        dtype: that the model is to be run in.
-        device: where it is to be run.
-        name: of the model, for messages.
+        config: config of the model, changed in place.
+        dtype: dtype that the model will run in.
+        device: device that it will run on.
+        name: name of the model, for messages.
     """
     asked = sorted(
         {
@@ -280,15 +305,15 @@ def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bool:
-    """Whether a token's logits are the same whatever comes after it, tried on a few rows of random tokens.
+    """Return whether a token's logits are the same whatever comes after it, tried on a few rows of random tokens.
 
-    Of three draws one must hold: rounding moves logits by far less than a tenth of their spread, but may send a token
-    to another expert.
+    One of three draws must show it: rounding moves logits by far less than a tenth of their spread, but may route a
+    token to another expert.
 
     Args:
-        model: in eval mode; called with `input_ids` [2, 4].
-        vocabulary: number of tokens.
-        tries: draws.
+        model: model in eval mode; called with `input_ids` [2, 4].
+        vocabulary: number of tokens in the vocabulary.
+        tries: number of draws.
     """
     device = next(model.parameters()).device
     for seed in range(tries):

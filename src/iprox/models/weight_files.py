@@ -1,4 +1,4 @@
-"""The weight files of a model folder: safetensors in the folder itself, and nothing else."""
+"""Where the weights of a model are: safetensors files in its own folder, or on the Hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
@@ -23,7 +31,7 @@ def check_weight_files(folder: Path) -> None:
     An index may map a tensor to any path: to a pickle, or to a file that no fingerprint of the folder covers.
 
     Raises:
-        InputError: it is one.
+        InputError: the folder is one of these.
     """
     if not any(folder.glob(f"*{SAFETENSORS}")):
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -43,26 +51,49 @@ def check_weight_files(folder: Path) -> None:
         _check_name(explicit, folder / CONFIG_NAME)
 
 
+def check_reachable(repo: str) -> None:
+    """Refuse a Hub model of which nothing is in the cache if the Hub cannot be reached.
+
+    huggingface_hub tries five more times, over 23 seconds, before it reports that: long for a folder's name with a
+    typo. Whatever the Hub answers (no such model, no access) is left to the function that loads the model.
+
+    Raises:
+        InputError: the Hub cannot be reached.
+    """
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    if constants.HF_HUB_OFFLINE or any(cached.glob("snapshots/*/*")):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repo, CONFIG_NAME))
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+        return
+    except HTTPError as error:
+        raise InputError(
+            f"{repo}: no such folder here, and the Hub cannot be reached ({one_line(error)}); correct the path, or try "
+            "again once there is a connection"
+        ) from error
+
+
 def check_hub_index(repo: str) -> None:
     """Refuse a hub model whose index names other files than safetensors.
 
     Raises:
-        InputError: it does.
+        InputError: the index does.
     """
     try:
         index = cached_file(repo, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     except OSError:
-        return  # what cannot be fetched is told of when the weights are
+        return  # an error that loading the weights reports
     if index is not None:
         for name in _named_by(Path(index)):
             _check_name(name, Path(index))
 
 
 def count_weights(folder: Path) -> tuple[int, int]:
-    """Tensors of a folder's weights, and numbers in them, by the headers of its files.
+    """Return the number of tensors in a folder's weights, and of numbers in them, by the headers of its files.
 
     Raises:
-        InputError: a file is no safetensors file.
+        InputError: a file is not a safetensors file.
     """
     tensors, numbers = 0, 0
     for file in sorted(folder.glob(f"*{SAFETENSORS}")):
@@ -75,13 +106,13 @@ def count_weights(folder: Path) -> tuple[int, int]:
                     tensors, numbers = tensors + 1, numbers + size
         except SafetensorError as error:
             raise InputError(
-                f"{file}: cannot be loaded as a causal language model: no whole file of safetensors: {one_line(error)}"
+                f"{file}: cannot be loaded as a causal language model: incomplete safetensors: {one_line(error)}"
             ) from error
     return tensors, numbers
 
 
 def _named_by(index: Path) -> Iterable[Any]:
-    """The files that an index maps tensors to."""
+    """Return the files that an index maps tensors to."""
     mapping = _read(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise InputError(f"{index}: has no weight_map that says which file each tensor is in")
@@ -92,9 +123,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: no JSON ({one_line(error)}); copy the model's files again") from error
+        raise InputError(f"{file}: not JSON ({one_line(error)}); copy the model's files again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{file}: no JSON object; copy the model's files again")
+        raise InputError(f"{file}: not a JSON object; copy the model's files again")
     return value
 
 
@@ -106,5 +137,5 @@ def _check_name(name: Any, where: Path) -> None:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file in the folder, on every system."""
+    """Return whether a name is that of a file in the folder, on every system."""
     return not set(name) & set("/\\:\0") and name not in ("", ".", "..")

@@ -115,7 +115,7 @@ class Costs:
         if settings.fidelity is not None:
             return KEPT_BY_FIDELITY
         dense = flops.linear_parameters(self.model)
-        return Size(settings.sparsity, settings.parameters, settings.flops).budget(self.model, dense) / dense
+        return Size(settings.sparsity, settings.flops).budget(self.model, dense) / dense
 
     @property
     def activations(self) -> int:

@@ -1,1 +1,1 @@
-"""Proxies: moments, the closed form, rank budgets, compression, alignment."""
+"""Proxies: the closed form (IPSVD) and its baselines, ranks and sizes, compression, alignment."""

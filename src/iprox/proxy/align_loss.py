@@ -1,12 +1,12 @@
-"""The alignment loss: what the proxy is to match of its target on a batch, and how far it is from it.
+"""The alignment loss: what the proxy should match of its target on a batch, and its distance from it.
 
 Source: arXiv:2602.17835, section 4.2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
-factors of W = AB as ∇_A = ∇_W Bᵀ and ∇_B = Aᵀ ∇_W. The loss of a batch is
+factors of W = up·down as ∇_up = ∇_W downᵀ and ∇_down = upᵀ ∇_W. The loss of a batch is
 
     gradient_weight · mean over low-rank layers of
-        d(∇_A ℓ, sg(∇_W ℓ_target) Bᵀ) + d(∇_B ℓ, Aᵀ sg(∇_W ℓ_target))
+        d(∇_up ℓ, sg(∇_W ℓ_target) downᵀ) + d(∇_down ℓ, upᵀ sg(∇_W ℓ_target))
     + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens
-    + hidden_weight · mean over decoder layers of the relative squared distance of what they pass on,
+    + hidden_weight · mean over decoder layers of the relative squared distance of their outputs,
 
 d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
 The first part needs second derivatives; the other two do not.
@@ -14,7 +14,7 @@ The first part needs second derivatives; the other two do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +40,9 @@ class Objective:
     """What alignment minimizes.
 
     Attributes:
-        gradient_weight: of the gradient part; 0 leaves it out, and the second derivatives with it.
-        kl_weight: λ_KL; Adam does not see its scale where nothing else has a weight.
-        hidden_weight: of the hidden states.
+        gradient_weight: weight of the gradient part; 0 leaves it out, and the second derivatives with it.
+        kl_weight: λ_KL; its scale does not matter to Adam where nothing else has a weight.
+        hidden_weight: weight of the hidden states.
     """
 
     gradient_weight: float = 1.0
@@ -50,23 +50,19 @@ class Objective:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be minimized."""
+        """Refuse an objective without any weight."""
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
-
-    def matched(self, layers: Mapping[str, LowRankLinear]) -> list[str]:
-        """Return the names of the layers whose gradients are matched: all of them, or none without a weight."""
-        return list(layers) if self.gradient_weight else []
 
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What the proxy is to match on a batch, without a graph.
+    """What the proxy should match on a batch, without a graph.
 
     Attributes:
         gradients: ∇_W ℓ_target [m, n] by layer name.
-        logits: [N, V] where a supervised token is predicted.
-        hidden: what each decoder layer passes on [B, L, d]; empty where it is not matched.
+        logits: logits [N, V] where a supervised token is predicted.
+        hidden: output of each decoder layer [B, L, d]; empty where hidden states are not matched.
     """
 
     gradients: dict[str, Tensor]
@@ -74,7 +70,7 @@ class Signals:
     hidden: list[Tensor]
 
     def to(self, device: torch.device) -> Signals:
-        """The same on another device."""
+        """Return the same signals on another device."""
         return Signals(
             {name: gradient.to(device) for name, gradient in self.gradients.items()},
             self.logits.to(device),
@@ -93,61 +89,55 @@ class Losses:
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """1 - cos of two matrices seen as vectors, a scalar."""
+    """Return 1 - cos of two matrices seen as vectors, a scalar."""
     return 1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0)
 
 
 def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
-    """‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine it also matches lengths."""
+    """Return ‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine it also depends on lengths."""
     return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
 
 
 def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
-    """τ² KL(target ‖ proxy) at temperature τ, per row of logits [N, V]. Returns [N] in float32 or better."""
+    """Return τ² KL(target ‖ proxy) at temperature τ, per row of logits [N, V]: [N] in float32 or better."""
     dtype = accumulation_dtype(proxy_logits)
     reference = F.log_softmax(target_logits.to(dtype) / temperature, dim=-1)
     log_q = F.log_softmax(proxy_logits.to(dtype) / temperature, dim=-1)
     return temperature**2 * F.kl_div(log_q, reference, reduction="none", log_target=True).sum(-1)
 
 
-def gradient_distance(
-    layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor], names: Sequence[str]
-) -> Tensor:
-    """The gradient part of the alignment loss, differentiable in the factors (second order).
+def gradient_distance(layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+    """Return the gradient part of the alignment loss, differentiable in the factors (second order).
 
     Args:
         layers: the proxy's low-rank layers.
         loss: ℓ of the proxy on the batch, a scalar with its graph.
         target: ∇_W ℓ_target [m, n] by layer name, without a graph.
-        names: of the layers that are aligned.
     """
-    seen = factor_gradients(layers, loss, names)
+    seen = factor_gradients(layers, loss)
     distances = []
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
-        for name in names:
-            if name not in seen or name not in target:
-                continue  # an expert that no token of the batch was routed to, on the proxy or on the target
-            A, B = layers[name].A.weight, layers[name].B.weight
-            grad_A, grad_B = seen[name]
-            G = target[name].to(A.dtype)
-            distances.append(cosine_distance(grad_A, G @ B.mT) + cosine_distance(grad_B, A.mT @ G))
+        for name, (grad_up, grad_down) in seen.items():
+            if name not in target:
+                continue  # an expert that no token of the batch was routed to on the target
+            up, down = layers[name].up.weight, layers[name].down.weight
+            G = target[name].to(up.dtype)
+            distances.append(cosine_distance(grad_up, G @ down.mT) + cosine_distance(grad_down, up.mT @ G))
     if not distances:
-        return loss * 0  # no layer that is aligned saw a token of this batch
+        return loss * 0  # no low-rank layer saw a token of this batch
     return torch.stack(distances).mean()
 
 
-def factor_gradients(
-    layers: Mapping[str, LowRankLinear], loss: Tensor, names: Sequence[str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """∇_A [m, r] and ∇_B [r, n] of a loss by layer name, with their graph; layers that it does not hang on left out."""
-    factors = [weight for name in names for weight in (layers[name].A.weight, layers[name].B.weight)]
+def factor_gradients(layers: Mapping[str, LowRankLinear], loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return ∇_up [m, r] and ∇_down [r, n] of a loss by layer name, with their graph; without unused layers."""
+    factors = [weight for layer in layers.values() for weight in (layer.up.weight, layer.down.weight)]
     gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
-    pairs = zip(names, gradients[::2], gradients[1::2], strict=True)
-    return {name: (grad_A, grad_B) for name, grad_A, grad_B in pairs if grad_A is not None and grad_B is not None}
+    pairs = zip(layers, gradients[::2], gradients[1::2], strict=True)
+    return {name: (up, down) for name, up, down in pairs if up is not None and down is not None}
 
 
 def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) -> Tensor:
-    """Mean over decoder layers of ‖h - h_target‖² / ‖h_target‖² over all real tokens, a scalar."""
+    """Return the mean over decoder layers of ‖h - h_target‖² / ‖h_target‖² over all real tokens, a scalar."""
     real = torch.arange(target[0].shape[1], device=lengths.device) < lengths[:, None]
     dtype = accumulation_dtype(proxy[0])
     pairs = zip(proxy, target, strict=True)
@@ -161,20 +151,19 @@ def alignment_loss(
     signals: Signals,
     objective: Objective,
 ) -> Losses:
-    """The loss of one batch.
+    """Return the loss of one batch.
 
-    For the gradient part the proxy runs with the `math` attention kernel: it is the one with a second derivative.
+    For the gradient part the proxy runs with the `math` attention kernel, which alone has a second derivative.
 
     Args:
-        proxy: in evaluation mode.
+        proxy: model in evaluation mode.
         layers: its low-rank layers.
-        batch: on its device.
-        signals: what it is to match, on its device.
-        objective: what counts.
+        batch: batch on its device.
+        signals: signals that it should match, on its device.
+        objective: weights of the parts.
     """
-    names = objective.matched(layers)
-    kernel = sdpa_kernel(SDPBackend.MATH) if names else nullcontext()
-    with kernel, passed_on(proxy, bool(signals.hidden)) as hidden:
+    kernel = sdpa_kernel(SDPBackend.MATH) if objective.gradient_weight else nullcontext()
+    with kernel, layer_outputs(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
         kl = kl_divergence(signals.logits, logits, TEMPERATURE).mean()
@@ -183,9 +172,9 @@ def alignment_loss(
         if apart is not None:
             whole = whole + objective.hidden_weight * apart
         gradient = None
-        if names:
+        if objective.gradient_weight:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
-            gradient = gradient_distance(layers, losses.mean(), signals.gradients, names)
+            gradient = gradient_distance(layers, losses.mean(), signals.gradients)
             whole = whole + objective.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
@@ -196,13 +185,12 @@ def target_signals(
     batch: Batch,
     objective: Objective,
 ) -> Signals:
-    """What the proxy is to match on a batch. Where gradients have no weight there is no backward pass."""
-    names = objective.matched(layers)
-    with passed_on(target, objective.hidden_weight > 0) as hidden:
-        if not names:
+    """Return what the proxy should match on a batch. Without a weight of gradients there is no backward pass."""
+    with layer_outputs(target, objective.hidden_weight > 0) as hidden:
+        if not objective.gradient_weight:
             with frozen(target), torch.no_grad():
                 return Signals({}, causal_lm_logits(target, batch)[0], [state.detach() for state in hidden])
-        watched = {name: target.get_submodule(name) for name in names}
+        watched = {name: target.get_submodule(name) for name in layers}
         gradients: dict[str, Tensor] = {}
         kept: list[Tensor] = []
         count = batch.input_ids.shape[0]
@@ -223,8 +211,8 @@ def target_signals(
 
 
 @contextmanager
-def passed_on(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Gather what each decoder layer passes on while the model runs."""
+def layer_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
+    """Collect the output of each decoder layer while the model runs, or nothing where it is not wanted."""
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

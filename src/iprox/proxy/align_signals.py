@@ -1,7 +1,7 @@
-"""What a proxy is to match, computed once a batch and kept on disk, so that later epochs spare the target's pass.
+"""The target's signals, computed once per batch and kept on disk, so that later epochs do not run the target.
 
-The target does not change while a proxy is aligned, so neither do its gradients and logits. In full they take the
-bytes of the target's linear layers a batch: little for a small model, too much for a large one (`stored_bytes`).
+The target does not change while a proxy is aligned, and neither do its gradients and logits. Per batch they take the
+bytes of the target's linear layers: little for a small model, too much for a large one (`stored_bytes`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from iprox.data.batching import Batch
 from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
-from iprox.proxy.align_loss import Signals
+from iprox.proxy.align_loss import Objective, Signals
 
-# Up to this many bytes they are kept.
+# Signals that take more bytes than this are not kept.
 AUTO_BYTES = 4 << 30
 
 
 class SignalStore:
     """Signals of batches by number, in a folder: read if they are there, else made and written.
 
-    Where the disk is full it goes on without, and warns.
+    Where the disk is full, signals are made every time, with a warning.
 
     Args:
-        folder: made if missing; what is in it is of the same target, batches and objective.
+        folder: folder for one target, one list of batches and one objective; made if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,13 +39,13 @@ class SignalStore:
         self.full = False
 
     def __call__(self, index: int, make: Callable[[], Signals]) -> Signals:
-        """The signals of a batch, bit for bit those that `make` gives."""
+        """Return the signals of a batch, bit for bit those that `make` gives."""
         file = self.folder / f"{index:06d}.safetensors"
         if file.is_file():
             try:
                 return _read(file)
             except SafetensorError:
-                file.unlink()  # cut off by a full disk or a crash of the machine: made again
+                file.unlink()  # incomplete after a full disk or a crash of the machine: made again
         signals = make()
         if self.full:
             return signals
@@ -59,26 +59,27 @@ class SignalStore:
         except (OSError, SafetensorError) as error:
             self.full = True
             self.discard()
-            warnings.warn(f"the target is asked at every step, as what it says cannot be kept: {error}", stacklevel=2)
+            warnings.warn(f"the target runs at every step, as its signals cannot be kept: {error}", stacklevel=2)
         return signals
 
     def discard(self) -> None:
-        """Remove them."""
+        """Remove all signals."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], names: Sequence[str], batches: Sequence[Batch], vocabulary: int
+    layers: Mapping[str, LowRankLinear], objective: Objective, batches: Sequence[Batch], vocabulary: int
 ) -> int:
-    """About what the signals of some batches take: gradients [m, n] in float32, and logits where tokens are supervised.
+    """Return about how many bytes the signals of some batches take: gradients [m, n] and supervised logits, in float32.
 
     Args:
-        layers: the proxy's low-rank layers.
-        names: of those whose gradients are matched.
-        batches: of the alignment.
-        vocabulary: entries of a token's logits.
+        layers: low-rank layers of the proxy.
+        objective: objective, by whose weights gradients are stored or not.
+        batches: alignment batches.
+        vocabulary: number of logits per token.
     """
-    gradients = sum(layers[name].out_features * layers[name].in_features for name in names)
+    matched = layers.values() if objective.gradient_weight else ()
+    gradients = sum(layer.out_features * layer.in_features for layer in matched)
     supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
     return 4 * (len(batches) * gradients + supervised * vocabulary)
 
@@ -87,7 +88,7 @@ def _read(file: Path) -> Signals:
     gradients: dict[str, Tensor] = {}
     hidden: dict[str, Tensor] = {}
     with safe_open(file, "pt") as saved:
-        for name in saved.keys():  # noqa: SIM118  (it is no mapping)
+        for name in saved.keys():  # noqa: SIM118  (not a mapping)
             kind, _, rest = name.partition("/")
             if kind == "gradient":
                 gradients[rest] = _aligned(saved, name)
@@ -97,9 +98,9 @@ def _read(file: Path) -> Signals:
 
 
 def _aligned(saved: Any, name: str) -> Tensor:
-    """A tensor of an open file in memory of its own.
+    """Return a tensor of an open file in memory of its own.
 
-    What safetensors gives lies where it lies in the file, and on CPUs without AVX-512 matrix products differ in their
-    last bits with where their operands begin.
+    The memory that safetensors returns is aligned as in the file, and on CPUs without AVX-512 matrix products differ in
+    their last bits with the alignment of their operands.
     """
     return saved.get_tensor(name).clone()

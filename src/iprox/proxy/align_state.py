@@ -1,9 +1,11 @@
-"""What an interrupted alignment goes on from: factors, the optimizer's moments and the best factors; safetensors."""
+"""An alignment in progress: what happened in each step, the best factors so far, and the file that it resumes from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +17,157 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.files import replacing
 
-# What AdamW keeps of a parameter: its two running averages and the steps they are of.
+# What AdamW keeps of a parameter: its two running averages, and the number of steps that they cover.
 KEPT = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_state(
-    file: Path,
-    identity: str,
-    factors: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
-    best: Mapping[str, Tensor],
-    history: dict[str, Any],
-) -> None:
-    """Write the state of an alignment; the file appears only when whole.
+@dataclass(frozen=True, slots=True)
+class AlignmentStep:
+    """One optimizer step: the whole loss, its parts (KL per token, nats), the learning rate.
+
+    Parts without weight are None, and were not computed. With several batches per step they are means.
+    """
+
+    step: int
+    loss: float
+    gradient: float | None
+    kl: float
+    hidden: float | None
+    learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Fidelity on held-out examples after some steps; 0 is before alignment."""
+
+    step: int
+    fidelity: float
+
+
+@dataclass(slots=True)
+class AlignmentHistory:
+    """What alignment did; written next to the proxy as `alignment.json`.
+
+    Attributes:
+        steps: all optimizer steps.
+        held_out: fidelity where it was measured.
+        best_step: step whose factors were kept; the last one where fidelity was not measured.
+        stopped_early: whether fidelity had stopped rising before all steps were done.
+        tokens: number of tokens read.
+        seconds: wall time.
+    """
+
+    steps: list[AlignmentStep] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+    best_step: int = 0
+    stopped_early: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AlignmentHistory:
+        """Return the history that `as_dict` wrote."""
+        steps = [AlignmentStep(**step) for step in data["steps"]]
+        return cls(**{**data, "steps": steps, "held_out": [HeldOut(**point) for point in data["held_out"]]})
+
+
+class AlignmentState:
+    """The factors, the optimizer, the best factors so far, and the history.
 
     Args:
-        file: to write.
-        identity: of the run that may go on from it.
-        factors: by name, as they are.
-        optimizer: whose parameters they are.
-        best: the best factors so far by name; empty where none are kept.
-        history: plain data.
+        factors: factors by parameter name.
+        optimizer: optimizer of the factors.
+        held_out: fidelity of the proxy as it is; None where it is not measured.
     """
-    tensors = {f"factor/{name}": factor.detach() for name, factor in factors.items()}
-    tensors |= {f"best/{name}": factor for name, factor in best.items()}
-    for name, factor in factors.items():
-        # Nothing is kept of a factor that has had no gradient yet: one of an expert that no token was routed to.
-        tensors |= {f"{kept}/{name}": value for kept, value in optimizer.state.get(factor, {}).items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-            partial,
-            metadata={"identity": identity, "history": json.dumps(history)},
-        )
 
+    def __init__(
+        self, factors: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW, held_out: Callable[[], float] | None
+    ) -> None:
+        self.factors, self.optimizer, self.held_out = factors, optimizer, held_out
+        self.history = AlignmentHistory()
+        self.best: dict[str, Tensor] = {}
 
-def load_state(
-    file: Path, identity: str, factors: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Put a saved state back into factors and optimizer.
+    def evaluate(self, step: int) -> None:
+        """Measure fidelity, and keep the factors if they are the best so far."""
+        if self.held_out is None:
+            return
+        fidelity = self.held_out()
+        if not math.isfinite(fidelity):
+            raise FloatingPointError(
+                f"the held-out fidelity is {fidelity} at step {step}: scores of a task are all alike, so they have no "
+                "ranking; give other held-out examples, or none"
+            )
+        highest = max((point.fidelity for point in self.history.held_out), default=-math.inf)
+        self.history.held_out.append(HeldOut(step, fidelity))
+        if fidelity > highest:
+            self.history.best_step = step
+            self.best = {name: factor.detach().clone() for name, factor in self.factors.items()}
 
-    Returns:
-        The best factors by name, and the history.
+    def evaluations_since_best(self) -> int:
+        """Return the number of evaluations since the best one."""
+        return sum(point.step > self.history.best_step for point in self.history.held_out)
 
-    Raises:
-        InputError: the file is of another alignment, or cannot be read.
-    """
-    try:
-        with safe_open(file, "pt") as saved:
-            metadata = saved.metadata() or {}
-            if metadata.get("identity") != identity:
-                raise InputError(f"{file}: is of another alignment; remove it to start anew")
-            names = set(saved.keys())
-            history = json.loads(metadata["history"])
-            with torch.no_grad():
-                for name, factor in factors.items():
-                    factor.copy_(saved.get_tensor(f"factor/{name}"))
+    def finish(self) -> None:
+        """Leave the proxy with the best factors."""
+        if self.held_out is None:
+            self.history.best_step = len(self.history.steps)
+            return
+        with torch.no_grad():
+            for name, factor in self.factors.items():
+                factor.copy_(self.best[name])
+
+    def save(self, file: Path, identity: str) -> None:
+        """Write all that resuming needs; the file appears only when it is complete.
+
+        Args:
+            file: file to write.
+            identity: identity of the alignment, which alone may resume from the file.
+        """
+        tensors = {f"factor/{name}": factor.detach() for name, factor in self.factors.items()}
+        tensors |= {f"best/{name}": factor for name, factor in self.best.items()}
+        for name, factor in self.factors.items():
+            # A factor without a gradient so far (of an expert that no token was routed to) has no state.
+            tensors |= {f"{kept}/{name}": value for kept, value in self.optimizer.state.get(factor, {}).items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+                partial,
+                metadata={"identity": identity, "history": json.dumps(self.history.as_dict())},
+            )
+
+    def load(self, file: Path, identity: str) -> None:
+        """Put back what `save` wrote.
+
+        Raises:
+            InputError: the file was written by another alignment, or cannot be read.
+        """
+        try:
+            with safe_open(file, "pt") as saved:
+                metadata = saved.metadata() or {}
+                if metadata.get("identity") != identity:
+                    raise InputError(f"{file}: was written by another alignment; remove it to start again")
+                names = set(saved.keys())
+                for name, factor in self.factors.items():
+                    with torch.no_grad():
+                        factor.copy_(saved.get_tensor(f"factor/{name}"))
                     if f"step/{name}" in names:
-                        step, *moments = (saved.get_tensor(f"{kept}/{name}") for kept in KEPT)
-                        averages = (moment.to(factor.device) for moment in moments)
-                        optimizer.state[factor] = dict(zip(KEPT, (step, *averages), strict=True))
-            best = {
-                name: saved.get_tensor(f"best/{name}").to(factor.device)
-                for name, factor in factors.items()
-                if f"best/{name}" in names
-            }
-    except SafetensorError as error:
-        raise InputError(f"{file}: cannot be read ({error}); remove it to start anew") from error
-    return best, history
+                        step, *averages = (saved.get_tensor(f"{kept}/{name}") for kept in KEPT)
+                        moved = (average.to(factor.device) for average in averages)
+                        self.optimizer.state[factor] = dict(zip(KEPT, (step, *moved), strict=True))
+                    if f"best/{name}" in names:
+                        self.best[name] = saved.get_tensor(f"best/{name}").to(factor.device)
+        except SafetensorError as error:
+            raise InputError(f"{file}: cannot be read ({error}); remove it to start again") from error
+        self.history = AlignmentHistory.from_dict(json.loads(metadata["history"]))
 
 
 def discard_other_states(folder: Path, identity: str) -> None:
-    """Remove the saved states of other alignments from a folder, so that a changed setting starts anew."""
+    """Remove the saved states of other alignments from a folder, so that a changed setting starts again."""
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt") as saved:

@@ -1,25 +1,79 @@
-"""Proxies that are not factorized: the first layers of the target, or another model altogether.
+"""The proxies that IPSVD is compared with: other factorizations, the first layers of the target, another model.
 
-The factorizing baselines (SVD, SVD-LLM, ASVD, FWSVD, random) differ from IPSVD in their weighing alone: `methods.py`.
+The factorizing methods all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r; they differ in the roots only.
+
+| method | R_out | R_in | source |
+| --- | --- | --- | --- |
+| ipsvd | C_δ^{1/2} | C_h^{1/2} | arXiv:2602.17835 (`iprox.proxy.ipsvd`) |
+| svd | I | I | Eckart and Young 1936 |
+| svd-llm | I | C_h^{1/2} | arXiv:2403.07378 |
+| asvd | I | diag(rms(h))^{1/2} | arXiv:2312.05821 (α = 0.5; root mean square for mean absolute value) |
+| fwsvd | diag(rms(δ)) | I | arXiv:2207.00112 (Fisher of a row, by K-FAC: C_δ,ii · tr C_h) |
+| random | – | – | the span of random directions, W projected on it |
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
+from iprox.kronecker.moments import LayerMoments
+from iprox.kronecker.roots import DiagonalRoot
+from iprox.kronecker.svd import along
 from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
+from iprox.proxy.ipsvd import Ridge, Spectrum, ridge_of, weighted_svd
+
+FactorBaseline = Literal["svd", "svd-llm", "asvd", "fwsvd", "random"]
+
+# The baselines whose roots are made from moments.
+WEIGHTED = ("svd-llm", "asvd", "fwsvd")
+
+
+def baseline_spectrum(
+    method: FactorBaseline, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
+) -> Spectrum:
+    """Return the spectrum of one layer by a factorizing baseline, computed in float64.
+
+    Args:
+        method: name of the baseline.
+        weight: W [m, n], in float64.
+        moments: second moments of the layer; not read by `svd` and `random`.
+        ridge: ridge of the input moment of `svd-llm`.
+        generator: generator of random directions.
+    """
+    if method == "svd":
+        return weighted_svd(weight, None, None)
+    if method == "random":
+        return random_spectrum(weight, generator)
+    if moments is None:
+        raise ValueError(f"{method} needs moments")
+    if method == "asvd":
+        return weighted_svd(weight, None, DiagonalRoot.of_squares(moments.inputs.diagonal().double().sqrt()))
+    if method == "fwsvd":
+        return weighted_svd(weight, DiagonalRoot.of_squares(moments.gradients.diagonal().double()), None)
+    ridge_in = ridge_of(moments.inputs, ridge)
+    return replace(weighted_svd(weight, None, moments.inputs.root(ridge_in)), ridge_in=ridge_in)
+
+
+def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:
+    """Return W projected on random orthonormal input directions, in the order of what each carries."""
+    m, n = weight.shape
+    noise = torch.randn(n, min(m, n), generator=generator, dtype=weight.dtype).to(weight.device)
+    directions, _ = torch.linalg.qr(noise)
+    return Spectrum(*along(weight, directions))
 
 
 def fitting_layers(model: PreTrainedModel, budget: float) -> int:
-    """How many of a model's first decoder layers a budget of parameters holds; the model needs no weights.
+    """Return how many of a model's first decoder layers fit in a budget of parameters; the model needs no weights.
 
     Raises:
-        InputError: not even one.
+        InputError: not even one layer fits.
     """
     name, blocks = decoder_layers(model)
     spent, count = 0.0, 0
@@ -39,27 +93,27 @@ def fitting_layers(model: PreTrainedModel, budget: float) -> int:
 
 
 def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
-    """Layer extraction: a copy of the model with its first k decoder layers, then its final norm and head.
+    """Return a copy of the model with its first k decoder layers, then its final norm and head (layer extraction).
 
     Args:
-        model: the target; left as it was.
-        budget: the most parameters that the compressible layers may have.
+        model: target; left as it was.
+        budget: largest number of parameters that the compressible layers may have.
 
     Returns:
-        The copy, and k: the most layers that fit.
+        The copy, and k: the number of layers that fit.
 
     Raises:
         InputError: not even one layer fits.
     """
     name, blocks = decoder_layers(model)
     count = fitting_layers(model, budget)
-    # deepcopy takes what the memo already holds, so layers that go are never copied.
+    # deepcopy takes what the memo already holds, so layers that are left out are never copied.
     shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")
     kept = nn.ModuleList(list(shorter.get_submodule(name).children())[:count])
     setattr(shorter.get_submodule(parent), attribute, kept)
     config = shorter.config.get_text_config()
-    # Configs keep one entry a layer in lists such as `layer_types`.
+    # Configs keep one entry per layer in lists such as `layer_types`.
     for key, value in vars(config).items():
         if isinstance(value, list) and len(value) == len(blocks):
             setattr(config, key, value[:count])
@@ -67,15 +121,15 @@ def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel
     return shorter, count
 
 
-# Sizes of one family pad their vocabularies to other multiples (Qwen2, Gemma 3).
+# Models of one family pad their vocabularies to different multiples (Qwen2, Gemma 3).
 PADDING = 256
 
 
 def off_the_shelf(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
-    """Another model as it is, in the target's place.
+    """Return a copy of another model, to be used as the proxy.
 
     Raises:
-        InputError: its vocabulary differs by more than padding, so that tokens of one mean nothing to the other.
+        InputError: the vocabularies differ by more than padding, so the models do not share their tokens.
     """
     sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
     if abs(sizes[0] - sizes[1]) > PADDING:

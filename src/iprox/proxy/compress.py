@@ -1,4 +1,4 @@
-"""Stage 1: a model in, a proxy out, by IPSVD or by a baseline."""
+"""Stage 1: derive a proxy from a model, by IPSVD or by a baseline."""
 
 from __future__ import annotations
 
@@ -14,53 +14,33 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
-from iprox.models.layers import compressible_layers, weight_shape
+from iprox.models.layers import compressible_layers
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
-from iprox.proxy.factorize import Factorization, FactorSettings, Spectra, measured_spectra
-from iprox.proxy.methods import FactorMethod
+from iprox.proxy.factorize import FactorMethod, FactorSettings, LayerReport, Spectra, measured_spectra
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Prices, Size
 
 Method = FactorMethod | Literal["layers", "off-the-shelf"]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes:
-        shape: (m, n).
-        rank: None if it was left dense.
-        tail: share of its weighted squared norm lost.
-        ridge_in: ridge of its input moment, as a share of the mean eigenvalue; None where none was used.
-        ridge_out: of its gradient moment.
-    """
-
-    shape: tuple[int, int]
-    rank: int | None
-    tail: float
-    ridge_in: float | None = None
-    ridge_out: float | None = None
-
-
 @dataclass(slots=True)
 class CompressionReport:
-    """What compression did; written beside the proxy as `compression.json`.
+    """What compression did; written next to the proxy as `compression.json`.
 
     Attributes:
-        method: how the proxy was made.
+        method: method that made the proxy.
         ranks_rule: `global` or `uniform`; None where nothing was factorized.
-        size: what was asked for, e.g. {"sparsity": 0.7}.
-        achieved_sparsity: share of the compressible parameters removed.
-        relative_flops: of a token's forward pass, linear layers and head, over the target's.
-        probe_tokens: tokens that moments were measured on.
-        passes: how often the probe was read.
-        unreached: layers that no probe token moved: weighed by the plain norm.
-        norm_scales: what each norm of the proxy was multiplied by, by module name (`iprox.proxy.norms`).
+        size: size that was asked for, e.g. {"sparsity": 0.7}.
+        achieved_sparsity: share of the compressible parameters that was removed.
+        relative_flops: FLOPs of a token's forward pass, linear layers and head, over the target's.
+        probe_tokens: number of tokens that moments were measured on.
+        passes: number of times that the probe was read.
+        unreached: layers that no probe token moved, so that they were weighted by the plain norm.
+        norm_scales: factor of each norm of the proxy, by module name (`iprox.proxy.norms`).
         seconds: wall time.
-        layers: by module name; empty where nothing was factorized.
+        layers: report of each layer by module name; empty where nothing was factorized.
     """
 
     method: str
@@ -76,7 +56,7 @@ class CompressionReport:
     layers: dict[str, LayerReport] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
 
@@ -95,19 +75,19 @@ def derive_proxy(
     Layers that are not compressed (embeddings, norms, the head, layers left dense) are copied.
 
     Args:
-        model: the target.
+        model: target.
         probe: batches over which second moments are measured; not read by methods that need none.
-        size: how large the proxy may be.
-        settings: how layers are factorized.
-        loss_fn: per-example losses of a model that is no language model.
-        target: what to name the target in the proxy's config.
-        progress: called with 1 as each layer is done.
+        size: size of the proxy.
+        settings: settings of the factorization.
+        loss_fn: per-example losses of a model that is not a language model.
+        target: name of the target in the proxy's config.
+        progress: function called with 1 as each layer is done.
 
     Returns:
         The proxy, in the model's dtype and on its device, and a report.
 
     Raises:
-        InputError: a size out of reach, or the model is a proxy already.
+        InputError: the size is out of reach, or the model is a proxy already.
         FloatingPointError: a moment is not finite (the layer is named).
     """
     started = time.perf_counter()
@@ -133,45 +113,40 @@ def proxies_of(
     target: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[MakeProxy]:
-    """What makes proxies of a model, of any size, from moments and spectra measured once (see `derive_proxy`).
+    """Yield a function that makes proxies of any size from moments and spectra measured once (see `derive_proxy`).
 
     Args:
-        model: the target.
-        probe: batches.
-        settings: how layers are factorized.
-        largest: refused now if even this is out of reach; later sizes are given in the same unit.
+        model: target.
+        probe: batches over which second moments are measured.
+        settings: settings of the factorization.
+        largest: largest size, refused now if it is out of reach; later sizes are given in the same unit.
         loss_fn: per-example losses.
-        target: what to name the target in the proxy's config.
-        progress: called with 1 as each layer is done.
+        target: name of the target in the proxy's config.
+        progress: function called with 1 as each layer is done.
     """
     _refuse_proxy(model)
     layers = compressible_layers(model)
     prices = Prices.of(model, largest)
-    prices.refuse_out_of_reach(model, largest)
-    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    prices.budget(model, largest)  # refuses a size out of reach
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read once more
 
     def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
         started = time.perf_counter()
-        prices.refuse_out_of_reach(model, size)
-        proxy, done = spectra.cut(size.budget(model, prices.dense))
-        report = CompressionReport(settings.method, settings.ranks, size.as_dict())
+        proxy, layers = spectra.cut(prices.budget(model, size))
+        report = CompressionReport(settings.method, settings.ranks, size.as_dict(), layers=layers)
         if refit:
             report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
-        report.probe_tokens, report.passes, report.unreached = done.probe_tokens, done.passes, done.unreached
+        report.probe_tokens, report.passes = spectra.probe_tokens, spectra.passes
+        report.unreached = spectra.unreached
         if report.unreached:
             warnings.warn(
                 f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
                 "compressed by the plain norm; give more probe examples",
                 stacklevel=2,
             )
-        report.layers = {
-            name: LayerReport(shape, done.ranks[name], done.tails[name], *done.ridges[name])
-            for name, shape in shapes.items()
-        }
-        _describe(model, proxy, report, done, target)
+        _describe(model, proxy, report, target)
         report.seconds = time.perf_counter() - started
         return proxy, report
 
@@ -182,13 +157,12 @@ def proxies_of(
 def extract_layers(
     model: PreTrainedModel, size: Size, target: str | None = None
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """The baseline `layers`: the first decoder layers of the model, as many as `size` allows, as a proxy of it."""
+    """Return the baseline `layers`: the first decoder layers of the model, as many as the size allows."""
     started = time.perf_counter()
     _refuse_proxy(model)
-    dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))
-    proxy, _ = baselines.first_layers(model, size.budget(model, dense))
+    proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
     report = CompressionReport("layers", None, size.as_dict())
-    _describe(model, proxy, report, Factorization(), target)
+    _describe(model, proxy, report, target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -196,15 +170,15 @@ def extract_layers(
 def adopt(
     model: PreTrainedModel, other: PreTrainedModel, target: str | None = None
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """The baseline `off-the-shelf`: another model, as it is, as a proxy of this one.
+    """Return the baseline `off-the-shelf`: another model, as it is, as a proxy of this one.
 
     Raises:
-        InputError: its vocabulary is another.
+        InputError: the vocabularies differ.
     """
     started = time.perf_counter()
     proxy = baselines.off_the_shelf(model, other)
     report = CompressionReport("off-the-shelf", None, {})
-    _describe(model, proxy, report, Factorization(), target)
+    _describe(model, proxy, report, target)
     report.seconds = time.perf_counter() - started
     return proxy, report
 
@@ -214,9 +188,7 @@ def _refuse_proxy(model: PreTrainedModel) -> None:
         raise InputError("the model is an iprox proxy already; compress its target instead")
 
 
-def _describe(
-    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, done: Factorization, target: str | None
-) -> None:
+def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None) -> None:
     """Fill in the report's sizes and mark the proxy as one."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)
     head = flops.head_flops(model)
@@ -225,7 +197,7 @@ def _describe(
         mark_as_proxy(
             proxy,
             IproxConfig(
-                ranks={name: rank for name, rank in done.ranks.items() if rank is not None},
+                ranks={name: layer.rank for name, layer in report.layers.items() if layer.rank is not None},
                 method=report.method,
                 sparsity=report.achieved_sparsity,
                 target=target or getattr(model.config, "_name_or_path", None) or None,

@@ -16,15 +16,15 @@ from iprox.models.precision import accumulation_dtype
 
 
 def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a proxy with every low-rank layer as one dense layer of the weight AB.
+    """Return a copy of a proxy with every low-rank layer as one dense layer of the weight up·down.
 
     The product is taken in float32 or better and stored in the proxy's dtype.
 
     Raises:
-        InputError: it is no proxy.
+        InputError: the model has no low-rank layer.
     """
     if not low_rank_layers(proxy):
-        raise InputError("the model has no low-rank layer: it is no proxy")
+        raise InputError("the model has no low-rank layer: it is not a proxy")
     dense = copy.deepcopy(proxy)
     with torch.device("meta"):
         bare = type(proxy)(proxy.config)  # says what each layer was before it was factorized
@@ -41,10 +41,10 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _multiplied_out(layer: LowRankLinear, original: nn.Module) -> nn.Module:
-    """A dense layer of the original's kind with the weight AB."""
-    A, B = layer.A.weight, layer.B.weight
-    dtype = accumulation_dtype(A)
-    weight = (A.to(dtype) @ B.to(dtype)).to(A.dtype)
+    """Return a dense layer of the original's kind with the weight up·down."""
+    up, down = layer.up.weight, layer.down.weight
+    dtype = accumulation_dtype(up)
+    weight = (up.to(dtype) @ down.to(dtype)).to(up.dtype)
     if isinstance(original, Conv1D):
         plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
         weight = weight.mT.contiguous()

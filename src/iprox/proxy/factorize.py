@@ -1,33 +1,38 @@
 """From a model and its probe to factors: spectra layer by layer, ranks under a budget, the layers replaced.
 
 Memory beyond the model is bounded whatever its size: moments are measured for as many layers at a time as fit, and
-spectra go to disk where they would not.
+spectra that do not fit are kept on disk.
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from iprox.kronecker.moments import LayerMoments, MomentSettings, collect_moments
 from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_shape
 from iprox.models.loss import LossFn
-from iprox.proxy import budget
-from iprox.proxy.methods import PROBED, FactorMethod, Ridge, RootCache, Weighing, weigh_layer
-from iprox.proxy.moments import Moments, MomentSettings, collect_moments
-from iprox.proxy.spectra import SpectrumStore
+from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
+from iprox.proxy.ipsvd import Ridge, Spectrum, ipsvd
+from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
 
+FactorMethod = Literal["ipsvd", FactorBaseline]
 RankRule = Literal["global", "uniform"]
 
-# Bytes that moments may take at once, and spectra before they go to disk.
+# The methods that need a probe.
+PROBED: tuple[str, ...] = ("ipsvd", *WEIGHTED)
+
+# Bytes that moments may take at once, and spectra before they are kept on disk.
 MEMORY = 4 << 30
 
 
@@ -36,15 +41,15 @@ class FactorSettings:
     """How layers are factorized.
 
     Attributes:
-        method: `ipsvd` or a baseline (`iprox.proxy.methods`).
-        ranks: `global` or `uniform` (`iprox.proxy.budget`).
+        method: `ipsvd` or a baseline (`iprox.proxy.baselines`).
+        ranks: `global` or `uniform` (`iprox.proxy.ranks`).
         ridge: share of the mean eigenvalue added to every direction of a moment, or `auto` (Ledoit and Wolf).
-        moments: how moments are measured.
-        memory: bytes that moments may take at once. Where they would take more, the probe is read several times, a
-            group of layers each; spectra that would take more go to disk.
-        refit_norms: whether the norms of an `ipsvd` proxy are scaled to what truncation left (`iprox.proxy.norms`);
+        moments: settings of the moments.
+        memory: bytes that moments may take at once. Where they would take more, the probe is read several times, once
+            per group of layers; spectra that would take more are kept on disk.
+        refit_norms: whether the norms of an `ipsvd` proxy are rescaled after truncation (`iprox.proxy.norms`);
             baselines are left as published.
-        seed: of random factors.
+        seed: seed for random factors.
     """
 
     method: FactorMethod = "ipsvd"
@@ -56,52 +61,88 @@ class FactorSettings:
     seed: int = 0
 
 
-@dataclass(slots=True)
-class Factorization:
-    """What was measured and chosen.
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """How one layer was compressed.
 
     Attributes:
-        ranks: by layer name; None is a layer left dense.
-        tails: share of each layer's weighted squared norm lost.
-        ridges: (of the input moment, of the gradient moment) as shares of the mean eigenvalue; None where not used.
-        probe_tokens: tokens that moments were measured on.
-        passes: how often the probe was read.
-        unreached: layers that no probe token moved, so that their moments are zero: weighed by the plain norm.
+        shape: (m, n).
+        rank: None if it was left dense.
+        tail: share of its weighted squared norm that was lost.
+        ridge_in: ridge of its input moment, as a share of the mean eigenvalue; None where none was used.
+        ridge_out: ridge of its gradient moment, likewise.
     """
 
-    ranks: budget.Ranks = field(default_factory=dict)
-    tails: dict[str, float] = field(default_factory=dict)
+    shape: tuple[int, int]
+    rank: int | None
+    tail: float
+    ridge_in: float | None = None
+    ridge_out: float | None = None
+
+
+@dataclass(slots=True)
+class Spectra:
+    """The spectra of all layers of a model, from which proxies of any size are cut.
+
+    Attributes:
+        model: target; left as it was.
+        layers: its compressible layers by name.
+        by_layer: spectrum of each layer, cut to its largest rank; in memory or on disk.
+        rule: name of the rank rule.
+        curves: error of each layer by rank, and its cost.
+        ridges: ridges of each layer's moments, of inputs and of gradients.
+        probe_tokens: number of tokens that moments were measured on.
+        passes: number of times that the probe was read.
+        unreached: layers that no probe token moved, so that their moments are zero: weighted by the plain norm.
+    """
+
+    model: PreTrainedModel
+    layers: Mapping[str, nn.Module]
+    by_layer: SpectrumByName
+    rule: RankRule
+    curves: dict[str, ErrorCurve] = field(default_factory=dict)
     ridges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     probe_tokens: int = 0
     passes: int = 0
     unreached: list[str] = field(default_factory=list)
 
-
-class Spectra:
-    """The spectra of all layers of a model, from which proxies of any size are cut."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Mapping[str, nn.Module],
-        store: SpectrumStore,
-        spectra: Mapping[str, budget.LayerSpectrum],
-        done: Factorization,
-        rule: RankRule,
-    ) -> None:
-        self._model, self._layers, self._store = model, layers, store
-        self._spectra, self._done, self._rule = spectra, done, rule
-
-    def cut(self, allowed: float) -> tuple[PreTrainedModel, Factorization]:
-        """A copy of the model with its layers as factors of ranks that together cost no more than `allowed`.
+    def cut(self, budget: float) -> tuple[PreTrainedModel, dict[str, LayerReport]]:
+        """Return a copy of the model with its layers as factors of ranks that cost no more than a budget together.
 
         Args:
-            allowed: the budget, at least that of rank 1 everywhere.
+            budget: cost, at least that of rank 1 in every layer.
         """
-        ranks = budget.RULES[self._rule](self._spectra, allowed)
-        tails = {name: 0.0 if rank is None else self._store.get(name).tail(rank) for name, rank in ranks.items()}
-        done = replace(self._done, ranks=ranks, tails=tails)
-        return with_factors(self._model, self._layers, self._store, ranks), done
+        ranks = RULES[self.rule](self.curves, budget)
+        reports = {
+            name: LayerReport(
+                self.curves[name].shape,
+                rank,
+                0.0 if rank is None else self.by_layer[name].tail(rank),
+                *self.ridges[name],
+            )
+            for name, rank in ranks.items()
+        }
+        return with_factors(self.model, self.layers, self.by_layer, ranks), reports
+
+
+class SpectrumByName(Protocol):
+    """Spectra by layer name."""
+
+    def __getitem__(self, name: str, /) -> Spectrum: ...
+
+
+class _SpectraOnDisk:
+    """Spectra by layer name, one safetensors file each, without their ridges."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __setitem__(self, name: str, spectrum: Spectrum) -> None:
+        parts = {part: getattr(spectrum, part).contiguous() for part in ("left", "singular_values", "right")}
+        save_file(parts, self._folder / f"{name}.safetensors")
+
+    def __getitem__(self, name: str) -> Spectrum:
+        return Spectrum(**load_file(self._folder / f"{name}.safetensors"))
 
 
 @contextmanager
@@ -114,65 +155,78 @@ def measured_spectra(
     loss_fn: LossFn,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Spectra]:
-    """Measure every layer of a model once.
+    """Measure the spectrum of every layer of a model once.
 
     Args:
-        model: left as it was.
+        model: target; left as it was.
         layers: its compressible layers.
         probe: batches over which second moments are measured.
         prices: cost of one parameter of each layer.
-        settings: how.
+        settings: settings of the factorization.
         loss_fn: per-example losses.
-        progress: called with 1 as each layer is done.
+        progress: function called with 1 as each layer is done.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    done = Factorization()
-    with _store(shapes, settings.memory) as store:
-        spectra: dict[str, budget.LayerSpectrum] = {}
-        for name, weighing in _weighed_layers(model, layers, probe, settings, loss_fn, done):
-            spectrum = weighing.spectrum
-            spectra[name] = budget.LayerSpectrum(shapes[name], weighing.comparable.cpu().numpy(), prices[name])
-            done.ridges[name] = (weighing.ridge_in, weighing.ridge_out)
-            store.put(name, spectrum.cut(budget.largest_rank(shapes[name])))
+    with _kept(shapes, settings.memory) as by_layer:
+        spectra = Spectra(model, layers, by_layer, settings.ranks)
+        for name, spectrum in _measured(spectra, probe, settings, loss_fn):
+            spectra.curves[name] = ErrorCurve(shapes[name], spectrum.comparable.cpu().numpy(), prices[name])
+            spectra.ridges[name] = (spectrum.ridge_in, spectrum.ridge_out)
+            by_layer[name] = spectrum.cut(largest_rank(shapes[name]))
             if progress is not None:
                 progress(1)
-        yield Spectra(model, layers, store, spectra, done, settings.ranks)
+        yield spectra
 
 
-def _weighed_layers(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    probe: Iterable[Any],
-    settings: FactorSettings,
-    loss_fn: LossFn,
-    done: Factorization,
-) -> Iterator[tuple[str, Weighing]]:
-    """Each layer's spectrum in its method's space, a group of layers at a time.
-
-    Fills in what `done` says of the probe.
-    """
-    input_roots = RootCache()
+def _measured(
+    spectra: Spectra, probe: Iterable[Any], settings: FactorSettings, loss_fn: LossFn
+) -> Iterator[tuple[str, Spectrum]]:
+    """Yield each layer's spectrum, a group of layers at a time; fills in what `spectra` says about the probe."""
+    layers = spectra.layers
     generator = torch.Generator().manual_seed(settings.seed)
     probed = settings.method in PROBED
     groups = layer_groups(layers, settings) if probed else [list(layers)]
     if len(groups) > 1:
-        probe = list(probe)  # read once a group
+        probe = list(probe)  # read once per group
     for group in groups:
-        moments: dict[str, Moments] = {}
+        moments: dict[str, LayerMoments] = {}
         if probed:
             chosen = {name: layers[name] for name in group}
-            moments, done.probe_tokens = collect_moments(model, chosen, probe, settings.moments, loss_fn)
-            done.passes += 1
-            done.unreached += [name for name in group if not moments[name].reached]
+            moments, read = collect_moments(spectra.model, chosen, probe, settings.moments, loss_fn)
+            spectra.probe_tokens = read.tokens
+            spectra.passes += 1
+            spectra.unreached += [name for name in group if not moments[name].reached]
         for name in group:
             weight = dense_weight(layers[name]).detach()
-            # Each layer's moments go as soon as they are used.
-            of_layer = moments.pop(name, None)
-            yield name, weigh_layer(settings.method, weight, of_layer, settings.ridge, input_roots, generator)
+            # Each layer's moments are freed as soon as they are used.
+            yield name, layer_spectrum(settings.method, weight, moments.pop(name, None), settings.ridge, generator)
+
+
+def layer_spectrum(
+    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
+) -> Spectrum:
+    """Return the spectrum of one layer in the space of a method, computed in float64.
+
+    Args:
+        method: `ipsvd` or a baseline.
+        weight: W [m, n].
+        moments: second moments of the layer; not read by `svd` and `random`.
+        ridge: share of the mean eigenvalue added to every direction of a moment, or `auto`.
+        generator: generator of random directions.
+
+    Raises:
+        ValueError: a method that needs moments, without them.
+    """
+    weight = weight.double()
+    if method != "ipsvd":
+        return baseline_spectrum(method, weight, moments, ridge, generator)
+    if moments is None:
+        raise ValueError("ipsvd needs moments")
+    return ipsvd(weight, moments, ridge)
 
 
 def layer_groups(layers: Mapping[str, nn.Module], settings: FactorSettings) -> list[list[str]]:
-    """Layers in model order, in groups whose moments fit in memory together; a group holds one layer at least."""
+    """Return layers in model order, in groups whose moments fit in memory together; a group holds at least one."""
     groups: list[list[str]] = []
     room = 0
     for name, layer in layers.items():
@@ -186,30 +240,29 @@ def layer_groups(layers: Mapping[str, nn.Module], settings: FactorSettings) -> l
 
 
 @contextmanager
-def _store(shapes: Mapping[str, tuple[int, int]], memory: int) -> Iterator[SpectrumStore]:
-    """Where spectra are kept until ranks are chosen: factors of the largest rank are as large as the layers."""
+def _kept(
+    shapes: Mapping[str, tuple[int, int]], memory: int
+) -> Iterator[MutableMapping[str, Spectrum] | _SpectraOnDisk]:
+    """Yield where spectra are kept until ranks are chosen: factors of the largest rank are as large as the layers."""
     if 4 * sum(m * n for m, n in shapes.values()) <= memory:
-        yield SpectrumStore()
+        yield {}
     else:
         with tempfile.TemporaryDirectory(prefix="iprox-spectra-") as folder:
-            yield SpectrumStore(Path(folder))
+            yield _SpectraOnDisk(Path(folder))
 
 
 def with_factors(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
-    spectra: SpectrumStore,
-    ranks: dict[str, int | None],
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], spectra: SpectrumByName, ranks: Mapping[str, int | None]
 ) -> PreTrainedModel:
-    """A copy of the model with each layer cut to its rank; None leaves a layer dense."""
+    """Return a copy of the model with each layer cut to its rank; None leaves a layer dense."""
     replaced: dict[int, Any] = {}
     for name, layer in layers.items():
         rank = ranks[name]
         if rank is not None:
-            A, B = spectra.get(name).factors(rank)
+            up, down = spectra[name].factors(rank)
             bias = layer_bias(layer)
             replaced[id(layer)] = LowRankLinear.from_factors(
-                A, B, None if bias is None else bias.detach(), dense_weight(layer).dtype
+                up, down, None if bias is None else bias.detach(), dense_weight(layer).dtype
             )
-    # deepcopy takes what the memo already holds, so dense weights that go are never copied.
+    # deepcopy takes what the memo already holds, so dense weights that are replaced are never copied.
     return copy.deepcopy(model, memo=replaced)

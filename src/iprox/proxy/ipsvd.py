@@ -5,22 +5,28 @@ loss by Σ_t δ_tᵀ E h_t to first order. With the K-FAC approximation its mean
 
     ‖C_δ^{1/2} E C_h^{1/2}‖_F²,   C_h = E[h hᵀ] [n, n],  C_δ = E[δ δᵀ] [m, m].
 
-The best E = W - AB of rank r under this norm comes from the SVD of S = C_δ^{1/2} W C_h^{1/2}.
+The best E = W - up·down of rank r under this norm comes from the SVD of S = C_δ^{1/2} W C_h^{1/2}.
 
 Any square root will do: with C = R Rᵀ the norm is ‖R_δᵀ E R_h‖_F, the singular values of R_δᵀ W R_h are those of S,
-and A = R_δ^{-ᵀ} U_r Σ_r^{1/2}, B = Σ_r^{1/2} V_rᵀ R_h^{-1} are the very same factors (the roots differ by rotations
-that cancel). Roots, and the ridge that makes them invertible over the whole space, are in `second_moment.py`.
+and up = R_δ^{-ᵀ} U_r Σ_r^{1/2}, down = Σ_r^{1/2} V_rᵀ R_h^{-1} are the same factors (the roots differ by rotations
+that cancel). Roots, and the ridge that makes them invertible over the whole space, are in `iprox.kronecker`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from iprox.proxy.second_moment import Root
-from iprox.proxy.thin_svd import thin_svd
+from iprox.kronecker.moments import LayerMoments
+from iprox.kronecker.roots import Root
+from iprox.kronecker.second_moment import SecondMoment
+from iprox.kronecker.svd import thin_svd
+
+# Share of the mean eigenvalue that is added to every direction of a moment; `auto` is `SecondMoment.shrinkage`.
+Ridge = float | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,40 +37,75 @@ class Spectrum:
         left: R_δ^{-ᵀ} U [m, k], k = min(m, n).
         singular_values: σ [k], descending; the weighted squared error of rank r is Σ_{i≥r} σ_i².
         right: Vᵀ R_h^{-1} [k, n].
+        ridge_in: ridge of the input moment, as a share of its mean eigenvalue; None where no moment was used.
+        ridge_out: ridge of the gradient moment, likewise.
     """
 
     left: Tensor
     singular_values: Tensor
     right: Tensor
+    ridge_in: float | None = None
+    ridge_out: float | None = None
 
     def tail(self, rank: int) -> float:
-        """Share of the weighted squared norm lost at this rank, 0 to 1."""
+        """Return the share of the weighted squared norm that is lost at this rank, 0 to 1."""
         squares = self.singular_values.double().square()
         return float(squares[rank:].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny))
 
+    @property
+    def comparable(self) -> Tensor:
+        """The singular values on one scale for all layers, whatever ridge each was given.
+
+        A ridge λ makes the trace of a moment 1 + λ times what it was: a change of the loss that no probe token shows.
+        Without the correction, layers with few or unequal examples behind their moments, which get the largest ridges,
+        would seem to matter most.
+        """
+        inflation = (1 + (self.ridge_in or 0.0)) * (1 + (self.ridge_out or 0.0))
+        return self.singular_values / inflation**0.5
+
     def cut(self, rank: int) -> Spectrum:
-        """The first `rank` directions with all singular values, stored as float32."""
-        return Spectrum(self.left[:, :rank].float(), self.singular_values, self.right[:rank].float())
+        """Return the first `rank` directions with all singular values, stored as float32."""
+        return replace(self, left=self.left[:, :rank].float(), right=self.right[:rank].float())
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """A [m, rank] and B [rank, n], balanced: each carries half of Σ, then both the same Frobenius norm.
+        """Return up [m, rank] and down [rank, n], balanced: each has half of Σ, and both the same Frobenius norm.
 
         The paper's Σ^{1/2} on either side is only balanced in the weighted space, where the scale of C_δ (the
-        loss's units, squared) is arbitrary; in the plain space it would make ∂ℓ/∂A or ∂ℓ/∂B vanish beside the
-        other. One scalar, which leaves AB alone, evens that out.
+        loss's units, squared) is arbitrary; in the plain space it would make ∂ℓ/∂up or ∂ℓ/∂down vanish next to the
+        other. One scalar, which leaves up·down alone, evens that out.
         """
         root = self.singular_values[:rank].sqrt()
-        A = self.left[:, :rank] * root
-        B = root[:, None] * self.right[:rank]
-        norm_A, norm_B = A.norm(), B.norm()
-        if norm_A > 0 and norm_B > 0:  # an all-zero weight has all-zero factors
-            scale = (norm_B / norm_A).sqrt()
-            A, B = A * scale, B / scale
-        return A, B
+        up = self.left[:, :rank] * root
+        down = root[:, None] * self.right[:rank]
+        norm_up, norm_down = up.norm(), down.norm()
+        if norm_up > 0 and norm_down > 0:  # an all-zero weight has all-zero factors
+            scale = (norm_down / norm_up).sqrt()
+            up, down = up * scale, down / scale
+        return up, down
+
+
+def ipsvd(weight: Tensor, moments: LayerMoments, ridge: Ridge) -> Spectrum:
+    """Return the spectrum of one layer by IPSVD, computed in float64.
+
+    Cost: a Cholesky factorization of each moment (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
+
+    Args:
+        weight: W [m, n], in float64.
+        moments: second moments of the layer's inputs and output gradients.
+        ridge: ridge of both moments, or `auto` for one each.
+    """
+    ridge_in, ridge_out = ridge_of(moments.inputs, ridge), ridge_of(moments.gradients, ridge)
+    spectrum = weighted_svd(weight, moments.gradients.root(ridge_out), moments.inputs.root(ridge_in))
+    return replace(spectrum, ridge_in=ridge_in, ridge_out=ridge_out)
+
+
+def ridge_of(moment: SecondMoment, ridge: Ridge) -> float:
+    """Return the ridge of a moment, by the rule of Ledoit and Wolf if it is `auto`."""
+    return moment.shrinkage() if ridge == "auto" else ridge
 
 
 def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) -> Spectrum:
-    """SVD of a weight in the space weighted by C_δ = R_δ R_δᵀ on the left and C_h = R_h R_hᵀ on the right.
+    """Return the SVD of a weight in the space weighted by C_δ = R_δ R_δᵀ on the left and C_h = R_h R_hᵀ on the right.
 
     Args:
         weight: W [m, n], in float64.

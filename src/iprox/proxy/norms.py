@@ -1,10 +1,10 @@
 """Refit the norms of a compressed model: one scalar each, in closed form, from the probe.
 
-What truncation leaves of a hidden state is the target's plus noise of about the same length, and a norm scales the sum
-to the length that the target's alone would have. So all that reads from it, the head most of all, is too sure of it:
-the logits are too steep, and p - y, which the backward pass starts from, is wrong. The scalar g that minimizes
-Σ_t ‖g·x_t - y_t‖², x the proxy's and y the target's outputs of the same norm, is Σ x·y / Σ x·x (Wiener's gain); it goes
-into the norm's weight, so the proxy has not one parameter more.
+A truncated proxy's hidden state is the target's plus noise of about the same length, and a norm scales the sum to the
+length that the target's alone would have. The layers that read it, the head most of all, then give outputs that are
+too large: the logits are too steep, and p - y, where the backward pass starts, is wrong. The scalar g that minimizes
+Σ_t ‖g·x_t - y_t‖², x the proxy's and y the target's outputs of the same norm, is Σ x·y / Σ x·x (Wiener's gain). It is
+multiplied into the norm's weight, so the proxy has no more parameters than before.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from iprox.data import Batch
+from iprox.kronecker.sample import counted_tokens
 from iprox.models.loss import LossFn
 from iprox.models.observe import frozen
 from iprox.models.precision import accumulation_dtype
 
-# Each sweep fits every norm given all others as the last one left them; the second takes up what the first moved.
+# Each sweep fits every norm with all others as the sweep before left them.
 SWEEPS = 2
-# Tokens at a time: what every norm of the target says of them is held.
+# Tokens at a time: the outputs of all norms are held for them.
 AT_ONCE = 1024
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layer and RMS norms of a model that carry a weight, by name.
+    """Return the layer and RMS norms of a model that have a weight, by name.
 
-    Each family of transformers has an RMS norm of its own, so they are told by the name of their class. Norms over a
-    batch or a group of channels are left alone: their outputs do not hang on one token.
+    Each family of transformers has an RMS norm of its own, so they are found by the name of their class. Norms over a
+    batch or a group of channels are left alone: their outputs do not depend on one token only.
     """
     return {
         name: module
@@ -48,17 +49,17 @@ def refit_norms(
 ) -> dict[str, float]:
     """Scale every norm of a proxy, in place, so that its outputs come closest to the target's.
 
-    Forward passes of both models over the probe, twice: 2·2(P + P′) FLOPs a token.
+    Forward passes of both models over the probe, twice: 2·2(P + P′) FLOPs per token.
 
     Args:
-        proxy: its norms are named as the target's.
-        target: left as it was.
-        batches: the probe; read `sweeps` times.
-        loss_fn: what runs a model on a batch.
-        sweeps: how often every norm is fitted.
+        proxy: proxy, whose norms have the target's names.
+        target: target; left as it was.
+        batches: probe; read `sweeps` times.
+        loss_fn: per-example losses, which run a model on a batch.
+        sweeps: number of times that every norm is fitted.
 
     Returns:
-        The factor that each norm was multiplied by.
+        The factor of each norm.
 
     Raises:
         FloatingPointError: an output is not finite (the norm is named).
@@ -78,7 +79,7 @@ def refit_norms(
         for name, (cross, square) in ((name, pair.tolist()) for name, pair in sums.items()):
             if not 0 <= square < float("inf"):
                 raise FloatingPointError(f"the outputs of {name} are not finite; try --dtype float32")
-            # A norm that no token reached stays; one that came out against the target's has nothing left to scale.
+            # A norm that no token reached stays as it is, and so does one whose outputs point away from the target's.
             if cross > 0 and square > 0:
                 scale_norm(norms[name], cross / square)
                 scales[name] *= cross / square
@@ -87,7 +88,7 @@ def refit_norms(
 
 @torch.no_grad()
 def scale_norm(norm: nn.Module, factor: float) -> None:
-    """Multiply the outputs of a norm; some multiply by their weight, some (Gemma) by one plus it."""
+    """Multiply the outputs of a norm. Most norms multiply by their weight, some (Gemma) by one plus their weight."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     saved = weight.clone()
@@ -101,11 +102,8 @@ def scale_norm(norm: nn.Module, factor: float) -> None:
 
 
 def _outputs(model: nn.Module, norms: Mapping[str, nn.Module], batch: Any, loss_fn: LossFn) -> dict[str, Tensor]:
-    """What each norm gives on a batch; padding left out."""
-    counted: Tensor | None = None
-    if isinstance(batch, Batch):
-        positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
-        counted = positions[None, :] < batch.lengths[:, None]
+    """Return the outputs of each norm on a batch, without padding."""
+    counted = counted_tokens(batch) if isinstance(batch, Batch) else None
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -122,7 +120,7 @@ def _outputs(model: nn.Module, norms: Mapping[str, nn.Module], batch: Any, loss_
 
 
 def _of_positions(output: Tensor, counted: Tensor) -> Tensor:
-    """The outputs at some positions [B, L]; norms inside attention may have the heads before or behind them."""
+    """Return the outputs at some positions [B, L]; norms inside attention have the heads before or after them."""
     if output.shape[:2] == counted.shape:
         return output[counted]
     if output.ndim == 4 and (output.shape[0], output.shape[2]) == counted.shape:
@@ -131,7 +129,7 @@ def _of_positions(output: Tensor, counted: Tensor) -> Tensor:
 
 
 def _parts(batch: Any) -> list[Any]:
-    """A batch of token rows in parts of at most `AT_ONCE` tokens; any other as it is."""
+    """Return a batch of token rows in parts of at most `AT_ONCE` tokens; any other as it is."""
     if not isinstance(batch, Batch):
         return [batch]
     rows = max(1, AT_ONCE // batch.input_ids.shape[1])

@@ -14,21 +14,21 @@ from iprox.errors import InputError
 from iprox.proxy.compress import CompressionReport, MakeProxy
 from iprox.proxy.size import OutOfReachError, Size
 
-# Sparsities that are looked at, and how closely the one found is.
+# Least and largest sparsity that is tried, and the precision of the one found.
 LEAST, MOST, CLOSENESS = 0.05, 0.95, 0.02
-# What further fidelity would cost is said for this much of it.
+# The cost of this fidelity is reported too.
 FURTHER = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """A size that was measured.
+    """A size that was tried.
 
     Attributes:
         sparsity: share of the compressible parameters removed.
-        relative_flops: of a token's forward pass.
-        fidelity: on held-out rows.
-        lower: its lower confidence bound.
+        relative_flops: FLOPs of a token's forward pass over the target's.
+        fidelity: fidelity on held-out rows.
+        lower: lower confidence bound of the fidelity.
     """
 
     sparsity: float
@@ -44,22 +44,22 @@ MeasureFidelity = Callable[[PreTrainedModel], tuple[float, float]]
 def smallest_faithful(
     make: MakeProxy, asked: float, measure: MeasureFidelity, progress: Callable[[int], None] | None = None
 ) -> tuple[PreTrainedModel, CompressionReport, list[Try]]:
-    """Bisect the sparsity for the smallest proxy whose lower bound reaches what is asked.
+    """Bisect the sparsity for the smallest proxy whose lower confidence bound reaches a fidelity.
 
-    Fidelity falls as sparsity grows, but for noise that the bound allows for. Moments and spectra are measured once; a
-    try costs cutting the ranks, refitting the norms and scoring the held-out rows.
+    Fidelity falls as sparsity grows, except for noise that the bound allows for. Moments and spectra are measured once;
+    each try cuts the ranks, refits the norms and scores the held-out rows.
 
     Args:
-        make: makes a proxy of a size, from `proxies_of`.
-        asked: the fidelity to reach, in (0, 1).
-        measure: measures it.
-        progress: called with 1 after each try.
+        make: function that makes a proxy of a size, from `proxies_of`.
+        asked: fidelity to reach, in (0, 1).
+        measure: function that measures the fidelity of a proxy.
+        progress: function called with 1 after each try.
 
     Returns:
         The proxy, its report, and all tries in order of sparsity.
 
     Raises:
-        InputError: not even the largest proxy reaches it.
+        InputError: not even the largest proxy reaches the fidelity.
     """
     tries: list[Try] = []
 
@@ -83,7 +83,7 @@ def smallest_faithful(
         middle = (low + high) / 2
         try:
             found = look(middle)
-        except OutOfReachError:  # less than one rank a layer: smaller than any proxy
+        except OutOfReachError:  # less than one rank per layer: smaller than any proxy
             found = None
         if found is None:
             high = middle
@@ -93,12 +93,12 @@ def smallest_faithful(
 
 
 def most_tries() -> int:
-    """How many sizes a search looks at."""
+    """Return the largest number of sizes that a search tries."""
     return 1 + math.ceil(math.log2((MOST - LEAST) / CLOSENESS))
 
 
 def cost_of(fidelity: float, tries: list[Try]) -> dict[str, Any] | None:
-    """What a fidelity would cost, interpolated between the tries on either side; None where they do not enclose it."""
+    """Return the cost of a fidelity, interpolated between the tries on either side; None where there are not two."""
     for smaller, larger in zip(tries[1:], tries, strict=False):
         if smaller.lower <= fidelity <= larger.lower:
             at = [smaller.lower, larger.lower]

@@ -1,4 +1,4 @@
-"""How large a proxy may be, as users say it, and what that leaves for its layers."""
+"""The size of a proxy: as a user gives it, and as the cost that it leaves for the layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iprox.models.layers import compressible_layers, weight_shape
 
 
 class OutOfReachError(InputError):
-    """A size that is less than one rank a layer."""
+    """A size that leaves less than one rank per layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,67 +22,46 @@ class Size:
 
     Attributes:
         sparsity: share of the compressible parameters to remove, in (0, 1).
-        parameters: of the whole proxy, embeddings and head included.
-        flops: of a token's forward pass through linear layers and head, as a share of the target's, in (0, 1).
+        flops: FLOPs of a token's forward pass through linear layers and head, as a share of the target's, in (0, 1).
     """
 
     sparsity: float | None = None
-    parameters: int | None = None
     flops: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("sparsity", "parameters", "flops") if getattr(self, name) is not None]
+        given = self.as_dict()
         if len(given) != 1:
-            raise InputError(f"give exactly one of sparsity, parameters and flops, not {' and '.join(given) or 'none'}")
-        for name in ("sparsity", "flops"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
+            raise InputError(f"give exactly one of sparsity and flops, not {' and '.join(given) or 'none'}")
+        for name, value in given.items():
+            if not 0 < value < 1:
                 raise InputError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
 
     def as_dict(self) -> dict[str, float]:
-        """What was given."""
+        """Return the size by the name that it was given as."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def budget(self, model: nn.Module, dense: float) -> float:
-        """The cost that the compressible layers may have, in the units of their `LayerSpectrum.weight`.
+        """Return the cost that the compressible layers may have, in the unit of `Prices`.
 
         Args:
-            model: the target.
-            dense: their cost now.
+            model: target, with or without weights.
+            dense: cost of its compressible layers.
         """
         if self.sparsity is not None:
             return (1 - self.sparsity) * dense
-        if self.parameters is not None:
-            return self.parameters - (sum(p.numel() for p in model.parameters()) - dense)
         assert self.flops is not None
         head = flops.head_flops(model) / 2
         return self.flops * (dense + head) - head
 
-    def refusal(self, model: nn.Module, dense: float, least: float) -> OutOfReachError:
-        """What to say where even rank 1 everywhere costs more than the budget."""
-        if self.sparsity is not None:
-            most = 1 - least / dense
-            return OutOfReachError(
-                f"sparsity {self.sparsity} leaves less than one rank per layer; the most is {most:.4f}"
-            )
-        if self.parameters is not None:
-            fewest = sum(p.numel() for p in model.parameters()) - dense + least
-            return OutOfReachError(
-                f"{self.parameters:,} parameters are too few for this model; the fewest are {fewest:,.0f}"
-            )
-        head = flops.head_flops(model) / 2
-        fewest = (least + head) / (dense + head)
-        return OutOfReachError(f"flops {self.flops} leaves less than one rank per layer; the least is {fewest:.4f}")
-
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What the compressible layers of a model cost, by which a size is met: known from their shapes alone.
+    """What the compressible layers of a model cost in the unit of a size, by their shapes alone.
 
     Attributes:
-        by_layer: price of a parameter of each layer: 1, or of FLOPs the share of tokens that pass through it.
+        by_layer: price of one parameter of each layer: 1, or for FLOPs the share of tokens that pass through the layer.
         dense: cost of all layers as they are.
-        least: of all at rank 1.
+        least: cost of all layers at rank 1.
     """
 
     by_layer: Mapping[str, float]
@@ -91,20 +70,27 @@ class Prices:
 
     @classmethod
     def of(cls, model: nn.Module, size: Size) -> Prices:
-        """Of a model, with or without weights, in the unit of a size."""
+        """Return the prices for a model, with or without weights."""
         shapes = {name: weight_shape(layer) for name, layer in compressible_layers(model).items()}
-        # A budget of FLOPs charges a parameter for the share of tokens that use it; the others for what is stored.
+        # FLOPs charge a parameter for the share of tokens that use it; sparsity for being stored.
         shares = flops.active_shares(model) if size.flops is not None else {}
         by_layer = {name: shares.get(name, 1.0) for name in shapes}
         dense = sum(m * n * by_layer[name] for name, (m, n) in shapes.items())
         least = sum((m + n) * by_layer[name] for name, (m, n) in shapes.items())
         return cls(by_layer, dense, least)
 
-    def refuse_out_of_reach(self, model: nn.Module, size: Size) -> None:
-        """Refuse a size that even rank 1 everywhere does not meet.
+    def budget(self, model: nn.Module, size: Size) -> float:
+        """Return the cost that the layers may have.
 
         Raises:
-            OutOfReachError: it is one; the message has the bound.
+            OutOfReachError: rank 1 in every layer costs more; the message has the bound.
         """
-        if self.least > size.budget(model, self.dense):
-            raise size.refusal(model, self.dense, self.least)
+        budget = size.budget(model, self.dense)
+        if self.least <= budget:
+            return budget
+        if size.sparsity is not None:
+            bound = f"sparsity {size.sparsity} leaves less than one rank per layer; the most is"
+            raise OutOfReachError(f"{bound} {1 - self.least / self.dense:.4f}")
+        head = flops.head_flops(model) / 2
+        least = (self.least + head) / (self.dense + head)
+        raise OutOfReachError(f"flops {size.flops} leaves less than one rank per layer; the least is {least:.4f}")

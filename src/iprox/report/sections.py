@@ -220,9 +220,9 @@ def profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
 
 
 def asked_size(size: dict[str, float]) -> str:
-    """The size of a proxy as the recipe gave it: a sparsity, a number of parameters, or a share of FLOPs."""
+    """The size of a proxy as the recipe gave it: a sparsity, a share of FLOPs, or a fidelity."""
     for name, value in size.items():
-        return f"{formats.parameters(value) if name == 'parameters' else formats.percent(value)} {name}"
+        return f"{formats.percent(value)} {name}"
     return formats.DASH
 
 

@@ -134,7 +134,7 @@ def _store(
         return None
     layers = low_rank_layers(proxy)
     vocabulary = target.config.get_text_config().vocab_size
-    size = stored_bytes(layers, objective.matched(layers), batches, vocabulary)
+    size = stored_bytes(layers, objective, batches, vocabulary)
     if size > AUTO_BYTES:
         return None
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")

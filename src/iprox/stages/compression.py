@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
+from iprox.kronecker.moments import MomentSettings
 from iprox.models import flops
 from iprox.models.saving import save_model
 from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
 from iprox.proxy.factorize import FactorSettings
-from iprox.proxy.moments import MomentSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
 from iprox.run.folder import StageRecord, write_json
@@ -84,12 +84,12 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
     """
     if settings.fidelity is not None or settings.method == "off-the-shelf":
         return
-    size = Size(settings.sparsity, settings.parameters, settings.flops)
+    size = Size(settings.sparsity, settings.flops)
     prices = Prices.of(model, size)
     if settings.method == "layers":
         baselines.fitting_layers(model, size.budget(model, prices.dense))
     else:
-        prices.refuse_out_of_reach(model, size)
+        prices.budget(model, size)
 
 
 def _search(
@@ -162,7 +162,7 @@ def make_proxy(
                 "choose a model of the target's family"
             )
         return adopt(target, session.model(settings.model), name)
-    size = Size(settings.sparsity, settings.parameters, settings.flops)
+    size = Size(settings.sparsity, settings.flops)
     if settings.method == "layers":
         return extract_layers(target, size, name)
     how = factor_settings(session, settings)

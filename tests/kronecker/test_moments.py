@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from iprox.kronecker.moments import MomentSettings, collect_moments
+from iprox.kronecker.sample import sampled_labels
 from iprox.models.layers import compressible_layers
 from iprox.models.loss import causal_lm_logits, causal_lm_losses
-from iprox.proxy.moments import MomentSettings, collect_moments, sampled_labels
 
 
 def moments_by_hand(model, batch, rows):
@@ -37,7 +38,7 @@ def test_moments_equal_those_taken_by_hand(tiny, family):
     batch = tiny.batch([9, 5, 7], padding=3)
     layers = compressible_layers(model)
     moments, tokens = collect_moments(model, layers, [batch], MomentSettings(balanced=False))
-    assert tokens == 21
+    assert tokens.tokens == 21
     for name, (inputs, gradients) in moments_by_hand(model, batch, tiny.rows).items():
         torch.testing.assert_close(moments[name].inputs.matrix, inputs)
         torch.testing.assert_close(moments[name].gradients.matrix, gradients)
@@ -90,7 +91,7 @@ def test_supervised_tokens_only(tiny):
     model, batch = tiny.model(), tiny.batch([9, 5, 7], padding=2)
     layers = compressible_layers(model)
     moments, tokens = collect_moments(model, layers, [batch], MomentSettings(tokens="supervised"))
-    assert tokens == int((batch.labels[:, 1:] != -100).sum())
+    assert tokens.tokens == int((batch.labels[:, 1:] != -100).sum())
     name = "model.layers.1.mlp.up_proj"
     kept = {}
     handle = layers[name].register_forward_hook(lambda module, inputs, output: kept.update(h=inputs[0]))

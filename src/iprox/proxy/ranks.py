@@ -1,7 +1,7 @@
-"""Rank budgets (pure maths): how many singular values each layer may keep.
+"""The ranks of the layers under a budget (pure maths): how many singular values each layer keeps.
 
-A budget is a cost: parameters, or FLOPs a token (twice the parameters that a token touches). The two differ where a
-token touches only some of the parameters (experts), which is what `LayerSpectrum.weight` is for.
+A budget is a cost: parameters, or FLOPs per token (twice the parameters that a token uses). The two differ where a
+token uses only some of the parameters (experts), for which `ErrorCurve.price` is.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpectrum:
-    """What the budget needs of one layer.
+class ErrorCurve:
+    """The error of one layer by its rank, and what ranks cost.
 
     Attributes:
         shape: (m, n).
         singular_values: σ [min(m, n)], descending; σ² is the error that keeping a direction saves.
-        weight: cost of one parameter.
+        price: cost of one parameter.
     """
 
     shape: tuple[int, int]
     singular_values: np.ndarray
-    weight: float = 1.0
+    price: float = 1.0
 
     @property
     def dense_cost(self) -> float:
         """Cost of the dense layer: mn parameters."""
-        return self.shape[0] * self.shape[1] * self.weight
+        return self.shape[0] * self.shape[1] * self.price
 
     @property
     def rank_cost(self) -> float:
         """Cost of one rank: m + n parameters."""
-        return (self.shape[0] + self.shape[1]) * self.weight
+        return (self.shape[0] + self.shape[1]) * self.price
 
     @property
     def largest_rank(self) -> int:
-        """The last rank whose factors cost less than the dense layer; at least 1."""
+        """Largest rank whose factors cost less than the dense layer; at least 1."""
         return largest_rank(self.shape)
 
 
 def largest_rank(shape: tuple[int, int]) -> int:
-    """The last rank whose factors have fewer parameters than the dense layer; at least 1."""
+    """Return the largest rank whose factors have fewer parameters than the dense layer; at least 1."""
     m, n = shape
     return max(1, min(m, n, (m * n - 1) // (m + n)))
 
@@ -51,28 +51,28 @@ def largest_rank(shape: tuple[int, int]) -> int:
 Ranks = dict[str, int | None]
 
 
-def total_cost(layers: Mapping[str, LayerSpectrum]) -> float:
-    """Cost of all layers, dense."""
+def total_cost(layers: Mapping[str, ErrorCurve]) -> float:
+    """Return the cost of all layers, dense."""
     return sum(layer.dense_cost for layer in layers.values())
 
 
-def least_cost(layers: Mapping[str, LayerSpectrum]) -> float:
-    """Cost of all layers at rank 1."""
+def least_cost(layers: Mapping[str, ErrorCurve]) -> float:
+    """Return the cost of all layers at rank 1."""
     return sum(layer.rank_cost for layer in layers.values())
 
 
-def kept_cost(layers: Mapping[str, LayerSpectrum], ranks: Mapping[str, int | None]) -> float:
-    """Cost of the layers at these ranks; None is a layer left dense."""
+def kept_cost(layers: Mapping[str, ErrorCurve], ranks: Mapping[str, int | None]) -> float:
+    """Return the cost of the layers at these ranks; None is a layer left dense."""
     return sum(
         layer.dense_cost if (rank := ranks[name]) is None else rank * layer.rank_cost for name, layer in layers.items()
     )
 
 
-def uniform_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
-    """Every layer loses the same share of its parameters (the paper's rule): r = share · mn/(m+n), at least 1.
+def uniform_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
+    """Return ranks at which every layer keeps the same share of its parameters: r = share · mn/(m+n), at least 1.
 
-    Layers whose share is less than one rank have that one, and the others share the rest. Ranks are whole numbers, so
-    each layer is rounded down and what is left of the budget goes to the layers that lost most by it. The result costs
+    This is the paper's rule. Layers whose share is less than one rank get rank 1, and the others share the rest. Each
+    rank is rounded down, and the rest of the budget goes to the layers that lost most by rounding. The result costs
     at most `budget`, if that is at least `least_cost`, and less than one rank of the largest layer below it, unless
     every layer is at its largest rank.
     """
@@ -97,14 +97,14 @@ def uniform_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
     return dict(ranks)
 
 
-def global_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
-    """Spend the budget where it saves the most error per cost, over all layers at once.
+def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
+    """Return ranks that spend the budget where it saves the most error per cost, over all layers at once.
 
-    The weighted squares σ² of every layer estimate the same thing, a squared change of the loss, so they compare
-    across layers. A layer's error against its cost falls by σ²_{r+1} a rank, and drops to nothing at the cost of the
-    dense layer, which for a square layer is reached at half its ranks already. Steps along the lower convex hull of
-    that curve (single ranks, then one jump to dense) are taken by error saved per cost, largest first; what does not
-    fit any more gives way to what does. Every layer keeps rank 1 at least. O(K log K) for K singular values.
+    The weighted squares σ² of every layer estimate the same quantity, a squared change of the loss, so they compare
+    across layers. A layer's error falls by σ²_{r+1} with each rank, and to zero at the cost of the dense layer, which
+    a square layer reaches at half its ranks. Steps along the lower convex hull of that curve (single ranks, then one
+    jump to dense) are taken by error saved per cost, largest first; a step that no longer fits is skipped for smaller
+    ones. Every layer keeps at least rank 1. O(K log K) for K singular values.
     """
     names = list(layers)
     ranks: list[int | None] = [1] * len(names)
@@ -124,8 +124,8 @@ def global_ranks(layers: Mapping[str, LayerSpectrum], budget: float) -> Ranks:
     return dict(zip(names, ranks, strict=True))
 
 
-def _hull(layer: LayerSpectrum) -> int:
-    """The rank from which the jump to dense saves more error per cost than one more rank does."""
+def _hull(layer: ErrorCurve) -> int:
+    """Return the rank from which the jump to dense saves more error per cost than one more rank does."""
     squares = layer.singular_values.astype(np.float64) ** 2
     ranks = np.arange(1, layer.largest_rank + 1)
     tails = np.cumsum(squares[::-1])[::-1]
@@ -136,15 +136,15 @@ def _hull(layer: LayerSpectrum) -> int:
     return int(ranks[np.argmax(jump >= gains / layer.rank_cost)])
 
 
-def _hull_worth(layer: LayerSpectrum, hull: int) -> list[tuple[float, int | None]]:
-    """Steps along the hull: (error saved per cost, rank reached; None is dense)."""
+def _hull_worth(layer: ErrorCurve, hull: int) -> list[tuple[float, int | None]]:
+    """Return the steps along the hull: (error saved per cost, rank reached; None is dense)."""
     squares = layer.singular_values.astype(np.float64) ** 2
     steps: list[tuple[float, int | None]] = [(squares[r] / layer.rank_cost, r + 1) for r in range(1, hull)]
     return [*steps, (squares[hull:].sum() / (layer.dense_cost - hull * layer.rank_cost), None)]
 
 
-def _rank_worth(layer: LayerSpectrum, hull: int) -> list[tuple[float, int | None]]:
-    """Single ranks past the hull, for a layer whose jump to dense did not fit."""
+def _rank_worth(layer: ErrorCurve, hull: int) -> list[tuple[float, int | None]]:
+    """Return single ranks past the hull, for a layer whose jump to dense did not fit."""
     squares = layer.singular_values.astype(np.float64) ** 2
     return [(squares[r] / layer.rank_cost, r + 1) for r in range(hull, layer.largest_rank)]
 

@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def thin_svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, k], σ [k] descending and Vᵀ [k, n] with S = U diag(σ) Vᵀ, for S [m, n] and k = min(m, n).
+    """Return U [m, k], σ [k] descending and Vᵀ [k, n] with S = U diag(σ) Vᵀ, for S [m, n] and k = min(m, n).
 
     About 4mnk + 9k³ FLOPs, most of them GEMMs, where LAPACK's SVD spends about 14mnk, half of them bound by memory.
     A Gram matrix squares the condition, so σ and U are taken from the images S V instead of its eigenvalues. Then
-    U diag(σ) Vᵀ = S V Vᵀ is as exact as V is orthogonal, whatever the condition; what blurs is the split among
-    directions with σ below about 1e-8 σ_max (float64), and the U of those is not orthogonal.
+    U diag(σ) Vᵀ = S V Vᵀ is as exact as V is orthogonal, whatever the condition; only the split among
+    directions with σ below about 1e-8 σ_max (float64) is inexact, and the U of those is not orthogonal.
 
     Args:
-        S: in float64.
+        S: matrix in float64.
     """
     if S.shape[0] < S.shape[1]:
         V, sigma, Uh = thin_svd(S.mT)
@@ -25,9 +25,9 @@ def thin_svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def along(S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S V Vᵀ as (images of unit length [m, k], their lengths [k] descending, Vᵀ [k, n]), for orthonormal V [n, k].
+    """Return S V Vᵀ as (images of unit length [m, k], their lengths [k] descending, Vᵀ [k, n]).
 
-    Images of length zero stay zero. 2mnk FLOPs.
+    V [n, k] is orthonormal. Images of length zero stay zero. 2mnk FLOPs.
     """
     images = S @ V
     lengths, order = images.norm(dim=0).sort(descending=True)

@@ -1,8 +1,8 @@
 """Causal attention on the CPU with a backward pass as fast as its forward pass.
 
 torch's CPU kernel for the backward pass of attention costs more than all linear layers of a small model together on
-short rows. Here the probabilities of a few rows at a time are made again and multiplied as batched GEMMs that stay in
-the cache; that wins on short rows and loses on long ones, which take torch's kernel (`LONGEST`).
+short rows. Here the probabilities of a few rows at a time are recomputed and multiplied as batched GEMMs that stay in
+the cache. That is faster for short rows and slower for long ones, for which torch's kernel is used (`LONGEST`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ NAME = "iprox_causal"
 
 # Rows up to this length take the GEMMs below.
 LONGEST = 512
-# Queries at a time: the keys after a block are never looked at, which halves the work of long rows.
+# Queries at a time: the keys after a block are not read, which halves the work of long rows.
 BLOCK = 128
-# Bytes of probabilities at a time: about a core's own cache.
+# Bytes of probabilities at a time: about the cache of one core.
 CACHE = 1 << 21
 
 
 @torch.library.custom_op("iprox::causal_attention", mutates_args=(), device_types="cpu")
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention; each group of H / K query heads shares a key-value head.
+    """Run causal attention; each group of H / K query heads shares a key-value head.
 
     Args:
-        query: [B, H, L, d].
-        key: [B, K, L, d].
-        value: [B, K, L, d].
-        scale: of the products of queries and keys.
+        query: queries [B, H, L, d].
+        key: keys [B, K, L, d].
+        value: values [B, K, L, d].
+        scale: factor of the products of queries and keys.
 
     Returns:
         The output [B, L, H, d] and the logarithm of the softmax's denominator [B, H, L], for the backward pass.
@@ -58,16 +58,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, 
 def causal_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients [B, H, L, d], [B, K, L, d] and [B, K, L, d] of the inputs of `causal_attention`.
+    """Return the gradients [B, H, L, d], [B, K, L, d] and [B, K, L, d] of the inputs of `causal_attention`.
 
     Args:
-        grad: of the output [B, L, H, d].
-        query: as given to `causal_attention`.
-        key: likewise.
-        value: likewise.
+        grad: gradient of the output [B, L, H, d].
+        query: queries that `causal_attention` was given.
+        key: its keys.
+        value: its values.
         out: its output.
         logsumexp: its second output.
-        scale: likewise.
+        scale: its scale.
     """
     grad = grad.transpose(1, 2)
     if query.shape[2] <= LONGEST:
@@ -100,7 +100,9 @@ def _(
 def _backward_by_gemm(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P = softmax(S), S = scale·Q Kᵀ: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ)), dQ = scale·dS K.
+    """Return the gradients as batched GEMMs.
+
+    With P = softmax(S), S = scale·Q Kᵀ: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ)), dQ = scale·dS K.
 
     The query heads that share a key-value head are stacked into one tall matrix, so that nothing is repeated and
     the sum over them is part of the GEMM.
@@ -144,14 +146,14 @@ causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _repeated(x: Tensor, groups: int) -> Tensor:
-    """Key or value heads [B, K, L, d] once for every query head [B, K·groups, L, d]."""
+    """Return key or value heads [B, K, L, d] once per query head [B, K·groups, L, d]."""
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
 
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls: our kernel for plain causal attention, its own `sdpa` for everything else."""
+    """Run attention for transformers: by this kernel if it is plain causal attention, else by its own `sdpa`."""
     causal = options.get("is_causal")
     plain = (
         attention_mask is None
@@ -163,7 +165,7 @@ def _forward(
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if torch.is_autocast_enabled("cpu"):  # which casts for torch's kernel, but not for ours
+    if torch.is_autocast_enabled("cpu"):  # which casts for torch's kernel, but not for this one
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     scaling = options.get("scaling")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -176,9 +178,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def fast_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, a transformers model on the CPU that uses `sdpa` attention uses this module's.
+    """Let a transformers model on the CPU that uses `sdpa` attention use this module's inside the block.
 
-    It has a first derivative only, so alignment must not run inside.
+    It has a first derivative only, so the gradient part of alignment must not run inside.
     """
     if (
         not isinstance(model, PreTrainedModel)

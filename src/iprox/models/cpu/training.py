@@ -1,7 +1,6 @@
 """Faster training on a CPU: attention's own backward pass (`attention.py`), and decoder layers compiled.
 
-In a small model norms, casts and activations cost more than the GEMMs; compiled, they are fused. GPUs have kernels of
-their own.
+In a small model norms, casts and activations cost more than the GEMMs; compiled, they are fused.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from iprox.models.attention import fast_attention
 from iprox.models.compiled import PIECES, why_not_compiled
+from iprox.models.cpu.attention import fast_attention
 from iprox.models.layers import decoder_layers
 
-# Optimizer steps that repay compiling: it takes up to a minute once on a machine, seconds after that.
+# Optimizer steps from which compiling saves time: it takes up to a minute once per machine, seconds after that.
 COMPILE_STEPS = 128
 
 
 @contextmanager
 def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Tensor]) -> Iterator[str]:
-    """Inside, a model on a CPU trains faster; on other devices it is left as it is.
+    """Let a model on a CPU train faster inside the block; on other devices it is left as it is.
 
     Args:
-        model: changed in place and, after it, as it was.
-        compiled: run the decoder layers compiled, where they can be.
-        trial: a training loss, to see with its gradient whether the compiled layers work.
+        model: model to train; as before after the block.
+        compiled: whether to run the decoder layers compiled, where possible.
+        trial: function that returns a training loss; its gradient shows whether the compiled layers work.
 
     Yields:
-        Why the model does not run compiled although asked to; empty where it does or need not.
+        Why the model does not run compiled although asked to, else an empty string.
     """
     if model.device.type != "cpu":
         yield ""
@@ -50,12 +49,12 @@ def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Te
 
 
 def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], Tensor]) -> str:
-    """Compile the decoder layers, and say why they cannot be."""
+    """Compile the decoder layers. Returns why they cannot be compiled, or an empty string."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
     for block in blocks:
-        block.compile(dynamic=True, fullgraph=True)  # a part left uncompiled is an error, and so is told
+        block.compile(dynamic=True, fullgraph=True)  # a part that cannot be compiled is an error
     try:
-        with torch.random.fork_rng(devices=()):  # the trial's dropout moves no random number of the training
+        with torch.random.fork_rng(devices=()):  # the trial must not advance the generator
             trial().backward()
     except TorchDynamoException as error:  # no compiler, or code it cannot follow
         _uncompile(blocks)

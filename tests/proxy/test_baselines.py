@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from iprox.kronecker.moments import collect_moments
 from iprox.models.layers import compressible_layers, dense_weight
-from iprox.proxy.methods import PROBED, RootCache, weigh_layer
-from iprox.proxy.moments import collect_moments
+from iprox.proxy.factorize import PROBED, layer_spectrum
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -19,7 +19,7 @@ def layer(tiny):
 
 
 def spectrum(method, weight, moments, ridge=1e-2):
-    return weigh_layer(method, weight, moments, ridge, RootCache(), torch.Generator().manual_seed(0)).spectrum
+    return layer_spectrum(method, weight, moments, ridge, torch.Generator().manual_seed(0))
 
 
 def weights_of(method, weight, moments):
@@ -43,8 +43,8 @@ def test_a_method_is_best_in_its_own_norm(layer, method):
     out, inner = weights_of(method, weight, moments)
 
     def error(other):
-        A, B = spectrum(other, weight, moments).factors(6)
-        E = weight - A @ B
+        up, down = spectrum(other, weight, moments).factors(6)
+        E = weight - up @ down
         return ((out @ E @ inner) * E).sum().item()
 
     own = error(method)
@@ -56,10 +56,10 @@ def test_a_method_is_best_in_its_own_norm(layer, method):
 
 def test_random_factors_give_the_weight_back_at_full_rank_only(layer):
     weight, _ = layer
-    A, B = spectrum("random", weight, None).factors(32)
-    torch.testing.assert_close(A @ B, weight)
-    A, B = spectrum("random", weight, None).factors(4)
-    assert (weight - A @ B).norm() > 0.5 * weight.norm()
+    up, down = spectrum("random", weight, None).factors(32)
+    torch.testing.assert_close(up @ down, weight)
+    up, down = spectrum("random", weight, None).factors(4)
+    assert (weight - up @ down).norm() > 0.5 * weight.norm()
     assert torch.equal(spectrum("random", weight, None).left, spectrum("random", weight, None).left)
 
 
@@ -71,23 +71,18 @@ def test_a_method_that_needs_moments_says_so(layer, method):
 
 def test_the_ridge_is_chosen_or_taken(layer):
     weight, moments = layer
-    chosen = weigh_layer("ipsvd", weight, moments, "auto", RootCache(), torch.Generator())
+    chosen = spectrum("ipsvd", weight, moments, "auto")
     assert chosen.ridge_in == moments.inputs.shrinkage()
     assert chosen.ridge_out == moments.gradients.shrinkage()
-    given = weigh_layer("svd-llm", weight, moments, 0.5, RootCache(), torch.Generator())
+    given = spectrum("svd-llm", weight, moments, 0.5)
     assert (given.ridge_in, given.ridge_out) == (0.5, None)
 
 
 def test_a_larger_ridge_does_not_make_a_layer_matter_more(layer):
     weight, moments = layer
-    small, large = (
-        weigh_layer("ipsvd", weight, moments, ridge, RootCache(), torch.Generator()) for ridge in (1e-6, 3.0)
-    )
-    plain, shrunk = small.spectrum.singular_values, large.spectrum.singular_values
+    small, large = (spectrum("ipsvd", weight, moments, ridge) for ridge in (1e-6, 3.0))
+    plain, shrunk = small.singular_values, large.singular_values
     assert shrunk.square().sum() > 2 * plain.square().sum()
     assert large.comparable.square().sum() < 1.5 * small.comparable.square().sum()
     torch.testing.assert_close(large.comparable, shrunk / 4)
-    assert torch.equal(
-        spectrum("svd", weight, None).singular_values,
-        weigh_layer("svd", weight, None, "auto", RootCache(), torch.Generator()).comparable,
-    )
+    assert torch.equal(spectrum("svd", weight, None).singular_values, spectrum("svd", weight, None, "auto").comparable)

@@ -5,13 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.proxy.second_moment import (
-    LARGEST_RIDGE,
-    LEAST_RIDGE,
-    DiagonalRoot,
-    ExactMoment,
-    SketchedMoment,
-)
+from iprox.kronecker.roots import DiagonalRoot
+from iprox.kronecker.second_moment import LARGEST_RIDGE, LEAST_RIDGE, ExactMoment, SketchedMoment
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.proxy.thin_svd import along, thin_svd
+from iprox.kronecker.svd import along, thin_svd
 
 
 def with_spectrum(m: int, n: int, sigma: torch.Tensor, seed: int) -> torch.Tensor:

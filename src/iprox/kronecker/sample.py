@@ -1,0 +1,121 @@
+"""One reading of a sample of examples: every layer's inputs and output gradients, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from iprox.data.batching import Batch
+from iprox.models.loss import LossFn, causal_lm_logits
+from iprox.models.observe import Sink, frozen, watched_backward
+
+Labels = Literal["data", "sampled"]
+Tokens = Literal["all", "supervised"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSettings:
+    """How a sample is read.
+
+    Attributes:
+        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own predictions
+            at the same tokens (true Fisher).
+        tokens: `all`, or only those at which a supervised token is predicted.
+        balanced: whether each example's δ is scaled by the root of its number of supervised tokens. The gradient of a
+            mean over k tokens has a variance of about 1/k, so without this the few examples with one or two supervised
+            tokens make up nearly all of C_δ.
+        seed: seed for sampled labels; the same seed draws the same labels.
+    """
+
+    labels: Labels = "data"
+    tokens: Tokens = "all"
+    balanced: bool = True
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Counts:
+    """The size of a sample: its examples, and the tokens that count (examples again where the model has no tokens)."""
+
+    examples: int = 0
+    tokens: int = 0
+
+
+def read_sample(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    sink: Sink,
+    loss_fn: LossFn,
+    settings: SampleSettings,
+) -> Counts:
+    """Hand each layer's inputs h [B, L, n] and output gradients δ [B, L, m] to a function, batch by batch.
+
+    A forward pass and a backward pass without weight gradients per batch, and with sampled labels one more forward
+    pass. Padding has δ = 0 and h ≠ 0, so h is set to zero there by the batch's lengths.
+
+    Args:
+        model: model to run; left as it was.
+        layers: layers to watch, by name.
+        batches: batches of the sample.
+        sink: function called for each layer and batch.
+        loss_fn: per-example losses of a model that is not a language model.
+        settings: settings of the reading.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    read = Counts()
+    with frozen(model):
+        for batch in batches:
+            counted, fed = None, sink
+            if isinstance(batch, Batch):
+                if settings.labels == "sampled":
+                    batch = sampled_labels(model, batch, generator)
+                counted = counted_tokens(batch, settings.tokens)
+                read.tokens += int(counted.sum())
+                if settings.balanced:
+                    fed = _scaled(sink, (batch.labels[:, 1:] != -100).sum(1).sqrt())
+            losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), fed, counted)
+            read.examples += len(losses)
+            if not isinstance(batch, Batch):
+                read.tokens += len(losses)
+    return read
+
+
+def _scaled(sink: Sink, scale: Tensor) -> Sink:
+    """Return a sink that multiplies the output gradients of each example by a number [B] first."""
+
+    def fed(name: str, h: Tensor, delta: Tensor) -> None:
+        sink(name, h, delta * scale[:, None, None].to(delta.dtype))
+
+    return fed
+
+
+def counted_tokens(batch: Batch, tokens: Tokens = "all") -> Tensor:
+    """Return which positions count, bool [B, L]: all but padding, or those that predict a supervised token."""
+    if tokens == "supervised":
+        following = torch.roll(batch.labels, -1, dims=1) != -100
+        following[:, -1] = False
+        return following
+    positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
+    return positions[None, :] < batch.lengths[:, None]
+
+
+@torch.no_grad()
+def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
+    """Draw every supervised label of a batch from the model's own prediction (Martens 2020: the true Fisher).
+
+    Raises:
+        FloatingPointError: a prediction is not finite.
+    """
+    logits, _, _ = causal_lm_logits(model, batch)
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite, so no label can be drawn; try --dtype float32")
+    probabilities = torch.softmax(logits.float(), dim=-1).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(batch.labels.device)
+    labels = batch.labels.clone()
+    labels[:, 1:][labels[:, 1:] != -100] = drawn
+    return replace(batch, labels=labels)
