@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -83,17 +83,33 @@ def validate_section(
     Raises:
         InputError: a bad value; the option is named.
     """
+    return _made(section, values, lambda key: options.get(key, "--" + key.replace("_", "-")))
+
+
+def section_of(section: type[AnySection], /, **values: Any) -> AnySection:
+    """Return the section of a recipe that the arguments of a Python function describe.
+
+    Args:
+        section: type of the section.
+        values: arguments by name.
+
+    Raises:
+        InputError: a bad value; the message names the argument.
+    """
+    return _made(section, values, lambda key: key)
+
+
+def _made(section: type[AnySection], values: Mapping[str, Any], spelled: Callable[[str], str]) -> AnySection:
     try:
         return section(**values)
     except ValidationError as error:
         clauses = []
         for problem in error.errors():
             said = problem["msg"].removeprefix("Value error, ")
-            if problem["loc"]:
-                key = ".".join(str(part) for part in problem["loc"])
-                option = options.get(key, "--" + key.replace("_", "-"))
-                said = f"{option} {shown(problem['input'])}: {said.lower()}"
-            clauses.append(said)  # of the section as a whole: it names the keys itself
+            path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
+            if path:  # a problem of the section as a whole names its keys itself
+                said = f"{spelled('.'.join(path))} {shown(problem['input'])}: {said.lower()}"
+            clauses.append(said)
         raise InputError("; ".join(clauses)) from error
 
 

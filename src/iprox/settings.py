@@ -328,21 +328,40 @@ class InfluenceSection(Section):
         return self
 
 
-# Of a whole, from nothing to all.
+# A share of a whole.
 Share = Annotated[float, Field(ge=0, le=1)]
+
+Strategy = Literal["top", "round-robin"]
+
+
+def rows_in_share(share: float, total: int) -> int:
+    """Return a share of all rows, rounded to the nearest number, at least one."""
+    return max(1, round(share * total))
 
 
 class SelectSection(Section):
-    """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
+    """How many rows are chosen, by which strategy, and within which limits.
 
-    `task` is one of `data.validation`, whose scores alone count; `weights` say how much each counts, 1 where it is not
-    named.
+    Attributes:
+        fraction: share of all rows, in (0, 1], rounded to the nearest row; 0.05 if no size and no threshold is given.
+        count: number of rows.
+        tokens: number of tokens that the rows may have in all. At most one of the three sizes may be given.
+        strategy: `round-robin` (validation examples take turns, and each chooses the row that is best for it; the tasks
+            take turns where scores by example were not kept) or `top` (the highest `influence`).
+        task: the one task whose scores count; None uses the scores of all tasks, the column `influence`.
+        weights: weight of each task, 1 where a task is not named. `top` then ranks by the weighted mean of standardized
+            scores; with `round-robin` a task's turns are in proportion to its weight.
+        threshold: lowest score that may be chosen, so there may be fewer rows than asked for.
+        source_floor: smallest share of the selection, by source.
+        source_cap: largest share of the selection, of every source or by source.
+        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; None
+            keeps both.
     """
 
     fraction: float | None = Field(None, gt=0, le=1)
     count: int | None = Field(None, ge=1)
     tokens: int | None = Field(None, ge=1)
-    strategy: Literal["top", "round-robin"] = "round-robin"
+    strategy: Strategy = "round-robin"
     task: str | None = None
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     threshold: float | None = None
@@ -356,11 +375,30 @@ class SelectSection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.weights and self.task is not None:
-            raise ValueError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
+            raise ValueError(f"weights are for several tasks, and task selects by {self.task} alone: leave one out")
         if not given and self.threshold is None:
             # Past the validate_assignment machinery, which would run this validator again.
             object.__setattr__(self, "fraction", 0.05)
+        if self.by_source and self.fraction is None and self.count is None:
+            raise ValueError("source_floor and source_cap are shares of a number of rows: give fraction or count")
+        if sum(self.source_floor.values()) > 1:
+            raise ValueError(f"the shares of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
         return self
+
+    @property
+    def by_source(self) -> bool:
+        """Whether any source has a floor or a cap."""
+        return bool(self.source_floor or self.source_cap is not None)
+
+    def rows_of(self, total: int) -> int | None:
+        """Return the number of rows to choose from a pool of a given size; None where another limit decides."""
+        return self.count if self.fraction is None else rows_in_share(self.fraction, total)
+
+    def caps(self) -> dict[str | None, float]:
+        """Return the largest shares by source; the key None stands for every source that is not named."""
+        if self.source_cap is None:
+            return {}
+        return {**self.source_cap} if isinstance(self.source_cap, dict) else {None: self.source_cap}
 
 
 class RetrainingSection(Section):

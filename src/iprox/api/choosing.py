@@ -17,8 +17,10 @@ from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
-from iprox.selection import SelectionSettings, Strategy, select_rows
+from iprox.recipe import section_of
+from iprox.selection import select_rows
 from iprox.selection.guard import guard
+from iprox.settings import SelectSection, Strategy
 
 
 def select(
@@ -36,35 +38,38 @@ def select(
     deduplicate: float | None = None,
     pool: Examples | None = None,
 ) -> np.ndarray:
-    """The chosen rows of a scores table: int64 row numbers, best first.
+    """Return the row numbers of the selected rows of a scores table: int64, best first.
 
     Warns where the selected answers are several times shorter or longer than the validation answers, or, with `pool`,
-    where many of them are near-duplicates (`iprox.selection.guard`).
+    where many of them are near-duplicates. The arguments from `fraction` to `deduplicate` are the settings of
+    `iprox.settings.SelectSection`.
 
     Args:
-        scores: from `score`.
-        fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
+        scores: scores table from `score`.
+        fraction: share of the rows; at most one of this, `count` and `tokens`. 0.05 if none of them and no `threshold`
+            is given.
         count: number of rows.
-        tokens: number of tokens that they may have in all.
-        strategy: `top` or `round-robin` (`iprox.selection.SelectionSettings`).
-        task: the one task whose scores count, where they are of several.
-        weights: by task, how much it counts; 1 where it is not named.
-        threshold: lowest score to choose; there may then be fewer rows.
-        source_floor: by source, the least share of the selection.
-        source_cap: the largest share of the selection, of any source or by source.
-        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
-            needs `pool`.
-        pool: what was scored; near-duplicates are looked for in its texts.
+        tokens: number of tokens that the rows may have in all.
+        strategy: `top` or `round-robin`.
+        task: the one task whose scores count; None uses those of all tasks.
+        weights: weight of each task, 1 where a task is not named.
+        threshold: lowest score that may be chosen, so there may be fewer rows than asked for.
+        source_floor: smallest share of the selection, by source.
+        source_cap: largest share of the selection, of every source or by source.
+        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; needs
+            `pool`.
+        pool: examples that were scored, in the same order; near-duplicates are found by their texts.
 
     Raises:
-        InputError: bad input; the message says which and how to mend it.
+        InputError: bad input; the message names the argument and how to fix it.
     """
     if not isinstance(scores, pa.Table):
         raise InputError(
             f"scores: expected the pyarrow.Table of iprox.score, not a {type(scores).__name__}; "
             "pyarrow.parquet.read_table reads scores.parquet, pyarrow.Table.from_pandas a frame of it"
         )
-    settings = SelectionSettings(
+    settings = section_of(
+        SelectSection,
         fraction=fraction,
         count=count,
         tokens=tokens,
@@ -78,11 +83,7 @@ def select(
     )
     source = None if pool is None else as_pool(pool, "pool")
     texts = None if source is None else lambda rows: [example.words for example in source.take(rows)]
-    rows = select_rows(
-        scores,
-        settings,
-        texts=texts,
-    ).rows
+    rows = select_rows(scores, settings, texts=texts).rows
     for line in guard(scores, rows, settings, "python", texts).warnings:
         warnings.warn(line, stacklevel=2)
     return rows

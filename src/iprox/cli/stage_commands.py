@@ -278,7 +278,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
             pool=pool,
             folder=output,
             candidates=settings.candidates,
-            chosen=selection.selection_settings(chosen),
+            chosen=chosen,
             score_on_target=on_target,
         ),
         kept="candidates.parquet.shards/*/*.parquet",

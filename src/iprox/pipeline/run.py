@@ -26,7 +26,7 @@ from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_
 from iprox.selection import check_feasible
 from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
 from iprox.settings import Recipe
-from iprox.stages import refinement, scoring, selection
+from iprox.stages import refinement, scoring
 from iprox.stages.compression import check_size
 from iprox.tracking import check_tracking
 
@@ -118,7 +118,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
-        chosen = selection.selection_settings(recipe.select)
+        chosen = recipe.select
         tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
         summary = session.read(pool, judging(validation, tests))
         unnamed = summary.rows - sum(summary.sources.values())

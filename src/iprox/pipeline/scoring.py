@@ -13,7 +13,6 @@ from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
 from iprox.stages import auditing, refinement, scoring
 from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
-from iprox.stages.selection import selection_settings
 
 
 def audit(run: Run, context: Context) -> None:
@@ -98,7 +97,7 @@ def refine(run: Run, context: Context) -> None:
             scores=run.folder.scores,
             pool=run.pool,
             candidates=settings.candidates,
-            chosen=selection_settings(chosen),
+            chosen=chosen,
             score_on_target=on_target,
         ),
     )
