@@ -34,7 +34,7 @@ def one_word(generator, number):
 
     One of three wishes, so that ten of them are near-duplicates of each other whatever the order that rounding gives.
     """
-    return chat("wishes", number, f"Will you solve {generator.randint(10, 12)} + 7 for me?", "Gladly")
+    return chat("wishes", number, f"Will you solve {10 + generator.randint(10, 99) % 3} + 7 for me?", "Gladly")
 
 
 def write(path, rows):
