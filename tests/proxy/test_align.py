@@ -245,7 +245,7 @@ def test_the_best_factors_are_kept_and_training_stops_when_fidelity_falls(pair):
     history = align(proxy, model, batches, AlignSettings(8, 1e-3), BOTH, held_out=held_out)
     assert [(point.step, point.fidelity) for point in history.held_out] == [(0, 0.5), (2, 0.7), (4, 0.6), (6, 0.65)]
     assert (history.best_step, history.stopped_early, len(history.steps)) == (2, True, 6)
-    assert [trace.name for trace in history.plot().data] == ["loss", "gradient", "kl", "held-out fidelity"]
+    assert [trace.name for trace in history.plot().data] == ["gradient term", "KL term", "loss", "Spearman", None]
     for name, factor in factors_of(proxy).items():
         assert torch.equal(factor, seen[1][name])
 

@@ -13,7 +13,7 @@ from iprox.planning import plan_recipe
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter, say_plainly
 from iprox.recipe import resolved
-from iprox.report import build_report
+from iprox.report.page import build_report
 from iprox.session import Session
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key
-from iprox.report import build_report, shown_rows
+from iprox.report.page import build_report, shown_rows
 from iprox.run_folder import StageRecord
 from iprox.session import pool_of, tasks_of
 from iprox.stages import attribution, selection, training

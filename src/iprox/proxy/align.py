@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 from torch import Tensor, nn
 
 from iprox.data.batching import Batch
@@ -25,6 +23,9 @@ from iprox.progress import Advance
 from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import load_state, save_state
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 # How often held-out fidelity is measured and the state saved, evenly over the steps; fidelity is also measured before.
 EVALUATIONS = 4
@@ -80,18 +81,13 @@ class AlignmentHistory:
         return asdict(self)
 
     def plot(self) -> go.Figure:
-        """The losses by step and, where it was measured, the held-out fidelity, as a Plotly figure."""
-        figure = make_subplots(specs=[[{"secondary_y": True}]])
-        steps = [step.step for step in self.steps]
-        for part in ("loss", "gradient", "kl", "hidden"):
-            values = [getattr(step, part) for step in self.steps]
-            if values and values[0] is not None:
-                figure.add_scatter(x=steps, y=values, name=part)
-        if self.held_out:
-            x, y = [point.step for point in self.held_out], [point.fidelity for point in self.held_out]
-            figure.add_scatter(x=x, y=y, name="held-out fidelity", mode="lines+markers", secondary_y=True)
-            figure.update_yaxes(title_text="Spearman", secondary_y=True)
-        return figure.update_xaxes(title_text="step").update_yaxes(title_text="loss", secondary_y=False)
+        """Return the losses by step and, where it was measured, the held-out fidelity, as a Plotly figure."""
+        # The charts depend on no other room; they are imported here, so that alignment does not import Plotly.
+        from iprox.report.charts import alignment_chart, figures, held_out_chart
+
+        data = self.as_dict()
+        drawn = (alignment_chart(data["steps"]), held_out_chart(data["held_out"], self.best_step))
+        return figures([chart for chart in drawn if chart is not None], columns=2)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AlignmentHistory:
