@@ -96,7 +96,7 @@ def found_of_top(scored: list[Any]) -> float:
 
 # The points of the plot on the front page: method, name, and where its text stands.
 POINTS = {
-    "ipsvd 0.3": ("IPSVD, sparsity 0.3", (6, -3)),
+    "ipsvd 0.3": ("IPSVD, sparsity 0.3", (-6, 4)),
     "ipsvd 0.5": ("IPSVD 0.5", (6, -3)),
     "ipsvd 0.7": ("IPSVD 0.7", (6, -3)),
     "svd-llm 0.7": ("SVD-LLM 0.7", (-6, -3)),
@@ -139,7 +139,7 @@ def main_rows(results: dict[str, Any]) -> str:
     """Return a plot of the losses, and tables of losses, exact matches, shares of the own source and cost."""
     cells, tasks = results["cells"], results["settings"]["tasks"]
     losses, exact, sourced, costs, points = [], [], [], [], []
-    # Tasks that a source of the pool belongs to; the others' losses depend on the seed more than on the row.
+    # Tasks that a source of the pool belongs to; the others' losses depend more on the seed than on the row.
     sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
     parted = 0 < len(sources) < len(tasks)
     for method in METHODS:
