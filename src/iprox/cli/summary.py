@@ -131,8 +131,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"matrix products run at {formats.flops(plan['gemm_rate'])}/s; about {formats.duration(plan['total_seconds'])} in all; "
-        f"making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
+        f"matrix products run at {formats.flops(plan['gemm_rate'])}/s; about {formats.duration(plan['total_seconds'])} "
+        f"in all; making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
         soft_wrap=True,
     )
 
