@@ -125,9 +125,8 @@ def tail_chart(layers: Layers) -> Chart:
         [(ACCENT, lambda layer: 100 * (layer.get("tail") or 0.0))],
         id="chart-tails",
         title="Weighted energy lost per layer",
-        caption="The share of each layer's weighted squared norm that the truncation removed: "
-        f"{formats.percent(sum(tails.values()) / len(tails))} on average, "
-        f"{formats.percent(tails[worst])} at most (in {worst}).",
+        caption="Share of the weighted squared norm removed: "
+        f"{formats.percent(sum(tails.values()) / len(tails))} on average, {formats.percent(tails[worst])} in {worst}.",
         label=f"Bars: energy lost by each of {len(tails):,} layers.",
         keys=(Key("accent", "energy lost"),),
     )

@@ -239,7 +239,7 @@ def source_chart(counts: Sequence[SourceCount], most: int = 24) -> Chart:
     ]
     places = np.arange(len(shown))
     common = {"y": places, "orientation": "h", "hovertext": hover, "hoverinfo": "text", "width": 0.38}
-    caption = "Sorted by gain: the sources on top are selected more often than their share of the pool, the last less."
+    caption = "Sorted by gain: the top sources are selected more often than their share of the pool."
     if left_out > 0:
         caption += f" {left_out:,} sources in between are left out."
     ends = "; ".join(
