@@ -122,10 +122,10 @@ def figures(charts: Sequence[Chart], columns: int = 3) -> go.Figure:
         charts: charts with one pair of axes each, or a single chart of any kind.
         columns: largest number of charts per line.
     """
-    heads = [f"{escape_label(chart.title)}<br><sub>{escape_label(chart.caption)}</sub>" for chart in charts]
+    heads = [_head(chart) for chart in charts]
     if len(charts) == 1:
         figure = go.Figure(charts[0].figure)
-        figure.update_layout(title_text=heads[0], margin=None, height=charts[0].height + 130)
+        figure.update_layout(title_text=heads[0], margin={"t": 130}, height=charts[0].height + 180)
     else:
         columns = min(columns, len(charts))
         lines = -(-len(charts) // columns)
@@ -137,9 +137,18 @@ def figures(charts: Sequence[Chart], columns: int = 3) -> go.Figure:
             figure.update_xaxes(layout.get("xaxis"), **place)
             figure.update_yaxes(layout.get("yaxis"), **place)
             figure.update_layout(barmode=layout.get("barmode"))
-        figure.update_layout(height=max(chart.height for chart in charts) * lines + 60, showlegend=False)
+        figure.update_layout(height=max(chart.height for chart in charts) * lines + 80, showlegend=False)
     figure.for_each_trace(_colored)
-    return figure.update_layout(template="plotly_white").update_xaxes(fixedrange=False).update_yaxes(fixedrange=False)
+    axes = {"fixedrange": False, "exponentformat": "power"}
+    return figure.update_layout(template="plotly_white").update_xaxes(axes).update_yaxes(axes)
+
+
+def _head(chart: Chart) -> str:
+    """Return the title of a chart with its caption and its legend."""
+    colors = [COLORS[key.swatch.split()[0]] for key in chart.keys]
+    legend = [f'<span style="color:{c}">■</span> {key.text}' for c, key in zip(colors, chart.keys, strict=True)]
+    lines = [escape_label(chart.caption), " ".join(legend)]
+    return "<br>".join([escape_label(chart.title), *(f"<sub>{line}</sub>" for line in lines if line)])
 
 
 def _colored(trace: Any) -> None:
