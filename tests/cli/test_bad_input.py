@@ -219,7 +219,7 @@ def test_more_selected_than_scored(place, refused):
 
 def test_a_floor_of_an_unknown_source_is_told_before_anything_is_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.source_floor={arithmetics: 0.5}")
-    assert "the floor of the source 'arithmetics': the pool has no row of it; did you mean 'arithmetic'?" in said
+    assert "the floor of the source 'arithmetics': the pool has no such source; did you mean 'arithmetic'?" in said
     assert not place.output.exists()
 
 
@@ -229,7 +229,7 @@ def test_a_task_to_select_by_that_is_not_validated(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.weights={maths: 2}")
     assert "select.weights 'maths' is none of data.validation: arithmetic, spelling" in said
     both = ["select.task=spelling", "select.weights={spelling: 2}"]
-    assert "weights are of several tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
+    assert "weights are for several tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
 
 
 def test_a_selection_named_as_another_format(finished, tmp_path, refused):
@@ -486,7 +486,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
         (["--source-cap", "0.3", "0.4"], "write it as SOURCE=SHARE"),
         (["--source-cap", "lots"], "give a share such as 0.3"),
         (["--source-floor", "a=0.6", "b=0.7"], "add up to 1.3"),
-        (["--task=maths"], "the scores are of no task 'maths'"),
+        (["--task=maths"], "there are no scores for the task 'maths'"),
         (["--deduplicate=2"], "deduplicate"),
         (["--threshold=1e30"], "no row has a score of"),
     ],

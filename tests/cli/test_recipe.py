@@ -154,7 +154,7 @@ def test_a_fault_of_a_whole_section_does_not_show_all_of_it():
     assert "given:" not in str(refusal.value)
     with pytest.raises(InputError) as refusal:
         validate_section(SelectSection, weights={"a": 2}, task="t")
-    assert str(refusal.value).startswith("weights are of several tasks")
+    assert str(refusal.value).startswith("weights are for several tasks")
 
 
 def test_an_option_of_another_name_than_its_key_is_named():
