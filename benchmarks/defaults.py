@@ -45,8 +45,7 @@ from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.run.folder import environment, read_json
-from iprox.selection.strategies import top
-from iprox.selection.turns import Turns
+from iprox.selection.strategies import Turns, top
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up

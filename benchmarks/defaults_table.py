@@ -26,7 +26,7 @@ Cells = dict[tuple[str, str, int], dict[str, Any]]
 
 
 def main() -> None:
-    """Fill in the blocks of both pages."""
+    """Fill in the block of each page."""
     known = {name: read(RESULTS / f"defaults-{name}.jsonl") for name in TITLES}
     known = {name: cells for name, cells in known.items() if cells}
     fill(ROOT / "docs/results.md", "\n\n".join(summary(TITLES[name], cells) for name, cells in known.items()))
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def read(path: Path) -> Cells:
-    """The cells of a results file."""
+    """Return the cells of a results file."""
     lines = path.read_text().splitlines() if path.is_file() else []
     return {(cell["row"], cell["task"], cell["seed"]): cell for cell in map(json.loads, lines)}
 
@@ -49,7 +49,7 @@ def fill(page: Path, content: str) -> None:
 
 
 def summary(title: str, cells: Cells) -> str:
-    """One row per configuration: what training on its selections does, over all tasks."""
+    """Return one row per configuration: what training on its selections does, over all tasks."""
     tasks, seeds = names(cells, 1), sorted({seed for _, _, seed in cells})
     rows = []
     for row in names(cells, 0):
@@ -78,7 +78,7 @@ def summary(title: str, cells: Cells) -> str:
 
 
 def by_task(title: str, cells: Cells) -> str:
-    """Test loss by task, mean over seeds, and the median number of supervised tokens selected."""
+    """Return the test loss by task, mean over seeds, and the median number of supervised tokens selected."""
     tasks = names(cells, 1)
     body = []
     for row in names(cells, 0):
@@ -93,18 +93,18 @@ def by_task(title: str, cells: Cells) -> str:
 
 
 def names(cells: Cells, place: int) -> list[Any]:
-    """The rows (0) or tasks (1) that there are, in the order they were computed."""
+    """Return the rows (0) or tasks (1) of the cells, in the order they were computed."""
     return list(dict.fromkeys(key[place] for key in cells))
 
 
 def mean_loss(cells: Cells, row: str, tasks: Iterable[str], seed: int) -> float | None:
-    """Mean test loss over the tasks in one seed; None where one is missing."""
+    """Return the mean test loss over the tasks in one seed; None if one is missing."""
     losses = [cells[row, task, seed]["loss"] for task in tasks if (row, task, seed) in cells]
     return float(np.mean(losses)) if len(losses) == len(list(tasks)) else None
 
 
 def against_random(cells: Cells, row: str) -> tuple[int, int]:
-    """In how many tasks and seeds a row's selection trains better than random rows, and in how many not."""
+    """Return in how many cells a row's selection trains better than random rows, and in how many it does not."""
     better = [
         cell["loss"] < cells["random", task, seed]["loss"]
         for (name, task, seed), cell in cells.items()
@@ -114,7 +114,7 @@ def against_random(cells: Cells, row: str) -> tuple[int, int]:
 
 
 def with_error(values: list[float]) -> str:
-    """A mean over seeds, with its standard error where there are several."""
+    """Return a mean over seeds, with its standard error if there are several."""
     if not values:
         return "–"
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
@@ -122,7 +122,7 @@ def with_error(values: list[float]) -> str:
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from iprox.run_folder import environment, key_of, write_json
 from transformers import PreTrainedModel
 
 from iprox.audits.fidelity import fidelity_metrics
@@ -51,6 +50,7 @@ from iprox.proxy.factorize import layer_spectrum, with_factors
 from iprox.proxy.ipsvd import Spectrum
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
+from iprox.run.folder import environment, key_of, write_json
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up

@@ -17,7 +17,8 @@ import pyarrow as pa
 
 from iprox.influence.scores import AGGREGATE
 from iprox.run.folder import environment, write_json
-from iprox.selection import SelectionSettings, select_rows
+from iprox.selection import select_rows
+from iprox.settings import SelectSection
 
 CASES = {
     "top": {"strategy": "top"},
@@ -57,7 +58,7 @@ def main() -> None:
     for name, settings in CASES.items():
         tokens = None if "fraction" not in settings else int(0.05 * np.sum(table["tokens"].to_numpy()))
         start = time.perf_counter()
-        chosen = select_rows(table, SelectionSettings(**{"fraction": 0.05, "tokens": tokens, **settings}))
+        chosen = select_rows(table, SelectSection(**{"fraction": 0.05, "tokens": tokens, **settings}))
         seconds[name] = time.perf_counter() - start
         print(f"{name:<24}{seconds[name]:>7.1f} s{len(chosen.rows):>10,} rows", flush=True)
     write_json(

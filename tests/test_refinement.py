@@ -8,11 +8,12 @@ import pytest
 from iprox.data.columns import Columns
 from iprox.errors import InputError
 from iprox.influence.scores import ExampleScores, read_scores, score_matrix, scores_table
-from iprox.selection import SelectionSettings, best_rows, select_rows
+from iprox.selection import best_rows, select_rows
+from iprox.settings import SelectSection
 from iprox.stages.refinement import check_candidates, refine
 
 ROWS, TASKS = 1000, ["a", "b"]
-TOP = SelectionSettings(fraction=0.05, strategy="top")
+TOP = SelectSection(fraction=0.05, strategy="top")
 
 
 class Rows:
@@ -94,9 +95,9 @@ def test_the_selection_finds_more_of_the_targets_own_best_rows_than_the_proxys(t
 @pytest.mark.parametrize(
     ("chosen", "weights"),
     [
-        (SelectionSettings(count=5, task="b"), [0, 1]),
-        (SelectionSettings(count=5, strategy="top", weights={"a": 3}), [3, 1]),
-        (SelectionSettings(count=5, weights={"a": 0}), [0, 1]),
+        (SelectSection(count=5, task="b"), [0, 1]),
+        (SelectSection(count=5, strategy="top", weights={"a": 3}), [3, 1]),
+        (SelectSection(count=5, weights={"a": 0}), [0, 1]),
     ],
 )
 def test_the_best_rows_are_those_of_what_selection_ranks_by(scores, chosen, weights):
@@ -109,8 +110,8 @@ def test_the_best_rows_are_those_of_what_selection_ranks_by(scores, chosen, weig
 
 def test_the_best_rows_by_turns_are_those_that_would_be_selected_of_so_many(scores):
     table = table_of(scores[0])
-    rows = best_rows(table, 0.1, SelectionSettings(count=5))
-    assert rows.tolist() == sorted(select_rows(table, SelectionSettings(count=100)).rows.tolist())
+    rows = best_rows(table, 0.1, SelectSection(count=5))
+    assert rows.tolist() == sorted(select_rows(table, SelectSection(count=100)).rows.tolist())
 
 
 def test_refined_scores_keep_those_by_validation_example(tmp_path, scores):
@@ -126,7 +127,7 @@ def test_refined_scores_keep_those_by_validation_example(tmp_path, scores):
         return {"tokens": 12, "flops": 3.0}
 
     refine(
-        scores=tmp_path, pool=pool, folder=tmp_path / "refined", candidates=0.2, chosen=SelectionSettings(count=9),
+        scores=tmp_path, pool=pool, folder=tmp_path / "refined", candidates=0.2, chosen=SelectSection(count=9),
         score_on_target=on_target,
     )  # fmt: skip
     chunks = ExampleScores.in_file(tmp_path / "refined").chunks(TASKS)
@@ -138,25 +139,25 @@ def test_refined_scores_keep_those_by_validation_example(tmp_path, scores):
 def test_rows_without_a_score_are_not_scored_again(scores):
     proxy, _ = scores
     proxy[40:] = np.nan
-    assert best_rows(table_of(proxy), 0.2, SelectionSettings(count=5)).tolist() == list(range(7, 40))
+    assert best_rows(table_of(proxy), 0.2, SelectSection(count=5)).tolist() == list(range(7, 40))
 
 
 def test_a_table_without_scores_is_refused(tmp_path, scores):
     proxy, target = scores
     with pytest.raises(InputError, match="no row has a score"):
-        refined(tmp_path, np.full_like(proxy, np.nan), target, 0.2, SelectionSettings(fraction=0.05))
+        refined(tmp_path, np.full_like(proxy, np.nan), target, 0.2, SelectSection(fraction=0.05))
 
 
 def test_scores_of_other_tasks_are_refused(tmp_path, scores):
     proxy, target = scores
     with pytest.raises(InputError, match="the scores are of a, b; give the validation sets of these tasks"):
-        refined(tmp_path, proxy, target, 0.2, SelectionSettings(fraction=0.05), tasks=["a"])
+        refined(tmp_path, proxy, target, 0.2, SelectSection(fraction=0.05), tasks=["a"])
 
 
 def test_a_selection_of_more_rows_than_are_scored_again_is_refused():
-    check_candidates(0.2, SelectionSettings(fraction=0.2), 1001)
-    check_candidates(0.2, SelectionSettings(count=200), 1000)
+    check_candidates(0.2, SelectSection(fraction=0.2), 1001)
+    check_candidates(0.2, SelectSection(count=200), 1000)
     with pytest.raises(InputError, match=r"201 rows are to be selected, and refine.candidates 0.2 scores 200 again"):
-        check_candidates(0.2, SelectionSettings(count=201), 1000)
+        check_candidates(0.2, SelectSection(count=201), 1000)
     with pytest.raises(InputError, match=r"give select.fraction or select.count"):
-        check_candidates(0.2, SelectionSettings(tokens=100), 1000)
+        check_candidates(0.2, SelectSection(tokens=100), 1000)

@@ -1,8 +1,8 @@
-"""Write the tables and plots of docs/results.md from the results in benchmarks/results/.
+"""Write the tables and plots of docs/results.md and docs/results/ from the results in benchmarks/results/.
 
     python benchmarks/paper/render.py
 
-The page is written by hand but for what stands between `<!-- NAME -->` and `<!-- /NAME -->`, which this replaces.
+The pages are written by hand, except for the blocks between `<!-- NAME -->` and `<!-- /NAME -->`, which this replaces.
 """
 
 from __future__ import annotations
@@ -27,80 +27,162 @@ mpl.rcParams.update({"svg.hashsalt": "iprox", "font.size": 9, "axes.spines.top":
 
 
 def main() -> None:
-    """Fill in every block of the page."""
-    page = DOCS / "results.md"
-    text = page.read_text(encoding="utf-8")
-    for name, (file, make) in BLOCKS.items():
-        path = RESULTS / file
+    """Fill in every block of the pages."""
+    for name, (file, at, make) in BLOCKS.items():
+        page, path = DOCS / at, RESULTS / file
+        text = page.read_text(encoding="utf-8")
         content = make(json.loads(path.read_text())) if path.is_file() else "Not measured yet."
+        # Links are written relative to docs/.
+        content = content.replace("](plots/", f"]({'../' * at.count('/')}plots/")
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{page}: has no block {name}")
         text = pattern.sub(lambda found, content=content: f"{found[1]}{content}\n{found[2]}", text)
-    page.write_text(text, encoding="utf-8")
+        page.write_text(text, encoding="utf-8")
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows]]
     return "\n".join(lines)
 
 
 def of_seeds(cells: dict[str, Any], name: str) -> list[Any]:
-    """The cells of that name, one a seed."""
+    """Return the cells of a name, one per seed."""
     return [cells[f"{name}/{seed}"] for seed in range(10) if f"{name}/{seed}" in cells]
 
 
 def made_on(results: dict[str, Any]) -> str:
-    """On which machines, with which versions."""
+    """Return the machines and the versions of torch that the results were made with."""
     machines = {entry["machine"] for entry in results["machines"]}
     versions = {f"torch {entry['versions']['torch']}" for entry in results["machines"]}
     return f"{'; '.join(sorted(machines))}; {', '.join(sorted(versions))}."
 
 
 def with_error(values: list[float]) -> str:
-    """A mean over seeds with its standard error, where there are several."""
+    """Return a mean over seeds, with its standard error if there are several seeds."""
     error = f" ± {standard_error(values):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{error}" if values else "–"
 
 
-def main_rows(results: dict[str, Any]) -> str:
-    """Test losses by row and task, exact matches, and what selecting cost; and the mean losses as a plot."""
+# The rows of the table on the front page: method and how the page names it.
+FRONT = {
+    "random": "random rows",
+    "sibling": "a trained sibling with 40 % of the parameters",
+    "ipsvd 0.7": "**IPSVD, sparsity 0.7**",
+    "target": "the target itself",
+    "full pool": "no selection: the whole pool",
+}
+
+
+def front_rows(results: dict[str, Any]) -> str:
+    """Return the five rows of the front page: test loss, what is found of the target's top 5 %, and cost."""
     cells, tasks = results["cells"], results["settings"]["tasks"]
-    rows, points = [], []
-    # Tasks that a source of the pool is of; the others' losses hang on the seed more than on the row.
+    rows = []
+    for method, name in FRONT.items():
+        losses, scored = mean_losses(cells, method, tasks), of_seeds(cells, f"{method}/scores")
+        found = "100%" if method == "target" else f"{found_of_top(scored):.0%}" if scored else ""
+        # Costs are relative to scoring on the target with low-rank validation gradients.
+        cost = "1.00" if method == "target" else f"{relative_flops(cells, method):.2f}" if scored else ""
+        rows.append([name, with_error(losses), found, cost, str(len(losses))])
+    heads = ["trained on the 5 % selected by", "mean test loss", "of the target's top 5 %, found", "FLOPs", "seeds"]
+    return table(heads, rows)
+
+
+def found_of_top(scored: list[Any]) -> float:
+    """Return the share of the target's top 5 % that is in a row's top 5 %, mean over tasks and seeds."""
+    return float(np.mean([[task["overlap"]["0.05"] for task in cell["fidelity"].values()] for cell in scored]))
+
+
+# The points of the plot on the front page: method, name, and where its text stands.
+POINTS = {
+    "ipsvd 0.3": ("IPSVD, sparsity 0.3", (-6, 4)),
+    "ipsvd 0.5": ("IPSVD 0.5", (6, -3)),
+    "ipsvd 0.7": ("IPSVD 0.7", (6, -3)),
+    "svd-llm 0.7": ("SVD-LLM 0.7", (-6, -3)),
+    "svd 0.7": ("SVD 0.7", (6, -3)),
+    "sibling": ("trained sibling", (-6, -3)),
+    "influence scorer": ("influence scorer", (-6, -3)),
+    "rds": ("RDS+", (6, -3)),
+    "bm25": ("BM25", (6, -3)),
+}
+
+
+def front_plot(results: dict[str, Any]) -> str:
+    """Return the plot of the front page: what is found of the target's top 5 %, against cost."""
+    cells = results["cells"]
+    figure, axes = plt.subplots(figsize=(6.2, 3.4))
+    points = []
+    for method, (name, offset) in POINTS.items():
+        cost, found = relative_flops(cells, method), found_of_top(of_seeds(cells, f"{method}/scores"))
+        points.append((name, cost, found))
+        ours = method.startswith("ipsvd")
+        axes.plot(cost, found, "o", color="#1565c0" if ours else "#88909a", zorder=3)
+        side = "left" if offset[0] > 0 else "right"
+        axes.annotate(name, (cost, found), textcoords="offset points", xytext=offset, ha=side, fontsize=8)
+    ours = sorted((cost, found) for name, cost, found in points if name.startswith("IPSVD"))
+    axes.plot(*zip(*ours, strict=True), color="#1565c0", linewidth=1)
+    axes.axvline(1, color="#1a1e23", linewidth=0.8, linestyle="--")
+    axes.text(0.99, 0.04, "scoring on the target", ha="right", fontsize=8)
+    axes.plot(0, 0.05, "o", color="#88909a")
+    axes.annotate("random rows", (0, 0.05), textcoords="offset points", xytext=(6, -3), fontsize=8)
+    axes.set_xlabel("FLOPs, relative to scoring the pool on the target")
+    axes.set_ylabel("of the target's top 5 %, found")
+    axes.set_xlim(-0.05, 1.12)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(linewidth=0.4)
+    return f"![{alt(points)}; random rows 0.05 at 0.00]({saved(figure, 'found-and-cost')})"
+
+
+def main_rows(results: dict[str, Any]) -> str:
+    """Return a plot of the losses, and tables of losses, exact matches, shares of the own source and cost."""
+    cells, tasks = results["cells"], results["settings"]["tasks"]
+    losses, exact, sourced, costs, points = [], [], [], [], []
+    # Tasks that a source of the pool belongs to; the others' losses depend more on the seed than on the row.
     sources = next((list(cell["own_source"]) for cell in cells.values() if "own_source" in cell), [])
     parted = 0 < len(sources) < len(tasks)
     for method in METHODS:
         entries = [of_seeds(cells, f"{method}/{task}") for task in tasks]
         if not any(entries):
             continue
-        losses = [[entry["after"] for entry in each] for each in entries]
-        seeds = max(len(each) for each in losses)
-        shown = [with_error(each) for each in losses]
-        exact = [
-            f"{np.mean([entry['exact_match']['after'] for entry in each]):.0%}" if each else "–" for each in entries
-        ]
-        scored = of_seeds(cells, f"{method}/scores")
-        runs_model = bool(scored) and sum(scored[0]["flops"].values()) > 0
-        size = f"{scored[0]['parameters'] / 1e6:.1f} M" if runs_model else ""
-        cost = f"{relative_flops(cells, method):.2f}" if scored else ""
+        seeds = str(max(len(each) for each in entries))
         means = mean_losses(cells, method, tasks)
         if means:
             points.append((method, means))
-        own = [cell["own_source"] for cell in scored if "own_source" in cell]
-        pure = ", ".join(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0]) if own else ""
         of_part = [with_error(mean_losses(cells, method, sources))] if parted else []
-        rows.append([method, *shown, with_error(means), *of_part, ", ".join(exact), pure, size, cost, str(seeds)])
+        shown = [with_error([entry["after"] for entry in each]) for each in entries]
+        losses.append([method, *shown, with_error(means), *of_part, seeds])
+        matched = [[entry["exact_match"]["after"] for entry in each] for each in entries]
+        exact.append([method, *(f"{np.mean(each):.0%}" if each else "–" for each in matched)])
+        scored = of_seeds(cells, f"{method}/scores")
+        if not scored:
+            continue
+        own = [cell["own_source"] for cell in scored if "own_source" in cell]
+        if own:
+            sourced.append([method, *(f"{np.mean([each[task] for each in own]):.0%}" for task in own[0])])
+        runs_model = sum(scored[0]["flops"].values()) > 0
+        size = f"{scored[0]['parameters'] / 1e6:.1f} M" if runs_model else ""
+        costs.append([method, size, f"{relative_flops(cells, method):.2f}"])
     part = [f"mean of {', '.join(sources)}"] if parted else []
-    heads = ["selected by", *tasks, "mean", *part, f"exact match ({', '.join(tasks)})"]
-    heads += [f"of the task's own source ({', '.join(sources)})", "parameters", "FLOPs", "seeds"]
     picture = mean_loss_plot(points, f"mean-loss-{results['settings']['estimator']}")
-    return f"{picture}\n\n{table(heads, rows)}\n\n{made_on(results)}"
+    parts = [
+        picture,
+        "Test loss in nats, lower is better:",
+        table(["selected by", *tasks, "mean", *part, "seeds"], losses),
+        "Exact matches:",
+        table(["selected by", *tasks], exact),
+        "Share of the selection that comes from the task's own source:",
+        table(["selected by", *sources], sourced),
+        "Parameters of the scored model, and FLOPs of selecting relative to scoring the pool on the target:",
+        table(["selected by", "parameters", "FLOPs"], costs),
+        made_on(results),
+    ]
+    return "\n\n".join(parts)
 
 
 def mean_loss_plot(points: list[tuple[str, list[float]]], name: str) -> str:
-    """Rows by mean test loss, best first, a dot a seed."""
+    """Plot rows by mean test loss, best first, one dot per seed, and return the link to the plot."""
     points = sorted(points, key=lambda point: np.mean(point[1]))
     figure, axes = plt.subplots(figsize=(6.2, 0.6 + 0.19 * len(points)))
     for height, (method, means) in enumerate(points):
@@ -110,26 +192,24 @@ def mean_loss_plot(points: list[tuple[str, list[float]]], name: str) -> str:
     axes.set_yticks(range(len(points)), [method for method, _ in points])
     axes.invert_yaxis()
     axes.grid(axis="x", linewidth=0.4)
-    axes.set_xlabel("mean test loss over the tasks (nats); a dot a seed")
+    axes.set_xlabel("mean test loss over the tasks (nats); one dot per seed")
     said = "; ".join(f"{method} {', '.join(f'{mean:.3f}' for mean in means)}" for method, means in points)
     return f"![Mean test loss by seed: {said}]({saved(figure, name)})"
 
 
 def fidelity_rows(results: dict[str, Any]) -> str:
-    """Agreement with the target over the whole pool, and cost by stage."""
+    """Return agreement with the target over the whole pool, and FLOPs and seconds by stage, one table each."""
     cells = results["cells"]
-    rows, points = [], []
+    rows, points, scored_by = [], [], {}
     for method in METHODS:
         scored = of_seeds(cells, f"{method}/scores")
         if not scored or method == "target":
             continue
+        scored_by[method] = scored[0]
         figures = [list(cell["fidelity"].values()) for cell in scored]
         spearman = with_error([float(np.mean([task["spearman"] for task in cell])) for cell in figures])
-        overlap = float(np.mean([[task["overlap"]["0.05"] for task in cell] for cell in figures]))
-        cost = relative_flops(cells, method)
+        overlap, cost = found_of_top(scored), relative_flops(cells, method)
         points.append((method, cost, overlap))
-        flops = ", ".join(f"{stage} {value:.2g}" for stage, value in scored[0]["flops"].items())
-        seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in scored[0]["seconds"].items())
         again = [
             f"{np.mean([list(cell['recall'][share].values()) for cell in scored]):.2f}"
             if all("recall" in cell for cell in scored)
@@ -138,8 +218,7 @@ def fidelity_rows(results: dict[str, Any]) -> str:
         ]
         within = [cell["within_sources"] for cell in scored if "within_sources" in cell]
         inside = f"{np.mean(within):.3f}" if within else "–"
-        row = [method, spearman, inside, f"{overlap:.2f}", *again, f"{cost:.2f}", flops, seconds]
-        rows.append([*row, str(len(scored))])
+        rows.append([method, spearman, inside, f"{overlap:.2f}", *again, f"{cost:.2f}", str(len(scored))])
     figure, axes = plt.subplots(figsize=(6.2, 3.4))
     for method, cost, overlap in points:
         axes.plot(cost, overlap, "o", color="#1565c0" if method.startswith("ipsvd") else "#88909a")
@@ -148,30 +227,37 @@ def fidelity_rows(results: dict[str, Any]) -> str:
     axes.set_ylabel("of the target's top 5 %, found")
     axes.set_ylim(0, 1)
     picture = saved(figure, "fidelity-and-cost")
-    heads = [
-        "scored on",
-        "Spearman",
-        "within sources",
-        "top-5 % overlap",
-        "best 10 % scored again",
-        "best 20 %",
-        "FLOPs over the target's",
-        "FLOPs by stage",
-        "seconds",
-        "seeds",
+    heads = ["scored on", "Spearman", "within sources", "top-5 % overlap", "best 10 % scored again", "best 20 %"]
+
+    def by_stage(key: str, form: str) -> str:
+        stages = list(dict.fromkeys(stage for cell in scored_by.values() for stage in cell[key]))
+        body = [
+            [method, *(format(cell[key][stage], form) if stage in cell[key] else "" for stage in stages)]
+            for method, cell in scored_by.items()
+        ]
+        return table(["scored on", *stages], body)
+
+    parts = [
+        f"![{alt(points)}]({picture})",
+        table([*heads, "FLOPs over the target's", "seeds"], rows),
+        "FLOPs by stage, first seed:",
+        by_stage("flops", ".2g"),
+        "Seconds by stage, first seed:",
+        by_stage("seconds", ".0f"),
+        made_on(results),
     ]
-    return f"![{alt(points)}]({picture})\n\n{table(heads, rows)}\n\n{made_on(results)}"
+    return "\n\n".join(parts)
 
 
 def alt(points: list[tuple[str, float, float]]) -> str:
-    """The plot in words."""
+    """Return the plot in words."""
     return "Top-5 % overlap against cost: " + "; ".join(
         f"{name} {found:.2f} at {cost:.2f}" for name, cost, found in points
     )
 
 
 def ablation_rows(results: dict[str, Any]) -> str:
-    """Each ablation's variants."""
+    """Return the variants of each ablation."""
     rows = []
     for name, cell in results["cells"].items():
         ablation, variant = name.split("/", 1)
@@ -183,7 +269,7 @@ def ablation_rows(results: dict[str, Any]) -> str:
 
 
 def why_kept(results: dict[str, Any]) -> str:
-    """Influence and loss kept by sparsity, as plots."""
+    """Return influence and loss kept by sparsity, as plots and a table."""
     cells = {name: cell for name, cell in results["cells"].items() if name.startswith("kept/")}
     if not cells:
         return "Not measured yet."
@@ -207,22 +293,24 @@ def why_kept(results: dict[str, Any]) -> str:
 
 
 def why_selected(results: dict[str, Any]) -> str:
-    """Affinity and diversity of selections."""
+    """Return affinity and diversity of selections, one table each."""
     cells = {name: cell for name, cell in results["cells"].items() if name.startswith("selection/")}
     if not cells:
         return "Not measured yet."
     tasks = results["settings"]["tasks"]
     methods = list(dict.fromkeys(name.split("/")[1] for name in cells))
-    rows = []
-    for method in methods:
-        of_tasks = (cells.get(f"selection/{method}/{task}") for task in tasks)
-        shown = (f"{cell['affinity']:.2f}, {cell['nearest']:.2f}" if cell else "" for cell in of_tasks)
-        rows.append([method, *shown])
-    return f"{table(['affinity, nearest neighbor', *tasks], rows)}\n\n{made_on(results)}"
+    parts = []
+    for figure, name in (("affinity", "Affinity"), ("nearest", "Distance to the nearest neighbor")):
+        rows = []
+        for method in methods:
+            of_tasks = (cells.get(f"selection/{method}/{task}") for task in tasks)
+            rows.append([method, *(f"{cell[figure]:.2f}" if cell else "" for cell in of_tasks)])
+        parts += [f"{name}:", table(["selected by", *tasks], rows)]
+    return "\n\n".join([*parts, made_on(results)])
 
 
 def lds_rows(results: dict[str, Any]) -> str:
-    """Linear datamodeling scores by estimator and task."""
+    """Return linear datamodeling scores by estimator and task."""
     rows = []
     for estimator, cell in results["cells"].items():
         for task, sides in cell["tasks"].items():
@@ -238,7 +326,7 @@ def lds_rows(results: dict[str, Any]) -> str:
 
 
 def saved(figure: Any, name: str) -> str:
-    """Save a plot beside the page, and where it is from there."""
+    """Save a plot and return its path relative to docs/."""
     path = DOCS / "plots" / f"{name}.svg"
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
@@ -247,14 +335,17 @@ def saved(figure: Any, name: str) -> str:
     return f"plots/{path.name}"
 
 
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "main": ("paper-tracin.json", main_rows),
-    "main-if": ("paper-influence-function.json", main_rows),
-    "fidelity": ("paper-tracin.json", fidelity_rows),
-    "ablations": ("paper-ablations.json", ablation_rows),
-    "kept": ("paper-why.json", why_kept),
-    "selected": ("paper-why.json", why_selected),
-    "lds": ("paper-lds.json", lds_rows),
+# Block -> results file, page under docs/, function that makes the content.
+BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "found": ("paper-tracin.json", "results.md", front_plot),
+    "front": ("paper-tracin.json", "results.md", front_rows),
+    "main": ("paper-tracin.json", "results/main.md", main_rows),
+    "main-if": ("paper-influence-function.json", "results/main.md", main_rows),
+    "fidelity": ("paper-tracin.json", "results/fidelity.md", fidelity_rows),
+    "ablations": ("paper-ablations.json", "results/ablations.md", ablation_rows),
+    "kept": ("paper-why.json", "results/why.md", why_kept),
+    "selected": ("paper-why.json", "results/why.md", why_selected),
+    "lds": ("paper-lds.json", "results/lds.md", lds_rows),
 }
 
 if __name__ == "__main__":

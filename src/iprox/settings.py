@@ -400,13 +400,21 @@ class InfluenceSection(Section):
         return self
 
 
+Strategy = Literal["top", "round-robin"]
+
+
+def rows_in_share(share: float, total: int) -> int:
+    """Return a share of all rows, rounded to the nearest number, at least one."""
+    return max(1, round(share * total))
+
+
 class SelectSection(Section):
     """What is chosen, by which strategy, and what it must keep to."""
 
     fraction: float | None = setting(None, "fraction of the pool to select", "0.05", gt=0, le=1)
     count: int | None = setting(None, "number of rows to select, instead of a fraction", ge=1)
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
-    strategy: Literal["top", "round-robin"] = setting(
+    strategy: Strategy = setting(
         "round-robin",
         "round-robin: validation examples take turns, each chooses the row that is best for it; top: the highest "
         "influence on all together",
@@ -432,10 +440,29 @@ class SelectSection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.weights and self.task is not None:
-            raise ValueError(f"weights are for several tasks, and task says to choose by {self.task}: leave one out")
+            raise ValueError(f"weights are for several tasks, and task selects by {self.task} alone: leave one out")
         if not given and self.threshold is None:
             object.__setattr__(self, "fraction", 0.05)
+        if self.by_source and self.fraction is None and self.count is None:
+            raise ValueError("source_floor and source_cap are shares of a number of rows: give fraction or count")
+        if sum(self.source_floor.values()) > 1:
+            raise ValueError(f"the shares of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
         return self
+
+    @property
+    def by_source(self) -> bool:
+        """Whether any source has a floor or a cap."""
+        return bool(self.source_floor or self.source_cap is not None)
+
+    def rows_of(self, total: int) -> int | None:
+        """Return the number of rows to choose from a pool of a given size; None where another limit decides."""
+        return self.count if self.fraction is None else rows_in_share(self.fraction, total)
+
+    def caps(self) -> dict[str | None, float]:
+        """Return the largest shares by source; the key None stands for every source that is not named."""
+        if self.source_cap is None:
+            return {}
+        return {**self.source_cap} if isinstance(self.source_cap, dict) else {None: self.source_cap}
 
 
 class AuditSection(Section):

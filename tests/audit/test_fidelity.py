@@ -149,8 +149,9 @@ def test_a_notebook_shows_a_table_and_plots(matrices):
     assert "&lt;b&gt;" in shown
     assert "<b>" not in shown
     whole, one = report.plot(), report.plot("a")
-    assert len(whole.data) == 2
-    np.testing.assert_array_equal(one.data[0].x, target[:, 0])
+    assert len(whole.data) == 2 * len(one.data)
+    drawn = [(x, y) for trace in one.data for x, y in zip(trace.x, trace.y, strict=True)]
+    assert sorted(drawn) == sorted(zip(target[:, 0], proxy[:, 0], strict=True))
     with pytest.raises(KeyError):
         report.plot("c")
 

@@ -213,13 +213,13 @@ def test_unknown_device(run):
 
 def test_more_selected_than_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.count=500", "select.fraction=null")
-    assert "500 rows are to be selected, and the pool has 200; ask for fewer" in said
+    assert "500 rows are to be selected, and the pool has only 200; ask for fewer" in said
     assert not place.output.exists()
 
 
 def test_a_floor_of_an_unknown_source_is_told_before_anything_is_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.source_floor={arithmetics: 0.5}")
-    assert "the floor of the source 'arithmetics': the pool has no row of it; did you mean 'arithmetic'?" in said
+    assert "the floor of the source 'arithmetics': the pool has no such source; did you mean 'arithmetic'?" in said
     assert not place.output.exists()
 
 
@@ -229,7 +229,7 @@ def test_a_task_to_select_by_that_is_not_validated(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.weights={maths: 2}")
     assert "select.weights 'maths' is none of data.validation: arithmetic, spelling" in said
     both = ["select.task=spelling", "select.weights={spelling: 2}"]
-    assert "weights are of several tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
+    assert "weights are for several tasks" in refused("run", place.recipe, "--quiet", *OFF, *both)
 
 
 def test_a_selection_named_as_another_format(finished, tmp_path, refused):
@@ -485,7 +485,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
     [
         (["--set=select.source_cap=lots"], "select.source_cap"),
         (["--set", "select.source_floor={a: 0.6, b: 0.7}"], "add up to 1.3"),
-        (["--task=maths"], "the scores are of no task 'maths'"),
+        (["--task=maths"], "there are no scores for the task 'maths'"),
         (["--set=select.deduplicate=2"], "deduplicate"),
         (["--set=select.threshold=1e30"], "no row has a score of"),
     ],

@@ -30,8 +30,11 @@ def sum_of(generator, number, source="sums"):
 
 
 def one_word(generator, number):
-    """Another wish, granted in the word that the solutions begin with: its gradient is large, and part of theirs."""
-    return chat("wishes", number, f"Will you solve {generator.randint(10, 99)} + 7 for me?", "Gladly")
+    """Another wish, granted in the word that the solutions begin with: its gradient is large, and part of theirs.
+
+    One of three wishes, so that ten of them are near-duplicates of each other whatever the order that rounding gives.
+    """
+    return chat("wishes", number, f"Will you solve {10 + generator.randint(10, 99) % 3} + 7 for me?", "Gladly")
 
 
 def write(path, rows):
@@ -61,7 +64,8 @@ def mixed(make_place, tmp_path_factory):
 
 
 LINE = (
-    "the selected answers are short: median 5 supervised tokens, the validation answers of sums have 39 (pool: 5); try "
+    "the selected answers are much shorter than the validation answers: the median is 5 tokens, against 39 for sums "
+    "and 5 in the pool; try "
 )
 
 
@@ -120,11 +124,14 @@ def select(mixed, tmp_path, capfd):
 
 def test_a_command_names_its_options(mixed, select):
     said, record = select(mixed.output / "scores.parquet")
-    assert f"warning: {LINE}--normalize cosine when scoring\n" in said
-    assert "are near-duplicates of better ones (of 10 compared); try --deduplicate 0.8\n" in said
+    assert f"warning: {LINE}--set influence.normalize=cosine when scoring\n" in said
+    assert (
+        "of 10 selected rows say almost the same as a better selected row; leave them out with --set select.deduplicate=0.8\n"
+        in said
+    )
     assert len(record["warnings"]) == 2
     # Near-duplicates that are left out are none to be told of.
-    assert "near-duplicates" not in select(mixed.output / "scores.parquet", "--set=select.deduplicate=0.8")[0]
+    assert "almost the same" not in select(mixed.output / "scores.parquet", "--set=select.deduplicate=0.8")[0]
 
 
 def test_older_scores_are_read_and_nothing_is_said_of_lengths(mixed, select, tmp_path):
@@ -137,7 +144,7 @@ def test_older_scores_are_read_and_nothing_is_said_of_lengths(mixed, select, tmp
 
 def test_python_warns_in_its_own_words(mixed):
     table = pq.read_table(mixed.output / "scores.parquet")
-    with pytest.warns(UserWarning, match="the selected answers are short") as heard:
+    with pytest.warns(UserWarning, match="the selected answers are much shorter") as heard:
         rows = iprox.select(table, count=CHOSEN, strategy="top")
     assert [str(each.message) for each in heard] == [f"{LINE}normalize='cosine' in iprox.score"]
     assert rows.tolist() == selected(mixed)["rows"]

@@ -13,7 +13,7 @@ import yaml
 
 from iprox.cli import main
 from iprox.data import Pool
-from iprox.selection.turns import Turns
+from iprox.selection.strategies import Turns
 from iprox.session import Session
 from iprox.settings import AuditSection
 from iprox.stages import alignment, lds, retraining

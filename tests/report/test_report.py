@@ -17,16 +17,26 @@ from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, layers, write_json
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.report import build_report, formats
-from iprox.report.binning import bin_edges, count_into
-from iprox.report.charts import safe_json
-from iprox.report.examples import MOST_CHARACTERS, extreme_rows, roles_and_texts
-from iprox.report.fidelity_charts import fidelity_chart, top_rows
-from iprox.report.proxy_charts import layers_by_kind, rank_chart
-from iprox.report.run_folder import read_run_folder
-from iprox.report.score_charts import score_histogram, source_chart, source_shares
-from iprox.report.shading import shaded
-from iprox.report.training_charts import thin
+from iprox.report import formats
+from iprox.report.charts import (
+    alignment_chart,
+    fidelity_chart,
+    figures,
+    rank_chart,
+    safe_json,
+    score_histogram,
+    source_chart,
+    source_counts,
+    tail_chart,
+)
+from iprox.report.charts.audit import top_rows
+from iprox.report.charts.base import COLORS
+from iprox.report.charts.proxy import layers_by_kind
+from iprox.report.charts.scores import bin_edges, count_into
+from iprox.report.charts.training import thin
+from iprox.report.examples import MOST_CHARACTERS, extreme_rows, roles_and_texts, shaded
+from iprox.report.finished_run import read_run
+from iprox.report.page import build_report
 
 MakeRun = Callable[..., Path]
 
@@ -167,7 +177,7 @@ def test_stages_switched_off(make_run: MakeRun) -> None:
     assert "600 rows were scored for gsm8k on target-17m itself; nothing has been selected yet." in page.text
     assert "The audit was off in this run" in page.text
     assert "This run made no proxy" in page.text
-    assert "Neither warm-up nor alignment" in page.text
+    assert "neither warm-up nor alignment ran" in page.text
     assert "the select stage has not run" in page.text
 
 
@@ -305,7 +315,7 @@ def test_pool_that_moved_is_a_warning_not_a_failure(make_run: MakeRun) -> None:
     run = make_run()
     (run.parent / "run-pool.jsonl").unlink()
     page = build(run)
-    assert "Texts are not shown, because the pool cannot be read" in page.text
+    assert "The page shows no texts of rows, because the pool cannot be read" in page.text
     assert page.text.split("Warnings")[-1].count("the pool cannot be read") == 1
     assert "row-0010" in page.text
 
@@ -353,13 +363,13 @@ def break_run(run: Path, fault: str) -> None:
     [
         ("no folder", "no such folder"),
         ("no run.json", r"run\.json: missing; run `iprox run"),
-        ("no scores.parquet", r"scores\.parquet: missing, the score stage has not finished"),
+        ("no scores.parquet", r"scores\.parquet: missing, because the score stage has not finished"),
         ("no audit/audit.parquet", r"audit\.parquet: missing; run the audit stage"),
         ("bad json", r"selection\.json: not valid JSON"),
         ("list for object", r"run\.json: an object is expected"),
         ("bad parquet", r"scores\.parquet: not a readable Parquet file"),
         ("missing column", r"scores\.parquet: no column 'tokens'"),
-        ("empty scores", "holds no rows"),
+        ("empty scores", "has no rows"),
         ("row out of range", r"selection\.json: names a row outside the 600 rows"),
     ],
 )
@@ -399,11 +409,11 @@ def test_null_sources_and_unscored_pool(make_run: MakeRun) -> None:
     pq.write_table(table, run / "scores.parquet")
     assert "No row has a score." in build(run).text
     write_json(run / "selection.json", {"strategy": "random", "threshold": None, "rows": [5, 1]})
-    assert read_run_folder(run).selection is None  # of an earlier start, whose scores were others
+    assert read_run(run).selection is None  # of an earlier start, whose scores were others
     record = json.loads((run / "run.json").read_text())
     record["stages"]["select"] = record["stages"]["score"]
     write_json(run / "run.json", record)
-    assert "The rows of this pool name no source." in build(run).text
+    assert "The rows of this pool have no source." in build(run).text
 
 
 def test_size_does_not_follow_the_pool() -> None:
@@ -451,8 +461,8 @@ def test_extreme_rows_are_the_ends_of_the_ranking(values: list[float], most: int
     assert list(data[worst]) == list(ranked[: len(worst)])
 
 
-def test_source_shares_sort_by_gain() -> None:
-    shares = source_shares(np.array([0, 0, 0, 1, 1, 2]), ["a", None, "c"], np.array([3, 4, 5, 0]))
+def test_source_counts_sort_by_gain() -> None:
+    shares = source_counts(np.array([0, 0, 0, 1, 1, 2]), ["a", None, "c"], np.array([3, 4, 5, 0]))
     assert [(s.name, s.pool, s.selected) for s in shares] == [("(no source)", 2, 2), ("c", 1, 1), ("a", 3, 1)]
     assert shares[0].gain == pytest.approx(2 / 4 - 2 / 6)
     assert shares[-1].gain == pytest.approx(1 / 4 - 3 / 6)
@@ -461,7 +471,7 @@ def test_source_shares_sort_by_gain() -> None:
 def test_many_sources_keep_the_extremes() -> None:
     codes = np.repeat(np.arange(100), 10)
     chosen = np.arange(0, 1000, 7)
-    chart = source_chart(source_shares(codes, [f"source {i}" for i in range(100)], chosen), most=10)
+    chart = source_chart(source_counts(codes, [f"source {i}" for i in range(100)], chosen), most=10)
     assert len(json.loads(chart.spec)["layout"]["yaxis"]["ticktext"]) == 10
     assert "90 sources in between are left out" in chart.caption
 
@@ -472,12 +482,12 @@ def test_fidelity_marks_what_both_models_put_on_top() -> None:
     proxy[[99, 0]] = proxy[[0, 99]]
     target[50] = np.nan
     ids = [f"<b>{i}" for i in range(100)]
-    chart = fidelity_chart("t", proxy, target, ids, [None] * 100, id="c", caption="")
+    chart = fidelity_chart("t", proxy, target, ids, [None] * 100, spearman=0.5)
     assert chart is not None
     rest, one, both = (len(trace["hovertext"]) for trace in json.loads(chart.spec)["data"])
     assert (rest, one, both) == (93, 2, 4)
     assert "&lt;b&gt;98" in json.loads(chart.spec)["data"][2]["hovertext"][-1]
-    assert fidelity_chart("t", proxy, np.full(100, np.nan), ids, [None] * 100, id="c", caption="") is None
+    assert fidelity_chart("t", proxy, np.full(100, np.nan), ids, [None] * 100, spearman=0.5) is None
     assert top_rows(np.array([3.0, 1.0, 2.0]), 0.01).tolist() == [True, False, False]
 
 
@@ -496,6 +506,28 @@ def test_layer_bars_share_one_scale_that_holds_them_all() -> None:
     assert scales == scales[:1] * 7
     assert 384 <= scales[0][1] <= 1.1 * 384
     assert "27 layers became low-rank, 1 kept dense" in chart.caption
+
+
+def test_a_notebook_draws_the_charts_of_the_page_in_its_colors() -> None:
+    steps = [
+        {"step": k, "loss": 2.0 / k, "gradient": 1.0 / k, "kl": 1.0 / k, "hidden": 0.5, "learning_rate": 1e-4}
+        for k in (1, 2)
+    ]
+    alignment = alignment_chart(steps)
+    assert alignment is not None
+    histogram = score_histogram(np.arange(30.0), [28, 29], 28.0, title="<b>t</b>")
+    both = figures([alignment, histogram])
+    assert [trace.name for trace in both.data[:4]] == ["gradient term", "KL term", "hidden-state term", "loss"]
+    assert len(both.data) == 6
+    assert both.data[3].line.color == both.data[5].marker.color == COLORS["accent"]
+    assert both.layout.barmode == "stack"
+    assert any("&lt;b&gt;t" in title.text for title in both.layout.annotations)
+    assert (both.layout.xaxis.title.text, both.layout.yaxis2.title.text) == ("step", "rows")
+    for chart in (rank_chart(layers()), tail_chart(layers())):
+        assert len(figures([chart]).data) == len(chart.figure.data)
+        assert chart.caption in (figures([chart]).layout.title.text or "")
+    # What the page shows is not changed by that.
+    assert alignment.figure.data[0].line.color is None
 
 
 def test_long_curves_are_averaged_not_cut() -> None:

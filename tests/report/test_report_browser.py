@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from synthetic_run import SCRIPT
 
-from iprox.report import build_report
+from iprox.report.page import build_report
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 DRIVER = shutil.which("chromedriver") or "/usr/bin/chromedriver"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from iprox.data import Encoded
 from iprox.data.lengths import Lengths, ValidationLengths
 from iprox.influence.scores import scores_table
-from iprox.selection import SelectionSettings
 from iprox.selection.duplicates import word_runs
 from iprox.selection.guard import COMPARED, Setting, duplicate_share, guard
+from iprox.settings import SelectSection
 
 counts = st.lists(st.integers(0, 50), min_size=1, max_size=30)
 
@@ -37,7 +37,7 @@ def scored(supervised, validation, sources=None, **made_by):
 
 def warned(table, best, spelling="recipe", texts=None, **settings):
     rows = np.arange(best)
-    return list(guard(table, rows, SelectionSettings(count=best, **settings), spelling, texts).warnings)
+    return list(guard(table, rows, SelectSection(count=best, **settings), spelling, texts).warnings)
 
 
 def by_hand(values, share):
@@ -70,7 +70,7 @@ def test_validation_lengths_are_what_the_metadata_gives_back():
 @given(st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f", "g", None]), min_size=2, max_size=40), st.data())
 def test_shares_of_sources_are_counted(sources, data):
     rows = data.draw(st.lists(st.integers(0, len(sources) - 1), min_size=1, unique=True))
-    found = guard(scored([1] * len(sources), {"t": [1]}, sources), np.array(rows), SelectionSettings(count=1), "recipe")
+    found = guard(scored([1] * len(sources), {"t": [1]}, sources), np.array(rows), SelectSection(count=1), "recipe")
     pool, selected = Counter(sources), Counter(sources[row] for row in rows)
     assert len(found.sources) == min(5, len(selected))
     listed = [each.selection for each in found.sources]
@@ -83,21 +83,29 @@ def test_shares_of_sources_are_counted(sources, data):
 @pytest.mark.parametrize(
     ("lengths", "validation", "expected"),
     [
-        ([2, 2, 90, 90, 90], {"t": [6]}, "short: median 2 supervised tokens, the validation answers of t have 6"),
+        (
+            [2, 2, 90, 90, 90],
+            {"t": [6]},
+            "much shorter than the validation answers: the median is 2 tokens, against 6 for t and 90 in the pool",
+        ),
         ([3, 2, 90, 90, 90], {"t": [6]}, None),  # 2.5 times 3 are more than 6
-        ([60, 60, 4, 4, 4], {"t": [20]}, "long: median 60 supervised tokens, the validation answers of t have 20"),
+        (
+            [60, 60, 4, 4, 4],
+            {"t": [20]},
+            "much longer than the validation answers: the median is 60 tokens, against 20 for t and 4 in the pool",
+        ),
         ([59, 60, 4, 4, 4], {"t": [20]}, None),
         # Tasks of about one length are taken together, so 5 rows of 10 weigh more than one of 29.
         ([4, 4, 90, 90, 90], {"a": [10] * 5, "b": [29]}, None),
-        ([4, 4, 90, 90, 90], {"a": [10], "b": [29] * 5}, "the validation answers of a and b have 29 (pool: 90)"),
+        ([4, 4, 90, 90, 90], {"a": [10], "b": [29] * 5}, "against 29 for a and b and 90 in the pool"),
         # Tasks far apart: only what is far from all of them is told.
         ([4, 4, 90, 90, 90], {"a": [10], "b": [30] * 5}, None),
         (
             [3, 3, 90, 90, 90],
             {"a": [10], "b": [30] * 5},
-            "answers of the tasks have 10 (a) to 30 (b) (pool: 90)",
+            "against 10 (for a) to 30 (for b) and 90 in the pool",
         ),
-        ([90, 90, 4, 4, 4], {"a": [10] * 5, "b": [30]}, "are long: median 90"),
+        ([90, 90, 4, 4, 4], {"a": [10] * 5, "b": [30]}, "much longer than the validation answers: the median is 90"),
         ([89, 89, 4, 4, 4], {"a": [10] * 5, "b": [30]}, None),
     ],
 )
@@ -117,7 +125,7 @@ def test_only_the_tasks_selected_for_are_compared_with():
     assert warned(table, 2, task="short") == warned(table, 2, weights={"long": 0.0}) == []
     for settings in ({"task": "long"}, {"weights": {"short": 0.0}}):
         (line,) = warned(table, 2, **settings)
-        assert "validation answers of long have 60" in line
+        assert "against 60 for long" in line
 
 
 @pytest.mark.parametrize(
@@ -137,16 +145,16 @@ def test_the_setting_to_try_is_one_that_is_not_set(made_by, settings, tasks, tri
 
 def test_what_the_pool_does_not_have_no_setting_finds():
     (line,) = warned(scored([2, 2, 3, 3, 4], {"t": [60]}), 2)
-    assert line.endswith("(pool: 3); the pool has hardly any longer ones")
+    assert line.endswith("3 in the pool; the pool has hardly any longer answers, so add some that fit the task")
     (line,) = warned(scored([300, 300, 250, 250, 250], {"t": [60]}), 2)
-    assert line.endswith("(pool: 250); the pool has hardly any shorter ones")
+    assert line.endswith("250 in the pool; the pool has hardly any shorter answers, so add some that fit the task")
 
 
 def test_nothing_is_said_of_lengths_that_are_not_known():
     table = scored([2, 2, 90, 90, 90], {"t": [60]})
     assert warned(table.drop_columns(["supervised"]), 2) == []
     assert warned(table.replace_schema_metadata(None), 2) == []
-    old = guard(table.drop_columns(["supervised"]), np.arange(2), SelectionSettings(count=2), "recipe").as_dict()
+    old = guard(table.drop_columns(["supervised"]), np.arange(2), SelectSection(count=2), "recipe").as_dict()
     assert old["supervised"]["selection"] is old["supervised"]["pool"] is None
 
 
@@ -156,10 +164,6 @@ def test_nothing_is_said_of_lengths_that_are_not_known():
         (
             Setting("influence", "normalize", "cosine"),
             *("influence.normalize: cosine", "--normalize cosine when scoring", "normalize='cosine' in iprox.score"),
-        ),
-        (
-            Setting("select", "control_length", True),
-            *("select.control_length: true", "--control-length", "control_length=True"),
         ),
         (Setting("select", "deduplicate", 0.8), "select.deduplicate: 0.8", "--deduplicate 0.8", "deduplicate=0.8"),
     ],
@@ -210,5 +214,6 @@ def test_many_near_duplicates_are_told():
         lines = warned(table, best, texts=lambda rows: [same.get(row, f"row {row}") for row in rows])
         assert bool(lines) is told
     assert lines == [
-        "40% of the selected rows are near-duplicates of better ones (of 5 compared); try select.deduplicate: 0.8"
+        "40% of 5 selected rows say almost the same as a better selected row; "
+        "leave them out with select.deduplicate: 0.8"
     ]

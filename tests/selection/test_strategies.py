@@ -6,16 +6,16 @@ from hypothesis.extra.numpy import arrays
 
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
-from iprox.selection import SelectionSettings
+from iprox.recipe import validated
 from iprox.selection import select_rows as choose_rows
-from iprox.selection.strategies import top
-from iprox.selection.turns import Turns
+from iprox.selection.strategies import Turns, top
+from iprox.settings import SelectSection
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
 
 
 def select_rows(scores, **settings):
-    return choose_rows(scores, SelectionSettings(**settings))
+    return choose_rows(scores, validated(SelectSection, settings, ""))
 
 
 def table(values):
@@ -138,7 +138,7 @@ def test_one_task_of_several_chooses_alone():
     assert (by_a.threshold, by_a.task) == (2.0, "a")
     assert by_both.rows.tolist() == [0, 1]
     assert select_rows(scores, threshold=8.5, task="b").rows.tolist() == [0]
-    with pytest.raises(InputError, match="no task 'c'; they are of a, b"):
+    with pytest.raises(InputError, match="no scores for the task 'c'; the tasks are a, b"):
         select_rows(scores, count=1, task="c")
     in_turns = select_rows(scores, count=2, task="a")  # with itself
     assert (in_turns.rows.tolist(), in_turns.threshold) == ([2, 1], None)
@@ -161,6 +161,7 @@ def test_validation_examples_take_turns_where_their_scores_are_known():
 def test_a_fraction_is_of_all_rows():
     values = [float(i) for i in range(40)]
     assert select_rows(table(values), fraction=0.05).rows.tolist() == [39, 38]
+    assert select_rows(table(values)).fraction == 0.05
     assert select_rows(table(values), fraction=1e-9).rows.tolist() == [39]
     assert select_rows(table(values), fraction=1.0).rows.tolist() == list(range(39, -1, -1))
 
@@ -168,14 +169,13 @@ def test_a_fraction_is_of_all_rows():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one"),
         ({"fraction": 0.5, "count": 1}, "exactly one"),
-        ({"fraction": 0.0}, "above 0"),
-        ({"fraction": 1.5}, "at most 1"),
-        ({"count": 0}, "at least 1"),
+        ({"fraction": 0.0}, "fraction 0.0: .*greater than 0"),
+        ({"fraction": 1.5}, "fraction 1.5: .*less than or equal to 1"),
+        ({"count": 0}, "count 0: .*greater than or equal to 1"),
         ({"count": 3}, "only 2 of 3 have a score"),
-        ({"count": 4}, "the pool has 3"),
-        ({"count": 1, "strategy": "tpo"}, "known: top"),
+        ({"count": 4}, "the pool has only 3"),
+        ({"count": 1, "strategy": "tpo"}, "strategy 'tpo': input should be 'top' or"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message):
@@ -188,8 +188,6 @@ def test_ten_million_scores_take_seconds():
     import time
 
     rng = np.random.default_rng(0)
-    from iprox.selection.strategies import top
-
     values = rng.normal(size=10_000_000)
     started = time.process_time()
     rows = top(values, 500_000)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.selection.turns import Turns, leading
+from iprox.selection.strategies import Turns, leading
 
 
 def brute_force(scores, allowed, limit, weights):

@@ -12,78 +12,44 @@ from torch import nn
 
 from iprox.api.arguments import check_model
 from iprox.api.examples import Examples, as_pool
+from iprox.api.keywords import chosen, takes
 from iprox.api.scoring import score
 from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
 from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
-from iprox.selection import SelectionSettings, Strategy, select_rows
+from iprox.selection import select_rows
 from iprox.selection.guard import guard
+from iprox.settings import SelectSection
+
+_OF_SELECTION = tuple(SelectSection.model_fields)
 
 
-def select(
-    scores: pa.Table,
-    *,
-    fraction: float | None = None,
-    count: int | None = None,
-    tokens: int | None = None,
-    strategy: Strategy = "round-robin",
-    task: str | None = None,
-    weights: Mapping[str, float] | None = None,
-    threshold: float | None = None,
-    source_floor: Mapping[str, float] | None = None,
-    source_cap: float | Mapping[str, float] | None = None,
-    deduplicate: float | None = None,
-    pool: Examples | None = None,
-) -> np.ndarray:
-    """The chosen rows of a scores table: int64 row numbers, best first.
+@takes(SelectSection, *_OF_SELECTION)
+def select(scores: pa.Table, *, pool: Examples | None = None, **settings: Any) -> np.ndarray:
+    """Return the row numbers of the selected rows of a scores table: int64, best first.
 
     Warns where the selected answers are several times shorter or longer than the validation answers, or, with `pool`,
-    where many of them are near-duplicates (`iprox.selection.guard`).
+    where many of them are near-duplicates.
 
     Args:
-        scores: from `score`.
-        fraction: share of the rows; exactly one of this, `count` and `tokens` (or a `threshold` alone).
-        count: number of rows.
-        tokens: number of tokens that they may have in all.
-        strategy: `top` or `round-robin` (`iprox.selection.SelectionSettings`).
-        task: the one task whose scores count, where they are of several.
-        weights: by task, how much it counts; 1 where it is not named.
-        threshold: lowest score to choose; there may then be fewer rows.
-        source_floor: by source, the least share of the selection.
-        source_cap: the largest share of the selection, of any source or by source.
-        deduplicate: similarity of words from which two rows are near-duplicates, of which the better is kept; it
-            needs `pool`.
-        pool: what was scored; near-duplicates are looked for in its texts.
+        scores: Scores table from `score`.
+        pool: Examples that were scored, in the same order; near-duplicates are found by their texts.
+        **settings: Settings of `select` in a recipe.
 
     Raises:
-        InputError: bad input; the message says which and how to mend it.
+        InputError: Bad input; the message names the argument and how to fix it.
     """
     if not isinstance(scores, pa.Table):
         raise InputError(
             f"scores: expected the pyarrow.Table of iprox.score, not a {type(scores).__name__}; "
             "pyarrow.parquet.read_table reads scores.parquet, pyarrow.Table.from_pandas a frame of it"
         )
-    settings = SelectionSettings(
-        fraction=fraction,
-        count=count,
-        tokens=tokens,
-        strategy=strategy,
-        task=task,
-        weights=weights or {},
-        threshold=threshold,
-        source_floor=source_floor or {},
-        source_cap=source_cap,
-        deduplicate=deduplicate,
-    )
+    how = chosen(SelectSection, select, settings, _OF_SELECTION)
     source = None if pool is None else as_pool(pool, "pool")
     texts = None if source is None else lambda rows: [example.words for example in source.take(rows)]
-    rows = select_rows(
-        scores,
-        settings,
-        texts=texts,
-    ).rows
-    for line in guard(scores, rows, settings, "python", texts).warnings:
+    rows = select_rows(scores, how, texts=texts).rows
+    for line in guard(scores, rows, how, "python", texts).warnings:
         warnings.warn(line, stacklevel=2)
     return rows
 

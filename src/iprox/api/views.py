@@ -1,85 +1,77 @@
-"""What a notebook shows of scores and of proxies: a table, and `.plot()`. Audits and alignments show themselves."""
+"""Notebook views of scores and proxies: a table, and `.plot()`. Audits and alignments have these themselves."""
 
 from __future__ import annotations
 
-import re
-from html import escape
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import plotly.graph_objects as go
 import pyarrow as pa
-from plotly.subplots import make_subplots
-from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
 from iprox.influence.scores import TASK_PREFIX, score_matrix, task_names
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
-from iprox.models.layers import LowRankLinear, compressible_layers, low_rank_layers, weight_shape
+from iprox.models.layers import compressible_layers, low_rank_layers, weight_shape
+from iprox.report import charts, formats
 
-BINS = 60
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 class ScoresView:
-    """A scores table, to look at.
+    """A view of a scores table.
 
     Args:
-        scores: from `iprox.score`, or `scores.parquet`.
+        scores: scores table from `iprox.score`, or `scores.parquet`.
     """
 
     def __init__(self, scores: pa.Table) -> None:
         self.scores, self.tasks = scores, task_names(scores)
 
     def _repr_html_(self) -> str:
-        """A row a task: how its scores spread, and the best row by it."""
+        """Return one line per task: the spread of its scores, and its best row."""
         ids = self.scores["id"]
         rows = []
         for task, values in zip(self.tasks, score_matrix(self.scores).T, strict=True):
             known = values[np.isfinite(values)]
             if not len(known):
-                rows.append([escape(task), "0", *[""] * 4])
+                rows.append([task, "0", *[""] * 4])
                 continue
             best = str(ids[int(np.nanargmax(values))].as_py())
-            cells = (f"{known.mean():.3g}", f"{known.std():.3g}", f"{(known > 0).mean():.0%}", escape(best))
-            rows.append([escape(task), f"{len(known):,}", *cells])
-        heads = ["task", "scored", "mean", "deviation", "positive", "best row"]
-        return _table(f"Influence of {len(self.scores):,} rows; positive lowers the validation loss", heads, rows)
+            spread = (f"{known.mean():.3g}", f"{known.std():.3g}", f"{(known > 0).mean():.0%}")
+            rows.append([task, f"{len(known):,}", *spread, best])
+        heads = ["task", "scored", "mean", "standard deviation", "positive", "best row"]
+        caption = f"Influence of {len(self.scores):,} rows; a positive score means a lower validation loss"
+        return formats.html_table(caption, heads, rows)
 
     def plot(self, task: str | None = None) -> go.Figure:
-        """Histograms of the scores, as a Plotly figure.
+        """Return histograms of the scores as a Plotly figure.
 
         Args:
-            task: the one to draw; all if None.
+            task: task to draw; None draws all.
 
         Raises:
             InputError: there is no such task.
         """
         names = self.tasks if task is None else [task]
         if unknown := set(names) - set(self.tasks):
-            raise InputError(f"scores: no task {unknown.pop()!r}; there are {', '.join(self.tasks)}")
-        columns = min(3, len(names))
-        lines = -(-len(names) // columns)
-        figure = make_subplots(lines, columns, subplot_titles=[escape(name) for name in names])
-        for number, name in enumerate(names):
-            values = self.scores[TASK_PREFIX + name].to_numpy(zero_copy_only=False)
-            counts, edges = np.histogram(values[np.isfinite(values)], BINS)
-            bars = go.Bar(x=(edges[1:] + edges[:-1]) / 2, y=counts, width=np.diff(edges))
-            row, column = number // columns + 1, number % columns + 1
-            figure.add_trace(bars, row, column)
-            figure.update_xaxes(title_text="influence", row=row, col=column)
-        return figure.update_layout(showlegend=False, height=320 * lines)
+            raise InputError(f"scores: no task {unknown.pop()!r}; the tasks are {', '.join(self.tasks)}")
+        columns = {name: self.scores[TASK_PREFIX + name].to_numpy(zero_copy_only=False) for name in names}
+        known = {name: values for name, values in columns.items() if np.isfinite(values).any()}
+        if not known:
+            raise InputError("scores: no row has a score, so there is nothing to draw")
+        return charts.figures([charts.score_histogram(values, title=name) for name, values in known.items()])
 
 
 class ProxyView:
-    """A proxy, to look at.
+    """A view of a proxy.
 
     Args:
-        proxy: from `iprox.compress`, `iprox.align` or `iprox.load`.
+        proxy: proxy from `iprox.compress`, `iprox.align` or `iprox.load`.
 
     Raises:
-        InputError: it is no proxy.
+        InputError: the model is not a proxy.
     """
 
     def __init__(self, proxy: PreTrainedModel) -> None:
@@ -89,55 +81,37 @@ class ProxyView:
         self.proxy, self.config = proxy, config
 
     def _repr_html_(self) -> str:
-        """Of what and how it was made, and how large it is."""
+        """Return how the proxy was made, from which target, and its size."""
         layers = low_rank_layers(self.proxy)
         ranks = sorted(layer.rank for layer in layers.values())
         facts = [
-            ["method", escape(self.config.method)],
-            ["target", escape(self.config.target or "not named")],
+            ["method", self.config.method],
+            ["target", self.config.target or "not named"],
             ["sparsity", f"{self.config.sparsity:.1%}"],
             ["parameters", f"{sum(parameter.numel() for parameter in self.proxy.parameters()):,}"],
-            ["FLOPs a token, forward", f"{flops.forward_flops(self.proxy):.3g}"],
-            ["low-rank layers", f"{len(layers)} of {len(layers) + len(self._dense())}"],
+            ["FLOPs per token, forward", f"{flops.forward_flops(self.proxy):.3g}"],
+            ["low-rank layers", f"{len(layers)} of {len(layers) + len(compressible_layers(self.proxy))}"],
         ]
         if ranks:
             facts.append(["ranks", f"{ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}"])
-        return _table("Proxy", ["", ""], facts)
+        return formats.html_table("Proxy", ["", ""], facts)
 
     def plot(self) -> go.Figure:
-        """The rank of each layer over the full one, by block and kind of layer, as a Plotly figure; dense layers are 1.
+        """Return the rank of each layer, in front of its full rank, as a Plotly figure.
 
         Raises:
-            InputError: it has no factors: it is a shorter or another model.
+            InputError: the proxy has no low-rank layers, because it is a shorter or another model.
         """
-        layers = low_rank_layers(self.proxy)
-        if not layers:
+        low_rank = low_rank_layers(self.proxy)
+        if not low_rank:
             raise InputError(f"the proxy has no low-rank layers to draw (method {self.config.method})")
-        places: dict[tuple[str, int], tuple[float, str]] = {}
-        for name, layer in {**self._dense(), **layers}.items():
-            m, n = weight_shape(layer)
-            rank = layer.rank if isinstance(layer, LowRankLinear) else min(m, n)
-            kind, block = _place(name)
-            places[kind, block] = rank / min(m, n), f"{name}<br>rank {rank} of {min(m, n)}, {m} × {n}"
-        kinds = list(dict.fromkeys(kind for kind, _ in places))
-        blocks = sorted({block for _, block in places})
-        empty = (np.nan, "")
-        grid = [[places.get((kind, block), empty) for block in blocks] for kind in kinds]
-        heat = go.Heatmap(
-            x=blocks,
-            y=kinds,
-            z=[[share for share, _ in row] for row in grid],
-            text=[[text for _, text in row] for row in grid],
-            hovertemplate="%{text}<extra></extra>",
-            zmin=0,
-            zmax=1,
-            colorbar={"title": "rank / full"},
-        )
-        figure = go.Figure(heat)
-        return figure.update_layout(height=120 + 34 * len(kinds), xaxis_title="block", yaxis_autorange="reversed")
-
-    def _dense(self) -> dict[str, nn.Module]:
-        return compressible_layers(self.proxy)
+        every = {**compressible_layers(self.proxy), **low_rank}
+        layers = {
+            name: {"shape": weight_shape(every[name]), "rank": low_rank[name].rank if name in low_rank else None}
+            for name, _ in self.proxy.named_modules()
+            if name in every
+        }
+        return charts.figures([charts.rank_chart(layers)])
 
 
 @overload
@@ -145,7 +119,7 @@ def view(shown: pa.Table) -> ScoresView: ...
 @overload
 def view(shown: PreTrainedModel) -> ProxyView: ...
 def view(shown: pa.Table | PreTrainedModel) -> ScoresView | ProxyView:
-    """A scores table or a proxy as a notebook shows it: a table of what matters, and `.plot()`.
+    """Return a notebook view of a scores table or a proxy: a table, and `.plot()`.
 
     Raises:
         InputError: it is neither.
@@ -155,17 +129,5 @@ def view(shown: pa.Table | PreTrainedModel) -> ScoresView | ProxyView:
     if not isinstance(shown, pa.Table):
         raise InputError(f"iprox.view shows scores and proxies, not {type(shown).__name__}")
     if "influence" not in shown.column_names:
-        raise InputError(f"the table has no column influence, so it is none of scores: {shown.column_names}")
+        raise InputError(f"the table has no column influence, so it has no scores; its columns: {shown.column_names}")
     return ScoresView(shown)
-
-
-def _place(name: str) -> tuple[str, int]:
-    """The kind of a layer and its block: model.layers.3.mlp.up_proj -> (mlp.up_proj, 3)."""
-    found = re.search(r"\.(\d+)\.(.+)$", name)
-    return (found.group(2), int(found.group(1))) if found else (name, 0)
-
-
-def _table(caption: str, heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    body = "".join(f"<tr><th>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import plotly.graph_objects as go
 import pyarrow as pa
 from scipy import stats
 
 from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
-from iprox.audits.display import audit_figure, audit_html
 from iprox.audits.intervals import bootstrap_intervals
 from iprox.audits.overlap import OVERLAP_AT, top_overlap
 from iprox.audits.spearman import spearman
 from iprox.errors import InputError
 from iprox.influence.ranking import equal_scores
 from iprox.influence.scores import score_matrix, task_names
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 # The share that a calibration looks at.
 TOP = 0.05
@@ -53,16 +54,39 @@ class AuditReport:
         return {name: getattr(self, name) for name in names}
 
     def _repr_html_(self) -> str:
-        """The table that a notebook shows."""
-        return audit_html(self.sample, self.tasks, self.mean)
+        """Return the table that a notebook shows: one line per task, and the mean."""
+        from iprox.report.formats import html_table
+
+        shares = sorted(self.mean["overlap"], key=float)
+        heads = ["task", "Spearman (95 %)", "Kendall", *(f"top {100 * float(share):g} %" for share in shares)]
+        rows = []
+        for name, entry in (*self.tasks.items(), ("mean", self.mean)):
+            low, high = entry["intervals"]["spearman"]
+            cells = [f"{entry['spearman']:.3f} ({low:.2f} to {high:.2f})", f"{entry['kendall']:.3f}"]
+            rows.append([name, *cells, *(f"{entry['overlap'][share]:.0%}" for share in shares)])
+        return html_table(f"Proxy against target on {self.sample:,} rows", heads, rows)
 
     def plot(self, task: str | None = None) -> go.Figure:
-        """Proxy scores against target scores, as a Plotly figure.
+        """Return proxy scores against target scores as a Plotly figure.
 
         Args:
-            task: the one to draw; all if None.
+            task: task to draw; None draws all.
+
+        Raises:
+            KeyError: there is no such task.
         """
-        return audit_figure(self.scores, self.tasks, task)
+        # The charts depend on no other room; they are imported here, so that an audit does not import Plotly.
+        from iprox.report.charts import fidelity_chart, figures
+
+        ids, sources = self.scores["id"].to_pylist(), self.scores["source"].to_pylist()
+        drawn = []
+        for name in self.tasks if task is None else [task]:
+            proxy, target = (
+                self.scores[f"{side}/{name}"].to_numpy(zero_copy_only=False) for side in ("proxy", "target")
+            )
+            chart = fidelity_chart(name, proxy, target, ids, sources, spearman=self.tasks[name]["spearman"])
+            drawn += [] if chart is None else [chart]
+        return figures(drawn)
 
 
 def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:

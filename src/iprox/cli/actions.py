@@ -26,7 +26,7 @@ from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter, say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import resolved, validated
-from iprox.report import build_report
+from iprox.report.page import build_report
 from iprox.run import steps
 from iprox.run.folder import RunFolder, read_json
 from iprox.run.runner import Run, fingerprints

@@ -1,4 +1,4 @@
-"""What the commands print at the end: for people on standard output, as data for `--json`."""
+"""The results that commands print at the end, as text for people or as data for `--json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ console = make_console()
 
 
 def run_summary(folder: RunFolder) -> dict[str, Any]:
-    """The result of a run as plain data."""
+    """Return the result of a run as plain data."""
     record = read_json(folder.run)
     done = record["stages"]
     summary: dict[str, Any] = {
@@ -34,7 +34,7 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
         found = read_json(folder.audit / "audit.json")["tasks"][task] if task else done["audit"]["fidelity"]
         summary["fidelity"] = {name: found[name] for name in ("spearman", "kendall", "overlap", "intervals")}
     cost = record.get("cost", {})
-    if cost.get("target_score_flops"):  # scorers that run no model cost nothing
+    if cost.get("target_score_flops"):  # 0 for scorers that run no model
         spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
         summary["relative_cost"] = spent / cost["target_score_flops"]
     if "finetune" in done:
@@ -45,7 +45,7 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
 
 
 def print_run(folder: RunFolder) -> None:
-    """What was selected, how faithful the proxy is, what it cost, where the report is."""
+    """Print what was selected, the fidelity of the proxy, the cost, and the path of the report."""
     record = read_json(folder.run)
     done = record["stages"]
     table = Table("stage", "time", "tokens", "FLOPs", "peak memory", box=None, pad_edge=False)
@@ -74,7 +74,7 @@ def print_run(folder: RunFolder) -> None:
             (
                 "fidelity",
                 f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores, "
-                f"{fidelity['overlap'][str(share)]:.0%} of its top {share:.0%} shared ({audited} audited)",
+                f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found ({audited} rows audited)",
             )
         )
     if "refine" in done:
@@ -83,7 +83,7 @@ def print_run(folder: RunFolder) -> None:
         cost = record["cost"]
         text = f"{summary['relative_cost']:.0%} of the FLOPs of scoring on the target"
         if cost["construction_flops"]:
-            text += f", making the proxy included ({cost['score_flops'] / cost['target_score_flops']:.0%} without)"
+            text += f", including making the proxy ({cost['score_flops'] / cost['target_score_flops']:.0%} without)"
         lines.append(("cost", text))
     for task, losses in summary.get("test", {}).items():
         lines.append(("test loss", f"{task}: {losses['before']:.3f} before, {losses['after']:.3f} after fine-tuning"))
@@ -110,7 +110,7 @@ def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """A plan as a table."""
+    """Print a plan as a table."""
     table = Table("stage", "tokens", "FLOPs", "memory", "time", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -131,14 +131,14 @@ def print_plan(plan: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     console.print(
-        f"GEMM rate {formats.flops(plan['gemm_rate'])}/s; about {formats.duration(plan['total_seconds'])} in all; "
-        f"making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
+        f"matrix products run at {formats.flops(plan['gemm_rate'])}/s; about {formats.duration(plan['total_seconds'])} "
+        f"in all; making and scoring the proxy costs {plan['relative_score_cost']:.0%} of scoring on the target",
         soft_wrap=True,
     )
 
 
 def print_fidelity(audit: dict[str, Any]) -> None:
-    """An audit as a table."""
+    """Print an audit as a table."""
     table = Table("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -149,7 +149,7 @@ def print_fidelity(audit: dict[str, Any]) -> None:
 
 
 def print_lds(found: dict[str, Any]) -> None:
-    """Linear datamodeling scores as a table."""
+    """Print linear datamodeling scores as a table."""
     table = Table("task", "LDS, proxy", "LDS, target", box=None, pad_edge=False)
     for task, entry in found["tasks"].items():
         table.add_row(task, *(f"{side['lds']:.3f} ({_bounds(side['interval'])})" for side in entry.values()))
@@ -157,7 +157,7 @@ def print_lds(found: dict[str, Any]) -> None:
 
 
 def print_removal(found: dict[str, Any]) -> None:
-    """A removal test as a table."""
+    """Print a removal test as a table."""
     table = Table("task", "ranking", "without top", "without random", "difference", box=None, pad_edge=False)
     for task, entry in [*found["tasks"].items(), ("mean", found["mean"])]:
         for side in ("proxy", "target"):
@@ -168,13 +168,13 @@ def print_removal(found: dict[str, Any]) -> None:
 
 
 def print_machine(found: dict[str, Any]) -> None:
-    """What `iprox doctor` found."""
+    """Print what `iprox doctor` found."""
     rates = ", ".join(f"{name} {formats.flops(rate)}/s" for name, rate in found["gemm_flops_per_second"].items())
     memory = f"{formats.size(found['free_bytes'])} free of {formats.size(found['memory_bytes'])}"
     versions = {"iprox": found["iprox"], **found["versions"]}
     lines = [
         ("device", f"{found['device']} ({found['device_name']})"),
-        ("dtype", f"{found['dtype']}, which is what auto takes"),
+        ("dtype", f"{found['dtype']}, which auto chooses"),
         ("products", rates),
         ("memory", memory),
         ("cores", f"{found['cores']}, of which torch uses {found['threads']}"),
@@ -195,13 +195,13 @@ def print_machine(found: dict[str, Any]) -> None:
 
 
 def print_refinement(record: dict[str, Any]) -> None:
-    """Print how many rows were scored again."""
+    """Print the number of rows that were scored again."""
     console.print(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
 
 
 def _interval(fidelity: dict[str, Any]) -> str:
-    """The interval of the Spearman correlation."""
-    if "intervals" not in fidelity:  # of an audit made before there were any
+    """Return the interval of the Spearman correlation."""
+    if "intervals" not in fidelity:  # audits of older versions
         return ""
     return f" ({_bounds(fidelity['intervals']['spearman'])})"
 
@@ -212,7 +212,7 @@ def _bounds(interval: list[float]) -> str:
 
 
 def print_test_losses(record: dict[str, Any]) -> None:
-    """Test losses before and after a fine-tuning, and where the model is."""
+    """Print test losses before and after fine-tuning, and the path of the model."""
     for task, losses in record["test"].items():
         console.print(f"{task}: test loss {losses['before']:.4f} before, {losses['after']:.4f} after", markup=False)
     console.print(f"model: {Path(record['output']) / 'model'}", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-// The browser of examples: search, filter, sort. All text goes in as text, never as markup.
+// The browser of examples: search, filter, sort. All text is inserted as text, never as markup.
 (() => {
   "use strict";
   const PAGE = 12;

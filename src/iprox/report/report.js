@@ -17,7 +17,7 @@
     try {
       localStorage.setItem(STORE, theme);
     } catch {
-      // see above
+      // As above.
     }
   };
 

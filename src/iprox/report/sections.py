@@ -1,27 +1,16 @@
-"""The sections of the page, each as the plain values its part of the template shows."""
+"""The sections of the page, each as the plain values that its part of the template shows."""
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from iprox.audits.overlap import telling_share
-from iprox.report import formats
-from iprox.report.charts import Chart
-from iprox.report.fidelity_section import share_name
-from iprox.report.length_charts import answer_length_chart, row_length_chart
-from iprox.report.proxy_charts import rank_chart, tail_chart
-from iprox.report.run_folder import RunFolder, Scores
-from iprox.report.score_charts import (
-    SHARE_KEYS,
-    score_histogram,
-    source_chart,
-    source_shares,
-    task_histogram,
-)
-from iprox.report.training_charts import alignment_chart, held_out_chart, warmup_chart
+from iprox.report import charts, formats
+from iprox.report.finished_run import Audit, FinishedRun, Scores
 
 STAGES = {
     "data": "Data",
@@ -37,111 +26,106 @@ STAGES = {
     "finetune": "Fine-tune",
     "attribute": "Attribute",
 }
+MOST_DISAGREEMENTS = 12
+# Sources in the table of shares; the page says how many more there are.
+MOST_SOURCES = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One headline figure."""
+class Figure(NamedTuple):
+    """A headline figure."""
 
     value: str
     name: str
     note: str
 
 
-def _model_name(run: dict[str, Any]) -> str:
-    return Path(str(run.get("model", "the target"))).name
+def share_name(share: str) -> str:
+    """Return a share, spelled as in audit.json, in per cent."""
+    return f"{100 * float(share):g} %"
 
 
-def judged(folder: RunFolder) -> dict[str, Any]:
-    """The audit's figures of what rows are selected by: one task, or the mean over all."""
-    assert folder.audit is not None
-    of_task = folder.audit.summary.get("tasks", {}).get(folder.scores.task)
-    return of_task or folder.audit.summary.get("mean", {})
+def _judged(run: FinishedRun) -> dict[str, Any]:
+    """Return the audit's figures for the scores that rows are selected by: those of one task, or the mean over all."""
+    if run.audit is None:
+        return {}
+    return run.audit.summary.get("tasks", {}).get(run.scores.task) or run.audit.summary.get("mean", {})
 
 
-def summary(folder: RunFolder) -> dict[str, Any]:
-    """Returns the answer in a sentence, and the headline figures."""
-    run, scores, selection = folder.run, folder.scores, folder.selection
-    cost = run.get("cost", {})
+def summary(run: FinishedRun) -> dict[str, Any]:
+    """Return the result of the run in a sentence, and the headline figures."""
+    record, scores, selection = run.record, run.scores, run.selection
+    cost, stages = record.get("cost", {}), record.get("stages", {})
     tasks = scores.task or formats.listing(list(scores.tasks))
-    scorer = f"{_model_name(run)} itself"
-    if folder.compression is not None:
-        removed = folder.compression.get("achieved_sparsity")
-        scorer = f"a low-rank proxy of {_model_name(run)}"
-        if removed is not None:
-            scorer += f" with {formats.percent(removed, 0)} of its linear parameters removed"
+    model = Path(str(record.get("model", "the target"))).name
+    judged, figures = _judged(run), []
+    scorer = f"{model} itself"
+    if run.compression is not None:
+        removed = run.compression.get("achieved_sparsity")
+        without = "" if removed is None else f" with {formats.percent(removed, 0)} of its linear parameters removed"
+        scorer = f"a low-rank proxy of {model}{without}"
     if selection is None:
         sentence = f"{scores.rows:,} rows were scored for {tasks} on {scorer}; nothing has been selected yet."
     else:
         sentence = f"{len(selection.rows):,} of {scores.rows:,} rows were selected for {tasks}, scored on {scorer}"
-        spearman = None if folder.audit is None else judged(folder).get("spearman")
-        if spearman is not None and np.isfinite(spearman):
-            sentence += f", whose ranking agrees with the target's at Spearman {formats.decimal(spearman)}"
+        if np.isfinite(judged.get("spearman") or np.nan):
+            sentence += f", whose ranking agrees with the target's at Spearman {formats.decimal(judged['spearman'])}"
         sentence += "."
-
-    figures = []
-    if selection is not None:
-        note = f"{formats.percent(len(selection.rows) / scores.rows)} of {formats.rows(scores.rows)}, "
-        note += f"strategy “{selection.strategy}”"
+        share = formats.percent(len(selection.rows) / scores.rows)
+        note = f"{share} of {formats.rows(scores.rows)}, strategy “{selection.strategy}”"
         figures.append(Figure(formats.count(len(selection.rows)), "rows selected", note))
-    if folder.audit is not None:
-        found, sample = judged(folder), len(folder.audit.ids)
+    if run.audit is not None:
+        sample = len(run.audit.ids)
         share = telling_share(sample)
-        over = f"proxy against target, {sample:,} audited rows"
-        figures.append(Figure(formats.decimal(found.get("spearman")), "Spearman correlation", over))
-        name, overlap = share_name(str(share)), found.get("overlap", {}).get(str(share))
-        chance = f"of the target's top {formats.rows(round(share * sample))} are in the proxy's; {name} by chance"
-        figures.append(Figure(formats.percent(overlap, 0), f"top {name} overlap", chance))
+        over = f"proxy against target, {sample:,} audited rows; 1 is the same ranking"
+        figures.append(Figure(formats.decimal(judged.get("spearman")), "Spearman correlation", over))
+        name, overlap = share_name(str(share)), judged.get("overlap", {}).get(str(share))
+        note = f"of the target's best {formats.rows(round(share * sample))} are among the proxy's; {name} by chance"
+        figures.append(Figure(formats.percent(overlap, 0), f"top {name} overlap", note))
     score_flops, target_flops = cost.get("score_flops"), cost.get("target_score_flops")
-    if folder.compression is not None and score_flops is not None and target_flops:
-        note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}"
-        note += f"; {formats.ratio(score_flops + _making_flops(run), target_flops)} with making the proxy"
+    if run.compression is not None and score_flops is not None and target_flops:
+        note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}; "
+        note += f"{formats.ratio(score_flops + _making_flops(record), target_flops)} including making the proxy"
         figures.append(Figure(formats.ratio(score_flops, target_flops), "scoring cost", note))
-    stages = run.get("stages", {})
     total = sum(stage.get("seconds") or 0.0 for stage in stages.values())
-    figures.append(Figure(formats.duration(total), "total time", f"all stages, on {run.get('device', 'unknown')}"))
+    figures.append(Figure(formats.duration(total), "total time", f"all stages, on {record.get('device', 'unknown')}"))
     if selection is not None and len(selection.rows) and len(scores.source_names) > 1:
-        top = source_shares(scores.source_codes, scores.source_names, selection.rows)[0]
+        top = charts.source_counts(scores.source_codes, scores.source_names, selection.rows)[0]
         note = f"from {formats.percent(top.pool_share)} of the pool to {formats.percent(top.selected_share)}"
         name = f"points gained by {formats.shorten(top.name, 24)}"
         figures.append(Figure(formats.points(top.gain), name, note))
     return {"sentence": sentence, "figures": figures}
 
 
-def score_section(folder: RunFolder) -> dict[str, Any]:
-    """Returns the histogram of the aggregate with the cut, and one a task."""
-    scores, selection = folder.scores, folder.selection
-    chosen = np.array([], dtype=np.int64) if selection is None else selection.rows
+def score_section(run: FinishedRun) -> dict[str, Any]:
+    """Return the histogram of the scores that rows are selected by, and one histogram per task."""
+    scores, selection = run.scores, run.selection
     finite = np.isfinite(scores.influence)
-    unscored = int((~finite).sum())
-    note = "" if not unscored else f"{formats.rows(unscored)} without a score, never selected."
     if not finite.any():
         return {"aggregate": None, "tasks": [], "task_keys": (), "note": "No row has a score."}
+    chosen = np.array([], dtype=np.int64) if selection is None else selection.rows
+    cut = None if selection is None else selection.threshold
+    notes = []
+    if not finite.all():
+        notes.append(f"{formats.rows(int((~finite).sum()))} without a score; they cannot be selected.")
+    if run.refined is not None:
+        cut = None  # a score of the target, and the chart shows the proxy's
+        notes.append(
+            "These are the proxy's scores. The target scored the best "
+            f"{formats.rows(run.refined['candidates'])} again, and the selection was made among them by its scores."
+        )
     positive = formats.percent((scores.influence[finite] > 0).mean(), 0)
     caption = f"Training on a row with a positive score lowers the validation loss: {positive} of the scored rows."
-    cut = None if selection is None else selection.threshold
-    if folder.refined is not None:
-        cut = None  # it is of the target's scores
-        note = (
-            f"{note} These are the proxy's scores. The target scored the best "
-            f"{formats.rows(folder.refined['candidates'])} again, and the selection is among them, by its own scores."
-        ).strip()
-    aggregate = score_histogram(
-        scores.influence,
-        chosen,
-        cut,
-        id="chart-influence",
-        title=_title(scores),
-        caption=caption,
-    )
-    tasks = []
-    if len(scores.tasks) > 1:
-        tasks = [
-            task_histogram(task, values, chosen, id=f"chart-task-{index}")
-            for index, (task, values) in enumerate(scores.tasks.items())
-            if np.isfinite(values).any()
-        ]
-    return {"aggregate": aggregate, "tasks": tasks, "task_keys": SHARE_KEYS, "note": note}
+    tasks = [
+        charts.task_histogram(task, values, chosen, id=f"chart-task-{index}")
+        for index, (task, values) in enumerate(scores.tasks.items())
+        if len(scores.tasks) > 1 and np.isfinite(values).any()
+    ]
+    return {
+        "aggregate": charts.score_histogram(scores.influence, chosen, cut, title=_title(scores), caption=caption),
+        "tasks": tasks,
+        "task_keys": charts.SHARE_KEYS,
+        "note": " ".join(notes),
+    }
 
 
 def _title(scores: Scores) -> str:
@@ -153,48 +137,37 @@ def _title(scores: Scores) -> str:
     return "Influence, all tasks together" if len(scores.tasks) > 1 else "Influence"
 
 
-def composition_section(folder: RunFolder) -> dict[str, Any] | None:
-    """Returns what the selection is made of against the pool, or None where nothing is selected."""
-    scores, selection = folder.scores, folder.selection
+def composition_section(run: FinishedRun) -> dict[str, Any] | None:
+    """Return the make-up of the selection next to that of the pool, or None if nothing is selected."""
+    scores, selection = run.scores, run.selection
     if selection is None or not len(selection.rows):
         return None
     named = any(name is not None for name in scores.source_names)
-    shares = source_shares(scores.source_codes, scores.source_names, selection.rows) if named else []
-    rows = [
-        (
-            s.name,
-            formats.count(s.pool),
-            formats.percent(s.pool_share),
-            formats.count(s.selected),
-            formats.percent(s.selected_share),
-            formats.points(s.gain),
-        )
-        for s in shares[:200]
-    ]
+    counts = charts.source_counts(scores.source_codes, scores.source_names, selection.rows) if named else []
+    if scores.supervised is None:  # scores of an older version
+        lengths = charts.row_length_chart(scores.tokens, selection.rows)
+    else:
+        known = selection.profile["supervised"]["validation"] if selection.profile else {}
+        medians = {task: float(each["median"]) for task, each in known.items()}
+        lengths = charts.answer_length_chart(scores.supervised, selection.rows, medians)
     return {
-        "sources": source_chart(shares) if named else None,
-        "table": rows,
-        "left_out": max(0, len(shares) - len(rows)),
-        "lengths": _lengths(folder),
-        "profile": profile_rows(selection.profile),
+        "sources": charts.source_chart(counts) if named else None,
+        "table": [
+            (
+                *(each.name, formats.count(each.pool), formats.percent(each.pool_share)),
+                *(formats.count(each.selected), formats.percent(each.selected_share), formats.points(each.gain)),
+            )
+            for each in counts[:MOST_SOURCES]
+        ],
+        "left_out": max(0, len(counts) - MOST_SOURCES),
+        "lengths": lengths,
+        "profile": _profile_rows(selection.profile),
         "warnings": selection.profile["warnings"] if selection.profile else [],
     }
 
 
-def _lengths(folder: RunFolder) -> Chart:
-    """The chart of supervised tokens, or of all tokens where an older file has no others."""
-    scores, selection = folder.scores, folder.selection
-    assert selection is not None
-    if scores.supervised is None:
-        return row_length_chart(scores.tokens, selection.rows)
-    known = selection.profile["supervised"]["validation"] if selection.profile else {}
-    return answer_length_chart(
-        scores.supervised, selection.rows, {task: float(each["median"]) for task, each in known.items()}
-    )
-
-
-def profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    """Returns the table of selection, pool and validation sets; empty where selection.json has no profile."""
+def _profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
+    """Return the table of selection, pool and validation sets; empty if selection.json has no profile."""
     if profile is None:
         return []
     lengths, duplicates = profile["supervised"], profile["near_duplicates"]
@@ -219,23 +192,131 @@ def profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
     ]
 
 
-def asked_size(size: dict[str, float]) -> str:
-    """The size of a proxy as the recipe gave it: a sparsity, a share of FLOPs, or a fidelity."""
-    for name, value in size.items():
-        return f"{formats.percent(value)} {name}"
-    return formats.DASH
+def fidelity_section(run: FinishedRun) -> dict[str, Any] | None:
+    """Return the audit's charts and tables, or None if the audit was off."""
+    audit = run.audit
+    if audit is None:
+        return None
+    tasks, mean = audit.summary["tasks"], audit.summary.get("mean", {})
+    shares = sorted({share for task in tasks.values() for share in task.get("overlap", {})}, key=float)
+
+    def row(name: str, values: dict[str, Any]) -> tuple[str, ...]:
+        overlap, bounds = values.get("overlap", {}), values.get("intervals", {})
+        agreement = (_with_interval(values.get(key), bounds.get(key)) for key in ("spearman", "kendall"))
+        return (name, *agreement, *(formats.percent(overlap.get(share), 0) for share in shares))
+
+    sources = dict(zip(audit.ids, audit.sources, strict=True))
+    scatters = (
+        charts.fidelity_chart(
+            *(task, audit.proxy[task], audit.target[task], audit.ids, audit.sources),
+            spearman=values.get("spearman"),
+            id=f"chart-fidelity-{index}",
+        )
+        for index, (task, values) in enumerate(tasks.items())
+    )
+    return {
+        "charts": [chart for chart in scatters if chart is not None],
+        "keys": charts.FIDELITY_KEYS,
+        "heads": ["Task", "Spearman", "Kendall", *(f"Top {share_name(share)} overlap" for share in shares)],
+        "rows": [row(task, values) for task, values in tasks.items()],
+        "mean": row("Mean", mean) if len(tasks) > 1 and mean else None,
+        "sample": formats.count(len(audit.ids)),
+        "whole": [c for c in (charts.overlap_chart(mean), charts.calibration_chart(tasks)) if c is not None],
+        "by_source": [
+            (name, formats.count(entry["rows"]), formats.decimal(entry["spearman"]))
+            for name, entry in audit.summary.get("by_source", {}).items()
+        ],
+        "by_length": [
+            (
+                f"{entry['tokens'][0]:,} to {entry['tokens'][1]:,} tokens",
+                *(formats.count(entry["rows"]), formats.decimal(entry["spearman"])),
+            )
+            for entry in audit.summary.get("by_length", [])
+        ],
+        "disagreements": [
+            (
+                *(entry["id"], sources.get(entry["id"]) or "(no source)", task),
+                *(f"top {formats.percent(entry[side], 0)}" for side in ("proxy", "target")),
+            )
+            for task, entry in _disagreements(audit)
+        ],
+        "lds": None if audit.lds is None else _lds(audit.lds),
+        "removal": None if audit.removal is None else _removal(audit.removal),
+    }
 
 
-def proxy_section(folder: RunFolder) -> dict[str, Any] | None:
-    """Returns the proxy's facts and layer charts, or None where the run made no proxy."""
-    compression, cost = folder.compression, folder.run.get("cost", {})
+def _lds(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the linear datamodeling scores by task."""
+    rows = [
+        (task, *(_with_interval(values[side]["lds"], values[side]["interval"]) for side in ("proxy", "target")))
+        for task, values in measured["tasks"].items()
+    ]
+    if len(rows) > 1:
+        rows.append(("Mean", *(formats.decimal(measured["mean"][side]) for side in ("proxy", "target"))))
+    size = formats.count(round(measured["fraction"] * measured["rows"]))
+    return {"rows": rows, "subsets": formats.count(measured["subsets"]), "size": size}
+
+
+def _removal(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return how the validation losses rose without the top rows of each ranking, by task."""
+    entries = list(measured["tasks"].items())
+    if len(entries) > 1:
+        entries.append(("Mean", measured["mean"]))
+    rows = []
+    for task, values in entries:
+        for side in ("proxy", "target"):
+            top, random, difference, error = (
+                formats.decimal(values[side][key], 4) for key in ("top", "random", "difference", "standard_error")
+            )
+            rows.append((task, side, top, random, f"{difference} ± {error}"))
+    return {
+        "rows": rows,
+        "removed": formats.count(measured["removed"]),
+        "of": formats.count(measured["rows"]),
+        "repeats": formats.count(measured["repeats"]),
+    }
+
+
+def _with_interval(value: float | None, bounds: list[float] | None) -> str:
+    """Return a figure with its interval: `0.81 (0.76 to 0.85)`."""
+    interval = "" if bounds is None else f" ({formats.decimal(bounds[0])} to {formats.decimal(bounds[1])})"
+    return formats.decimal(value) + interval
+
+
+def _disagreements(audit: Audit) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows that proxy and target place furthest apart, over all tasks: (task, entry of audit.json)."""
+    found = [
+        (task, entry) for task, values in audit.summary["tasks"].items() for entry in values.get("disagreements", [])
+    ]
+    return sorted(found, key=lambda item: -abs(item[1]["proxy"] - item[1]["target"]))[:MOST_DISAGREEMENTS]
+
+
+def disagreeing_rows(run: FinishedRun) -> list[int]:
+    """Return the row numbers of the disagreements, the largest first."""
+    if run.audit is None:
+        return []
+    ids = list(dict.fromkeys(entry["id"] for _, entry in _disagreements(run.audit)))
+    wanted = pa.array(ids, run.scores.ids.type)
+    found = pc.is_in(run.scores.ids, wanted)  # pyright: ignore[reportAttributeAccessIssue]
+    (among,) = np.nonzero(found.to_numpy())
+    rows = {run.scores.id(row): row for row in among.tolist()}
+    return [rows[id] for id in ids if id in rows]
+
+
+def proxy_section(run: FinishedRun) -> dict[str, Any] | None:
+    """Return the proxy's facts and layer charts, or None if the run made no proxy."""
+    compression, cost = run.compression, run.record.get("cost", {})
     if compression is None:
         return None
     parameters, target = cost.get("proxy_parameters"), cost.get("target_parameters")
+    asked = [
+        f"{formats.parameters(value) if name == 'parameters' else formats.percent(value)} {name}"
+        for name, value in compression.get("size", {}).items()
+    ]
     facts = [
         ("Method", str(compression.get("method", formats.DASH))),
         ("Rank rule", str(compression.get("ranks_rule", formats.DASH))),
-        ("Size asked", asked_size(compression.get("size", {}))),
+        ("Size asked for", ", ".join(asked) or formats.DASH),
         ("Sparsity achieved", formats.percent(compression.get("achieved_sparsity"), 2)),
         ("Parameters of the target", formats.parameters(target)),
         ("Parameters of the proxy", f"{formats.parameters(parameters)} ({formats.ratio(parameters, target)})"),
@@ -243,103 +324,95 @@ def proxy_section(folder: RunFolder) -> dict[str, Any] | None:
         ("FLOPs per token, proxy", formats.flops(cost.get("proxy_flops_per_token"))),
     ]
     layers = compression.get("layers", {})
-    charts = []
-    if layers:
-        charts.append(rank_chart(layers))
-        if any(layer.get("tail") is not None for layer in layers.values()):
-            charts.append(tail_chart(layers))
-    return {"facts": facts, "charts": charts}
+    drawn = [charts.rank_chart(layers)] if layers else []
+    if any(layer.get("tail") is not None for layer in layers.values()):
+        drawn.append(charts.tail_chart(layers))
+    return {"facts": facts, "charts": drawn}
 
 
-def training_section(folder: RunFolder) -> list[Chart]:
-    """Returns the training curves there are."""
-    charts = []
-    if folder.warmup_history:
-        charts.append(warmup_chart(folder.warmup_history, folder.checkpoints or []))
-    if folder.alignment is not None:
-        charts.append(alignment_chart(folder.alignment.get("steps", [])))
-        charts.append(held_out_chart(folder.alignment.get("held_out", []), folder.alignment.get("best_step")))
-    return [chart for chart in charts if chart is not None]
+def training_section(run: FinishedRun) -> list[charts.Chart]:
+    """Return the training curves of the run."""
+    drawn = []
+    if run.warmup_history:
+        drawn.append(charts.warmup_chart(run.warmup_history, run.checkpoints or []))
+    if run.alignment is not None:
+        drawn.append(charts.alignment_chart(run.alignment.get("steps", [])))
+        drawn.append(charts.held_out_chart(run.alignment.get("held_out", []), run.alignment.get("best_step")))
+    return [chart for chart in drawn if chart is not None]
 
 
-def cost_section(folder: RunFolder) -> dict[str, Any]:
-    """Returns the cost table, and what the proxy costs in all against scoring with the target."""
-    stages = folder.run.get("stages", {})
-    ordered = [name for name in STAGES if name in stages] + [name for name in stages if name not in STAGES]
-    rows = []
-    for name in ordered:
-        stage = stages[name]
-        rows.append(
-            (
-                STAGES.get(name, name),
-                formats.duration(stage.get("seconds")),
-                formats.count(stage.get("tokens")),
-                formats.flops(stage.get("flops")),
-                formats.size(stage.get("peak_memory_bytes")),
-                "reused" if stage.get("skipped") else "run",
-            )
+def cost_section(run: FinishedRun) -> dict[str, Any]:
+    """Return the cost by stage, and the cost of the proxy relative to scoring on the target."""
+    stages = run.record.get("stages", {})
+    ordered = {name: stages[name] for name in [*STAGES, *stages] if name in stages}
+    rows = [
+        (
+            STAGES.get(name, name),
+            formats.duration(stage.get("seconds")),
+            formats.count(stage.get("tokens")),
+            formats.flops(stage.get("flops")),
+            formats.size(stage.get("peak_memory_bytes")),
+            "reused" if stage.get("skipped") else "run",
         )
-    seconds = sum(stages[n].get("seconds") or 0.0 for n in ordered)
-    flops = sum(stages[n].get("flops") or 0.0 for n in ordered)
-    peaks = [peak for n in ordered if (peak := stages[n].get("peak_memory_bytes")) is not None]
-    total = ("Total", formats.duration(seconds), "", formats.flops(flops), formats.size(max(peaks, default=None)), "")
-    return {"rows": rows, "total": total if rows else None, "sentence": _cost_sentence(folder)}
+        for name, stage in ordered.items()
+    ]
+    seconds, flops = (sum(stage.get(key) or 0.0 for stage in ordered.values()) for key in ("seconds", "flops"))
+    peak = max((stage.get("peak_memory_bytes") or 0 for stage in ordered.values()), default=0) or None
+    total = ("Total", formats.duration(seconds), "", formats.flops(flops), formats.size(peak), "")
+    return {"rows": rows, "total": total if rows else None, "sentence": _cost_sentence(run)}
 
 
-def _making_flops(run: dict[str, Any]) -> float:
-    return sum(run.get("stages", {}).get(name, {}).get("flops") or 0.0 for name in ("compress", "align"))
+def _making_flops(record: dict[str, Any]) -> float:
+    return sum(record.get("stages", {}).get(name, {}).get("flops") or 0.0 for name in ("compress", "align"))
 
 
-def _cost_sentence(folder: RunFolder) -> str:
-    cost = folder.run.get("cost", {})
+def _cost_sentence(run: FinishedRun) -> str:
+    cost = run.record.get("cost", {})
     target, scoring = cost.get("target_score_flops"), cost.get("score_flops")
-    if folder.compression is None or not target or scoring is None:
+    if run.compression is None or not target or scoring is None:
         return ""
-    making = _making_flops(folder.run)
-    again = cost.get("refine_flops") or 0.0
+    making, again = _making_flops(run.record), cost.get("refine_flops")
     rescored = f" Scoring the best rows again took {formats.flops(again)}." if again else ""
     return (
-        f"Scoring the pool on the proxy took {formats.flops(scoring)}, {formats.ratio(scoring, target)} of what the "
-        f"target would take ({formats.flops(target)}). With the {formats.flops(making)} that making the proxy took, "
-        f"it is {formats.ratio(scoring + making, target)}.{rescored} The larger the pool, the less the making weighs."
+        f"Scoring the pool on the proxy took {formats.flops(scoring)}, {formats.ratio(scoring, target)} of the "
+        f"{formats.flops(target)} that scoring it on the target would take. Making the proxy took "
+        f"{formats.flops(making)}; including it the ratio is {formats.ratio(scoring + making, target)}.{rescored} "
+        "The larger the pool, the less the cost of making the proxy matters."
     )
 
 
-def warnings_section(folder: RunFolder, own: list[str]) -> list[tuple[str, str]]:
-    """Returns (stage, warning) pairs: those of the run, then those met while the report was made."""
-    stages: dict[str, Any] = folder.run.get("stages", {})
+def warnings_section(run: FinishedRun, own: list[str]) -> list[tuple[str, str]]:
+    """Return (stage, warning) pairs: the warnings of the run, then those of the report itself."""
+    stages: dict[str, Any] = run.record.get("stages", {})
     found = [
-        (STAGES.get(name, name), str(warning))
-        for name, stage in stages.items()
-        for warning in stage.get("warnings", [])
+        (STAGES.get(name, name), str(each)) for name, stage in stages.items() for each in stage.get("warnings", [])
     ]
-    rows = folder.run.get("inputs", {}).get("pool", {}).get("rows")
-    if rows is not None and rows != folder.scores.rows:
-        own = [*own, f"run.json counts {rows:,} pool rows, scores.parquet {folder.scores.rows:,}."]
+    rows = run.record.get("inputs", {}).get("pool", {}).get("rows")
+    if rows is not None and rows != run.scores.rows:
+        own = [*own, f"run.json counts {rows:,} pool rows, scores.parquet {run.scores.rows:,}."]
     return found + [("Report", warning) for warning in own]
 
 
-def _short(entry: dict[str, Any]) -> str:
-    """Returns the start of a fingerprint, enough to compare by eye; run.json has all of it."""
-    return str(entry.get("fingerprint") or formats.DASH)[:12]
+def reproduce_section(run: FinishedRun) -> dict[str, Any]:
+    """Return the recipe, the command that made the run, the command that repeats it, and the machine and versions."""
+    record, inputs = run.record, run.record.get("inputs", {})
 
+    def described(data: dict[str, Any]) -> str:
+        # The start of a fingerprint is enough to compare by eye; run.json has all of it.
+        return (
+            f"{formats.count(data.get('rows'))} rows, fingerprint {str(data.get('fingerprint') or formats.DASH)[:12]}"
+        )
 
-def reproduce_section(folder: RunFolder) -> dict[str, Any]:
-    """Returns the recipe, the commands that made the run and make it again, and what it ran on."""
-    run = folder.run
-    pool = run.get("inputs", {}).get("pool", {})
+    versions = {"iprox": record.get("iprox"), **record.get("versions", {})}
     facts = [
-        ("Model", str(run.get("model", formats.DASH))),
-        ("Created", formats.moment(run.get("created"))),
-        ("Seed", str(run.get("seed", formats.DASH))),
-        ("Device", f"{run.get('device', formats.DASH)}, {run.get('dtype', formats.DASH)}"),
-        ("Git revision", str(run.get("git") or "not in a git checkout")),
-        ("Pool", f"{formats.count(pool.get('rows'))} rows, fingerprint {_short(pool)}"),
+        ("Model", str(record.get("model", formats.DASH))),
+        ("Created", formats.moment(record.get("created"))),
+        ("Seed", str(record.get("seed", formats.DASH))),
+        ("Device", f"{record.get('device', formats.DASH)}, {record.get('dtype', formats.DASH)}"),
+        ("Git revision", str(record.get("git") or "not in a git checkout")),
+        ("Pool", described(inputs.get("pool", {}))),
+        *((f"Validation {task}", described(entry)) for task, entry in inputs.get("validation", {}).items()),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
     ]
-    for task, entry in run.get("inputs", {}).get("validation", {}).items():
-        shown = f"{formats.count(entry.get('rows'))} rows, fingerprint {_short(entry)}"
-        facts.append((f"Validation {task}", shown))
-    versions = {"iprox": run.get("iprox"), **run.get("versions", {})}
-    facts.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
-    again = f"iprox run {shlex.quote(str(folder.path / 'recipe.yaml'))}" if folder.recipe else ""
-    return {"command": str(run.get("command", "")), "again": again, "recipe": folder.recipe, "facts": facts}
+    again = f"iprox run {shlex.quote(str(run.path / 'recipe.yaml'))}" if run.recipe else ""
+    return {"command": str(record.get("command", "")), "again": again, "recipe": run.recipe, "facts": facts}

@@ -15,7 +15,7 @@ from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.models.saving import CHECKPOINTS
 from iprox.proxy.align_state import discard_other_states
-from iprox.report import build_report, shown_rows
+from iprox.report.page import build_report, shown_rows
 from iprox.run.folder import StageRecord, key_of, read_json
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
@@ -258,7 +258,7 @@ def refine(run: Run) -> None:
             scores=scores,
             pool=run.pool,
             candidates=settings.candidates,
-            chosen=selection.selection_settings(chosen),
+            chosen=chosen,
             score_on_target=on_target,
         ),
     )

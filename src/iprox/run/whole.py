@@ -28,7 +28,7 @@ from iprox.run.runner import Run, new_record
 from iprox.selection import check_feasible
 from iprox.session import Session, encode_validation, pool_of, tasks_of
 from iprox.settings import STAGES, Recipe
-from iprox.stages import refinement, selection
+from iprox.stages import refinement
 from iprox.stages.compression import check_size
 from iprox.tracking import Tracker, check_tracking
 
@@ -87,7 +87,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     check_tracking(recipe.tracking)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
-        chosen = selection.selection_settings(recipe.select)
+        chosen = recipe.select
         tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
         summary = session.read(pool, judging(validation, tests))
         unnamed = summary.rows - sum(summary.sources.values())

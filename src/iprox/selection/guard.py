@@ -1,8 +1,8 @@
-"""The guard of a selection: what it is made of next to the pool and the validation sets, and what to be warned of.
+"""The guard of a selection: compares it with the pool and the validation sets, and warns where it is unlike them.
 
-A score can rank well by its own measure and still choose answers of another kind than the task's: one-word answers for
-a task of worked solutions. A selection whose median length is several times that of the validation answers, or that
-says the same again and again, is said to be so, with the setting to try.
+A score can rank well by its own measure and still choose answers of another kind than the task's, such as one-word
+answers for a task of worked solutions. The guard warns of a selection whose median answer is several times shorter or
+longer than the validation answers, or that repeats itself, and names the setting to try.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import pyarrow.compute as pc
 from iprox.data.lengths import Lengths, ValidationLengths
 from iprox.influence.scores import scores_metadata, supervised_column, task_names
 from iprox.selection.duplicates import NearDuplicates, Texts
-from iprox.selection.settings import SelectionSettings
-from iprox.settings import GRADIENT_FREE
+from iprox.settings import GRADIENT_FREE, SelectSection
 
-# Times from which a selection's median length, or the tasks' own, are far apart.
+# Ratio from which two median lengths are far apart.
 SEVERAL = 3.0
-# Share of near-duplicates to be warned above, the similarity that makes one, and the rows that are compared at most.
+# The share of near-duplicates above which the guard warns, the similarity from which two rows are near-duplicates, and
+# the largest number of rows compared: 4,000 texts take seconds, and a share of that many is known to within 2 %.
 MANY_DUPLICATES, SIMILARITY, COMPARED = 1 / 3, 0.8, 4_000
-# Sources that are listed.
+# Number of sources listed.
 LISTED = 5
 
-# How a person sets what is to be tried: in a recipe, as an option of a command, or as an argument in Python.
+# How a user writes a setting: as a key of a recipe, an option of a command or an argument in Python.
 Spelling = Literal["recipe", "command", "python"]
 
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """The share of one source in the selection and in the pool, from 0 to 1; None is the source of rows without one."""
+    """The share of one source in the selection and in the pool, 0 to 1; `source` is None for rows without a source."""
 
     source: str | None
     selection: float
@@ -44,20 +44,18 @@ class SourceShare:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a selection is made of next to its pool and the validation sets that it serves.
+    """The make-up of a selection, next to its pool and the validation sets that it serves.
 
     Attributes:
         rows: number of selected rows.
-        selection: supervised tokens of the selected rows; None where the scores do not say.
-        pool: those of all rows of the pool.
-        validation: those of the validation examples, by task that the selection serves.
-        together: those of all tasks' validation examples; None where the selection does not serve all.
-        sources: the sources with the largest shares of the selection.
-        duplicates: the share of the compared rows that are near-duplicates of better ones; None where there were no
-            texts to compare.
-        compared: the number of selected rows that were compared, best first; of more than `COMPARED` a random sample,
-            which has fewer duplicates than the whole.
-        warnings: what to be warned of, a line each.
+        selection: lengths of the selected answers in supervised tokens; None where the scores do not have them.
+        pool: lengths of all answers of the pool.
+        validation: lengths of the validation answers, by task that the selection serves.
+        together: lengths of the validation answers of all tasks; None where the selection does not serve all tasks.
+        sources: sources with the largest shares of the selection.
+        duplicates: share of the compared rows that are near-duplicates of better ones; None without texts to compare.
+        compared: number of selected rows compared for near-duplicates.
+        warnings: one line per warning.
     """
 
     rows: int
@@ -88,16 +86,16 @@ class Profile:
 
 
 def guard(
-    scores: pa.Table, rows: np.ndarray, settings: SelectionSettings, spelling: Spelling, texts: Texts | None = None
+    scores: pa.Table, rows: np.ndarray, settings: SelectSection, spelling: Spelling, texts: Texts | None = None
 ) -> Profile:
     """Compare a selection with its pool and with the validation sets that it serves.
 
     Args:
-        scores: the scores table that the selection was made from.
-        rows: the selected rows, best first, one at least.
-        settings: how they were chosen.
-        spelling: how the settings to try are written.
-        texts: of rows, for near-duplicates.
+        scores: scores table that the selection was made from.
+        rows: selected rows, best first, at least one.
+        settings: settings of the selection.
+        spelling: how warnings spell the settings to try.
+        texts: function that returns the texts of rows, to find near-duplicates; None skips that.
     """
     made_by = scores_metadata(scores)
     supervised = supervised_column(scores)
@@ -115,19 +113,19 @@ def guard(
         duplicates=share,
         compared=compared,
     )
-    told = [length_warning(found, settings, made_by, spelling), duplicates_warning(found, spelling)]
-    return replace(found, warnings=[line for line in told if line is not None])
+    lines = [length_warning(found, settings, made_by, spelling), duplicates_warning(found, spelling)]
+    return replace(found, warnings=[line for line in lines if line is not None])
 
 
-def _served(settings: SelectionSettings, tasks: Sequence[str]) -> list[str]:
-    """The tasks whose scores counted."""
+def _served(settings: SelectSection, tasks: Sequence[str]) -> list[str]:
+    """Return the tasks whose scores counted."""
     if settings.task is not None:
         return [settings.task]
     return [task for task in tasks if settings.weights.get(task, 1.0) > 0]
 
 
 def source_shares(scores: pa.Table, rows: np.ndarray) -> list[SourceShare]:
-    """Return the shares of the sources that the selection has most of, largest first."""
+    """Return the sources with the largest shares of the selection, largest first."""
     column = scores["source"]
     selected, pool = _shares(column.take(pa.array(rows))), _shares(column)
     largest = sorted(selected.items(), key=lambda item: (-item[1], str(item[0])))
@@ -140,15 +138,15 @@ def _shares(column: pa.ChunkedArray) -> dict[str | None, float]:
 
 
 def duplicate_share(rows: Sequence[int], texts: Texts, seed: int = 0) -> tuple[float, int]:
-    """Return the share of rows that are near-duplicates of a better one, and how many rows were compared.
+    """Return the share of rows that are near-duplicates of a better row, and the number of rows compared.
 
-    It is the share that `deduplicate` of `SIMILARITY` would pass over. Of more than `COMPARED` rows a random sample is
-    compared; a row whose double is not drawn does not count, so the share is then too low rather than too high.
+    This is the share that `deduplicate` at `SIMILARITY` would pass over. Of more than `COMPARED` rows a random sample
+    is compared. A row whose duplicate is not drawn does not count, so the share is then too low rather than too high.
 
     Args:
-        rows: best first, one at least.
-        texts: of rows.
-        seed: of the sample.
+        rows: row numbers, best first, at least one.
+        texts: function that returns the texts of rows.
+        seed: seed of the sample.
     """
     drawn = list(rows)
     if len(rows) > COMPARED:
@@ -160,12 +158,12 @@ def duplicate_share(rows: Sequence[int], texts: Texts, seed: int = 0) -> tuple[f
 
 
 def length_warning(
-    found: Profile, settings: SelectionSettings, made_by: Mapping[str, Any], spelling: Spelling
+    found: Profile, settings: SelectSection, made_by: Mapping[str, Any], spelling: Spelling
 ) -> str | None:
-    """Return the line to print where the selected answers are `SEVERAL` times shorter or longer than the tasks'.
+    """Return a warning if the selected answers are `SEVERAL` times shorter or longer than the validation answers.
 
-    The tasks' validation examples are taken together, unless their own medians are that far apart: then the selection
-    is compared with the range of these. None where nothing is to be said, or the lengths are not known.
+    The validation answers of all tasks are taken together, unless the tasks' medians are that far apart: then the
+    selection is compared with the range of these medians. Returns None where lengths are alike or not known.
     """
     if found.selection is None or found.pool is None or not found.validation:
         return None
@@ -178,34 +176,35 @@ def length_warning(
     if not short and ours < SEVERAL * high:
         return None
     said = (
-        f"the selected answers are {'short' if short else 'long'}: median {ours:,.0f} supervised tokens, the "
-        f"validation answers of {_validation(found.validation, low, high)} (pool: {found.pool.median:,.0f})"
+        f"the selected answers are much {'shorter' if short else 'longer'} than the validation answers: the median is "
+        f"{ours:,.0f} tokens, against {_validation(found.validation, low, high)} and {found.pool.median:,.0f} in the "
+        "pool"
     )
-    # What the pool does not have no setting finds.
+    # No setting finds answers that the pool does not have.
     if (found.pool.high * SEVERAL <= low) if short else (found.pool.low >= SEVERAL * high):
-        return f"{said}; the pool has hardly any {'longer' if short else 'shorter'} ones"
+        return (
+            f"{said}; the pool has hardly any {'longer' if short else 'shorter'} answers, so add some that fit the task"
+        )
     setting = _length_setting(settings, made_by)
     return said if setting is None else f"{said}; try {setting.spelled(spelling)}"
 
 
 def _validation(tasks: Mapping[str, Lengths], low: float, high: float) -> str:
-    """The tasks and the median, or the range of medians, that a selection is compared with."""
+    """Return the median, or the range of medians, that a selection is compared with, and its tasks."""
     if low == high:
-        names = list(tasks)
-        named = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-        return f"{named} have {low:,.0f}"
+        return f"{low:,.0f} for {' and '.join(', '.join(tasks).rsplit(', ', 1))}"
     shortest, longest = (pick(tasks, key=lambda task: tasks[task].median) for pick in (min, max))
-    return f"the tasks have {low:,.0f} ({shortest}) to {high:,.0f} ({longest})"
+    return f"{low:,.0f} (for {shortest}) to {high:,.0f} (for {longest})"
 
 
 def duplicates_warning(found: Profile, spelling: Spelling) -> str | None:
-    """Return the line to print where too many selected rows are near-duplicates of others."""
+    """Return a warning if too many selected rows are near-duplicates of others."""
     if found.duplicates is None or found.duplicates <= MANY_DUPLICATES:
         return None
     setting = Setting("select", "deduplicate", SIMILARITY)
     return (
-        f"{found.duplicates:.0%} of the selected rows are near-duplicates of better ones (of {found.compared:,} "
-        f"compared); try {setting.spelled(spelling)}"
+        f"{found.duplicates:.0%} of {found.compared:,} selected rows say almost the same as a better selected row; "
+        f"leave them out with {setting.spelled(spelling)}"
     )
 
 
@@ -215,21 +214,20 @@ class Setting:
 
     section: Literal["influence", "select"]
     name: str
-    value: str | float | bool
+    value: str | float
 
     def spelled(self, how: Spelling) -> str:
-        """Return it as a person would write it."""
+        """Return the setting as a user would write it."""
         if how == "recipe":
-            return f"{self.section}.{self.name}: {str(self.value).lower() if self.value is True else self.value}"
+            return f"{self.section}.{self.name}: {self.value}"
         scoring = self.section == "influence"
         if how == "python":
             return f"{self.name}={self.value!r}{' in iprox.score' if scoring else ''}"
-        option = "--" + self.name.replace("_", "-")
-        return f"{option if self.value is True else f'{option} {self.value}'}{' when scoring' if scoring else ''}"
+        return f"--set {self.section}.{self.name}={self.value}{' when scoring' if scoring else ''}"
 
 
-def _length_setting(settings: SelectionSettings, made_by: Mapping[str, Any]) -> Setting | None:
-    """The setting that is likeliest to bring lengths nearer; None where all are set already."""
+def _length_setting(settings: SelectSection, made_by: Mapping[str, Any]) -> Setting | None:
+    """Return the setting most likely to bring the lengths closer; None where all are set already."""
     if made_by.get("estimator") in GRADIENT_FREE:
         return Setting("influence", "estimator", "influence-function")
     if made_by.get("normalize") == "none":

@@ -1,9 +1,9 @@
-"""From a scores table to the rows to train on: who may be chosen, in which order, and how many."""
+"""From a scores table to the rows to train on: which may be chosen, in which order, and how many."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,12 +22,10 @@ from iprox.influence.scores import (
     source_column,
     task_names,
 )
-from iprox.selection.constraints import Limits, take
 from iprox.selection.duplicates import NearDuplicates, Texts
-from iprox.selection.feasible import check_feasible
-from iprox.selection.settings import SelectionSettings, rows_in, rows_in_share
-from iprox.selection.strategies import Ranking, top
-from iprox.selection.turns import Turns
+from iprox.selection.limits import Limits, check_feasible, rows_in, take
+from iprox.selection.strategies import Ranking, Turns, top
+from iprox.settings import SelectSection, rows_in_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +33,15 @@ class Selection:
     """The chosen rows of a scores table.
 
     Attributes:
-        rows: int64 [K], row numbers, best first.
-        strategy: how they were chosen.
-        task: whose scores counted; None: those of all.
-        weights: of the tasks that were given one.
-        fraction: the share asked for, if a share was.
-        threshold: the lowest score chosen, where that is what decided; else None.
-        tokens: what they have in all.
-        count_asked: the rows asked for, if a number was; a threshold may leave fewer.
-        passed_over: rows that ranked high enough and were not chosen, by reason.
+        rows: row numbers, best first, int64 [K].
+        strategy: strategy that ranked the rows.
+        task: the one task whose scores counted; None where those of all tasks did.
+        weights: weights of the tasks that were given one.
+        fraction: share of rows asked for, or None.
+        threshold: lowest score chosen, where the score alone decided; else None.
+        tokens: number of tokens of all rows together.
+        count_asked: number of rows asked for, or None; a threshold may leave fewer.
+        passed_over: number of rows that ranked high enough and were not chosen, by reason.
     """
 
     rows: np.ndarray
@@ -57,7 +55,7 @@ class Selection:
     passed_over: dict[str, int]
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "strategy": self.strategy,
             "task": self.task,
@@ -73,28 +71,28 @@ class Selection:
 
 def select_rows(
     scores: pa.Table,
-    settings: SelectionSettings,
+    settings: SelectSection,
     *,
     texts: Texts | None = None,
     examples: ExampleScores | None = None,
 ) -> Selection:
     """Choose rows of a scores table, best first.
 
-    Ties go to the earlier row. A row without a score is never chosen. Without near-duplicates 10 million rows
-    take seconds (`benchmarks/selection_speed.py`).
+    Ties go to the earlier row. A row without a score is never chosen. Without `deduplicate`, 10 million rows take
+    seconds (`benchmarks/selection_speed.py`).
 
     Args:
-        scores: a scores table.
-        settings: what to choose.
-        texts: of rows, for `deduplicate`.
-        examples: scores by validation example; None takes those of the table, if it has any.
+        scores: scores table.
+        settings: settings of the selection.
+        texts: function that returns the texts of rows, for `deduplicate`.
+        examples: scores by validation example; None uses those of the table, if it has any.
 
     Raises:
-        InputError: the settings ask for more than the table has, or for texts that are not given; or no row has a
-            score, or all have the same.
+        InputError: the settings ask for more than the table has, or for texts that are not given; no row has a score,
+            or all have the same.
     """
     if settings.deduplicate is not None and texts is None:
-        raise InputError("near-duplicates are found by the rows' texts, which a scores table has not: give the pool")
+        raise InputError("deduplicate compares the texts of rows, and a scores table has none: give the pool")
     sources = source_column(scores).tolist() if settings.by_source else [None] * scores.num_rows
     check_feasible(settings, scores.num_rows, Counter(sources) if settings.by_source else {None: scores.num_rows})
     influence = _column(scores, settings)
@@ -103,19 +101,21 @@ def select_rows(
         raise no_scores(scores.num_rows)
     count = settings.rows_of(scores.num_rows)
     if count is not None and count > scored:
-        raise InputError(f"{count} rows asked for, but only {scored} of {scores.num_rows} have a score")
+        raise InputError(
+            f"{count} rows are to be selected, but only {scored} of {scores.num_rows} have a score; ask for fewer"
+        )
     tokens = scores["tokens"].to_numpy(zero_copy_only=False)
     allowed = np.isfinite(influence)
     if settings.threshold is not None:
         allowed &= influence >= settings.threshold
     available = int(allowed.sum())
     if not available:
-        raise InputError(f"no row has a score of {settings.threshold} or more")
+        raise InputError(f"no row has a score of {settings.threshold} or more; lower the threshold")
     asked, count = count, None if count is None else min(count, available)
     _refuse_equal(scores, settings, influence, chosen=count)
 
     ranking = _ranking(settings, scores, influence, allowed, examples or ExampleScores.of(scores))
-    whole = count or 0  # without a number of rows there are no shares
+    whole = count or 0  # SelectSection allows shares of sources with a number of rows only
     limits = Limits(
         count,
         settings.tokens,
@@ -130,13 +130,13 @@ def select_rows(
     why = ", ".join(f"{number:,} {reason}" for reason, number in taken.passed_over.items())
     if count is not None and len(taken.rows) < count and settings.threshold is None:
         raise InputError(
-            f"{count} rows asked for, but only {len(taken.rows)} can be chosen ({why}); ask for fewer, or loosen the "
-            "limits"
+            f"{count} rows are to be selected, but the limits leave only {len(taken.rows)} (passed over: {why}); ask "
+            "for fewer rows or relax source_floor, source_cap or deduplicate"
         )
     if not len(taken.rows):
         if settings.tokens is not None:
-            raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise the budget")
-        raise InputError(f"no row can be chosen ({why}); loosen the limits")
+            raise InputError(f"the best row alone has more than {settings.tokens} tokens; raise tokens")
+        raise InputError(f"the limits leave no row (passed over: {why}); relax source_floor, source_cap or deduplicate")
     by_score = settings.strategy == "top" and not taken.passed_over
     return Selection(
         taken.rows,
@@ -152,18 +152,18 @@ def select_rows(
 
 
 def best_rows(
-    scores: pa.Table, share: float, settings: SelectionSettings, *, examples: ExampleScores | None = None
+    scores: pa.Table, share: float, settings: SelectSection, *, examples: ExampleScores | None = None
 ) -> np.ndarray:
-    """Return the share of the rows that a selection ranks highest.
+    """Return the rows that a selection ranks highest.
 
     Args:
-        scores: a scores table.
-        share: of its rows, in (0, 1).
-        settings: what will be selected.
-        examples: as for `select_rows`.
+        scores: scores table.
+        share: share of the rows to return, in (0, 1).
+        settings: settings of the selection.
+        examples: scores by validation example, as for `select_rows`.
 
     Returns:
-        int64 [K] row numbers, in order; none has no score.
+        Row numbers in rising order, int64 [K]; every row has a score.
 
     Raises:
         InputError: the settings name a task that the table does not have.
@@ -173,11 +173,11 @@ def best_rows(
     return np.sort(ranking(rows_in_share(share, scores.num_rows)))
 
 
-def _refuse_equal(scores: pa.Table, settings: SelectionSettings, influence: np.ndarray, chosen: int | None) -> None:
-    """Refuse scores that are all equal, unless all rows that have one are chosen.
+def _refuse_equal(scores: pa.Table, settings: SelectSection, influence: np.ndarray, chosen: int | None) -> None:
+    """Refuse scores that rank nothing, unless all rows that have a score are chosen.
 
     Raises:
-        InputError: they are, in each column that the strategy chooses by.
+        InputError: the scores are all equal in each column that the strategy chooses by.
     """
     known = influence[np.isfinite(influence)]
     if chosen is not None and chosen >= len(known):
@@ -189,21 +189,21 @@ def _refuse_equal(scores: pa.Table, settings: SelectionSettings, influence: np.n
 
 
 def _ranking(
-    settings: SelectionSettings,
+    settings: SelectSection,
     scores: pa.Table,
     influence: np.ndarray,
     allowed: np.ndarray,
     examples: ExampleScores,
 ) -> Ranking:
-    """The ranking that a strategy gives of the rows that are allowed [N].
+    """Return the ranking of the allowed rows [N].
 
-    Turns are the validation examples', a task's in proportion to its weight; or the tasks' where scores by example
-    were not kept.
+    Validation examples take turns, a task's in proportion to its weight; the tasks do where scores by example were not
+    kept.
     """
     if settings.strategy == "top":
         return partial(top, np.where(allowed, influence, np.nan))
     tasks = task_names(scores)
-    weights = settings.weights_of(tasks) if settings.task is None else [float(task == settings.task) for task in tasks]
+    weights = _weights(settings, tasks) if settings.task is None else [float(task == settings.task) for task in tasks]
     if not examples.widths:
         matrix = score_matrix(scores)
         return Turns(lambda: iter([matrix]), weights, allowed)
@@ -212,15 +212,32 @@ def _ranking(
     return Turns(lambda: examples.chunks(list(wanted)), turns, allowed)
 
 
-def _column(scores: pa.Table, settings: SelectionSettings) -> np.ndarray:
-    """The score [N] that rows are chosen by, NaN where there is none.
+def _column(scores: pa.Table, settings: SelectSection) -> np.ndarray:
+    """Return the scores [N] that rows are chosen by, NaN where a row has none.
 
     Raises:
         InputError: the table has no such task.
     """
     tasks, task = task_names(scores), settings.task
     if settings.weights:
-        return weighted(score_matrix(scores), settings.weights_of(tasks))
+        return weighted(score_matrix(scores), _weights(settings, tasks))
     if task is not None and task not in tasks:
-        raise InputError(f"the scores are of no task {task!r}; they are of {', '.join(tasks)}")
+        raise InputError(f"there are no scores for the task {task!r}; the tasks are {', '.join(tasks)}")
     return scores[AGGREGATE if task is None else TASK_PREFIX + task].to_numpy(zero_copy_only=False).astype(np.float64)
+
+
+def _weights(settings: SelectSection, tasks: Sequence[str]) -> list[float]:
+    """Return the weight of each task.
+
+    Raises:
+        InputError: a weight names another task, or all weights are 0.
+    """
+    unknown = next((name for name in settings.weights if name not in tasks), None)
+    if unknown is not None:
+        raise InputError(f"weights names the task {unknown!r}, and the tasks are {', '.join(tasks)}")
+    weights = [settings.weights.get(task, 1.0) for task in tasks]
+    if not any(weights):
+        raise InputError(
+            "weights are 0 for all tasks, so there is nothing to choose by; give one task a weight above 0"
+        )
+    return weights

@@ -1,25 +1,35 @@
-"""The ranking by one score. A ranking by turns is in `iprox.selection.turns`.
+"""The strategies: rankings of the rows by one score (`top`) or by validation examples that take turns (`Turns`).
 
-A ranking orders rows best first and breaks ties by the earlier row. A longer one begins with the shorter one, so
-whoever takes rows may ask for as many as it turns out to need.
+A ranking orders rows best first; equal scores go to the earlier row. A longer ranking begins with the shorter one, so a
+caller can ask for as many rows as it turns out to need.
+
+A selection by the mean over a task's examples follows their most common kind. Where each example chooses in its turn,
+the selection is as varied as they are. The scores by example [N, V] are read as a stream, and only the best rows of
+each example are held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-# How many rows to rank -> their numbers, best first (fewer where fewer have a score).
+# The number of rows to rank -> their row numbers, best first (fewer where fewer have a score).
 Ranking = Callable[[int], np.ndarray]
+# Scores of successive rows, [rows, V], from the first row to the last.
+Chunks = Callable[[], Iterator[np.ndarray]]
+
+# Best rows held per example at first, as a multiple of an equal share of the selection.
+DEPTH = 3
 
 
 def top(influence: np.ndarray, limit: int) -> np.ndarray:
-    """The `limit` highest scores, best first. O(n + k log k).
+    """Return the rows of the `limit` highest scores, best first. O(n + k log k).
 
     Args:
-        influence: float64 [N], NaN where a row is not to be taken.
-        limit: how many, if there are as many.
+        influence: float64 [N], NaN where a row must not be chosen.
+        limit: number of rows to return, if there are as many.
 
     Returns:
         int64 [<= limit] row numbers.
@@ -36,3 +46,99 @@ def top(influence: np.ndarray, limit: int) -> np.ndarray:
     else:
         candidates = np.arange(len(loss))
     return candidates[np.argsort(loss[candidates], kind="stable")]
+
+
+class Turns:
+    """The ranking in which validation examples take turns, each choosing the row that is best for it.
+
+    Args:
+        chunks: scores by validation example; each call starts again at the first row.
+        weights: relative numbers of turns per example [V], 0 or more, not all 0.
+        allowed: whether each row may be chosen, bool [N].
+    """
+
+    def __init__(self, chunks: Chunks, weights: Sequence[float], allowed: np.ndarray) -> None:
+        self.chunks, self.weights, self.allowed = chunks, list(weights), allowed
+        self._queues: list[np.ndarray] = []
+        self._depth = 0
+
+    def __call__(self, limit: int) -> np.ndarray:
+        """Return the best rows, best first: int64 [<= limit] row numbers.
+
+        Time O(N·V) per reading of the scores; memory O(limit), or O(limit·V) where the examples agree so much that
+        each has to look past the rows that the others took.
+        """
+        available = int(self.allowed.sum())
+        limit = min(limit, available)
+        active = sum(weight > 0 for weight in self.weights)
+        while True:
+            wanted = min(available, max(self._depth, -(-DEPTH * limit // active)))
+            if wanted > self._depth:
+                self._queues, self._depth = leading(self.chunks, self.allowed, wanted), wanted
+            taken = take_turns(self._queues, limit, self.weights)
+            if taken is not None:
+                return taken
+            self._depth = min(available, 2 * self._depth)
+            self._queues = leading(self.chunks, self.allowed, self._depth)
+
+
+def leading(chunks: Chunks, allowed: np.ndarray, depth: int) -> list[np.ndarray]:
+    """Return the `depth` best rows of each column, best first; equal scores go to the earlier row.
+
+    Args:
+        chunks: scores, [rows, V] at a time.
+        allowed: whether each row may be chosen, bool [N].
+        depth: number of rows per column, if as many are allowed.
+    """
+    values: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    start = 0
+    for chunk in chunks():
+        places = np.flatnonzero(allowed[start : start + len(chunk)])
+        for column in range(chunk.shape[1]):
+            if len(values) == column:
+                values.append(np.empty(0))
+                rows.append(np.empty(0, np.int64))
+            scores, numbers = chunk[places, column].astype(np.float64), places + start
+            if len(values[column]) == depth:  # a later row has to be better than the worst row held
+                better = scores > values[column][-1]
+                scores, numbers = scores[better], numbers[better]
+            if len(scores) > 2 * depth:  # rows that are not among the best need no sorting
+                good = scores >= -np.partition(-scores, depth - 1)[depth - 1]
+                scores, numbers = scores[good], numbers[good]
+            if len(scores):
+                scores = np.concatenate([values[column], scores])
+                order = np.argsort(-scores, kind="stable")[:depth]
+                values[column] = scores[order]
+                rows[column] = np.concatenate([rows[column], numbers])[order]
+        start += len(chunk)
+    return rows
+
+
+def take_turns(queues: Sequence[np.ndarray], limit: int, weights: Sequence[float]) -> np.ndarray | None:
+    """Return rows taken in turns, or None if a queue ends before there are enough.
+
+    The next turn goes to the column that has had the fewest turns relative to its weight, the earlier of two (stride
+    scheduling: Waldspurger and Weihl, 1995). With equal weights the columns take turns in order.
+
+    Args:
+        queues: row numbers per column, best first.
+        limit: number of rows to take.
+        weights: relative numbers of turns per column.
+    """
+    waiting = [(0.0, column) for column, weight in enumerate(weights) if weight > 0]
+    had = [0] * len(queues)
+    places = [0] * len(queues)
+    taken: dict[int, None] = {}  # keeps its order
+    while len(taken) < limit:
+        column = waiting[0][1]
+        queue, place = queues[column], places[column]
+        while place < len(queue) and int(queue[place]) in taken:
+            place += 1
+        if place == len(queue):
+            return None
+        taken[int(queue[place])] = None
+        places[column] = place + 1
+        had[column] += 1
+        heapq.heapreplace(waiting, (had[column] / weights[column], column))
+    return np.fromiter(taken, dtype=np.int64, count=limit)

@@ -23,7 +23,8 @@ from iprox.influence.scores import (
     write_parts,
 )
 from iprox.run.folder import StageRecord, write_json
-from iprox.selection import SelectionSettings, best_rows, rows_in_share
+from iprox.selection import best_rows
+from iprox.settings import SelectSection, rows_in_share
 from iprox.stages.selection import check_rows
 
 # Pool of candidates, file to write -> what scoring them on the target took.
@@ -36,7 +37,7 @@ def refine(
     pool: Pool,
     folder: Path,
     candidates: float,
-    chosen: SelectionSettings,
+    chosen: SelectSection,
     score_on_target: ScoreOnTarget,
 ) -> StageRecord:
     """Have the target score a proxy's best rows again; writes `scores.parquet` and `refine.json`.
@@ -80,7 +81,7 @@ def refine(
     return record
 
 
-def check_candidates(candidates: float, chosen: SelectionSettings, rows: int) -> None:
+def check_candidates(candidates: float, chosen: SelectSection, rows: int) -> None:
     """Refuse to select more rows than will be scored again, before any work.
 
     Args:

@@ -12,19 +12,10 @@ from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
 from iprox.influence.scores import ExampleScores, read_scores, scores_metadata
 from iprox.run.folder import StageRecord, write_json
-from iprox.selection import SelectionSettings, select_rows
+from iprox.selection import select_rows
 from iprox.selection.guard import Spelling, guard
 from iprox.session import Session
 from iprox.settings import SelectSection
-
-
-def selection_settings(settings: SelectSection) -> SelectionSettings:
-    """What a recipe asks to be chosen, checked.
-
-    Raises:
-        InputError: it cannot be meant.
-    """
-    return SelectionSettings(**settings.model_dump())
 
 
 def check_rows(table: pa.Table, pool: Pool) -> None:
@@ -78,8 +69,7 @@ def select(
     def texts(rows: Sequence[int]) -> list[str]:
         return [example.words for example in pool.take(rows)]
 
-    asked = selection_settings(settings)
-    selection = select_rows(table, asked, texts=texts, examples=ExampleScores.in_file(scores))
+    selection = select_rows(table, settings, texts=texts, examples=ExampleScores.in_file(scores))
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
             f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
@@ -90,7 +80,7 @@ def select(
     ids = table["id"].take(pa.array(rows)).to_pylist()
     _refuse_other_rows(table, pool, ids)
     pool.write_rows(rows, output, ids)
-    profile = guard(table, selection.rows, asked, spelling, texts)
+    profile = guard(table, selection.rows, settings, spelling, texts)
     for warning in profile.warnings:
         session.reporter.warn(warning)
     chosen = {

@@ -1,4 +1,4 @@
-"""Reads a run folder, column by column, into plain arrays. Stages that were switched off give None."""
+"""The content of a finished run's folder, read column by column into plain arrays."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from iprox.errors import InputError, one_line
 from iprox.influence.aggregate import weighted
 from iprox.influence.scores import SUPERVISED
-from iprox.report.shading import ShadedToken, read_shading
+from iprox.report.examples import ShadedToken, read_shading
 
 TASK_PREFIX = "influence/"
 
@@ -24,15 +24,15 @@ class Scores:
     """The columns of scores.parquet; N rows, row i is the i-th good row of the pool.
 
     Attributes:
-        influence: float64 [N], what rows are selected by; NaN where a row has no score.
-        tasks: task name to float64 [N].
-        tokens: int [N], tokens of each row.
-        supervised: int [N], tokens of each row that its loss is taken over; None where an older file does not say.
-        source_codes: int [N], index into `source_names`.
-        source_names: the distinct sources; None stands for rows that name no source.
-        ids: string column of N rows.
-        task: the one by whose scores rows are selected; None where it is by the aggregate of all.
-        weights: of the tasks that were given one for the selection.
+        influence: scores that rows are selected by, float64 [N]; NaN where a row has no score.
+        tasks: scores by task, float64 [N] each.
+        tokens: tokens of each row, int [N].
+        supervised: tokens of each row that its loss is taken over, int [N]; None in files of older versions.
+        source_codes: source of each row, an index into `source_names`, int [N].
+        source_names: distinct sources; None for rows without a source.
+        ids: id of each row.
+        task: the one task that rows are selected by; None where all tasks count.
+        weights: weights of the tasks that were given one for the selection.
     """
 
     influence: np.ndarray
@@ -52,23 +52,23 @@ class Scores:
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """Place of each row by influence, int64 [N], the best 1; rows without a score come last."""
+        """Place of each row by influence, the best 1, int64 [N]; rows without a score come last."""
         ranks = np.empty(self.rows, np.int64)
         ranks[np.argsort(-self.influence, kind="stable")] = np.arange(1, self.rows + 1)
         return ranks
 
     def id(self, row: int) -> str:
-        """Returns the id of one row."""
+        """Return the id of a row."""
         return str(self.ids[row].as_py())
 
     def source(self, row: int) -> str | None:
-        """Returns the source of one row, or None where it names none."""
+        """Return the source of a row, or None."""
         return self.source_names[self.source_codes[row]]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """selection.json: the chosen rows, best first, how they were chosen, and what they are made of (if it says)."""
+class SelectedRows:
+    """selection.json: the selected rows, best first, how they were selected, and their profile where there is one."""
 
     rows: np.ndarray
     strategy: str
@@ -82,12 +82,12 @@ class Audit:
 
     Attributes:
         summary: audit.json as read.
-        ids: S ids.
-        sources: S sources.
-        proxy: task name to float64 [S].
-        target: task name to float64 [S].
-        lds: lds.json as read, or None where it was not measured.
-        removal: removal.json as read, or None where it was not measured.
+        ids: id of each sampled row.
+        sources: source of each sampled row.
+        proxy: the proxy's scores by task, float64 [S] each.
+        target: the target's scores by task, float64 [S] each.
+        lds: lds.json as read, or None if it was not measured.
+        removal: removal.json as read, or None if it was not measured.
     """
 
     summary: dict[str, Any]
@@ -100,15 +100,15 @@ class Audit:
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """What a run left behind. A stage that was switched off, or has not run, is None (recipe: empty)."""
+class FinishedRun:
+    """The files of a run. What a stage that was switched off, or has not run, would have written is None."""
 
     path: Path
-    run: dict[str, Any]
+    record: dict[str, Any]
     recipe: str
     scores: Scores
     refined: dict[str, Any] | None
-    selection: Selection | None
+    selection: SelectedRows | None
     audit: Audit | None
     compression: dict[str, Any] | None
     checkpoints: list[dict[str, Any]] | None
@@ -117,43 +117,37 @@ class RunFolder:
     shading: dict[int, list[ShadedToken]]
 
 
-def read_run_folder(path: Path) -> RunFolder:
-    """Reads a run folder.
-
-    Args:
-        path: the folder `iprox run` wrote.
-
-    Returns:
-        Its content; nothing of the pool itself.
+def read_run(path: Path) -> FinishedRun:
+    """Return the content of the folder that `iprox run` wrote, without the pool.
 
     Raises:
-        InputError: the folder, run.json or scores.parquet is missing, or a file in it cannot be read.
+        InputError: the folder, run.json or scores.parquet is missing, or a file cannot be read.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give the output folder of `iprox run`")
-    run = _read_json(path / "run.json", dict)
-    if run is None:
+    record = _read_json(path / "run.json", dict)
+    if record is None:
         raise InputError(f"{path / 'run.json'}: missing; run `iprox run RECIPE.yaml` with this output folder first")
-    done = run.get("stages", {})
+    done = record.get("stages", {})
     refined = _read_json(path / "refined" / "refine.json", dict) if "refine" in done else None
-    scores_path = path / "scores.parquet"  # refined or not: refined ones leave most rows without a score
+    scores_path = path / "scores.parquet"  # also of a refined run: refined scores are of few rows
     if not scores_path.is_file():
         raise InputError(
-            f"{scores_path}: missing, the score stage has not finished; "
-            f"run `iprox run {path / 'recipe.yaml'}` to run it"
+            f"{scores_path}: missing, because the score stage has not finished; "
+            f"run `iprox run {path / 'recipe.yaml'}` to finish it"
         )
     if done and "score" not in done:
         raise InputError(
-            f"{path}: scored by an earlier recipe than the one that is there now, which has not come to score yet; "
+            f"{path}: its scores belong to an earlier recipe, and the present one has not been scored yet; "
             f"run `iprox run {path / 'recipe.yaml'}` to the end"
         )
     chosen = (_read_json(path / "selection.json", dict) or {}) if "select" in done else {}
     scores = _read_scores(scores_path, chosen.get("task"), chosen.get("weights", {}))
     recipe = path / "recipe.yaml"
-    # A stage switched off since an earlier start leaves its files behind; only what run.json lists is of this run.
-    return RunFolder(
+    # A stage that has been switched off since leaves its files behind, so only the stages in run.json count.
+    return FinishedRun(
         path=path,
-        run=run,
+        record=record,
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         scores=scores,
         refined=refined,
@@ -176,7 +170,7 @@ def _read_json(path: Path, kind: type) -> Any:
         raise InputError(f"{path}: not valid JSON ({error}); run its stage again") from None
     if not isinstance(value, kind):
         shape = "an object" if kind is dict else "a list"
-        raise InputError(f"{path}: {shape} is expected at the top; run its stage again")
+        raise InputError(f"{path}: {shape} is expected at the top level; run its stage again")
     return value
 
 
@@ -200,7 +194,7 @@ def _column(file: pq.ParquetFile, name: str) -> pa.ChunkedArray:
 
 
 def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
-    # Nulls become NaN here.
+    """Return a column as float64, NaN for nulls."""
     return np.asarray(_column(file, name).cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
@@ -228,11 +222,11 @@ def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> 
         weights=weights,
     )
     if scores.rows == 0:
-        raise InputError(f"{path}: holds no rows; run the score stage again on a pool that is not empty")
+        raise InputError(f"{path}: has no rows; run the score stage again on a pool that is not empty")
     return scores
 
 
-def _read_selection(path: Path, pool_rows: int) -> Selection | None:
+def _read_selection(path: Path, pool_rows: int) -> SelectedRows | None:
     content = _read_json(path, dict)
     if content is None:
         return None
@@ -242,7 +236,7 @@ def _read_selection(path: Path, pool_rows: int) -> Selection | None:
             f"{path}: names a row outside the {pool_rows:,} rows of scores.parquet; run the select stage again"
         )
     strategy = str(content.get("strategy", "unknown"))
-    return Selection(rows, strategy, content.get("threshold"), content.get("profile"))
+    return SelectedRows(rows, strategy, content.get("threshold"), content.get("profile"))
 
 
 def _read_audit(folder: Path, done: Collection[str]) -> Audit | None:

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from iprox.errors import InputError
 from iprox.influence.scores import scores_table
-from iprox.selection import SelectionSettings, check_feasible, select_rows
-from iprox.selection.constraints import Limits, take
+from iprox.recipe import validated
+from iprox.selection import check_feasible, select_rows
 from iprox.selection.duplicates import NearDuplicates, word_runs
+from iprox.selection.limits import Limits, take
 from iprox.selection.strategies import top
+from iprox.settings import SelectSection
 
 
 @given(st.data())
@@ -71,19 +73,19 @@ def test_the_tail_is_ranked_only_if_it_is_needed():
 
 def test_shares_of_sources_are_of_the_selection(scores_of):
     table = scores_of(np.arange(100.0)[::-1], ["big"] * 80 + ["small"] * 20)
-    chosen = select_rows(table, SelectionSettings(count=20, source_floor={"small": 0.25}, source_cap=0.8))
+    chosen = select_rows(table, SelectSection(count=20, source_floor={"small": 0.25}, source_cap=0.8))
     assert chosen.rows.tolist() == [*range(15), *range(80, 85)]
     assert chosen.threshold is None
     assert chosen.passed_over == {"place owed to another source": 65}
-    capped = select_rows(table, SelectionSettings(count=20, source_cap={"big": 0.5}))
+    capped = select_rows(table, SelectSection(count=20, source_cap={"big": 0.5}))
     assert capped.rows.tolist() == [*range(10), *range(80, 90)]
 
 
 def test_a_floor_that_cannot_be_met_is_refused(scores_of):
     table = scores_of([3.0, 2.0, 1.0, 0.0, float("nan")], ["a", "a", "a", "b", "b"])
-    with pytest.raises(InputError, match="only 1 rows of the source 'b' can be chosen, fewer than its floor of 2"):
-        select_rows(table, SelectionSettings(count=4, source_floor={"b": 0.5}))
-    assert select_rows(table, SelectionSettings(count=4, source_cap=0.5, threshold=0.5)).rows.tolist() == [0]
+    with pytest.raises(InputError, match="only 1 rows of the source 'b' can be chosen, and its floor is 2"):
+        select_rows(table, SelectSection(count=4, source_floor={"b": 0.5}))
+    assert select_rows(table, SelectSection(count=4, source_cap=0.5, threshold=0.5)).rows.tolist() == [0]
 
 
 SOURCES = {"flan": 6, "dolly": 3, None: 1}
@@ -92,9 +94,9 @@ SOURCES = {"flan": 6, "dolly": 3, None: 1}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"count": 11}, "11 rows are to be selected, and the pool has 10"),
+        ({"count": 11}, "11 rows are to be selected, and the pool has only 10"),
         ({"count": 2, "source_floor": {"fln": 0.5}}, "floor of the source 'fln': .*did you mean 'flan'"),
-        ({"count": 2, "source_cap": {"code": 0.5}}, "cap of the source 'code': .*it has dolly, flan"),
+        ({"count": 2, "source_cap": {"code": 0.5}}, "cap of the source 'code': .*its sources are dolly, flan"),
         ({"count": 8, "source_floor": {"dolly": 0.5}}, r"floor of the source 'dolly', 0.5 of 8 rows, .*\(3\)"),
         ({"count": 9, "source_cap": 0.5}, "9 rows are to be selected, and the caps of sources leave 8"),
         ({"count": 9, "source_cap": {"flan": 0.1}}, "9 rows are to be selected, and the caps of sources leave 4"),
@@ -102,13 +104,13 @@ SOURCES = {"flan": 6, "dolly": 3, None: 1}
 )
 def test_what_the_pool_has_not_the_rows_for_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        check_feasible(SelectionSettings(**settings), 10, SOURCES)
+        check_feasible(SelectSection(**settings), 10, SOURCES)
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=12), st.data())
 def test_rows_that_all_have_a_score_can_be_chosen_where_that_is_feasible(sources, data):
     """Caps and counts only: floors that compete with caps are told of when rows are taken."""
-    settings = SelectionSettings(
+    settings = SelectSection(
         count=data.draw(st.integers(1, 14)), source_cap=data.draw(st.sampled_from([0.0, 0.25, 0.5, {"a": 0.5}, 1.0]))
     )
     table = scores_table(
@@ -124,18 +126,18 @@ def test_rows_that_all_have_a_score_can_be_chosen_where_that_is_feasible(sources
 
 
 def test_a_threshold_leaves_fewer_and_says_so(scores_of):
-    chosen = select_rows(scores_of([3.0, float("nan"), 1.0, 2.0]), SelectionSettings(count=3, threshold=1.5))
+    chosen = select_rows(scores_of([3.0, float("nan"), 1.0, 2.0]), SelectSection(count=3, threshold=1.5))
     assert chosen.rows.tolist() == [0, 3]
     assert chosen.count_asked == 3
-    assert select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=2.0)).rows.tolist() == [0]
+    assert select_rows(scores_of([3.0, 1.0]), SelectSection(threshold=2.0)).rows.tolist() == [0]
     with pytest.raises(InputError, match="no row has a score of 9"):
-        select_rows(scores_of([3.0, 1.0]), SelectionSettings(threshold=9.0))
+        select_rows(scores_of([3.0, 1.0]), SelectSection(threshold=9.0))
 
 
 def test_limits_that_leave_no_row_are_named(scores_of):
     scores = scores_of([0.0, 1.0, 2.0], ["x"] * 3)
-    with pytest.raises(InputError, match=r"no row can be chosen .*cap"):
-        select_rows(scores, SelectionSettings(count=2, threshold=1.0, source_cap=0.3))
+    with pytest.raises(InputError, match=r"the limits leave no row .*cap"):
+        select_rows(scores, SelectSection(count=2, threshold=1.0, source_cap=0.3))
 
 
 def texts_of(texts):
@@ -146,11 +148,11 @@ def test_of_near_duplicates_the_better_is_kept(scores_of):
     story = "the quick brown fox jumps over the lazy dog and runs far away into the deep dark forest at night " * 3
     texts = ["something else entirely, about numbers and sums and nothing more", story, story.upper() + "!", "", ""]
     table = scores_of([1.0, 2.0, 3.0, 0.5, 0.4])
-    chosen = select_rows(table, SelectionSettings(count=3, deduplicate=0.8), texts=texts_of(texts))
+    chosen = select_rows(table, SelectSection(count=3, deduplicate=0.8), texts=texts_of(texts))
     assert chosen.rows.tolist() == [2, 0, 3]
     assert chosen.passed_over == {"near-duplicate": 1}
     with pytest.raises(InputError, match="give the pool"):
-        select_rows(table, SelectionSettings(count=3, deduplicate=0.8))
+        select_rows(table, SelectSection(count=3, deduplicate=0.8))
 
 
 def test_the_estimate_follows_the_jaccard_similarity():
@@ -177,19 +179,19 @@ def test_the_estimate_follows_the_jaccard_similarity():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"count": 2, "source_floor": {"a": 0.7, "b": 0.7}}, "more than all"),
-        ({"count": 2, "source_cap": 1.5}, "from 0 to 1"),
+        ({"count": 2, "source_floor": {"a": 0.7, "b": 0.7}}, "more than 1"),
+        ({"count": 2, "source_cap": 1.5}, "source_cap 1.5: .*less than or equal to 1"),
         ({"tokens": 9, "source_cap": 0.5}, "give fraction or count"),
-        ({"count": 2, "weights": {"a": -1.0}}, "0 or more"),
+        ({"count": 2, "weights": {"a": -1.0}}, "weights.a -1.0: .*greater than or equal to 0"),
         ({"count": 2, "weights": {"a": float("nan")}}, "finite"),
         ({"count": 2, "weights": {"a": 2.0}, "task": "a"}, "leave one out"),
-        ({"count": 2, "deduplicate": 1.5}, "at most 1"),
-        ({"tokens": 0}, "at least 1"),
+        ({"count": 2, "deduplicate": 1.5}, "deduplicate 1.5: .*less than or equal to 1"),
+        ({"tokens": 0}, "tokens 0: .*greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        SelectionSettings(**settings)
+        validated(SelectSection, settings, "")
 
 
 def test_texts_without_words_are_told_apart_by_their_characters():
@@ -206,8 +208,9 @@ def test_a_budget_of_tokens_passes_over_a_capped_row_that_would_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"), [({"tusk": 2.0}, "the task 'tusk': the scores are of task"), ({"task": 0.0}, "are 0")]
+    ("weights", "message"),
+    [({"tusk": 2.0}, "the task 'tusk', and the tasks are task"), ({"task": 0.0}, "are 0 for all tasks")],
 )
 def test_weights_of_other_tasks_or_of_none_are_refused(scores_of, weights, message):
     with pytest.raises(InputError, match=message):
-        select_rows(scores_of([1, 2, 3]), SelectionSettings(count=2, weights=weights))
+        select_rows(scores_of([1, 2, 3]), SelectSection(count=2, weights=weights))
