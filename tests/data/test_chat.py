@@ -18,8 +18,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import IGNORE, ChatEncoder, Pool
-from iprox.data.encoded import fit
 from iprox.data.templates import CHATML
+from iprox.data.tokens import fit
 from iprox.errors import InputError
 
 MARKED = CHATML

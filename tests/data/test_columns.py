@@ -6,7 +6,7 @@ import pytest
 
 from iprox.cli.options import columns_of
 from iprox.data import Pool
-from iprox.data.columns import Columns
+from iprox.data.formats import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
 from iprox.session import Session

@@ -3,8 +3,8 @@ from decimal import Decimal
 
 import pytest
 
-from iprox.data.fields import BadRowError
 from iprox.data.formats import to_example
+from iprox.data.messages import BadRowError
 
 
 def read(data):

@@ -2,11 +2,10 @@
 
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
 from iprox.data.chat import ChatEncoder
-from iprox.data.encoded import IGNORE, Encoded
 from iprox.data.formats import Example
 from iprox.data.messages import Message, said
-from iprox.data.overlap import Overlap
-from iprox.data.sources import GENERATED_ID, Pool, PoolSummary
+from iprox.data.pool import GENERATED_ID, Overlap, Pool, PoolSummary
+from iprox.data.tokens import IGNORE, Encoded
 
 __all__ = [
     "GENERATED_ID",

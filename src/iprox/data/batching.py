@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iprox.data.encoded import IGNORE, Encoded
+from iprox.data.tokens import IGNORE, Encoded
 from iprox.errors import InputError
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from iprox.data.boundaries import TurnBoundaries
-from iprox.data.encoded import IGNORE, Encoded, RefusedRowError, fit
 from iprox.data.formats import Example
+from iprox.data.labels import TurnBoundaries
 from iprox.data.messages import EARLIER, NO_MARK, THOUGHT, Message, parts_beside
-from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited, reason_of
+from iprox.data.template_limits import RENDERING_ERRORS, RenderingTimeError, limited, reason_of
 from iprox.data.templates import GIVEN, choose_template, leaves_out
+from iprox.data.tokens import IGNORE, Encoded, RefusedRowError, fit
 from iprox.errors import InputError
 
 _CHUNK = 1024

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, label_of, leave_unread, text_of
-from iprox.data.masks import SPANS, TURN_MASKS, VERDICTS, refuse_masked_row, refuse_rejected_row
+from iprox.data.masks import (
+    SPANS,
+    TURN_MASKS,
+    VERDICTS,
+    masked_turns,
+    refuse_masked_row,
+    refuse_rejected_row,
+    require_assistant,
+)
 from iprox.data.messages import (
     SYSTEM,
     UNREAD_ROW_KEYS,
+    BadRowError,
     Message,
-    masked_turns,
+    is_blank,
+    kind_of,
+    leave_unread,
     read_messages,
     read_rendering,
-    require_assistant,
     said,
     system_of,
+    text_of,
+    valid,
     with_system,
 )
+from iprox.errors import InputError
 
 # In order of precedence. The original Alpaca set also has a `text` column and UltraChat a `prompt` column,
 # so the more specific format comes first.
@@ -90,6 +106,58 @@ class Example:
         return "\n".join(part for part in (self.prompt, self.completion, self.text) if part is not None)
 
 
+class Columns:
+    """Which column of a row is read as which that iprox knows.
+
+    A row keeps the others. A column that it does not have, or has empty beside a filled one of the known name, is not
+    read, so that rows of several kinds go together.
+
+    Args:
+        named: by the name that iprox knows (`COLUMNS`) the name in the files, e.g. `{"output": "response"}`. An empty
+            one, or None, leaves the column unread as if no row had it; so may those be that rows are refused for
+            (`REFUSED`).
+
+    Attributes:
+        named: the same, with "" for None.
+        unmet: of the names in the files, those that no row so far has had.
+        there: the columns of the first row.
+
+    Raises:
+        InputError: a name is not one that iprox knows.
+    """
+
+    def __init__(self, named: Mapping[str, str | None] | None = None) -> None:
+        self.named = {known: own or "" for known, own in (named or {}).items()}
+        for known, own in self.named.items():
+            if known not in COLUMNS and (own or known not in REFUSED):
+                raise InputError(_unknown(known, own))
+        self.unread = frozenset(known for known, own in self.named.items() if not own)
+        self.unmet = [own or known for known, own in self.named.items()]
+        self.there: tuple[str, ...] = ()
+
+    def why_unmet(self, own: str) -> str:
+        """That no row has had a column, with the nearest that the first row has."""
+        known = next((known for known, named in self.named.items() if named == own), None)
+        near = difflib.get_close_matches(own, self.there, n=1, cutoff=0.5)
+        what = "leave unread" if known is None else f"read as {known}"
+        return f"no row has the column {own!r} to {what}{f'; did you mean {near[0]!r}?' if near else ''}"
+
+    def read(self, data: Any) -> Any:
+        """A row as read from a file, under the names that iprox knows."""
+        if not self.named or not isinstance(data, Mapping):
+            return data
+        self.there = self.there or tuple(map(str, data))
+        if self.unmet:
+            self.unmet = [own for own in self.unmet if own not in data]
+        found = {
+            known: data[own]
+            for known, own in self.named.items()
+            if own and own in data and (data[own] not in (None, "") or known not in data)
+        }
+        gone = self.unread | {own for known, own in self.named.items() if known in found}
+        return {**{key: value for key, value in data.items() if key not in gone}, **found}
+
+
 def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     """Recognize the format of one raw row and read it.
 
@@ -157,9 +225,9 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         supervised_from += added if supervised_from else 0
         masked = frozenset(index + added for index in masked)
     return Example(
-        id=label_of(data.get("id"), "id") or default_id,
-        source=label_of(data.get("source"), "source"),
-        task=label_of(data.get("task"), "task"),
+        id=_label(data.get("id"), "id") or default_id,
+        source=_label(data.get("source"), "source"),
+        task=_label(data.get("task"), "task"),
         row=row,
         origin=origin,
         messages=messages,
@@ -223,3 +291,29 @@ def _history(value: Any) -> Sequence[tuple[str, str]]:
             raise BadRowError(f"{where} must be a pair of instruction and output")
         turns.append((text_of(pair[0], f"{where}[0]"), text_of(pair[1], f"{where}[1]")))
     return turns
+
+
+def _unknown(known: str, own: str) -> str:
+    if not own:
+        near = difflib.get_close_matches(known, (*COLUMNS, *REFUSED), n=1, cutoff=0.5)
+        mend = f"; did you mean {near[0]}=?" if near else ""
+        return f"columns: {known!r} is a column that iprox does not read anyway{mend}"
+    mend = f"did you mean {own}={known}?" if own in COLUMNS else f"there are {', '.join(COLUMNS)}"
+    return f"columns: no column is read as {known!r}; {mend}"
+
+
+def _label(value: Any, what: str) -> str | None:
+    """A text or whole number that names something, None where there is none."""
+    # pandas keeps whole numbers as floats where a column lacks some, and NaN for those it lacks.
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if not isinstance(value, str):
+        given = repr(value) if isinstance(value, float) else kind_of(value)
+        raise BadRowError(f"{what} must be text or a whole number, not {given} ({leave_unread(what)})")
+    return valid(value, what)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread
+from iprox.data.messages import BadRowError, Message, is_blank, kind_of, leave_unread
 
 _TRAINS = ("train", "training", "trainable")  # true on a user's turn asks to train on it
 TURN_MASKS = (*_TRAINS, "loss", "loss_mask", "weight")
@@ -24,7 +24,38 @@ VERDICTS = ("label", "kto_tag")
 _YES, _NO = ("true", "yes"), ("false", "no")
 
 
-def counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
+def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
+    """Return the places of the assistant's turns that do not count in the loss.
+
+    Args:
+        value: The turns as the row has them.
+        messages: The same as they are read.
+        key: The column.
+
+    Raises:
+        BadRowError: A turn asks for what cannot be done.
+    """
+    pairs = zip(value, messages, strict=True)
+    counted = [_counts(item, f"{key}[{index}]", message["role"]) for index, (item, message) in enumerate(pairs)]
+    return frozenset(
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and not counted[index]
+    )
+
+
+def require_assistant(messages: Sequence[Message], key: str, masked: frozenset[int] = frozenset()) -> None:
+    """Refuse a conversation that has nothing to learn from.
+
+    Raises:
+        BadRowError: No turn is the assistant's, or none of these counts.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(sorted({message["role"] for message in messages}))
+        raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
+    if all(index in masked for index, message in enumerate(messages) if message["role"] == "assistant"):
+        raise BadRowError(f"every assistant turn of {key} is masked, so nothing is supervised; remove the row")
+
+
+def _counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
     """Return whether a turn of the assistant counts in the loss.
 
     Raises:

@@ -7,9 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread, text_of, valid
-from iprox.data.masks import counts
-
 Message = dict[str, Any]
 """One turn: `{"role": ..., "content": ...}`, both text. It may have `REASONING` (text) and `tool_calls` (a list of
 objects; then `content` may be None), and a tool's turn `name` and `tool_call_id`."""
@@ -46,6 +43,49 @@ _RESERVED = frozenset(
 _UNREAD_ROLES = ("function_call", "observation")  # of ShareGPT, which chat templates know by other names or not at all
 
 
+class BadRowError(ValueError):
+    """A row that is no example; the message is the reason, without file and row number."""
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether a column says nothing: null, white space, or the NaN of a missing value (pandas)."""
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    )
+
+
+def leave_unread(column: str) -> str:
+    """Return how a column of the row is left unread, for messages."""
+    return f"--columns {column}= leaves the column unread"
+
+
+def text_of(value: Any, what: str) -> str:
+    """A text that says something."""
+    if is_blank(value):
+        raise BadRowError(f"{what} is empty")
+    if not isinstance(value, str):
+        raise BadRowError(f"{what} must be text, not {kind_of(value)}")
+    return valid(value, what)
+
+
+def valid(value: str, what: str) -> str:
+    """A text that is Unicode. Lone surrogates stand for bytes that were not UTF-8 (CSV), or a broken JSON escape."""
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRowError(f"{what} is not valid UTF-8") from None
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in words."""
+    if value is None:
+        return "null"
+    names = {str: "text", int: "a number", float: "a number", bool: "true/false", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
 def read_messages(value: Any, key: str) -> tuple[Message, ...]:
     """The turns in one column.
 
@@ -59,24 +99,6 @@ def read_messages(value: Any, key: str) -> tuple[Message, ...]:
     if not value:
         raise BadRowError(f"{key} is empty")
     return tuple(_message(item, f"{key}[{index}]") for index, item in enumerate(value))
-
-
-def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
-    """Return the places of the assistant's turns that do not count in the loss (see `iprox.data.masks`).
-
-    Args:
-        value: The turns as the row has them.
-        messages: The same as they are read.
-        key: The column.
-
-    Raises:
-        BadRowError: A turn asks for what cannot be done.
-    """
-    pairs = zip(value, messages, strict=True)
-    counted = [counts(item, f"{key}[{index}]", message["role"]) for index, (item, message) in enumerate(pairs)]
-    return frozenset(
-        index for index, message in enumerate(messages) if message["role"] == "assistant" and not counted[index]
-    )
 
 
 def system_of(data: Mapping[Any, Any]) -> tuple[str, str] | None:
@@ -118,19 +140,6 @@ def with_system(messages: tuple[Message, ...], system: tuple[str, str] | None) -
             f"{column} says something else than the system turn of the messages; keep one ({leave_unread(column)})"
         )
     return messages
-
-
-def require_assistant(messages: Sequence[Message], key: str, masked: frozenset[int] = frozenset()) -> None:
-    """Refuse a conversation that has nothing to learn from.
-
-    Raises:
-        BadRowError: No turn is the assistant's, or none of these counts.
-    """
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(sorted({message["role"] for message in messages}))
-        raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
-    if all(index in masked for index, message in enumerate(messages) if message["role"] == "assistant"):
-        raise BadRowError(f"every assistant turn of {key} is masked, so nothing is supervised; remove the row")
 
 
 def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:

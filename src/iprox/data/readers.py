@@ -21,7 +21,6 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.data.arrow import json_decoder, unfilled
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
 from iprox.errors import InputError
 from iprox.files import not_regular
@@ -35,6 +34,9 @@ LONGEST = 64 << 20
 """Most bytes of one line, after decompression (characters of one element of an array, and of one field of CSV)."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UTF_32, _UTF_16 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+_Decode = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = Non
         label: Name for messages.
         stem: Start of generated ids.
         file: The path or address, where there is one.
-        arrow: Whether they are of `datasets`, which keeps them in Arrow (see `unfilled`).
+        arrow: Whether they are of `datasets`, which keeps them in Arrow (see `_unfilled`).
 
     Returns:
         The reader.
@@ -109,7 +111,7 @@ def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = Non
 
     def records() -> Iterator[Record]:
         for row, data in enumerate(rows, start=1):
-            yield Record(row, unfilled(data) if arrow else data)
+            yield Record(row, _unfilled(data) if arrow else data)
 
     return Reader(label, stem, file, None, records)
 
@@ -403,13 +405,57 @@ def _parquet(path: Path) -> Iterator[Record]:
     row = 0
     # Streams the column chunks; without both settings a whole row group is read at once.
     with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
-        decode = json_decoder(file.schema_arrow)
+        decode = _json_decoder(file.schema_arrow)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for data in batch.to_pylist():
                 row += 1
                 # Nulls go first: those within a column of JSON are the user's own.
-                data = unfilled(data)
+                data = _unfilled(data)
                 yield Record(row, decode(data) if decode else data)
+
+
+def _unfilled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the nulls within its columns.
+
+    Objects of one column have the same keys in Arrow, and null where they had none: the schemas of two tools, say,
+    would each hold the parameters of both. TRL advises to remove these (`remove_none_values`). Columns themselves stay.
+    """
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _json_decoder(schema: pa.Schema) -> _Decode | None:
+    """What turns the columns of Arrow's JSON type, which `datasets` writes for objects of mixed types, into objects.
+
+    Returns:
+        A function of a row; None where no column holds such a type.
+    """
+    decoders = {field.name: decode for field in schema if (decode := _decoder(field.type)) is not None}
+    if not decoders:
+        return None
+    return lambda row: {key: decoders[key](value) if key in decoders else value for key, value in row.items()}
+
+
+def _decoder(kind: pa.DataType) -> _Decode | None:
+    if isinstance(kind, pa.JsonType):
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        inner = {field.name: decode for field in fields if (decode := _decoder(field.type)) is not None}
+        if inner:
+            return lambda value: (
+                value and {key: inner[key](each) if key in inner else each for key, each in value.items()}
+            )
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        item = _decoder(kind.value_type)
+        if item is not None:
+            return lambda value: value and [item(each) for each in value]
+    return None
 
 
 def _csv(path: Path) -> Iterator[Record]:

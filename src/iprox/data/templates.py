@@ -12,7 +12,7 @@ from jinja2 import TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
 from iprox.data.messages import EARLIER, NO_MARK, REASONING, THOUGHT
-from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited
+from iprox.data.template_limits import RENDERING_ERRORS, RenderingTimeError, limited
 from iprox.errors import InputError
 from iprox.files import expanded, not_regular
 

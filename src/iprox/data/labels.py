@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from iprox.data.encoded import RefusedRowError
 from iprox.data.formats import Example
 from iprox.data.messages import Message
+from iprox.data.tokens import RefusedRowError
 
 
 class TurnBoundaries:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iprox.data.columns import Columns
-from iprox.data.fields import BadRowError
-from iprox.data.formats import Example, to_example
+from iprox.data.formats import Columns, Example, to_example
 from iprox.data.locate import is_saved_dataset, labels, locate
+from iprox.data.messages import BadRowError
 from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
 from iprox.errors import InputError
 from iprox.files import replacing
@@ -66,7 +65,7 @@ class Pool:
             them; or a list of dicts; or a `datasets.Dataset`.
         name: What the examples are for, in messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
-        columns: Which columns of the rows are read as which that iprox knows (see `iprox.data.columns`).
+        columns: Which columns of the rows are read as which that iprox knows (see `iprox.data.formats.Columns`).
 
     Raises:
         InputError: A file is missing or of an unknown kind, `on_bad_row` is neither of the two, or `columns` names
@@ -285,6 +284,38 @@ class Pool:
         if duplicates:
             more = f" ({duplicates} rows repeat an earlier id)" if duplicates > 1 else ""
             raise InputError(f"{self.name}: {pair}{more}; make ids unique, or remove `id` and rows are numbered")
+
+
+class Overlap:
+    """Counts the rows of a pool that say just what an example of a validation or test set says.
+
+    Such a row has a score that says little, and a test on it is none once it is selected. White space around the
+    texts and the layout of the row do not matter. Memory holds eight bytes an example of the sets, and a row of the
+    pool costs one hash of its text.
+
+    Args:
+        sets: examples by what they are for, e.g. `validation set of gsm8k`.
+    """
+
+    def __init__(self, sets: Mapping[str, Iterable[Example]]) -> None:
+        self._known = {_hash64(example.words.strip()): name for name, examples in sets.items() for example in examples}
+        self._found: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def look(self, example: Example) -> None:
+        """At one row of the pool."""
+        name = self._known.get(_hash64(example.words.strip()))
+        if name is not None:
+            self._found[name] += 1
+            self._first.setdefault(name, example.origin)
+
+    def warnings(self) -> list[str]:
+        """What there is to say: a line a set."""
+        return [
+            f"{number:,} {'row of the pool is' if number == 1 else 'rows of the pool are'} word for word in the {name} "
+            f"(first: {self._first[name]}); leave such rows out, or scores and tests flatter the selection"
+            for name, number in self._found.items()
+        ]
 
 
 def _open(patterns: Any, name: str) -> list[Reader]:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from iprox.data import ChatEncoder, Pool, rendering
+from iprox.data import ChatEncoder, Pool, template_limits
 from iprox.data.templates import CHATML
 from iprox.errors import InputError
 
@@ -55,7 +55,7 @@ USUAL = (
 def test_a_template_within_the_limits_gives_what_it_gives_without(source, marks):
     given = {"tools": [{"name": "f"}], "add_generation_prompt": True, "return_assistant_tokens_mask": marks}
     plain = render_jinja_template([TURNS, TURNS[1:]], chat_template=source, **given)
-    with rendering.limited():
+    with template_limits.limited():
         assert render_jinja_template([TURNS, TURNS[1:]], chat_template=source, **given) == plain
     assert plain[0][0].count("four") == 1
     assert len(plain[1]) == (2 if marks else 0)
@@ -71,7 +71,7 @@ FORGETS = "{% for a in range(100000) %}{% for b in range(100000) %}{% set x = a 
 
 @pytest.fixture
 def hurried(monkeypatch):
-    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_the_clock_runs_in_other_threads_too(hurried):
 
     def render():
         try:
-            with rendering.limited():
+            with template_limits.limited():
                 render_jinja_template([TURNS], chat_template=FORGETS)
-        except rendering.RenderingTimeError as error:
+        except template_limits.RenderingTimeError as error:
             said.append(str(error))
 
     thread = threading.Thread(target=render)
@@ -183,7 +183,7 @@ def test_a_row_that_a_template_cannot_render_is_refused_with_the_reason(before, 
 def test_what_is_just_within_the_limits_is_rendered():
     long = "a b " * 100_000
     template = "{{ 'x' * 100000 }}{{ '%6s' % 1 }}{{ 2 ** 100 }}" + CHATML
-    with rendering.limited():
+    with template_limits.limited():
         (text,), _ = render_jinja_template([[{"role": "user", "content": long}]], chat_template=template)
     assert len(text) > 500_000
 
@@ -206,6 +206,6 @@ def test_transformers_is_as_it_was():
     from transformers.utils import chat_template_utils
 
     before = chat_template_utils._compile_jinja_template
-    with pytest.raises(RuntimeError), rendering.limited():
+    with pytest.raises(RuntimeError), template_limits.limited():
         raise RuntimeError
     assert chat_template_utils._compile_jinja_template is before

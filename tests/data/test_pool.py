@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import iprox.data.pool
 import iprox.data.readers
-import iprox.data.sources
 from iprox.data import Overlap, Pool
 from iprox.errors import InputError
 
@@ -284,7 +284,7 @@ def test_duplicate_ids_name_both_rows(tmp_path):
 
 
 def test_ids_whose_hashes_agree_by_chance_are_not_duplicates(monkeypatch):
-    monkeypatch.setattr(iprox.data.sources, "_hash64", len)
+    monkeypatch.setattr(iprox.data.pool, "_hash64", len)
     assert Pool([{"text": "a", "id": "x"}, {"text": "a", "id": "y"}]).scan().rows == 2
     with pytest.raises(InputError, match="row:1 and row:3 have the same id 'x'"):
         Pool([{"text": "a", "id": i} for i in "xyx"]).scan()

@@ -3,7 +3,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from iprox.data.pieces import token_pieces
+from iprox.data.tokens import token_pieces
 
 
 def byte_level():
