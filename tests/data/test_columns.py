@@ -85,10 +85,10 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest():
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"ouput": "response"}, "no column is read as 'ouput'; there are messages, conversations, instruction, input"),
+        ({"ouput": "response"}, "iprox has no column 'ouput'; known are messages, conversations, instruction, input"),
         ({"tols": ""}, "'tols' is a column that iprox does not read anyway; did you mean tools="),
-        ({"weight": "w"}, "no column is read as 'weight'"),
-        ({"response": "output"}, "no column is read as 'response'; did you mean output=response?"),
+        ({"weight": "w"}, "iprox has no column 'weight'"),
+        ({"response": "output"}, "iprox has no column 'response'; did you mean output=response?"),
     ],
 )
 def test_what_names_nothing_is_refused(columns, said):
@@ -97,7 +97,7 @@ def test_what_names_nothing_is_refused(columns, said):
 
 
 def test_a_row_of_no_known_format_is_told_of_columns():
-    with pytest.raises(InputError, match=r"it has 'instruction', 'context', .*--columns output=response, reads "):
+    with pytest.raises(InputError, match=r"'instruction', 'context', .*name your .*--columns output=response"):
         Pool(DOLLY).scan()
 
 

@@ -103,11 +103,11 @@ def test_a_file_that_is_there_compressed_too_is_not_read_twice(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [row(0)])
     compressed(tmp_path / "a.jsonl", "gzip")
     write_jsonl(tmp_path / "a.jsonl", [row(0)])
-    with pytest.raises(InputError, match=r"a\.jsonl and .*a\.jsonl\.gz would be read both"):
+    with pytest.raises(InputError, match=r"a\.jsonl and .*a\.jsonl\.gz would both be read"):
         Pool(tmp_path)
     assert Pool(tmp_path / "a.jsonl.gz").scan().rows == 1
     compressed(tmp_path / "a.jsonl", "zstd")
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz and .*a\.jsonl\.zst would be read both"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz and .*a\.jsonl\.zst would both be read"):
         Pool(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_globs_folders_and_repeats(tmp_path):
         ("pol.jsonl", r"pool: there is no file .*pol\.jsonl .*nearest names there: pool\.jsonl"),
         ("q/*.csv", r"pool: no file matches .*q/\*\.csv \(looked in "),
         ("notes.txt", r"extension '.txt'; known are \.jsonl"),
-        ("table.parquet.gz", r"extension '.gz'; known are .*, and all but Parquet with \.gz or \.zst"),
+        ("table.parquet.gz", r"extension '.gz'; known are .*, and all but Parquet also with \.gz or \.zst"),
         ("empty", r"no file to read in the folder .*empty \(\.jsonl.*\.zst\); there are some in .*data"),
         ("splits", r"holds several splits; name one: .*splits/train"),
         ("hf://datasets/onlyname", r"is written hf://datasets/OWNER/NAME"),
@@ -578,9 +578,7 @@ def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch, name, co
     path.write_text(texts.get(name, "\n".join(map(json.dumps, rows))))
     path = compressed(path, compression) if compression else path
     what = "element 2" if name == "a.json" else "a line"
-    with pytest.raises(
-        InputError, match=rf"{name}.*: {what} is longer than 1 MB, the most that is read of one; split it"
-    ):
+    with pytest.raises(InputError, match=rf"{name}.*: {what} is longer than 1 MB, the most that iprox reads; split it"):
         Pool(path, on_bad_row=skip).scan()
     shorter = tmp_path / "shorter.jsonl"
     write_jsonl(shorter, [{"text": "x" * ((1 << 20) - 20)}])

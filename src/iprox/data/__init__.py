@@ -1,4 +1,4 @@
-"""Reading examples, turning them into labeled tokens, and grouping these into batches."""
+"""Read examples, turn them into labeled tokens, and group these into batches."""
 
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
 from iprox.data.chat import ChatEncoder

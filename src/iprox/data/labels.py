@@ -1,4 +1,4 @@
-"""The assistant's tokens by the exact boundaries of its turns, for chat templates that do not mark them."""
+"""Label the assistant's tokens by the exact boundaries of its turns, for chat templates that do not mark them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from iprox.data.tokens import RefusedRowError
 
 
 class TurnBoundaries:
-    """Labels conversations by rendering them up to each assistant turn, and through it.
+    """Labels conversations by rendering them up to the start and to the end of each assistant turn.
 
     Args:
-        tokenizer: A fast tokenizer of transformers.
-        apply: Renders conversations, each with what its example gives the template; takes `tokenize` and
-            `add_generation_prompt`.
+        tokenizer: fast tokenizer of transformers.
+        apply: function that renders conversations, each with the template variables of its example; takes `tokenize`
+            and `add_generation_prompt`.
     """
 
     def __init__(self, tokenizer: Any, apply: Callable[..., Any]) -> None:
@@ -26,26 +26,26 @@ class TurnBoundaries:
         self._apply = apply
 
     def rows(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [L] and what is supervised, bool [L], of each.
+        """Return the token ids, int32 [L], and which of them are supervised, bool [L], of each example.
 
         Raises:
-            RefusedRowError: a turn is rendered otherwise when others follow, or its start is not to be seen.
+            RefusedRowError: a turn is rendered differently when other turns follow, or its start cannot be found.
         """
         texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
         return self._tokens(texts, self._spans(examples, texts))
 
     def masked(self, examples: Sequence[Example]) -> list[np.ndarray]:
-        """Which tokens belong to the turns that do not count, bool [L], of each.
+        """Return which tokens belong to masked turns, bool [L], of each example.
 
-        They are all from the end of the turn before, so that none is left that a template marks around what the
-        assistant says.
+        A masked turn starts at the end of the turn before it, so that the marks that a template puts around what the
+        assistant says are masked too.
 
         Raises:
-            RefusedRowError: a turn is rendered otherwise when others follow.
+            RefusedRowError: a turn is rendered differently when other turns follow.
         """
         texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
         places = [(index, place) for index, example in enumerate(examples) for place in sorted(example.masked)]
-        ends: list[dict[int, int]] = [{0: 0} for _ in examples]  # by number of turns, where their text ends
+        ends: list[dict[int, int]] = [{0: 0} for _ in examples]  # number of turns -> where their text ends
         asked = sorted({(index, turns) for index, place in places for turns in (place, place + 1) if turns})
         parts = self._apply(
             [examples[index].turns[:turns] for index, turns in asked],
@@ -62,7 +62,7 @@ class TurnBoundaries:
         return [mask for _, mask in self._tokens(texts, spans)]
 
     def _tokens(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids int32 [L] of each text and which of them are in its spans of characters, bool [L]."""
+        """Return the token ids of each text, int32 [L], and which of them are in its spans of characters, bool [L]."""
         out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
         rows = []
         for index, ids in enumerate(out["input_ids"]):
@@ -76,7 +76,7 @@ class TurnBoundaries:
                 if first is None or last is None:
                     continue
                 while last + 1 < len(ids) and self._starts_before(out, index, last + 1, end):
-                    last += 1  # the last character may have several tokens (bytes)
+                    last += 1  # the last character may consist of several tokens (bytes)
                 mask[first : last + 1] = True
             rows.append((np.asarray(ids, dtype=np.int32), mask))
         return rows
@@ -87,7 +87,7 @@ class TurnBoundaries:
         return span is not None and span.start < end
 
     def _spans(self, examples: Sequence[Example], texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Character spans [start, end) of the assistant turns, from renderings up to and through each turn."""
+        """Return the character spans [start, end) of the assistant turns that are not masked."""
         before: list[tuple[int, list[Message]]] = []
         through: list[tuple[int, list[Message]]] = []
         for index, example in enumerate(examples):
@@ -115,7 +115,7 @@ class TurnBoundaries:
         return spans
 
     def _first_head(self, whole: str, example: Example) -> str:
-        """What comes before an assistant turn that opens the conversation: templates refuse to render no turn."""
+        """Return the text before an assistant turn that opens a conversation; templates refuse to render zero turns."""
         probe: list[Message] = [{"role": "user", "content": "x"}]
         (plain,) = self._apply([probe], [example], tokenize=False)
         (asked,) = self._apply([probe], [example], tokenize=False, add_generation_prompt=True)
@@ -129,7 +129,7 @@ class TurnBoundaries:
         return whole[: at + len(opening)]
 
     def _turn_end(self, whole: str, start: int) -> int:
-        # White space after the end-of-turn token is the template's, not the assistant's: generation has stopped.
+        # White space after the end-of-turn token belongs to the template: generation has already stopped.
         end = len(whole.rstrip())
         closed = any(whole.endswith(token, start, end) for token in self._added_tokens())
         return end if closed and end > start else len(whole)
@@ -142,6 +142,7 @@ class TurnBoundaries:
 
 def _otherwise(example: Example, turn: int) -> str:
     return (
-        f"{example.origin}: the chat template renders turn {turn} otherwise when other turns follow, so the "
-        "assistant's tokens cannot be told; use a template that marks them with {% generation %} (--chat-template FILE)"
+        f"{example.origin}: the chat template renders turn {turn} differently when other turns follow, so the "
+        "assistant's tokens cannot be identified; use a template that marks them with {% generation %} "
+        "(--chat-template FILE)"
     )

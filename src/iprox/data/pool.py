@@ -1,4 +1,4 @@
-"""A pool: the examples of files, folders, hub datasets or rows in memory, as one re-iterable stream."""
+"""Read the examples of files, folders, hub data sets or rows in memory as one re-iterable stream: a pool."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, 
 from iprox.errors import InputError
 from iprox.files import replacing
 
-# The end of an id that a row has been given for want of one of its own; before it stands the stem of its file.
+# The end of a generated id, given to a row that has no id; the stem of the file comes before it.
 GENERATED_ID = re.compile(r"-\d{8}$")
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ class PoolSummary:
     """What one pass over a pool found.
 
     Attributes:
-        rows: Good rows.
-        bad_rows: Rows left out (only with `on_bad_row="skip"`).
-        sources: Good rows by their `source`; rows without one are not counted here.
+        rows: number of good rows.
+        bad_rows: number of rows left out (only with `on_bad_row="skip"`).
+        sources: number of good rows by `source`; rows without a source are not counted here.
         fingerprint: blake2b (hex) of the names and bytes of the files, or of the rows where there is no file.
-        files: Paths and addresses, in reading order; empty for rows in memory.
+        files: paths and addresses, in reading order; empty for rows in memory.
         bad_row_messages: `file:row: reason` of the first ten bad rows.
     """
 
@@ -57,19 +57,19 @@ class PoolSummary:
 class Pool:
     """A re-iterable stream of the examples of one or more inputs; it never holds them all.
 
-    Formats are recognized row by row (see `iprox.data.formats`). Rows without `id` get one from the file's name
-    and the row's number, so it is the same in every run.
+    Formats are recognized row by row (see `iprox.data.formats`). Rows without an `id` get one from the file's name and
+    the row's number, so it is the same in every run.
 
     Args:
-        patterns: A path, glob pattern, folder or `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`, or a list of
-            them; or a list of dicts; or a `datasets.Dataset`.
-        name: What the examples are for, in messages.
+        patterns: path, glob pattern, folder or `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`, or a list of these; or a
+            list of dicts; or a `datasets.Dataset`.
+        name: purpose of the examples, for messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
-        columns: Which columns of the rows are read as which that iprox knows (see `iprox.data.formats.Columns`).
+        columns: known name -> name in the files (see `iprox.data.formats.Columns`).
 
     Raises:
-        InputError: A file is missing or of an unknown kind, `on_bad_row` is neither of the two, or `columns` names
-            one that iprox does not know.
+        InputError: a file is missing or of an unknown kind, `on_bad_row` is neither of the two, or `columns` has a name
+            that iprox does not know.
     """
 
     def __init__(
@@ -89,65 +89,59 @@ class Pool:
         self._summary: PoolSummary | None = None
 
     def __iter__(self) -> Iterator[Example]:
-        """Yield the good rows in order. With `on_bad_row="stop"` the first bad row raises InputError."""
+        """Yield the good rows in order; with `on_bad_row="stop"`, raise InputError at the first bad row."""
         for example, _, _ in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
             yield example
 
     def shared_file(self, other: Pool) -> Path | None:
-        """A file that both pools read, by whichever name; None where there is none."""
+        """Return a file that both pools read, under any name; None if there is none."""
         mine, others = ([reader.path for reader in pool._readers if reader.path is not None] for pool in (self, other))
         return next((one for one in mine if any(_same_file(one, each) for each in others)), None)
 
     def scan(
         self, progress: Callable[[int], None] | None = None, look: Callable[[Example], None] | None = None
     ) -> PoolSummary:
-        """Read everything once, check it, and count. The result is kept.
+        """Read everything once, check it, count the rows, and keep the summary.
 
         Args:
-            progress: Called with a number of rows as they are read.
-            look: Called with every good row, if this is the first time.
-
-        Returns:
-            The summary.
+            progress: function called with the number of rows read since its last call.
+            look: function called with every good row, at the first scan only.
 
         Raises:
-            InputError: There are bad rows (and `on_bad_row="stop"`), two rows have the same id, no row is good, or
-                rows hold what could not be written as JSON when they are selected.
+            InputError: there are bad rows (and `on_bad_row="stop"`), two rows have the same id, no row is good, or a
+                row cannot be written as JSON when it is selected.
         """
         if self._summary is None:
             self._summary = self._scan(progress, look)
         return self._summary
 
     def take(self, rows: Iterable[int]) -> list[Example]:
-        """Fetch some rows in one pass.
+        """Return some examples, in the order given, reading the pool once.
 
         Args:
             rows: 0-based positions among the good rows; any order, repeats allowed.
 
-        Returns:
-            The examples in the order asked.
-
         Raises:
-            InputError: The pool has no such row.
+            InputError: the pool has no such row.
         """
         wanted = [int(row) for row in rows]
         found = {example.row: example for example, _, _ in self._chosen(wanted)}
         return [found[row] for row in wanted]
 
     def write_rows(self, rows: Sequence[int], path: Path, ids: Sequence[str] | None = None) -> None:
-        """Write chosen rows as JSON lines, in the order given.
+        """Write some rows as JSON lines, in the order given.
 
-        Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other
-        formats are written with the same columns. Memory holds two numbers per chosen row.
+        Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other formats are
+        written with the same columns. Memory holds two numbers per row.
 
         Args:
             rows: 0-based positions among the good rows.
-            path: The file to write; it is replaced whole or not at all.
-            ids: The ids that the rows should have, if they are known.
+            path: file to write; it is replaced whole or not at all.
+            ids: ids that the rows should have, if they are known.
 
         Raises:
-            InputError: The pool has no such row, a row has another id, a column holds what JSON cannot, or `path` is
-                a file of the pool.
+            InputError: the pool has no such row, a row has a different id, a column cannot be written as JSON, or
+                `path` is a file of the pool.
         """
         path = Path(path)
         if any(reader.path is not None and _same_file(reader.path, path) for reader in self._readers):
@@ -156,13 +150,13 @@ class Pool:
         wanted = [int(row) for row in rows]
         expected = dict(zip(wanted, ids, strict=True)) if ids is not None else {}
         places: dict[int, tuple[int, int]] = {}
-        # Rows go to a spool file first, because they are met in another order.
+        # Rows go to a spool file first, because they are read in a different order.
         with replacing(path) as partial, partial.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
             for example, line in self._lines(wanted):
                 if expected and expected[example.row] != example.id:
                     raise InputError(
                         f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
-                        "the scores are of another pool, or of the same files in another order"
+                        "the scores belong to a different pool, or to the same files in a different order"
                     )
                 places[example.row] = (spool.tell(), len(line))
                 spool.write(line)
@@ -172,13 +166,13 @@ class Pool:
                 out.write(spool.read(length))
 
     def _lines(self, wanted: Sequence[int]) -> Iterator[tuple[Example, bytes]]:
-        """Chosen rows as JSON lines, in the pool's order."""
+        """Yield chosen rows as JSON lines, in the order of the pool."""
         for example, record, _ in self._chosen(wanted):
             line = json_line(record.data, example.origin) if record.line is None else record.line
             yield example, line if line.endswith(b"\n") else line + b"\n"
 
     def _good_rows(self, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[Example, Record, Reader]]:
-        """Every good row with its raw record; `on_bad(origin, reason)` hears of the others."""
+        """Yield every good row with its raw record and its reader; call `on_bad(origin, reason)` for the others."""
         row = 0
         for reader in self._readers:
             for record in reader.records():
@@ -186,7 +180,7 @@ class Pool:
                 try:
                     if record.error is not None:
                         raise BadRowError(record.error)
-                    default_id = f"{reader.stem}-{record.row:08d}"  # as `GENERATED_ID` knows it
+                    default_id = f"{reader.stem}-{record.row:08d}"  # matches `GENERATED_ID`
                     data = self.columns.read(record.data)
                     example = to_example(data, row=row, origin=origin, default_id=default_id)
                 except BadRowError as error:
@@ -223,20 +217,20 @@ class Pool:
                 first_bad.append(f"{origin}: {reason}")
 
         digest = hashlib.blake2b(digest_size=16)
-        if self.columns.named:  # the same files read otherwise are another pool
+        if self.columns.named:  # the same files with other columns are a different pool
             digest.update(json.dumps(self.columns.named, sort_keys=True).encode() + b"\n")
         for reader in self._readers:
             if reader.path is not None:
                 hash_file(digest, reader.path)
         sources: Counter[str] = Counter()
         hashes = array("Q")
-        writable: set[tuple[Any, ...]] = set()  # by reader, the types of a row's columns
+        writable: set[tuple[Any, ...]] = set()  # reader and types of the columns
         for example, record, reader in self._good_rows(note):
             hashes.append(_hash64(example.id))
             if look is not None:
                 look(example)
             if record.line is None and (types := (id(reader), *map(type, record.data.values()))) not in writable:
-                json_line(record.data, example.origin)  # refused now rather than when rows are selected
+                json_line(record.data, example.origin)  # refuse now rather than after the scoring
                 writable.add(types)
             if progress is not None and len(hashes) % _PROGRESS_ROWS == 0:
                 progress(_PROGRESS_ROWS)
@@ -258,7 +252,7 @@ class Pool:
         if bad and self.on_bad_row == "stop":
             more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""
             raise InputError(
-                f"{self.name}: {bad} of {bad + rows} rows are bad; mend them, or leave them out with "
+                f"{self.name}: {bad} of {bad + rows} rows are bad; fix them, or leave them out with "
                 f"--on-bad-row skip:\n  " + "\n  ".join(first_bad) + more
             )
         self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
@@ -269,7 +263,7 @@ class Pool:
         repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
         if not repeated.size:
             return
-        # Two hashes may agree by chance; only a second pass can tell, and it keeps only the suspects.
+        # Two hashes may agree by chance, so a second pass compares the ids themselves, of the suspects only.
         suspects = set(repeated.tolist())
         first: dict[str, str] = {}
         pair, duplicates = "", 0
@@ -287,14 +281,14 @@ class Pool:
 
 
 class Overlap:
-    """Counts the rows of a pool that say just what an example of a validation or test set says.
+    """Counts the rows of a pool whose text is that of an example in a validation or test set.
 
-    Such a row has a score that says little, and a test on it is none once it is selected. White space around the
-    texts and the layout of the row do not matter. Memory holds eight bytes an example of the sets, and a row of the
-    pool costs one hash of its text.
+    The score of such a row says little, and selecting it invalidates a test on it. White space around the texts and
+    the format of the row do not matter. Memory holds eight bytes per example of the sets, and each row of the pool
+    costs one hash of its text.
 
     Args:
-        sets: examples by what they are for, e.g. `validation set of gsm8k`.
+        sets: examples by the name of their set, e.g. `validation set of gsm8k`.
     """
 
     def __init__(self, sets: Mapping[str, Iterable[Example]]) -> None:
@@ -303,14 +297,14 @@ class Overlap:
         self._first: dict[str, str] = {}
 
     def look(self, example: Example) -> None:
-        """At one row of the pool."""
+        """Compare one row of the pool with the sets."""
         name = self._known.get(_hash64(example.words.strip()))
         if name is not None:
             self._found[name] += 1
             self._first.setdefault(name, example.origin)
 
     def warnings(self) -> list[str]:
-        """What there is to say: a line a set."""
+        """Return one warning per set that has rows in the pool."""
         return [
             f"{number:,} {'row of the pool is' if number == 1 else 'rows of the pool are'} word for word in the {name} "
             f"(first: {self._first[name]}); leave such rows out, or scores and tests flatter the selection"

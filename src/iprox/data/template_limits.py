@@ -1,9 +1,9 @@
-"""Limits on what one rendering of a chat template takes: templates come with models, and are programs.
+"""Limit the time and memory of rendering a chat template, which is a program that comes with a model.
 
-transformers compiles a template for jinja's sandbox, which bounds what it reaches and no loop's length but `range`'s.
-`limited` has it compile the same template with checks put in: a look at the clock in every turn of a loop and every
-call of a macro, and a bound on the length of the text, of what operators and filters make, and of the output. They work
-in any thread and on any system, and change nothing of what a template within the limits gives.
+transformers compiles a template for jinja's sandbox, which limits what a template can access, but no loops except those
+over `range`. `limited` makes transformers compile the same template with checks inserted: of the clock at each step of
+a loop and each call of a macro, and of the length of the output and of every text made by an operator or filter. The
+checks work in any thread and on any system. They do not change the output of a template within the limits.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from jinja2 import Template, TemplateError, nodes, pass_context
 from transformers.utils import chat_template_utils
 
 SECONDS = 10.0
-"""Longest time that one conversation may take."""
+"""Most seconds per conversation."""
 CHARACTERS = 16 << 20
-"""Most characters of a rendering, and of any text made on the way."""
+"""Most characters of the output, and of any text made on the way."""
 _WIDTH = 100_000
-"""Largest width that text may be padded to, as many as jinja's sandbox lets `range` count."""
+"""Largest width of padded text: the limit of jinja's sandbox for `range`."""
 _BITS = 10_000
-"""Most bits of a whole number."""
+"""Most bits of an integer."""
 
 RENDERING_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, MemoryError)
-RENDERING_ERRORS += (RuntimeError, SyntaxError)  # of a recursion without end, and of loops nested too deep for Python
-"""What a template raises that cannot render a conversation."""
+RENDERING_ERRORS += (RuntimeError, SyntaxError)  # from endless recursion, and loops nested too deep for Python
+"""Errors of a template that cannot render a conversation."""
 
-# What macros write is counted again where it is put, and again where that is.
+# How many times text may be counted: the output of a macro is counted again where it is inserted.
 _COUNTED = 8
 _TICK, _SAID, _JOINED = "iprox_tick", "iprox_said", "iprox_joined"
 _PADDING = ("center", "indent", "wordwrap", "batch", "slice", "tojson", "ljust", "rjust", "zfill", "expandtabs")
-# A width of seven digits, one that is an argument, or a field within a field.
+# A width of seven digits, a width given as an argument, or a field inside a field.
 _WIDE = re.compile(r"\d{7}|%[-#0 +]*\*|%[-#0 +]*\d*\.\*|\{[^{}]*\{")
 _compile_as_transformers: Callable[[str], Template] = chat_template_utils._compile_jinja_template
 
 
 class RenderingLimitError(TemplateError):
-    """One rendering makes text that is too long."""
+    """A rendering makes text that is too long."""
 
 
 class RenderingTimeError(Exception):
-    """One rendering takes too long. No error of a row: every other may take as long."""
+    """A rendering takes too long. Not an error of the row, as every other row may take as long."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -62,7 +62,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Have transformers render chat templates within the limits for as long as the block takes."""
+    """Make transformers render chat templates within the limits inside the block."""
     chat_template_utils._compile_jinja_template = _compiled
     try:
         yield
@@ -72,14 +72,14 @@ def limited() -> Iterator[None]:
 
 @lru_cache(maxsize=32)
 def _compiled(source: str) -> Template:
-    """A template with the checks in it."""
-    # The environment that transformers makes, one of its own for each template.
+    """Return the compiled template with the checks."""
+    # A new environment as transformers makes it.
     environment: Any = chat_template_utils._cached_compile_jinja_template("").environment
     clock = _Clock()
     environment.intercepted_binops = frozenset(["+", "*", "**", "%"])
     environment.call_binop = _call_binop(environment.call_binop)
     environment.call = _call(environment.call)
-    environment.globals.pop("lipsum", None)  # makes text by the paragraph, and no template of chats has a use for it
+    environment.globals.pop("lipsum", None)  # makes long text, and chat templates have no use for it
     for name in ("center", "indent", "wordwrap", "batch", "slice", "tojson", "format", "replace", "join"):
         environment.filters[name] = _filter(name, environment.filters[name])
     own = {_TICK: clock.tick, _SAID: clock.said, _JOINED: _joined}
@@ -92,7 +92,7 @@ def _compiled(source: str) -> Template:
 
 
 def _put_in_checks(tree: nodes.Template, environment: Any) -> None:
-    for concat in list(tree.find_all(nodes.Concat)):  # `~`, which is no operator that a sandbox asks about
+    for concat in list(tree.find_all(nodes.Concat)):  # `~`, which a sandbox cannot intercept as an operator
         parts = nodes.List(concat.nodes, lineno=concat.lineno)
         concat.nodes = [_filtered(parts, _JOINED)]
     for output in tree.find_all(nodes.Output):
@@ -111,26 +111,26 @@ def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
 
 
 class _Clock(threading.local):
-    """When the rendering that is under way in a thread must be done, and how much it has made."""
+    """The deadline of the current rendering in a thread, and the number of characters written so far."""
 
     due = float("inf")
     length = 0
 
     def tick(self, written: int) -> None:
-        """Look at the clock where a loop or a macro goes round, which writes so many characters itself."""
+        """Check the clock at a step of a loop or a call of a macro that writes so many characters itself."""
         self.length += written
         _require_short(self.length / _COUNTED)
         if time.monotonic() > self.due:
             raise RenderingTimeError(f"takes longer than {SECONDS:g} s to render one conversation")
 
     def said(self, value: Any) -> Any:
-        """Count what is written, also to a variable or by a macro."""
+        """Count text that is written to the output, to a variable or by a macro."""
         if isinstance(value, str):
             self.tick(len(value))
         return value
 
     def bounded(self, render: Callable[..., Iterator[str]]) -> Callable[..., Iterator[str]]:
-        """Return what renders a template piece by piece, so that the clock runs and the length is seen."""
+        """Return a render function that starts the clock and checks the length of the output."""
 
         def rendered(*args: Any, **kwargs: Any) -> Iterator[str]:
             self.due, self.length, length = time.monotonic() + SECONDS, 0, 0
@@ -143,7 +143,7 @@ class _Clock(threading.local):
 
 
 def _of_rendering(function: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Make a filter that jinja does not call when it compiles."""
+    """Return a filter that jinja does not evaluate at compile time."""
 
     @pass_context
     def filtered(_context: Any, value: Any) -> Any:
@@ -184,13 +184,13 @@ def _call_binop(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _size(value: Any) -> int:
-    """Characters of a text, and of a list what holds its elements."""
+    """Return the number of characters of a text; for a list, the number of bytes of its pointers."""
     return len(value) * (1 if isinstance(value, str) else 8)
 
 
 def _call(call: Callable[..., Any]) -> Callable[..., Any]:
     def limited_call(context: Any, called: Any, *args: Any, **kwargs: Any) -> Any:
-        method = getattr(called, "__wrapped__", called)  # the sandbox has its own `format`
+        method = getattr(called, "__wrapped__", called)  # the sandbox replaces `format`
         owner = getattr(method, "__self__", None)
         if isinstance(owner, str):
             _look(method.__name__, owner, args, kwargs)
@@ -200,7 +200,7 @@ def _call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(function)  # with the mark of jinja's that says what is passed first
+    @wraps(function)  # keeps jinja's mark for the first argument
     def limited_filter(*args: Any, **kwargs: Any) -> Any:
         values = args[1:] if hasattr(function, "jinja_pass_arg") else args
         if name == "join":
@@ -219,7 +219,7 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _look(name: str, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Whether a method of text, or the filter of that name, would make too long a text."""
+    """Refuse a method of text, or the filter of that name, that would make too long a text."""
     if name in ("format", "format_map"):
         _require_plain(str(text))
     elif name == "replace" and len(args) > 1:
@@ -232,13 +232,13 @@ def _look(name: str, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _require_plain(text: str) -> None:
-    """That a format asks for no width out of all measure."""
+    """Refuse a format with a very large width."""
     if _WIDE.search(text):
-        raise RenderingLimitError("it formats text to a width of millions, or one that is not written in the format")
+        raise RenderingLimitError("it formats text to a width of millions, or to one that the format does not state")
 
 
 def _joined(parts: list[Any]) -> str:
-    """Parts as jinja's `~` puts them together."""
+    """Return parts concatenated as by jinja's `~`."""
     texts = [str(part) for part in parts]
     _require_short(sum(map(len, texts)))
     return "".join(texts)

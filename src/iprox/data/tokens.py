@@ -26,7 +26,7 @@ _TOKENS_PER_CHARACTER = 4
 
 
 class RefusedRowError(InputError):
-    """The chat template cannot render one row, or not so that its assistant tokens can be told."""
+    """The chat template cannot render one row, or the assistant's tokens in it cannot be identified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class Encoded:
 
     Attributes:
         input_ids: int32 [L].
-        labels: int32 [L]; the token id where it is supervised, -100 elsewhere. Not shifted.
-        truncated: Whether tokens were cut to fit the longest length.
+        labels: int32 [L], the token id where it is supervised and -100 elsewhere; not shifted.
+        truncated: whether tokens were cut to fit the longest length.
     """
 
     input_ids: np.ndarray
@@ -45,23 +45,20 @@ class Encoded:
 
     @property
     def supervised(self) -> int:
-        """Number of tokens with a loss. Position 0 has none: nothing comes before it to predict it."""
+        """Number of tokens with a loss. Position 0 has none, as no token comes before it to predict it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE))
 
 
 def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
     """Cut an example to `max_length` tokens, keeping the answer.
 
-    First the unsupervised tokens after the last supervised one go, then tokens from the left. If the last answer
+    First the unsupervised tokens after the last supervised one are cut, then tokens from the left. If the last answer
     (the last run of supervised tokens) is itself too long, its first `max_length` tokens are kept.
 
     Args:
         ids: int32 [L].
         labels: int32 [L], -100 where not supervised.
-        max_length: Longest length in tokens.
-
-    Returns:
-        The example, at most `max_length` long.
+        max_length: longest length in tokens.
     """
     if len(ids) <= max_length:
         return Encoded(ids, labels, False)
@@ -77,7 +74,7 @@ def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Quantiles of the supervised tokens of some examples, in tokens.
+    """Quantiles of the number of supervised tokens per example.
 
     Attributes:
         low: the 10th percentile.
@@ -91,9 +88,9 @@ class Lengths:
 
     @classmethod
     def of(cls, supervised: np.ndarray | Iterable[int]) -> Lengths | None:
-        """Return the quantiles of some counts; None where no example has a supervised token.
+        """Return the quantiles of the counts that are not 0; None if there is none.
 
-        Examples without one are left out: nothing is trained on them.
+        Examples without a supervised token are left out because nothing is trained on them.
         """
         counts = np.asarray(supervised if isinstance(supervised, np.ndarray) else list(supervised))
         counts = counts[counts > 0]
@@ -108,28 +105,28 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class ValidationLengths:
-    """The lengths of the validation examples of each task, and of all tasks together."""
+    """Lengths of the validation examples of each task, and of all tasks together."""
 
     tasks: Mapping[str, Lengths]
     together: Lengths | None
 
     @classmethod
     def of(cls, validation: Mapping[str, Sequence[Encoded]]) -> ValidationLengths:
-        """Return the lengths of encoded validation examples by task."""
+        """Return the lengths of encoded validation examples, given by task."""
         counts = {task: [example.supervised for example in examples] for task, examples in validation.items()}
         found = {task: Lengths.of(each) for task, each in counts.items()}
         known = {task: each for task, each in found.items() if each is not None}
         return cls(known, Lengths.of(count for each in counts.values() for count in each))
 
     def as_metadata(self) -> dict[str, Any]:
-        """Return what the metadata of a scores file keeps."""
+        """Return the lengths as an entry for the metadata of a scores file."""
         together = self.together and self.together.as_dict()
         kept = {"tasks": {task: each.as_dict() for task, each in self.tasks.items()}, "together": together}
         return {VALIDATION_LENGTHS: kept}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ValidationLengths | None:
-        """Return the lengths that metadata keeps; None where it keeps none, as older files do."""
+        """Return the lengths in the metadata of a scores file; None if it has none, as in older files."""
         kept = metadata.get(VALIDATION_LENGTHS)
         if kept is None:
             return None
@@ -138,10 +135,11 @@ class ValidationLengths:
 
 
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token, such that the pieces put together are the text.
+    """Return the text of each token, such that the concatenated pieces are the whole text.
 
-    Decoded one by one, tokens of SentencePiece lose their spaces and parts of a character are no text. So each token
-    is decoded after the one before it; the tokens of one character give "" but for the last, which gives the character.
+    Decoded one by one, tokens of SentencePiece lose their spaces, and parts of a character are not text. So each token
+    is decoded after the one before it. Where several tokens form one character, the last one gets the character and
+    the others get "".
     """
 
     def text(start: int, end: int) -> str:
