@@ -16,7 +16,7 @@ from iprox.models.card import CARD
 from iprox.models.checkpoint import proxy_description
 from iprox.models.loading import load_config
 
-# What belongs to a proxy; not `run.json`, which is of this machine.
+# Files of a proxy; not `run.json`, which describes this machine.
 PUBLISHED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", CARD]
 PRIVATE = ["run.json", "*.partial"]
 
@@ -25,20 +25,20 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
     """Upload a proxy's folder to the Hub.
 
     Args:
-        folder: of the proxy.
-        repo: `owner/name`; made if it is not there.
-        private: make it private.
-        revision: branch to push to; made if it is not there.
+        folder: folder of the proxy.
+        repo: `owner/name`; created if it does not exist.
+        private: whether a new repository is private.
+        revision: branch to push to; created if it does not exist.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        InputError: no proxy there, or the Hub refuses or cannot be reached.
+        InputError: the folder is not a proxy, or the Hub refuses or cannot be reached.
     """
     described = proxy_description(load_config(folder), str(folder))
     if described is None:
-        raise InputError(f"{folder}: is no iprox proxy; push other models with `hf upload`")
+        raise InputError(f"{folder}: is not an iprox proxy; push other models with `hf upload`")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -60,7 +60,7 @@ def push(folder: Path, repo: str, *, private: bool = False, revision: str | None
 
 @contextmanager
 def _without_local_path(folder: Path, target: str | None) -> Iterator[Path]:
-    """The folder to publish: its own, or a copy where a target on this machine is named by its folder's name only."""
+    """Yield the folder to publish: a copy without the path of the target if that is local, else the folder itself."""
     if target is None or not Path(target).is_absolute():
         yield folder
         return
@@ -73,6 +73,6 @@ def _without_local_path(folder: Path, target: str | None) -> Iterator[Path]:
             elif file.is_file():
                 try:
                     (copy / file.name).symlink_to(file.resolve())
-                except OSError:  # Windows without the right to
+                except OSError:  # Windows without the permission for links
                     shutil.copyfile(file, copy / file.name)
         yield copy

@@ -63,7 +63,7 @@ def test_the_card_carries_the_audits_figures(finished):
 def test_what_is_no_proxy_is_not_pushed(calls, capsys):
     model = quickstart_recipe("unused", []).model
     assert main(["push", model, "me/model"]) == 2
-    assert "is no iprox proxy" in capsys.readouterr().err
+    assert "is not an iprox proxy" in capsys.readouterr().err
     assert not calls
 
 
