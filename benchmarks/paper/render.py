@@ -7,15 +7,18 @@ The page is written by hand but for what stands between `<!-- NAME -->` and `<!-
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from main_table import METHODS, mean_losses, relative_flops, standard_error
+from main_table import METHODS, mean_losses, relative_flops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import read_results, standard_error
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -32,7 +35,7 @@ def main() -> None:
     text = page.read_text(encoding="utf-8")
     for name, (file, make) in BLOCKS.items():
         path = RESULTS / file
-        content = make(json.loads(path.read_text())) if path.is_file() else "Not measured yet."
+        content = make(read_results(path)) if path.is_file() else "Not measured yet."
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise SystemExit(f"{page}: has no block {name}")
@@ -174,7 +177,7 @@ def ablation_rows(results: dict[str, Any]) -> str:
     """Each ablation's variants."""
     rows = []
     for name, cell in results["cells"].items():
-        ablation, variant = name.split("/", 1)
+        ablation, variant = name.rpartition("/")[0].split("/", 1)
         seconds = f"{cell['seconds']:.0f}" if "seconds" in cell else ""
         rows.append([ablation, variant, f"{cell['spearman']:.3f}", f"{cell['overlap']:.2f}", seconds])
     heads = ["ablation", "variant", "Spearman", "top-5 % overlap", "seconds of alignment"]
@@ -191,7 +194,7 @@ def why_kept(results: dict[str, Any]) -> str:
     figure, both = plt.subplots(1, 2, figsize=(7.2, 2.8))
     rows = []
     for method, color in (("ipsvd", "#1565c0"), ("svd", "#88909a")):
-        found = [cells[f"kept/{method}/{size}"] for size in sizes if f"kept/{method}/{size}" in cells]
+        found = [cells[f"kept/{method}/{size}/0"] for size in sizes if f"kept/{method}/{size}/0" in cells]
         for axes, part in zip(both, ("influence", "loss"), strict=True):
             axes.plot(sizes[: len(found)], [cell[part] for cell in found], "o-", color=color, label=method)
         rows.append([f"{method}: influence", *(f"{cell['influence']:.3f}" for cell in found)])
@@ -215,7 +218,7 @@ def why_selected(results: dict[str, Any]) -> str:
     methods = list(dict.fromkeys(name.split("/")[1] for name in cells))
     rows = []
     for method in methods:
-        of_tasks = (cells.get(f"selection/{method}/{task}") for task in tasks)
+        of_tasks = (cells.get(f"selection/{method}/{task}/0") for task in tasks)
         shown = (f"{cell['affinity']:.2f}, {cell['nearest']:.2f}" if cell else "" for cell in of_tasks)
         rows.append([method, *shown])
     return f"{table(['affinity, nearest neighbor', *tasks], rows)}\n\n{made_on(results)}"
@@ -224,7 +227,8 @@ def why_selected(results: dict[str, Any]) -> str:
 def lds_rows(results: dict[str, Any]) -> str:
     """Linear datamodeling scores by estimator and task."""
     rows = []
-    for estimator, cell in results["cells"].items():
+    for name, cell in results["cells"].items():
+        estimator = name.rpartition("/")[0]
         for task, sides in cell["tasks"].items():
             shown = [
                 f"{side['lds']:.2f} ({side['interval'][0]:.2f} to {side['interval'][1]:.2f})" for side in sides.values()
@@ -248,13 +252,13 @@ def saved(figure: Any, name: str) -> str:
 
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "main": ("paper-tracin.json", main_rows),
-    "main-if": ("paper-influence-function.json", main_rows),
-    "fidelity": ("paper-tracin.json", fidelity_rows),
-    "ablations": ("paper-ablations.json", ablation_rows),
-    "kept": ("paper-why.json", why_kept),
-    "selected": ("paper-why.json", why_selected),
-    "lds": ("paper-lds.json", lds_rows),
+    "main": ("paper-tracin.jsonl", main_rows),
+    "main-if": ("paper-influence-function.jsonl", main_rows),
+    "fidelity": ("paper-tracin.jsonl", fidelity_rows),
+    "ablations": ("paper-ablations.jsonl", ablation_rows),
+    "kept": ("paper-why.jsonl", why_kept),
+    "selected": ("paper-why.jsonl", why_selected),
+    "lds": ("paper-lds.jsonl", lds_rows),
 }
 
 if __name__ == "__main__":
