@@ -56,7 +56,18 @@ class Comparison:
             self.pool.write_rows(self.rows, sample)
             command = [sys.executable, "-m", "iprox.cli", "score", "--model", self.arguments.model]
             command += ["--pool", str(sample), "--validation", f"task={self.arguments.validation}"]
-            command += ["--estimator", "tracin", "--normalize", "none", "--dtype", dtype, "--max-length", "512"]
+            command += [
+                "--estimator",
+                "tracin",
+                "--normalize",
+                "none",
+                "--query-norm",
+                "1",
+                "--dtype",
+                dtype,
+                "--max-length",
+                "512",
+            ]
             subprocess.run([*command, "--output", str(output), "--quiet"], check=True)
             scores = scores_in(output)[:, 0]
         return {

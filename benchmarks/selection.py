@@ -27,8 +27,9 @@ CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 # The target as the engine scores it at its cheapest, with low-rank validation gradients as on a proxy. Costs are
 # relative to it. (The truth uses whole gradients, which with several tasks cost several times as much.)
 CHARGED = "target, low-rank"
+RAW = {"estimator": "tracin", "normalize": "none", "per_example": False}
 METHODS: dict[str, dict[str, Any]] = {
-    CHARGED: {"proxy": False, "influence": {"query_norm": QUERY_NORM}},
+    CHARGED: {"proxy": False, "influence": {**RAW, "query_norm": QUERY_NORM}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},
@@ -79,6 +80,7 @@ def scores_of(arguments: argparse.Namespace, pool: Path, name: str, sections: di
             "pool": str(pool),
             "validation": {task: str(arguments.targets / f"{task}.val.jsonl") for task in arguments.tasks},
         },
+        "influence": RAW,
         "audit": False,
         "output": str(folder_of(arguments, name)),
         **sections,

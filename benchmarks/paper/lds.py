@@ -62,7 +62,7 @@ def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
         },
         "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
         "proxy": {"sparsity": arguments.sparsity},
-        "influence": {"estimator": estimator, "curvature": "k-fac"},
+        "influence": {"estimator": estimator, "curvature": "k-fac", "normalize": "none", "per_example": False},
         "audit": {
             "sample": arguments.sample,
             "lds": {"subsets": arguments.subsets, "learning_rate": arguments.learning_rate},

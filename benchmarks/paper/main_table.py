@@ -142,6 +142,7 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
             "curvature": "k-fac",
             "normalize": arguments.normalize,
             "norm_sketch": arguments.norm_sketch if proxy else 0,
+            "per_example": False,
             # The default for low-rank proxies when the table was made; influence functions keep more now.
             "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,
         },

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.files import not_regular
 
 _CHUNK = 1 << 20
@@ -132,7 +132,7 @@ def open_hub(address: str) -> Reader:
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), config, split=split, streaming=True)
     except Exception as error:  # the hub client raises its own, requests', httpx' and fsspec's errors
-        raise InputError(f"{address}: cannot be opened: {_first_line(error)}") from error
+        raise InputError(f"{address}: cannot be opened: {one_line(error)}") from error
     stem = "-".join([*parts, split])
     return open_rows(rows, address, stem, address, arrow=True)
 
@@ -153,7 +153,7 @@ def open_saved(folder: Path, label: str, stem: str) -> Reader:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise InputError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
+        raise InputError(f"{folder}: not a readable saved dataset: {one_line(error)}") from error
     return open_rows(rows.with_format(None), label, stem, str(folder), arrow=True)
 
 
@@ -240,7 +240,7 @@ def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
         hint = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
         raise InputError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+        raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -463,8 +463,4 @@ def _csv(path: Path) -> Iterator[Record]:
 def _json_fault(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "nested too deep" if isinstance(error, RecursionError) else one_line(error)

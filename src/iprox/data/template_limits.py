@@ -19,6 +19,8 @@ from typing import Any
 from jinja2 import Template, TemplateError, nodes, pass_context
 from transformers.utils import chat_template_utils
 
+from iprox.errors import one_line
+
 SECONDS = 10.0
 """Most seconds per conversation."""
 CHARACTERS = 16 << 20
@@ -57,7 +59,7 @@ def reason_of(error: BaseException) -> str:
         return "it takes more memory than there is"
     if isinstance(error, KeyError):
         return f"there is no {error}"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return one_line(error)
 
 
 @contextmanager
