@@ -28,7 +28,7 @@ def test_columns_are_read_under_the_names_that_iprox_knows(tmp_path):
             ["Q0\n\nC0", "A0"], ["Q1", "A1"], ["Q2\n\nC2", "A2"], ["Q3", "A3"], ["Q4\n\nC4", "A4"], ["Q5", "A5"],
         ]  # fmt: skip
         assert pool.scan().sources == {"kind 0": 2, "kind 1": 2, "kind 2": 2}
-        assert pool.columns.unmet == []
+        assert pool.columns.missing == []
     out = tmp_path / "out.jsonl"
     pool.write_rows([4, 1], out)
     assert out.read_bytes().splitlines() == [json.dumps(DOLLY[row]).encode() for row in (4, 1)]  # as they were

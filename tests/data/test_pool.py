@@ -33,7 +33,7 @@ def write_jsonl(path, rows):
 
 
 def compressed(path, compression):
-    """A copy of a file beside it, with the extension of a compression."""
+    """A copy of a file next to it, with the extension of a compression."""
     copy = path.with_name(path.name + {"gzip": ".gz", "zstd": ".zst"}[compression])
     with pa.CompressedOutputStream(str(copy), compression) as stream:
         stream.write(path.read_bytes())

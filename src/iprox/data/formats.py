@@ -55,7 +55,7 @@ COLUMNS = (
 REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
 """Columns that are not read. A row may be refused because of one, unless the user leaves the column unread."""
 # Optional columns of a format.
-_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
+_OPTIONAL: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
@@ -118,7 +118,7 @@ class Columns:
 
     Attributes:
         named: the same, with "" for None.
-        unmet: names in the files that no row so far has had.
+        missing: names in the files that no row so far has had.
         there: columns of the first row.
 
     Raises:
@@ -131,10 +131,10 @@ class Columns:
             if known not in COLUMNS and (own or known not in REFUSED):
                 raise InputError(_unknown(known, own))
         self.unread = frozenset(known for known, own in self.named.items() if not own)
-        self.unmet = [own or known for known, own in self.named.items()]
+        self.missing = [own or known for known, own in self.named.items()]
         self.there: tuple[str, ...] = ()
 
-    def why_unmet(self, own: str) -> str:
+    def why_missing(self, own: str) -> str:
         """Return the message that no row has a column, with the nearest column of the first row."""
         known = next((known for known, named in self.named.items() if named == own), None)
         near = difflib.get_close_matches(own, self.there, n=1, cutoff=0.5)
@@ -146,8 +146,8 @@ class Columns:
         if not self.named or not isinstance(data, Mapping):
             return data
         self.there = self.there or tuple(map(str, data))
-        if self.unmet:
-            self.unmet = [own for own in self.unmet if own not in data]
+        if self.missing:
+            self.missing = [own for own in self.missing if own not in data]
         found = {
             known: data[own]
             for known, own in self.named.items()
@@ -245,7 +245,7 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
     """
     there = [keys for keys in FORMATS if all(key in data for key in keys)]
     for place, keys in enumerate(there):
-        if all(is_blank(data[key]) for key in (*keys, *_BESIDE.get(keys, ())) if key in data):
+        if all(is_blank(data[key]) for key in (*keys, *_OPTIONAL.get(keys, ())) if key in data):
             continue
         empty = [key for key in keys if is_blank(data[key]) or (isinstance(data[key], list) and not data[key])]
         other = next((each for each in there[place + 1 :] if not any(is_blank(data[key]) for key in each)), None)

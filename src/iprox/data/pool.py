@@ -245,8 +245,8 @@ class Pool:
         files = tuple(reader.file for reader in self._readers if reader.file is not None)
         if rows == 0:
             where = ", ".join(files) or "the list given"
-            unmet = self.columns.unmet
-            because = self.columns.why_unmet(unmet[0]) if unmet else f"the first: {next(iter(first_bad), '')}"
+            missing = self.columns.missing
+            because = self.columns.why_missing(missing[0]) if missing else f"the first: {next(iter(first_bad), '')}"
             why = f"; all {bad} rows are bad, {because}" if bad else ""
             raise InputError(f"{self.name}: no examples in {where}{why}")
         if bad and self.on_bad_row == "stop":
