@@ -56,7 +56,7 @@ class Ablation:
 
     def scores(self, model: Any, **options: Any) -> np.ndarray:
         """Return the raw TracIn scores [N, tasks] of the rows."""
-        common = {"tokenizer": self.tokenizer, "max_length": 512, "per_example": False}
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False, "per_example": False}
         common |= {"estimator": "tracin", "normalize": "none"}
         return score_matrix(iprox.score(model, self.rows, self.validation, **common, **options))
 
@@ -69,7 +69,7 @@ class Ablation:
         """Return a proxy of a checkpoint, in float32."""
         rows = as_rows(self.pool.take(self.probe_rows[:PROBE] if probe is None else probe))
         target = self.target(number, torch.float32)
-        common = {"tokenizer": self.tokenizer, "max_length": 512}
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False}
         return iprox.compress(target, rows, sparsity=sparsity, **common, **options)
 
     def fidelity(self, proxy: Any, number: int = -1, **options: Any) -> Cell:
@@ -86,9 +86,8 @@ class Ablation:
         """Return the fidelity of the base proxy aligned on some rows."""
         proxy = self.proxy()
         data = as_rows(self.pool.take(self.align_rows[:rows]))
-        history = iprox.align(
-            proxy, self.target(dtype=torch.float32), data, tokenizer=self.tokenizer, max_length=512, **options
-        )
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False}
+        history = iprox.align(proxy, self.target(dtype=torch.float32), data, **common, **options)
         return {**self.fidelity(proxy), "seconds": history.seconds}
 
     def of_one_source(self) -> list[int]:

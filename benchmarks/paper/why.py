@@ -91,14 +91,14 @@ class Why:
     def scores(self, model: Any, **options: Any) -> np.ndarray:
         """Return the raw TracIn scores [N, tasks] of the sample."""
         validation = {task: as_rows(rows) for task, rows in self.validation.items()}
-        common = {"tokenizer": self.tokenizer, "max_length": 512, "per_example": False}
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False, "per_example": False}
         common |= {"estimator": "tracin", "normalize": "none"}
         return score_matrix(iprox.score(model, self.sample, validation, **common, **options))
 
     def kept(self, method: Any, sparsity: float) -> dict[str, float]:
         """Return how much of the target's influence and loss a proxy of this size keeps."""
         target, rows = iprox.load(self.arguments.model), as_rows(self.pool.take(self.probe_rows))
-        common = {"tokenizer": self.tokenizer, "max_length": 512}
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False}
         proxy = in_bfloat16(iprox.compress(target, rows, sparsity=sparsity, method=method, **common))
         truth, loss = self.wanted
         scores = self.scores(proxy, target=in_bfloat16(target))
