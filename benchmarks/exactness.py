@@ -9,70 +9,84 @@ of per-example gradients that autograd computes in float64.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
+from common import RESULTS, Results, parser, scores_in, settings_of
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.scores import read_scores, score_matrix
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
-from iprox.run.folder import environment, write_json
 from iprox.session import draw_rows
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+class Comparison:
+    """Some rows of the pool, and their exact scores."""
 
-def autograd_gradient(model: torch.nn.Module, row: Encoded) -> torch.Tensor:
-    """The gradient of one example's loss over all compressible weights, flat, float64."""
-    weights = [p for layer in influence_layers(model).values() for p in layer.parameters()]
-    (batch,) = iter_batches([row], 1, 0)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(causal_lm_losses(model, batch).sum(), weights)])
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.pool = arguments, Pool(arguments.pool)
+        self.rows = draw_rows("exactness", 0, self.pool.scan().rows, arguments.examples)
+
+    @cached_property
+    def exact(self) -> np.ndarray:
+        """Dot products of float64 autograd gradients [N]."""
+        encoder = ChatEncoder(load_tokenizer(self.arguments.model), 512)
+        model = load_model(self.arguments.model, dtype=torch.float64)
+        weights = [p for layer in influence_layers(model).values() for p in layer.parameters()]
+
+        def gradient(row: Encoded) -> torch.Tensor:
+            (batch,) = iter_batches([row], 1, 0)
+            return torch.cat([g.flatten() for g in torch.autograd.grad(causal_lm_losses(model, batch).sum(), weights)])
+
+        validation = encoder.encode(list(Pool([self.arguments.validation])))
+        query = sum(map(gradient, validation)) / len(validation)
+        return np.array([(gradient(row) @ query).item() for row in encoder.encode(self.pool.take(self.rows))])
+
+    def errors(self, dtype: str) -> dict[str, float]:
+        """Return how far the scores of `iprox score` are from the exact ones."""
+        with tempfile.TemporaryDirectory() as temporary:
+            sample, output = Path(temporary) / "sample.jsonl", Path(temporary) / "scores"
+            self.pool.write_rows(self.rows, sample)
+            command = [sys.executable, "-m", "iprox.cli", "score", "--model", self.arguments.model]
+            command += ["--pool", str(sample), "--validation", f"task={self.arguments.validation}"]
+            command += [
+                "--estimator",
+                "tracin",
+                "--normalize",
+                "none",
+                "--query-norm",
+                "1",
+                "--dtype",
+                dtype,
+                "--max-length",
+                "512",
+            ]
+            subprocess.run([*command, "--output", str(output), "--quiet"], check=True)
+            scores = scores_in(output)[:, 0]
+        return {
+            "largest relative error": float(np.max(np.abs(scores - self.exact) / np.abs(self.exact))),
+            "relative error of the vector": float(np.linalg.norm(scores - self.exact) / np.linalg.norm(self.exact)),
+            "spearman": float(stats.spearmanr(scores, self.exact)[0]),
+        }
 
 
 def main() -> None:
-    """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
-    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
-    parser.add_argument("--validation", default=str(SHARED / "data/targets/gsm8k.val.jsonl"))
-    parser.add_argument("--examples", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/exactness.json")
-    arguments = parser.parse_args()
-
-    pool = Pool([arguments.pool])
-    rows = draw_rows("exactness", 0, pool.scan().rows, arguments.examples)
-    encoder = ChatEncoder(load_tokenizer(arguments.model), 512)
-    model = load_model(arguments.model, dtype=torch.float64)
-    validation = encoder.encode(list(Pool([arguments.validation])))
-    query = sum(autograd_gradient(model, row) for row in validation) / len(validation)
-    exact = np.array([(autograd_gradient(model, row) @ query).item() for row in encoder.encode(pool.take(rows))])
-
-    result: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        sample = Path(temporary) / "sample.jsonl"
-        pool.write_rows(rows, sample)
-        for dtype in ("float32", "bfloat16"):
-            output = Path(temporary) / dtype
-            command = [sys.executable, "-m", "iprox.cli", "score", "--model", arguments.model, "--pool", str(sample)]
-            command += ["--validation", f"task={arguments.validation}", "--output", str(output), "--quiet"]
-            subprocess.run([*command, "--dtype", dtype, "--max-length", "512"], check=True)
-            scores = score_matrix(read_scores(output))[:, 0]
-            result[dtype] = {
-                "largest relative error": float(np.max(np.abs(scores - exact) / np.abs(exact))),
-                "relative error of the vector": float(np.linalg.norm(scores - exact) / np.linalg.norm(exact)),
-                "spearman": float(stats.spearmanr(scores, exact)[0]),
-            }
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-    write_json(arguments.output, {**environment(), "settings": settings, "result": result})
-    print(json.dumps(result, indent=1))
+    """Compare both dtypes and print the errors."""
+    options = "model pool validation examples output fresh"
+    arguments = parser(__doc__, options, examples=50, output=RESULTS / "exactness.jsonl").parse_args()
+    results, comparison = (
+        Results(arguments.output, settings_of(arguments), fresh=arguments.fresh),
+        Comparison(arguments),
+    )
+    for dtype in ("float32", "bfloat16"):
+        print(dtype, results(dtype, lambda dtype=dtype: comparison.errors(dtype)), flush=True)
 
 
 if __name__ == "__main__":

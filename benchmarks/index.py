@@ -1,8 +1,8 @@
-"""How faithful is a gradient index, and how fast? Scores by projected gradients beside exact scores of the same model.
+"""How faithful is a gradient index, and how fast? Scores by projected gradients next to exact scores of the same model.
 
-For several dimensions D: Spearman's correlation of scores through D numbers an example with the exact scores, mean and
-least over the tasks, and tokens per second of projecting beside those of scoring. `summed` is what iprox does: layers
-share the D numbers. `by layer` sets D/layers numbers of each layer side by side.
+For several dimensions D: Spearman's correlation of scores from D numbers per example with the exact scores, mean and
+least over the tasks, and tokens per second of projecting next to those of scoring. With `summed`, as in iprox, layers
+share the D numbers. With `by layer`, each layer has D/layers numbers.
 
     python benchmarks/index.py
     python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output benchmarks/results/index-target-17m.json
@@ -10,17 +10,16 @@ share the D numbers. `by layer` sets D/layers numbers of each layer side by side
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
+from common import RESULTS, Results, agreement, examples_of, parser, settings_of, timed
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, has_bias, mean_gradient
 from iprox.influence.index import GradientIndex, WindowProjector, write_index
@@ -33,14 +32,11 @@ from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import resolve_device, resolve_dtype
-from iprox.run.folder import environment, write_json
 from iprox.session import draw_rows
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 class ByLayer:
-    """The alternative: each layer keeps numbers of its own."""
+    """The alternative: each layer has separate numbers."""
 
     def __init__(self, model: torch.nn.Module, dimension: int) -> None:
         self.model, self.layers = model, influence_layers(model)
@@ -52,7 +48,7 @@ class ByLayer:
         }
 
     def __call__(self, batch) -> torch.Tensor:
-        """Features of a batch."""
+        """Return the features of a batch."""
         parts: dict[str, torch.Tensor] = {}
 
         def sink(name: str, h: torch.Tensor, delta: torch.Tensor) -> None:
@@ -63,13 +59,13 @@ class ByLayer:
         return torch.cat([parts[name] for name in self.projections], dim=1)
 
     def project(self, gradient: ModelGradient) -> torch.Tensor:
-        """Features of a validation gradient."""
+        """Return the features of a validation gradient."""
         parts = [each.of_gradient(gradient[name]).flatten() for name, each in self.projections.items()]
         return torch.cat(parts)[None]
 
 
 def over_pool(run: Callable, encoded: list[Encoded], batch_tokens: int, device: torch.device) -> np.ndarray:
-    """What `run` makes of every row, float32 [N, columns]."""
+    """Return the results of `run` for every row, float32 [N, columns]."""
     out: np.ndarray | None = None
     for batch in iter_batches(encoded, batch_tokens, 0):
         numbers = run(batch.to(device)).float().cpu().numpy()
@@ -79,99 +75,83 @@ def over_pool(run: Callable, encoded: list[Encoded], batch_tokens: int, device: 
     return out
 
 
-def agreement(scores: np.ndarray, exact: np.ndarray) -> list[float]:
-    """Spearman's correlation of each task."""
-    return [float(spearmanr(a, b).statistic) for a, b in zip(scores.T, exact.T, strict=True)]
-
-
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
-    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
-    parser.add_argument("--validation", default=str(SHARED / "data/targets"), help="folder of TASK.val.jsonl")
-    parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--dimensions", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--output", help="JSON file")
-    arguments = parser.parse_args()
+    options = "model pool targets tasks examples batch-tokens output fresh"
+    tasks = ["bbh", "code", "gsm8k", "science", "sentiment", "summarization"]
+    made = parser(__doc__, options, tasks=tasks, output=RESULTS / "index-target-17m.jsonl")
+    made.add_argument("--dimensions", type=int, nargs="+", default=[1024, 4096, 8192, 16384])
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--device", default="auto")
+    arguments = made.parse_args()
+    results = Results(arguments.output, settings_of(arguments, "dimensions"), fresh=arguments.fresh)
 
     device = resolve_device(arguments.device)
     dtype = resolve_dtype(arguments.dtype, device)
     model = load_model(arguments.model, dtype=dtype, device=device)
     encoder = ChatEncoder(load_tokenizer(arguments.model), 2048)
-    pool = Pool([arguments.pool])
-    rows = draw_rows("benchmark", 0, pool.scan().rows, arguments.examples)
-    examples = pool.take(rows)
+    pool = Pool(arguments.pool)
+    examples = pool.take(draw_rows("benchmark", 0, pool.scan().rows, arguments.examples))
     encoded = encoder.encode(examples)
     tokens = sum(len(row.input_ids) for row in encoded)
     queries: dict[str, ModelGradient] = {}
-    for file in sorted(Path(arguments.validation).glob("*.val.jsonl")):
-        batches = [b.to(device) for b in iter_batches(encoder.encode(list(Pool([str(file)]))), 4096, 0)]
-        queries[file.name.split(".")[0]] = mean_gradient(model, batches)[0]
+    for task, validation in examples_of(arguments).items():
+        batches = [batch.to(device) for batch in iter_batches(encoder.encode(validation), 4096, 0)]
+        queries[task] = mean_gradient(model, batches)[0]
     print(f"{arguments.model}: {len(encoded)} rows, {tokens:,} tokens, {len(queries)} tasks, {dtype}")
 
-    # The reference's own time is taken without the norms, which only the cosine needs.
-    exact, seconds = {}, {}
+    def over(run: Callable) -> tuple[np.ndarray, float]:
+        """Return the results of `run` for every row, and tokens per second after a warm-up."""
+        over_pool(run, encoded[:64], arguments.batch_tokens, device)
+        seconds, found = timed(lambda: over_pool(run, encoded, arguments.batch_tokens, device))
+        return found, tokens / seconds
+
+    # The time of scoring is taken without the norms, which only the cosine needs.
+    exact, rates = {}, {}
     for normalize in ("none", "cosine"):
         scorer = BatchScorer(model, queries, normalize=normalize)
-        run = lambda batch, scorer=scorer: scorer(batch)[0]  # noqa: E731
-        over_pool(run, encoded[:64], arguments.batch_tokens, device)
-        started = time.perf_counter()
-        exact[normalize] = over_pool(run, encoded, arguments.batch_tokens, device)
-        seconds[normalize] = time.perf_counter() - started
-    print(f"scoring: {tokens / seconds['none']:,.0f} tokens/s\n")
+        exact[normalize], rates[normalize] = over(lambda batch, scorer=scorer: scorer(batch)[0])
+    known = results("scoring", lambda: {"rows": len(encoded), "tokens": tokens, "tokens_per_second": rates["none"]})
+    print(f"scoring: {known['tokens_per_second']:,.0f} tokens/s\n")
     print("      D layers     tokens/s of scoring  Spearman  least  cosine  least")
-    measured = []
+
+    def projected(kind: type, dimension: int) -> dict[str, Any]:
+        projector = kind(model, dimension)
+        features, rate = over(projector)
+        projections = torch.cat([projector.project(query) for query in queries.values()]).float().cpu().numpy()
+        scores = features @ projections.T
+        cosine = scores / np.linalg.norm(features, axis=1)[:, None]
+        return {
+            "tokens_per_second": rate,
+            "dot": agreement(scores, exact["none"], arguments.tasks),
+            "cosine": agreement(cosine, exact["cosine"], arguments.tasks),
+        }
+
     for dimension in arguments.dimensions:
-        for kind, projector in (
-            ("summed", GradientProjector(model, dimension)),
-            ("by layer", ByLayer(model, dimension)),
-        ):
-            over_pool(projector, encoded[:64], arguments.batch_tokens, device)
-            started = time.perf_counter()
-            features = over_pool(projector, encoded, arguments.batch_tokens, device)
-            taken = time.perf_counter() - started
-            meets = torch.cat([projector.project(query) for query in queries.values()]).float().cpu().numpy()
-            scores = features @ meets.T
-            dot = agreement(scores, exact["none"])
-            cosine = agreement(scores / np.linalg.norm(features, axis=1)[:, None], exact["cosine"])
-            rate = tokens / taken
+        for name, kind in (("summed", GradientProjector), ("by layer", ByLayer)):
+            entry = results(f"{name}/{dimension}", lambda k=kind, d=dimension: projected(k, d))
+            rate, dot, cosine = entry["tokens_per_second"], entry["dot"], entry["cosine"]
             print(
-                f"{dimension:>7} {kind:<9} {rate:>9,.0f} {seconds['none'] / taken:>9.2f}x {np.mean(dot):>9.3f} "
-                f"{min(dot):>6.2f} {np.mean(cosine):>7.3f} {min(cosine):>6.2f}"
-            )
-            measured.append(
-                {"dimension": dimension, "layers": kind, "tokens_per_second": rate, "dot": dot, "cosine": cosine}
+                f"{dimension:>7} {name:<9} {rate:>9,.0f} {rate / known['tokens_per_second']:>9.2f}x "
+                f"{dot['spearman']:>9.3f} {dot['least']:>6.2f} {cosine['spearman']:>7.3f} {cosine['least']:>6.2f}"
             )
 
+    def queried(dimension: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            projector = GradientProjector(model, dimension)
+            make = lambda: WindowProjector(projector, encoder, 0, arguments.batch_tokens)  # noqa: E731
+            write_index(make, examples, Path(folder) / "index", {"dimension": dimension}, window=WINDOW)
+            index = GradientIndex.open(Path(folder) / "index")
+            seconds, ((table, _),) = timed(lambda: list(index.scores(queries, projector)))
+        dot = agreement(score_matrix(table), exact["none"], arguments.tasks)
+        return {"rows_per_second": len(encoded) / seconds, "dot": dot}
+
     dimension = arguments.dimensions[-1]
-    with tempfile.TemporaryDirectory() as folder:
-        projector = GradientProjector(model, dimension)
-        make = lambda: WindowProjector(projector, encoder, 0, arguments.batch_tokens)  # noqa: E731
-        write_index(make, examples, Path(folder) / "index", {"dimension": dimension}, window=WINDOW)
-        index = GradientIndex.open(Path(folder) / "index")
-        started = time.perf_counter()
-        (table,) = [table for table, _ in index.scores(queries, projector)]
-        taken = time.perf_counter() - started
-    stored = agreement(score_matrix(table), exact["none"])
+    entry = results(f"query/{dimension}", lambda: queried(dimension))
     print(
         f"\nquery of {len(queries)} tasks, D {dimension}, from disk in half precision: "
-        f"{len(encoded) / taken:,.0f} rows/s, Spearman {np.mean(stored):.3f}"
+        f"{entry['rows_per_second']:,.0f} rows/s, Spearman {entry['dot']['spearman']:.3f}"
     )
-    if arguments.output:
-        result = {
-            "rows": len(encoded),
-            "tokens": tokens,
-            "tasks": list(queries),
-            "dtype": str(dtype),
-            "scoring_tokens_per_second": tokens / seconds["none"],
-            "projected": measured,
-            "query": {"dimension": dimension, "rows_per_second": len(encoded) / taken, "dot": stored},
-        }
-        write_json(Path(arguments.output), {**environment(), **result})
 
 
 if __name__ == "__main__":

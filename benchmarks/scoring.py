@@ -1,14 +1,15 @@
-"""How fast is scoring? Tokens per second, share of the machine's GEMM rate and peak memory, beside the peers.
+"""How fast is scoring? Tokens per second, share of the machine's GEMM rate and peak memory, next to the peers.
 
-Every engine scores the same pool rows against the same validation rows, in the same dtype, in a process of its own, one
-after the other. Seconds are those in process (model loaded, rows tokenized), validation gradients included, code
-generation of `torch.compile` apart.
+Every engine scores the same pool rows against the same validation rows in the same dtype, in a separate process, one
+after the other. Seconds start with the model loaded and the rows tokenized; they include validation gradients, but not
+the code generation of `torch.compile`.
 
     python benchmarks/scoring.py                                  # the shared 17 M-parameter target
     python benchmarks/scoring.py --model random:qwen3-0.6b --examples 200 --validation-examples 8
     python benchmarks/scoring.py --engines target kronfluence bergson --bergson /path/to/venv/bin/bergson
 
-kronfluence: pip install 'iprox[peers]'. bergson's pins clash with many environments: give its own with --bergson.
+For kronfluence: pip install 'iprox[peers]'. bergson's pins conflict with many environments: name its own with
+--bergson.
 `random:qwen3-0.6b` is a model of Qwen3-0.6B's dimensions (vocabulary 8,192) with random weights: speed does not
 depend on training.
 """
@@ -21,7 +22,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
+from common import RESULTS, SHARED, Results, gemm_rate, parser, settings_of, timed
 from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scoring import QUERY_NORM
@@ -43,9 +44,7 @@ from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
-from iprox.run.folder import environment, write_json
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 QWEN3_600M = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -60,37 +59,30 @@ QWEN3_600M = {
 
 
 class Work:
-    """What one process is given: the model and the tokenized rows."""
+    """What one process needs: the model and the tokenized rows."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.dtype = DTYPES[arguments.dtype]
         self.model = load_model(arguments.model, dtype=self.dtype)
         encoder = ChatEncoder(load_tokenizer(arguments.model), 512)
-        self.pool = encoder.encode(list(Pool([str(arguments.pool)])))
-        self.validation = encoder.encode(list(Pool([str(arguments.validation)])))
+        self.pool = encoder.encode(list(Pool(arguments.pool)))
+        self.validation = encoder.encode(list(Pool(arguments.validation)))
         self.tokens = sum(len(row.input_ids) for row in self.pool)
 
     def batches(self, rows: list[Encoded]) -> list[Any]:
-        """Rows in length-sorted batches."""
+        """Return rows in length-sorted batches."""
         return list(iter_batches(rows, self.arguments.batch_tokens, 0))
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that a call takes, and its result."""
-    started = time.perf_counter()
-    result = action()
-    return time.perf_counter() - started, result
-
-
 def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
-    """Our engine: validation gradient, then the pool, compiled; the pool again for each number of tasks."""
+    """Time our engine: validation gradients, then the pool, compiled; the pool again for each number of tasks."""
     pool, validation = work.batches(work.pool), work.batches(work.validation)
     seconds, gradient = timed(lambda: mean_gradient(model, validation, "weight")[0])
     result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
     scorers = {}
     for tasks in task_counts:
-        # Tasks of the same size; which gradients they are makes no difference to the time.
+        # Tasks of equal size; the time does not depend on the values of their gradients.
         def make(tasks: int = tasks) -> BatchScorer:
             queries: dict[str, Any] = dict.fromkeys(map(str, range(tasks)), gradient)
             if keep < 1:
@@ -119,22 +111,22 @@ def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence
 
 
 def target(work: Work) -> dict[str, Any]:
-    """Our engine on the model itself: exact."""
+    """Time our engine on the model itself, with exact scores."""
     return iprox(work, work.model, 1.0, [1])
 
 
 def proxy(work: Work) -> dict[str, Any]:
-    """Our engine on a proxy at sparsity 0.7."""
+    """Time our engine on a proxy at sparsity 0.7."""
     model = work.model
     cast_parameters(model, torch.float32)
     made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
     del work.model, model
     cast_parameters(made, work.dtype)
-    return iprox(work, made, QUERY_NORM, work.arguments.tasks)
+    return iprox(work, made, QUERY_NORM, work.arguments.task_counts)
 
 
 def autograd(work: Work) -> dict[str, Any]:
-    """What one would write first: every example's gradient by autograd, dotted with the validation gradient."""
+    """Time the obvious way: the gradient of every example by autograd, multiplied with the validation gradient."""
     layers = influence_layers(work.model)
     gradient = mean_gradient(work.model, work.batches(work.validation), "weight")[0]
     parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
@@ -152,7 +144,7 @@ def autograd(work: Work) -> dict[str, Any]:
 
 
 class Rows(Dataset):
-    """Tokenized rows, longest first, as kronfluence's loader wants them."""
+    """Tokenized rows, longest first, for the loader of kronfluence."""
 
     def __init__(self, rows: list[Encoded]) -> None:
         self.rows = sorted(rows, key=lambda row: -len(row.input_ids))
@@ -165,13 +157,13 @@ class Rows(Dataset):
 
 
 def padded(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    """Rows of about one length as a batch."""
+    """Return rows of similar lengths as a batch."""
     batch = collate(rows, range(len(rows)), 0)
     return {"input_ids": batch.input_ids, "labels": batch.labels}
 
 
 def kronfluence(work: Work) -> dict[str, Any]:
-    """kronfluence, identity strategy (TracIn), validation gradients summed first."""
+    """Time kronfluence with the identity strategy (TracIn) and summed validation gradients."""
     import kronfluence as peer
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.utils.dataset import DataLoaderKwargs
@@ -217,7 +209,7 @@ def kronfluence(work: Work) -> dict[str, Any]:
 
 
 def bergson(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """bergson's two commands; seconds without start-up are those less twice what `--help` takes."""
+    """Time bergson's two commands; start-up, which is subtracted, is what `--help` takes."""
     precision = {"float32": "fp32", "bfloat16": "bf16"}[arguments.dtype]
 
     def run(*command: str) -> float:
@@ -250,7 +242,7 @@ def bergson(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     common = ["--index_cfg.precision" if part == "--precision" else part for part in common]
     query = ["--query_path", str(folder / "query")]
-    score = run("score", str(folder / "scores"), *query, "--dataset", str(arguments.pool), *common)
+    score = run("score", str(folder / "scores"), *query, "--dataset", arguments.pool[0], *common)
     return {"wall_seconds": build + score, "startup_seconds": startup, "seconds": build + score - 2 * startup}
 
 
@@ -259,23 +251,14 @@ ENGINES: dict[str, Callable[[Work], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOPs a second of a 2,048-cubed matrix product."""
-    x, y = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    for _ in range(5):
-        x @ y
-    seconds, _ = timed(lambda: [x @ y for _ in range(30)])
-    return 30 * 2 * 2048**3 / seconds
-
-
 def worker(arguments: argparse.Namespace) -> None:
-    """One engine in this process; prints its result as JSON."""
+    """Run one engine in this process and print its result as JSON."""
     if arguments.worker == "bergson":
         with tempfile.TemporaryDirectory() as folder:
             result = bergson(arguments, Path(folder))
         result["peak_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
         encoder = ChatEncoder(load_tokenizer(arguments.model), 512)
-        tokens = sum(len(row.input_ids) for row in encoder.encode(list(Pool([str(arguments.pool)]))))
+        tokens = sum(len(row.input_ids) for row in encoder.encode(list(Pool(arguments.pool))))
     else:
         work = Work(arguments)
         tokens = work.tokens
@@ -287,13 +270,13 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> None:
-    """The rows of the benchmark in files of their own, and the random model if one is asked for."""
-    pool = Pool([str(arguments.pool)])
+    """Write the rows of the benchmark to separate files, and the random model if it is chosen."""
+    pool = Pool(arguments.pool)
     total = pool.scan().rows
     pool.write_rows(
         list(range(0, total, max(1, total // arguments.examples)))[: arguments.examples], folder / "pool.jsonl"
     )
-    validation = Pool([str(arguments.validation)])
+    validation = Pool(arguments.validation)
     validation.write_rows(list(range(arguments.validation_examples)), folder / "validation.jsonl")
     arguments.pool, arguments.validation = folder / "pool.jsonl", folder / "validation.jsonl"
     if arguments.model == "random:qwen3-0.6b":
@@ -307,54 +290,48 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     """Run every engine and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"), help="folder, or random:qwen3-0.6b")
-    parser.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="of the random model")
-    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
-    parser.add_argument("--validation", default=str(SHARED / "data/targets/gsm8k.val.jsonl"))
-    parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--validation-examples", type=int, default=64)
-    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, "bergson"], default=[*ENGINES, "bergson"])
-    parser.add_argument("--bergson", default="bergson", help="bergson's command")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--peer-batch", type=int, default=8, help="examples a batch of kronfluence")
-    parser.add_argument("--peer-tokens", type=int, default=2048, help="tokens a batch of bergson")
-    parser.add_argument("--tasks", type=int, nargs="+", default=[1, 4, 16], help="how many, for the proxy; 1 first")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--worker", choices=[*ENGINES, "bergson"], help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    made = parser(__doc__, "model pool validation examples batch-tokens dtype output fresh", batch_tokens=2048)
+    made.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="tokenizer of the random model")
+    made.add_argument("--validation-examples", type=int, default=64)
+    made.add_argument("--engines", nargs="+", choices=[*ENGINES, "bergson"], default=[*ENGINES, "bergson"])
+    made.add_argument("--bergson", default="bergson", help="bergson's command")
+    made.add_argument("--peer-batch", type=int, default=8, help="examples per batch of kronfluence")
+    made.add_argument("--peer-tokens", type=int, default=2048, help="tokens per batch of bergson")
+    made.add_argument("--task-counts", type=int, nargs="+", default=[1, 4, 16], help="for the proxy; 1 first")
+    made.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    made.add_argument("--worker", choices=[*ENGINES, "bergson"], help=argparse.SUPPRESS)
+    arguments = made.parse_args()
     if arguments.worker:
         worker(arguments)
         return
     name = Path(str(arguments.model).replace(":", "-")).name
-    output = arguments.output or Path(__file__).parent / f"results/scoring-{name}.json"
-    rate = gemm_rate(DTYPES[arguments.dtype])
+    settings = settings_of(arguments, "worker", "engines", "bergson")
+    results = Results(arguments.output or RESULTS / f"scoring-{name}.jsonl", settings, fresh=arguments.fresh)
+    rate = results("GEMM", lambda: {"flops_per_second": gemm_rate(DTYPES[arguments.dtype])})["flops_per_second"]
     print(f"GEMM rate {rate / 1e12:.2f} TFLOP/s, {torch.get_num_threads()} threads, {arguments.dtype}", flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(arguments, Path(folder))
         for engine in arguments.engines:
-            command = [sys.executable, __file__, "--worker", engine]
-            for key in ("model", "pool", "validation", "dtype", "bergson"):
-                command += [f"--{key}", str(getattr(arguments, key))]
-            for key in ("batch_tokens", "peer_batch", "peer_tokens"):
-                command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
-            command += ["--tasks", *map(str, arguments.tasks)]
-            command += ["--compile" if arguments.compile else "--no-compile"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{engine}: failed\n{done.stderr[-1500:]}", flush=True)
+            try:
+                result = results(engine, lambda engine=engine: in_process(arguments, engine))
+            except subprocess.CalledProcessError as error:
+                print(f"{engine}: failed\n{error.stderr[-1500:]}", flush=True)
                 continue
-            results[engine] = json.loads(done.stdout.strip().splitlines()[-1])
-            print_engine(engine, results[engine], rate, results.get("target"))
-    write_json(output, {**environment(), "settings": settings, "gemm_flops_per_second": rate, "engines": results})
+            print_engine(engine, result, rate, results.cells.get("target/0"))
+
+
+def in_process(arguments: argparse.Namespace, engine: str) -> dict[str, Any]:
+    """Run one engine in a separate process and return its result."""
+    command = [sys.executable, __file__, "--worker", engine, "--task-counts", *map(str, arguments.task_counts)]
+    for key in ("model", "pool", "validation", "dtype", "bergson", "batch_tokens", "peer_batch", "peer_tokens"):
+        command += [f"--{key.replace('_', '-')}", str(getattr(arguments, key))]
+    command += ["--compile" if arguments.compile else "--no-compile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def print_engine(name: str, result: dict[str, Any], rate: float, ours: dict[str, Any] | None) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     line = f"{name:<12}{result['seconds']:>8.1f} s{result['tokens_per_second']:>9.0f} tokens/s"
     line += f"{result['peak_gib']:>6.1f} GiB"
     if "flops_per_second" in result:

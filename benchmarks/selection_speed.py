@@ -1,24 +1,19 @@
-"""Seconds that choosing 5 % of many random scores takes, by strategy and constraint.
+"""How many seconds does choosing 5 % of many random scores take, by strategy and constraint?
 
     python benchmarks/selection_speed.py                 # 10 million rows, 4 tasks
     python benchmarks/selection_speed.py --rows 1000000
 
-Near-duplicates are left out: they read texts, and cost by what is chosen.
+Near-duplicates are not measured: their cost depends on the texts and on what is chosen.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 
+from common import RESULTS, Results, parser, settings_of, timed
 from iprox.influence.scores import AGGREGATE
-from iprox.run.folder import environment, write_json
-from iprox.selection import select_rows
-from iprox.settings import SelectSection
+from iprox.selection import SelectionSettings, select_rows
 
 CASES = {
     "top": {"strategy": "top"},
@@ -30,7 +25,7 @@ CASES = {
 
 
 def random_scores(rows: int, tasks: int) -> pa.Table:
-    """A scores table of 20 sources."""
+    """Return a scores table with 20 sources."""
     generator = np.random.default_rng(0)
     scores = generator.standard_normal((rows, tasks))
     return pa.table(
@@ -48,22 +43,22 @@ def random_scores(rows: int, tasks: int) -> pa.Table:
 
 def main() -> None:
     """Time every case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
-    parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/selection-speed.json")
-    arguments = parser.parse_args()
+    made = parser(__doc__, "output fresh", output=RESULTS / "selection-speed.jsonl")
+    made.add_argument("--rows", type=int, default=10_000_000)
+    made.add_argument("--tasks", type=int, default=4)
+    arguments = made.parse_args()
+    results = Results(arguments.output, settings_of(arguments), fresh=arguments.fresh)
     table = random_scores(arguments.rows, arguments.tasks)
-    seconds = {}
     for name, settings in CASES.items():
         tokens = None if "fraction" not in settings else int(0.05 * np.sum(table["tokens"].to_numpy()))
-        start = time.perf_counter()
-        chosen = select_rows(table, SelectSection(**{"fraction": 0.05, "tokens": tokens, **settings}))
-        seconds[name] = time.perf_counter() - start
-        print(f"{name:<24}{seconds[name]:>7.1f} s{len(chosen.rows):>10,} rows", flush=True)
-    write_json(
-        arguments.output, {**environment(), "rows": arguments.rows, "tasks": arguments.tasks, "seconds": seconds}
-    )
+        chosen = SelectionSettings(**{"fraction": 0.05, "tokens": tokens, **settings})
+
+        def work(chosen: SelectionSettings = chosen) -> dict[str, float]:
+            seconds, selection = timed(lambda: select_rows(table, chosen))
+            return {"seconds": seconds, "rows": len(selection.rows)}
+
+        found = results(name, work)
+        print(f"{name:<24}{found['seconds']:>7.1f} s{found.get('rows', 0):>10,} rows", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/stage1.py                                       # the shared 17 M-parameter target
     python benchmarks/stage1.py --model random:qwen2-7b --layers 2    # layers of Qwen2-7B's dimensions, random weights
 
-Each model runs in a process of its own, so its peak is its own. Memory beyond the model is the peak of the process less
-what it held once the model was made: an upper bound of what stage 1 itself needs, the proxy included.
+Each model runs in a separate process, so that its peak memory is its own. Memory beyond the model is the peak of the
+process minus what it held once the model was made: an upper bound of what stage 1 needs, including the proxy.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, set_seed
 
+from common import RESULTS, SHARED, Results, parser, settings_of
 from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
-from iprox.run.folder import environment, write_json
 from iprox.session import draw_rows
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 QWEN2_7B = {
     "hidden_size": 3584,
     "intermediate_size": 18944,
@@ -42,18 +41,18 @@ QWEN2_7B = {
 
 
 def resident_gib() -> float:
-    """Memory that this process holds now."""
+    """Return the memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**30
 
 
 def make_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """The model to compress."""
+    """Return the model to compress."""
     dtype = DTYPES[arguments.dtype]
     if arguments.model != "random:qwen2-7b":
         return load_model(arguments.model, dtype=dtype)
     set_seed(0)
-    torch.set_default_dtype(dtype)  # made in it, so that no wider copy counts towards the peak
+    torch.set_default_dtype(dtype)  # created in this dtype, so that no wider copy counts towards the peak
     try:
         return AutoModelForCausalLM.from_config(Qwen2Config(num_hidden_layers=arguments.layers, **QWEN2_7B))
     finally:
@@ -61,9 +60,9 @@ def make_model(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Stage 1 in this process."""
+    """Measure stage 1 in this process."""
     tokenizer = load_tokenizer(arguments.tokenizer)
-    pool = Pool([arguments.pool])
+    pool = Pool(arguments.pool)
     rows = draw_rows("probe", 0, pool.scan().rows, arguments.probe_size)
     encoded = ChatEncoder(tokenizer, 512).encode(pool.take(rows))
     probe = list(iter_batches(encoded, arguments.batch_tokens, 0))
@@ -86,32 +85,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure in a process of its own, print and keep the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"), help="folder, or random:qwen2-7b")
-    parser.add_argument("--layers", type=int, default=2, help="decoder layers of the random model")
-    parser.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="of the random model")
-    parser.add_argument("--pool", default=str(SHARED / "data/pool.jsonl"))
-    parser.add_argument("--probe-size", type=int, default=139)
-    parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the model")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    """Measure in a separate process, print and keep the result."""
+    made = parser(__doc__, "model pool batch-tokens dtype output fresh", dtype="float32")
+    made.add_argument("--layers", type=int, default=2, help="decoder layers of the random model")
+    made.add_argument("--tokenizer", default=str(SHARED / "models/target-17m"), help="tokenizer of the random model")
+    made.add_argument("--probe-size", type=int, default=139)
+    made.add_argument("--sparsity", type=float, default=0.7)
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = made.parse_args()
     if arguments.worker:
         print(json.dumps(measure(arguments)))
         return
+
+    def work() -> dict[str, Any]:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        return {**json.loads(done.stdout.splitlines()[-1]), "threads": torch.get_num_threads()}
+
     name = Path(str(arguments.model).replace(":", "-")).name
-    done = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--worker"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "worker"}
-    write_json(
-        arguments.output or Path(__file__).parent / f"results/stage1-{name}.json",
-        {**environment(), "threads": torch.get_num_threads(), "settings": settings, **result},
-    )
+    settings = settings_of(arguments, "worker")
+    results = Results(arguments.output or RESULTS / f"stage1-{name}.jsonl", settings, fresh=arguments.fresh)
+    result = results("stage 1", work)
     print(
         f"{result['model']}: {result['layers']} linear layers, {result['probe_tokens']} probe tokens read "
         f"{result['passes']} times: {result['seconds']:.0f} s; model {result['model_gib']:.2f} GiB, "

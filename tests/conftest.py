@@ -1,7 +1,7 @@
 """Tiny models in float64 and random batches: what the oracle tests compare on."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from iprox.data import Batch
+from iprox.models.loss import causal_lm_losses
 from iprox.models.precision import cast_parameters
 
 # gpt-neox is the one whose norms stay in float64 (RMSNorm goes through float32), so finite differences are exact.
@@ -140,6 +141,16 @@ def make_batch(lengths: Sequence[int], seed: int = 0, vocabulary: int = 64, padd
     return Batch(input_ids, labels, torch.tensor(lengths), list(range(len(lengths))))
 
 
+def autograd_gradient(model: PreTrainedModel, batch: Batch, layers: Mapping[str, torch.nn.Module]) -> torch.Tensor:
+    """The batch's gradient of every weight and bias of some layers, flat, by autograd; 0 where none was reached."""
+    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    gradients = torch.autograd.grad(causal_lm_losses(model, batch).sum(), parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return torch.cat([gradient.flatten() for gradient in filled])
+
+
 def rows_of(batch: Batch) -> list[Batch]:
     """Each example as a batch of its own, without padding."""
     return [
@@ -163,5 +174,6 @@ def tiny():
         model = staticmethod(make_model)
         batch = staticmethod(make_batch)
         rows = staticmethod(rows_of)
+        autograd_gradient = staticmethod(autograd_gradient)
 
     return Tiny

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iprox
 from iprox.influence.scores import scores_metadata
@@ -58,13 +58,12 @@ def test_the_whole_method_in_memory(model, tmp_path):
     loaded = iprox.load(tmp_path / "proxy")
     with pytest.raises(iprox.InputError, match=r"no tokenizer in it .* or pass tokenizer="):
         iprox.score(loaded, pool, validation)
-    again = iprox.score(loaded, pool, validation, tokenizer=AutoTokenizerOf(), estimator="tracin")
+    again = iprox.score(loaded, pool, validation, tokenizer=bundled_tokenizer(), estimator="tracin")
     np.testing.assert_allclose(again["influence"].to_numpy(), influence, rtol=1e-4)
 
 
-def AutoTokenizerOf():  # noqa: N802  a saved proxy made in memory has no tokenizer of its own
-    from transformers import AutoTokenizer
-
+def bundled_tokenizer():
+    """The tokenizer for a proxy saved without one, as proxies made in memory are."""
     return AutoTokenizer.from_pretrained(str(QUICKSTART / "model"))
 
 
@@ -351,11 +350,11 @@ def test_a_target_that_is_not_the_proxys_is_refused(model):
     other = AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)
-    proxy = iprox.compress(model, pool, sparsity=0.5, tokenizer=AutoTokenizerOf())
+    proxy = iprox.compress(model, pool, sparsity=0.5, tokenizer=bundled_tokenizer())
     for call in (
-        lambda: iprox.score(proxy, pool, validation, target=other, tokenizer=AutoTokenizerOf()),
-        lambda: iprox.audit(other, proxy, pool, validation, tokenizer=AutoTokenizerOf()),
-        lambda: iprox.align(proxy, other, pool, epochs=1, tokenizer=AutoTokenizerOf()),
+        lambda: iprox.score(proxy, pool, validation, target=other, tokenizer=bundled_tokenizer()),
+        lambda: iprox.audit(other, proxy, pool, validation, tokenizer=bundled_tokenizer()),
+        lambda: iprox.align(proxy, other, pool, epochs=1, tokenizer=bundled_tokenizer()),
     ):
         with pytest.raises(iprox.InputError, match=r"is a proxy of .*, not of .* \(the weights differ\)"):
             call()

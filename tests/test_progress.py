@@ -13,7 +13,7 @@ from iprox.progress import Reporter, make_console, printable, say_plainly
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes when it is told to."""
+    """A clock that the test sets."""
 
     class Clock:
         now = 0.0
@@ -35,6 +35,32 @@ def test_what_an_earlier_start_did_counts_for_no_rate_and_no_time_left(clock):
     assert first == "score: 1,000 rows"
     assert middle == "score: 700/1,000 rows, 1.0 rows/s, 0:01:40, about 0:05:00 left"
     assert last == "score: 1,000/1,000 rows, 2.0 rows/s, 0:03:20, done"
+
+
+def test_set_up_time_enters_neither_the_rate_nor_the_time_left(clock):
+    reporter = Reporter()
+    reporter.console = Console(file=io.StringIO(), width=120)
+    with reporter.bar("align", 10, "steps") as advance:
+        for clock.now in (500.0, 520.0, 540.0, 580.0):  # compiling takes 480 s of the first step
+            advance(1)
+    first, *lines, last = reporter.console.file.getvalue().splitlines()
+    assert first == "align: 10 steps"
+    assert lines == [
+        "align: 1/10 steps, 0:08:20",
+        "align: 4/10 steps, 26.7 s/step, 0:09:40, about 0:02:40 left",
+    ]
+    assert last == "align: 4/10 steps, 26.7 s/step, 0:09:40, done"
+
+
+def test_slow_steps_have_a_rate_on_a_terminal(clock):
+    reporter = Reporter()
+    reporter.console = Console(
+        file=io.StringIO(), width=120, force_terminal=True, legacy_windows=False, get_time=lambda: clock.now
+    )
+    with reporter.bar("align", 10, "steps") as advance:
+        for clock.now in (500.0, 545.0, 590.0):
+            advance(1)
+    assert "45.0 s/step" in reporter.console.file.getvalue()
 
 
 def test_on_a_terminal_the_rate_is_of_this_start(clock):

@@ -5,7 +5,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from iprox.data.columns import Columns
+from iprox.data.formats import Columns
 from iprox.errors import InputError
 from iprox.influence.scores import ExampleScores, read_scores, score_matrix, scores_table
 from iprox.selection import best_rows, select_rows

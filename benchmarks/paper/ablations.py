@@ -1,16 +1,17 @@
-"""Ablations: what each choice does for fidelity, Spearman and top-5 % overlap with the warmed target's own scores.
+"""Ablations: the effect of each choice on fidelity, Spearman and top-5 % overlap with the warmed target's own scores.
 
     python benchmarks/paper/ablations.py                             # all of them, 1,000 pool rows, seed 0
     python benchmarks/paper/ablations.py --only probe ridge --rows 300
 
 One proxy setting at a time is changed from the base: IPSVD at sparsity 0.7 on 139 random rows (1 % of the pool), global
-ranks, `weight` gradients, raw TracIn at the last checkpoint, not aligned. None of the rows scored is in a probe, in the
-warm-up or aligned on. Cells are kept in the results file.
+ranks, `weight` gradients, raw TracIn at the last checkpoint, not aligned. None of the scored rows is in a probe, in the
+warm-up or in the alignment. Cells are kept in the results file.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import SHARED, Results, as_rows, in_bfloat16
 
 import iprox
-from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scores import score_matrix
 from iprox.models.loading import load_tokenizer
-from iprox.progress import Reporter
-from iprox.run.folder import key_of, read_json
-from iprox.session import Session, draw_rows
-from iprox.settings import WarmupSection
-from iprox.stages.training import warm_up
+from iprox.session import draw_rows
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import RESULTS, Results, agreement, as_rows, examples_of, in_bfloat16, parser, settings_of, warmed
 
 PROBE = 139
 Cell = dict[str, Any]
@@ -41,33 +39,25 @@ class Ablation:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.pool = arguments, Pool(arguments.pool)
         self.total, seed = self.pool.scan().rows, arguments.seed
-        warm = draw_rows("warmup", seed, self.total, round(0.05 * self.total))
+        warm = draw_rows("warmup", seed, self.total, round(0.05 * self.total))  # as `warmed` draws them
         self.probe_rows = draw_rows("probe", seed, self.total, 5 * PROBE, warm)
         self.align_rows = draw_rows("align", seed, self.total, 5 * PROBE, [*warm, *self.probe_rows])
         used = [*warm, *self.probe_rows, *self.align_rows]
         sample = draw_rows("sample", seed, self.total, arguments.rows, used)
         self.rows, self.used = as_rows(self.pool.take(sample)), [*used, *sample]
-        self.validation = {
-            task: as_rows(Pool([str(arguments.targets / f"{task}.val.jsonl")])) for task in arguments.tasks
-        }
-        made_by = key_of([arguments.model, arguments.pool, arguments.learning_rate, seed])
-        folder = arguments.work / f"warm-{made_by[:12]}"
-        if not (folder / "checkpoints.json").is_file():
-            session = Session.create(max_length=512, seed=seed, reporter=Reporter(quiet=True))
-            settings = WarmupSection(epochs=4, learning_rate=arguments.learning_rate)
-            warm_up(session, arguments.model, self.pool.take(warm), folder, settings)
-        self.checkpoints = [
-            (folder / entry["path"], entry["learning_rate"]) for entry in read_json(folder / "checkpoints.json")
-        ]
+        self.validation = {task: as_rows(examples) for task, examples in examples_of(arguments).items()}
+        options = {"seed": seed, "learning_rate": arguments.learning_rate, "epochs": 4}
+        self.checkpoints = warmed(arguments.model, self.pool, arguments.work, **options)
         self.tokenizer = load_tokenizer(arguments.model)
 
     def target(self, number: int = -1, dtype: torch.dtype = torch.bfloat16) -> Any:
-        """The target at one of its checkpoints."""
+        """Return the target at one of its checkpoints."""
         return iprox.load(self.checkpoints[number][0], dtype=dtype)
 
     def scores(self, model: Any, **options: Any) -> np.ndarray:
-        """Scores [N, tasks] of the rows."""
-        common = {"tokenizer": self.tokenizer, "max_length": 512}
+        """Return the raw TracIn scores [N, tasks] of the rows."""
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False, "per_example": False}
+        common |= {"estimator": "tracin", "normalize": "none"}
         return score_matrix(iprox.score(model, self.rows, self.validation, **common, **options))
 
     @cached_property
@@ -76,41 +66,39 @@ class Ablation:
         return self.scores(self.target(), query_norm=1.0)
 
     def proxy(self, number: int = -1, probe: list[int] | None = None, sparsity: float = 0.7, **options: Any) -> Any:
-        """A proxy of a checkpoint, in float32."""
+        """Return a proxy of a checkpoint, in float32."""
         rows = as_rows(self.pool.take(self.probe_rows[:PROBE] if probe is None else probe))
         target = self.target(number, torch.float32)
-        common = {"tokenizer": self.tokenizer, "max_length": 512}
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False}
         return iprox.compress(target, rows, sparsity=sparsity, **common, **options)
 
     def fidelity(self, proxy: Any, number: int = -1, **options: Any) -> Cell:
-        """Of a proxy's scores with the target's, by task and on average."""
-        return compared(
-            self.arguments, self.scores(in_bfloat16(proxy), target=self.target(number), **options), self.truth
-        )
+        """Return the agreement of a proxy's scores with the target's."""
+        scores = self.scores(in_bfloat16(proxy), target=self.target(number), **options)
+        return agreement(scores, self.truth, self.arguments.tasks)
 
     @cached_property
     def base(self) -> Cell:
-        """What most ablations have among their variants."""
+        """The fidelity of the base, which most ablations compare with."""
         return self.fidelity(self.proxy())
 
     def aligned(self, rows: int = PROBE, **options: Any) -> Cell:
-        """Of the base proxy, aligned on some rows."""
+        """Return the fidelity of the base proxy aligned on some rows."""
         proxy = self.proxy()
         data = as_rows(self.pool.take(self.align_rows[:rows]))
-        history = iprox.align(
-            proxy, self.target(dtype=torch.float32), data, tokenizer=self.tokenizer, max_length=512, **options
-        )
+        common = {"tokenizer": self.tokenizer, "max_length": 512, "progress": False}
+        history = iprox.align(proxy, self.target(dtype=torch.float32), data, **common, **options)
         return {**self.fidelity(proxy), "seconds": history.seconds}
 
     def of_one_source(self) -> list[int]:
-        """A probe as large as the base's, all of the pool's commonest source, of rows that nothing else uses."""
+        """Return a probe as large as the base's, only of the most frequent source, with rows that nothing else uses."""
         sources = [example.source for example in self.pool.take(range(self.total))]
         common = max(set(sources), key=sources.count)
         others = [row for row in range(self.total) if sources[row] != common]
         return draw_rows("one source", self.arguments.seed, self.total, PROBE, {*others, *self.used})
 
     def over_checkpoints(self, used: int, on_proxy: bool) -> Cell:
-        """Scores at the last `used` checkpoints, on proxies or the target, against the target's at all of them."""
+        """Compare scores at the last `used` checkpoints, on proxies or the target, with the target's at all of them."""
         numbers = range(len(self.checkpoints))
 
         def at(number: int, on_proxy: bool) -> np.ndarray:
@@ -120,23 +108,11 @@ class Ablation:
 
         truth = sum(self.checkpoints[number][1] * at(number, False) for number in numbers)
         found = sum(self.checkpoints[number][1] * at(number, on_proxy) for number in list(numbers)[-used:])
-        return compared(self.arguments, np.asarray(found), np.asarray(truth))
-
-
-def compared(arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarray) -> Cell:
-    """Fidelity by task, and its means."""
-    by_task = {
-        task: fidelity_metrics(scores[:, number], truth[:, number]) for number, task in enumerate(arguments.tasks)
-    }
-    return {
-        "spearman": float(np.mean([entry["spearman"] for entry in by_task.values()])),
-        "overlap": float(np.mean([entry["overlap"]["0.05"] for entry in by_task.values()])),
-        "by_task": {task: entry["spearman"] for task, entry in by_task.items()},
-    }
+        return agreement(np.asarray(found), np.asarray(truth), self.arguments.tasks)
 
 
 def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
-    """By ablation, what is compared."""
+    """Return the functions that compute each variant, by ablation."""
     make, measure = ablation.proxy, ablation.fidelity
     logits = {"gradient_weight": 0.0, "kl_weight": 1.0}
     return {
@@ -170,8 +146,8 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
         "gradient": {
             "weight, queries of the target": lambda: ablation.base,
             "factors, queries of the target": lambda: measure(make(), gradient="factors"),
-            "factors, queries of the proxy": lambda: compared(
-                ablation.arguments, ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth
+            "factors, queries of the proxy": lambda: agreement(
+                ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth, ablation.arguments.tasks
             ),
         },
         "share of the query's norm": {
@@ -189,28 +165,23 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
 
 def main() -> None:
     """Compute what is missing and print it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
-    parser.add_argument("--pool", nargs="+", default=[str(SHARED / "data/pool.jsonl")])
-    parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val.jsonl")
-    parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "bbh", "summarization"])
-    parser.add_argument("--rows", type=int, default=1000, help="of the pool, scored")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the warm-up, four epochs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", help="some of the ablations")
-    parser.add_argument("--work", type=Path, default=Path("runs/paper-ablations"))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results/paper-ablations.json")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    arguments = parser.parse_args()
-    kept = ("work", "output", "fresh", "only")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
-    results = Results(arguments.output, settings, fresh=arguments.fresh)
-    for name, compared_ones in variants(Ablation(arguments)).items():
+    made = parser(
+        __doc__,
+        "model pool targets tasks learning-rate seed work output fresh",
+        tasks=["gsm8k", "code", "bbh", "summarization"],
+        work=Path("runs/paper-ablations"),
+        output=RESULTS / "paper-ablations.jsonl",
+    )
+    made.add_argument("--rows", type=int, default=1000, help="pool rows to score")
+    made.add_argument("--only", nargs="+", help="some of the ablations")
+    arguments = made.parse_args()
+    results = Results(arguments.output, settings_of(arguments, "only"), fresh=arguments.fresh)
+    for name, compared in variants(Ablation(arguments)).items():
         if arguments.only and name not in arguments.only:
             continue
         print(name)
-        for variant, work in compared_ones.items():
-            cell = results(f"{name}/{variant}", work)
+        for variant, work in compared.items():
+            cell = results(f"{name}/{variant}", work, arguments.seed)
             print(f"  {variant:<32}{cell['spearman']:>7.3f}{cell['overlap']:>7.2f}", flush=True)
 
 

@@ -1,16 +1,16 @@
-"""The main table: what fine-tuning on the 5 % that each method selects does for each task, and what selecting cost.
+"""The main table: test loss per task after fine-tuning on the 5 % that each method selects, and the cost of selecting.
 
     python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
     python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
     python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
     python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --work runs/sketched --output sketched.json
 
-A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
-fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
-cosine-normalized (raw ones pick the shortest answers, see docs/method.md). Every cell is kept in the results file, so
-a stopped benchmark goes on where it was; run folders are in `--work`.
+For each seed, the target is warmed up on 5 % of the pool, the pool is scored on the target and on every proxy, the
+*original* target is fine-tuned on the best 5 % for each task, and loss and exact matches are measured on the task's
+test set. Scores are cosine-normalized, as raw ones pick the shortest answers. Every cell is kept in the results file,
+so a stopped benchmark continues where it was; run folders and selected rows are in `--work`.
 
-With hub ids the same command runs on a GPU, see README.md here.
+With hub ids the same command runs on a GPU, see benchmarks/paper/README.md.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ import functools
 import itertools
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import reference
 import scorer
-from runs import SHARED, Results, run, scores_in
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter
-from iprox.recipe import parse_recipe
 from iprox.run.folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session, draw_rows
 from iprox.settings import FinetuneSection
-from iprox.stages.training import finetune, warm_up
+from iprox.stages.training import finetune
 
-# Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and with
-# ranks that compete across layers, as IPSVD's do, which rests on what its singular values mean and theirs do not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import RESULTS, Results, parser, run, scores_in, settings_of, standard_error, warmed
+
+# Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and also get
+# ranks that compete across layers, as in IPSVD, though their singular values do not estimate changes of the loss.
 PROXIES: dict[str, Any] = {
     "target": False,
     **{f"ipsvd {size}, aligned": {"sparsity": size} for size in (0.3, 0.5, 0.7)},
@@ -53,17 +55,17 @@ PROXIES: dict[str, Any] = {
     "sibling": {"method": "off-the-shelf"},  # warmed up as the target is
     "sibling, not warmed": {"method": "off-the-shelf"},
 }
-# Rows that take no gradients, which influence has to beat; on the target where they run a model.
+# Rows without gradients, which influence has to beat; those that run a model run the target.
 WITHOUT_GRADIENTS = ("rds", "bm25", "length")
-# Rows that are made here: the published code's proxies, and a model that predicts influence from text.
+# Rows made by scripts in this folder: the published code's proxies, and a model that predicts influence from text.
 OWN = ("reference code 0.7", "influence scorer")
-# Rows that select nothing by scores and for no task, so that one fine-tuning serves all.
+# Rows that select without scores and the same for all tasks, so that one fine-tuning is enough.
 FOR_ALL_TASKS = ("random", "full pool")
-# Random rows of the source that a task has of its own, for tasks that have one: what knowing the sources does alone.
+# Random rows of the task's own source, for tasks that have one: the gain from knowing the sources alone.
 OWN_SOURCE = "own source"
 WITHOUT_SCORES = (*FOR_ALL_TASKS, OWN_SOURCE)
 METHODS = ("random", OWN_SOURCE, *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")
-# The source of the pool that a task has of its own, where it is not named as the task is.
+# A task's own source in the pool, where its name differs from the task's.
 SOURCE_OF = {"code": "codealpaca"}
 # Shares of the pool that are scored again on the target.
 CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -72,113 +74,55 @@ CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.3)
 def main() -> None:
     """Compute what is missing and print the table."""
     arguments = parse()
-    kept = ("work", "output", "fresh", "seeds", "methods", "scores_only", "keep_models")
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
+    settings = settings_of(arguments, "methods", "scores_only", "keep_models")
     results = Results(arguments.output, settings, fresh=arguments.fresh)
     for seed in range(arguments.seeds):
         needed = [name for name in arguments.methods if name not in WITHOUT_SCORES]
         for method in dict.fromkeys(["target", *needed]) if needed else ():  # the others share its warm-up
-            results(f"{method}/scores/{seed}", lambda m=method, s=seed: scored(arguments, m, s))
-        if not arguments.scores_only:
-            for method in [name for name in arguments.methods if name in FOR_ALL_TASKS]:
-                once = functools.cache(lambda m=method, s=seed: tested(arguments, m, arguments.tasks, s, None))
-                for task in arguments.tasks:
-                    results(f"{method}/{task}/{seed}", lambda t=task, o=once: o()[t])
-            sourced = {example.source for example in Pool(arguments.pool)}
-            for method, task in itertools.product(arguments.methods, arguments.tasks):
-                if method == OWN_SOURCE and SOURCE_OF.get(task, task) not in sourced:
-                    continue
-                chosen = results.content["cells"].get(f"{method}/scores/{seed}", {}).get("selected", {}).get(task)
-                results(
-                    f"{method}/{task}/{seed}",
-                    lambda m=method, t=task, s=seed, c=chosen: tested(arguments, m, [t], s, c)[t],
-                    of=key_of(chosen) if chosen else "",
-                )
-    note_sources(results, arguments)
-    note_warm_ups(results, arguments)
-    print_table(results.content["cells"], arguments)
-    print_costs(results.content["cells"], arguments)
-
-
-def note_sources(results: Results, arguments: argparse.Namespace) -> None:
-    """Add to each row's cell what it knows beside the sources of the pool.
-
-    `own_source`: by task that is a source of the pool, which part of the selection is of it. `within_sources`: mean
-    over tasks and sources of the Spearman correlation with the target's scores within a source of 100 rows or more.
-    """
-    source = np.array([example.source or "" for example in Pool(arguments.pool)])
-    large = [name for name in set(source.tolist()) if (source == name).sum() >= 100]
-    for name, cell in results.content["cells"].items():
-        method, kind, seed = name.split("/")
-        if kind != "scores" or "own_source" in cell:
+            results(f"{method}/scores", lambda m=method, s=seed: scored(arguments, m, s), seed)
+        if arguments.scores_only:
             continue
-        cell["own_source"] = {
-            task: float((source[[int(row) for row in rows.split()]] == SOURCE_OF.get(task, task)).mean())
-            for task, rows in cell["selected"].items()
-            if SOURCE_OF.get(task, task) in large
-        }
-        files = [folder_of(arguments, each, int(seed)) for each in (method, "target")]
-        if all((file / "scores.parquet").is_file() for file in files):
-            scores, truth = map(scores_in, files)
-            known = np.isfinite(scores).all(1) & np.isfinite(truth).all(1)
-            cell["within_sources"] = float(
-                np.mean(
-                    [
-                        fidelity_metrics(scores[rows, task], truth[rows, task])["spearman"]
-                        for rows in (known & (source == each) for each in large)
-                        for task in range(truth.shape[1])
-                    ]
-                )
-            )
-    write_json(results.path, results.content)
-
-
-def note_warm_ups(results: Results, arguments: argparse.Namespace) -> None:
-    """Add to the target's cells what its warm-up took, which every proxy of it needs and no row's cost counts."""
-    for name, cell in results.content["cells"].items():
-        method, kind, seed = name.split("/")
-        record = folder_of(arguments, method, int(seed)) / "run.json"
-        if (method, kind) == ("target", "scores") and "warmup_flops" not in cell and record.is_file():
-            cell["warmup_flops"] = read_json(record)["stages"]["warmup"]["flops"]
-    write_json(results.path, results.content)
+        for method in [name for name in arguments.methods if name in FOR_ALL_TASKS]:
+            once = functools.cache(lambda m=method, s=seed: finetuned(arguments, m, arguments.tasks, s))
+            for task in arguments.tasks:
+                results(f"{method}/{task}", lambda t=task, o=once: o()[t], seed)
+        sourced = {example.source for example in Pool(arguments.pool)}
+        for method, task in itertools.product(arguments.methods, arguments.tasks):
+            if method == OWN_SOURCE and SOURCE_OF.get(task, task) not in sourced:
+                continue
+            chosen = results.cells.get(f"{method}/scores/{seed}", {}).get("selected", {}).get(task, "")
+            work = functools.partial(finetuned, arguments, method, [task], seed, chosen)
+            results(f"{method}/{task}", lambda t=task, w=work: w()[t], seed, of=chosen)
+    print_table(results.cells, arguments)
+    print_costs(results.cells, arguments)
 
 
 def parse() -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(SHARED / "models/target-17m"))
-    parser.add_argument("--sibling", default=str(SHARED / "models/sibling-7m"))
-    parser.add_argument("--pool", nargs="+", default=[str(SHARED / "data/pool.jsonl")])
-    parser.add_argument("--targets", type=Path, default=SHARED / "data/targets", help="folder of TASK.val/test.jsonl")
-    parser.add_argument("--tasks", nargs="+", default=["gsm8k", "code", "bbh", "summarization"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fraction", type=float, default=0.05, help="of the pool that is selected")
-    parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
-    parser.add_argument("--normalize", choices=("none", "cosine"), default="cosine")
-    parser.add_argument("--norm-sketch", type=int, default=0, help="of the cosine on proxies; 0 (default) is exact")
-    parser.add_argument("--warmup-epochs", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=4, help="of the fine-tuning")
-    parser.add_argument("--learning-rate", type=float, default=3e-4, help="of warm-up and fine-tuning")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--keep-models", action="store_true", help="keep each fine-tuned model, in --work")
-    parser.add_argument("--scores-only", action="store_true", help="no fine-tuning: fidelity and cost")
-    parser.add_argument("--work", type=Path, help="run folders (default: runs/paper-ESTIMATOR-SETTINGS)")
-    parser.add_argument("--output", type=Path, help="results (default: benchmarks/results/paper-ESTIMATOR.json)")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    arguments = parser.parse_args()
+    """Return the arguments."""
+    options = "model sibling pool targets tasks seeds learning-rate batch-tokens work output fresh"
+    made = parser(__doc__, options, tasks=["gsm8k", "code", "bbh", "summarization"])
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--fraction", type=float, default=0.05, help="share of the pool to select")
+    made.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    made.add_argument("--normalize", choices=("none", "cosine"), default="cosine")
+    made.add_argument("--norm-sketch", type=int, default=0, help="signs per layer for norms on proxies; 0 is exact")
+    made.add_argument("--warmup-epochs", type=int, default=2)
+    made.add_argument("--epochs", type=int, default=4, help="epochs of fine-tuning")
+    made.add_argument("--max-length", type=int, default=512)
+    made.add_argument("--keep-models", action="store_true", help="keep each fine-tuned model, in --work")
+    made.add_argument("--scores-only", action="store_true", help="no fine-tuning: fidelity and cost")
+    arguments = made.parse_args()
     name = f"paper-{arguments.estimator}"
-    # Scores of other settings are in another folder.
+    # Scores with other settings go to another folder.
     scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize, arguments.norm_sketch)
     training = (arguments.warmup_epochs, arguments.learning_rate, arguments.max_length, arguments.batch_tokens)
     arguments.work = arguments.work or Path("runs") / f"{name}-{key_of([scoring, training])[:6]}"
-    arguments.output = arguments.output or Path(__file__).parents[1] / f"results/{name}.json"
+    arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
     return arguments
 
 
 def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """The run of one row."""
+    """Return the recipe of one row's run."""
     proxy = PROXIES.get(method, False)
     if method.startswith("sibling"):
         proxy = {**proxy, "model": warmed_sibling(arguments, seed) if method == "sibling" else arguments.sibling}
@@ -198,7 +142,8 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
             "curvature": "k-fac",
             "normalize": arguments.normalize,
             "norm_sketch": arguments.norm_sketch if proxy else 0,
-            # What low-rank proxies kept by default when the table was made; influence functions keep more now.
+            "per_example": False,
+            # The default for low-rank proxies when the table was made; influence functions keep more now.
             "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,
         },
         "audit": False,
@@ -209,29 +154,21 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
 
 
 def warmed_sibling(arguments: argparse.Namespace, seed: int) -> str:
-    """The sibling after the warm-up that the target has: on the same rows, with the same settings."""
-    folder = folder_of(arguments, "sibling warm-up", seed)
-    listing = folder / "checkpoints.json"
-    if not listing.is_file():
-        recipe = parse_recipe(recipe_of(arguments, "target", seed), "main_table.py")
-        assert recipe.warmup
-        pool, session = Pool(arguments.pool), Session.of_recipe(recipe, Reporter(quiet=True))
-        total = pool.scan().rows
-        rows = draw_rows("warmup", seed, total, max(1, round(total * recipe.warmup.fraction)))
-        warm_up(session, arguments.sibling, pool.take(rows), folder, recipe.warmup)
-    return str(folder / read_json(listing)[-1]["path"])
+    """Return the sibling after the target's warm-up: on the same rows, with the same settings."""
+    options = {"learning_rate": arguments.learning_rate, "epochs": arguments.warmup_epochs}
+    return str(warmed(arguments.sibling, Pool(arguments.pool), arguments.work, seed=seed, **options)[-1][0])
 
 
 def folder_of(arguments: argparse.Namespace, method: str, seed: int) -> Path:
-    """Of a row's run."""
+    """Return the folder of a row's run."""
     return arguments.work / f"seed-{seed}" / method.replace(",", "").replace(" ", "-")
 
 
 def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
-    """Score the pool: what it cost, and how it agrees with the target's scores, which are of whole gradients."""
+    """Score the pool; return the cost, and the agreement with the target's scores of whole gradients."""
     folder, target = (folder_of(arguments, name, seed) for name in (method, "target"))
     if method != "target" and not (target / "scores.parquet").is_file():
-        run(recipe_of(arguments, "target", seed))  # the results are of another machine, whose run folders are not here
+        run(recipe_of(arguments, "target", seed))  # the results were made on another machine, without its run folders
     if method in OWN:
         recipe = recipe_of(arguments, method, seed)
         if method == "influence scorer":
@@ -247,40 +184,70 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
             "seconds": {name: stage["seconds"] for name, stage in stages.items()},
             "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
         }
+        if method == "target":  # which every proxy needs, and which no row's cost includes
+            record["warmup_flops"] = done["stages"]["warmup"]["flops"]
         if done["cost"]["construction_flops"]:
-            # Of scoring on the target with validation gradients made low-rank, and norms, as a proxy's are.
+            # Scoring on the target with low-rank validation gradients and norms as on a proxy.
             record["target_flops"] = done["cost"]["target_score_flops"]
     truth, scores = scores_in(target), scores_in(folder)
-    count = round(arguments.fraction * len(scores))
-    # As text, so that they take a line each. Kept, so that fine-tuning can go on without the run folders.
-    record["selected"] = {
-        task: " ".join(map(str, top(scores[:, number], count).tolist())) for number, task in enumerate(arguments.tasks)
-    }
+    count, tasks = round(arguments.fraction * len(scores)), list(enumerate(arguments.tasks))
+    chosen = {task: top(scores[:, number], count).tolist() for number, task in tasks}
+    write_json(selection_file(arguments, method, seed), {"method": method, "rows": chosen})
+    source = np.array([example.source or "" for example in Pool(arguments.pool)])
+    large = [name for name in set(source.tolist()) if (source == name).sum() >= 100]
     known = np.isfinite(scores).all(1) & np.isfinite(truth).all(1)
-    record["fidelity"] = {
-        task: fidelity_metrics(scores[known, number], truth[known, number])
-        for number, task in enumerate(arguments.tasks)
+
+    def fidelity(rows: np.ndarray, number: int) -> dict[str, Any]:
+        return fidelity_metrics(scores[rows, number], truth[rows, number])
+
+    return {
+        **record,
+        "selected": {task: key_of(rows) for task, rows in chosen.items()},
+        "fidelity": {task: fidelity(known, number) for number, task in tasks},
+        # Share of the target's own best rows that is found when the best candidates are scored again on the target.
+        "recall": {
+            str(share): {
+                task: float(np.isin(best(truth[:, n], arguments.fraction), best(scores[:, n], share)).mean())
+                for n, task in tasks
+            }
+            for share in CANDIDATES
+        },
+        # By task that has a source of its own: the share of the selection from this source.
+        "own_source": {
+            task: float((source[rows] == SOURCE_OF.get(task, task)).mean())
+            for task, rows in chosen.items()
+            if SOURCE_OF.get(task, task) in large
+        },
+        # Mean over tasks and large sources of the correlation with the target's scores inside a source.
+        "within_sources": float(
+            np.mean([fidelity(known & (source == each), number)["spearman"] for each in large for number, _ in tasks])
+        ),
     }
-    # The part of the target's own best rows that is found when the best candidates are scored again on the target.
-    record["recall"] = {
-        str(share): {
-            task: float(np.isin(best(truth[:, n], arguments.fraction), best(scores[:, n], share)).mean())
-            for n, task in enumerate(arguments.tasks)
-        }
-        for share in CANDIDATES
-    }
-    return record
+
+
+def selection_file(arguments: argparse.Namespace, method: str, seed: int) -> Path:
+    """Return the file with the rows that a method selects for each task."""
+    return folder_of(arguments, method, seed) / "selected.json"
+
+
+def selected(arguments: argparse.Namespace, method: str, task: str, seed: int, key: str) -> list[int]:
+    """Return the rows that a method selects for a task, whose key is in the results."""
+    file = selection_file(arguments, method, seed)
+    rows = read_json(file)["rows"][task] if file.is_file() else None
+    if rows is None or key_of(rows) != key:
+        raise SystemExit(f"{file}: does not hold the selection in {arguments.output}; score again with --fresh")
+    return rows
 
 
 def best(scores: np.ndarray, share: float) -> np.ndarray:
-    """The best share of scores [N], as row numbers."""
+    """Return the row numbers of the best share of scores [N]."""
     return top(scores, math.ceil(share * len(scores)))
 
 
-def tested(
-    arguments: argparse.Namespace, method: str, tasks: list[str], seed: int, chosen: str | None
+def finetuned(
+    arguments: argparse.Namespace, method: str, tasks: list[str], seed: int, chosen: str = ""
 ) -> dict[str, Any]:
-    """Fine-tune the target on a row's selection, and test it; by task."""
+    """Fine-tune the target on a row's selection (`chosen`: its key), and return the test results by task."""
     pool = Pool(arguments.pool)
     total = pool.scan().rows
     if method == "full pool":
@@ -293,8 +260,7 @@ def tested(
         drawn = draw_rows(OWN_SOURCE, seed, len(of_source), round(arguments.fraction * total))
         rows = [of_source[place] for place in drawn]
     else:
-        assert chosen is not None
-        rows = [int(row) for row in chosen.split()]
+        rows = selected(arguments, method, tasks[0], seed, chosen)
     session = Session.create(
         max_length=arguments.max_length, batch_tokens=arguments.batch_tokens, seed=seed, reporter=Reporter(quiet=True)
     )
@@ -310,7 +276,7 @@ def tested(
 
 
 def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Test losses by task with their standard errors over seeds, exact matches, and costs; what is known so far."""
+    """Print test losses by task with standard errors over seeds, and costs, as far as they are known."""
     print(f"{'selected by':<22}" + "".join(f"{task:>18}" for task in arguments.tasks) + f"{'mean':>17}{'FLOPs':>7}")
     for method in arguments.methods:
         losses = [
@@ -332,7 +298,7 @@ def print_table(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def print_costs(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """What each row's selection cost beside the target's, and that with the target's warm-up on both sides."""
+    """Print the cost of each row's selection over the target's, without and with the target's warm-up."""
     warm_up = cells.get("target/scores/0", {}).get("warmup_flops")
     for method in arguments.methods:
         cell = cells.get(f"{method}/scores/0", {})
@@ -343,24 +309,19 @@ def print_costs(cells: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def relative_flops(cells: dict[str, Any], method: str) -> float:
-    """What a row's selection cost, making its proxy counted, over scoring the pool on the target."""
+    """Return the cost of a row's selection, including its proxy, over that of scoring the pool on the target."""
     of_target = [cell["target_flops"] for name, cell in cells.items() if "/scores/" in name and "target_flops" in cell]
     if not of_target or f"{method}/scores/0" not in cells:
         return 0.0 if method in WITHOUT_SCORES else float("nan")
     cell = cells[f"{method}/scores/0"]
-    # Rows without low-rank gradients of the target's shapes are charged against the target at its cheapest.
+    # Rows without low-rank gradients in the target's shapes are compared with the target at its cheapest.
     return sum(cell["flops"].values()) / cell.get("target_flops", min(of_target))
 
 
 def mean_losses(cells: dict[str, Any], method: str, tasks: list[str]) -> list[float]:
-    """The mean test loss over the tasks, of each seed that has them all."""
+    """Return the mean test loss over the tasks, for each seed that has all tasks."""
     by_seed = [[cells.get(f"{method}/{task}/{seed}") for task in tasks] for seed in range(10)]
     return [float(np.mean([cell["after"] for cell in each if cell])) for each in by_seed if all(each)]
-
-
-def standard_error(values: list[float]) -> float:
-    """Of a mean over seeds; NaN of one seed."""
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""The published code's proxies before alignment, by its rules (github.com/csr16/IProX), as a row to compare with.
+"""Proxies by the rules of the published code (github.com/csr16/IProX), before alignment, as a row of the main table.
 
-What differs from `iprox.proxy`: moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of
-each, the loss taken on all tokens, prompts too; factors in the span of those columns only, with a ridge of 0.001
-whatever the size of the moments; one rank rule for all layers, ranks rounded up to multiples of 128; a layer whose rank
-reaches its smaller side stays as it is, and one whose rank is above the number of columns is left at random values.
-Rewritten from its behavior: no line of it is here.
+Differences from `iprox.proxy`: moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of each, with the
+loss on all tokens, including prompts; factors in the span of those columns only, with a ridge of 0.001 for moments of
+any size; one rank rule for all layers, with ranks rounded up to multiples of 128; a layer whose rank reaches its
+smaller side is not changed, and one whose rank exceeds the number of columns keeps random values. Written from the
+behavior of that code, without copying any of it.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
+from iprox.run.folder import read_json
 from iprox.session import Session
 from iprox.stages.scoring import ScoredModel
 from iprox.stages.scoring import score as score_pool
@@ -35,10 +35,10 @@ RIDGE = 1e-3
 
 
 def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) -> dict[str, Any]:
-    """Make the proxy of a run's warmed target, score its pool as the paper does, and say what it cost."""
+    """Make the proxy of a run's warmed target, score the pool as in the paper, and return what it cost."""
     settings = parse_recipe(recipe, "reference.py")
     session = Session.of_recipe(settings, Reporter(quiet=True))
-    checkpoint = warmed / "warmup" / json.loads((warmed / "warmup/checkpoints.json").read_text())[-1]["path"]
+    checkpoint = warmed / "warmup" / read_json(warmed / "warmup/checkpoints.json")[-1]["path"]
     pool = Pool(settings.data.pool)
     with session.metered() as making:
         proxy, cost = make_proxy(checkpoint, pool, settings.data.max_length, settings.seed)
@@ -68,7 +68,7 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) 
 
 
 def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tuple[Any, float]:
-    """The proxy, and the FLOPs of its probe."""
+    """Return the proxy and the FLOPs of making it."""
     target, encoder = load_model(checkpoint), ChatEncoder(load_tokenizer(checkpoint), max_length)
     encoded = encoder.encode(pool.take(range(EXAMPLES)))
     layers = compressible_layers(target)
@@ -81,7 +81,7 @@ def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tupl
 
     tokens = 0
     with frozen(target):
-        for row in encoded:  # one at a time, so that there is no padding among the columns
+        for row in encoded:  # one at a time, so that no column is padding
             (batch,) = iter_batches([row], max_length, 0)
             batch = replace(batch, labels=batch.input_ids.clone())
             chosen = torch.randperm(int(batch.lengths[0]), generator=generator)[: COLUMNS // EXAMPLES]
@@ -94,10 +94,10 @@ def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tupl
         m, n = weight.shape
         rank = -(-max(1, round((1 - SPARSITY) * m * n / (m + n))) // MULTIPLE) * MULTIPLE
         if rank >= min(m, n):
-            continue  # left as it is
+            continue  # not changed
         h, delta = (torch.cat(parts).double() for parts in zip(*columns[name], strict=True))
         A, B = span_factors(weight.double(), h, delta, rank)
-        if A.shape[1] < rank:  # the factors do not fit the layer, which is left at random values without a word
+        if A.shape[1] < rank:  # the factors do not fit the layer, which silently keeps random values
             A, B = (
                 (2 * torch.rand(shape, generator=generator) - 1) / shape[1] ** 0.5 for shape in ((m, rank), (rank, n))
             )
@@ -113,15 +113,15 @@ def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tupl
 
 
 def svd_flops(rows: int, columns: int) -> float:
-    """Of a thin SVD with both sides of vectors: about 14 m n² + 8 n³, n the smaller (Golub and Van Loan, 8.6.3)."""
+    """Return the FLOPs of a thin SVD with both sets of vectors: 14 m n² + 8 n³, m ≥ n (Golub and Van Loan, 8.6.3)."""
     m, n = max(rows, columns), min(rows, columns)
     return 14.0 * m * n**2 + 8.0 * n**3
 
 
 def span_factors(weight: Tensor, h: Tensor, delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of W [m, n] inside the spans of probe columns h [N, n] and δ [N, m]; of less rank where those are small.
+    """Return factors of W [m, n] in the spans of probe columns h [N, n] and δ [N, m], of lower rank if N is small.
 
-    The ridge is added to the second moments inside the spans, whatever their size: those of δ are far smaller.
+    The same ridge is added to the second moments of h and of δ inside the spans, though those of δ are far smaller.
     """
 
     def root(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,15 +7,18 @@ The pages are written by hand, except for the blocks between `<!-- NAME -->` and
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from main_table import METHODS, mean_losses, relative_flops, standard_error
+from main_table import METHODS, mean_losses, relative_flops
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import read_results, standard_error
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -31,7 +34,7 @@ def main() -> None:
     for name, (file, at, make) in BLOCKS.items():
         page, path = DOCS / at, RESULTS / file
         text = page.read_text(encoding="utf-8")
-        content = make(json.loads(path.read_text())) if path.is_file() else "Not measured yet."
+        content = make(read_results(path)) if path.is_file() else "Not measured yet."
         # Links are written relative to docs/.
         content = content.replace("](plots/", f"]({'../' * at.count('/')}plots/")
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -260,7 +263,7 @@ def ablation_rows(results: dict[str, Any]) -> str:
     """Return the variants of each ablation."""
     rows = []
     for name, cell in results["cells"].items():
-        ablation, variant = name.split("/", 1)
+        ablation, variant = name.rpartition("/")[0].split("/", 1)
         seconds = f"{cell['seconds']:.0f}" if "seconds" in cell else ""
         rows.append([ablation, variant, f"{cell['spearman']:.3f}", f"{cell['overlap']:.2f}", seconds])
     heads = ["ablation", "variant", "Spearman", "top-5 % overlap", "seconds of alignment"]
@@ -277,7 +280,7 @@ def why_kept(results: dict[str, Any]) -> str:
     figure, both = plt.subplots(1, 2, figsize=(7.2, 2.8))
     rows = []
     for method, color in (("ipsvd", "#1565c0"), ("svd", "#88909a")):
-        found = [cells[f"kept/{method}/{size}"] for size in sizes if f"kept/{method}/{size}" in cells]
+        found = [cells[f"kept/{method}/{size}/0"] for size in sizes if f"kept/{method}/{size}/0" in cells]
         for axes, part in zip(both, ("influence", "loss"), strict=True):
             axes.plot(sizes[: len(found)], [cell[part] for cell in found], "o-", color=color, label=method)
         rows.append([f"{method}: influence", *(f"{cell['influence']:.3f}" for cell in found)])
@@ -303,7 +306,7 @@ def why_selected(results: dict[str, Any]) -> str:
     for figure, name in (("affinity", "Affinity"), ("nearest", "Distance to the nearest neighbor")):
         rows = []
         for method in methods:
-            of_tasks = (cells.get(f"selection/{method}/{task}") for task in tasks)
+            of_tasks = (cells.get(f"selection/{method}/{task}/0") for task in tasks)
             rows.append([method, *(f"{cell[figure]:.2f}" if cell else "" for cell in of_tasks)])
         parts += [f"{name}:", table(["selected by", *tasks], rows)]
     return "\n\n".join([*parts, made_on(results)])
@@ -312,7 +315,8 @@ def why_selected(results: dict[str, Any]) -> str:
 def lds_rows(results: dict[str, Any]) -> str:
     """Return linear datamodeling scores by estimator and task."""
     rows = []
-    for estimator, cell in results["cells"].items():
+    for name, cell in results["cells"].items():
+        estimator = name.rpartition("/")[0]
         for task, sides in cell["tasks"].items():
             shown = [
                 f"{side['lds']:.2f} ({side['interval'][0]:.2f} to {side['interval'][1]:.2f})" for side in sides.values()
@@ -337,15 +341,15 @@ def saved(figure: Any, name: str) -> str:
 
 # Block -> results file, page under docs/, function that makes the content.
 BLOCKS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
-    "found": ("paper-tracin.json", "results.md", front_plot),
-    "front": ("paper-tracin.json", "results.md", front_rows),
-    "main": ("paper-tracin.json", "results/main.md", main_rows),
-    "main-if": ("paper-influence-function.json", "results/main.md", main_rows),
-    "fidelity": ("paper-tracin.json", "results/fidelity.md", fidelity_rows),
-    "ablations": ("paper-ablations.json", "results/ablations.md", ablation_rows),
-    "kept": ("paper-why.json", "results/why.md", why_kept),
-    "selected": ("paper-why.json", "results/why.md", why_selected),
-    "lds": ("paper-lds.json", "results/lds.md", lds_rows),
+    "found": ("paper-tracin.jsonl", "results.md", front_plot),
+    "front": ("paper-tracin.jsonl", "results.md", front_rows),
+    "main": ("paper-tracin.jsonl", "results/main.md", main_rows),
+    "main-if": ("paper-influence-function.jsonl", "results/main.md", main_rows),
+    "fidelity": ("paper-tracin.jsonl", "results/fidelity.md", fidelity_rows),
+    "ablations": ("paper-ablations.jsonl", "results/ablations.md", ablation_rows),
+    "kept": ("paper-why.jsonl", "results/why.md", why_kept),
+    "selected": ("paper-why.jsonl", "results/why.md", why_selected),
+    "lds": ("paper-lds.jsonl", "results/lds.md", lds_rows),
 }
 
 if __name__ == "__main__":

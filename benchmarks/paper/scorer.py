@@ -1,7 +1,7 @@
-"""An influence scorer, as a row to compare with: the sibling trained to predict the target's scores from the text.
+"""An influence scorer, a row of the main table: the sibling trained to predict the target's scores from the text.
 
-A regression head on the small off-the-shelf model, trained on the target's scores of a random 5 % of the pool (the
-idea of MATES, arXiv:2406.06046, with the influence that the target gives), then run over the whole pool.
+A regression head on the small off-the-shelf model is trained on the target's scores of a random 5 % of the pool, then
+predicts scores for the whole pool. The idea is that of MATES (arXiv:2406.06046), with influence computed on the target.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARE, EPOCHS, LEARNING_RATE = 0.05, 4, 3e-4
 
 
 def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> dict[str, Any]:
-    """Train the scorer, write its scores of the pool to `folder`, and say what it cost."""
+    """Train the scorer, write its scores of the pool to `folder`, and return what it cost."""
     settings = parse_recipe(recipe, "scorer.py")
     pool = Pool(settings.data.pool)
     truth = read_scores(warmed / "scores.parquet")
@@ -57,7 +57,7 @@ def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> d
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": {
-            # Of a part of the rows; the validation gradients are taken whole.
+            # A share of the rows, and all validation gradients.
             "labels": SHARE * (whole["flops"] - whole["query_flops"]) + whole["query_flops"],
             "training": flops.training_flops(small, EPOCHS * trained, 0),
             "score": flops.forward_pass_flops(small, every, 0),
@@ -105,7 +105,7 @@ def train(
 
 
 def predict(model: nn.Module, encoded: list[Encoded], tasks: int) -> np.ndarray:
-    """Predicted scores [N, tasks]; NaN for examples without a supervised token, which have no score."""
+    """Return predicted scores [N, tasks]; NaN for examples without a supervised token, which have no score."""
     device = next(model.parameters()).device
     found = np.full((len(encoded), tasks), np.nan)
     with torch.inference_mode():

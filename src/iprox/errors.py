@@ -1,4 +1,4 @@
-"""The one exception that means "your input, not our fault", and what to say of the errors of others."""
+"""The exception for bad input, and one-line messages for errors of the system and of libraries."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import re
 import reprlib
 
-# Characters of an error's text, or of a value that was given, that a message repeats.
+# Most characters of another error's text that a message repeats.
 LONGEST = 200
 
-# As Rust (safetensors, tokenizers) and C++ (Arrow) quote the system's errors in errors of their own.
+# How Rust (safetensors, tokenizers) and C++ (Arrow) quote errors of the system in their own errors.
 _QUOTED = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
 
-_WHAT_HELPS = {
+_REMEDIES = {
     errno.ENOSPC: "free some and run the same command",
     errno.EDQUOT: "free some and run the same command",
     errno.EROFS: "choose another place",
@@ -22,7 +22,7 @@ _WHAT_HELPS = {
     errno.EMFILE: "raise the limit (ulimit -n)",
     errno.ENFILE: "close other programs",
     errno.EIO: "check the disk",
-    errno.ENOENT: "see that it is there",
+    errno.ENOENT: "check that it exists",
 }
 _WORDS = {
     errno.ENOSPC: "no space left on the disk",
@@ -42,9 +42,9 @@ class InputError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's text, cut to `LONGEST` characters; its type where it has no text (MemoryError).
+    """Return the first line of an error's text, cut to `LONGEST` characters; its type if it has no text (MemoryError).
 
-    A first line that ends in a colon takes the next with it.
+    If the first line ends in a colon, the second line is appended.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:
@@ -53,12 +53,12 @@ def one_line(error: BaseException) -> str:
 
 
 def cut(text: str, longest: int = LONGEST) -> str:
-    """A text of at most so many characters; what is left out at its end shows as an ellipsis."""
+    """Return a text cut to a number of characters, with an ellipsis at its end if it was longer."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def shown(value: object) -> str:
-    """A value that was given, as a message repeats it: on one line, cut, and never written out whole on the way."""
+    """Return a value as one short line for a message; large values are never written out as a whole."""
     return cut(_short.repr(value), 80)
 
 
@@ -72,31 +72,31 @@ _short = _Short()
 
 
 def system_refusal(error: BaseException, fallback: object = None) -> str | None:
-    """One line for an error that the machine or a path caused; None for any other.
+    """Return one line for an error that the system or a path caused; None for any other error.
 
     Args:
-        error: an `OSError`, or what a library has made of one.
-        fallback: the place to name where the error names none.
+        error: `OSError`, or an error of a library that wraps one.
+        fallback: path to name if the error names none.
     """
     if isinstance(error, OSError) and error.errno is not None:
         number, place = error.errno, error.filename
-        if place is None and number not in _WORDS and number not in _WHAT_HELPS:
-            return None  # of a socket or a pipe, not of a place
+        if place is None and number not in _WORDS and number not in _REMEDIES:
+            return None  # error of a socket or a pipe, not of a path
     elif isinstance(error, ValueError) and "embedded null" in str(error):
         return f"{_place(fallback)}: a path cannot hold a NUL character; choose another name"
     elif isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
-        return f"{one_line(error)}: {_WHAT_HELPS[errno.ELOOP]}"
+        return f"{one_line(error)}: {_REMEDIES[errno.ELOOP]}"
     else:
         place = getattr(error, "filename", None)
         found = _QUOTED.search(str(error))
-        # Errors of libraries that quote the system's words without the number.
+        # Some libraries quote the words of the system without the number.
         full = os.strerror(errno.ENOSPC) in str(error)
         if not found and not full:
             return None
         number = int(next(filter(None, found.groups()))) if found else errno.ENOSPC
     words = _WORDS.get(number) or os.strerror(number).lower()
-    helps = _WHAT_HELPS.get(number, "choose another place or change its rights")
-    return f"{_place(place or fallback)}: {words}; {helps}"
+    remedy = _REMEDIES.get(number, "choose another place or change its permissions")
+    return f"{_place(place or fallback)}: {words}; {remedy}"
 
 
 def _place(place: object) -> str:

@@ -1,4 +1,4 @@
-"""Name files as a user does, and write them so that a reader sees the old one or the whole new one."""
+"""Check and resolve the paths that a user gives, and write files atomically."""
 
 from __future__ import annotations
 
@@ -14,49 +14,48 @@ from iprox.errors import InputError, one_line, system_refusal
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` expanded.
+    """Return a path with `~` expanded.
 
     Raises:
-        InputError: it is the home of a user who is not there, or no path at all.
+        InputError: it is the home of an unknown user, or not a valid path.
     """
     check_path(path)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{path}: there is no home of such a user") from error
+        raise InputError(f"{path}: there is no user of this name") from error
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse what no file system can have: a NUL in it, a name that is too long, a loop of links.
+    """Refuse a path that no file system can have: one with a NUL, with too long a name, or in a loop of links.
 
     Raises:
-        InputError: it is such a path; a path where nothing is passes.
+        InputError: it is such a path. A path that does not exist is fine.
     """
     try:
         os.stat(path)
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None)
         if not isinstance(error, OSError) or number in (errno.ENAMETOOLONG, errno.ELOOP):
-            raise InputError(system_refusal(error, path) or f"{path}: no path ({one_line(error)})") from error
+            raise InputError(system_refusal(error, path) or f"{path}: not a valid path ({one_line(error)})") from error
 
 
 def absolute(path: str | Path) -> Path:
-    """A path expanded, made absolute and without links.
+    """Return a path expanded, absolute and without links.
 
     Raises:
-        InputError: it is no path that can be (see `check_path`).
+        InputError: it is not a valid path (see `check_path`).
     """
     return expanded(path).resolve()
 
 
 def check_output(path: str | Path) -> Path:
-    """Refuse an output folder that cannot be made, or not be written to, before any work; nothing is made.
+    """Refuse an output folder that cannot be created or written to, before any work, and return it expanded.
 
-    Returns:
-        The path, expanded.
+    The folder is not created.
 
     Raises:
-        InputError: it is a file, its place is on a read-only file system or not ours to write to, or it is no path.
+        InputError: it is a file, is on a read-only file system, cannot be written to, or is not a valid path.
     """
     folder = expanded(path)
     if folder.exists() and not folder.is_dir():
@@ -69,7 +68,7 @@ def check_output(path: str | Path) -> Path:
     if not os.access(place, os.W_OK | os.X_OK):
         read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & getattr(os, "ST_RDONLY", 1)
         why = "read-only file system" if read_only else f"permission denied in {place}"
-        raise InputError(f"{folder}: {why}; choose another place" + ("" if read_only else " or change its rights"))
+        raise InputError(f"{folder}: {why}; choose another place" + ("" if read_only else " or change its permissions"))
     return folder
 
 
@@ -83,9 +82,9 @@ _KINDS = {
 
 
 def not_regular(path: Path) -> str:
-    """Return why a path cannot be read as a file, which reading some would wait for without end; "" where it can.
+    """Return why a path is not a regular file, as reading a pipe or a device may never end; "" if it is one.
 
-    What a link leads to counts. That nothing is there is left to the reader to say.
+    Links are followed. A path that does not exist gives "", as its reader reports that.
     """
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
@@ -98,11 +97,11 @@ def not_regular(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends well and goes when it does not."""
+    """Yield a temporary path next to `path`; it replaces `path` if the block succeeds, and is deleted otherwise."""
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
-        # On the disk before it has its name, or a power cut could leave an empty file that has it.
+        # The content must be on the disk before the name, or a power cut could leave an empty file.
         descriptor = os.open(partial, os.O_RDWR)
         try:
             os.fsync(descriptor)
@@ -115,21 +114,21 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears only when whole."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 class FolderLock:
-    """A folder held against other processes that would write to it too, for as long as this one lives or holds it.
+    """Lock on a folder against other processes that write to it, held until `release` or the end of this process.
 
-    Where the file system, or Windows, has no such locks, none is taken.
+    On Windows and on file systems without such locks, nothing is locked.
 
     Args:
-        folder: an existing one.
+        folder: existing folder.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds the lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +143,7 @@ class FolderLock:
         except BlockingIOError as error:
             self.release()
             raise InputError(
-                f"{folder}: another iprox is at work there; wait for it, or choose another output"
+                f"{folder}: another iprox process is writing there; wait for it, or choose another output"
             ) from error
         except OSError:
             self.release()
@@ -153,7 +152,7 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,4 +1,4 @@
-"""What a stage cost: wall time and peak memory."""
+"""Measure what a stage costs: wall time and peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iprox.models.cpu.shapes import release_memory
 
 @dataclass(slots=True)
 class Usage:
-    """Seconds of wall time and the peak memory in bytes: of the accelerator where one is used, else resident."""
+    """Seconds of wall time, and peak memory in bytes: of the accelerator if one is used, else resident memory."""
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -26,9 +26,9 @@ class Usage:
 
 @contextmanager
 def metered(device: torch.device) -> Iterator[Usage]:
-    """Measure the block. Where the system cannot reset its peak (not Linux), the peak is the process's so far."""
+    """Measure the block. Only Linux can reset the peak of a process; elsewhere it includes everything before."""
     usage = Usage()
-    # What the stage before left (trainers sit in reference cycles) is not this stage's.
+    # Memory left by the stage before (trainers are in reference cycles) must not count for this one.
     gc.collect()
     release_memory()
     _reset_peak(device)
@@ -47,7 +47,7 @@ def _reset_peak(device: torch.device) -> None:
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
-            return  # some containers forbid it; the peak is then the process's, which is still an upper bound
+            return  # some containers forbid it; the peak of the whole process is then an upper bound
 
 
 def _peak(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: stage headings, progress with rate and ETA, warnings."""
+"""Report to the user on standard error while a command works: stage headings, progress with rate and ETA, warnings."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
-# Seconds between the lines of a stage in a log file.
+# Seconds between the progress lines of a stage in a log file.
 LOG_INTERVAL = 60.0
+# Seconds over which rich measures a rate. Its default, 30, gives no rate and no ETA for slower steps.
+RATE_PERIOD = 3600.0
 
-
-# What a terminal obeys, or that turns the order of what it shows: all controls but tabs and line ends, in ASCII and
-# beyond, and Unicode's marks of direction.
+# Characters that control a terminal or change the direction of its text: all control characters but tabs and line ends,
+# and Unicode's direction marks.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Return a text that a terminal shows and does not obey: names, sources and templates come from others' files.
+    """Return a text whose control characters are escaped as in Python (`\\x1b`), so that it cannot control a terminal.
 
-    Control characters become escapes as Python writes them (`\\x1b`).
+    Names, sources and templates in messages come from files of other people.
     """
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Printable(RenderHook):
-    """Makes all that a console prints `printable`; its own colors stay, which it adds afterwards."""
+    """Makes all text that a console prints `printable`; the colors, which the console adds later, stay."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Escaped(renderable) for renderable in renderables]
@@ -59,35 +60,61 @@ class _Escaped:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console, on standard output or standard error, that prints what others wrote as `printable`."""
+    """Return a console, on standard output or standard error, that makes all text `printable`."""
     console = Console(file=sys.stderr if stderr else None, highlight=False)
     console.push_render_hook(_Printable())
     return console
 
 
 def say_plainly(*lines: str) -> None:
-    """Print lines as they are, for people and scripts, on standard output."""
+    """Print lines without markup on standard output, for people and scripts."""
     print(*map(printable, lines), sep="\n")
 
 
 class Advance(Protocol):
-    """Moves a progress bar on."""
+    """Function that moves a progress bar."""
 
     def __call__(self, count: int, /, *, earlier: bool = False) -> None:
-        """By so many more; `earlier` ones an earlier start has done, which count for no rate and no time left."""
+        """Add a count; `earlier` ones were done before a resume and do not enter the rate."""
+
+
+class _Pace:
+    """Rate since the first report: the time before it is set-up, such as loading and compiling."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._done = 0
+
+    def add(self, count: int, earlier: bool) -> None:
+        if self._since is None or earlier:
+            self._since, self._done = time.monotonic(), 0
+        else:
+            self._done += count
+
+    def rate(self) -> float | None:
+        """Return the count per second, None if it is not known yet."""
+        seconds = 0.0 if self._since is None else time.monotonic() - self._since
+        return self._done / seconds if self._done and seconds > 0 else None
+
+
+def _rate_in_words(rate: float, unit: str) -> str:
+    """Return a rate such as `3.0 rows/s`; below one per second, `4.0 s/row`."""
+    if rate >= 1:
+        return f"{rate:,.1f} {unit}/s"
+    return f"{1 / rate:,.1f} s/{'batch' if unit == 'batches' else unit.removesuffix('s')}"
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
+        return Text(_rate_in_words(speed, task.fields["unit"]) if speed else "", style="progress.data.speed")
 
 
 class Reporter:
-    """Tells a person what happens, on standard error, so that standard output stays for results.
+    """Reports on standard error, so that standard output holds only results.
 
     Args:
-        quiet: say nothing but warnings and errors.
+        quiet: whether to report nothing but warnings.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -97,12 +124,12 @@ class Reporter:
         self._shown: set[str] = set()
 
     def say(self, message: str) -> None:
-        """One line of news."""
+        """Print one line, unless quiet."""
         if not self.quiet:
             self.console.print(message, markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """A warning: shown once, even when quiet, and kept for `run.json` with every stage it concerns."""
+        """Print a warning once, even when quiet, and keep it for `run.json` in every stage that it concerns."""
         if message not in self.warnings:
             self.warnings.append(message)
         if message in self._shown:
@@ -111,20 +138,20 @@ class Reporter:
         self.console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def take_warnings(self) -> list[str]:
-        """The warnings since the last call."""
+        """Return the warnings since the last call."""
         taken, self.warnings = self.warnings, []
         return taken
 
     @contextmanager
     def bar(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """A progress bar with count, rate, elapsed time and ETA; yields a function to advance it by n.
+        """Show a progress bar with count, rate, elapsed time and ETA; yield the function that advances it.
 
-        A total of None is not known yet: count and rate only.
+        Without a total there is no ETA.
         """
         if self.quiet:
             yield _nowhere
             return
-        description = printable(description)  # a bar that moves goes past the console's hook
+        description = printable(description)  # the text of a moving bar does not pass the console's hook
         if not self.console.is_terminal:
             with self._lines(description, total, unit) as advance:
                 yield advance
@@ -138,11 +165,11 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console) as progress:
+        with Progress(*columns, console=self.console, speed_estimate_period=RATE_PERIOD) as progress:
             task = progress.add_task(f"{description:<9}", total=total, unit=unit)
 
             def advance(count: int, /, *, earlier: bool = False) -> None:
-                if earlier:  # forgets what the rate is measured on
+                if earlier:  # clears the samples of the rate
                     progress.reset(task, completed=int(progress.tasks[task].completed) + count)
                 else:
                     progress.update(task, advance=count)
@@ -151,29 +178,35 @@ class Reporter:
 
     @contextmanager
     def _lines(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """Progress for a log file: a line at the start, one a minute, one at the end."""
+        """Print progress for a log file: one line at the start, one per minute, one at the end.
+
+        Neither rich nor tqdm prints lines: without a terminal rich shows only the finished bar, and tqdm rewrites one
+        line with carriage returns and counts set-up time in its rate.
+        """
         started = last = time.monotonic()
         done = before = 0
+        pace = _Pace()
 
         def state() -> str:
-            seconds = time.monotonic() - started
-            rate = (done - before) / seconds if seconds > 0 else 0.0
+            rate = pace.rate()
             count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
-            return f"{description}: {count} {unit}, {rate:,.1f} {unit}/s, {timedelta(seconds=round(seconds))}"
+            shown = f"{count} {unit}" if rate is None else f"{count} {unit}, {_rate_in_words(rate, unit)}"
+            return f"{description}: {shown}, {timedelta(seconds=round(time.monotonic() - started))}"
 
         def advance(count: int, /, *, earlier: bool = False) -> None:
             nonlocal done, before, last
             done += count
             before += count * earlier
+            pace.add(count, earlier)
             now = time.monotonic()
             if now - last < LOG_INTERVAL or done == before or (total is not None and done >= total):
                 return
             last = now
-            if total is None:
+            rate = pace.rate()
+            if total is None or rate is None:
                 self.say(state())
             else:
-                left = timedelta(seconds=round((now - started) / (done - before) * (total - done)))
-                self.say(f"{state()}, about {left} left")
+                self.say(f"{state()}, about {timedelta(seconds=round((total - done) / rate))} left")
 
         self.say(description if total is None else f"{description}: {total:,} {unit}")
         yield advance
@@ -181,4 +214,4 @@ class Reporter:
 
 
 def _nowhere(_count: int, /, *, earlier: bool = False) -> None:
-    """Moves no bar: the reporter is quiet."""
+    """Do nothing, as the reporter is quiet."""

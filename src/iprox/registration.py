@@ -1,7 +1,7 @@
-"""Teach transformers to load proxies without importing it, so that `import iprox` is light.
+"""Register proxies with transformers without importing it, so that `import iprox` is fast.
 
-A proxy names the quantization method `iprox` in its `config.json`. transformers looks methods up in two tables; what is
-put there imports the real classes (`iprox.models.checkpoint`) when a proxy is loaded.
+A proxy has the quantization method `iprox` in its `config.json`. transformers looks methods up in two tables;
+the entries made here import the real classes (`iprox.models.checkpoint`) when a proxy is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TABLES = "transformers.quantizers.auto"
 
 
 def teach_transformers() -> None:
-    """Put proxies in transformers' tables: now if they are there, else as soon as they are imported."""
+    """Register proxies in the tables of transformers: now if these are imported, else when they are."""
     loaded = sys.modules.get(TABLES)
     if loaded is not None and hasattr(loaded, "AUTO_QUANTIZER_MAPPING"):
         _register(loaded)
@@ -28,12 +28,12 @@ def teach_transformers() -> None:
 
 
 class _Watcher(MetaPathFinder):
-    """Waits for the module that holds the tables, and finds nothing itself."""
+    """Import hook that registers proxies when the module with the tables is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Leave the module to the other finders, and register once it has run."""
+        """Return the module's usual spec, changed to register proxies after the module has run."""
         if fullname != TABLES:
             return None
         sys.meta_path.remove(self)
@@ -50,7 +50,7 @@ class _Watcher(MetaPathFinder):
 
 
 class _Config:
-    """Stands for `IproxConfig` until a proxy is loaded."""
+    """Stand-in for `IproxConfig` until a proxy is loaded."""
 
     @staticmethod
     def from_dict(values: dict[str, Any], **options: Any) -> Any:

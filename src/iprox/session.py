@@ -159,9 +159,11 @@ class Session:
             overlap = Overlap(judged_by)
         with self.own_warnings(), self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
-        unmet = [own for own in pool.columns.unmet if all(own in each.columns.unmet for each in judged_by.values())]
-        if unmet:
-            self.reporter.warn(f"{pool.name}: {pool.columns.why_unmet(unmet[0])}")
+        missing = [
+            own for own in pool.columns.missing if all(own in each.columns.missing for each in judged_by.values())
+        ]
+        if missing:
+            self.reporter.warn(f"{pool.name}: {pool.columns.why_missing(missing[0])}")
         for warning in overlap.warnings():
             self.reporter.warn(warning)
         return summary

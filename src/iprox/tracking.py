@@ -1,4 +1,8 @@
-"""Experiment tracking: what stages cost and found, beside the training curves that transformers' integrations log."""
+"""Log costs and results of stages to an experiment tracker, next to the training curves that transformers logs.
+
+Not with `accelerate.tracking`: it ends failed runs of W&B and MLflow as successful ones, and does not escape the names
+of MLflow's metrics, so only its three `start` calls could be shared.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,23 @@ from iprox.errors import InputError
 
 Tracking = Literal["none", "tensorboard", "wandb", "mlflow"]
 
-# Where transformers' integration for TensorBoard is told to write.
+# Environment variable with the folder of transformers' integration for TensorBoard.
 TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
 
 
 class Tracker:
     """Logs to one tracking service, or to none.
 
-    Its own run is opened before any training, so transformers' integrations log into the same one.
+    The run of the service starts before any training, so the integrations of transformers log to the same run.
 
     Args:
-        kind: which.
-        folder: the run folder; TensorBoard's files go to `tensorboard` in it.
-        config: what the run is, kept where the service has a place for it.
-        warn: told once where the service fails later on; the run itself goes on.
+        kind: name of the service.
+        folder: run folder; TensorBoard's files go to `tensorboard` in it.
+        config: configuration of the run, logged if the service supports it.
+        warn: function called once if the service fails later; the run itself continues.
 
     Raises:
-        InputError: the service's package is not installed, or it cannot be reached or logged in to.
+        InputError: the package of the service is not installed, or the service cannot be reached or refuses the login.
     """
 
     def __init__(
@@ -63,11 +67,11 @@ class Tracker:
             mlflow.start_run(run_name=folder.name)
 
     def stage(self, name: str, entry: Mapping[str, Any]) -> None:
-        """Log the numbers of a stage, under `name/...`."""
+        """Log the numbers of a stage under `name/...`."""
         self._log(dict(numbers(entry, name)), 0)
 
     def curve(self, name: str, points: list[dict[str, Any]]) -> None:
-        """Log numbers step by step; each point has a `step`."""
+        """Log the numbers of several steps; each point has a `step`."""
         for point in points:
             values = {key: value for key, value in point.items() if key != "step"}
             self._log(dict(numbers(values, name)), int(point["step"]))
@@ -76,7 +80,7 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        """Finish the service's run, as failed where the block did."""
+        """Finish the run of the service, as failed if the block failed."""
         try:
             if self.kind == "tensorboard":
                 self._writer.close()
@@ -89,7 +93,7 @@ class Tracker:
 
     @contextmanager
     def training(self, name: str) -> Iterator[None]:
-        """Have what a trainer logs go beside the rest, in a part of its own."""
+        """Send the logs of a trainer to a separate TensorBoard folder inside the block."""
         if self.kind != "tensorboard":
             yield
             return
@@ -104,7 +108,7 @@ class Tracker:
                 os.environ[TENSORBOARD_FOLDER] = before
 
     def _log(self, values: dict[str, float], step: int) -> None:
-        """Log numbers; a service that fails is given up with a warning, as no stage must be lost to it."""
+        """Log numbers; if the service fails, warn and log nothing more, so that no stage is lost."""
         if self._failed:
             return
         try:
@@ -115,7 +119,7 @@ class Tracker:
     def _give_up(self, error: Exception) -> None:
         self._failed = True
         if self._warn is not None:
-            self._warn(f"tracking: {self.kind} failed, so it is told nothing more: {' '.join(str(error).split())}")
+            self._warn(f"tracking: {self.kind} failed, so nothing more is logged: {' '.join(str(error).split())}")
 
     def _send(self, values: dict[str, float], step: int) -> None:
         if self.kind == "tensorboard":
@@ -123,19 +127,19 @@ class Tracker:
                 self._writer.add_scalar(key, value, step)
             self._writer.flush()
         elif self.kind == "wandb":
-            # W&B's own counter goes on from the trainers', so ours is a value of its own.
+            # W&B's own step counter continues that of the trainers, so our step is logged as a value.
             self._writer.log({**values, "iprox/step": step})
         elif self.kind == "mlflow":
-            # MLflow takes only some characters in a name.
+            # MLflow allows only some characters in a name.
             named = {re.sub(r"[^\w\-. /:]", "_", name): value for name, value in values.items()}
             self._writer.log_metrics(named, step=step)
 
 
 def check_tracking(kind: Tracking) -> None:
-    """Refuse a service whose package is not there.
+    """Refuse a service whose package is not installed.
 
     Raises:
-        InputError: it is not installed.
+        InputError: the package is not installed.
     """
     assert kind in get_args(Tracking)
     if kind != "none" and find_spec(kind) is None:
@@ -143,7 +147,7 @@ def check_tracking(kind: Tracking) -> None:
 
 
 def numbers(entry: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:
-    """The numbers in nested plain data, by path; lists and texts are left out."""
+    """Yield the numbers in nested plain data as (path, number); lists and texts are left out."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{name}/{key}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
@@ -30,6 +32,13 @@ def copy_start(source: Path, target: Path, rows: int) -> Path:
     """The first rows of a JSONL file, byte for byte."""
     target.write_bytes(b"".join(source.read_bytes().splitlines(keepends=True)[:rows]))
     return target
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run a pipeline, or need a finished one, as slow: each takes seconds."""
+    for item in items:
+        if "make_place" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass
@@ -56,6 +65,16 @@ class Place:
 
     def run(self, *arguments: str) -> int:
         return main(["run", str(self.recipe), "--quiet", *arguments])
+
+    def tasks(self) -> list[str]:
+        """The validation sets as `--validation` takes them."""
+        return [f"{task}={self.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+
+    def score(self, models: Sequence[Path], output: Path, *options: str) -> pa.Table:
+        """Run `iprox score` on the pool and return the scores."""
+        inputs = ["--pool", str(self.pool), "--validation", *self.tasks(), "--set=data.max_length=48", "--quiet"]
+        assert main(["score", "--model", *map(str, models), *inputs, "--output", str(output), *options]) == 0
+        return pq.read_table(output / "scores.parquet")
 
     def record(self) -> dict[str, Any]:
         return json.loads((self.output / "run.json").read_text())

@@ -466,7 +466,7 @@ def test_scores_of_another_pool(finished, tmp_path, refused):
     write(shuffled, [{**row, "id": f"other-{number}"} for number, row in enumerate(rows(finished))])
     arguments = ["--scores", finished.output, "--pool", shuffled, "--count=5", "--output", tmp_path / "out.jsonl"]
     said = refused("select", *arguments)
-    assert "the scores are of another pool" in said
+    assert "the scores belong to a different pool" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["pool.jsonl"]
 
 

@@ -126,8 +126,8 @@ def test_a_command_names_its_options(mixed, select):
     said, record = select(mixed.output / "scores.parquet")
     assert f"warning: {LINE}--set influence.normalize=cosine when scoring\n" in said
     assert (
-        "of 10 selected rows say almost the same as a better selected row; leave them out with --set select.deduplicate=0.8\n"
-        in said
+        "of 10 selected rows say almost the same as a better selected row; leave them out with --set "
+        "select.deduplicate=0.8\n" in said
     )
     assert len(record["warnings"]) == 2
     # Near-duplicates that are left out are none to be told of.

@@ -31,33 +31,15 @@ def make(place, model, output, *arguments):
     return main(["index", "--model", str(model), *common, *arguments])
 
 
-def tasks(place):
-    return [f"{task}={place.path / task}.jsonl" for task in ("arithmetic", "spelling")]
-
-
 def query(place, indexes, output, *arguments):
-    named = ["--validation", *tasks(place), "--output", str(output), "--quiet"]
+    named = ["--validation", *place.tasks(), "--output", str(output), "--quiet"]
     return main(["query", "--index", *map(str, indexes), *named, *arguments])
-
-
-def score(place, models, output, *arguments):
-    common = [
-        "--pool",
-        str(place.pool),
-        "--validation",
-        *tasks(place),
-        "--output",
-        str(output),
-        "--set=data.max_length=48",
-    ]
-    assert main(["score", "--model", *map(str, models), *common, "--quiet", *arguments]) == 0
-    return pq.read_table(output / "scores.parquet")
 
 
 @pytest.mark.parametrize("normalize", ["none", "cosine"])
 def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
     how = ["--estimator=tracin", "--set", f"influence.normalize={normalize}", "--set=influence.norm_sketch=0"]
-    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", *how)
+    exact = indexed.score(indexed.proxies[1:], tmp_path / "exact", *how)
     assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--set", f"influence.normalize={normalize}") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     assert queried.schema.names == exact.schema.names
@@ -119,8 +101,8 @@ def test_several_indexes_are_checkpoints(indexed, tmp_path):
 
 
 def test_the_steps_of_adam_are_indexed(indexed, tmp_path):
-    exact = score(
-        indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--set=influence.normalize=cosine"
+    exact = indexed.score(
+        indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--set=influence.normalize=cosine"
     )
     assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=adam") == 0
     assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--set=influence.normalize=cosine") == 0

@@ -179,7 +179,7 @@ def test_a_home_is_meant_by_a_tilde_everywhere(file, tmp_path, monkeypatch):
     recipe = resolved(parse_recipe(raw))
     assert [recipe.model, recipe.output] == [str(tmp_path / "m"), str(tmp_path / "runs/a")]
     assert recipe.data.pool == [str(tmp_path / "p.jsonl")]
-    with pytest.raises(InputError, match="there is no home of such a user"):
+    with pytest.raises(InputError, match="there is no user of this name"):
         resolved(parse_recipe({**raw, "output": "~nobody-of-that-name/x"}))
 
 

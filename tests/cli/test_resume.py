@@ -403,7 +403,7 @@ def test_two_starts_do_not_work_in_one_folder(copied, finished, capfd):
     """As a second start beside the first does, or a second rank of torchrun."""
     held = FolderLock(copied.output)
     assert copied.run() == 2
-    assert "another iprox is at work there" in capfd.readouterr().err
+    assert "another iprox process is writing there" in capfd.readouterr().err
     held.release()
     assert copied.run() == 0
     assert copied.result() == finished.result()

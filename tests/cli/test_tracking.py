@@ -59,7 +59,7 @@ def test_a_service_that_fails_is_given_up_with_a_warning(tmp_path, monkeypatch):
         monkeypatch.setattr(tracker, "_send", lambda *given: 1 / 0)
         for _ in range(3):
             tracker.stage("score", {"seconds": 1.0})
-    assert warned == ["tracking: tensorboard failed, so it is told nothing more: division by zero"]
+    assert warned == ["tracking: tensorboard failed, so nothing more is logged: division by zero"]
 
 
 def test_a_service_that_cannot_be_started_is_refused(tmp_path):

@@ -61,7 +61,7 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     singles = []
     for entry in listed:
         output = tmp_path / entry["path"]
-        score(several, [several.output / "aligned" / entry["path"]], output)
+        several.score([several.output / "aligned" / entry["path"]], output)
         singles.append(pq.read_table(output / "scores.parquet")["influence/spelling"].to_numpy())
     total = sum(entry["learning_rate"] * scores for entry, scores in zip(listed, singles, strict=True))
     table = pq.read_table(several.output / "scores.parquet")["influence/spelling"].to_numpy()
@@ -153,20 +153,13 @@ def test_the_best_validation_example_decides_and_all_are_kept(several, tmp_path)
         "1e-3",
         "1e-4",
     )
-    score(
-        several,
-        proxies,
-        tmp_path / "max",
-        "--set",
-        "influence.over_examples=max",
-        "--set",
-        "influence.per_example=true",
-        *options,
+    several.score(
+        proxies, tmp_path / "max", "--set", "influence.over_examples=max", "--set=influence.per_example=true", *options
     )
     table = pq.read_table(tmp_path / "max/scores.parquet")
     made_by = json.loads(table.schema.metadata[b"iprox"])
     assert {"over_examples": "max", "per_example": True}.items() <= made_by.items()
-    score(several, proxies, tmp_path / "mean", *options)
+    several.score(proxies, tmp_path / "mean", *options)
     mean = pq.read_table(tmp_path / "mean/scores.parquet")
     for task in ("arithmetic", "spelling"):
         matrix = np.stack(table[f"examples/{task}"].to_pylist())
@@ -218,30 +211,11 @@ def test_a_proxy_is_audited_by_the_perplexity_of_its_target(tmp_path, make_place
 def test_a_compiled_proxy_gives_the_scores_of_an_uncompiled_one(several, tmp_path):
     (name, *_) = [entry["path"] for entry in json.loads((several.output / "warmup/checkpoints.json").read_text())]
     tables = []
-    for option in ("--set", "compile=true", "--set", "compile=false"):
-        score(several, [several.output / "aligned" / name], tmp_path / option, option)
+    for option in ("--set=compile=true", "--set=compile=false"):
+        several.score([several.output / "aligned" / name], tmp_path / option, option)
         tables.append(pq.read_table(tmp_path / option / "scores.parquet")["influence/spelling"].to_numpy())
     assert np.corrcoef(*tables)[0, 1] > 0.999
     assert not np.array_equal(*tables)  # fused, it rounds otherwise
-
-
-def score(place, models, output, *options):
-    code = main(
-        [
-            "score",
-            *options,
-            "--model",
-            *map(str, models),
-            "--pool",
-            str(place.pool),
-            "--validation",
-            *(f"{task}={place.path}/{task}.jsonl" for task in ("arithmetic", "spelling")),
-            "--set=data.max_length=48",
-            "--quiet",
-            f"--output={output}",
-        ]
-    )
-    assert code == 0
 
 
 def test_from_all_checkpoints_to_the_last_leaves_no_proxy_of_another(several):
@@ -459,7 +433,7 @@ def test_the_best_rows_are_scored_again_on_the_target(place):
     known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
     assert known.sum() == record["candidates"] == 40
     (checkpoint,) = json.loads((place.output / "warmup/checkpoints.json").read_text())[-1:]
-    score(place, [place.output / "warmup" / checkpoint["path"]], place.path / "own")
+    place.score([place.output / "warmup" / checkpoint["path"]], place.path / "own")
     own = pq.read_table(place.path / "own/scores.parquet")
     np.testing.assert_allclose(
         refined["influence/arithmetic"].to_numpy(zero_copy_only=False)[known],
@@ -490,9 +464,9 @@ def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path):
     checkpoints = json.loads((finished.output / "warmup/checkpoints.json").read_text())
     target = finished.output / "warmup" / checkpoints[-1]["path"]
     proxy = finished.output / "aligned"
-    score(finished, [proxy], tmp_path / "proxy", "--set=influence.normalize=cosine", "--target", str(target))
-    score(finished, [target], tmp_path / "target", "--set=influence.normalize=cosine")
-    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    finished.score([proxy], tmp_path / "proxy", "--set=influence.normalize=cosine", "--target", str(target))
+    finished.score([target], tmp_path / "target", "--set=influence.normalize=cosine")
+    tasks = finished.tasks()
     command = ["refine", "--scores", str(tmp_path / "proxy"), "--pool", str(finished.pool), "--model", str(target)]
     command += ["--validation", *tasks, "--quiet"]  # and neither --normalize nor --max-length
     assert main([*command, "--output", str(tmp_path / "whole")]) == 0
@@ -516,12 +490,12 @@ def test_refine_with_an_influence_function_measures_curvature_on_the_whole_pool(
     """Its scores are those that the target gives the same rows in the whole pool, not among the best alone."""
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
     options = ["--estimator=influence-function", "--set=influence.curvature_examples=64", "--set=seed=3"]
-    score(finished, [finished.output / "warmup" / target], tmp_path / "whole", *options)
+    finished.score([finished.output / "warmup" / target], tmp_path / "whole", *options)
     refine = [
         "refine", "--scores", str(tmp_path / "whole"), "--pool", str(finished.pool), "--candidates=0.5", "--model",
         str(finished.output / "warmup" / target), "--quiet",
     ]  # fmt: skip
-    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    tasks = finished.tasks()
     assert main([*refine, "--validation", *tasks, "--output", str(tmp_path / "refined")]) == 0
     whole, refined = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("whole", "refined"))
     for task in ("arithmetic", "spelling"):
@@ -611,7 +585,7 @@ def test_refine_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd
         "refine", "--scores", str(finished.output), "--pool", str(finished.pool), "--model",
         str(finished.output / "warmup" / target), "--quiet",
     ]  # fmt: skip
-    tasks = [f"{task}={finished.path / task}.jsonl" for task in ("arithmetic", "spelling")]
+    tasks = finished.tasks()
     for name, given in (("one", tasks), ("other", tasks[::-1])):
         assert main([*common, "--validation", *given, "--output", str(tmp_path / name)]) == 0
     one, other = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("one", "other"))

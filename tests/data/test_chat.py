@@ -18,8 +18,8 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import IGNORE, ChatEncoder, Pool
-from iprox.data.encoded import fit
 from iprox.data.templates import CHATML
+from iprox.data.tokens import fit
 from iprox.errors import InputError
 
 MARKED = CHATML
@@ -208,7 +208,7 @@ def test_a_template_that_rewrites_history_is_refused():
     )
     encoder = ChatEncoder(TOKENIZER, 100, rewriting)
     assert encoder.mode == "boundary"
-    with pytest.raises(InputError, match=r"row:1: the chat template renders turn 2 otherwise .*generation"):
+    with pytest.raises(InputError, match=r"row:1: the chat template renders turn 2 differently .*generation"):
         encode(encoder, chat(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")))
 
 
@@ -246,7 +246,7 @@ def test_a_tokenizer_of_another_model_is_refused():
     (encoded,) = encode(ChatEncoder(TOKENIZER, 100, MARKED), one)
     largest = int(encoded.input_ids.max())
     encode(ChatEncoder(TOKENIZER, 100, MARKED, vocabulary=largest + 1), one)
-    with pytest.raises(InputError, match=f"row:1: the tokenizer makes the token {largest} of it, .* of {largest};"):
+    with pytest.raises(InputError, match=f"row:1: the tokenizer gives .* {largest}, .* only {largest} embeddings;"):
         encode(ChatEncoder(TOKENIZER, 100, MARKED, vocabulary=largest), one)
 
 
@@ -301,7 +301,7 @@ def test_chatml_without_its_tokens_is_warned_of():
         TEXTS, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     )
     encoder = ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=core), 100, "chatml")
-    assert "<|im_end|> is not one token" in encoder.warnings[0]
+    assert "<|im_end|> is not a single token" in encoder.warnings[0]
 
 
 def test_named_templates_without_a_default_are_refused():
@@ -517,7 +517,9 @@ def test_masked_turns_of_the_templates_that_trl_marks(name):
 def test_a_template_that_rewrites_earlier_turns_cannot_mask_one():
     shown = "{{ (message['content'] if loop.last else message['content'] | upper) + '<|im_end|>' }}"
     rewriting = MARKED.replace("{{ message['content'] + '<|im_end|>' }}", shown)
-    with pytest.raises(InputError, match=r"row:1: the chat template renders turn \d otherwise when other turns follow"):
+    with pytest.raises(
+        InputError, match=r"row:1: the chat template renders turn \d differently when other turns follow"
+    ):
         encode(ChatEncoder(TOKENIZER, 10_000, rewriting), masked_turns(2))
 
 
@@ -579,7 +581,7 @@ def test_answers_without_reasoning_are_taken_as_they_are(content):
 def test_tools_that_the_turns_say_already_can_be_left_unread():
     said = f"You may call <tools>{json.dumps(TOOLS)}</tools>"
     row = {**chat(("system", said), ("user", "Q"), ("assistant", "A")), "tools": json.dumps(TOOLS)}
-    with pytest.raises(InputError, match=r"has tools, .*leave the column unread where .* \(--columns tools=\)"):
+    with pytest.raises(InputError, match=r"has tools, .*leave the column unread if .* \(--columns tools=\)"):
         encode(BY_MARK, row)
     (left,) = BY_MARK.encode(list(Pool([row], columns={"tools": None})))
     assert supervised_text(left) == "A<|im_end|>"

@@ -6,7 +6,7 @@ import pytest
 from iprox.cli.options import columns_of
 
 from iprox.data import Pool
-from iprox.data.columns import Columns
+from iprox.data.formats import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
 from iprox.session import Session
@@ -28,7 +28,7 @@ def test_columns_are_read_under_the_names_that_iprox_knows(tmp_path):
             ["Q0\n\nC0", "A0"], ["Q1", "A1"], ["Q2\n\nC2", "A2"], ["Q3", "A3"], ["Q4\n\nC4", "A4"], ["Q5", "A5"],
         ]  # fmt: skip
         assert pool.scan().sources == {"kind 0": 2, "kind 1": 2, "kind 2": 2}
-        assert pool.columns.unmet == []
+        assert pool.columns.missing == []
     out = tmp_path / "out.jsonl"
     pool.write_rows([4, 1], out)
     assert out.read_bytes().splitlines() == [json.dumps(DOLLY[row]).encode() for row in (4, 1)]  # as they were
@@ -85,10 +85,10 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest():
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"ouput": "response"}, "no column is read as 'ouput'; there are messages, conversations, instruction, input"),
+        ({"ouput": "response"}, "iprox has no column 'ouput'; known are messages, conversations, instruction, input"),
         ({"tols": ""}, "'tols' is a column that iprox does not read anyway; did you mean tools="),
-        ({"weight": "w"}, "no column is read as 'weight'"),
-        ({"response": "output"}, "no column is read as 'response'; did you mean output=response?"),
+        ({"weight": "w"}, "iprox has no column 'weight'"),
+        ({"response": "output"}, "iprox has no column 'response'; did you mean output=response?"),
     ],
 )
 def test_what_names_nothing_is_refused(columns, said):
@@ -97,7 +97,7 @@ def test_what_names_nothing_is_refused(columns, said):
 
 
 def test_a_row_of_no_known_format_is_told_of_columns():
-    with pytest.raises(InputError, match=r"it has 'instruction', 'context', .*--columns output=response, reads "):
+    with pytest.raises(InputError, match=r"'instruction', 'context', .*name your .*--columns output=response"):
         Pool(DOLLY).scan()
 
 

@@ -3,8 +3,8 @@ from decimal import Decimal
 
 import pytest
 
-from iprox.data.fields import BadRowError
 from iprox.data.formats import to_example
+from iprox.data.messages import BadRowError
 
 
 def read(data):
@@ -84,18 +84,16 @@ def test_a_system_column_is_the_first_turn(column, turns):
 
 def test_a_system_column_that_says_something_else_is_refused():
     own = {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]}
+    refused({**own, "system_prompt": "Rhyme."}, "system_prompt differs from the system turn .*--columns sys")
     refused(
-        {**own, "system_prompt": "Rhyme."}, "system_prompt says something else than the system turn .*--columns sys"
-    )
-    refused(
-        {**own, "messages": [{**own["messages"][0], "role": "developer"}, ASSISTANT], "system": "R"}, "something el"
+        {**own, "messages": [{**own["messages"][0], "role": "developer"}, ASSISTANT], "system": "R"}, "system differs"
     )
     refused({"messages": [USER, ASSISTANT], "system": "a", "system_prompt": "b"}, "system and system_prompt say diff")
     refused(
         {"messages": [USER, ASSISTANT], "system": [{"text": "a"}]}, "system must be text, not a list .*--columns sy"
     )
-    refused({"prompt": "P", "completion": "C", "system": "Rhyme."}, "has 'system', which prompt does not hold")
-    refused({"text": "T", "system": "Rhyme."}, "has 'system', which text does not hold")
+    refused({"prompt": "P", "completion": "C", "system": "Rhyme."}, "has 'system', which prompt does not contain")
+    refused({"text": "T", "system": "Rhyme."}, "has 'system', which text does not contain")
     assert read({"prompt": "Rhyme.\nP", "completion": "C", "system": "Rhyme."}).prompt == "Rhyme.\nP"
     assert read({"text": "Rhyme. T", "system": "Rhyme."}).text == "Rhyme. T"
 
@@ -165,11 +163,9 @@ def test_marks_of_a_row_are_taken_for_what_they_can_be():
 
 def test_answers_that_preference_data_marks_as_bad_are_refused():
     for value in FALSE:
-        refused(
-            {"prompt": "P", "completion": "C", "label": value}, "label is .* an answer not to give.*--columns label="
-        )
+        refused({"prompt": "P", "completion": "C", "label": value}, "label is .* a bad answer.*--columns label=")
     for value in (False, "false"):
-        refused({"messages": [USER, ASSISTANT], "kto_tag": value}, "kto_tag is .* an answer not to give")
+        refused({"messages": [USER, ASSISTANT], "kto_tag": value}, "kto_tag is .* a bad answer")
     assert read({"prompt": "P", "completion": "C", "label": True}).prompt == "P"
     assert read({"messages": [USER, ASSISTANT], "label": 0}).masked == frozenset()  # a class
     assert read({"text": "T", "label": False}).text == "T"
@@ -202,7 +198,10 @@ def test_parts_of_a_content_that_are_no_text_are_refused(kind):
         ({"instruction": "I", "output": " \n", "text": "T"}, "output is empty"),
         ({"instruction": "", "output": "O", "text": "T"}, "instruction is empty"),
         ({"instruction": None, "input": "X", "output": None, "text": "T"}, "instruction is empty"),
-        ({"instruction": "I", "output": None, "prompt": "P", "completion": "C"}, "read as prompt . completion"),
+        (
+            {"instruction": "I", "output": None, "prompt": "P", "completion": "C"},
+            "such rows as prompt . completion",
+        ),
         ({"prompt": "P", "completion": "", "text": "T"}, "completion is empty"),
         ({"prompt": "", "completion": "C", "text": "T"}, "prompt is empty"),
         ({"prompt": [], "completion": [ASSISTANT], "text": "T"}, "prompt is empty"),
@@ -234,7 +233,7 @@ def test_labels_of_other_kinds_name_the_way_out():
     refused({**text, "task": 0.5}, "task must be text or a whole number, not 0.5")
     refused({**text, "id": float("inf")}, "id must be text or a whole number, not inf")
     chat = {"messages": [USER, ASSISTANT]}
-    refused({**chat, "tools": "now()"}, "tools is text, and not JSON .--columns tools= leaves")
+    refused({**chat, "tools": "now()"}, "tools is text that is not JSON .--columns tools= leaves")
     refused({**chat, "tools": {"name": "x"}}, "tools must be a list of objects .--columns tools= leaves")
     refused(
         {**chat, "chat_template_kwargs": "x"}, "must be an object, not text .--columns chat_template_kwargs= leaves"
@@ -274,14 +273,17 @@ def test_conversational_prompt_completion_supervises_only_the_completion():
         ({"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}, "'function_call', which iprox does not"),
         ({"messages": [USER, ASSISTANT], "functions": [{"name": "f"}]}, "'functions', which iprox does not read"),
         ({"messages": [USER, ASSISTANT], "tools": ["f"]}, "tools must be a list of objects"),
-        ({"messages": [USER, ASSISTANT], "tools": "f()"}, "tools is text, and not JSON"),
+        ({"messages": [USER, ASSISTANT], "tools": "f()"}, "tools is text that is not JSON"),
         ({"messages": [USER, ASSISTANT], "tools": [{"x": float}]}, "tools or chat_template_kwargs: not JSON"),
         ({"messages": [USER, ASSISTANT], "tools": [{"x": "\udc80"}]}, "is not valid UTF-8"),
         ({"messages": [USER, ASSISTANT], "chat_template_kwargs": ["x"]}, "chat_template_kwargs must be an object"),
-        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": False}}, "has 'tokenize', which is not"),
-        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": True}}, "has 'tools', which is not"),
-        ({"messages": [USER, ASSISTANT], "tools": "[" * 100_000}, "tools is text, and not JSON"),
-        ({"text": "T", "tools": [{"name": "f"}]}, "has 'tools', which a chat template renders, and no messages"),
+        (
+            {"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tokenize": False}},
+            "has 'tokenize', which iprox sets",
+        ),
+        ({"messages": [USER, ASSISTANT], "chat_template_kwargs": {"tools": True}}, "has 'tools', which iprox sets"),
+        ({"messages": [USER, ASSISTANT], "tools": "[" * 100_000}, "tools is text that is not JSON"),
+        ({"text": "T", "tools": [{"name": "f"}]}, "has 'tools', which only chat templates render, but no messages"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every assistant turn of messages is masked"),
         (
             {"conversations": [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f()"}]},

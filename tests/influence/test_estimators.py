@@ -21,13 +21,6 @@ CASES = {
 }
 
 
-def autograd_gradient(model, batch, layers, weight_of=None):
-    """The example's gradient of every watched parameter, flat, from autograd."""
-    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
-    gradients = torch.autograd.grad(causal_lm_losses(model, batch).sum(), parameters)
-    return torch.cat([gradient.flatten() for gradient in gradients])
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("padding", [0, 5])
 def test_scores_equal_autograd_dot_products(tiny, case, padding):
@@ -35,8 +28,8 @@ def test_scores_equal_autograd_dot_products(tiny, case, padding):
     model = tiny.model(family, **changes)
     pool, validation = tiny.batch([9, 3, 7, 12], padding=padding), tiny.batch([8, 5], seed=1)
     layers = influence_layers(model)
-    query = torch.stack([autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
-    rows = torch.stack([autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
+    query = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
+    rows = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
     gradient, count = mean_gradient(model, [validation])
     assert count == 2
     scores, losses = BatchScorer(model, {"task": gradient})(pool)
@@ -114,8 +107,8 @@ def test_factor_gradients_of_a_proxy_equal_autograd(tiny):
     pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
     proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     layers = influence_layers(proxy, "factors")
-    query = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(validation)]).mean(0)
-    rows = torch.stack([autograd_gradient(proxy, row, layers) for row in tiny.rows(pool)])
+    query = torch.stack([tiny.autograd_gradient(proxy, row, layers) for row in tiny.rows(validation)]).mean(0)
+    rows = torch.stack([tiny.autograd_gradient(proxy, row, layers) for row in tiny.rows(pool)])
     gradient, _ = mean_gradient(proxy, [validation], "factors")
     scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="factors")(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)

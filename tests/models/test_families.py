@@ -92,16 +92,6 @@ def test_an_export_loads_without_its_factors(family, tmp_path):
     torch.testing.assert_close(logits(loaded, batch), logits(proxy, batch), rtol=1e-5, atol=1e-5)
 
 
-def autograd_gradients(model, batch, layers):
-    """∇_W of every layer [m, n] and its bias, flat, from autograd; zero where the example did not reach it."""
-    parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    gradients = torch.autograd.grad(causal_lm_losses(model, batch).sum(), parameters, allow_unused=True)
-    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-    return torch.cat([gradient.flatten() for gradient in filled])
-
-
 @pytest.mark.parametrize("kind", ["target", "proxy"])
 def test_scores_equal_autograd_dot_products(family, tiny, kind):
     name, model, batch = family
@@ -111,8 +101,8 @@ def test_scores_equal_autograd_dot_products(family, tiny, kind):
         model, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5], seed=1)
     layers = influence_layers(model, "factors")
-    rows = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(pool)])
-    query = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(validation)]).mean(0)
+    rows = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
+    query = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
     gradient, _ = mean_gradient(model, [validation], "factors")
     scores, _ = BatchScorer(model, {"task": gradient}, gradient="factors")(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, **close)

@@ -16,7 +16,7 @@ from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.batches import count_batches, score_batches, scorer_for_batches
 from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data import Encoded
-from iprox.data.lengths import ValidationLengths
+from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.aggregate import OverExamples, TaskSpread, by_task, combine
 from iprox.influence.attribution import attribute_examples

@@ -1,12 +1,11 @@
-"""Reading examples, turning them into labeled tokens, and grouping these into batches."""
+"""Read examples, turn them into labeled tokens, and group these into batches."""
 
 from iprox.data.batching import Batch, collate, example_batches, iter_batches, on_device, token_budget_batches
 from iprox.data.chat import ChatEncoder
-from iprox.data.encoded import IGNORE, Encoded
 from iprox.data.formats import Example
 from iprox.data.messages import Message, said
-from iprox.data.overlap import Overlap
-from iprox.data.sources import GENERATED_ID, Pool, PoolSummary
+from iprox.data.pool import GENERATED_ID, Overlap, Pool, PoolSummary
+from iprox.data.tokens import IGNORE, Encoded
 
 __all__ = [
     "GENERATED_ID",

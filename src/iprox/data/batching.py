@@ -1,4 +1,4 @@
-"""Length-sorted batches under a token budget, so that little of a batch is padding."""
+"""Group examples into length-sorted batches under a token budget, so that little of a batch is padding."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from iprox.data.encoded import IGNORE, Encoded
+from iprox.data.tokens import IGNORE, Encoded
 from iprox.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples of like length, padded on the right.
+    """Examples of similar lengths, padded on the right.
 
     Attributes:
         input_ids: int64 [B, L], padded with the pad id.
         labels: int64 [B, L], -100 where there is no loss; not shifted.
         lengths: int64 [B], tokens of each row without padding.
-        indices: Position of each row in the caller's list; rows past them only fill up.
+        indices: position of each row in the caller's list. Rows beyond these are copies that only fill the batch.
     """
 
     input_ids: torch.Tensor
@@ -29,11 +29,11 @@ class Batch:
     indices: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on another device."""
+        """Return the same batch with its tensors on another device."""
         return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device), self.indices)
 
     def halves(self) -> tuple[Batch, Batch]:
-        """The first half of its rows and the second, without columns of padding; of two rows or more."""
+        """Return the first and second half of the rows (at least two), without columns that hold only padding."""
         middle = len(self.indices) // 2
         first, second = (
             Batch(
@@ -47,7 +47,7 @@ class Batch:
         return first, second
 
     def filled(self, rows: int) -> Batch:
-        """The same batch with copies of its first row up to a number of rows; `indices` stay as they are."""
+        """Return the batch filled up to a number of rows with copies of its first row; `indices` stay the same."""
         if rows == len(self.indices):
             return self
         index = [*range(len(self.indices)), *[0] * (rows - len(self.indices))]
@@ -58,16 +58,16 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     """Group positions by length so that each group, padded, holds at most `batch_tokens` tokens.
 
     Args:
-        lengths: Tokens of each example.
-        batch_tokens: Largest rows × width of a batch (see `padded_width`). A single example that is longer gets a
+        lengths: number of tokens of each example.
+        batch_tokens: largest rows × width of a batch (see `padded_width`). A single example that is longer gets a
             batch of its own.
 
     Returns:
-        Batches of positions; each position is in exactly one. The longest come first, so that too large a
-        budget shows at once; equal lengths keep their order.
+        Batches of positions; each position is in exactly one. The longest come first, so that a budget that is too
+        large fails at once; equal lengths keep their order.
 
     Raises:
-        InputError: `batch_tokens` is below 1.
+        InputError: `batch_tokens` is less than 1.
     """
     if batch_tokens < 1:
         raise InputError(f"batch tokens must be at least 1, not {batch_tokens}")
@@ -83,27 +83,24 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
 
 
 def padded_width(length: int) -> int:
-    """The width that rows of a length are padded to: a multiple of 8, of 16 from 257 on, of 32 from 513 on, and so on.
+    """Return the padded width of a length: a multiple of 8, of 16 from 257 tokens, of 32 from 513 tokens, and so on.
 
     CPU libraries generate code for every new shape of a bfloat16 product, which takes longer than a small product
-    itself; with sixteen widths an octave the shapes of a pool repeat. Accelerators like multiples of 8. No row
-    of up to 2ᵏ tokens becomes wider than that (k ≥ 3), so none outgrows a model of 2ᵏ positions.
+    itself; with sixteen widths per octave the shapes of a pool repeat. Accelerators are fastest at multiples of 8. No
+    row of up to 2ᵏ tokens (k ≥ 3) becomes wider than 2ᵏ, so none exceeds a model of 2ᵏ positions.
     """
     step = max(8, 1 << max(0, (length - 1).bit_length() - 5))
     return -(-max(1, length) // step) * step
 
 
 def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, width: int | None = None) -> Batch:
-    """Pad some examples on the right to one batch.
+    """Pad examples on the right to one batch.
 
     Args:
-        encoded: The caller's list.
-        indices: Positions in it of the rows of the batch.
-        pad_id: Token id that fills the padding; it carries no loss.
-        width: To pad to; that of the longest row if None.
-
-    Returns:
-        The batch.
+        encoded: the caller's list.
+        indices: positions in it of the rows of the batch.
+        pad_id: token id that fills the padding; it carries no loss.
+        width: width to pad to; the length of the longest row if None.
     """
     rows = [encoded[index] for index in indices]
     lengths = [len(row.input_ids) for row in rows]
@@ -122,18 +119,18 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, wid
 
 
 def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> Iterator[Batch]:
-    """Yield all examples that have a supervised token, in length-sorted batches, longest first.
+    """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
-        encoded: Examples; those with no supervised token are left out.
-        batch_tokens: Largest rows × longest row of a batch.
-        pad_id: Token id that fills the padding.
+        encoded: examples; those without a supervised token are left out.
+        batch_tokens: largest rows × longest row of a batch.
+        pad_id: token id that fills the padding.
 
     Yields:
         Batches whose `indices` are positions in `encoded`.
 
     Raises:
-        InputError: `batch_tokens` is below 1.
+        InputError: `batch_tokens` is less than 1.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
@@ -144,15 +141,15 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> 
 def example_batches(
     encoded: Sequence[Encoded], batch_size: int, pad_id: int, batch_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Yield all examples that have a supervised token, in length-sorted batches of `batch_size` examples.
+    """Yield the examples that have a supervised token in length-sorted batches of `batch_size` examples.
 
-    For training, where the number of examples a step matters; `iter_batches` is for everything else.
+    For training, where the number of examples per step matters; `iter_batches` is for everything else.
 
     Args:
-        encoded: Examples; those with no supervised token are left out.
-        batch_size: Examples a batch; the last batch holds the rest.
-        pad_id: Token id that fills the padding.
-        batch_tokens: Largest rows × longest row; where examples are long, batches hold fewer. None: no limit.
+        encoded: examples; those without a supervised token are left out.
+        batch_size: number of examples per batch; the last batch holds the rest.
+        pad_id: token id that fills the padding.
+        batch_tokens: largest rows × longest row; batches of long examples hold fewer rows. None means no limit.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     kept.sort(key=lambda index: -len(encoded[index].input_ids))
@@ -166,6 +163,6 @@ def example_batches(
 
 
 def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
-    """The same batches, moved to a device one at a time."""
+    """Yield the same batches, moved to a device one at a time."""
     for batch in batches:
         yield batch.to(device)

@@ -1,4 +1,4 @@
-"""Tokenize examples and label the tokens that training would learn from."""
+"""Render examples with the chat template, tokenize them, and label the tokens that training would learn from."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from typing import Any
 
 import numpy as np
 
-from iprox.data.boundaries import TurnBoundaries
-from iprox.data.encoded import IGNORE, Encoded, RefusedRowError, fit
 from iprox.data.formats import Example
-from iprox.data.messages import EARLIER, NO_MARK, THOUGHT, Message, parts_beside
-from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited, reason_of
+from iprox.data.labels import TurnBoundaries
+from iprox.data.messages import EARLIER, NO_MARK, THOUGHT, Message, optional_parts
+from iprox.data.template_limits import RENDERING_ERRORS, RenderingTimeError, limited, reason_of
 from iprox.data.templates import GIVEN, choose_template, leaves_out
+from iprox.data.tokens import IGNORE, Encoded, RefusedRowError, fit
 from iprox.errors import InputError
 
 _CHUNK = 1024
 
 
 class ChatEncoder:
-    """Turns examples into tokens and labels, the same that TRL's `SFTTrainer` trains on.
+    """Turns examples into the tokens and labels that TRL's `SFTTrainer` would train on.
 
-    Chat examples follow `assistant_only_loss=True`; plain prompt and completion follow
-    `completion_only_loss=True`; of plain text every token is supervised. Plain ones end with the EOS token.
+    Chat examples follow `assistant_only_loss=True`; plain prompt and completion follow `completion_only_loss=True`; in
+    plain text every token is supervised. Examples that are not chat end with the EOS token.
 
     Args:
-        tokenizer: A fast tokenizer of transformers.
-        max_length: Longest length in tokens. Of longer examples the answer is kept and the prompt is cut from
-            the left (see `fit`).
-        chat_template: Instead of the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
-        skip_refused: Whether a row that the chat template cannot render becomes one without a supervised token,
+        tokenizer: fast tokenizer of transformers.
+        max_length: longest length in tokens. In longer examples the answer is kept and the prompt is cut from the left
+            (see `fit`).
+        chat_template: replacement for the tokenizer's own template: `"chatml"`, Jinja source, or the path of a file.
+        skip_refused: whether a row that the chat template cannot render becomes a row without a supervised token,
             which is counted and never selected.
-        positions: Most tokens that the model reads, which a larger `max_length` is lowered to; None knows no limit.
-        vocabulary: Number of the model's embeddings, which no token may lie beyond; None does not check.
+        positions: most tokens that the model reads; `max_length` is lowered to it. None means no limit.
+        vocabulary: number of the model's embeddings, which every token id must be below; None does not check.
 
     Attributes:
-        chat_template: The template in use (Jinja source), None if there is none.
-        mode: The rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
-        origin: Where the template is from, for messages.
-        describe: The rule in a sentence, for `run.json`.
-        warnings: What the user should know about the labels.
-        refused: Why the first row that was left without labels was (with `skip_refused`); empty while there is none.
-        lowered: What the user should know if rows are cut because the model reads no more; None where it does.
+        chat_template: template in use (Jinja source), None if there is none.
+        mode: rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
+        origin: origin of the template, for messages.
+        describe: sentence about the rule, for `run.json`.
+        warnings: warnings about the labels.
+        refused: reason why the first row was left without labels (with `skip_refused`); "" if there is none.
+        lowered: warning that rows are cut because the model reads no more; None if `max_length` was not lowered.
 
     Raises:
-        InputError: The tokenizer is a slow one, `max_length` is below 2, or the template cannot be read.
+        InputError: the tokenizer is a slow one, `max_length` is less than 2, or the template cannot be read.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ChatEncoder:
         self.lowered = None
         self.refused = ""
         self._boundaries = TurnBoundaries(tokenizer, self._apply)
-        self._left_out: dict[str, bool] = {}  # by part, as rows with it come
+        self._left_out: dict[str, bool] = {}  # part -> whether the template leaves it out; filled as parts occur
         if self.max_length < max_length:
             self.lowered = (
                 f"rows are cut to {self.max_length:,} tokens, not {max_length:,}: the model reads no more "
@@ -87,19 +87,19 @@ class ChatEncoder:
             )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokenize and label.
+        """Tokenize and label examples.
 
         Args:
-            examples: Any mix of chat, prompt and completion, and text.
+            examples: any mix of chat, prompt and completion, and text.
 
         Returns:
-            One `Encoded` per example, in order. One that has no supervised token after cutting is legal.
+            One `Encoded` per example, in order. It may have no supervised token after cutting.
 
         Raises:
-            InputError: Messages without a chat template, a template that refuses a row or whose turns cannot be
-                told apart (unless such rows are skipped), or plain text with a tokenizer that has no EOS token.
+            InputError: there are messages but no chat template, the template refuses a row or its turns cannot be
+                located (unless such rows are skipped), or there is plain text but the tokenizer has no EOS token.
         """
-        # Chunks bound the memory of the tokenizer's own results, which are far larger than ours.
+        # Chunks limit the memory of the tokenizer's own results, which are far larger than ours.
         chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
         return [row for chunk in chunks for row in self._encode_chunk(chunk)]
 
@@ -115,8 +115,8 @@ class ChatEncoder:
                 for index, (ids, mask) in zip(group, rows, strict=True):
                     if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
                         raise InputError(
-                            f"{examples[index].origin}: the tokenizer makes the token {ids.max()} of it, and the model "
-                            f"has embeddings of {self.vocabulary}; give the model its own tokenizer"
+                            f"{examples[index].origin}: the tokenizer gives the token {ids.max()}, but the model has "
+                            f"only {self.vocabulary} embeddings; use the model's own tokenizer"
                         )
                     if self.lowered and len(ids) > self.max_length:
                         warnings.warn(self.lowered, stacklevel=2)
@@ -152,30 +152,31 @@ class ChatEncoder:
             return _empty()
 
     def _why_unread(self, example: Example) -> str:
-        """Why a row is refused that says what the template leaves out: a model would learn from another text."""
+        """Return why a row is refused because the template leaves out a part of it; "" if it is not refused."""
         lost = []
-        for part in parts_beside(example.messages or (), example.rendering):
+        for part in optional_parts(example.messages or (), example.rendering):
             if part not in self._left_out:
                 self._left_out[part] = self._leaves_out(part, example)
             if self._left_out[part]:
                 lost.append(part)
         earlier = [part for part in lost if part.startswith(EARLIER)]
-        if any(
-            THOUGHT + part.removeprefix(EARLIER) not in lost for part in earlier
-        ):  # as templates of models that reason do with what was thought before the last question
+        # Templates of reasoning models leave out the reasoning before the last question on purpose.
+        if any(THOUGHT + part.removeprefix(EARLIER) not in lost for part in earlier):
             warnings.warn(
                 "the chat template leaves out the reasoning in the content of turns before the last, so rows are read "
-                "without",
+                "without it",
                 stacklevel=2,
             )
         lost = [_part_in_words(part) for part in lost if part not in earlier]
-        if lost == ["turns of role system"]:  # as some templates are meant to be; what remains is a conversation
-            warnings.warn("the chat template leaves out turns of role system, so rows are read without", stacklevel=2)
+        if lost == ["turns of role system"]:  # some templates do so on purpose, and a conversation remains
+            warnings.warn(
+                "the chat template leaves out turns of role system, so rows are read without them", stacklevel=2
+            )
             return ""
         if not lost:
             return ""
-        # Data sets of tools may have them in the system turn too.
-        unread = "leave the column unread where the turns say them (--columns tools=), " if "tools" in lost else ""
+        # Data sets with tools may also list them in the system turn.
+        unread = "leave the column unread if a turn lists the tools (--columns tools=), " if "tools" in lost else ""
         return (
             f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
             f"renders them (--chat-template FILE), {unread}or leave such rows out (--on-bad-row skip)"
@@ -197,7 +198,7 @@ class ChatEncoder:
             masked = self._boundaries.masked([examples[index] for index in with_masks])
             for index, unsupervised in zip(with_masks, masked, strict=True):
                 rows[index][1][unsupervised] = False
-        # A conversational prompt may hold assistant turns of its own: TRL supervises only after the prompt.
+        # A conversational prompt may contain assistant turns; TRL supervises only what follows the prompt.
         with_prompt = [index for index, example in enumerate(examples) if example.supervised_from]
         if with_prompt:
             prompts = [examples[i].turns[: examples[i].supervised_from] for i in with_prompt]
@@ -226,7 +227,7 @@ class ChatEncoder:
         eos = self.tokenizer.eos_token
         if not eos:
             raise InputError(
-                f"{examples[0].origin}: plain text is closed with the EOS token, but the tokenizer has none; "
+                f"{examples[0].origin}: plain text must end with the EOS token, but the tokenizer has none; "
                 "set eos_token in tokenizer_config.json"
             )
         texts = []
@@ -250,10 +251,10 @@ class ChatEncoder:
         return [np.asarray(ids, dtype=np.int32) for ids in out["input_ids"]]
 
     def _apply(self, chats: list[list[Message]], examples: Sequence[Example], **kwargs: Any) -> Any:
-        """Apply the template to many conversations at once; if it refuses, name the row."""
+        """Apply the template to many conversations at once; if it refuses, find the row and name it."""
         if not chats:
             return []
-        # The template takes one set of tools for all that it is given at once, and writes their keys in their order.
+        # One call takes one set of template variables, and the order of their keys shows in the text.
         alike: dict[str, list[int]] = {}
         for place, example in enumerate(examples):
             alike.setdefault(json.dumps(example.rendering), []).append(place)
@@ -300,18 +301,18 @@ def _part_in_words(part: str) -> str:
 
 
 def _empty() -> tuple[np.ndarray, np.ndarray]:
-    """A row without labels, which has no score."""
+    """Return the tokens and mask of a row without labels, which has no score."""
     return np.zeros(1, dtype=np.int32), np.zeros(1, dtype=bool)
 
 
 def _in_order(parts: Sequence[tuple[Sequence[int], Sequence[Any]]]) -> list[Any]:
-    """Results of several calls, by the places of what they were given."""
+    """Return the results of several calls in the order of their inputs' places."""
     found = {place: each for places, results in parts for place, each in zip(places, results, strict=True)}
     return [found[place] for place in range(len(found))]
 
 
 def _common_prefix(prompt: np.ndarray, ids: np.ndarray) -> int:
-    """Leading tokens that the prompt alone and the whole share; where they part the completion starts (as TRL)."""
+    """Return how many leading tokens the prompt and the whole share; the completion starts there, as in TRL."""
     length = min(len(prompt), len(ids))
     different = np.flatnonzero(prompt[:length] != ids[:length])
     return int(different[0]) if different.size else length

@@ -1,26 +1,42 @@
-"""Turn one raw row of any known format into an `Example`, or say why it cannot be one."""
+"""Turn one raw row of any known format into an `Example`, or say why it is not one; rename its columns first."""
 
 from __future__ import annotations
 
+import difflib
+import math
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, label_of, leave_unread, text_of
-from iprox.data.masks import SPANS, TURN_MASKS, VERDICTS, refuse_masked_row, refuse_rejected_row
+from iprox.data.masks import (
+    SPANS,
+    TURN_MASKS,
+    VERDICTS,
+    masked_turns,
+    refuse_masked_row,
+    refuse_rejected_row,
+    require_assistant,
+)
 from iprox.data.messages import (
     SYSTEM,
     UNREAD_ROW_KEYS,
+    BadRowError,
     Message,
-    masked_turns,
+    is_blank,
+    kind_of,
+    leave_unread,
     read_messages,
     read_rendering,
-    require_assistant,
     said,
     system_of,
+    text_of,
+    valid,
     with_system,
 )
+from iprox.errors import InputError
 
 # In order of precedence. The original Alpaca set also has a `text` column and UltraChat a `prompt` column,
 # so the more specific format comes first.
@@ -35,11 +51,11 @@ COLUMNS = (
     *("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text"),
     *(*SYSTEM, "history", "tools", "chat_template_kwargs", "id", "source", "task"),
 )
-"""Every column that is read."""
+"""All columns that are read."""
 REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
-"""Columns that are not read, and that rows may be refused for unless they are left unread by name."""
-# What a row of a format may hold beside the columns that make it one.
-_BESIDE: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
+"""Columns that are not read. A row may be refused because of one, unless the user leaves the column unread."""
+# Optional columns of a format.
+_OPTIONAL: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
 
 
@@ -50,18 +66,18 @@ class Example:
     Exactly one of three contents is set: `messages` (chat), `prompt` and `completion` (plain), or `text`.
 
     Attributes:
-        id: Unique in its pool.
-        source: Where the row came from, if the row says so.
-        task: Name of the task, if the row says so.
+        id: identifier, unique in its pool.
+        source: name of the row's origin, if the row has one.
+        task: name of the task, if the row has one.
         row: 0-based position among the good rows of the whole pool.
-        origin: File and 1-based row, such as `pool.jsonl:17`, for messages to people.
-        messages: The turns of a chat example.
-        prompt: The plain prompt.
-        completion: The plain completion.
-        text: Plain text, all of it supervised.
-        supervised_from: Only assistant messages at or after this index are supervised.
-        rendering: What a chat template gets beside the messages: `tools` and other variables of the row.
-        masked: Places of assistant messages that do not count in the loss.
+        origin: file and 1-based row, such as `pool.jsonl:17`, for messages.
+        messages: turns of a chat example.
+        prompt: plain prompt.
+        completion: plain completion.
+        text: plain text, all of it supervised.
+        supervised_from: index of the first message that may be supervised.
+        rendering: variables for the chat template besides the messages, such as `tools`.
+        masked: positions of assistant messages that do not count in the loss.
     """
 
     id: str
@@ -79,31 +95,79 @@ class Example:
 
     @property
     def turns(self) -> list[Message]:
-        """The turns of a chat example."""
+        """Turns of a chat example."""
         return list(self.messages or ())
 
     @property
     def words(self) -> str:
-        """All that it says, without roles or template."""
+        """All text of the example, without roles and template."""
         if self.messages is not None:
             return "\n".join(part for message in self.messages for _, part in said(message))
         return "\n".join(part for part in (self.prompt, self.completion, self.text) if part is not None)
+
+
+class Columns:
+    """Renames the columns of rows to names that iprox knows.
+
+    Other columns stay. A row is not changed where it lacks the column, or where the column is empty and one with the
+    known name is filled, so a pool may mix rows of several kinds.
+
+    Args:
+        named: known name (`COLUMNS`) -> name in the files, e.g. `{"output": "response"}`. An empty name or None leaves
+            the known column unread, as if no row had it; this is also allowed for the columns in `REFUSED`.
+
+    Attributes:
+        named: the same, with "" for None.
+        missing: names in the files that no row so far has had.
+        there: columns of the first row.
+
+    Raises:
+        InputError: a known name is not one of iprox's.
+    """
+
+    def __init__(self, named: Mapping[str, str | None] | None = None) -> None:
+        self.named = {known: own or "" for known, own in (named or {}).items()}
+        for known, own in self.named.items():
+            if known not in COLUMNS and (own or known not in REFUSED):
+                raise InputError(_unknown(known, own))
+        self.unread = frozenset(known for known, own in self.named.items() if not own)
+        self.missing = [own or known for known, own in self.named.items()]
+        self.there: tuple[str, ...] = ()
+
+    def why_missing(self, own: str) -> str:
+        """Return the message that no row has a column, with the nearest column of the first row."""
+        known = next((known for known, named in self.named.items() if named == own), None)
+        near = difflib.get_close_matches(own, self.there, n=1, cutoff=0.5)
+        what = "leave unread" if known is None else f"read as {known}"
+        return f"no row has the column {own!r} to {what}{f'; did you mean {near[0]!r}?' if near else ''}"
+
+    def read(self, data: Any) -> Any:
+        """Return a row as read from a file, with its columns renamed."""
+        if not self.named or not isinstance(data, Mapping):
+            return data
+        self.there = self.there or tuple(map(str, data))
+        if self.missing:
+            self.missing = [own for own in self.missing if own not in data]
+        found = {
+            known: data[own]
+            for known, own in self.named.items()
+            if own and own in data and (data[own] not in (None, "") or known not in data)
+        }
+        gone = self.unread | {own for known, own in self.named.items() if known in found}
+        return {**{key: value for key, value in data.items() if key not in gone}, **found}
 
 
 def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     """Recognize the format of one raw row and read it.
 
     Args:
-        data: The row as read from the file; a mapping if it is good.
+        data: row as read from the file; a mapping if it is good.
         row: 0-based position among the good rows.
-        origin: File and row for messages.
-        default_id: The id of a row that has none.
-
-    Returns:
-        The example.
+        origin: file and row for messages.
+        default_id: id for a row that has none.
 
     Raises:
-        BadRowError: The row is of no known format, or what it holds is empty or malformed.
+        BadRowError: the row has no known format, or its content is empty or malformed.
     """
     if not isinstance(data, Mapping):
         raise BadRowError(f"not an object but {kind_of(data)}")
@@ -112,7 +176,7 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     keys = _format_of(data)
     rendering = read_rendering(data)
     refuse_masked_row(data)
-    if keys != ("text",):  # where `label` is a class
+    if keys != ("text",):  # there, `label` is a class
         refuse_rejected_row(data, preference=keys == ("prompt", "completion"))
     messages: tuple[Message, ...] | None = None
     prompt = completion = text = None
@@ -149,7 +213,7 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     system = system_of(data)
     if messages is None:
         if rendering:
-            raise BadRowError(f"has {next(iter(rendering))!r}, which a chat template renders, and no messages")
+            raise BadRowError(f"has {next(iter(rendering))!r}, which only chat templates render, but no messages")
         _require_said(system, prompt or text or "", "text" if prompt is None else "prompt")
     else:
         before, messages = len(messages), with_system(messages, system)
@@ -157,9 +221,9 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
         supervised_from += added if supervised_from else 0
         masked = frozenset(index + added for index in masked)
     return Example(
-        id=label_of(data.get("id"), "id") or default_id,
-        source=label_of(data.get("source"), "source"),
-        task=label_of(data.get("task"), "task"),
+        id=_label(data.get("id"), "id") or default_id,
+        source=_label(data.get("source"), "source"),
+        task=_label(data.get("task"), "task"),
         row=row,
         origin=origin,
         messages=messages,
@@ -173,46 +237,46 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
 
 
 def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
-    """Which of `FORMATS` a row is of.
+    """Return the format of a row, one of `FORMATS`.
 
-    A column may exist for every row and be filled for some (Parquet, CSV), so a format whose columns are all empty
-    gives way to a later one, which is warned of. One of which a part is filled does not: the row would be read as
-    something else than what it was written as.
+    In Parquet and CSV a column exists in every row, and may be filled in some rows only. So a format whose columns are
+    all empty gives way to a later one, with a warning. A format of which only a part is empty does not: the row would
+    be read as something that its author did not mean.
     """
     there = [keys for keys in FORMATS if all(key in data for key in keys)]
     for place, keys in enumerate(there):
-        if all(is_blank(data[key]) for key in (*keys, *_BESIDE.get(keys, ())) if key in data):
+        if all(is_blank(data[key]) for key in (*keys, *_OPTIONAL.get(keys, ())) if key in data):
             continue
         empty = [key for key in keys if is_blank(data[key]) or (isinstance(data[key], list) and not data[key])]
         other = next((each for each in there[place + 1 :] if not any(is_blank(data[key]) for key in each)), None)
         if empty and other is not None:
-            hint = f"--columns {empty[0]}= has such rows read as {' + '.join(other)}"
+            hint = f"--columns {empty[0]}= reads such rows as {' + '.join(other)}"
             raise BadRowError(f"{empty[0]} is empty ({hint})")
         if place:
             passed = " + ".join(there[0])
             warnings.warn(f"rows whose {passed} is empty are read as {' + '.join(keys)}", stacklevel=2)
         return keys
     if there:
-        return there[0]  # whose reader says that it is empty
+        return there[0]  # its reader reports that it is empty
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
     if "chosen" in data and "rejected" in data:
-        hint = "--columns completion=chosen, with a prompt, or messages=chosen reads the answers preferred"
+        hint = "to read the preferred answers: --columns completion=chosen with a prompt, or messages=chosen"
     else:
-        hint = "data.columns, --columns output=response, reads yours as one"
+        hint = "name your columns in data.columns, or with --columns output=response"
     raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS} ({hint})")
 
 
 def _require_said(system: tuple[str, str] | None, text: str, what: str) -> None:
-    """Refuse plain text beside a system turn that it does not hold: there is no place to put it."""
+    """Refuse plain text that does not contain the system turn of its row, as there is no place to put that turn."""
     if system is not None and system[1].strip() not in text:
         raise BadRowError(
-            f"has {system[0]!r}, which {what} does not hold, and no messages to put it before; add it to {what} "
+            f"has {system[0]!r}, which {what} does not contain, but no messages; add it to {what} "
             f"({leave_unread(system[0])})"
         )
 
 
 def _history(value: Any) -> Sequence[tuple[str, str]]:
-    """Alpaca's earlier turns: pairs of what the user and the assistant said."""
+    """Return Alpaca's earlier turns as pairs of instruction and output."""
     pairs = [] if value is None else value
     if not isinstance(pairs, Sequence) or isinstance(pairs, str):
         raise BadRowError(f"history must be a list of pairs, not {kind_of(value)} ({leave_unread('history')})")
@@ -223,3 +287,29 @@ def _history(value: Any) -> Sequence[tuple[str, str]]:
             raise BadRowError(f"{where} must be a pair of instruction and output")
         turns.append((text_of(pair[0], f"{where}[0]"), text_of(pair[1], f"{where}[1]")))
     return turns
+
+
+def _unknown(known: str, own: str) -> str:
+    if not own:
+        near = difflib.get_close_matches(known, (*COLUMNS, *REFUSED), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}=?" if near else ""
+        return f"columns: {known!r} is a column that iprox does not read anyway{hint}"
+    hint = f"did you mean {own}={known}?" if own in COLUMNS else f"known are {', '.join(COLUMNS)}"
+    return f"columns: iprox has no column {known!r}; {hint}"
+
+
+def _label(value: Any, what: str) -> str | None:
+    """Return a text or whole number that names something; None if there is none."""
+    # pandas stores whole numbers as floats in a column with missing values, and NaN for these.
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if not isinstance(value, str):
+        given = repr(value) if isinstance(value, float) else kind_of(value)
+        raise BadRowError(f"{what} must be text or a whole number, not {given} ({leave_unread(what)})")
+    return valid(value, what)

@@ -1,4 +1,4 @@
-"""Find the files that a user's paths, patterns and folders mean."""
+"""Find the files that a user's paths, patterns and folders name."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from iprox.errors import InputError
 from iprox.files import expanded
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
-# May follow any of them but .parquet, which is compressed inside: the codec, as pyarrow names it.
+# May follow all of these except .parquet, which is compressed inside; the values are pyarrow's names of the codecs.
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_READ = f"{', '.join(EXTENSIONS)}, and all but Parquet with {' or '.join(COMPRESSIONS)}"
+_READ = f"{', '.join(EXTENSIONS)}, and all but Parquet also with {' or '.join(COMPRESSIONS)}"
 HUB_PREFIX = "hf://datasets/"
-# What describes a data set beside its files, in a folder cloned from the Hub or saved by `datasets`.
+# Descriptions of a data set next to its files, in a folder cloned from the Hub or saved by `datasets`.
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of `datasets.save_to_disk`
 
 
 def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
-    """Expand paths, patterns and folders to what is to be read.
+    """Expand paths, patterns and folders to the files to read.
 
-    Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two
-    patterns match is read once. Of a folder or a pattern, hidden files and descriptions of a data set are passed over.
+    Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two patterns match
+    is read once. In folders and patterns, hidden files and descriptions of a data set are ignored.
 
     Args:
-        patterns: Paths, glob patterns, folders, or `hf://datasets/...` addresses.
-        name: What the files are for ("pool"), for messages.
+        patterns: paths, glob patterns, folders, or `hf://datasets/...` addresses.
+        name: purpose of the files ("pool"), for messages.
 
     Returns:
         Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
 
     Raises:
-        InputError: Nothing is found, a file has an extension that is not known, or is there compressed too.
+        InputError: nothing is found, a file has an unknown extension, or a file is also there in compressed form.
     """
     found: dict[str, str | Path] = {}
     for pattern in patterns:
@@ -51,31 +51,31 @@ def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
         if isinstance(path, Path):
             other = plain.setdefault(os.path.realpath(_decompressed(path)), path)
             if other is not path:
-                raise InputError(f"{name}: {other} and {path} would be read both; leave one of them out")
+                raise InputError(f"{name}: {other} and {path} would both be read; leave one of them out")
     return list(found.values())
 
 
 def extension(path: Path) -> str:
-    """Which format a file is in by its name, one of `EXTENSIONS`; empty where that is not known."""
+    """Return the format of a file by its name, one of `EXTENSIONS`; "" if it is unknown."""
     plain = _decompressed(path)
     last = plain.suffix.lower()
     return last if last in EXTENSIONS and not (last == ".parquet" and plain != path) else ""
 
 
 def _decompressed(path: Path) -> Path:
-    """The path without the extension of a compression."""
+    """Return the path without the extension of a compression."""
     return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
 
 
 def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """Short names that tell the files of one pool apart.
+    """Return short names that distinguish the files of one pool.
 
     Args:
-        paths: The files of the pool.
+        paths: files of the pool.
 
     Returns:
-        For each file the name to show (`pool.jsonl`) and the stem of the ids of rows without one (`pool`).
-        Files that share a name get as many parent folders in front as tell them apart.
+        For each file the name to show (`pool.jsonl`) and the stem of generated ids (`pool`). Files with the same name
+        get as many parent folders in front as distinguish them.
     """
     shown = _unique([[path.name] for path in paths], paths)
     stems = _unique([[_decompressed(path).stem, path.name] for path in paths], paths)
@@ -114,7 +114,7 @@ def _folder(folder: Path, name: str) -> list[Path]:
     if (folder / _SAVED_DICT).is_file():
         splits = sorted(child.name for child in folder.iterdir() if (child / _SAVED_DATASET).is_file())
         raise InputError(f"{name}: {folder} holds several splits; name one: {_join(folder, splits)}")
-    # What is no regular file is refused by its reader rather than left out.
+    # Files that are not regular are refused by their reader rather than ignored.
     files = sorted(child for child in folder.iterdir() if _is_data(child) and not child.is_dir())
     if files:
         return files
@@ -125,7 +125,7 @@ def _folder(folder: Path, name: str) -> list[Path]:
 
 
 def _is_data(path: Path) -> bool:
-    """Whether a file of a folder holds examples, by its name."""
+    """Return whether a file in a folder holds examples, by its name."""
     return bool(extension(path)) and path.name not in _DESCRIPTIONS and not path.name.startswith(".")
 
 
@@ -134,7 +134,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a path is a folder written by `datasets.save_to_disk`."""
+    """Return whether a path is a folder written by `datasets.save_to_disk`."""
     return (path / _SAVED_DATASET).is_file()
 
 

@@ -1,7 +1,7 @@
-"""Which turns are not trained on, as data sets say it for other trainers, and rows that data sets mark as bad.
+"""Read which turns are not trained on, and refuse rows that are marked as bad answers.
 
 A turn is left out of the loss by `train`, `training` or `trainable` false (axolotl, verl), `loss` false (ms-swift),
-`loss_mask` 0 (slime) or `weight` 0 (OpenAI, Together, Fireworks). What is finer than a turn is refused.
+`loss_mask` 0 (slime) or `weight` 0 (OpenAI, Together, Fireworks). Masks of parts of a turn are refused.
 """
 
 from __future__ import annotations
@@ -9,27 +9,58 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread
+from iprox.data.messages import BadRowError, Message, is_blank, kind_of, leave_unread
 
-_TRAINS = ("train", "training", "trainable")  # true on a user's turn asks to train on it
+_TRAINS = ("train", "training", "trainable")  # on a user's turn, true asks to train on that turn
 TURN_MASKS = (*_TRAINS, "loss", "loss_mask", "weight")
-"""Keys of a turn, or of a row, that say whether it counts."""
+"""Keys of a turn or a row that say whether it counts in the loss."""
 
 SPANS = "train_detail"
-"""The key under which axolotl's data sets mark parts of a turn."""
+"""Key under which axolotl's data sets mark parts of a turn."""
 
 VERDICTS = ("label", "kto_tag")
-"""Columns of preference data that say whether an answer is a good one (KTO)."""
+"""Columns of preference data that say whether an answer is good (KTO)."""
 
 _YES, _NO = ("true", "yes"), ("false", "no")
 
 
-def counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
+def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
+    """Return the positions of the assistant's turns that do not count in the loss.
+
+    Args:
+        value: turns as in the row.
+        messages: the same turns after reading.
+        key: name of the column.
+
+    Raises:
+        BadRowError: a turn asks for a mask that is not supported.
+    """
+    pairs = zip(value, messages, strict=True)
+    counted = [_counts(item, f"{key}[{index}]", message["role"]) for index, (item, message) in enumerate(pairs)]
+    return frozenset(
+        index for index, message in enumerate(messages) if message["role"] == "assistant" and not counted[index]
+    )
+
+
+def require_assistant(messages: Sequence[Message], key: str, masked: frozenset[int] = frozenset()) -> None:
+    """Refuse a conversation that has nothing to learn from.
+
+    Raises:
+        BadRowError: there is no turn of the assistant, or all of them are masked.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = ", ".join(sorted({message["role"] for message in messages}))
+        raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
+    if all(index in masked for index, message in enumerate(messages) if message["role"] == "assistant"):
+        raise BadRowError(f"every assistant turn of {key} is masked, so nothing is supervised; remove the row")
+
+
+def _counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
     """Return whether a turn of the assistant counts in the loss.
 
     Raises:
-        BadRowError: A key asks for what cannot be done: parts of a turn, a share of its loss, or the loss of a turn
-            that is not the assistant's.
+        BadRowError: a key asks for parts of a turn, for a share of its loss, or for the loss of a turn that is not the
+            assistant's.
     """
     counted = True
     for key in TURN_MASKS:
@@ -47,14 +78,14 @@ def counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
 
 
 def refuse_masked_row(data: Mapping[Any, Any]) -> None:
-    """Refuse a row of which nothing or only a share counts.
+    """Refuse a row that is masked as a whole or in part by a key of `TURN_MASKS`.
 
     Raises:
-        BadRowError: It has a key of `TURN_MASKS` that says so.
+        BadRowError: the row is masked.
     """
     for key in TURN_MASKS:
         value = data.get(key)
-        # Columns of the other names often hold something else: the loss of some model, a split.
+        # Columns with the other names often hold something else: the loss of some model, a split.
         whole = key in ("weight", "loss_mask")
         counted = _verdict(value, key, leave_unread(key)) if whole else _plain_verdict(value)
         if counted is False:
@@ -64,31 +95,31 @@ def refuse_masked_row(data: Mapping[Any, Any]) -> None:
 
 
 def refuse_rejected_row(data: Mapping[Any, Any], *, preference: bool) -> None:
-    """Refuse a row that is labeled as an answer not to give, which no training on good examples takes.
+    """Refuse a row whose answer preference data labels as bad, as iprox selects examples to imitate.
 
     Args:
-        data: The row.
-        preference: Whether the row has the columns of KTO, prompt and completion: then 0 is false.
+        data: row as read from the file.
+        preference: whether the row has the columns of KTO, prompt and completion; then 0 counts as false.
 
     Raises:
-        BadRowError: It is.
+        BadRowError: the answer is labeled as bad.
     """
     for key in VERDICTS:
         value = data.get(key)
         says_no = _plain_verdict(value) is False if preference else value is False or _text(value) in _NO
         if says_no:
             raise BadRowError(
-                f"{key} is {value!r}: preference data marks so an answer not to give; remove the row "
+                f"{key} is {value!r}, which marks a bad answer in preference data; remove the row "
                 f"({leave_unread(key)} where it means something else)"
             )
 
 
 def _verdict(value: Any, what: str, hint: str = "remove it or the row") -> bool | None:
-    """Whether something counts; None where that is not said."""
+    """Return whether a mask says that something counts; None if it says nothing."""
     verdict = _plain_verdict(value)
     if verdict is not None or is_blank(value):
         return verdict
-    if isinstance(value, Sequence) and not isinstance(value, str):  # by token
+    if isinstance(value, Sequence) and not isinstance(value, str):  # mask by token
         if all(_plain_verdict(each) for each in value):
             return True if value else None
         raise BadRowError(f"{what} masks parts, and iprox masks whole turns; {hint}")
@@ -98,7 +129,7 @@ def _verdict(value: Any, what: str, hint: str = "remove it or the row") -> bool 
 
 
 def _plain_verdict(value: Any) -> bool | None:
-    """What a value says if it is true or false, in any of the ways that files write these."""
+    """Return a value as true or false, in any of the ways that files write these; None for any other value."""
     text = _text(value)
     if text in _YES or text in _NO:
         return text in _YES
@@ -114,7 +145,7 @@ def _text(value: Any) -> str | None:
 
 
 def _whole(spans: Any) -> bool:
-    """Whether spans of a turn leave nothing out."""
+    """Return whether the spans of a turn leave nothing out."""
     if is_blank(spans):
         return True
     if isinstance(spans, str) or not isinstance(spans, Sequence):

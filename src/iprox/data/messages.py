@@ -1,4 +1,4 @@
-"""Read the turns of a conversation, with what a chat template renders beside them: tools, calls of them, reasoning."""
+"""Read the turns of a conversation, and what a chat template renders next to them: tools, tool calls, reasoning."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from iprox.data.fields import BadRowError, is_blank, kind_of, leave_unread, text_of, valid
-from iprox.data.masks import counts
-
 Message = dict[str, Any]
-"""One turn: `{"role": ..., "content": ...}`, both text. It may have `REASONING` (text) and `tool_calls` (a list of
-objects; then `content` may be None), and a tool's turn `name` and `tool_call_id`."""
+"""One turn: `{"role": ..., "content": ...}`, both text. It may also have a key of `REASONING` (text) and
+`tool_calls` (a list of objects; then `content` may be None). The turn of a tool may have `name` and `tool_call_id`."""
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Keys of what the assistant thought; transformers gives each to a chat template under the name that it reads."""
+"""Keys of the assistant's reasoning; each is passed to the chat template under its own name."""
 
 THOUGHT, EARLIER, NO_MARK = "reasoning in the content ", "reasoning in the content of earlier turns ", "-"
-"""How `parts_beside` names reasoning that stands in the content, before its two marks."""
+"""How `optional_parts` names reasoning inside the content; its two marks follow."""
 _THOUGHTS = re.compile(
     r"(?P<open><(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>)?"
     r"(?P<said>.*?)"
@@ -27,15 +24,15 @@ _THOUGHTS = re.compile(
 )
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-# What says more than role and content and is not read. To drop it would change the training text.
+# Media is not read. Dropping it silently would change the training text.
 _MEDIA = ("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos")
 UNREAD_ROW_KEYS = ("functions", *_MEDIA)
-"""Columns that say a part of the example which is not read; rows that have one filled are refused."""
+"""Columns whose content is not read; rows where one is filled are refused."""
 _UNREAD_MESSAGE_KEYS = ("function_call", *_MEDIA)
 SYSTEM = ("system", "system_prompt", "system_message")
 """Columns that hold the system turn of a row."""
 _SYSTEM_ROLES = ("system", "developer")
-# Variables that `apply_chat_template` takes for itself, which are the encoder's to set.
+# Arguments of `apply_chat_template` itself, which only the encoder sets.
 _RESERVED = frozenset(
     {
         *("self", "messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt"),
@@ -43,14 +40,60 @@ _RESERVED = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
-_UNREAD_ROLES = ("function_call", "observation")  # of ShareGPT, which chat templates know by other names or not at all
+_UNREAD_ROLES = ("function_call", "observation")  # roles of ShareGPT that chat templates do not know by this name
+
+
+class BadRowError(ValueError):
+    """A row that is not an example; the message is the reason, without file and row number."""
+
+
+def is_blank(value: Any) -> bool:
+    """Return whether a column is empty: null, white space, or the NaN that pandas writes for a missing value."""
+    return (
+        value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, float) and value != value)
+    )
+
+
+def leave_unread(column: str) -> str:
+    """Return the advice on how to leave a column unread, for messages."""
+    return f"--columns {column}= leaves the column unread"
+
+
+def text_of(value: Any, what: str) -> str:
+    """Return a text that is not blank."""
+    if is_blank(value):
+        raise BadRowError(f"{what} is empty")
+    if not isinstance(value, str):
+        raise BadRowError(f"{what} must be text, not {kind_of(value)}")
+    return valid(value, what)
+
+
+def valid(value: str, what: str) -> str:
+    """Return a text that is valid Unicode.
+
+    Lone surrogates stand for bytes that were not UTF-8 (CSV), or come from a broken escape in JSON.
+    """
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadRowError(f"{what} is not valid UTF-8") from None
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """Return the kind of a value in words."""
+    if value is None:
+        return "null"
+    names = {str: "text", int: "a number", float: "a number", bool: "true/false", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def read_messages(value: Any, key: str) -> tuple[Message, ...]:
-    """The turns in one column.
+    """Return the turns in one column.
 
     Raises:
-        BadRowError: It is no list, a turn is malformed, empty, or says what is not read.
+        BadRowError: the column is not a list, or a turn is malformed, empty, or has a part that iprox does not read.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         if value is None:
@@ -61,29 +104,11 @@ def read_messages(value: Any, key: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{key}[{index}]") for index, item in enumerate(value))
 
 
-def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
-    """Return the places of the assistant's turns that do not count in the loss (see `iprox.data.masks`).
-
-    Args:
-        value: The turns as the row has them.
-        messages: The same as they are read.
-        key: The column.
-
-    Raises:
-        BadRowError: A turn asks for what cannot be done.
-    """
-    pairs = zip(value, messages, strict=True)
-    counted = [counts(item, f"{key}[{index}]", message["role"]) for index, (item, message) in enumerate(pairs)]
-    return frozenset(
-        index for index, message in enumerate(messages) if message["role"] == "assistant" and not counted[index]
-    )
-
-
 def system_of(data: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """Return the system turn that a row has in a column of its own: (the column, the text).
+    """Return the system turn that a row has in a separate column, as (column, text); None if there is none.
 
     Raises:
-        BadRowError: It is no text, or two columns say different things.
+        BadRowError: the column is not text, or two columns have different texts.
     """
     given = {column: data[column] for column in SYSTEM if not is_blank(data.get(column))}
     for column, value in given.items():
@@ -99,11 +124,11 @@ def with_system(messages: tuple[Message, ...], system: tuple[str, str] | None) -
     """Return a conversation with the system turn of its row in front, unless it has that turn already.
 
     Args:
-        messages: The turns.
-        system: The column and the text (see `system_of`); None where the row has none.
+        messages: turns of the conversation.
+        system: column and text of the system turn (see `system_of`), or None.
 
     Raises:
-        BadRowError: The conversation has a system turn that says something else.
+        BadRowError: the conversation has a different system turn.
     """
     if system is None:
         return messages
@@ -111,35 +136,21 @@ def with_system(messages: tuple[Message, ...], system: tuple[str, str] | None) -
     given = [message["content"] or "" for message in messages if message["role"] in _SYSTEM_ROLES]
     own = [content for content in given if content.strip()]
     if not own:
-        start = 1 if messages[0]["role"] in _SYSTEM_ROLES else 0  # an empty one
+        start = 1 if messages[0]["role"] in _SYSTEM_ROLES else 0  # replaces an empty system turn
         return ({"role": "system", "content": text}, *messages[start:])
     if not any(text.strip() in content for content in own):
-        raise BadRowError(
-            f"{column} says something else than the system turn of the messages; keep one ({leave_unread(column)})"
-        )
+        raise BadRowError(f"{column} differs from the system turn of the messages; keep one ({leave_unread(column)})")
     return messages
 
 
-def require_assistant(messages: Sequence[Message], key: str, masked: frozenset[int] = frozenset()) -> None:
-    """Refuse a conversation that has nothing to learn from.
-
-    Raises:
-        BadRowError: No turn is the assistant's, or none of these counts.
-    """
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = ", ".join(sorted({message["role"] for message in messages}))
-        raise BadRowError(f"no assistant turn in {key} (roles: {roles})")
-    if all(index in masked for index, message in enumerate(messages) if message["role"] == "assistant"):
-        raise BadRowError(f"every assistant turn of {key} is masked, so nothing is supervised; remove the row")
-
-
 def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a row gives its chat template beside the turns: `tools`, and the variables in `chat_template_kwargs`.
+    """Return the template variables of a row: `tools`, and those in `chat_template_kwargs`.
 
-    As TRL reads them: `tools` is a list of JSON schemas, or that list as JSON; an empty one is none.
+    They are read as TRL reads them: `tools` is a list of JSON schemas, or that list as JSON text; an empty list is the
+    same as none.
 
     Raises:
-        BadRowError: They are malformed, or of a kind that is not read.
+        BadRowError: they are malformed, or the row has a column that iprox does not read.
     """
     for key in UNREAD_ROW_KEYS:
         if _filled(data.get(key)):
@@ -149,7 +160,7 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError):
-            raise BadRowError(f"tools is text, and not JSON ({leave_unread('tools')})") from None
+            raise BadRowError(f"tools is text that is not JSON ({leave_unread('tools')})") from None
     given = data.get("chat_template_kwargs") or {}
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         hint = leave_unread("chat_template_kwargs")
@@ -157,7 +168,7 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
     rendering = dict(given)
     for key in rendering:
         if key in _RESERVED:
-            raise BadRowError(f"chat_template_kwargs has {key!r}, which is not a template's variable of its own")
+            raise BadRowError(f"chat_template_kwargs has {key!r}, which iprox sets itself; remove it")
     if tools:
         rendering["tools"] = _objects(tools, "tools", f" ({leave_unread('tools')})")
     _check_json(rendering, "tools or chat_template_kwargs")
@@ -165,7 +176,7 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def said(message: Message) -> list[tuple[str, str]]:
-    """What a turn says, part by part: (what it is, text). Parts are reasoning, the content and the calls of tools."""
+    """Return the parts of a turn (reasoning, content, tool calls), each as (description, text)."""
     role = message["role"]
     parts = [(f"{role}, reasoning", message[key]) for key in REASONING if key in message]
     if message["content"] or not (parts or "tool_calls" in message):
@@ -176,8 +187,8 @@ def said(message: Message) -> list[tuple[str, str]]:
     return parts
 
 
-def parts_beside(messages: Sequence[Message], rendering: Mapping[str, Any]) -> list[str]:
-    """What a conversation says that a chat template may leave out, as `templates.leaves_out` knows it."""
+def optional_parts(messages: Sequence[Message], rendering: Mapping[str, Any]) -> list[str]:
+    """Return the parts of a conversation that a chat template may leave out, by the names of `templates.leaves_out`."""
     parts = {"tools": None} if "tools" in rendering else {}
     last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     for index, message in enumerate(messages):
@@ -190,9 +201,9 @@ def parts_beside(messages: Sequence[Message], rendering: Mapping[str, Any]) -> l
 
 
 def thought_marks(content: str) -> str:
-    """Return the marks, as `"<think> </think>"`, between which an answer holds its reasoning; "" where it holds none.
+    """Return the marks around the reasoning in an answer, as `"<think> </think>"`; "" if there is no reasoning.
 
-    The first is `NO_MARK` where the reasoning starts with the answer, whose prompt has opened it.
+    The first mark is `NO_MARK` if the prompt has opened the reasoning, so that the answer starts with it.
     """
     if "/" not in content and "<|end_of_thought|>" not in content:
         return ""
@@ -230,7 +241,7 @@ def _message(item: Any, where: str) -> Message:
 
 
 def _filled(value: Any) -> bool:
-    """Whether a column that is not read holds something: a list of nothing, as Arrow fills in, holds nothing."""
+    """Return whether an unread column holds something; empty lists and objects, which Arrow fills in, do not count."""
     if isinstance(value, Mapping):
         return any(_filled(each) for each in value.values())
     if isinstance(value, list | tuple):
@@ -244,8 +255,8 @@ def _content(item: Mapping[Any, Any], where: str, role: str, *, calls: bool) -> 
         content = "".join(_part(part, where) for part in content)
     what = f"content of {where} ({role})"
     if calls and content is None:
-        return None  # as given: a template may ask whether there is a content
-    # Data sets often have an empty system turn in every row; a tool may answer nothing, and a call say nothing.
+        return None  # stays None, as a template may test whether there is content
+    # Data sets often have an empty system turn in every row; tools and turns with tool calls may be empty too.
     if isinstance(content, str) and not content.strip() and (calls or role in ("system", "tool")):
         return valid(content, what)
     return text_of(content, what)

@@ -1,4 +1,4 @@
-"""Read the raw rows of one input as a stream: JSON lines, JSON, Parquet, CSV, a hub dataset, rows in memory."""
+"""Read the raw rows of one input as a stream: JSON lines, JSON, Parquet, CSV, a hub data set, rows in memory."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iprox.data.arrow import json_decoder, unfilled
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.files import not_regular
 
 _CHUNK = 1 << 20
-# Of a JSON array: what is left of a chunk is copied for every element, so a large one costs more than it saves.
+# Characters read of a JSON array at once. The rest of a chunk is copied for every element, so large chunks are slow.
 _ARRAY_CHUNK = 1 << 14
 _PARQUET_ROWS = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST = 64 << 20
-"""Most bytes of one line, after decompression (characters of one element of an array, and of one field of CSV)."""
+"""Most bytes per line, after decompression (characters per element of an array, and per field of CSV)."""
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UTF_32, _UTF_16 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+_Decode = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,9 @@ class Record:
 
     Attributes:
         row: 1-based row; the line in JSON lines, the data row (header not counted) in CSV.
-        data: The row as read; None when it could not be read.
-        error: Why it could not be read.
-        line: The bytes of the row with its line end; None where the input has no lines of JSON.
+        data: row as read; None if it could not be read.
+        error: reason why it could not be read.
+        line: bytes of the row with its line end; None if the input is not JSON lines.
     """
 
     row: int
@@ -59,11 +61,11 @@ class Reader:
     """One re-readable input.
 
     Attributes:
-        label: The name to show in messages.
-        stem: Start of the ids of rows that have none.
-        file: The path or address, as recorded; None for rows in memory.
-        path: The local file whose bytes are the fingerprint; None where the rows are fingerprinted.
-        records: Starts a new pass over the rows.
+        label: name to show in messages.
+        stem: start of generated ids.
+        file: path or address, as recorded; None for rows in memory.
+        path: local file whose bytes are the fingerprint; None if the rows themselves are fingerprinted.
+        records: function that starts a new pass over the rows.
     """
 
     label: str
@@ -74,18 +76,17 @@ class Reader:
 
 
 def open_file(path: Path, label: str, stem: str) -> Reader:
-    """Make the reader of one local file, compressed or not, by its extension.
+    """Return the reader of one local file, compressed or not, by its extension.
+
+    The file is opened when `records()` is iterated.
 
     Args:
-        path: The file.
-        label: Name for messages.
-        stem: Start of generated ids.
-
-    Returns:
-        The reader. The file is opened when `records()` is iterated.
+        path: file to read.
+        label: name for messages.
+        stem: start of generated ids.
 
     Raises:
-        InputError: It is not a regular file: to read a pipe or a device may never end, and iprox reads more than once.
+        InputError: it is not a regular file. Reading a pipe or a device may never end, and iprox reads more than once.
     """
     if irregular := not_regular(path):
         raise InputError(f"{path}: {irregular}")
@@ -94,37 +95,31 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
 
 
 def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None, *, arrow: bool = False) -> Reader:
-    """Make the reader of rows that are in memory or come from `datasets`.
+    """Return the reader of rows that are in memory or come from `datasets`.
 
     Args:
-        rows: Something that can be iterated more than once.
-        label: Name for messages.
-        stem: Start of generated ids.
-        file: The path or address, where there is one.
-        arrow: Whether they are of `datasets`, which keeps them in Arrow (see `unfilled`).
-
-    Returns:
-        The reader.
+        rows: iterable that can be iterated more than once.
+        label: name for messages.
+        stem: start of generated ids.
+        file: path or address, if there is one.
+        arrow: whether the rows come from `datasets`, which keeps them in Arrow (see `_unfilled`).
     """
 
     def records() -> Iterator[Record]:
         for row, data in enumerate(rows, start=1):
-            yield Record(row, unfilled(data) if arrow else data)
+            yield Record(row, _unfilled(data) if arrow else data)
 
     return Reader(label, stem, file, None, records)
 
 
 def open_hub(address: str) -> Reader:
-    """Make the reader of a dataset on the Hugging Face Hub, streamed.
+    """Return the reader of a data set on the Hugging Face Hub, streamed.
 
     Args:
         address: `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`; the split is `train` unless given.
 
-    Returns:
-        The reader.
-
     Raises:
-        InputError: The address is malformed, or the dataset cannot be opened.
+        InputError: the address is malformed, or the data set cannot be opened.
     """
     import datasets
 
@@ -137,21 +132,18 @@ def open_hub(address: str) -> Reader:
     try:
         rows = datasets.load_dataset("/".join(parts[:2]), config, split=split, streaming=True)
     except Exception as error:  # the hub client raises its own, requests', httpx' and fsspec's errors
-        raise InputError(f"{address}: cannot be opened: {_first_line(error)}") from error
+        raise InputError(f"{address}: cannot be opened: {one_line(error)}") from error
     stem = "-".join([*parts, split])
     return open_rows(rows, address, stem, address, arrow=True)
 
 
 def open_saved(folder: Path, label: str, stem: str) -> Reader:
-    """Make the reader of a folder written by `datasets.save_to_disk`; its rows stay on disk.
+    """Return the reader of a folder written by `datasets.save_to_disk`; its rows stay on disk.
 
     Args:
-        folder: The folder.
-        label: Name for messages.
-        stem: Start of generated ids.
-
-    Returns:
-        The reader.
+        folder: folder to read.
+        label: name for messages.
+        stem: start of generated ids.
 
     Raises:
         InputError: `datasets` cannot read the folder.
@@ -161,19 +153,15 @@ def open_saved(folder: Path, label: str, stem: str) -> Reader:
     try:
         rows = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise InputError(f"{folder}: not a readable saved dataset: {_first_line(error)}") from error
+        raise InputError(f"{folder}: not a readable saved dataset: {one_line(error)}") from error
     return open_rows(rows.with_format(None), label, stem, str(folder), arrow=True)
 
 
 def hash_file(digest: hashlib.blake2b, path: Path) -> None:
-    """Add a file's name and bytes to a hash.
-
-    Args:
-        digest: The hash to update.
-        path: The file.
+    """Add the name and bytes of a file to a hash.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: the file cannot be read.
     """
     try:
         digest.update(f"{path.name}\0{os.path.getsize(path)}\0".encode())
@@ -185,24 +173,24 @@ def hash_file(digest: hashlib.blake2b, path: Path) -> None:
 
 
 def json_line(data: Mapping[str, Any], origin: str) -> bytes:
-    """Write one row as a line of JSON.
+    """Return one row as a line of JSON.
 
     Args:
-        data: The row.
-        origin: File and row for messages.
+        data: row as read.
+        origin: file and row for messages.
 
     Returns:
-        UTF-8 bytes that end with a newline; NaN and infinities are null, as pandas writes them. Dates, decimals, UUIDs
-        and durations are text.
+        UTF-8 bytes that end with a newline. NaN and infinities become null, as in pandas; dates, decimals, UUIDs and
+        durations become text.
 
     Raises:
-        InputError: A column holds what JSON cannot (bytes, images).
+        InputError: a column holds something that JSON cannot hold (bytes, images).
     """
     dumps = functools.partial(json.dumps, default=_plain, allow_nan=False)
     try:
         try:
             text = dumps(data, ensure_ascii=False)
-        except ValueError:  # JSON has no word for NaN and infinity
+        except ValueError:  # NaN or infinity, which JSON does not have
             data = _finite(data)
             text = dumps(data, ensure_ascii=False)
         try:
@@ -214,18 +202,18 @@ def json_line(data: Mapping[str, Any], origin: str) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form of, as text or as what it holds."""
+    """Return a value that JSON does not have as text, a list or a number."""
     if hasattr(value, "isoformat"):  # dates and times
         return value.isoformat()
     if isinstance(value, Decimal | uuid.UUID | datetime.timedelta):
         return str(value)
-    if hasattr(value, "tolist"):  # arrays and numbers of NumPy
+    if hasattr(value, "tolist"):  # NumPy arrays and numbers
         return value.tolist()
     raise TypeError(type(value).__name__)
 
 
 def _unwritable(data: Mapping[str, Any]) -> str:
-    """Which column of a row JSON cannot hold, and why."""
+    """Return which column of a row JSON cannot hold, and why."""
     for column, value in data.items():
         try:
             json.dumps({column: value}, default=_plain)
@@ -249,14 +237,14 @@ def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
         _require_readable(path)
         yield from records
     except OSError as error:
-        mend = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}{mend}") from error
+        hint = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
     except pa.ArrowException as error:
-        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
+        raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """A file's bytes, decompressed on the way; a compressed one that ends too early is an `OSError`."""
+    """Open a file for its decompressed bytes; reading a compressed file that ends too early raises OSError."""
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         return path.open("rb")
@@ -268,24 +256,22 @@ def _text(path: Path, newline: str | None = None) -> IO[str]:
 
 
 def _require_readable(path: Path) -> None:
-    """Refuse what is there in place of a file, and files in an encoding that is not read."""
+    """Refuse placeholders of Git LFS, and files that are not UTF-8."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise InputError(
-                f"{path}: is a Git LFS pointer, not the file that it stands for; run git lfs pull in its repository"
-            )
+            raise InputError(f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
     if extension(path) == ".parquet":
         return
     with _opened(path) as file:
         head = file.read(4)
     for marks, name in ((_UTF_32, "UTF-32"), (_UTF_16, "UTF-16")):
-        # Without a byte order mark: a character of ASCII is two bytes there, one of them 0.
+        # Without a byte order mark: an ASCII character is two bytes in UTF-16, one of them 0.
         if head.startswith(marks) or (name == "UTF-16" and len(head) == 4 and sorted(head[:2])[0] == 0 < max(head[:2])):
             raise InputError(f"{path}: is {name}, and iprox reads UTF-8; convert it: iconv -f {name} -t UTF-8 IN > OUT")
 
 
 def _lines(file: IO[Any], path: Path) -> Iterator[Any]:
-    """The lines of a file, none of which is too long to be held."""
+    """Yield the lines of a file, and refuse lines that are too long to be held in memory."""
     while line := file.readline(LONGEST + 1):
         if len(line) > LONGEST:
             raise InputError(_too_long(path, "a line"))
@@ -293,16 +279,16 @@ def _lines(file: IO[Any], path: Path) -> Iterator[Any]:
 
 
 def _too_long(path: Path, what: str) -> str:
-    return f"{path}: {what} is longer than {LONGEST >> 20} MB, the most that is read of one; split it or leave it out"
+    return f"{path}: {what} is longer than {LONGEST >> 20} MB, the most that iprox reads; split it or leave it out"
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
     with _opened(path) as file:
         first = True
-        # Bytes, not text: `write_rows` copies lines byte for byte, and only "\n" ends a line of JSON.
+        # Bytes, not text, as `write_rows` copies lines byte for byte and only "\n" ends a line of JSON.
         for row, line in enumerate(_lines(file, path), start=1):
             if row == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)  # which belongs to the file's start, not to the row
+                line = line.removeprefix(_BYTE_ORDER_MARK)  # belongs to the file, not to the row
             if line.isspace():
                 continue
             try:
@@ -321,7 +307,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 
 def _require_lines(path: Path) -> None:
-    """Say that a file whose first line is no object is an array, or has its objects over several lines."""
+    """Refuse a file of JSON lines that is in fact an array, or has its objects over several lines."""
     with _opened(path) as file:
         head = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"["):
@@ -331,7 +317,7 @@ def _require_lines(path: Path) -> None:
     try:
         _, end = json.JSONDecoder().raw_decode(head.decode(errors="replace"))
     except (ValueError, RecursionError):
-        # An object that does not end in what was read looks like this too.
+        # An object that does not end within the bytes read fails too.
         broken = head.startswith(b"{") and head[1:].lstrip(b" \t\r").startswith(b"\n") and len(head) > _CHUNK // 2
     else:
         broken = b"\n" in head.decode(errors="replace")[:end].encode()
@@ -343,7 +329,7 @@ def _require_lines(path: Path) -> None:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """A JSON array read object by object; a `.json` file that starts with an object holds JSON lines."""
+    """Read a JSON array element by element; a `.json` file that starts with an object holds JSON lines."""
     with _opened(path) as file:
         head = file.read(_CHUNK).removeprefix(_BYTE_ORDER_MARK).lstrip()
     if head.startswith(b"{"):
@@ -357,6 +343,8 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _json_array(file: Any, path: Path) -> Iterator[Record]:
+    # Not ijson: it refuses NaN and integers over 64 bits, turns lone surrogates into "?", stops the whole file at a
+    # character that is not UTF-8, and its memory for nested brackets is not limited.
     decode = json.JSONDecoder().raw_decode
     buffer, row, separator, size = "", 0, "[", _ARRAY_CHUNK
 
@@ -364,8 +352,8 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
         buffer = buffer.lstrip()
         if buffer[:1] == "]" and separator == ",":
             break
-        # One value needs its separator, the value, and the character after it: without that last one a number
-        # or an object cut at the end of the buffer could look whole.
+        # A value is complete with its separator and the character after it: without the latter, a number that is cut
+        # at the end of the buffer could look whole.
         try:
             if not buffer.startswith(separator):
                 if buffer:
@@ -385,7 +373,7 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
                 raise InputError(_too_long(path, f"element {row + 1}")) from error
             chunk = file.read(min(size, LONGEST))
             if not chunk:
-                # The decoder counts from the buffer, so its position would mislead.
+                # The decoder counts from the start of the buffer, so its position would mislead.
                 fault = error.msg if isinstance(error, json.JSONDecodeError) else _json_fault(error)
                 raise InputError(f"{path}: not JSON at element {row + 1}: {fault}") from error
             buffer += chunk
@@ -401,15 +389,58 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
 
 def _parquet(path: Path) -> Iterator[Record]:
     row = 0
-    # Streams the column chunks; without both settings a whole row group is read at once.
+    # Streams the column chunks; without these two settings a whole row group is read at once.
     with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
-        decode = json_decoder(file.schema_arrow)
+        decode = _json_decoder(file.schema_arrow)
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for data in batch.to_pylist():
                 row += 1
-                # Nulls go first: those within a column of JSON are the user's own.
-                data = unfilled(data)
+                # Nulls are removed before decoding: those inside a JSON column are the user's own.
+                data = _unfilled(data)
                 yield Record(row, decode(data) if decode else data)
+
+
+def _unfilled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row without the nulls inside its columns; the columns themselves stay.
+
+    In Arrow all objects of a column have the same keys, with null for those that an object did not have: the schemas of
+    two tools would each hold the parameters of both. TRL advises removing these nulls (`remove_none_values`).
+    """
+    return {key: _without_nulls(value) for key, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _json_decoder(schema: pa.Schema) -> _Decode | None:
+    """Return a function that decodes the columns of Arrow's JSON type in a row; None if there is no such column.
+
+    `datasets` writes this type for objects of mixed types.
+    """
+    decoders = {field.name: decode for field in schema if (decode := _decoder(field.type)) is not None}
+    if not decoders:
+        return None
+    return lambda row: {key: decoders[key](value) if key in decoders else value for key, value in row.items()}
+
+
+def _decoder(kind: pa.DataType) -> _Decode | None:
+    if isinstance(kind, pa.JsonType):
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        inner = {field.name: decode for field in fields if (decode := _decoder(field.type)) is not None}
+        if inner:
+            return lambda value: (
+                value and {key: inner[key](each) if key in inner else each for key, each in value.items()}
+            )
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        item = _decoder(kind.value_type)
+        if item is not None:
+            return lambda value: value and [item(each) for each in value]
+    return None
 
 
 def _csv(path: Path) -> Iterator[Record]:
@@ -432,8 +463,4 @@ def _csv(path: Path) -> Iterator[Record]:
 def _json_fault(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "nested too deep" if isinstance(error, RecursionError) else one_line(error)

@@ -1,4 +1,4 @@
-"""Choose the chat template, and with it the rule that says which tokens are supervised."""
+"""Choose the chat template, and with it the rule that decides which tokens are supervised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jinja2 import TemplateSyntaxError
 from trl.chat_template_utils import get_training_chat_template
 
 from iprox.data.messages import EARLIER, NO_MARK, REASONING, THOUGHT
-from iprox.data.rendering import RENDERING_ERRORS, RenderingTimeError, limited
+from iprox.data.template_limits import RENDERING_ERRORS, RenderingTimeError, limited
 from iprox.errors import InputError
 from iprox.files import expanded, not_regular
 
@@ -27,10 +27,10 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The named default that `--chat-template chatml` asks for."""
+"""The template named by `--chat-template chatml`."""
 
 GIVEN = "the chat template given"
-"""The origin of a template that is given as Jinja source."""
+"""Origin of a template that is given as Jinja source."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -44,9 +44,9 @@ class TemplateChoice:
         rule: `"generation"` (the template marks what the assistant generates), `"trl"` (TRL's training variant
             of the tokenizer's template, which marks it too), `"boundary"` (exact text boundaries of the
             assistant turns) or `"none"` (no template; only plain text can be encoded).
-        describe: One sentence for people and for `run.json`.
-        warnings: What the user should know about these labels.
-        origin: Where the template is from, for messages.
+        describe: sentence about the rule, for messages and `run.json`.
+        warnings: warnings about the labels.
+        origin: origin of the template, for messages.
     """
 
     template: str | None
@@ -60,15 +60,15 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
     """Choose the template and the rule for labels, as TRL's `SFTTrainer(assistant_only_loss=True)` does.
 
     Args:
-        tokenizer: A fast tokenizer.
-        chat_template: Overrides the tokenizer's own: `"chatml"`, Jinja source, or the path of a file of it.
+        tokenizer: fast tokenizer.
+        chat_template: replacement for the tokenizer's own: `"chatml"`, Jinja source, or the path of a file.
 
     Returns:
-        The choice. Where TRL knows no training template it would refuse; then the rule is `"boundary"`.
+        The choice. Its rule is `"boundary"` where TRL has no training template and would refuse.
 
     Raises:
-        InputError: `chat_template` is none of the three, the tokenizer has named templates without a default,
-            or the template is no Jinja, takes too long or loses the messages' text.
+        InputError: `chat_template` is none of the three, the tokenizer has several named templates but no default, or
+            the template is not valid Jinja, takes too long or loses the text of messages.
     """
     template, origin = _given(tokenizer, chat_template)
     warnings: list[str] = []
@@ -76,7 +76,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
         return TemplateChoice(None, "none", "no chat template: plain text only")
     if chat_template == "chatml" and len(_ids(tokenizer, "<|im_end|>")) > 1:
         warnings.append(
-            "the ChatML end-of-turn mark <|im_end|> is not one token of this tokenizer; it is written with several"
+            "the ChatML end-of-turn mark <|im_end|> is not a single token of this tokenizer; it is written as several"
         )
     try:
         with limited():
@@ -106,19 +106,19 @@ def _choice(tokenizer: Any, template: str, origin: str, warnings: list[str]) -> 
 
 
 def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
-    """Whether a template leaves something out of its text, as far as made-up conversations can tell.
+    """Return whether a template leaves out a part of a conversation, tested on artificial conversations.
 
-    One that it refuses to render is not left out: it will refuse the rows too, and name them.
+    A part that the template refuses to render is not left out: the template will refuse rows with it too.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: tokenizer of transformers.
         template: Jinja source.
-        part: `"tools"`, `"tool_calls"`, one of `REASONING`, `THOUGHT` with the marks that the reasoning has in the
-            content (see `messages.thought_marks`), `EARLIER` with them for turns before the last of the assistant, or
-            `"role ROLE"` for turns of that role.
+        part: `"tools"`, `"tool_calls"`, one of `REASONING`, `THOUGHT` followed by the marks of the reasoning in the
+            content (see `messages.thought_marks`), `EARLIER` followed by these marks for turns before the last one of
+            the assistant, or `"role ROLE"` for turns of that role.
 
     Raises:
-        RenderingTimeError: The template takes too long.
+        RenderingTimeError: the template takes too long.
     """
     mark = "q31415926"  # letters and digits that no template changes
     answer: dict[str, Any] = {"role": "assistant", "content": "x"}
@@ -135,7 +135,7 @@ def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
         turns = [call]
     elif part in REASONING:
         answer[part] = call[part] = mark
-        # Some templates show what was thought before a call only.
+        # Some templates show the reasoning only before a tool call.
         turns = [answer, {"role": "user", "content": "x"}, call]
     elif part.startswith((THOUGHT, EARLIER)):
         opening, closing = part.removeprefix(THOUGHT).removeprefix(EARLIER).split()[-2:]
@@ -181,18 +181,18 @@ def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
 
 def _training_template(tokenizer: Any, template: str) -> str | None:
     if tokenizer.chat_template != template:
-        tokenizer = copy.copy(tokenizer)  # TRL reads the template from the tokenizer; the caller's stays as it is
+        tokenizer = copy.copy(tokenizer)  # TRL reads the template from the tokenizer; the caller's copy does not change
         tokenizer.chat_template = template
     try:
         return get_training_chat_template(tokenizer)
     except RENDERING_ERRORS:
-        # ValueError is TRL's "not known"; the others come from the template that refuses TRL's probe messages.
+        # TRL raises ValueError for unknown templates; other errors come from templates that refuse TRL's test messages.
         return None
 
 
 def _require_content(tokenizer: Any, template: str, origin: str) -> None:
-    # Templates of multimodal processors go through the parts of a content and render nothing for a string.
-    # Digits, because a template may change letters (upper case) but not these.
+    # Templates of multimodal processors loop over the parts of a content and render nothing for a string.
+    # The test texts are digits because a template may change letters (to upper case).
     asked, answered = "31415926", "27182818"
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     try:
@@ -200,11 +200,11 @@ def _require_content(tokenizer: Any, template: str, origin: str) -> None:
     except TemplateSyntaxError as error:
         raise InputError(f"{origin}, line {error.lineno}: not valid Jinja: {error.message}") from error
     except RENDERING_ERRORS:
-        return  # `encode` names the row if the template refuses real ones too
+        return  # `encode` names the row if the template refuses real messages too
     if asked not in text or answered not in text:
         raise InputError(
             f"{origin} leaves out the text of messages (is it made for images?); "
-            "give one for text: --chat-template chatml (or a Jinja file)"
+            "use one for text: --chat-template chatml (or a Jinja file)"
         )
 
 
@@ -219,7 +219,7 @@ def _stop_is_supervised(tokenizer: Any, template: str) -> bool:
             return_assistant_tokens_mask=True,
         )
     except RENDERING_ERRORS:
-        return True  # the template refuses the probe; `encode` names the row if it refuses real ones too
+        return True  # the template refuses the test messages; `encode` names the row if it refuses real ones too
     kept = [token for token, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     return len(tokenizer.decode(kept).strip()) > 1  # more than the "x"
 

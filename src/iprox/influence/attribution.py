@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from iprox.data import ChatEncoder, Example, iter_batches
-from iprox.data.pieces import token_pieces
+from iprox.data.tokens import token_pieces
 from iprox.influence.estimators import BatchScorer
 from iprox.influence.scores import TASK_PREFIX
 

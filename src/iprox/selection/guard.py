@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from iprox.data.lengths import Lengths, ValidationLengths
+from iprox.data.tokens import Lengths, ValidationLengths
 from iprox.influence.scores import scores_metadata, supervised_column, task_names
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.settings import GRADIENT_FREE, SelectSection

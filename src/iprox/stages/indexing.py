@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
-from iprox.data.lengths import ValidationLengths
+from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
 from iprox.files import replacing
 from iprox.influence.estimators import ApartQuery

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.data import ChatEncoder, Encoded, Pool
-from iprox.data.lengths import ValidationLengths
+from iprox.data.tokens import ValidationLengths
 from iprox.influence.gradient_free import Corpus
 from iprox.influence.prefetch import prefetching_engine
 from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats

@@ -1,0 +1,158 @@
+"""The tokens and labels of one example, cut to a length; how many tokens are supervised; tokens as text again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from iprox.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+"""The label of a token that carries no loss (Hugging Face's convention)."""
+
+VALIDATION_LENGTHS = "validation_supervised"
+"""The key of `ValidationLengths` in the metadata of a scores file."""
+
+# What a decoder gives for bytes that are not a whole character.
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+# Most tokens per character, which has at most four bytes; a token that stays broken for longer is broken itself.
+_TOKENS_PER_CHARACTER = 4
+
+
+class RefusedRowError(InputError):
+    """The chat template cannot render one row, or the assistant's tokens in it cannot be identified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The tokens of one example.
+
+    Attributes:
+        input_ids: int32 [L].
+        labels: int32 [L], the token id where it is supervised and -100 elsewhere; not shifted.
+        truncated: whether tokens were cut to fit the longest length.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    truncated: bool
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens with a loss. Position 0 has none, as no token comes before it to predict it."""
+        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+
+
+def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
+    """Cut an example to `max_length` tokens, keeping the answer.
+
+    First the unsupervised tokens after the last supervised one are cut, then tokens from the left. If the last answer
+    (the last run of supervised tokens) is itself too long, its first `max_length` tokens are kept.
+
+    Args:
+        ids: int32 [L].
+        labels: int32 [L], -100 where not supervised.
+        max_length: longest length in tokens.
+    """
+    if len(ids) <= max_length:
+        return Encoded(ids, labels, False)
+    places = np.flatnonzero(labels != IGNORE)
+    last = int(places[-1]) if places.size else len(ids) - 1
+    start = max(last + 1, max_length) - max_length
+    if places.size:
+        gaps = np.flatnonzero(np.diff(places) > 1)
+        answer = int(places[gaps[-1] + 1]) if gaps.size else int(places[0])
+        start = min(start, answer)
+    return Encoded(ids[start : start + max_length].copy(), labels[start : start + max_length].copy(), True)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Quantiles of the number of supervised tokens per example.
+
+    Attributes:
+        low: the 10th percentile.
+        median: the 50th.
+        high: the 90th.
+    """
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, supervised: np.ndarray | Iterable[int]) -> Lengths | None:
+        """Return the quantiles of the counts that are not 0; None if there is none.
+
+        Examples without a supervised token are left out because nothing is trained on them.
+        """
+        counts = np.asarray(supervised if isinstance(supervised, np.ndarray) else list(supervised))
+        counts = counts[counts > 0]
+        if not len(counts):
+            return None
+        return cls(*(float(each) for each in np.quantile(counts, (0.1, 0.5, 0.9))))
+
+    def as_dict(self) -> dict[str, float]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationLengths:
+    """Lengths of the validation examples of each task, and of all tasks together."""
+
+    tasks: Mapping[str, Lengths]
+    together: Lengths | None
+
+    @classmethod
+    def of(cls, validation: Mapping[str, Sequence[Encoded]]) -> ValidationLengths:
+        """Return the lengths of encoded validation examples, given by task."""
+        counts = {task: [example.supervised for example in examples] for task, examples in validation.items()}
+        found = {task: Lengths.of(each) for task, each in counts.items()}
+        known = {task: each for task, each in found.items() if each is not None}
+        return cls(known, Lengths.of(count for each in counts.values() for count in each))
+
+    def as_metadata(self) -> dict[str, Any]:
+        """Return the lengths as an entry for the metadata of a scores file."""
+        together = self.together and self.together.as_dict()
+        kept = {"tasks": {task: each.as_dict() for task, each in self.tasks.items()}, "together": together}
+        return {VALIDATION_LENGTHS: kept}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> ValidationLengths | None:
+        """Return the lengths in the metadata of a scores file; None if it has none, as in older files."""
+        kept = metadata.get(VALIDATION_LENGTHS)
+        if kept is None:
+            return None
+        tasks = {task: Lengths(**each) for task, each in kept["tasks"].items()}
+        return cls(tasks, kept["together"] and Lengths(**kept["together"]))
+
+
+def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, such that the concatenated pieces are the whole text.
+
+    Decoded one by one, tokens of SentencePiece lose their spaces, and parts of a character are not text. So each token
+    is decoded after the one before it. Where several tokens form one character, the last one gets the character and
+    the others get "".
+    """
+
+    def text(start: int, end: int) -> str:
+        return str(tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False))
+
+    pieces: list[str] = []
+    start, done = 0, 0  # the context is ids[start:done], the last token with a text of its own and those before it
+    for end in range(1, len(ids) + 1):
+        before = text(start, done) if done else ""
+        after = text(start, end)
+        if after.endswith(_BROKEN) and end - done < _TOKENS_PER_CHARACTER and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(after[len(before) :])
+        start, done = done, end
+    return pieces
