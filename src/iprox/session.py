@@ -83,7 +83,7 @@ class Session:
             where = resolve_device(device)
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:
-            raise InputError(f"--device {device}: not usable here ({one_line(error)}); try --device cpu") from error
+            raise InputError(f"device {device}: not usable here ({one_line(error)}); try --set device=cpu") from error
         # The cores of a CPU have the model to run; an accelerator leaves them free, and outruns one core's tokenizer.
         ahead = 0 if where.type == "cpu" else min(MOST_AHEAD, (os.cpu_count() or 1) - 1)
         return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
@@ -124,7 +124,7 @@ class Session:
             if not out_of_memory(error):
                 raise
             raise InputError(
-                f"not enough memory on {self.device} ({one_line(error)}); --batch-tokens "
+                f"not enough memory on {self.device} ({one_line(error)}); --set batch_tokens="
                 f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}); a training "
                 "needs less with a smaller batch_size (and accumulate) or lora; iprox plan says what each stage needs"
             ) from error

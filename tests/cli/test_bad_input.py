@@ -59,7 +59,7 @@ def test_bad_rows_stop_and_are_listed(place, run):
     place.pool.write_text('{"text": ""}\nnot json\n' + place.pool.read_text() + '{"no": "format"}\n')
     said = run(lines=4)
     assert "3 of 203 rows are bad" in said
-    assert "--on-bad-row skip" in said
+    assert "--set data.on_bad_row=skip" in said
     for row in (1, 2, 203):
         assert f"pool.jsonl:{row}: " in said
 
@@ -175,7 +175,7 @@ def test_model_with_pickled_weights_only(broken, run):
 
 def test_tokenizer_without_chat_template(broken, run, place):
     (broken / "chat_template.jinja").unlink()
-    assert "--chat-template chatml" in run()
+    assert "--set data.chat_template=chatml" in run()
     assert place.run(*OFF, "data.chat_template=chatml") == 0
     assert "ChatML" in place.record()["stages"]["data"]["labels"]
 
@@ -352,9 +352,15 @@ def test_fine_tuning_a_proxy(finished, tmp_path, refused):
 
 def test_options_out_of_range_are_named(finished, model, tmp_path, refused):
     options = ["--model", model, "--output", tmp_path / "out"]
-    assert "--sparsity 1.5: " in refused(*single(finished, "compress", *options, "--sparsity=1.5"))
-    assert "--fraction 0.0: " in refused(*single(finished, "warmup", *options, "--fraction=0"))
-    assert "--learning-rate -1.0: " in refused(*single(finished, "finetune", *options, "--learning-rate=-1"))
+    assert "--sparsity: input should be less than 1 (given: 1.5)" in refused(
+        *single(finished, "compress", *options, "--sparsity=1.5")
+    )
+    assert "--fraction: input should be greater than 0" in refused(
+        *single(finished, "warmup", *options, "--fraction=0")
+    )
+    assert "--learning-rate: input should be greater than 0" in refused(
+        *single(finished, "finetune", *options, "--learning-rate=-1")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -381,7 +387,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finish
         folder = tmp_path / name.partition(".")[0]
         folder.mkdir()
         (folder / name).write_text("mine")
-        assert f"{folder}: exists already" in refused(*command, "--quiet", "--output", folder)
+        assert f"{folder}: exists already" in refused(*command, "--output", folder)
         assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(name, "mine")]
 
 
@@ -449,7 +455,9 @@ def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
     files = ["--pool", finished.pool, "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     files += ["--model", finished.output / "aligned", "--output", tmp_path / "out"]
     assert "does not say how it was scored" in refused("refine", "--scores", tmp_path, *files)
-    assert "--candidates 1.5" in refused("refine", "--scores", finished.output, *files, "--candidates=1.5")
+    assert "--candidates: input should be less than 1" in refused(
+        "refine", "--scores", finished.output, *files, "--candidates=1.5"
+    )
     assert not (tmp_path / "out").exists()
 
 

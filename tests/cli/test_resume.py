@@ -245,7 +245,8 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     options = ["proxy=false", "audit=false", "warmup.fraction=0.06", f"data.chat_template={template}"]
     said = refused("run", place.recipe, "--quiet", "--set", *options)
     assert (
-        f"pool.jsonl:{row + 1}: the chat template {template} refuses this row: not this one (--on-bad-row skip" in said
+        f"pool.jsonl:{row + 1}: the chat template {template} refuses this row: not this one (--set data.on_bad_row=skip"
+        in said
     )
     assert place.run("--set", *options, "data.on_bad_row=skip") == 0
     assert place.done() == ["score", "select", "attribute", "report"]

@@ -281,7 +281,7 @@ def test_without_a_template_messages_are_refused_and_a_default_is_offered(tmp_pa
     encoder = ChatEncoder(bare, 100)
     assert (encoder.mode, encoder.chat_template) == ("none", None)
     assert len(encode(encoder, {"text": "plain"})) == 1
-    with pytest.raises(InputError, match=r"row:1: .*no chat template; name one: --chat-template chatml"):
+    with pytest.raises(InputError, match=r"row:1: .*no chat template; name one: --set data.chat_template=chatml"):
         encode(encoder, TWO_TURNS)
 
     file = tmp_path / "t.jinja"
@@ -581,7 +581,7 @@ def test_answers_without_reasoning_are_taken_as_they_are(content):
 def test_tools_that_the_turns_say_already_can_be_left_unread():
     said = f"You may call <tools>{json.dumps(TOOLS)}</tools>"
     row = {**chat(("system", said), ("user", "Q"), ("assistant", "A")), "tools": json.dumps(TOOLS)}
-    with pytest.raises(InputError, match=r"has tools, .*leave the column unread if .* \(--columns tools=\)"):
+    with pytest.raises(InputError, match=r"has tools, .*leave the column unread if .* \(--set data.columns.tools=\)"):
         encode(BY_MARK, row)
     (left,) = BY_MARK.encode(list(Pool([row], columns={"tools": None})))
     assert supervised_text(left) == "A<|im_end|>"

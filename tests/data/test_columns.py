@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from iprox.cli.options import columns_of
 
 from iprox.data import Pool
 from iprox.data.formats import Columns
 from iprox.errors import InputError
 from iprox.progress import Reporter
+from iprox.recipe import parse_settings
 from iprox.session import Session
 from iprox.settings import DataSection
 
@@ -97,7 +97,7 @@ def test_what_names_nothing_is_refused(columns, said):
 
 
 def test_a_row_of_no_known_format_is_told_of_columns():
-    with pytest.raises(InputError, match=r"'instruction', 'context', .*name your .*--columns output=response"):
+    with pytest.raises(InputError, match=r"'instruction', 'context', .*name your .*--set data.columns.output=response"):
         Pool(DOLLY).scan()
 
 
@@ -139,6 +139,8 @@ def test_what_a_row_is_read_as_instead_is_warned_of_once(recwarn):
 
 
 def test_columns_are_left_unread_by_the_command_line_and_the_recipe():
-    assert columns_of(["source=", "output=response"]) == {"source": "", "output": "response"}
+    overrides = ["data.columns.source=", "data.columns.output=response"]
+    settings = parse_settings({}, overrides, {})
+    assert settings.data.columns == {"source": "", "output": "response"}
     data = DataSection(pool=["a"], validation={"t": "b"}, columns={"source": None, "output": "response"})
     assert data.model_dump(mode="json", exclude_none=True)["columns"] == {"source": "", "output": "response"}

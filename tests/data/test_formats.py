@@ -84,13 +84,14 @@ def test_a_system_column_is_the_first_turn(column, turns):
 
 def test_a_system_column_that_says_something_else_is_refused():
     own = {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]}
-    refused({**own, "system_prompt": "Rhyme."}, "system_prompt differs from the system turn .*--columns sys")
+    refused({**own, "system_prompt": "Rhyme."}, "system_prompt differs from the system turn .*data.columns.system_prompt=")
     refused(
         {**own, "messages": [{**own["messages"][0], "role": "developer"}, ASSISTANT], "system": "R"}, "system differs"
     )
     refused({"messages": [USER, ASSISTANT], "system": "a", "system_prompt": "b"}, "system and system_prompt say diff")
     refused(
-        {"messages": [USER, ASSISTANT], "system": [{"text": "a"}]}, "system must be text, not a list .*--columns sy"
+        {"messages": [USER, ASSISTANT], "system": [{"text": "a"}]},
+        "system must be text, not a list .*--set data.columns.sy",
     )
     refused({"prompt": "P", "completion": "C", "system": "Rhyme."}, "has 'system', which prompt does not contain")
     refused({"text": "T", "system": "Rhyme."}, "has 'system', which text does not contain")
@@ -120,7 +121,8 @@ def test_a_turn_that_is_masked_does_not_count(key, value):
     refused({"messages": turns[:2]}, "every assistant turn of messages is masked")
     refused({"prompt": [USER], "completion": [turns[1]]}, "every assistant turn of completion is masked")
     refused(
-        {"messages": [USER, ASSISTANT], key: value}, f"{key} is .*, so nothing of the row counts.*--columns {key}= "
+        {"messages": [USER, ASSISTANT], key: value},
+        f"{key} is .*, so nothing of the row counts.*--set data.columns.{key}= ",
     )
 
 
@@ -156,20 +158,22 @@ def test_training_on_another_turn_than_the_assistants_is_refused():
 def test_marks_of_a_row_are_taken_for_what_they_can_be():
     plain = {"prompt": "P", "completion": "C"}
     assert read({**plain, "loss": 2.31, "train": "split-1", "loss_mask": [1, 1]}).prompt == "P"
-    refused({**plain, "weight": 0.5}, "weight is 0.5.*--columns weight= leaves")
-    refused({**plain, "loss_mask": [0, 1]}, "loss_mask masks parts.*--columns loss_mask= ")
+    refused({**plain, "weight": 0.5}, "weight is 0.5.*--set data.columns.weight= leaves")
+    refused({**plain, "loss_mask": [0, 1]}, "loss_mask masks parts.*--set data.columns.loss_mask= ")
     refused({**plain, "train_detail": [{"train": False}]}, "train_detail masks parts")
 
 
 def test_answers_that_preference_data_marks_as_bad_are_refused():
     for value in FALSE:
-        refused({"prompt": "P", "completion": "C", "label": value}, "label is .* a bad answer.*--columns label=")
+        refused(
+            {"prompt": "P", "completion": "C", "label": value}, "label is .* a bad answer.*--set data.columns.label="
+        )
     for value in (False, "false"):
         refused({"messages": [USER, ASSISTANT], "kto_tag": value}, "kto_tag is .* a bad answer")
     assert read({"prompt": "P", "completion": "C", "label": True}).prompt == "P"
     assert read({"messages": [USER, ASSISTANT], "label": 0}).masked == frozenset()  # a class
     assert read({"text": "T", "label": False}).text == "T"
-    refused({"prompt": "P", "chosen": "C", "rejected": "D"}, "--columns completion=chosen")
+    refused({"prompt": "P", "chosen": "C", "rejected": "D"}, "--set data.columns.completion=chosen")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,9 @@ def test_answers_that_preference_data_marks_as_bad_are_refused():
 def test_images_and_sound_are_refused_by_name(column):
     row = {"messages": [USER, ASSISTANT]}
     for value in (["a.png"], "a.png", [{"bytes": b"x"}], {"path": "a.png", "bytes": None}):
-        refused({**row, column: value}, f"has '{column}', which iprox does not read.*--columns {column}= leaves")
+        refused(
+            {**row, column: value}, f"has '{column}', which iprox does not read.*--set data.columns.{column}= leaves"
+        )
         if column != "functions":
             refused({"messages": [{**USER, column: value}, ASSISTANT]}, rf"messages\[0\] has '{column}'")
     for value in (None, [], "", [None], {"path": None, "bytes": None}, [[]]):
@@ -193,7 +199,10 @@ def test_parts_of_a_content_that_are_no_text_are_refused(kind):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"instruction": "I", "input": "", "output": "", "text": "T"}, "output is empty .--columns output= .* as text"),
+        (
+            {"instruction": "I", "input": "", "output": "", "text": "T"},
+            "output is empty .--set data.columns.output= .* as text",
+        ),
         ({"instruction": "I", "output": None, "text": "T"}, "output is empty"),
         ({"instruction": "I", "output": " \n", "text": "T"}, "output is empty"),
         ({"instruction": "", "output": "O", "text": "T"}, "instruction is empty"),
@@ -229,14 +238,18 @@ def test_labels_of_other_kinds_name_the_way_out():
         str(uuid.UUID(int=7)),
         "7",
     )
-    refused({**text, "source": ["a"]}, "source must be text or a whole number, not a list .--columns source= leaves")
+    refused(
+        {**text, "source": ["a"]},
+        "source must be text or a whole number, not a list .--set data.columns.source= leaves",
+    )
     refused({**text, "task": 0.5}, "task must be text or a whole number, not 0.5")
     refused({**text, "id": float("inf")}, "id must be text or a whole number, not inf")
     chat = {"messages": [USER, ASSISTANT]}
-    refused({**chat, "tools": "now()"}, "tools is text that is not JSON .--columns tools= leaves")
-    refused({**chat, "tools": {"name": "x"}}, "tools must be a list of objects .--columns tools= leaves")
+    refused({**chat, "tools": "now()"}, "tools is text that is not JSON .--set data.columns.tools= leaves")
+    refused({**chat, "tools": {"name": "x"}}, "tools must be a list of objects .--set data.columns.tools= leaves")
     refused(
-        {**chat, "chat_template_kwargs": "x"}, "must be an object, not text .--columns chat_template_kwargs= leaves"
+        {**chat, "chat_template_kwargs": "x"},
+        "must be an object, not text .--set data.columns.chat_template_kwargs= leaves",
     )
 
 

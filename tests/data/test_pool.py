@@ -243,7 +243,7 @@ def test_bad_rows_stop_lists_ten_and_the_count(tmp_path):
         pool.scan()
     text = str(caught.value)
     assert "12 of 13 rows are bad" in text
-    assert "--on-bad-row skip" in text
+    assert "--set data.on_bad_row=skip" in text
     assert "p.jsonl:2: not JSON: Expecting property name enclosed in double quotes at column 2" in text
     assert "p.jsonl:3: not UTF-8 (byte 11 of the line)" in text
     assert "p.jsonl:11:" in text

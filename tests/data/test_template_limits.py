@@ -88,7 +88,9 @@ def test_a_template_that_takes_too_long_is_refused(hurried, before, skip):
     """Whatever becomes of bad rows: each of a pool may take as long."""
     encoder = ChatEncoder(TOKENIZER, 100, marked(before), skip_refused=skip)
     started = time.monotonic()
-    with pytest.raises(InputError, match=r"row:2: the chat template given takes longer than 0\.3 s .*--chat-template"):
+    with pytest.raises(
+        InputError, match=r"row:2: the chat template given takes longer than 0\.3 s .*--set data.chat_template"
+    ):
         encoder.encode(list(Pool([{"messages": TURNS[1:3]}, {"messages": TURNS}])))
     assert time.monotonic() - started < 20
 
@@ -172,7 +174,7 @@ def test_a_row_that_a_template_cannot_render_is_refused_with_the_reason(before, 
     encoder = ChatEncoder(TOKENIZER, 100, template)
     pool = Pool([{"messages": TURNS[1:3]}, {"messages": TURNS}])
     with pytest.raises(
-        InputError, match=rf"row:2: the chat template refuses this row: .*({reason}).* \(--on-bad-row skip"
+        InputError, match=rf"row:2: the chat template refuses this row: .*({reason}).* \(--set data.on_bad_row=skip"
     ):
         encoder.encode(list(pool))
     skipping = ChatEncoder(TOKENIZER, 100, template, skip_refused=True)

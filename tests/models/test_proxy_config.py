@@ -31,7 +31,7 @@ def refusals(folder):
         with pytest.raises(InputError) as error:
             read(folder)
         assert len(str(error.value).splitlines()) == 1
-        assert "--batch-tokens" not in str(error.value)
+        assert "batch_tokens" not in str(error.value)
         yield str(error.value)
 
 

@@ -149,7 +149,7 @@ def score(request: Request) -> dict[str, Any]:
     rates = learning_rates_of(models, inputs["learning_rates"])
     if influence.gradient_free and len(rates) > 1:
         raise InputError(f"--model: checkpoints are summed by TracIn; {influence.estimator} takes one model")
-    session = _session(request, settings)
+    session, pool = _session(request, settings), pool_of(settings.data.pool, settings)
     targets = [query_target(model, inputs["target"], influence, session) for model in models]
     scored = [
         scoring.ScoredModel(model, rate, target, warmed_folder(model, target, influence))
@@ -161,7 +161,9 @@ def score(request: Request) -> dict[str, Any]:
         "learning rates": rates,
     }
     kept = f"{RunFolder('').scores.name}.shards/*/*.parquet"
-    with _single(request, settings, "", session=session, read_by=models[0], kept=kept, identity=known) as done:
+    with _single(
+        request, settings, "", session=session, pool=pool, read_by=models[0], kept=kept, identity=known
+    ) as done:
         done.scored = scored
         steps.score(done)
     return _finished(request, done, "score")
@@ -241,7 +243,13 @@ def finetune(request: Request) -> dict[str, Any]:
     assert settings.finetune
     assert settings.model
     _check_lora(settings, settings.finetune.lora)
-    with _single(request, settings, "finetune", name="selection", model=settings.model) as done:
+    with _single(
+        request,
+        settings,
+        "finetune",
+        pool=pool_of(settings.data.pool, settings, "selection"),
+        model=settings.model,
+    ) as done:
         _at(done, settings.model)
         done.selected = list(done.pool)
         steps.finetune(done)
@@ -258,7 +266,7 @@ def index(request: Request) -> dict[str, Any]:
     if inputs["estimator"] not in ("tracin", "adam"):
         raise InputError(f"--estimator {inputs['estimator']}: an index holds gradients (tracin) or steps (adam)")
     influence = InfluenceSection(estimator=inputs["estimator"])
-    session, warmed = _session(request, settings), None
+    session, pool, warmed = _session(request, settings), pool_of(settings.data.pool, settings), None
     if influence.estimator == "adam":
         target = query_target(settings.model, inputs["target"], influence, session)
         warmed = warmed_folder(settings.model, target, influence)
@@ -267,7 +275,7 @@ def index(request: Request) -> dict[str, Any]:
     model, dimension = indexing.IndexedModel(settings.model, warmed), inputs["dimension"]
     fingerprint = checkpoint_fingerprint(settings.model)
     known = {"models": [fingerprint], "dimension": dimension, "estimator": influence.estimator}
-    with _single(request, settings, "", session=session, kept="*.arrow", identity=known) as done:
+    with _single(request, settings, "", session=session, pool=pool, kept="*.arrow", identity=known) as done:
         output = done.folder.path
         done.stage(
             "index",
@@ -313,7 +321,7 @@ def query(request: Request) -> dict[str, Any]:
         "max_length": session.max_length,
         **settings.influence.model_dump(include={"estimator", "gradient", "normalize", "over_examples"}),
     }
-    with _single(request, settings, "", session=session, identity=identity, read_by=models[0], pooled=False) as done:
+    with _single(request, settings, "", session=session, identity=identity, read_by=models[0]) as done:
         described = {**identity, "validation": done.record["identity"]["validation"]}
         file = done.folder.scores
         done.stage(
@@ -391,16 +399,16 @@ def _single(
     stage: str,
     *,
     session: Session | None = None,
-    name: str = "pool",
+    pool: Pool | None = None,
     identity: Mapping[str, Any] | None = None,
     read_by: str | None = None,
     kept: str | None = None,
-    pooled: bool = True,
     **models: str | None,
 ) -> Iterator[Run]:
     """Open the run of a command: its session, pool and validation sets, and the fingerprints of its models."""
     session = session or _session(request, settings)
-    pool = pool_of(settings.data.pool, settings, name) if pooled else None
+    if pool is None and settings.data.pool:
+        pool = pool_of(settings.data.pool, settings)
     validation: dict[str, Pool] = tasks_of(settings.data.validation, settings)
     known = {"command": f"iprox {request.command.name}", **fingerprints(**models), **(identity or {})}
     with single_run(

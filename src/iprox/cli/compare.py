@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from iprox.audits.comparison import Comparison
 from iprox.audits.comparison import compare as compare_scores
 from iprox.cli import summary
+from iprox.cli.parser import Request
 from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.influence.scores import read_scores
@@ -23,12 +23,12 @@ from iprox.run.folder import read_json
 COUNTED = ("compress", "align", "index", "query", "score")
 
 
-def compare(arguments: Namespace) -> dict[str, Any]:
+def compare(request: Request) -> dict[str, Any]:
     """`iprox compare`."""
-    paths = _named(arguments.scores)
-    found = compare_scores({name: read_scores(path) for name, path in paths.items()}, share=arguments.share)
+    paths = _named(request.inputs["scores"])
+    found = compare_scores({name: read_scores(path) for name, path in paths.items()}, share=request.inputs["share"])
     flops = {name: _flops(path) for name, path in paths.items()}
-    if not arguments.json:
+    if not request.json:
         _print(found, flops)
     return {**found.as_dict(), "flops": flops}
 

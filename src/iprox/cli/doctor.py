@@ -21,7 +21,7 @@ from iprox.run.folder import environment
 OPTIONAL = {
     "peft": "merges adapters into their base model, and trains them (warmup.lora, finetune.lora)",
     "bitsandbytes": "reads models quantized to 8 or 4 bits",
-    "ray": "scores on several workers (engine: {ray: {workers: 8}})",
+    "ray": "scores on several workers (ray_workers: 8)",
     "faiss": "exports indexes of gradients (iprox export)",
     "wandb": "tracks training on Weights & Biases",
     "tensorboard": "tracks training in TensorBoard",
@@ -104,7 +104,7 @@ def _notes(found: dict[str, Any]) -> list[str]:
     if faster != found["dtype"] and rates[faster] > 1.2 * rates[found["dtype"]]:
         notes.append(
             f"products are {rates[faster] / rates[found['dtype']]:.1f} times as fast in {faster} as in "
-            f"{found['dtype']}, which is what auto takes: try --dtype {faster}"
+            f"{found['dtype']}, which is what auto takes: try --set dtype={faster}"
         )
     if found["compiler"] is None and found["device"] == "cpu":
         notes.append("no C++ compiler: large pools are scored without torch.compile, more slowly; install g++")

@@ -127,7 +127,7 @@ class ChatEncoder:
         if self.chat_template is None:
             raise InputError(
                 f"{examples[0].origin}: the row has messages, but the tokenizer has no chat template; "
-                "name one: --chat-template chatml (or a Jinja file)"
+                "name one: --set data.chat_template=chatml (or a Jinja file)"
             )
         unread = [self._why_unread(example) for example in examples]
         first = next(filter(None, unread), "")
@@ -176,10 +176,12 @@ class ChatEncoder:
         if not lost:
             return ""
         # Data sets with tools may also list them in the system turn.
-        unread = "leave the column unread if a turn lists the tools (--columns tools=), " if "tools" in lost else ""
+        unread = (
+            "leave the column unread if a turn lists the tools (--set data.columns.tools=), " if "tools" in lost else ""
+        )
         return (
             f"{example.origin}: the row has {', '.join(lost)}, which the chat template leaves out; give one that "
-            f"renders them (--chat-template FILE), {unread}or leave such rows out (--on-bad-row skip)"
+            f"renders them (--set data.chat_template=FILE), {unread}or leave such rows out (--set data.on_bad_row=skip)"
         )
 
     def _leaves_out(self, part: str, example: Example) -> bool:
@@ -189,7 +191,7 @@ class ChatEncoder:
             raise self._too_slow(example, error) from error
 
     def _too_slow(self, example: Example, error: RenderingTimeError) -> InputError:
-        return InputError(f"{example.origin}: {self.origin} {error}; give another (--chat-template FILE)")
+        return InputError(f"{example.origin}: {self.origin} {error}; give another (--set data.chat_template=FILE)")
 
     def _render(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
         rows = self._boundaries.rows(examples) if self.mode == "boundary" else self._by_mask(examples)
@@ -279,7 +281,7 @@ class ChatEncoder:
                     raise self._too_slow(example, slow) from slow
                 except RENDERING_ERRORS as refusal:
                     raise RefusedRowError(
-                        f"{example.origin}: {self._refuses(refusal)} (--on-bad-row skip leaves such rows out)"
+                        f"{example.origin}: {self._refuses(refusal)} (--set data.on_bad_row=skip leaves such rows out)"
                     ) from refusal
             raise InputError(f"{self.origin} cannot be used: {reason_of(error)}") from error
 

@@ -250,7 +250,7 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
         empty = [key for key in keys if is_blank(data[key]) or (isinstance(data[key], list) and not data[key])]
         other = next((each for each in there[place + 1 :] if not any(is_blank(data[key]) for key in each)), None)
         if empty and other is not None:
-            hint = f"--columns {empty[0]}= reads such rows as {' + '.join(other)}"
+            hint = f"--set data.columns.{empty[0]}= reads such rows as {' + '.join(other)}"
             raise BadRowError(f"{empty[0]} is empty ({hint})")
         if place:
             passed = " + ".join(there[0])
@@ -260,9 +260,9 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
         return there[0]  # its reader reports that it is empty
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
     if "chosen" in data and "rejected" in data:
-        hint = "to read the preferred answers: --columns completion=chosen with a prompt, or messages=chosen"
+        hint = "to read the preferred answers: --set data.columns.completion=chosen with a prompt, or messages=chosen"
     else:
-        hint = "name your columns in data.columns, or with --columns output=response"
+        hint = "name your columns in data.columns, or with --set data.columns.output=response"
     raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS} ({hint})")
 
 

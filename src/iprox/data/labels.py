@@ -124,7 +124,7 @@ class TurnBoundaries:
         if not opening or at < 0:
             raise RefusedRowError(
                 f"{example.origin}: the conversation opens with an assistant turn, and the chat template does not show "
-                "where it starts; use a template that marks it with {% generation %} (--chat-template FILE)"
+                "where it starts; use a template that marks it with {% generation %} (--set data.chat_template=FILE)"
             )
         return whole[: at + len(opening)]
 
@@ -144,5 +144,5 @@ def _otherwise(example: Example, turn: int) -> str:
     return (
         f"{example.origin}: the chat template renders turn {turn} differently when other turns follow, so the "
         "assistant's tokens cannot be identified; use a template that marks them with {% generation %} "
-        "(--chat-template FILE)"
+        "(--set data.chat_template=FILE)"
     )

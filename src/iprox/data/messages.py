@@ -56,7 +56,7 @@ def is_blank(value: Any) -> bool:
 
 def leave_unread(column: str) -> str:
     """Return the advice on how to leave a column unread, for messages."""
-    return f"--columns {column}= leaves the column unread"
+    return f"--set data.columns.{column}= leaves the column unread"
 
 
 def text_of(value: Any, what: str) -> str:

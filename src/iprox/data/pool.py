@@ -205,7 +205,7 @@ class Pool:
         raise InputError(f"{self.name}: row {last} was asked for, but there are only {seen} good rows")
 
     def _refuse(self, origin: str, reason: str) -> None:
-        raise InputError(f"{self.name}: {origin}: {reason} (--on-bad-row skip leaves such rows out)")
+        raise InputError(f"{self.name}: {origin}: {reason} (--set data.on_bad_row=skip leaves such rows out)")
 
     def _scan(self, progress: Callable[[int], None] | None, look: Callable[[Example], None] | None) -> PoolSummary:
         bad, first_bad = 0, []
@@ -253,7 +253,7 @@ class Pool:
             more = f"\n  ... and {bad - len(first_bad)} more" if bad > len(first_bad) else ""
             raise InputError(
                 f"{self.name}: {bad} of {bad + rows} rows are bad; fix them, or leave them out with "
-                f"--on-bad-row skip:\n  " + "\n  ".join(first_bad) + more
+                f"--set data.on_bad_row=skip:\n  " + "\n  ".join(first_bad) + more
             )
         self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
         return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))

@@ -27,7 +27,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The template named by `--chat-template chatml`."""
+"""The template named by `--set data.chat_template=chatml`."""
 
 GIVEN = "the chat template given"
 """Origin of a template that is given as Jinja source."""
@@ -82,7 +82,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
         with limited():
             return _choice(tokenizer, template, origin, warnings)
     except RenderingTimeError as error:
-        raise InputError(f"{origin} {error}; give another (--chat-template FILE)") from error
+        raise InputError(f"{origin} {error}; give another (--set data.chat_template=FILE)") from error
 
 
 def _choice(tokenizer: Any, template: str, origin: str, warnings: list[str]) -> TemplateChoice:
@@ -162,7 +162,7 @@ def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
         except ValueError as error:
             raise InputError(
                 "the tokenizer has several named chat templates and none is the default; name a template file "
-                "with --chat-template FILE"
+                "with --set data.chat_template=FILE"
             ) from error
     if chat_template == "chatml":
         return CHATML, "iprox's ChatML template"
@@ -204,7 +204,7 @@ def _require_content(tokenizer: Any, template: str, origin: str) -> None:
     if asked not in text or answered not in text:
         raise InputError(
             f"{origin} leaves out the text of messages (is it made for images?); "
-            "use one for text: --chat-template chatml (or a Jinja file)"
+            "use one for text: --set data.chat_template=chatml (or a Jinja file)"
         )
 
 

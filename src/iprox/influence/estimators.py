@@ -107,7 +107,7 @@ def mean_gradient(
         if part.bias is not None:
             part.bias /= count
         if not torch.isfinite(part.squared_norm()):
-            raise FloatingPointError(f"the gradient of {name} is not finite; try --dtype float32")
+            raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
     return total, count
 
 

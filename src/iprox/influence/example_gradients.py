@@ -45,7 +45,7 @@ def example_gradients(
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
         for example, x, d in zip(current, h, delta, strict=True):
             if not torch.isfinite(d).all():
-                raise FloatingPointError(f"the gradient of {name} is not finite; try --dtype float32")
+                raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
             example[name] = _stored(example_gradient(x, d, has_bias(layers[name]), keep), h.dtype)
 
     with frozen(model):

@@ -78,7 +78,9 @@ def precondition(
     for query in solved.values():
         for name, part in query.items():
             if not torch.isfinite(part.squared_norm()):
-                raise FloatingPointError(f"the preconditioned gradient of {name} is not finite; try --dtype float32")
+                raise FloatingPointError(
+                    f"the preconditioned gradient of {name} is not finite; try --set dtype=float32"
+                )
     return solved
 
 

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).parents[1]
 PATIENCE = 60
 # Where Ray notes the address of a cluster on this machine.
 RUNNING_CLUSTER = Path("/tmp/ray/ray_current_cluster")
-_NOT_INSTALLED = "engine ray: Ray is not installed; pip install 'iprox[ray]', or use engine: local"
+_NOT_INSTALLED = "ray_workers: Ray is not installed; pip install 'iprox[ray]', or leave ray_workers at 0"
 
 
 class _Worker:

@@ -92,7 +92,7 @@ class RowRunner:
             bad = ~np.isfinite(numbers).all(axis=1)
             if bad.any():
                 culprit = window[batch.indices[int(bad.argmax())]]
-                raise FloatingPointError(f"{culprit.origin}: the {self.noun} is not finite; try --dtype float32")
+                raise FloatingPointError(f"{culprit.origin}: the {self.noun} is not finite; try --set dtype=float32")
             out[batch.indices] = numbers
             if progress is not None:
                 progress(len(batch.indices))

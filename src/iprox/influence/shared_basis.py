@@ -224,7 +224,9 @@ def shared_queries(
                 [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
             )
     if not torch.isfinite(totals).all():
-        raise FloatingPointError("a validation gradient divided by the curvature is not finite; try --dtype float32")
+        raise FloatingPointError(
+            "a validation gradient divided by the curvature is not finite; try --set dtype=float32"
+        )
     kept = torch.where(totals > 0, held / totals, torch.ones_like(totals)).sqrt()
     return SharedQueries(queries, totals.sqrt(), kept)
 

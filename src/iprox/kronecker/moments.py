@@ -148,7 +148,7 @@ def _finish(name: str, moment: SecondMoment, count: int) -> None:
     """Make a moment a mean, and refuse one that is not finite."""
     moment.finish(count)
     if not math.isfinite(moment.squared_norm()):
-        raise FloatingPointError(f"the second moments of {name} are not finite; try --dtype float32")
+        raise FloatingPointError(f"the second moments of {name} are not finite; try --set dtype=float32")
 
 
 def append_ones(h: Tensor, bias: bool) -> Tensor:

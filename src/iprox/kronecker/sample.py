@@ -113,7 +113,7 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
     """
     logits, _, _ = causal_lm_logits(model, batch)
     if not torch.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite, so no label can be drawn; try --dtype float32")
+        raise FloatingPointError("the model's logits are not finite, so no label can be drawn; try --set dtype=float32")
     probabilities = torch.softmax(logits.float(), dim=-1).cpu()
     drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(batch.labels.device)
     labels = batch.labels.clone()

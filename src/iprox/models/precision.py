@@ -61,7 +61,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "mps":
-        raise InputError("device mps has no float64, which moments and factors are worked out in: use --device cpu")
+        raise InputError("device mps has no float64, which moments and factors are worked out in: use --set device=cpu")
     return torch.device(device)
 
 

@@ -78,7 +78,7 @@ def refit_norms(
                 sums[name] += torch.stack([(x * y).sum(dtype=torch.float64), (x * x).sum(dtype=torch.float64)]).cpu()
         for name, (cross, square) in ((name, pair.tolist()) for name, pair in sums.items()):
             if not 0 <= square < float("inf"):
-                raise FloatingPointError(f"the outputs of {name} are not finite; try --dtype float32")
+                raise FloatingPointError(f"the outputs of {name} are not finite; try --set dtype=float32")
             # A norm that no token reached stays as it is, and so does one whose outputs point away from the target's.
             if cross > 0 and square > 0:
                 scale_norm(norms[name], cross / square)

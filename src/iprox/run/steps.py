@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from iprox.data import Pool
+from iprox.data import Example, Pool
 from iprox.influence.ray_engine import ray_engine
 from iprox.influence.windows import Engine
 from iprox.models import flops
@@ -295,7 +295,6 @@ def finetune(run: Run) -> None:
         return
     tests = tasks_of(settings.test, run.settings)
     fingerprints = {task: source.scan().fingerprint for task, source in tests.items()}
-    selection_file = pool_of([str(run.folder.selected)], run.settings, "selection")
     run.keys["finetune"] = run.stage(
         "finetune",
         [run.common_key(), run.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
@@ -303,12 +302,16 @@ def finetune(run: Run) -> None:
         lambda: training.finetune(
             run.session,
             run.model,
-            list(selection_file) if run.selected is None else run.selected,
+            _selected(run) if run.selected is None else run.selected,
             run.folder.finetune,
             settings,
             tests,
         ),
     )
+
+
+def _selected(run: Run) -> list[Example]:
+    return list(pool_of([str(run.folder.selected)], run.settings, "selection"))
 
 
 def report(run: Run) -> None:

@@ -186,7 +186,7 @@ def say_what_fitted(session: Session, stats: ScoringStats) -> None:
     if stats.batch_tokens < session.batch_tokens:
         session.reporter.warn(
             f"memory did not hold {session.batch_tokens} tokens at once: batches of {stats.batch_tokens} were scored; "
-            f"--batch-tokens {stats.batch_tokens} saves the tries"
+            f"--set batch_tokens={stats.batch_tokens} saves the tries"
         )
 
 

@@ -33,7 +33,11 @@ def query_target(model: str, given: str | None, settings: InfluenceSection, sess
         return None
     if settings.query == "proxy" or settings.gradient_free:
         if given:
-            why = f"--estimator {settings.estimator} takes no gradients" if settings.gradient_free else "--query proxy"
+            why = (
+                f"--estimator {settings.estimator} takes no gradients"
+                if settings.gradient_free
+                else "influence.query proxy"
+            )
             raise InputError(f"--target {given}: is not used with {why}; leave one of the two out")
         return None
     target = given or proxy.target
@@ -49,7 +53,8 @@ def query_target(model: str, given: str | None, settings: InfluenceSection, sess
         return None
     if proxy.target_fingerprint not in (None, model_fingerprint(loaded)):
         raise InputError(
-            f"{target}: is not the target of {model} (the weights differ); give the right --target, or --query proxy"
+            f"{target}: is not the target of {model} (the weights differ); give the right "
+            "--target, or --set influence.query=proxy"
         )
     return str(target)
 
