@@ -36,9 +36,9 @@ from iprox.data import Batch, Encoded, Example, Pool, iter_batches
 from iprox.finetune import evaluate, train
 from iprox.influence import gradient_free
 from iprox.influence.estimators import has_bias
-from iprox.influence.example_gradients import example_gradients
+from iprox.influence.validation_gradients import example_gradients
 from iprox.influence.gradients import squared_norms
-from iprox.influence.preconditioning import curvature_of
+from iprox.influence.estimators.ekfac import curvature_of
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.models.adapters import with_lora
 from iprox.models.layers import influence_layers

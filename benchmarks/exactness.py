@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.scores import read_scores, score_matrix
+from iprox.scores import read_scores, score_matrix
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses

@@ -32,9 +32,9 @@ from transformers import PreTrainedModel
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
-from iprox.influence.preconditioning import precondition
+from iprox.influence.estimators.ekfac import precondition
 from iprox.influence.scoring import QUERY_NORM
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.low_rank import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape

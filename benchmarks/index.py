@@ -25,8 +25,8 @@ from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, has_bias, mean_gradient
 from iprox.influence.index import GradientIndex, WindowProjector, write_index
 from iprox.influence.projection import LayerProjection
-from iprox.influence.projector import GradientProjector
-from iprox.influence.scores import score_matrix
+from iprox.influence.index import GradientProjector
+from iprox.scores import score_matrix
 from iprox.influence.scoring import WINDOW
 from iprox.models.layers import influence_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer

@@ -19,7 +19,7 @@ import torch
 
 from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.low_rank import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.loading import load_model, load_tokenizer

@@ -20,8 +20,8 @@ from scipy import stats
 
 from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.influence.estimators import BatchScorer, ModelGradient, TruncatedGradient, mean_gradient
-from iprox.influence.preconditioning import precondition
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.estimators.ekfac import precondition
+from iprox.influence.low_rank import low_rank_queries
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set
 from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.scoring import QUERY_NORM
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.low_rank import low_rank_queries
 from iprox.models import flops
 from iprox.models.compiled import compile_layers
 from iprox.models.layers import influence_layers

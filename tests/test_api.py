@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import AutoModelForCausalLM
 
 import iprox
-from iprox.influence.scores import scores_metadata
+from iprox.scores import scores_metadata
 from iprox.models.layers import compressible_layers
 
 QUICKSTART = files("iprox.quickstart")

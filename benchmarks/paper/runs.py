@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from iprox.data import Example
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.models.precision import cast_parameters
 from iprox.pipeline import run_recipe
 from iprox.progress import Reporter

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.scores import TASK_PREFIX, read_scores
+from iprox.scores import TASK_PREFIX, read_scores
 from iprox.metering import metered
 from iprox.models import flops
 from iprox.models.loading import load_tokenizer, skeleton

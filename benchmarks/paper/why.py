@@ -27,8 +27,8 @@ import iprox
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches
 from iprox.finetune import evaluate
-from iprox.influence.projector import GradientProjector
-from iprox.influence.scores import score_matrix
+from iprox.influence.index import GradientProjector
+from iprox.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.run_folder import key_of
 from iprox.session import draw_rows

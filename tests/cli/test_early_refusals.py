@@ -7,7 +7,7 @@ import pytest
 
 from iprox.errors import InputError
 from iprox.influence import ray_engine
-from iprox.influence.ray_engine import check_ray
+from iprox.engine.ray import check_ray
 from iprox.models.loading import load_model
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from iprox.cli import main
-from iprox.influence.scores import scores_metadata
+from iprox.scores import scores_metadata
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from letters import Letters
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.adam import AdamScorer
+from iprox.influence.estimators.less import AdamScorer
 from iprox.influence.estimators import mean_gradient, seen_from
-from iprox.influence.example_gradients import example_gradients
+from iprox.influence.validation_gradients import example_gradients
 from iprox.influence.scoring import ScoringSettings, build_scorer
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers

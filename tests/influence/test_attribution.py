@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from iprox.data import Encoded, Pool
 from iprox.influence.attribution import attribute_examples
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.low_rank import low_rank_queries
 from iprox.models.compiled import compiled
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers

@@ -12,14 +12,14 @@ from letters import Letters
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.aggregate import TaskSpread
+from iprox.aggregation import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
-from iprox.influence.example_gradients import example_gradients, example_seen_from
+from iprox.influence.validation_gradients import example_gradients, example_seen_from
 from iprox.influence.gradients import summed_gradient
-from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, score_matrix
+from iprox.influence.query import example_gradient
+from iprox.scores import example_matrix, score_matrix
 from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.engine.shards import ScoringCheckpoint, score_to_file
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 
@@ -149,7 +149,7 @@ def test_the_mean_of_examples_is_the_score_of_the_task(setup):
 
 @pytest.mark.parametrize("estimator", ["rds", "bm25"])
 def test_scorers_without_gradients_compare_with_each_example(setup, estimator):
-    from iprox.influence.gradient_free import Corpus
+    from iprox.influence.baselines import Corpus
 
     (model, _), pool, validation = setup
     corpus = Corpus.of(iter(Letters().encode(list(pool))))

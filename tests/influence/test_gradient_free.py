@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from iprox.data import Encoded, Pool, iter_batches
 from iprox.errors import InputError
 from iprox.influence import gradient_free
-from iprox.influence.gradient_free import Corpus
-from iprox.influence.scores import read_scores, score_matrix
+from iprox.influence.baselines import Corpus
+from iprox.scores import read_scores, score_matrix
 from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.engine.shards import ScoringCheckpoint, score_to_file
 
 
 def encoded(rows):

@@ -5,7 +5,7 @@ import torch
 
 from iprox.influence.curvature import as_matrix
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import kronecker_curvature, precondition
+from iprox.influence.estimators.ekfac import kronecker_curvature, precondition
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses

@@ -13,15 +13,15 @@ from test_adam import warmed_optimizer
 
 from iprox.data import Pool, iter_batches
 from iprox.errors import InputError
-from iprox.influence.adam import AdamScorer
+from iprox.influence.estimators.less import AdamScorer
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.example_gradients import example_gradients
+from iprox.influence.validation_gradients import example_gradients
 from iprox.influence.gradients import summed_gradient
 from iprox.influence.index import GradientIndex, WindowProjector, unit_gradients, write_index
 from iprox.influence.projection import LayerProjection, sides, signs
-from iprox.influence.projector import GradientProjector
-from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, score_matrix
+from iprox.influence.index import GradientProjector
+from iprox.influence.query import example_gradient
+from iprox.scores import example_matrix, score_matrix
 from iprox.models.experts import experts_split
 from iprox.models.optimizer_state import load_adam_state, save_adam_state
 from iprox.proxy.compress import derive_proxy

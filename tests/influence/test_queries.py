@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from iprox.influence import queries
 from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
-from iprox.influence.queries import layer_query, leading_directions, truncated
+from iprox.influence.query import layer_query, leading_directions, truncated
 
 
 def gradient(m: int, n: int, decay: float, seed: int = 0, bias: bool = False) -> LayerGradient:

@@ -9,10 +9,10 @@ import pytest
 
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.ray_engine import PACKAGE, ray_engine, share_of_each
-from iprox.influence.scores import scores_table
+from iprox.engine.ray import PACKAGE, ray_engine, share_of_each
+from iprox.scores import scores_table
 from iprox.influence.scoring import ScoringStats
-from iprox.influence.windows import local_engine, windows_of
+from iprox.engine.stream import local_engine, windows_of
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 

@@ -13,9 +13,9 @@ from letters import Letters
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.influence import scoring, shards
-from iprox.influence.aggregate import TaskSpread
+from iprox.aggregation import TaskSpread
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
+from iprox.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
 from iprox.influence.scoring import (
     CURVED_QUERY_NORM,
     NORM_SKETCH,
@@ -24,8 +24,8 @@ from iprox.influence.scoring import (
     ScoringStats,
     build_scorer,
 )
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
-from iprox.influence.windows import score_windows
+from iprox.engine.shards import ScoringCheckpoint, score_to_file
+from iprox.engine.stream import score_windows
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size

@@ -5,8 +5,8 @@ import torch
 
 from iprox.errors import InputError
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.example_gradients import example_gradients
-from iprox.influence.preconditioning import curvature_of, precondition
+from iprox.influence.validation_gradients import example_gradients
+from iprox.influence.estimators.ekfac import curvature_of, precondition
 from iprox.influence.scoring import ScoringSettings, scorer_of_batches
 from iprox.influence.shared_basis import shared_queries
 from iprox.models.layers import influence_layers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.gradients import LayerGradient, LowRankGradient
-from iprox.influence.truncation import Directions, QueryDirections, chosen_ranks, low_rank_queries
+from iprox.influence.low_rank import Directions, QueryDirections, chosen_ranks, low_rank_queries
 
 
 @settings(deadline=None, max_examples=40)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from iprox.data import Encoded, Pool, iter_batches
-from iprox.influence.rows import filled_rows
-from iprox.influence.scores import score_matrix
+from iprox.engine.stream import filled_rows
+from iprox.scores import score_matrix
 from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.windows import WindowScorer, fitting_scorer
+from iprox.engine.stream import WindowScorer, fitting_scorer
 from iprox.models.loss import causal_lm_losses
 
 ERRORS = [

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import kronecker_curvature
+from iprox.influence.estimators.ekfac import kronecker_curvature
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy

@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iprox.data.batching import padded_width
 from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import precondition
+from iprox.influence.estimators.ekfac import precondition
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.experts import split_experts

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 from iprox.selection import SelectionSettings, check_feasible, select_rows
 from iprox.selection.constraints import Limits, take
 from iprox.selection.duplicates import NearDuplicates, word_runs

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from iprox.data import Encoded
 from iprox.data.lengths import Lengths, ValidationLengths
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 from iprox.selection import SelectionSettings
 from iprox.selection.duplicates import word_runs
 from iprox.selection.guard import COMPARED, Setting, duplicate_share, guard

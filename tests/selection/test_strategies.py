@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 from iprox.selection import SelectionSettings
 from iprox.selection import select_rows as choose_rows
 from iprox.selection.strategies import top

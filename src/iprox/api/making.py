@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch.utils.data import DataLoader
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_choices, check_model, check_tasks
 from iprox.api.examples import Examples, Reader
+from iprox.api.scoring import influence_settings
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
-from iprox.influence.estimators import Normalize
-from iprox.influence.scoring import ScoringSettings
+from iprox.influence.job import Checkpoint, Job
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
@@ -123,7 +123,7 @@ def align(
     accumulate: int = 1,
     held_out: Examples | None = None,
     validation: Mapping[str, Examples] | None = None,
-    normalize: Normalize = "none",
+    normalize: Literal["none", "cosine"] = "none",
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
@@ -162,7 +162,7 @@ def align(
         raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
     check_model("proxy", proxy)
     check_model("model", model)
-    check_choices(normalize=(normalize, get_args(Normalize)))
+    scoring = influence_settings(estimator="tracin", normalize=normalize, per_example=False)
     if validation is not None:
         check_tasks(validation)
     objective = Objective(gradient_weight, kl_weight, hidden_weight)
@@ -176,8 +176,8 @@ def align(
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            scoring = ScoringSettings("weight", normalize)
-            watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
+            job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
+            watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
         steps = epochs * math.ceil(len(batches) / accumulate)
         chosen = AlignSettings(steps, learning_rate, accumulate, seed)
         with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:

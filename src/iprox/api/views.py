@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
-from iprox.influence.scores import TASK_PREFIX, score_matrix, task_names
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import LowRankLinear, compressible_layers, low_rank_layers, weight_shape
+from iprox.scores import TASK_PREFIX, score_matrix, task_names
 
 BINS = 60
 

@@ -11,14 +11,14 @@ import plotly.graph_objects as go
 import pyarrow as pa
 from scipy import stats
 
+from iprox.aggregation import equal_scores
 from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
 from iprox.audits.display import audit_figure, audit_html
 from iprox.audits.intervals import bootstrap_intervals
 from iprox.audits.overlap import OVERLAP_AT, top_overlap
 from iprox.audits.spearman import spearman
 from iprox.errors import InputError
-from iprox.influence.ranking import equal_scores
-from iprox.influence.scores import score_matrix, task_names
+from iprox.scores import score_matrix, task_names
 
 # The share that a calibration looks at.
 TOP = 0.05

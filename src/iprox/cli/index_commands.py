@@ -6,9 +6,10 @@ from argparse import Namespace
 from typing import Any
 
 from iprox.cli import options
+from iprox.engine.shards import IDENTITY
 from iprox.errors import InputError
 from iprox.influence.index import DESCRIPTION, GradientIndex
-from iprox.influence.shards import IDENTITY
+from iprox.influence.job import Checkpoint
 from iprox.models.loading import checkpoint_fingerprint
 from iprox.stages import indexing
 
@@ -20,12 +21,12 @@ def index(arguments: Namespace) -> dict[str, Any]:
     output = options.resumable_folder(arguments.output, IDENTITY, IDENTITY, DESCRIPTION, "*.arrow", "*.partial")
     session.read(pool)
     warmed = None
-    if settings.estimator == "adam":
+    if settings.traits.optimizer:
         target = options.query_target(arguments.model, arguments, settings, session)
         warmed = options.warmed_folder(arguments.model, target, settings)
     elif arguments.target:
-        raise InputError("--target goes with --estimator adam; a query names its own")
-    model = indexing.IndexedModel(arguments.model, warmed)
+        raise InputError("--target goes with --estimator less; a query names its own")
+    model = Checkpoint(arguments.model, optimizer=warmed)
     fingerprint = checkpoint_fingerprint(arguments.model)
     return options.single_stage(
         session,
@@ -47,11 +48,11 @@ def query(arguments: Namespace) -> dict[str, Any]:
     for model, each in zip(models, about, strict=True):
         if checkpoint_fingerprint(model) != each["model_fingerprint"]:
             raise InputError(f"{model}: is not the model of the index (its files differ); give the right --model")
-    for key in ("estimator", "gradient", "max_length", "chat_template"):
+    for key in ("estimator", "max_length", "chat_template"):
         if any(each[key] != about[0][key] for each in about):
             raise InputError(f"the indexes differ in {key}, so their scores cannot be summed")
     # Validation examples are read as the pool was.
-    arguments.estimator, arguments.gradient = about[0]["estimator"], about[0]["gradient"]
+    arguments.estimator = about[0]["estimator"]
     arguments.max_length = arguments.max_length or about[0]["max_length"]
     arguments.chat_template = arguments.chat_template or about[0]["chat_template"]
     settings = options.influence_of(arguments)
@@ -60,7 +61,7 @@ def query(arguments: Namespace) -> dict[str, Any]:
     rates = options.learning_rates_of(models, arguments.learning_rates)
     output = options.new_folder(arguments.output)
     targets = [options.query_target(model, arguments, settings, session) for model in models]
-    asked = [indexing.IndexQuery(*each) for each in zip(indexes, models, rates, targets, strict=True)]
+    checkpoints = [Checkpoint(*each) for each in zip(models, rates, targets, strict=True)]
     identity = {
         "index": [each["pool"] for each in about],
         "models": [each["model_fingerprint"] for each in about],
@@ -69,12 +70,14 @@ def query(arguments: Namespace) -> dict[str, Any]:
         "dimension": [each["dimension"] for each in about],
         "learning_rates": rates,
         "max_length": session.max_length,
-        **settings.model_dump(include={"estimator", "gradient", "normalize", "over_examples"}),
+        **settings.model_dump(include={"estimator", "normalize"}),
     }
     return options.single_stage(
         session,
         "query",
         output,
         arguments,
-        lambda: indexing.query_indexes(session, asked, validation, output / "scores.parquet", settings, identity),
+        lambda: indexing.query_indexes(
+            session, indexes, checkpoints, validation, output / "scores.parquet", settings, identity
+        ),
     )

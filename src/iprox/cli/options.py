@@ -14,9 +14,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from iprox.data import Pool
+from iprox.data.sampling import draw_rows
 from iprox.errors import InputError, cut
 from iprox.files import check_output, check_path
-from iprox.influence.scores import read_scores_schema, scores_metadata
 from iprox.models.adapters import check_lora
 from iprox.models.checkpoint import proxy_description
 from iprox.models.loading import load_config, model_fingerprint, skeleton
@@ -25,7 +25,8 @@ from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter, say_plainly
 from iprox.recipe import validate_section
 from iprox.run_folder import StageRecord, environment, read_json, write_json
-from iprox.session import Session, draw_rows
+from iprox.scores import read_scores_schema, scores_metadata
+from iprox.session import Session
 from iprox.settings import InfluenceSection
 from iprox.stages.held_out import HeldOutRows
 
@@ -33,7 +34,7 @@ from iprox.stages.held_out import HeldOutRows
 PROBE_SIZE = 512
 
 # Settings of influence that a target's scores of a proxy's best rows do not take over.
-OF_A_PROXY = {"gradient", "query", "query_norm", "norm_sketch", "per_example", "compile"}
+OF_A_PROXY = {"query", "query_norm", "per_example", "compile"}
 
 
 def session_of(arguments: Namespace) -> Session:
@@ -171,9 +172,8 @@ def cap_of(given: list[str]) -> float | dict[str, float] | None:
 def influence_of(arguments: Namespace) -> InfluenceSection:
     """The settings of influence; what is not given, or no option of the command, is at its default."""
     names = (
-        *("estimator", "curvature", "curvature_examples", "damping"),
-        *("gradient", "query", "query_norm", "normalize", "norm_sketch"),
-        *("over_examples", "per_example", "compile"),
+        *("estimator", "curvature_examples", "damping"),
+        *("query", "query_norm", "normalize", "per_example", "compile"),
     )
     given = {name: getattr(arguments, name, None) for name in names}
     return validate_section(InfluenceSection, **{name: value for name, value in given.items() if value is not None})
@@ -200,19 +200,18 @@ def query_target(model: str, arguments: Namespace, settings: InfluenceSection, s
     A proxy whose target is not to be found is scored with its own, and that is said.
 
     Raises:
-        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's; --norm-sketch
-            with a model that is no proxy.
+        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's.
     """
     proxy = proxy_description(load_config(model, trust_remote_code=session.trust_remote_code), model)
-    if settings.norm_sketch and proxy is None:
-        raise InputError(f"--norm-sketch: {model} is no proxy, and a model's own norms are exact; leave it out")
     if proxy is None or not proxy.ranks:
         if arguments.target:
             raise InputError(f"--target {arguments.target}: goes with a low-rank proxy, which {model} is not")
         return None
-    if settings.query == "proxy" or settings.gradient_free:
+    if settings.query == "proxy" or not settings.traits.gradients:
         if arguments.target:
-            why = f"--estimator {settings.estimator} takes no gradients" if settings.gradient_free else "--query proxy"
+            why = (
+                "--query proxy" if settings.traits.gradients else f"--estimator {settings.estimator} takes no gradients"
+            )
             raise InputError(f"--target {arguments.target}: is not used with {why}; leave one of the two out")
         return None
     target = arguments.target or proxy.target
@@ -252,12 +251,12 @@ def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedMo
 
 
 def warmed_folder(model: str, target: str | None, settings: InfluenceSection) -> str | None:
-    """The folder that holds the optimizer's state, for the estimator `adam`.
+    """The folder that holds the optimizer's state, for the estimator `less`.
 
     Raises:
         InputError: it holds none.
     """
-    if settings.estimator != "adam":
+    if not settings.traits.optimizer:
         return None
     load_adam_state(target or model)  # refused now rather than after the model is loaded
     return target or model

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Collection
 from typing import Any, get_args
 
-from iprox.settings import GRADIENT_FREE, SelectSection, TrainingSection
+from iprox.settings import ESTIMATORS, SelectSection, TrainingSection
 
 # Where a command's function is; the others are in `stage_commands`. They import torch, so parsing does not import them.
 MODULES = {
@@ -158,13 +158,10 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
     """What is scored, and how."""
     parser.add_argument(
         "--estimator",
-        choices=("tracin", "adam", "influence-function", "datainf", *GRADIENT_FREE),
-        help="influence-function (default) and datainf divide by the curvature of the loss; tracin does not; adam, of "
-        "the steps that the warm-up's optimizer would take (LESS); random, length, perplexity, rds (hidden states) and "
-        "bm25 (words) take no gradients, to compare with",
-    )
-    parser.add_argument(
-        "--curvature", choices=("ek-fac", "k-fac"), default=None, help="of influence-function; default ek-fac"
+        choices=tuple(ESTIMATORS),
+        help="ekfac (default), kfac and datainf divide by the curvature of the loss; tracin does not; less scores the "
+        "steps that the warm-up's optimizer would take; random, length, perplexity, rds (hidden states) and bm25 "
+        "(words) are baselines without gradients",
     )
     parser.add_argument(
         "--curvature-examples", type=int, default=None, help="of the pool, to measure curvature on (default 256)"
@@ -172,14 +169,13 @@ def influence_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--damping", type=float, default=None, help="as a share of the curvature's mean eigenvalue (default 0.1)"
     )
-    gradient_option(parser)
     query_option(parser)
     parser.add_argument(
         "--query-norm",
         type=float,
         default=None,
         help="share of the validation gradients' norm kept when they are made low-rank; 1 is exact (default 0.9; "
-        "without --per-example 0.98 on a proxy by influence functions, and 1 on a model itself)",
+        "without scores by validation example 0.98 on a proxy with influence functions, and 1 on a model itself)",
     )
     aggregation_options(parser)
 
@@ -205,27 +201,6 @@ def ranked_by_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def norm_sketch_option(parser: argparse.ArgumentParser) -> None:
-    """Of commands that score a proxy."""
-    parser.add_argument(
-        "--norm-sketch",
-        type=int,
-        default=None,
-        help="of --normalize cosine on a proxy: random signs a layer that norms of candidates are estimated from, "
-        "which saves time on rows of more tokens than that; 0 is exact (default 32)",
-    )
-
-
-def gradient_option(parser: argparse.ArgumentParser) -> None:
-    """Of which parameters gradients are."""
-    parser.add_argument(
-        "--gradient",
-        choices=("factors", "weight"),
-        default=None,
-        help="of a proxy: those of its layers as if dense (weight, default), or of its factors",
-    )
-
-
 def query_option(parser: argparse.ArgumentParser) -> None:
     """Of validation gradients."""
     parser.add_argument(
@@ -241,12 +216,6 @@ def aggregation_options(parser: argparse.ArgumentParser) -> None:
     """How many scores become one."""
     parser.add_argument(
         "--normalize", choices=("none", "cosine"), help="cosine (default), or none: gradients as they are"
-    )
-    parser.add_argument(
-        "--over-examples",
-        choices=("mean", "max"),
-        default="mean",
-        help="how a task's validation examples make one score (default mean); max costs a column an example",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from iprox import hub
 from iprox.cli import options, summary
 from iprox.data import Pool
 from iprox.data.locate import COMPRESSIONS
+from iprox.data.sampling import draw_rows
+from iprox.engine.shards import IDENTITY
 from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
-from iprox.influence.shards import IDENTITY
+from iprox.influence.job import Checkpoint
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import save_model
@@ -21,7 +24,7 @@ from iprox.progress import say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import validate_section
 from iprox.run_folder import StageRecord, key_of, read_json
-from iprox.session import draw_rows, refuse_shared_files
+from iprox.session import refuse_shared_files
 from iprox.settings import (
     SIZES,
     AlignSection,
@@ -142,7 +145,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     session, pool = options.session_of(arguments), options.pool_of(arguments.pool, arguments)
     validation = options.tasks_of(arguments.validation, arguments)
     rates = options.learning_rates_of(arguments.model, arguments.learning_rates)
-    if settings.gradient_free and len(rates) > 1:
+    if not settings.traits.gradients and len(rates) > 1:
         raise InputError(f"--model: checkpoints are summed by TracIn; {settings.estimator} takes one model")
     marker = f"{SHARDS}/{IDENTITY}"
     output = options.resumable_folder(arguments.output, marker, SHARDS, "scores.parquet", "*.partial")
@@ -156,7 +159,7 @@ def score(arguments: Namespace) -> dict[str, Any]:
     targets = [options.query_target(model, arguments, settings, session) for model in arguments.model]
     identity["targets"] = [target and checkpoint_fingerprint(target) for target in targets]
     models = [
-        scoring.ScoredModel(model, rate, target, options.warmed_folder(model, target, settings))
+        Checkpoint(model, rate, target, options.warmed_folder(model, target, settings))
         for model, rate, target in zip(arguments.model, rates, targets, strict=True)
     ]
     return options.single_stage(
@@ -164,7 +167,9 @@ def score(arguments: Namespace) -> dict[str, Any]:
         "score",
         output,
         arguments,
-        lambda: scoring.score(session, models, pool, validation, output / "scores.parquet", settings, identity),
+        functools.partial(
+            scoring.score, session, models, pool, validation, output / "scores.parquet", settings, identity
+        ),
         kept=f"{SHARDS}/*/*.parquet",
     )
 
@@ -208,7 +213,8 @@ def audit(arguments: Namespace) -> dict[str, Any]:
     )
     refuse_shared_files(pool, {f"validation set of {task}": each for task, each in validation.items()})
     examples = options.sample_of(pool, session, "audit", arguments.sample)
-    pairs = [(arguments.model, arguments.proxy, 1.0)]
+    state = options.warmed_folder(arguments.model, None, settings)
+    pairs = [Checkpoint(arguments.proxy, 1.0, arguments.model, state)]
 
     def work() -> StageRecord:
         record, _ = auditing.audit(session, pairs, examples, pool, validation, output, settings)
@@ -265,7 +271,7 @@ def refine(arguments: Namespace) -> dict[str, Any]:
             "candidates": candidates.scan().fingerprint,
             "validation": {task: source.scan().fingerprint for task, source in validation.items()},
         }
-        model = scoring.ScoredModel(arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence))
+        model = Checkpoint(arguments.model, 1.0, None, options.warmed_folder(arguments.model, None, influence))
         return scoring.score(session, [model], candidates, validation, file, influence, identity, part_of=pool)
 
     record = options.single_stage(

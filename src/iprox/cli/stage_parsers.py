@@ -10,10 +10,8 @@ from iprox.cli.parser_options import (
     aggregation_options,
     command,
     compile_option,
-    gradient_option,
     held_out_options,
     influence_options,
-    norm_sketch_option,
     number_or_auto,
     per_example_option,
     positive,
@@ -151,7 +149,6 @@ def add_score(commands: Any) -> None:
     influence_options(parser)
     per_example_option(parser)
     compile_option(parser)
-    norm_sketch_option(parser)
     streaming_option(parser)
     reading_options(parser)
 
@@ -172,12 +169,11 @@ def add_index(commands: Any) -> None:
     )
     parser.add_argument(
         "--estimator",
-        choices=("tracin", "adam"),
+        choices=("tracin", "less"),
         default="tracin",
-        help="what is projected: gradients (tracin, default), or the steps of the warm-up's optimizer (adam, LESS)",
+        help="what is projected: gradients (tracin, default), or the steps of the warm-up's optimizer (less)",
     )
-    parser.add_argument("--target", help="with adam, the target of a proxy (default: the one it names)")
-    gradient_option(parser)
+    parser.add_argument("--target", help="with less, the target of a proxy (default: the one it names)")
     compile_option(parser)
     streaming_option(parser)
     reading_options(parser)
@@ -245,7 +241,6 @@ def add_audit(commands: Any) -> None:
         help="learning rate of each training of --lds and --removal (default 0.1 over the model's hidden size)",
     )
     influence_options(parser)
-    norm_sketch_option(parser)
     reading_options(parser)
 
 

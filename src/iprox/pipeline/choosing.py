@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from iprox.influence.attribution import why_not_attributed
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key
 from iprox.report import build_report, shown_rows
@@ -51,8 +52,8 @@ def _attribute(run: Run, context: Context) -> None:
     settings, count = run.recipe.influence, run.recipe.report.attributed
     if not count:
         return
-    on = skeleton(context.scored[0].path, trust_remote_code=run.recipe.trust_remote_code)
-    why = attribution.why_not_attributed(settings, on)
+    on = skeleton(context.scored[0].read_by[0], trust_remote_code=run.recipe.trust_remote_code)
+    why = why_not_attributed(settings, on)
     if why is not None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report shades no tokens: {why}")

@@ -28,7 +28,7 @@ def warm_up(run: Run, context: Context) -> None:
         return
     rows = draw(run, "warmup", settings.examples(run.total))
     folder = run.folder.warmup
-    adam = run.recipe.influence.estimator == "adam"
+    adam = run.recipe.influence.traits.optimizer
     kept = [folder / entry["path"] for entry in _checkpoints(run)]
     # The optimizer's state changes no checkpoint, so it is in no key: a run without it lacks an output.
     states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []

@@ -13,9 +13,11 @@ import yaml
 
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
+from iprox.data.sampling import draw_rows
+from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output
-from iprox.influence.ray_engine import check_ray
+from iprox.influence.job import Checkpoint
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
@@ -24,9 +26,9 @@ from iprox.progress import Reporter
 from iprox.recipe import parse_recipe, read_yaml, to_yaml
 from iprox.run_folder import RunFolder, StageRecord, environment, key_of, write_json, write_text
 from iprox.selection import check_feasible
-from iprox.session import AT_LEAST, Session, draw_rows, encode_validation, pool_of, tasks_of
+from iprox.session import AT_LEAST, Session, encode_validation, pool_of, tasks_of
 from iprox.settings import Recipe
-from iprox.stages import refinement, scoring, selection
+from iprox.stages import refinement, selection
 from iprox.stages.compression import check_size
 from iprox.tracking import check_tracking
 
@@ -102,7 +104,7 @@ class Context:
 
     targets: list[tuple[str, float]] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
-    scored: list[scoring.ScoredModel] = field(default_factory=list)
+    scored: list[Checkpoint] = field(default_factory=list)
     scores: Path | None = None
     audit: str = ""  # its key, apart: scores do not hang on it
     keys: dict[str, str] = field(default_factory=dict)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from iprox.data import Pool
-from iprox.influence.ray_engine import ray_engine
-from iprox.influence.windows import Engine
+from iprox.engine.ray import ray_engine
+from iprox.engine.stream import Engine
+from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.registry import estimator_of
+from iprox.influence.job import Checkpoint
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.pipeline.run import Context, Run, common_key, draw
 from iprox.run_folder import StageRecord, key_of
 from iprox.stages import auditing, refinement, scoring
-from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 from iprox.stages.selection import selection_settings
 
 
@@ -22,7 +26,7 @@ def audit(run: Run, context: Context) -> None:
     if not settings or not context.proxies:
         return
     rows = draw(run, "audit", settings.sample)
-    pairs = [(path, proxy, rate) for (path, rate), proxy in zip(context.targets, context.proxies, strict=True)]
+    pairs = _checkpoints(run, context.proxies, context)
     context.audit = run.stage(
         "audit",
         [common_key(run), context.keys, run.recipe.influence.model_dump(), settings.model_dump(include={"sample"})],
@@ -48,13 +52,10 @@ def score(run: Run, context: Context) -> None:
     """Score the pool on the proxies, or on the targets where there are none."""
     proxy = run.recipe.proxy
     influence = run.recipe.influence
-    from_target = proxy and proxy.factorized and influence.query == "target" and not influence.gradient_free
-    models = [
-        scoring.ScoredModel(model, rate, path if from_target else None, path if influence.estimator == "adam" else None)
-        for model, (path, rate) in zip(
-            context.proxies or [path for path, _ in context.targets], context.targets, strict=True
-        )
-    ]
+    from_target = proxy and proxy.factorized and influence.query == "target" and influence.traits.gradients
+    models = _checkpoints(run, context.proxies, context)
+    if not from_target:
+        models = [replace(each, target=None) for each in models]
     identity = {"inputs": run.record["identity"], "stages": key_of([common_key(run), context.keys])}
     context.keys["score"] = run.stage(
         "score",
@@ -77,10 +78,7 @@ def refine(run: Run, context: Context) -> None:
     folder = run.folder.refined
     whole = influence.model_copy(update={"query_norm": None})  # as a model itself is asked
     ranked_by = [chosen.strategy, chosen.task, chosen.weights]
-    models = [
-        scoring.ScoredModel(path, rate, None, path if influence.estimator == "adam" else None)
-        for path, rate in context.targets
-    ]
+    models = [replace(each, target=None) for each in _checkpoints(run, [], context)]
 
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([common_key(run), context.keys])}
@@ -107,6 +105,16 @@ def refine(run: Run, context: Context) -> None:
     run.save()
 
 
+def _checkpoints(run: Run, proxies: Sequence[str], context: Context) -> list[Checkpoint]:
+    """Return what is scored at each checkpoint: its proxy, or the target where there are none, with what it reads."""
+    models = proxies or [path for path, _ in context.targets]
+    state = run.recipe.influence.traits.optimizer
+    return [
+        Checkpoint(model, rate, path, path if state else None)
+        for model, (path, rate) in zip(models, context.targets, strict=True)
+    ]
+
+
 def _engine(run: Run) -> Engine | None:
     """Where windows are scored, which does not change the scores, so that it is in no key; None: in this process."""
     chosen = run.recipe.engine
@@ -121,9 +129,9 @@ def _cost(run: Run) -> None:
     # The contraction is charged to the target as it was to the proxy: the same gradients, as low-rank, and norms as
     # sketched.
     supervised = entry["supervised"] * checkpoints
-    influence = run.recipe.influence
-    on_target = candidate_flops(target, influence, entry["tokens"], supervised, entry["contraction_flops"])
-    on_target += checkpoints * query_flops(target, influence, QueryTokens(**entry["query_tokens"]))
+    estimator = estimator_of(run.recipe.influence)
+    on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
+    on_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],

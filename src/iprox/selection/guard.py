@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from iprox.data.lengths import Lengths, ValidationLengths
-from iprox.influence.scores import scores_metadata, supervised_column, task_names
+from iprox.scores import scores_metadata, supervised_column, task_names
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.settings import SelectionSettings
-from iprox.settings import GRADIENT_FREE
+from iprox.settings import ESTIMATORS
 
 # Times from which a selection's median length, or the tasks' own, are far apart.
 SEVERAL = 3.0
@@ -230,7 +230,8 @@ class Setting:
 
 def _length_setting(settings: SelectionSettings, made_by: Mapping[str, Any]) -> Setting | None:
     """The setting that is likeliest to bring lengths nearer; None where all are set already."""
-    if made_by.get("estimator") in GRADIENT_FREE:
+    traits = ESTIMATORS.get(str(made_by.get("estimator")))
+    if traits is not None and not traits.gradients:
         return Setting("influence", "estimator", "influence-function")
     if made_by.get("normalize") == "none":
         return Setting("influence", "normalize", "cosine")
