@@ -35,13 +35,12 @@ import torch
 from iprox.data import Batch, Encoded, Example, Pool, iter_batches
 from iprox.finetune import evaluate, train
 from iprox.influence import gradient_free
-from iprox.influence.estimators import has_bias
-from iprox.influence.validation_gradients import example_gradients
-from iprox.influence.gradients import squared_norms
 from iprox.influence.estimators.ekfac import curvature_of
+from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
+from iprox.influence.validation_gradients import example_gradients
 from iprox.models.adapters import with_lora
-from iprox.models.layers import influence_layers
+from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.run_folder import environment, read_json
@@ -230,7 +229,7 @@ class Bench:
     def _score(self, seed: int) -> dict[str, np.ndarray]:
         started = time.time()
         model = self.session.model(self.warmed(seed))
-        layers = influence_layers(model, "weight")
+        layers = influence_layers(model)
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = curvature_of(model, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)

@@ -20,12 +20,12 @@ import torch
 from scipy import stats
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.scores import read_scores, score_matrix
+from iprox.data.sampling import draw_rows
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.run_folder import environment, write_json
-from iprox.session import draw_rows
+from iprox.scores import read_scores, score_matrix
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -27,14 +27,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from iprox.influence.scoring import QUERY_NORM
 from transformers import PreTrainedModel
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
-from iprox.influence.estimators import BatchScorer, ModelGradient, mean_gradient, seen_from
+from iprox.influence.estimators import seen_from
 from iprox.influence.estimators.ekfac import precondition
-from iprox.influence.scoring import QUERY_NORM
+from iprox.influence.gradients import ModelGradient
 from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
@@ -101,7 +104,7 @@ class Setting:
     def scores(self, model: PreTrainedModel, queries: dict[str, ModelGradient], keep: float) -> np.ndarray:
         """Scores [N, tasks] of the sample on a model."""
         met = queries if keep == 1 else low_rank_queries(queries, keep)
-        scorer = BatchScorer(model, met, gradient="weight")
+        scorer = BatchScorer(model, met)
         scores = np.full((len(self.sample), len(queries)), np.nan)
         with compiled(model):
             for batch in iter_batches(self.sample, self.batch_tokens, 0):
@@ -116,7 +119,7 @@ class Setting:
         }
         if not self.curvature_sample:
             return queries
-        return precondition(model, queries, self.curvature_sample, damping=DAMPING, gradient="weight")
+        return precondition(model, queries, self.curvature_sample, damping=DAMPING)
 
 
 def main() -> None:

@@ -22,19 +22,20 @@ import torch
 from scipy.stats import spearmanr
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer, ModelGradient, has_bias, mean_gradient
-from iprox.influence.index import GradientIndex, WindowProjector, write_index
+from iprox.data.sampling import draw_rows
+from iprox.engine.stream import WINDOW
+from iprox.influence.gradients import ModelGradient
+from iprox.influence.index import GradientIndex, GradientProjector, WindowProjector, write_index
 from iprox.influence.projection import LayerProjection
-from iprox.influence.index import GradientProjector
-from iprox.scores import score_matrix
-from iprox.influence.scoring import WINDOW
-from iprox.models.layers import influence_layers, weight_shape
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
+from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.run_folder import environment, write_json
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from iprox.data import ChatEncoder, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer
+from iprox.data.sampling import draw_rows
 from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES
 from iprox.run_folder import environment, write_json
-from iprox.session import draw_rows
 from queries import agreement, options, validation_gradients
 
 SKETCHES = (0, 4, 8, 16, 32, 64)
@@ -46,7 +46,7 @@ def main() -> None:
 
     def scores(**how: Any) -> tuple[np.ndarray, float, float]:
         """Scores, FLOPs a token of the norms over a forward pass, and tokens a second, at the second time."""
-        scorer = BatchScorer(model, queries, gradient="weight", **how)
+        scorer = BatchScorer(model, queries, **how)
         with compiled(model):
             for _ in range(2):
                 started = time.perf_counter()

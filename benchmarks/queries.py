@@ -19,14 +19,16 @@ import torch
 from scipy import stats
 
 from iprox.data import ChatEncoder, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer, ModelGradient, TruncatedGradient, mean_gradient
+from iprox.data.sampling import draw_rows
 from iprox.influence.estimators.ekfac import precondition
+from iprox.influence.gradients import ModelGradient, TruncatedGradient
 from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.run_folder import environment, write_json
-from iprox.session import draw_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 KEPT = {
@@ -95,11 +97,11 @@ def main() -> None:
     if arguments.estimator == "influence-function":
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))
-        gradients = precondition(model, gradients, sample, gradient="weight")
+        gradients = precondition(model, gradients, sample)
     cast_parameters(model, DTYPES[arguments.dtype])
 
     def scores(queries: Any, **options: Any) -> tuple[np.ndarray, float]:
-        scorer = BatchScorer(model, queries, gradient="weight", **options)
+        scorer = BatchScorer(model, queries, **options)
         return torch.cat([scorer(batch)[0] for batch in candidates]).double().numpy(), scorer.contraction_flops
 
     whole, most = scores(gradients)

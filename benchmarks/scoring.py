@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from iprox.influence.scoring import QUERY_NORM
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
 from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scoring import QUERY_NORM
 from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.compiled import compile_layers
 from iprox.models.layers import influence_layers
@@ -95,7 +96,7 @@ def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence
             queries: dict[str, Any] = dict.fromkeys(map(str, range(tasks)), gradient)
             if keep < 1:
                 queries = dict(low_rank_queries(queries, keep))
-            return BatchScorer(model, queries, gradient="weight")
+            return BatchScorer(model, queries)
 
         making, scorers[tasks] = timed(make)
         result["by_tasks"][tasks] = {"making_seconds": making}

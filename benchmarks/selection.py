@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from iprox.influence.scoring import QUERY_NORM
 
 from iprox.data import Pool
-from iprox.influence.scoring import QUERY_NORM
 from iprox.run_folder import environment, write_json
 from iprox.selection.strategies import top
 from paper.runs import SHARED, run, scores_in

@@ -21,13 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, set_seed
 
 from iprox.data import ChatEncoder, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.run_folder import environment, write_json
-from iprox.session import draw_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 QWEN2_7B = {

@@ -23,10 +23,10 @@ from runs import SHARED, Results, as_rows, in_bfloat16
 import iprox
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.progress import Reporter
 from iprox.run_folder import key_of, read_json
+from iprox.scores import score_matrix
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up

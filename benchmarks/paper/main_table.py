@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import reference
 import scorer
+from iprox.influence.scoring import QUERY_NORM
 from runs import SHARED, Results, run, scores_in
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.influence.scoring import QUERY_NORM
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.run_folder import key_of, read_json, write_json

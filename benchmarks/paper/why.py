@@ -26,12 +26,12 @@ from runs import SHARED, Results, as_rows, in_bfloat16
 import iprox
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate
 from iprox.influence.index import GradientProjector
-from iprox.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.run_folder import key_of
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 DIMENSION, DIRECTIONS, PROBE = 4096, 16, 139
 SPARSITIES = (0.2, 0.4, 0.6, 0.8, 0.9)

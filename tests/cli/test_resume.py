@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from iprox.cli import main
+from iprox.data.sampling import draw_rows
 from iprox.files import FolderLock
 from iprox.influence import index, scoring, shards
-from iprox.session import draw_rows
 from iprox.stages import alignment, compression, indexing
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]

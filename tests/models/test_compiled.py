@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.engine.stream import compile_model
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.compiled import compile_layers, compiled, why_not_compiled, wire_of
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, low_rank_layers

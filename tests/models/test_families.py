@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
-from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
+from iprox.influence.estimators import seen_from
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, expert_layers, experts_split, split_experts
 from iprox.models.flops import forward_flops, linear_parameters
@@ -130,7 +132,7 @@ def test_a_proxy_meets_the_targets_query(family, tiny, space):
     _, model, batch = family
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
-    own = mean_gradient(model, [validation], "weight")[0]
+    own = mean_gradient(model, [validation])[0]
     scores, _ = BatchScorer(proxy, {"task": seen_from(own, proxy, space)}, gradient=space)(pool)
     dense = split(to_dense(proxy))
     layers = compressible_layers(dense)

@@ -3,8 +3,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from iprox.data.batching import padded_width
-from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.estimators.ekfac import precondition
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.experts import split_experts
@@ -31,7 +32,7 @@ def test_compression_counts_each_reading_and_factorizes_once(tiny):
 def test_curvature_is_charged_what_torch_counts(tiny, curvature):
     """But for eigendecompositions, which torch does not count; rows long enough that norms form gradients."""
     model, sample = tiny.model("qwen2"), tiny.batch([48] * 4)
-    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)], "weight")[0] for i in range(3)}
+    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)])[0] for i in range(3)}
     supervised = int((sample.labels[:, 1:] != -100).sum())
     with FlopCounterMode(display=False) as counter:
         precondition(model, queries, [sample], curvature)
@@ -64,8 +65,8 @@ def test_training_adapters_is_charged_what_torch_counts(tiny):
 def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
     split_experts(model)
-    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
-    scorer = BatchScorer(model, {"t": query}, gradient="weight", normalize="cosine")
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    scorer = BatchScorer(model, {"t": query}, normalize="cosine")
     met = 0.0
     layers = compressible_layers(model)
 

@@ -29,7 +29,7 @@ def test_influence_layers_of_a_proxy(tiny):
     replace_module(model, name, LowRankLinear(32, 48, 4, dtype=torch.float64))
     assert list(low_rank_layers(model)) == [name]
     assert name not in compressible_layers(model)
-    factors, weight = influence_layers(model, "factors"), influence_layers(model, "weight")
+    factors, weight = influence_layers(model, "factors"), influence_layers(model)
     assert f"{name}.A" in factors
     assert f"{name}.B" in factors
     assert name not in factors

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from iprox.influence.scoring import QUERY_NORM, ScoringSettings
 from safetensors.torch import load_file, save_file
 
 from iprox.errors import InputError
-from iprox.influence.scoring import QUERY_NORM, ScoringSettings
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import (
     checkpoint_fingerprint,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -24,6 +24,8 @@ from iprox.settings import ESTIMATORS, InfluenceSection
 if TYPE_CHECKING:
     from iprox.influence.baselines import Corpus
     from iprox.influence.curvature import EigenBasis
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,22 +143,15 @@ class GradientEstimator(Estimator):
 
     def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
         """Return the preconditioned mean validation gradient of each task, or those of its examples as they are."""
-        source, layers = inputs.source, influence_layers(inputs.scored)
-        if not inputs.settings.by_example:
-            means = {
-                task: mean_gradient(source, batches, inputs.loss_fn)[0] for task, batches in inputs.validation.items()
+        source, keep = inputs.source, self.example_norm(inputs)
+        if inputs.settings.by_example:
+            found = {
+                task: [_of_layers(each, inputs) for each in example_gradients(source, batches, keep, inputs.loss_fn)]
+                for task, batches in inputs.validation.items()
             }
-            means = self.precondition(means, inputs)
-            # No candidate reaches the layers that a proxy lacks.
-            return {task: {name: mean[name] for name in layers} for task, mean in means.items()}
-        keep = self.example_norm(inputs)
-        return {
-            task: [
-                {name: example[name] for name in layers}
-                for example in example_gradients(source, batches, keep, inputs.loss_fn)
-            ]
-            for task, batches in inputs.validation.items()
-        }
+            return dict(found)
+        means = {task: mean_gradient(source, batches, inputs.loss_fn)[0] for task, batches in inputs.validation.items()}
+        return {task: _of_layers(mean, inputs) for task, mean in self.precondition(means, inputs).items()}
 
     def example_norm(self, inputs: Inputs) -> float:
         """Return the share of each layer's norm that gradients of single validation examples keep as they are taken."""
@@ -191,3 +186,10 @@ class GradientEstimator(Estimator):
     def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
         """Return the FLOPs of a forward pass, a backward pass to the activations, and the contraction."""
         return flops.scoring_flops(model, tokens, supervised, contraction)
+
+
+def _of_layers(gradient: dict[str, T], inputs: Inputs) -> dict[str, T]:
+    """Return a target's gradient without the layers that its proxy lacks, which no candidate reaches."""
+    if inputs.target is None:
+        return gradient
+    return {name: gradient[name] for name in influence_layers(inputs.scored)}
