@@ -6,7 +6,7 @@ probe or alignment) and the same size. Cells are cached in the work folder, so a
     python benchmarks/fidelity.py                                       # the whole table: hours on two cores
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
     python benchmarks/fidelity.py --queries target --seeds 1 --methods ipsvd 'ipsvd, aligned' 'ipsvd, aligned by logits'
-    python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator influence-function \
+    python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator ekfac \
         --methods ipsvd 'ipsvd, aligned by gradients'
 
 Scores are raw, at the warm-up's last checkpoint: TracIn, or with --estimator an influence function. `query` says where
@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from iprox.influence.scoring import QUERY_NORM
 from transformers import PreTrainedModel
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Batch, ChatEncoder, Encoded, Pool, example_batches, iter_batches
-from iprox.influence.estimators import seen_from
-from iprox.influence.estimators.ekfac import precondition
+from iprox.data.sampling import draw_rows
+from iprox.influence.estimators.base import Inputs
+from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.gradients import ModelGradient
 from iprox.influence.low_rank import low_rank_queries
 from iprox.influence.scorer import BatchScorer
@@ -54,8 +54,8 @@ from iprox.proxy.moments import Moments, collect_moments
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.spectra import SpectrumStore
 from iprox.run_folder import environment, key_of, write_json
-from iprox.session import Session, draw_rows
-from iprox.settings import WarmupSection
+from iprox.session import Session
+from iprox.settings import ESTIMATORS, InfluenceSection, WarmupSection
 from iprox.stages.training import warm_up
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -81,7 +81,6 @@ ALIGNED: dict[str, dict[str, float]] = {
     "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
 }
 FACTORIZED.update(dict.fromkeys(ALIGNED, FACTORIZED["ipsvd"]))
-DAMPING = 0.1  # iprox's default
 METHODS = (*FACTORIZED, "layers", "off-the-shelf")
 
 
@@ -114,12 +113,15 @@ class Setting:
     def own_queries(self, model: PreTrainedModel) -> dict[str, ModelGradient]:
         """Validation gradients taken on a model itself, divided by its curvature for an influence function."""
         queries = {
-            task: mean_gradient(model, iter_batches(rows, self.batch_tokens, 0), "weight")[0]
+            task: mean_gradient(model, iter_batches(rows, self.batch_tokens, 0))[0]
             for task, rows in self.validation.items()
         }
         if not self.curvature_sample:
             return queries
-        return precondition(model, queries, self.curvature_sample, damping=DAMPING)
+        inputs = Inputs(
+            settings=InfluenceSection(estimator="ekfac"), model=model, validation={}, sample=self.curvature_sample
+        )
+        return KroneckerInfluence("ekfac", corrected=True).precondition(queries, inputs)
 
 
 def main() -> None:
@@ -137,7 +139,7 @@ def main() -> None:
     parser.add_argument("--probe-size", type=int, default=139)
     parser.add_argument("--align-size", type=int, default=139, help="rows to align on: by default 1 %% of the pool")
     parser.add_argument("--align-epochs", type=int, default=5)
-    parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    parser.add_argument("--estimator", choices=("tracin", "ekfac"), default="tracin")
     parser.add_argument("--curvature-examples", type=int, default=256, help="of the pool, for an influence function")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of the warm-up: 5 %% of the pool, 2 epochs")
@@ -205,11 +207,8 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             objective = Objective(**ALIGNED[method])
             aligned = align(proxy, setting.target, setting.alignment, tuned, objective)
         cast_parameters(proxy, setting.dtype)
-        if query == "target":
-            queries = {task: seen_from(gradient, proxy, "weight") for task, gradient in setting.queries.items()}
-        else:
-            queries = setting.own_queries(proxy)
-        scores = setting.scores(proxy, queries, QUERY_NORM)
+        queries = setting.queries if query == "target" else setting.own_queries(proxy)
+        scores = setting.scores(proxy, queries, ESTIMATORS["tracin"].query_norm)
         fidelity = {
             task: fidelity_metrics(scores[:, i], setting.target_scores[:, i]) for i, task in enumerate(arguments.tasks)
         }

@@ -52,16 +52,16 @@ class ByLayer:
             for name, layer in self.layers.items()
         }
 
-    def __call__(self, batch) -> torch.Tensor:
-        """Features of a batch."""
+    def __call__(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of a batch, and its losses."""
         parts: dict[str, torch.Tensor] = {}
 
         def sink(name: str, h: torch.Tensor, delta: torch.Tensor) -> None:
             parts[name] = self.projections[name].of_tokens(h, delta, has_bias(self.layers[name])).flatten(1)
 
         with frozen(self.model):
-            watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
-        return torch.cat([parts[name] for name in self.projections], dim=1)
+            losses = watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
+        return torch.cat([parts[name] for name in self.projections], dim=1), losses
 
     def project(self, gradient: ModelGradient) -> torch.Tensor:
         """Features of a validation gradient."""
@@ -73,7 +73,7 @@ def over_pool(run: Callable, encoded: list[Encoded], batch_tokens: int, device: 
     """What `run` makes of every row, float32 [N, columns]."""
     out: np.ndarray | None = None
     for batch in iter_batches(encoded, batch_tokens, 0):
-        numbers = run(batch.to(device)).float().cpu().numpy()
+        numbers = run(batch.to(device))[0].float().cpu().numpy()
         out = np.zeros((len(encoded), numbers.shape[1]), np.float32) if out is None else out
         out[batch.indices] = numbers
     assert out is not None

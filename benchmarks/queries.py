@@ -2,7 +2,7 @@
 
     python benchmarks/queries.py                                        # the shared target, 5 tasks, 300 pool rows
     python benchmarks/queries.py --model runs/mine/warmup/checkpoint-44
-    python benchmarks/queries.py --estimator influence-function         # gradients divided by the curvature (EK-FAC)
+    python benchmarks/queries.py --estimator ekfac         # gradients divided by the curvature (EK-FAC)
 
 Costs are FLOPs of contracting with all tasks, over a forward pass of the linear layers. Agreement is with the scores of
 whole gradients on the same model, raw and cosine, means over tasks.
@@ -20,7 +20,8 @@ from scipy import stats
 
 from iprox.data import ChatEncoder, Pool, iter_batches
 from iprox.data.sampling import draw_rows
-from iprox.influence.estimators.ekfac import precondition
+from iprox.influence.estimators.base import Inputs
+from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.gradients import ModelGradient, TruncatedGradient
 from iprox.influence.low_rank import low_rank_queries
 from iprox.influence.scorer import BatchScorer
@@ -29,11 +30,12 @@ from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.run_folder import environment, write_json
+from iprox.settings import InfluenceSection
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 KEPT = {
     "tracin": {"all layers together": (0.5, 0.7, 0.8, 0.85, 0.9, 0.95), "each layer by itself": (0.7, 0.8, 0.9, 0.95)},
-    "influence-function": {"all layers together": (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)},
+    "ekfac": {"all layers together": (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)},
 }
 
 
@@ -72,9 +74,7 @@ def validation_gradients(model: Any, encoder: ChatEncoder, arguments: argparse.N
     """The mean gradient of each task's validation examples."""
     return {
         task: mean_gradient(
-            model,
-            iter_batches(encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))), 4096, 0),
-            "weight",
+            model, iter_batches(encoder.encode(list(Pool([str(arguments.targets / f"{task}.val.jsonl")]))), 4096, 0)
         )[0]
         for task in arguments.tasks
     }
@@ -94,10 +94,11 @@ def main() -> None:
     candidates = list(iter_batches(encoder.encode(pool.take(rows)), 4096, 0))
     model = load_model(arguments.model, dtype=torch.float32)
     gradients = validation_gradients(model, encoder, arguments)
-    if arguments.estimator == "influence-function":
+    if arguments.estimator == "ekfac":
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))
-        gradients = precondition(model, gradients, sample)
+        inputs = Inputs(settings=InfluenceSection(estimator="ekfac"), model=model, validation={}, sample=sample)
+        gradients = KroneckerInfluence("ekfac", corrected=True).precondition(gradients, inputs)
     cast_parameters(model, DTYPES[arguments.dtype])
 
     def scores(queries: Any, **options: Any) -> tuple[np.ndarray, float]:

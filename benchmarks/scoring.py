@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from iprox.influence.scoring import QUERY_NORM
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set_seed
 
@@ -45,6 +44,7 @@ from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.run_folder import environment, write_json
+from iprox.settings import ESTIMATORS
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 QWEN3_600M = {
@@ -87,7 +87,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
     """Our engine: validation gradient, then the pool, compiled; the pool again for each number of tasks."""
     pool, validation = work.batches(work.pool), work.batches(work.validation)
-    seconds, gradient = timed(lambda: mean_gradient(model, validation, "weight")[0])
+    seconds, gradient = timed(lambda: mean_gradient(model, validation)[0])
     result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
     scorers = {}
     for tasks in task_counts:
@@ -131,13 +131,13 @@ def proxy(work: Work) -> dict[str, Any]:
     made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
     del work.model, model
     cast_parameters(made, work.dtype)
-    return iprox(work, made, QUERY_NORM, work.arguments.tasks)
+    return iprox(work, made, ESTIMATORS["tracin"].query_norm, work.arguments.tasks)
 
 
 def autograd(work: Work) -> dict[str, Any]:
     """What one would write first: every example's gradient by autograd, dotted with the validation gradient."""
     layers = influence_layers(work.model)
-    gradient = mean_gradient(work.model, work.batches(work.validation), "weight")[0]
+    gradient = mean_gradient(work.model, work.batches(work.validation))[0]
     parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
     rows = work.pool[:: max(1, len(work.pool) // 32)]
 

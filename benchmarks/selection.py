@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from iprox.influence.scoring import QUERY_NORM
 
 from iprox.data import Pool
 from iprox.run_folder import environment, write_json
 from iprox.selection.strategies import top
+from iprox.settings import ESTIMATORS
 from paper.runs import SHARED, run, scores_in
 
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
@@ -29,7 +29,7 @@ CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 # others are charged against. (The truth is of whole gradients, which with several tasks cost several times as much.)
 CHARGED = "target, low-rank"
 METHODS: dict[str, dict[str, Any]] = {
-    CHARGED: {"proxy": False, "influence": {"query_norm": QUERY_NORM}},
+    CHARGED: {"proxy": False, "influence": {"query_norm": ESTIMATORS["tracin"].query_norm}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},

@@ -4,7 +4,7 @@
     python benchmarks/paper/ablations.py --only probe ridge --rows 300
 
 One proxy setting at a time is changed from the base: IPSVD at sparsity 0.7 on 139 random rows (1 % of the pool), global
-ranks, `weight` gradients, raw TracIn at the last checkpoint, not aligned. None of the rows scored is in a probe, in the
+ranks, raw TracIn at the last checkpoint, not aligned. None of the rows scored is in a probe, in the
 warm-up or aligned on. Cells are kept in the results file.
 """
 
@@ -23,11 +23,12 @@ from runs import SHARED, Results, as_rows, in_bfloat16
 import iprox
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
+from iprox.data.sampling import draw_rows
 from iprox.models.loading import load_tokenizer
 from iprox.progress import Reporter
 from iprox.run_folder import key_of, read_json
 from iprox.scores import score_matrix
-from iprox.session import Session, draw_rows
+from iprox.session import Session
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up
 
@@ -167,12 +168,9 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
             **{f"{ridge}": lambda ridge=ridge: measure(make(ridge=ridge)) for ridge in (1e-3, 1e-2, 1e-1, 1.0)},
         },
         "ranks": {"global": lambda: ablation.base, "uniform": lambda: measure(make(ranks="uniform"))},
-        "gradient": {
-            "weight, queries of the target": lambda: ablation.base,
-            "factors, queries of the target": lambda: measure(make(), gradient="factors"),
-            "factors, queries of the proxy": lambda: compared(
-                ablation.arguments, ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth
-            ),
+        "validation gradients": {
+            "of the target": lambda: ablation.base,
+            "of the proxy": lambda: compared(ablation.arguments, ablation.scores(in_bfloat16(make())), ablation.truth),
         },
         "share of the query's norm": {
             "0.9": lambda: ablation.base,

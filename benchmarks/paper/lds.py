@@ -43,7 +43,7 @@ def main() -> None:
     kept = ("work", "output", "fresh")
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in kept}
     results = Results(arguments.output, settings, fresh=arguments.fresh)
-    for estimator in ("tracin", "influence-function"):
+    for estimator in ("tracin", "kfac"):
         cell = results(estimator, lambda e=estimator: measured(arguments, e))
         for task, sides in cell["tasks"].items():
             told = (f"{side} {entry['lds']:.2f} ({entry['interval'][0]:.2f} to {entry['interval'][1]:.2f})"
@@ -62,7 +62,7 @@ def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
         },
         "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
         "proxy": {"sparsity": arguments.sparsity},
-        "influence": {"estimator": estimator, "curvature": "k-fac"},
+        "influence": {"estimator": estimator},
         "audit": {
             "sample": arguments.sample,
             "lds": {"subsets": arguments.subsets, "learning_rate": arguments.learning_rate},

@@ -2,8 +2,7 @@
 
     python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
     python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
-    python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
-    python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --work runs/sketched --output sketched.json
+    python benchmarks/paper/main_table.py --estimator kfac                    # the K-FAC version of the table
 
 A seed is: warm the target up on 5 % of the pool; score the pool on the target and on every proxy; for each task
 fine-tune the *original* target on the best 5 %; measure loss and exact matches on the task's test set. Scores are
@@ -26,17 +25,17 @@ from typing import Any
 import numpy as np
 import reference
 import scorer
-from iprox.influence.scoring import QUERY_NORM
 from runs import SHARED, Results, run, scores_in
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
+from iprox.data.sampling import draw_rows
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.run_folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
-from iprox.session import Session, draw_rows
-from iprox.settings import FinetuneSection
+from iprox.session import Session
+from iprox.settings import ESTIMATORS, FinetuneSection
 from iprox.stages.training import finetune, warm_up
 
 # Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and with
@@ -154,9 +153,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fraction", type=float, default=0.05, help="of the pool that is selected")
-    parser.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    parser.add_argument("--estimator", choices=("tracin", "kfac"), default="tracin")
     parser.add_argument("--normalize", choices=("none", "cosine"), default="cosine")
-    parser.add_argument("--norm-sketch", type=int, default=0, help="of the cosine on proxies; 0 (default) is exact")
     parser.add_argument("--warmup-epochs", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=4, help="of the fine-tuning")
     parser.add_argument("--learning-rate", type=float, default=3e-4, help="of warm-up and fine-tuning")
@@ -170,7 +168,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     name = f"paper-{arguments.estimator}"
     # Scores of other settings are in another folder.
-    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize, arguments.norm_sketch)
+    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize)
     training = (arguments.warmup_epochs, arguments.learning_rate, arguments.max_length, arguments.batch_tokens)
     arguments.work = arguments.work or Path("runs") / f"{name}-{key_of([scoring, training])[:6]}"
     arguments.output = arguments.output or Path(__file__).parents[1] / f"results/{name}.json"
@@ -195,11 +193,9 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
         if method in WITHOUT_GRADIENTS
         else {
             "estimator": arguments.estimator,
-            "curvature": "k-fac",
             "normalize": arguments.normalize,
-            "norm_sketch": arguments.norm_sketch if proxy else 0,
             # What low-rank proxies kept by default when the table was made; influence functions keep more now.
-            "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,
+            "query_norm": ESTIMATORS["tracin"].query_norm if method.startswith(("ipsvd", "svd")) else None,
         },
         "audit": False,
         "batch_tokens": arguments.batch_tokens,
@@ -237,7 +233,7 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
         if method == "influence scorer":
             record = scorer.score(recipe, arguments.sibling, target, folder)
         else:
-            record = reference.score(recipe, target, folder, arguments.norm_sketch)
+            record = reference.score(recipe, target, folder)
     else:
         done = run(recipe_of(arguments, method, seed), target if method != "target" else None)
         stages = {name: done["stages"][name] for name in ("compress", "align", "score") if name in done["stages"]}

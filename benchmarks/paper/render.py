@@ -249,7 +249,7 @@ def saved(figure: Any, name: str) -> str:
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "main": ("paper-tracin.json", main_rows),
-    "main-if": ("paper-influence-function.json", main_rows),
+    "main-if": ("paper-kfac.json", main_rows),
     "fidelity": ("paper-tracin.json", fidelity_rows),
     "ablations": ("paper-ablations.json", ablation_rows),
     "kept": ("paper-why.json", why_kept),

@@ -17,7 +17,7 @@ from iprox.scores import scores_metadata
 def indexed(make_place, tmp_path_factory):
     """A run with two checkpoints that kept the optimizer's state, and indexes of its proxies."""
     place = make_place(tmp_path_factory.mktemp("indexed") / "place")
-    options = ["influence.checkpoints=all", "influence.estimator=adam", "audit=false"]
+    options = ["influence.checkpoints=all", "influence.estimator=less", "audit=false"]
     assert place.run("--set", *options, "--stop-after", "compress") == 0
     place.proxies = sorted((place.output / "proxy").glob("checkpoint-*"))
     place.indexes = [place.path / f"index-{number}" for number in range(2)]
@@ -48,7 +48,7 @@ def score(place, models, output, *arguments):
 
 @pytest.mark.parametrize("normalize", ["none", "cosine"])
 def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
-    how = ["--estimator=tracin", "--normalize", normalize, "--norm-sketch=0"]
+    how = ["--estimator=tracin", "--normalize", normalize]
     exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", *how)
     assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalize", normalize) == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
@@ -109,9 +109,9 @@ def test_several_indexes_are_checkpoints(indexed, tmp_path):
     np.testing.assert_allclose(both, sum(r * part for r, part in zip(rates, parts, strict=True)), rtol=1e-9)
 
 
-def test_the_steps_of_adam_are_indexed(indexed, tmp_path):
-    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--normalize=cosine")
-    assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=adam") == 0
+def test_the_steps_that_less_scores_are_indexed(indexed, tmp_path):
+    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=less", "--normalize=cosine")
+    assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=less") == 0
     assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--normalize=cosine") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     a, b = (table["influence/spelling"].to_numpy() for table in (exact, queried))

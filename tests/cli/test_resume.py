@@ -339,7 +339,7 @@ def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
     assert resolved["data"]["pool"] == [str(finished.pool)]
     assert resolved["output"] == str(finished.output)
     assert resolved["seed"] == 0
-    assert resolved["influence"]["estimator"] == "influence-function"
+    assert resolved["influence"]["estimator"] == "ekfac"
 
 
 def warnings_of_drawing(place):

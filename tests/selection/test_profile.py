@@ -124,7 +124,7 @@ def test_only_the_tasks_selected_for_are_compared_with():
     ("made_by", "settings", "tasks", "tried"),
     [
         ({}, {}, 1, "influence.normalize: cosine"),
-        ({"estimator": "length"}, {}, 1, "influence.estimator: influence-function"),
+        ({"estimator": "length"}, {}, 1, "influence.estimator: ekfac"),
         ({"normalize": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
         ({"normalize": "cosine"}, {}, 1, None),
     ],

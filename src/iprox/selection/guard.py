@@ -20,7 +20,7 @@ from iprox.data.lengths import Lengths, ValidationLengths
 from iprox.scores import scores_metadata, supervised_column, task_names
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.settings import SelectionSettings
-from iprox.settings import ESTIMATORS
+from iprox.settings import ESTIMATORS, InfluenceSection
 
 # Times from which a selection's median length, or the tasks' own, are far apart.
 SEVERAL = 3.0
@@ -232,7 +232,7 @@ def _length_setting(settings: SelectionSettings, made_by: Mapping[str, Any]) -> 
     """The setting that is likeliest to bring lengths nearer; None where all are set already."""
     traits = ESTIMATORS.get(str(made_by.get("estimator")))
     if traits is not None and not traits.gradients:
-        return Setting("influence", "estimator", "influence-function")
+        return Setting("influence", "estimator", InfluenceSection().estimator)
     if made_by.get("normalize") == "none":
         return Setting("influence", "normalize", "cosine")
     if settings.strategy != "round-robin":
