@@ -241,13 +241,12 @@ class BatchScorer(Scorer):
         Raises:
             TypeError: a layer does not see one row per example, or with `by_token` every position (an expert).
         """
-        columns: dict[str, Tensor] = {}
+        columns: dict[str, list[Tensor]] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            if name in self._queries:
-                parts = [query.contract(h, delta, by_token) for query in self._queries[name]]
-                columns[name] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            for query in self._queries.get(name, ()):
+                columns.setdefault(name, []).append(query.contract(h, delta, by_token))
             if self.normalize == "cosine":
                 bias, signs = has_bias(self.layers[name]), self._signs.get(name)
                 norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
@@ -257,13 +256,15 @@ class BatchScorer(Scorer):
             losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
         return self._normalized(columns, norms, batch.input_ids.shape if by_token else losses.shape), losses
 
-    def _normalized(self, columns: Mapping[str, Tensor], norms: Sequence[Tensor], positions: torch.Size) -> Tensor:
-        """Sum the layers' parts of the scores [*positions, columns], and divide them by the norms."""
-        for name, column in columns.items():
-            if column.shape[:-1] != positions:
+    def _normalized(
+        self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size
+    ) -> Tensor:
+        """Sum the layers' parts of the scores, by task [*positions, columns of it], and divide them by the norms."""
+        for name, parts in columns.items():
+            if parts[0].shape[:-1] != positions:
                 seen = "every token" if len(positions) > 1 else "one row per example"
                 raise TypeError(f"{name} does not see {seen}, so its gradients cannot be told apart")
-        scores = torch.stack(list(columns.values())).sum(0)
+        scores = torch.stack([torch.cat(list(parts), dim=-1) for parts in columns.values()]).sum(0)
         if self.normalize == "none":
             return scores
         length = torch.stack(list(norms)).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)

@@ -115,7 +115,7 @@ class LessScorer(BatchScorer):
         """
         if by_token:
             raise TypeError("Adam's direction of a candidate is no sum over its tokens")
-        columns: dict[str, Tensor] = {}
+        columns: dict[str, list[Tensor]] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
@@ -126,7 +126,7 @@ class LessScorer(BatchScorer):
                 parts.append(query.inner(step))
                 own = step.weight.square().sum((1, 2))
                 squares.append(own if step.bias is None else own + step.bias.square().sum(1))
-            columns[name] = torch.cat(parts)
+            columns[name] = [torch.cat(parts)]
             norms.append(torch.cat(squares))
 
         assert self.model is not None
