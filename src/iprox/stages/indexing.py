@@ -56,7 +56,7 @@ def build_index(
     encoder = session.encoder(path)
     compiled = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
     description = {
-        "format": 3,
+        "format": 2,
         "model": str(Path(path).resolve()) if Path(path).exists() else path,
         "model_fingerprint": fingerprint,
         "estimator": settings.estimator,
