@@ -46,7 +46,7 @@ from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
-from iprox.run_folder import environment, read_json
+from iprox.run.folder import environment, read_json
 from iprox.selection.strategies import top
 from iprox.selection.turns import Turns
 from iprox.session import Session
@@ -236,23 +236,17 @@ class Bench:
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
-        examples = [
-            each for rows in self.encoded_validation.values() for each in example_gradients(model, self.batches(rows))
-        ]
         queries = {}
-        for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
-            # One pair of bases for all tasks: less work, and more memory, than one each.
-            made = queries[name] = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
-            sizes = np.mean([(*q.left.shape, *q.right.shape) for q in made.layers.values()], axis=0).round()
-            kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}, mean size of a layer {sizes}"
-            print(f"{name}: {time.time() - started:.0f} s, {kept}", flush=True)
+        for task, rows in self.encoded_validation.items():
+            examples = list(example_gradients(model, self.batches(rows), "weight"))
+            for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
+                made = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
+                queries[f"{name}/{task}"] = made
+                kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}"
+                print(f"{name}, {task}: {time.time() - started:.0f} s, {kept}", flush=True)
         del examples, bases
         norms, scores = contracted(model, layers, self.encoded, queries)
-        edges = np.cumsum([0, *(len(rows) for rows in self.validation.values())])
-        found = {"norms": norms}
-        for name, matrix in scores.items():
-            for task, start, end in zip(self.validation, edges, edges[1:], strict=False):
-                found[f"{name}/{task}"] = matrix[:, start:end]
+        found = {"norms": norms, **scores}
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
         rds, bm25 = (

@@ -24,7 +24,7 @@ from iprox.data.sampling import draw_rows
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.scores import read_scores, score_matrix
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -53,7 +53,7 @@ from iprox.proxy.methods import RootCache, weigh_layer
 from iprox.proxy.moments import Moments, collect_moments
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.spectra import SpectrumStore
-from iprox.run_folder import environment, key_of, write_json
+from iprox.run.folder import environment, key_of, write_json
 from iprox.session import Session
 from iprox.settings import ESTIMATORS, InfluenceSection, WarmupSection
 from iprox.stages.training import warm_up

@@ -34,7 +34,7 @@ from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import resolve_device, resolve_dtype
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.scores import score_matrix
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

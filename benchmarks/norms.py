@@ -25,7 +25,7 @@ from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from queries import agreement, options, validation_gradients
 
 SKETCHES = (0, 4, 8, 16, 32, 64)

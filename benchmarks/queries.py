@@ -29,7 +29,7 @@ from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.settings import InfluenceSection
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -14,10 +14,10 @@ import argparse
 from importlib.resources import files
 from pathlib import Path
 
-from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run_folder import environment, read_json, write_json
+from iprox.run.folder import environment, read_json, write_json
+from iprox.run.whole import run_recipe
 from iprox.stages.removal import RESULT
 
 BUNDLED = files("iprox.quickstart")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from iprox.data import Pool
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.selection.strategies import top
 from iprox.settings import ESTIMATORS
 from paper.runs import SHARED, run, scores_in

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 from iprox.scores import AGGREGATE
 from iprox.selection import SelectionSettings, select_rows
 

@@ -27,7 +27,7 @@ from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 QWEN2_7B = {

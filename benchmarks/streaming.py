@@ -23,7 +23,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, set_seed
 
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
 
 WORDS = ("the", "of", "to", "and", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by")
 

@@ -1,6 +1,7 @@
 """The Python API, on the bundled quickstart model and on a model that is no language model."""
 
 import copy
+import inspect
 import json
 from importlib.resources import files
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import iprox
 from iprox.models.layers import compressible_layers
 from iprox.scores import scores_metadata
+from iprox.settings import AlignSection, ProxySection
 
 QUICKSTART = files("iprox.quickstart")
 
@@ -149,12 +151,25 @@ def test_a_model_without_a_name_needs_a_tokenizer(model):
 
 @pytest.mark.parametrize(
     "given",
-    [{"method": "ipsdv"}, {"ranks": "globl"}, {"labels": "x"}, {"tokens": "x"}, {"ridge": "auot"}, {"ridge": -1.0}],
+    [{"method": "ipsdv"}, {"ranks": "globl"}, {"probe": {"labels": "x"}}, {"ridge": "auot"}, {"ridge": -1.0}],
 )
 def test_misspelt_choices_of_a_compression_are_refused(model, given):
     ((name, value),) = given.items()
-    with pytest.raises(iprox.InputError, match=f"{name} .*{value}"):
+    value = value["labels"] if isinstance(value, dict) else value
+    with pytest.raises(iprox.InputError, match=f"compress: {name}.*{value}"):
         iprox.compress(model, rows("pool.jsonl", 2), sparsity=0.5, **given)
+    with pytest.raises(iprox.InputError, match="no setting 'sparsty'; known here: method, sparsity"):
+        iprox.compress(model, rows("pool.jsonl", 2), sparsty=0.5)
+
+
+def test_settings_are_in_the_signature_and_the_help():
+    for function, section in ((iprox.compress, ProxySection), (iprox.align, AlignSection)):
+        parameters = inspect.signature(function).parameters
+        shared = (parameters.keys() & section.model_fields.keys()) - {"model"}
+        assert len(shared) > 5
+        for name in shared:
+            assert parameters[name].default == section.model_fields[name].get_default()
+            assert f"        {name}: {section.model_fields[name].description}" in function.__doc__
 
 
 def test_what_is_no_model_or_no_task_is_named(model):

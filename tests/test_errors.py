@@ -4,9 +4,9 @@ import errno
 import os
 
 import pytest
+from iprox.cli.entry import main
 
 from iprox.cli import entry
-from iprox.cli.entry import main
 from iprox.errors import InputError, cut, one_line, shown, system_refusal
 from iprox.files import absolute, check_output, check_path, expanded
 from iprox.session import Session

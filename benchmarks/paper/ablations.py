@@ -26,7 +26,7 @@ from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.models.loading import load_tokenizer
 from iprox.progress import Reporter
-from iprox.run_folder import key_of, read_json
+from iprox.run.folder import key_of, read_json
 from iprox.scores import score_matrix
 from iprox.session import Session
 from iprox.settings import WarmupSection

@@ -17,7 +17,7 @@ from typing import Any
 
 from runs import Results, run
 
-from iprox.run_folder import read_json
+from iprox.run.folder import read_json
 from iprox.stages.lds import RESULT
 
 BUNDLED = files("iprox.quickstart")

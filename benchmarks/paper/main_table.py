@@ -32,7 +32,7 @@ from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run_folder import key_of, read_json, write_json
+from iprox.run.folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session
 from iprox.settings import ESTIMATORS, FinetuneSection

@@ -15,10 +15,10 @@ import torch
 
 from iprox.data import Example
 from iprox.models.precision import cast_parameters
-from iprox.pipeline import run_recipe
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run_folder import environment, write_json
+from iprox.run.folder import environment, write_json
+from iprox.run.whole import run_recipe
 from iprox.scores import score_matrix
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -30,7 +30,7 @@ from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate
 from iprox.influence.index import GradientProjector
 from iprox.models.loading import load_tokenizer
-from iprox.run_folder import key_of
+from iprox.run.folder import key_of
 from iprox.scores import score_matrix
 
 DIMENSION, DIRECTIONS, PROBE = 4096, 16, 139

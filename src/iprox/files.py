@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -156,3 +157,10 @@ class FolderLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def empty_folder(folder: Path, keep: str) -> None:
+    """Remove all that a folder holds but one file; do nothing where there is no folder."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name != keep:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from iprox.errors import InputError, cut, one_line, shown
 from iprox.files import absolute, check_path, expanded
-from iprox.settings import Recipe
+from iprox.settings import Recipe, Settings
 
-# Problems of a recipe that one message names.
+# Problems that one message names.
 MOST_TOLD = 20
 
 # Levels of a document, and values it holds once its aliases are written out; a few hundred bytes of aliases of aliases
@@ -46,55 +46,60 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f"{file}: a recipe is a mapping of sections (model, data, ...), not {type(raw).__name__}")
-    for override in overrides:
-        _override(raw, override)
+    set_overrides(raw, overrides)
     return parse_recipe(raw, str(file))
 
 
-def parse_recipe(raw: dict[str, Any], name: str = "recipe") -> Recipe:
+def parse_recipe(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """Validate a recipe given as plain data.
 
     Raises:
-        InputError: an unknown key or a bad value; one line that names them all.
+        InputError: An unknown key or a bad value; one line that names them all.
     """
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
-        problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
-        told = [_explain(problem) for problem in problems[:MOST_TOLD]]
-        left = len(problems) - len(told)
-        raise InputError(f"{name}: " + "; ".join(told) + (f"; and {left:,} more" if left else "")) from error
+    return validated(Recipe, raw, name)
+
+
+def parse_settings(raw: dict[str, Any], overrides: Sequence[str], options: Mapping[str, str]) -> Settings:
+    """Validate the settings of a command.
+
+    Args:
+        raw: Settings that options have given, as nested plain data.
+        overrides: `KEY=VALUE` strings of `--set`.
+        options: Option by key, for messages.
+
+    Raises:
+        InputError: An unknown key or a bad value; one line that names them all.
+    """
+    set_overrides(raw, overrides)
+    return validated(Settings, raw, "", options)
 
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
-def validate_section(
-    section: type[AnySection], options: Mapping[str, str] = MappingProxyType({}), /, **values: Any
+def validated(
+    section: type[AnySection], raw: Mapping[str, Any], name: str, options: Mapping[str, str] = MappingProxyType({})
 ) -> AnySection:
-    """One section of a recipe from the options of a command.
+    """Return a section made from plain data.
 
     Args:
-        section: its type.
-        options: by key, the options that are not named after their key.
-        values: by key.
+        section: Its type.
+        raw: The data.
+        name: Name of the whole in messages, "" for none.
+        options: By key, what it is called in messages; its own name where it is left out.
 
     Raises:
-        InputError: a bad value; the option is named.
+        InputError: An unknown key or a bad value; one line that names them all.
     """
     try:
-        return section(**values)
+        return section.model_validate(raw)
     except ValidationError as error:
-        clauses = []
-        for problem in error.errors():
-            said = problem["msg"].removeprefix("Value error, ")
-            if problem["loc"]:
-                key = ".".join(str(part) for part in problem["loc"])
-                option = options.get(key, "--" + key.replace("_", "-"))
-                said = f"{option} {shown(problem['input'])}: {said.lower()}"
-            clauses.append(said)  # of the section as a whole: it names the keys itself
-        raise InputError("; ".join(clauses)) from error
+        # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
+        problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
+        clauses = [_explain(problem, section, options) for problem in problems[:MOST_TOLD]]
+        left = len(problems) - len(clauses)
+        said = "; ".join(clauses) + (f"; and {left:,} more" if left else "")
+        raise InputError(f"{name}: {said}" if name else said) from error
 
 
 def absolute_pattern(pattern: str) -> str:
@@ -116,32 +121,43 @@ def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[s
     }
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"--set {cut(override)}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
+def set_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set the keys that `KEY=VALUE` strings name.
+
+    Raises:
+        InputError: One is written otherwise, or its value is not YAML.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {cut(text)}: write it as section.key=value, e.g. --set proxy.sparsity=0.5")
+        try:
+            override(raw, key, read_yaml(value))
+        except ValueError as error:
+            raise InputError(f"--set {cut(text)}: the value is not valid YAML ({error})") from error
+
+
+def override(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set one key, `section.key`, of nested plain data."""
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
         if not isinstance(section.get(parent), dict):
             section[parent] = {}
         section = section[parent]
-    try:
-        section[last] = read_yaml(value)
-    except ValueError as error:
-        raise InputError(f"--set {cut(override)}: the value is not valid YAML ({error})") from error
+    section[last] = value
 
 
-def _explain(problem: Any) -> str:
-    """One clause for one of pydantic's problems."""
+def _explain(problem: Any, whole: type[BaseModel], options: Mapping[str, str]) -> str:
+    """Return one clause for one of pydantic's problems."""
     path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
     if path and (path[-1] == "[key]" or problem["type"] == "invalid_key"):
         section = ".".join(path[:-2] if path[-1] == "[key]" else path[:-1])
         place = f"{section}: " if section else ""
         return f"{place}a key must be text, and YAML reads {_as_yaml_reads(problem['input'], problem['loc'])}"
-    where = cut(".".join(path))
+    where = options.get(".".join(path), cut(".".join(path)))
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
+        known = _known_keys(whole, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
         return f"unknown key {where!r}{hint}"
@@ -181,8 +197,8 @@ def _is_union_tag(part: str) -> bool:
     return part.endswith(("Section", "Section]")) or part.startswith(("literal[", "constrained-", "dict["))
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    section: Any = Recipe
+def _known_keys(whole: type[BaseModel], path: list[str]) -> list[str]:
+    section: Any = whole
     for part in path:
         annotation = section.model_fields[part].annotation
         options = getattr(annotation, "__args__", (annotation,))

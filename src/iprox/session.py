@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from iprox.models.precision import resolve_device, resolve_dtype
 from iprox.models.reach import Reach
 from iprox.models.saving import CHECKPOINTS
 from iprox.progress import Reporter
-from iprox.settings import Recipe
+from iprox.settings import Settings
 from iprox.tracking import Tracker
 
 # Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
@@ -48,6 +48,7 @@ class Session:
         trust_remote_code: whether a model's own code may run.
         chat_template: instead of the tokenizer's own.
         skip_refused: whether rows that the chat template cannot render have no score, rather than stop the run.
+        compile: whether models run compiled; `auto` where that repays the time it takes.
         num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this one.
         reporter: where progress and warnings go.
         tracker: where numbers go.
@@ -58,6 +59,7 @@ class Session:
     batch_tokens: int = 4096
     max_length: int = 2048
     seed: int = 0
+    compile: Literal["auto"] | bool = "auto"
     trust_remote_code: bool = False
     chat_template: str | None = None
     skip_refused: bool = False
@@ -75,7 +77,7 @@ class Session:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise InputError(
                 "iprox runs as one process, and this is one of several that torchrun or accelerate has started: start "
-                "it by itself; `engine: {ray: {workers: N}}` in a recipe scores on N GPUs"
+                "it by itself; `ray_workers: N` scores on N GPUs"
             )
         try:
             where = resolve_device(device)
@@ -87,23 +89,25 @@ class Session:
         return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, reporter: Reporter) -> Session:
-        """The session that a recipe describes.
+    def of(cls, settings: Settings, reporter: Reporter) -> Session:
+        """Return the session that settings describe.
 
         Raises:
-            InputError: there is no such device.
+            InputError: There is no such device.
         """
+        data = settings.data
         return cls.create(
-            recipe.device,
-            recipe.dtype,
-            batch_tokens=recipe.batch_tokens,
-            max_length=recipe.data.max_length,
-            seed=recipe.seed,
-            trust_remote_code=recipe.trust_remote_code,
-            chat_template=recipe.data.chat_template,
-            skip_refused=recipe.data.on_bad_row == "skip",
+            settings.device,
+            settings.dtype,
+            batch_tokens=settings.batch_tokens,
+            max_length=data.max_length,
+            seed=settings.seed,
+            compile=settings.compile,
+            trust_remote_code=settings.trust_remote_code,
+            chat_template=data.chat_template,
+            skip_refused=data.on_bad_row == "skip",
             reporter=reporter,
-            **({} if recipe.data.num_proc is None else {"num_proc": recipe.data.num_proc}),
+            **({} if data.num_proc is None else {"num_proc": data.num_proc}),
         )
 
     @contextmanager
@@ -249,14 +253,14 @@ def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:
     return sum(len(row.input_ids) for row in encoded), sum(row.supervised for row in encoded)
 
 
-def pool_of(files: str | list[str], recipe: Recipe, name: str = "pool") -> Pool:
-    """Files, read as a recipe says."""
-    return Pool(files, name=name, on_bad_row=recipe.data.on_bad_row, columns=recipe.data.columns)
+def pool_of(files: str | list[str], settings: Settings, name: str = "pool") -> Pool:
+    """Return the examples of some files, read as the settings say."""
+    return Pool(files, name=name, on_bad_row=settings.data.on_bad_row, columns=settings.data.columns)
 
 
-def tasks_of(files: Mapping[str, str | list[str]], recipe: Recipe) -> dict[str, Pool]:
+def tasks_of(files: Mapping[str, str | list[str]], settings: Settings) -> dict[str, Pool]:
     """The examples of each task, validation or test."""
-    return {task: pool_of(names, recipe, task) for task, names in files.items()}
+    return {task: pool_of(names, settings, task) for task, names in files.items()}
 
 
 def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str, list[Encoded]]:

@@ -1,16 +1,30 @@
 """Every setting of iprox, written once: name, type, default, rule, and what it means.
 
-The recipe is these sections as YAML; the options of the commands, the arguments of the Python functions and the table
-in docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is refused at once.
+The recipe is these sections as YAML. The options of the commands, the checks of the Python functions and the table in
+docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is refused at once.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+# In the order they are done.
+STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
+
+# Fraction of a ranking that counts as its top where overlaps are named.
+NAMED_SHARE = 0.05
+
+# The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is
+# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few numbers to move: ten times that.
+RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
+# A warm-up on 5 % of the pool, but on enough rows to learn the format, and not on more than that takes.
+WARMUP_FRACTION, FEWEST_WARMUP, MOST_WARMUP = 0.05, 500, 10_000
 
 
 class Section(BaseModel):
@@ -19,33 +33,47 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
 
-# The share of a ranking that counts as its top where overlaps are named.
-NAMED_SHARE = 0.05
+def setting(default: Any, meaning: str, left_out: str | None = None, **rules: Any) -> Any:
+    """Return a field of a section.
 
-# How large a proxy may be, in the order they are documented.
-SIZES = ("sparsity", "parameters", "flops", "fidelity")
-# The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is
-# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few numbers to move: ten times that.
-RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
-# A warm-up on 5 % of the pool, but on enough rows to learn the format, and not on more than that takes.
-WARMUP_FRACTION, FEWEST_WARMUP, MOST_WARMUP = 0.05, 500, 10_000
-
-
-class DataSection(Section):
-    """The pool, the validation set of each task, and how they are read.
-
-    `columns` says which columns of theirs are read as which that iprox knows: `{output: response}`; one that is null
-    (kept as empty text) is left unread.
-    `num_proc` processes tokenize ahead of scoring: none on a CPU and up to four on an accelerator, unless said.
+    Args:
+        default: Value where the key is left out; `...` if it must be given.
+        meaning: One line for the help of commands and the documentation.
+        left_out: What the default amounts to, where the value itself does not say it.
+        **rules: Bounds, as for `pydantic.Field`.
     """
+    return Field(default, description=meaning, json_schema_extra={"left_out": left_out} if left_out else None, **rules)
 
-    pool: list[str] = Field(min_length=1)
-    validation: dict[str, str | list[str]] = Field(min_length=1)
-    max_length: int = Field(2048, ge=8)
-    chat_template: str | None = None
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    columns: dict[str, str] = Field(default_factory=dict)
-    num_proc: int | None = Field(None, ge=0)
+
+# Of a whole, from nothing to all.
+Share = Annotated[float, Field(ge=0, le=1)]
+Files = str | list[str]
+
+
+class ReadingSection(Section):
+    """How examples are read, and which."""
+
+    pool: list[str] = setting([], "candidates: files, globs, folders or hf://datasets/...")
+    validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
+    max_length: int = setting(
+        2048,
+        "longest example in tokens, or what the model reads if that is less; longer ones keep the answer, the prompt "
+        "is cut from the left",
+        ge=8,
+    )
+    chat_template: str | None = setting(None, "chatml, or a Jinja file", "the tokenizer's own")
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop",
+        "skip leaves bad rows out, counted and reported; rows that the chat template refuses then have no score",
+    )
+    columns: dict[str, str] = setting(
+        {},
+        "your columns by the name they are read as: {output: response, source: category}; {source: null} leaves a "
+        "column unread",
+    )
+    num_proc: int | None = setting(
+        None, "processes that tokenize ahead of scoring", "0 on a CPU, up to 4 on an accelerator", ge=0
+    )
 
     @field_validator("pool", mode="before")
     @classmethod
@@ -60,52 +88,61 @@ class DataSection(Section):
         return {known: "" if own is None else own for known, own in value.items()}
 
 
+class DataSection(ReadingSection):
+    """What a whole run reads: there is no run without a pool and a validation set."""
+
+    pool: list[str] = setting(..., "candidates: files, globs, folders or hf://datasets/...", min_length=1)
+    validation: dict[str, Files] = setting(..., "file or files per task", min_length=1)
+
+
 class LoraSection(Section):
-    """Low-rank adapters on every linear layer but the head, trained instead of the weights (arXiv:2106.09685).
+    """Low-rank adapters on every linear layer but the head, trained instead of the weights (arXiv:2106.09685)."""
 
-    They are scaled by alpha/rank; `alpha` left out is twice the rank.
-    """
-
-    rank: int = Field(16, ge=1)
-    alpha: float | None = Field(None, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    rank: int = setting(16, "rank of the adapters", ge=1)
+    alpha: float | None = setting(None, "adapters are scaled by alpha / rank", "twice the rank", gt=0)
+    dropout: float = setting(0.05, "dropout of the adapters' inputs", ge=0, lt=1)
 
     @property
     def scale(self) -> float:
-        """`alpha`, or what it is when left out."""
+        """`alpha`, or its value when left out."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
+_RATE = "0.1 / hidden size (2.4e-5 for a model 4,096 wide); with lora ten times that"
+
+
 class TrainingSection(Section):
-    """SFT, of all weights or of adapters.
+    """Supervised fine-tuning of all weights or of adapters."""
 
-    An optimizer step is of `accumulate` batches of `batch_size` examples. `learning_rate` left out is 0.1 over the
-    model's hidden size (2.4e-5 at 4,096), with adapters ten times that. `compile` says whether it runs compiled, on a
-    CPU; `auto` does that for trainings long enough to repay it.
-    """
+    epochs: int = setting(4, "passes over the examples", ge=1)
+    learning_rate: float | None = setting(None, "peak learning rate, with cosine decay", _RATE, gt=0)
+    batch_size: int = setting(16, "examples per batch", ge=1)
+    accumulate: int = setting(
+        1, "batches per optimizer step: 4 batches of 4 take the steps of one of 16, in less memory", ge=1
+    )
+    lora: LoraSection | Literal[False] = setting(
+        False, "train LoRA adapters instead of all weights; {} takes their defaults; needs pip install 'iprox[lora]'"
+    )
 
-    epochs: int = Field(4, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    batch_size: int = Field(16, ge=1)
-    accumulate: int = Field(1, ge=1)
-    lora: LoraSection | Literal[False] = False
-    compile: Literal["auto"] | bool = "auto"
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _rank_alone(cls, value: Any) -> Any:
+        return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or what it is for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
         if self.learning_rate is not None:
             return self.learning_rate
         return RATE_TIMES_WIDTH / hidden_size * (LORA_RATE if self.lora else 1)
 
 
 class WarmupSection(TrainingSection):
-    """Brief SFT of the target on a random share of the pool before anything is scored.
+    """Brief fine-tuning of the target on a random share of the pool before anything is scored."""
 
-    `fraction` left out is 5 % of the pool, but at least 500 and at most 10,000 examples.
-    """
-
-    epochs: int = Field(2, ge=1)
-    fraction: float | None = Field(None, gt=0, le=1)
+    fraction: float | None = setting(
+        None, "random fraction of the pool to train on", "5 % of the pool, but 500 to 10,000 examples", gt=0, le=1
+    )
+    epochs: int = setting(2, "passes over the examples; a checkpoint is kept after each", ge=1)
 
     def examples(self, total: int) -> int:
         """Return the number of examples to train on, of a pool of some size."""
@@ -115,35 +152,40 @@ class WarmupSection(TrainingSection):
 
 
 class ProbeSection(Section):
-    """What second moments are measured on: a share of the pool, at least 64 examples.
+    """What the second moments of IPSVD are measured on."""
 
-    `labels` are those of the data, or `sampled` from the model (true Fisher); `tokens` all, or only those at which a
-    supervised token is predicted.
-    """
-
-    fraction: float = Field(0.001, gt=0, le=1)
-    labels: Literal["data", "sampled"] = "data"
-    tokens: Literal["all", "supervised"] = "all"
+    fraction: float = setting(
+        0.001, "fraction of the pool that second moments are measured on, at least 64 examples", gt=0, le=1
+    )
+    labels: Literal["data", "sampled"] = setting(
+        "data", "labels of the gradients: the data's, or sampled from the model (true Fisher)"
+    )
+    tokens: Literal["all", "supervised"] = setting(
+        "all", "tokens that count: all, or those that predict a supervised token"
+    )
 
 
 class AlignSection(Section):
-    """Tuning of the factors until the proxy's gradients match the target's; at least 64 examples.
+    """Tuning of the factors until the proxy's gradients or logits match the target's."""
 
-    Without a `gradient_weight` there are no second derivatives: the logits are matched, by KL, and with a
-    `hidden_weight` the hidden states (`iprox.proxy.align_loss.Objective`). The factors kept are those of the best
-    fidelity on `held_out` examples of the pool, measured before the first step and four times after it; 0 of them keeps
-    the last factors.
-    """
-
-    fraction: float = Field(0.01, gt=0, le=1)
-    epochs: int = Field(5, ge=1)
-    batch_size: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    gradient_weight: float = Field(1.0, ge=0)
-    kl_weight: float = Field(0.1, ge=0)
-    hidden_weight: float = Field(0.0, ge=0)
-    held_out: int = Field(128, ge=0)
+    fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
+    epochs: int = setting(5, "passes over them", ge=1)
+    batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
+    accumulate: int = setting(
+        1, "batches per optimizer step; with batch_size 1 every example is matched by itself, not a mean", ge=1
+    )
+    learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
+    gradient_weight: float = setting(
+        1.0, "weight of the distance of gradients; 0 matches the logits only, at a third of the cost", ge=0
+    )
+    kl_weight: float = setting(0.1, "weight of the KL divergence of the logits (temperature 2)", ge=0)
+    hidden_weight: float = setting(0.0, "weight of the relative squared distance of hidden states", ge=0)
+    held_out: int = setting(
+        128,
+        "examples of the pool on which fidelity is watched, before the first step and four times after it; the best "
+        "factors are kept, and alignment stops after two evaluations without gain; 0 keeps the last factors",
+        ge=0,
+    )
 
     @model_validator(mode="after")
     def _something_to_match(self) -> AlignSection:
@@ -157,33 +199,45 @@ class AlignSection(Section):
         return self
 
 
+# How large a proxy may be, in the order they are documented.
+SIZES = ("sparsity", "parameters", "flops", "fidelity")
+
+
 class ProxySection(Section):
-    """How the proxy is made, and how large it may be: `sparsity`, `parameters` or `flops`.
+    """How the proxy is made, and how large it may be."""
 
-    Or how faithful it has to be: `fidelity` takes the smallest proxy whose Spearman correlation with the target, on
-    `held_out` examples of the pool, is at least that with confidence.
-
-    With `influence.checkpoints: all` there is a proxy for each.
-    """
-
-    method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = "ipsvd"
-    sparsity: float | None = Field(None, gt=0, lt=1)
-    parameters: int | None = Field(None, ge=1)
-    flops: float | None = Field(None, gt=0, lt=1)
-    fidelity: float | None = Field(None, gt=0, lt=1)
-    held_out: int = Field(256, ge=16)
-    model: str | None = None
-    ranks: Literal["global", "uniform"] = "global"
-    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    probe: ProbeSection = ProbeSection()  # pyright: ignore[reportCallIssue]
-    align: AlignSection | Literal[False] = AlignSection()  # pyright: ignore[reportCallIssue]
+    method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = setting(
+        "ipsvd", "how layers become low-rank; all but ipsvd are baselines"
+    )
+    sparsity: float | None = setting(
+        None, "fraction of the linear parameters to remove; one of this, flops and fidelity", "0.7", gt=0, lt=1
+    )
+    parameters: int | None = setting(None, "parameters of the whole proxy, embeddings and head included", ge=1)
+    flops: float | None = setting(
+        None, "FLOPs per token (linear layers and head), as a fraction of the target's", gt=0, lt=1
+    )
+    fidelity: float | None = setting(
+        None,
+        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, by the lower "
+        "bound of a 95 % interval",
+        gt=0,
+        lt=1,
+    )
+    held_out: int = setting(256, "examples of the pool on which fidelity is measured", ge=16)
+    model: str | None = setting(None, "the proxy itself, with method off-the-shelf, which takes no size")
+    ranks: Literal["global", "uniform"] = setting("global", "how ranks are shared out among layers")
+    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = setting(
+        "auto", "fraction of the mean eigenvalue added to the second moments; auto chooses it (Ledoit and Wolf)"
+    )
+    probe: ProbeSection = setting(ProbeSection(), "what second moments are measured on")
+    align: AlignSection | Literal[False] = setting(AlignSection(), "how the proxy is aligned, or false")
 
     @model_validator(mode="after")
     def _one_size(self) -> ProxySection:
         given = [name for name in SIZES if getattr(self, name) is not None]
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
-                raise ValueError(f"align tunes low-rank factors, which the method {self.method} has none of")
+                raise ValueError(f"align tunes low-rank factors, and the method {self.method} has none")
             object.__setattr__(self, "align", False)
         if self.method == "off-the-shelf":
             if self.model is None or given:
@@ -196,6 +250,7 @@ class ProxySection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
+            # Past the validate_assignment machinery, which would run this validator again.
             object.__setattr__(self, "sparsity", 0.7)
         return self
 
@@ -282,15 +337,32 @@ class InfluenceSection(Section):
     takes.
     """
 
-    estimator: EstimatorName = "ekfac"
-    curvature_examples: int = Field(256, ge=1)
-    damping: float = Field(0.1, gt=0)
-    query: Literal["target", "proxy"] = "target"
-    query_norm: float | None = Field(None, gt=0, le=1)
-    normalize: Literal["none", "cosine"] = "cosine"
-    per_example: bool | None = None
-    checkpoints: Literal["last", "all"] = "last"
-    compile: Literal["auto"] | bool = "auto"
+    estimator: EstimatorName = setting(
+        "ekfac",
+        "ekfac, kfac and datainf divide by the curvature of the loss; tracin does not; less scores the steps that the "
+        "warm-up's optimizer would take; random, length, perplexity, rds and bm25 are baselines without gradients",
+    )
+    curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)
+    damping: float = setting(0.1, "damping of the curvature, as a fraction of the mean eigenvalue of each layer", gt=0)
+    query: Literal["target", "proxy"] = setting(
+        "target", "where the validation gradients are taken when candidates are scored on a proxy"
+    )
+    query_norm: float | None = setting(
+        None,
+        "fraction of the validation gradients' norm that is kept when they are made low-rank; 1 is exact",
+        "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
+        gt=0,
+        le=1,
+    )
+    normalize: Literal["none", "cosine"] = setting(
+        "cosine", "cosine, or none: raw scores, which favor answers of one or two tokens"
+    )
+    per_example: bool | None = setting(
+        None,
+        "keep the scores per validation example too, so that the examples can take turns to choose",
+        "true where the estimator has them",
+    )
+    checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
 
     @field_validator("estimator", mode="before")
     @classmethod
@@ -350,27 +422,31 @@ class InfluenceSection(Section):
         return self
 
 
-# Of a whole, from nothing to all.
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 class SelectSection(Section):
-    """What is chosen, by which strategy, and what it must keep to (`iprox.selection.SelectionSettings`).
+    """What is chosen, by which strategy, and what it must keep to."""
 
-    `task` is one of `data.validation`, whose scores alone count; `weights` say how much each counts, 1 where it is not
-    named.
-    """
-
-    fraction: float | None = Field(None, gt=0, le=1)
-    count: int | None = Field(None, ge=1)
-    tokens: int | None = Field(None, ge=1)
-    strategy: Literal["top", "round-robin"] = "round-robin"
-    task: str | None = None
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
-    threshold: float | None = None
-    source_floor: dict[str, Share] = Field(default_factory=dict)
-    source_cap: Share | dict[str, Share] | None = None
-    deduplicate: float | None = Field(None, gt=0, le=1)
+    fraction: float | None = setting(None, "fraction of the pool to select", "0.05", gt=0, le=1)
+    count: int | None = setting(None, "number of rows to select, instead of a fraction", ge=1)
+    tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
+    strategy: Literal["top", "round-robin"] = setting(
+        "round-robin",
+        "round-robin: validation examples take turns, each chooses the row that is best for it; top: the highest "
+        "influence on all together",
+    )
+    task: str | None = setting(None, "choose by the scores of this task alone", "all tasks")
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = setting(
+        {}, "how much each task counts, 1 where it is not named: {math: 2, code: 0.5}"
+    )
+    threshold: float | None = setting(
+        None, "lowest score to choose; alone it takes all rows above it, with a size there may be fewer rows"
+    )
+    source_floor: dict[str, Share] = setting({}, "least fraction of the selection per source: {code: 0.1}")
+    source_cap: Share | dict[str, Share] | None = setting(
+        None, "largest fraction of the selection, for any source (0.3) or per source"
+    )
+    deduplicate: float | None = setting(
+        None, "similarity of words, e.g. 0.8, from which the worse of two rows is left out (MinHash)", gt=0, le=1
+    )
 
     @model_validator(mode="after")
     def _one_size(self) -> SelectSection:
@@ -378,112 +454,100 @@ class SelectSection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.weights and self.task is not None:
-            raise ValueError(f"weights are of several tasks, and task says to choose by {self.task}: leave one out")
+            raise ValueError(f"weights are for several tasks, and task says to choose by {self.task}: leave one out")
         if not given and self.threshold is None:
-            # Past the validate_assignment machinery, which would run this validator again.
             object.__setattr__(self, "fraction", 0.05)
         return self
 
 
-class RetrainingSection(Section):
-    """How the target is trained on parts of the audited rows, from where the scores were taken."""
+class AuditSection(Section):
+    """A random sample scored on the target too, to compare the proxy's scores with, and retraining on parts of it."""
 
-    epochs: int = Field(1, ge=1)
-    learning_rate: float | None = Field(None, gt=0)
-    batch_size: int = Field(16, ge=1)
+    sample: int = setting(500, "examples scored on both proxy and target", ge=10)
+    lds: int = setting(
+        0,
+        "retrain on this many random halves of the sample, and correlate predicted with true losses (linear "
+        "datamodeling score); 0 does not",
+        ge=0,
+    )
+    removal: int = setting(
+        0,
+        "retrain this many times without the top 5 % of the sample and without random rows, and compare the rise of "
+        "the validation loss; 0 does not",
+        ge=0,
+    )
+    epochs: int = setting(1, "passes of each retraining, from the checkpoint of the scores", ge=1)
+    learning_rate: float | None = setting(None, "peak of each retraining", "0.1 / hidden size", gt=0)
+    batch_size: int = setting(16, "examples per batch of each retraining", ge=1)
+
+    @model_validator(mode="after")
+    def _enough(self) -> AuditSection:
+        if 0 < self.lds < FEWEST_SUBSETS:
+            raise ValueError(f"lds: fewer than {FEWEST_SUBSETS} subsets say too little; 0 leaves it out")
+        if self.removal == 1:
+            raise ValueError("removal: one repeat has no standard error; give 2 or more, or 0 to leave it out")
+        return self
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or what it is for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
         return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
 
-class LdsSection(RetrainingSection):
-    """Retraining on random subsets of the audited rows, to see whether the scores foretell what comes of it.
-
-    As many trainings as `subsets`, each on a `fraction` of the rows.
-    """
-
-    subsets: int = Field(50, ge=10)
-    fraction: float = Field(0.5, gt=0, lt=1)
-
-
-class RemovalSection(RetrainingSection):
-    """Retraining without the top rows of each ranking and without random ones, to see what the rankings are worth.
-
-    Each of the `repeats` has an order of training and random rows of its own; a `fraction` of the rows is left out.
-    """
-
-    fraction: float = Field(0.05, gt=0, le=0.5)
-    repeats: int = Field(3, ge=2)
-
-
-class AuditSection(Section):
-    """Scores of a random sample on the target itself, to compare the proxy's with."""
-
-    sample: int = Field(500, ge=10)
-    lds: LdsSection | Literal[False] = False
-    removal: RemovalSection | Literal[False] = False
+# Fewest subsets that a linear datamodeling score is measured on, and the fraction of the rows that each has.
+FEWEST_SUBSETS, SUBSET_FRACTION = 10, 0.5
+# Fraction of the audited rows that the removal test leaves out.
+REMOVED_FRACTION = 0.05
 
 
 class RefineSection(Section):
-    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores.
+    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores."""
 
-    `candidates` is their share of the pool: the best by the scores that `select` goes by, of every task where tasks
-    take turns.
-    """
-
-    candidates: float = Field(0.2, gt=0, lt=1)
+    candidates: float = setting(
+        0.2, "fraction of the pool that the target scores again: the rows that select ranks highest", gt=0, lt=1
+    )
 
 
 class FinetuneSection(TrainingSection):
-    """SFT of the original target on the selection, evaluated on `test` before and after."""
+    """Fine-tuning of the original target on the selection."""
 
-    test: dict[str, str | list[str]] = Field(default_factory=dict)
-
-
-class ReportSection(Section):
-    """The page. `attributed` rows of those it shows are scored again, token by token, to be shaded; 0 shades none."""
-
-    attributed: int = Field(120, ge=0)
+    test: dict[str, Files] = setting({}, "file or files per task: loss and exact matches before and after")
 
 
-class RaySection(Section):
-    """How many Ray actors score, each with a copy of the model."""
+class Settings(Section):
+    """What a command computes with; each reads some of the sections."""
 
-    workers: int = Field(ge=1)
+    model: str | None = setting(None, "hub id or folder of a causal language model")
+    output: str | None = setting(None, "folder for the results, made if missing")
+    data: ReadingSection = setting(ReadingSection(), "what is read, and how")
+    warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
+    proxy: ProxySection | Literal[False] = setting(
+        ProxySection(), "what candidates are scored on, or false: the target"
+    )
+    influence: InfluenceSection = setting(InfluenceSection(), "how candidates are scored")
+    audit: AuditSection | Literal[False] = setting(AuditSection(), "how faithful the proxy is, or false")
+    refine: RefineSection | Literal[False] = setting(False, "scoring the best rows again on the target, or false")
+    select: SelectSection = setting(SelectSection(), "what is selected")
+    finetune: FinetuneSection | Literal[False] = setting(False, "training on the selection; {} for defaults")
+    seed: int = setting(0, "seed of every draw and order", ge=0, lt=2**32)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "number format of the products; auto is bfloat16 where the device has it natively"
+    )
+    device: str = setting("auto", "cpu, cuda, or cuda:1 for what trains nothing")
+    batch_tokens: int = setting(4096, "largest rows × longest row of a batch", ge=1)
+    compile: Literal["auto"] | bool = setting(
+        "auto", "run models compiled by torch.compile; auto does where that repays the time it takes"
+    )
+    ray_workers: int = setting(0, "Ray actors that score, each with a copy of the model; 0 scores here", ge=0)
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "where training curves go")
+    trust_remote_code: bool = setting(False, "let a model's own code run")
 
 
-class EngineSection(Section):
-    """Where scoring runs, if not in this process."""
-
-    ray: RaySection
-
-
-# In the order they are done.
-STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
-
-
-class Recipe(Section):
+class Recipe(Settings):
     """A whole run. Paths are relative to the working directory, as on the command line."""
 
-    model: str
-    data: DataSection
-    warmup: WarmupSection | Literal[False] = WarmupSection()  # pyright: ignore[reportCallIssue]
-    proxy: ProxySection | Literal[False] = ProxySection()  # pyright: ignore[reportCallIssue]
-    influence: InfluenceSection = InfluenceSection()  # pyright: ignore[reportCallIssue]
-    select: SelectSection = SelectSection()  # pyright: ignore[reportCallIssue]
-    audit: AuditSection | Literal[False] = AuditSection()  # pyright: ignore[reportCallIssue]
-    refine: RefineSection | Literal[False] = False
-    finetune: FinetuneSection | Literal[False] = False
-    report: ReportSection = ReportSection()  # pyright: ignore[reportCallIssue]
-    engine: Literal["local"] | EngineSection = "local"
-    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    output: str
-    seed: int = Field(0, ge=0, lt=2**32)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    device: str = "auto"
-    batch_tokens: int = Field(4096, ge=1)
-    trust_remote_code: bool = False
+    model: str = setting(..., "hub id or folder of a causal language model")
+    data: DataSection = setting(..., "what is read, and how")
+    output: str = setting(..., "run folder, made if missing")
 
     @model_validator(mode="after")
     def _no_idle_proxy(self) -> Recipe:
@@ -510,13 +574,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _workers_of_their_own(self) -> Recipe:
-        if self.engine != "local" and ":" in self.device:
+        if self.ray_workers and ":" in self.device:
             raise ValueError(
-                f"engine ray gives each worker a GPU of its own: set device to cuda, not {self.device}, and choose "
+                f"ray_workers: each worker has a GPU of its own: set device to cuda, not {self.device}, and choose "
                 "GPUs with CUDA_VISIBLE_DEVICES"
             )
-        if self.engine != "local" and self.data.num_proc:
-            raise ValueError("data.num_proc tokenizes ahead in this process, and engine ray's workers for themselves")
+        if self.ray_workers and self.data.num_proc:
+            raise ValueError("data.num_proc tokenizes ahead in this process, and ray_workers score in others")
         return self
 
     @model_validator(mode="after")
@@ -536,3 +600,12 @@ class Recipe(Section):
     def trains_adapters(self) -> bool:
         """Whether some training is of adapters."""
         return any(training and training.lora is not False for training in (self.warmup, self.finetune))
+
+
+def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every setting by its whole key, e.g. `proxy.align.epochs`, sections before what is in them."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from fields_of(part, f"{prefix}{name}.")

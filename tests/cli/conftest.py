@@ -19,6 +19,7 @@ from iprox.audits import intervals
 from iprox.cli import main
 from iprox.planning import stages
 from iprox.proxy import align
+from iprox.run import steps
 
 BUNDLED = Path(str(resources.files("iprox.quickstart")))
 ROWS = 200
@@ -113,7 +114,6 @@ def _make_place(path: Path, model: Path) -> Place:
         },
         "audit": {"sample": 30},
         "select": {"fraction": 0.1},
-        "report": {"attributed": 8},
         "output": str(place.output),
     }
     place.recipe.write_text(yaml.safe_dump(recipe))
@@ -157,6 +157,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         for module in (align, stages):
             patch.setattr(module, "EVALUATIONS", 1)
         patch.setattr(intervals, "RESAMPLES", 50)
+        for module in (steps, stages):
+            patch.setattr(module, "ATTRIBUTED", 8)
         return (yield)
 
 

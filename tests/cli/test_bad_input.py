@@ -13,11 +13,11 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
-from iprox import run_folder
 from iprox.cli import main, run_commands
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.models import hub_access, loading
+from iprox.run import folder as run_folder
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -207,8 +207,8 @@ def test_unknown_stage(run):
 
 
 def test_unknown_device(run):
-    assert "--device cuda" in run("--device", "cuda")
-    assert "--device nonsense" in run("--device", "nonsense")
+    assert "--device cuda" in run("--set", "device=cuda")
+    assert "--device nonsense" in run("--set", "device=nonsense")
 
 
 def test_more_selected_than_scored(place, refused):
@@ -300,21 +300,21 @@ def test_not_enough_memory_says_what_to_halve(place, refused, monkeypatch):
     monkeypatch.setattr("iprox.stages.scoring.score_to_file", out_of_memory)
     said = refused("run", place.recipe, "--quiet", *OFF)
     assert "not enough memory on cpu" in said
-    assert "--batch-tokens 2048" in said
+    assert "batch_tokens=2048" in said
     assert len(said.splitlines()) == 1
 
 
 def single(place, command, *arguments):
     tasks = [f"{task}={place.path / task}.jsonl" for task in ("arithmetic", "spelling")]
     inputs = {
-        "compress": ["--probe", place.pool],
-        "align": ["--data", place.pool],
+        "compress": ["--pool", place.pool],
+        "align": ["--pool", place.pool],
         "audit": ["--pool", place.pool, "--validation", *tasks],
         "score": ["--pool", place.pool, "--validation", *tasks],
-        "finetune": ["--data", place.pool],
+        "finetune": ["--selection", place.pool],
         "warmup": ["--pool", place.pool],
     }
-    return [command, *inputs[command], "--quiet", "--max-length=48", *arguments]
+    return [command, *inputs[command], "--quiet", "--set=data.max_length=48", *arguments]
 
 
 @pytest.mark.parametrize("command", ["align", "audit"])
@@ -424,13 +424,13 @@ def test_an_unreadable_record_of_a_run(copied, refused):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["score", "--seed=-1"], "--seed: must be at least 0"),
-        (["score", "--num-proc=-1"], "--num-proc: must be at least 0"),
-        (["score", "--query=proxy", "--target=x"], "--target x: is not used with --query proxy"),
+        (["score", "--set=seed=-1"], "seed: input should be greater"),
+        (["score", "--set=data.num_proc=-1"], "data.num_proc: input should be greater"),
+        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: is not used with influence.query proxy"),
         (["score", "--estimator=length", "--target=x"], "--target x: is not used with --estimator length"),
-        (["audit", "--lds=5"], "--lds 5: "),
-        (["audit", "--removal", "--learning-rate=0"], "--learning-rate 0.0: "),
-        (["audit", "--learning-rate=0.01"], "--learning-rate 0.01: is used by --lds and --removal"),
+        (["audit", "--lds=5"], "audit: lds: fewer than 10"),
+        (["audit", "--removal=1"], "audit: removal: one repeat"),
+        (["audit", "--removal=2", "--set=audit.learning_rate=0"], "audit.learning_rate: "),
     ],
 )
 def test_options_that_cannot_be_meant(finished, tmp_path, refused, given, said):
@@ -483,12 +483,11 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--source-cap", "0.3", "0.4"], "write it as SOURCE=SHARE"),
-        (["--source-cap", "lots"], "give a share such as 0.3"),
-        (["--source-floor", "a=0.6", "b=0.7"], "add up to 1.3"),
+        (["--set=select.source_cap=lots"], "select.source_cap"),
+        (["--set", "select.source_floor={a: 0.6, b: 0.7}"], "add up to 1.3"),
         (["--task=maths"], "the scores are of no task 'maths'"),
-        (["--deduplicate=2"], "deduplicate"),
-        (["--threshold=1e30"], "no row has a score of"),
+        (["--set=select.deduplicate=2"], "deduplicate"),
+        (["--set=select.threshold=1e30"], "no row has a score of"),
     ],
 )
 def test_a_selection_that_cannot_be_meant(finished, tmp_path, refused, options, said):

@@ -26,7 +26,7 @@ class Chain:
         self.text = capfd_text
 
     def __call__(self, command, *arguments):
-        assert main([command, *map(str, arguments), "--max-length=48", "--quiet", "--json"]) == 0
+        assert main([command, *map(str, arguments), "--set=data.max_length=48", "--quiet", "--json"]) == 0
         (line,) = self.text().splitlines()
         return json.loads(line)
 
@@ -56,12 +56,11 @@ def chain(make_place, model, tmp_path_factory):
         chain.checkpoints = [warm / entry["path"] for entry in json.loads((warm / "checkpoints.json").read_text())]
         target = chain.checkpoints[-1]
         chain.compressed = chain(
-            "compress", "--model", target, "--probe", place.pool, "--output", place.path / "proxy", "--sparsity=0.5",
-            "--probe-size=64",
+            "compress", "--model", target, "--pool", place.pool, "--output", place.path / "proxy", "--sparsity=0.5",
         )  # fmt: skip
         chain.aligned = chain(
-            "align", "--model", target, "--proxy", place.path / "proxy", "--data", place.pool, "--output",
-            place.path / "aligned", "--steps=2",
+            "align", "--model", target, "--proxy", place.path / "proxy", "--pool", place.pool, "--output",
+            place.path / "aligned", "--epochs=1", "--set=proxy.align.batch_size=32",
         )  # fmt: skip
         chain.audited = chain(
             "audit", "--model", target, "--proxy", place.path / "aligned", "--pool", place.pool, "--validation",
@@ -121,10 +120,12 @@ def test_select_within_tokens_and_caps(chain, tmp_path):
     table = pq.read_table(chain.path / "scores/scores.parquet")
     tokens, sources = table["tokens"].to_numpy(), table["source"].to_pylist()
     assert tokens[choose(chain, tmp_path, "--tokens=500")].sum() <= 500
-    rows = choose(chain, tmp_path, "--count=20", "--source-cap", 0.3)
+    rows = choose(chain, tmp_path, "--count=20", "--set=select.source_cap=0.3")
     assert max(Counter(sources[row] for row in rows).values()) == 6
     (common, _), *_ = Counter(sources).most_common()
-    rows = choose(chain, tmp_path, "--count=20", "--strategy=round-robin", "--source-floor", f"{common}=0.5")
+    rows = choose(
+        chain, tmp_path, "--count=20", "--strategy=round-robin", f"--set=select.source_floor={{{common}: 0.5}}"
+    )
     assert sum(sources[row] == common for row in rows) >= 10
 
 
@@ -138,7 +139,20 @@ def test_select_without_near_duplicates(chain, tmp_path):
     pq.write_table(table, tmp_path / "scores.parquet")
     output = tmp_path / "out.jsonl"
     common = ["--scores", str(tmp_path / "scores.parquet"), "--pool", str(tmp_path / "twice.jsonl"), "--quiet"]
-    assert main(["select", *common, "--output", str(output), "--count=15", "--deduplicate=0.99", "--strategy=top"]) == 0
+    assert (
+        main(
+            [
+                "select",
+                *common,
+                "--output",
+                str(output),
+                "--count=15",
+                "--set=select.deduplicate=0.99",
+                "--strategy=top",
+            ]
+        )
+        == 0
+    )
     record = json.loads((tmp_path / "out.selection.json").read_text())
     assert max(record["rows"]) < len(lines)
     assert record["passed_over"]["near-duplicate"] >= 14
@@ -147,13 +161,13 @@ def test_select_without_near_duplicates(chain, tmp_path):
 def test_a_plain_model_scores_too(chain, tmp_path, capfd):
     output = tmp_path / "scores"
     arguments = ["--pool", str(chain.place.pool), "--validation", *chain.tasks, "--output", str(output)]
-    assert main(["score", "--model", chain.model, *arguments, "--max-length=48", "--quiet"]) == 0
+    assert main(["score", "--model", chain.model, *arguments, "--set=data.max_length=48", "--quiet"]) == 0
     assert capfd.readouterr().out.startswith("score: ")
     assert pq.read_table(output / "scores.parquet").num_rows == 200
 
 
 def test_checkpoints_take_their_learning_rates_from_the_warm_up(chain, tmp_path):
-    common = ["--pool", str(chain.place.pool), "--validation", *chain.tasks, "--max-length=48", "--quiet"]
+    common = ["--pool", str(chain.place.pool), "--validation", *chain.tasks, "--set=data.max_length=48", "--quiet"]
     models = [str(checkpoint) for checkpoint in chain.checkpoints]
     assert main(["score", "--model", *models, *common, "--output", str(tmp_path / "listed")]) == 0
     listed = json.loads((chain.path / "warm/checkpoints.json").read_text())
@@ -166,8 +180,8 @@ def test_checkpoints_take_their_learning_rates_from_the_warm_up(chain, tmp_path)
 
 def test_finetune_on_a_file(chain, tmp_path, capfd):
     output = tmp_path / "tuned"
-    arguments = ["--data", str(chain.path / "spelling.jsonl"), "--output", str(output), "--epochs=1"]
-    settings = ["--validation", chain.tasks[1], "--learning-rate=1e-3", "--quiet", "--max-length=48"]
+    arguments = ["--selection", str(chain.path / "spelling.jsonl"), "--output", str(output), "--epochs=1"]
+    settings = ["--test", chain.tasks[1], "--learning-rate=1e-3", "--quiet", "--set=data.max_length=48"]
     assert main(["finetune", "--model", chain.model, *arguments, *settings]) == 0
     said = capfd.readouterr().out
     assert "spelling: test loss" in said
@@ -177,7 +191,7 @@ def test_finetune_on_a_file(chain, tmp_path, capfd):
 
 def test_an_exported_proxy_loads_without_iprox(chain, tmp_path):
     dense = tmp_path / "dense"
-    assert main(["export", str(chain.path / "aligned"), "--output", str(dense), "--dtype=float32", "--quiet"]) == 0
+    assert main(["export", str(chain.path / "aligned"), "--output", str(dense), "--set=dtype=float32", "--quiet"]) == 0
     tokens = list(range(5, 25))
     script = (
         "import sys, json, torch, transformers\n"

@@ -11,61 +11,40 @@ from importlib.metadata import version
 
 import pytest
 
-from iprox.cli import main, run_commands
+from iprox.cli import actions, main
+from iprox.cli.commands import COMMANDS
+from iprox.cli.parser import build_app
+from iprox.settings import Recipe, fields_of
 
-COMMANDS = [
-    "quickstart",
-    "run",
-    "plan",
-    "warmup",
-    "compress",
-    "align",
-    "score",
-    "select",
-    "audit",
-    "finetune",
-    "report",
-    "export",
-    "refine",
-    "index",
-    "query",
-    "push",
-    "doctor",
-    "compare",
-]
-
-COMPUTING = {"--seed", "--dtype", "--device", "--batch-tokens", "--max-length"}
-# Commands whose result some of these do not change.
-ONLY = {
-    "plan": COMPUTING - {"--seed"},
-    "warmup": COMPUTING - {"--batch-tokens"},
-    "query": COMPUTING - {"--seed"},
-    "select": set(),
-    "report": set(),
-    "export": {"--dtype", "--device"},
-    "push": set(),
-    "doctor": {"--device"},
-    "compare": set(),
-}
+NAMES = [command.name for command in COMMANDS]
+# So many options, and no more, can be read at a glance.
+MOST_OPTIONS = 12
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command_shows_an_example(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0
+@pytest.mark.parametrize("command", COMMANDS, ids=NAMES)
+def test_help_of_every_command_shows_an_example_and_few_options(command, capsys):
+    assert main([command.name, "--help"]) == 0
     said = capsys.readouterr().out
-    assert f"example:\n  iprox {command} " in said
-    listed = set(re.findall(r"^  (--[a-z-]+)", said, re.MULTILINE))
+    assert "Example:" in said
+    assert f"iprox {command.name} " in said
+    listed = set(re.findall(r"(?<![\w`])--[a-z][a-z-]+", said.partition("Example:")[0]))
     assert listed >= {"--quiet", "--json"}
-    assert listed & COMPUTING == ONLY.get(command, COMPUTING)
+    shown = re.findall(r"^\W* (--[a-z-]+)", said.partition("Example:")[0], re.MULTILINE)
+    assert len(shown) <= MOST_OPTIONS
+    assert ("--set" in shown) == bool(command.reads)
+
+
+def test_every_option_of_a_setting_is_a_key_of_the_recipe():
+    keys = dict(fields_of(Recipe))
+    for command in COMMANDS:
+        assert {*command.needs, *command.offers} <= keys.keys()
+        assert {section for section in command.reads if section != "*"} <= Recipe.model_fields.keys()
 
 
 def test_help_names_every_command(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    named = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")}
-    assert named >= set(COMMANDS)
+    assert main(["--help"]) == 0
+    named = re.findall(r"^\W? ([a-z]+)  ", capsys.readouterr().out, re.MULTILINE)
+    assert named == NAMES
 
 
 def test_no_command_shows_the_help(capsys):
@@ -76,28 +55,30 @@ def test_no_command_shows_the_help(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        ["nonsense"],
-        ["run"],
-        ["select", "--scores", "s"],
-        ["warmup", "--epochs", "0"],
-        ["score", "--seed", "x"],
-        ["select", "--seed", "1"],
+        (["nonsense"], "nonsense"),
+        (["scor"], 'Did you mean "score"'),
+        (["run"], "RECIPE is missing"),
+        (["select", "--scores", "s"], "--pool is missing"),
+        (["warmup", "--model=m", "--pool=p", "--output=o", "--epochs=0"], "--epochs: input should be greater"),
+        (["score", "--model=m", "--pool=p", "--validation", "t=v", "--output=o", "--set", "seed=x"], "seed: input"),
+        (["select", "--scores=s", "--pool=p", "--output=o", "--set", "seed=1"], "iprox select does not read seed"),
+        (["compress", "--model=m", "--pool=p", "--output=o", "--sparsity=much"], "--sparsity"),
+        (["compress", "--model=m", "--pool=p", "--output=o", "--set", "proxy.rank=global"], "did you mean 'ranks'?"),
     ],
 )
-def test_usage_errors_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert "usage: iprox" in capsys.readouterr().err
+def test_usage_errors_exit_with_2_and_one_line(arguments, said, refused):
+    message = refused(*arguments)
+    assert said in message
+    assert len(message.splitlines()) == 1
 
 
 def fails_with(monkeypatch, error):
     def fail(_):
         raise error
 
-    monkeypatch.setattr(run_commands, "report", fail)
+    monkeypatch.setattr(actions, "report", fail)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +123,11 @@ def test_doctor_says_what_the_machine_can_do(capsys):
     assert "not usable here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_every_command(shell, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--print-completion", shell])
-    assert ended.value.code == 0
-    script = capsys.readouterr().out
-    assert all(command in script for command in COMMANDS)
-    assert "--source-cap" in script
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command(shell):
+    script = build_app().generate_completion(shell=shell)
+    assert all(command in script for command in NAMES)
+    assert "--sparsity" in script or "-l sparsity" in script
 
 
 def test_plan_runs_nothing(place, capsys):
@@ -207,7 +185,7 @@ def test_a_signal_in_training_exits_with_130_and_the_run_goes_on(place):
     finally:
         process.kill()
     assert "Traceback" not in rest
-    assert rest.splitlines()[-1] == "iprox: interrupted; the same command (without --fresh) goes on from here"
+    assert rest.splitlines()[-1] == "iprox: interrupted; the same command (without --fresh) resumes from here"
     place.set(warmup={"fraction": 0.02, "epochs": 1})
     assert place.run("--stop-after", "warmup") == 0
     assert place.done() == ["warmup"]

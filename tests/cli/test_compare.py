@@ -15,7 +15,14 @@ from iprox.report import formats
 def other(finished, tmp_path_factory):
     """Scores of the same pool by another estimator."""
     folder = tmp_path_factory.mktemp("compared") / "length"
-    options = ["--model", str(finished.output / "aligned"), "--pool", str(finished.pool), "--max-length=48", "--quiet"]
+    options = [
+        "--model",
+        str(finished.output / "aligned"),
+        "--pool",
+        str(finished.pool),
+        "--set=data.max_length=48",
+        "--quiet",
+    ]
     validation = [f"{task}={finished.path / task}.jsonl" for task in ("spelling", "arithmetic")]
     assert main(["score", *options, "--validation", *validation, "--estimator", "length", "--output", str(folder)]) == 0
     return folder

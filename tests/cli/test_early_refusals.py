@@ -36,7 +36,7 @@ def test_a_size_out_of_reach(both):
 
 def test_compress_refuses_it_before_it_reads(place, refused, model):
     said = refused(
-        *("compress", "--model", model, "--probe", place.pool, "--sparsity", "0.9999", "--output", place.path / "p")
+        *("compress", "--model", model, "--pool", place.pool, "--sparsity", "0.9999", "--output", place.path / "p")
     )
     assert said.splitlines()[-1].startswith("iprox: sparsity 0.9999")
     assert "read" not in said.partition("iprox:")[0]
@@ -47,12 +47,12 @@ def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_engine, "RUNNING_CLUSTER", tmp_path / "nothing")
     monkeypatch.setattr(ray_engine, "_is_running", lambda: False)
     monkeypatch.setattr(ray_engine, "find_spec", lambda _: object())
-    assert "engine ray: 1000 workers asked for, but Ray has" in both("engine.ray.workers=1000")
+    assert "engine ray: 1000 workers asked for, but Ray has" in both("ray_workers=1000")
     check_ray(1, "cpu")
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
     check_ray(1000, "cpu")  # a cluster may have them
     monkeypatch.setattr(ray_engine, "find_spec", lambda _: None)
-    assert "Ray is not installed; pip install" in both("engine.ray.workers=1")
+    assert "Ray is not installed; pip install" in both("ray_workers=1")
 
 
 def test_an_output_that_is_a_file(both, place):
@@ -77,7 +77,9 @@ def test_a_pool_that_is_judged_by_itself(both, place, refused, model):
 
 
 def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monkeypatch):
-    from iprox.cli import main, options
+    from iprox.cli import main
+    from iprox.settings import InfluenceSection
+    from iprox.stages import targets
 
     proxy = tmp_path / "proxy"
     shutil.copytree(finished.output / "proxy", proxy)
@@ -85,19 +87,17 @@ def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monk
     config["quantization_config"]["target"] = "some/\x1b[2Jrepo"
     (proxy / "config.json").write_text(json.dumps(config))
     asked = []
-    monkeypatch.setattr(options.Session, "model", lambda _, path, *rest, **more: asked.append(path))
-    arguments = type("Arguments", (), {"target": None})
-    session = options.Session.create("cpu", "float32")
-    influence = options.validate_section(options.InfluenceSection)
-    assert options.query_target(str(proxy), arguments, influence, session) is None
+    monkeypatch.setattr(targets.Session, "model", lambda _, path, *rest, **more: asked.append(path))
+    session = targets.Session.create("cpu", "float32")
+    influence = InfluenceSection()
+    assert targets.query_target(str(proxy), None, influence, session) is None
     (said,) = session.reporter.take_warnings()
     assert asked == []
     assert "no folder some/?[2Jrepo here" in said
     assert "--target" in said
     assert "\x1b" not in said
     assert main is not None
-    arguments.target = "some/repo"  # what the user names is asked for
-    with pytest.raises((InputError, AttributeError)):
-        options.query_target(str(proxy), arguments, influence, session)
+    with pytest.raises((InputError, AttributeError)):  # what the user names is asked for
+        targets.query_target(str(proxy), "some/repo", influence, session)
     assert asked == ["some/repo"]
     load_model(proxy)

@@ -125,7 +125,7 @@ def test_a_command_names_its_options(mixed, select):
     assert "are near-duplicates of better ones (of 10 compared); try --deduplicate 0.8\n" in said
     assert len(record["warnings"]) == 2
     # Near-duplicates that are left out are none to be told of.
-    assert "near-duplicates" not in select(mixed.output / "scores.parquet", "--deduplicate=0.8")[0]
+    assert "near-duplicates" not in select(mixed.output / "scores.parquet", "--set=select.deduplicate=0.8")[0]
 
 
 def test_older_scores_are_read_and_nothing_is_said_of_lengths(mixed, select, tmp_path):
@@ -187,7 +187,7 @@ def collapsed(finished, tmp_path):
 
 def test_a_collapsed_proxy_has_no_fidelity(finished, collapsed, tmp_path, refused):
     (target,) = sorted((finished.output / "warmup").glob("checkpoint-*"))[-1:]
-    validation = [f"spelling={finished.path / 'spelling.jsonl'}", "--max-length=48", "--quiet"]
+    validation = [f"spelling={finished.path / 'spelling.jsonl'}", "--set=data.max_length=48", "--quiet"]
     given = ["--pool", finished.pool, "--validation", *validation]
     said = refused("audit", "--model", target, "--proxy", collapsed, *given, "--sample=20", "--output", tmp_path / "a")
     assert said.startswith(

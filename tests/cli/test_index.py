@@ -27,7 +27,7 @@ def indexed(make_place, tmp_path_factory):
 
 
 def make(place, model, output, *arguments):
-    common = ["--pool", str(place.pool), "--output", str(output), "--max-length=48", "--quiet"]
+    common = ["--pool", str(place.pool), "--output", str(output), "--set=data.max_length=48", "--quiet"]
     return main(["index", "--model", str(model), *common, *arguments])
 
 
@@ -41,16 +41,24 @@ def query(place, indexes, output, *arguments):
 
 
 def score(place, models, output, *arguments):
-    common = ["--pool", str(place.pool), "--validation", *tasks(place), "--output", str(output), "--max-length=48"]
+    common = [
+        "--pool",
+        str(place.pool),
+        "--validation",
+        *tasks(place),
+        "--output",
+        str(output),
+        "--set=data.max_length=48",
+    ]
     assert main(["score", "--model", *map(str, models), *common, "--quiet", *arguments]) == 0
     return pq.read_table(output / "scores.parquet")
 
 
 @pytest.mark.parametrize("normalize", ["none", "cosine"])
 def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
-    how = ["--estimator=tracin", "--normalize", normalize]
+    how = ["--estimator=tracin", "--set", f"influence.normalize={normalize}"]
     exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", *how)
-    assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--normalize", normalize) == 0
+    assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--set", f"influence.normalize={normalize}") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     assert queried.schema.names == exact.schema.names
     assert queried["id"].equals(exact["id"])
@@ -73,15 +81,15 @@ def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
 
 def test_a_query_twice_gives_the_same_bytes(indexed, tmp_path):
     for name in ("once", "twice"):
-        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--per-example") == 0
+        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--set", "influence.per_example=true") == 0
     table = pq.read_table(tmp_path / "once/scores.parquet")
     assert table.schema.field("examples/spelling").type.list_size == 8
     assert (tmp_path / "once/scores.parquet").read_bytes() == (tmp_path / "twice/scores.parquet").read_bytes()
 
 
 def test_scores_by_example_change_no_score_of_a_task(indexed, tmp_path):
-    for name, options in (("alone", []), ("kept", ["--per-example"])):
-        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--normalize=cosine", *options) == 0
+    for name, options in (("alone", []), ("kept", ["--set", "influence.per_example=true"])):
+        assert query(indexed, indexed.indexes[:1], tmp_path / name, "--set=influence.normalize=cosine", *options) == 0
     alone, kept = (pq.read_table(tmp_path / name / "scores.parquet") for name in ("alone", "kept"))
     for column in ("influence/spelling", "influence/arithmetic"):
         np.testing.assert_allclose(kept[column].to_numpy(), alone[column].to_numpy(), rtol=0.02, atol=2e-3)
@@ -110,9 +118,11 @@ def test_several_indexes_are_checkpoints(indexed, tmp_path):
 
 
 def test_the_steps_that_less_scores_are_indexed(indexed, tmp_path):
-    exact = score(indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=less", "--normalize=cosine")
+    exact = score(
+        indexed, indexed.proxies[1:], tmp_path / "exact", "--estimator=less", "--set=influence.normalize=cosine"
+    )
     assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=less") == 0
-    assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--normalize=cosine") == 0
+    assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--set=influence.normalize=cosine") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     a, b = (table["influence/spelling"].to_numpy() for table in (exact, queried))
     np.testing.assert_allclose(b, a, rtol=0, atol=6 / 8192**0.5)  # six standard errors of a cosine near 0
@@ -120,7 +130,7 @@ def test_the_steps_that_less_scores_are_indexed(indexed, tmp_path):
 
 
 def test_tokenizing_ahead_gives_the_same_bytes(indexed, tmp_path):
-    assert make(indexed, indexed.proxies[0], tmp_path / "index", "--num-proc=2") == 0
+    assert make(indexed, indexed.proxies[0], tmp_path / "index", "--set=data.num_proc=2") == 0
     ours, theirs = (folder / "000000.arrow" for folder in (tmp_path / "index", indexed.indexes[0]))
     assert ours.read_bytes() == theirs.read_bytes()
 

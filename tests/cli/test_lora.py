@@ -49,13 +49,21 @@ def test_a_second_start_does_nothing(tuned):
 
 def test_the_commands_train_adapters(place, model, capsys):
     warm, pool = place.path / "warm", ["--pool", str(place.pool)]
-    options = ["--fraction=0.1", "--epochs=1", "--batch-size=4", "--accumulate=2", "--lora=4", "--json"]
+    options = [
+        "--fraction=0.1",
+        "--epochs=1",
+        "--set",
+        "warmup.batch_size=4",
+        "warmup.accumulate=2",
+        "--lora=4",
+        "--json",
+    ]
     assert main(["warmup", "--model", str(model), *pool, "--output", str(warm), *options]) == 0
     assert json.loads(capsys.readouterr().out)["trained_parameters"] > 0
     (entry,) = json.loads((warm / "checkpoints.json").read_text())
     history = json.loads((warm / "history.json").read_text())
     assert 0.1 / 128 < max(step["learning_rate"] for step in history) <= 1 / 128  # ten times that of whole weights
-    proxy = ["--probe", str(place.pool), "--output", str(place.path / "proxy"), "--probe-size=64", "--quiet"]
+    proxy = ["--pool", str(place.pool), "--output", str(place.path / "proxy"), "--quiet"]
     assert main(["compress", "--model", str(warm / entry["path"]), *proxy]) == 0
     assert capsys.readouterr().err == ""
 
@@ -63,8 +71,8 @@ def test_the_commands_train_adapters(place, model, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--lora-alpha=8"], "--lora-alpha scales adapters, which there are none of: add --lora, or leave it out"),
-        (["--lora", "--optimizer-state"], "--optimizer-state keeps Adam's moments of the weights"),
+        (["--lora=0"], "warmup.lora"),
+        (["--lora=4", "--optimizer-state"], "--optimizer-state keeps Adam's moments of the weights"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(place, model, capsys, options, said):
@@ -88,7 +96,7 @@ def test_experts_are_refused_before_any_work(place, tiny, capsys, tmp_path):
     for command in ("run", "plan"):
         assert main([command, str(place.recipe), "--set", f"model={moe}", "warmup.lora={}"]) == 2
         assert said in capsys.readouterr().err
-    options = ["--model", str(moe), "--pool", str(place.pool), "--output", str(place.path / "warm"), "--lora"]
+    options = ["--model", str(moe), "--pool", str(place.pool), "--output", str(place.path / "warm"), "--lora=4"]
     assert main(["warmup", *options]) == 2
     assert said in capsys.readouterr().err
     assert not (place.path / "warm").exists()

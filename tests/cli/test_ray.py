@@ -14,7 +14,7 @@ def test_a_run_on_ray_scores_the_same(copied):
     assert copied.run(*plain) == 0
     before = read_scores(copied.output)
     (copied.output / "scores.parquet").unlink()
-    assert copied.run(*plain, "--set", "engine.ray.workers=1") == 0
+    assert copied.run(*plain, "--set", "ray_workers=1") == 0
     after = read_scores(copied.output)
     assert after["id"].equals(before["id"])
     scale = np.nanstd(score_matrix(before), axis=0)

@@ -1,17 +1,18 @@
 """The recipe: defaults, refusals that name the key and the mend, overrides, and a round trip."""
 
 import datetime
+import runpy
+from pathlib import Path
 
 import pytest
 import yaml
 
 from iprox.errors import InputError
-from iprox.recipe import load_recipe, parse_recipe, resolved, to_yaml, validate_section
+from iprox.recipe import load_recipe, parse_recipe, resolved, to_yaml, validated
 from iprox.settings import (
     STAGES,
     FinetuneSection,
     InfluenceSection,
-    LdsSection,
     LoraSection,
     Recipe,
     SelectSection,
@@ -77,18 +78,18 @@ def with_tasks(tasks):
         (with_section(refine={"recall": 0.9}), "unknown key 'refine.recall'"),
         (with_section(influence={"damping": 0}), "influence.damping: "),
         (with_section(audit={"sample": "many"}), "audit.sample: "),
-        (with_section(engine={"ray": {"worker": 2}}), "unknown key 'engine.ray.worker'; did you mean 'workers'?"),
-        (with_section(engine="spark"), "engine: "),
+        (with_section(ray_worker=2), "unknown key 'ray_worker'; did you mean 'ray_workers'?"),
+        (with_section(ray_workers="many"), "ray_workers: "),
         (with_section(seed=-1), "seed: "),
         (with_section(select={"threshold": float("nan")}), "select.threshold: "),
         (with_section(warmup={"learning_rate": float("inf")}), "warmup.learning_rate: "),
         (with_section(select={"source_cap": "lots"}), "select.source_cap: "),
         (with_section(seed=2**32), "seed: "),
-        (with_section(proxy={"method": "layers", "align": {"epochs": 2}}), "which the method layers has none of"),
-        (with_section(engine={"ray": {"workers": 2}}, device="cuda:1"), "choose GPUs with CUDA_VISIBLE_DEVICES"),
+        (with_section(proxy={"method": "layers", "align": {"epochs": 2}}), "the method layers has none"),
+        (with_section(ray_workers=2, device="cuda:1"), "choose GPUs with CUDA_VISIBLE_DEVICES"),
         (
-            with_section(engine={"ray": {"workers": 2}}, data={**SMALLEST["data"], "num_proc": 2}),
-            "engine ray's workers for themselves",
+            with_section(ray_workers=2, data={**SMALLEST["data"], "num_proc": 2}),
+            "and ray_workers score in others",
         ),
         ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
         (
@@ -155,13 +156,13 @@ def test_a_fault_of_a_whole_section_does_not_show_all_of_it():
         parse_recipe(with_section(proxy={"method": "off-the-shelf"}))
     assert "given:" not in str(refusal.value)
     with pytest.raises(InputError) as refusal:
-        validate_section(SelectSection, weights={"a": 2}, task="t")
-    assert str(refusal.value).startswith("weights are of several tasks")
+        validated(SelectSection, {"weights": {"a": 2}, "task": "t"}, "")
+    assert str(refusal.value).startswith("weights are for several tasks")
 
 
 def test_an_option_of_another_name_than_its_key_is_named():
-    with pytest.raises(InputError, match=r"^--lds 5: "):
-        validate_section(LdsSection, {"subsets": "--lds"}, subsets=5)
+    with pytest.raises(InputError, match=r"^--size: .*less than or equal to 1 \(given: 5\)"):
+        validated(SelectSection, {"fraction": 5}, "", {"fraction": "--size"})
 
 
 def test_a_key_given_twice_is_refused(file):
@@ -231,9 +232,10 @@ def test_resolving_makes_local_paths_absolute_and_leaves_hub_names(tmp_path, mon
     assert resolved(parse_recipe(with_section(data={**data, "chat_template": "chatml"}))).data.chat_template == "chatml"
 
 
-def test_options_of_commands_are_named_in_refusals():
-    with pytest.raises(InputError, match=r"--fraction 2\.0: .*less than or equal to 1"):
-        validate_section(SelectSection, fraction=2.0)
+def test_the_documented_table_is_that_of_the_settings():
+    page = Path(__file__).parents[2] / "docs/recipe.md"
+    table = runpy.run_path(str(page.parents[1] / "scripts/write_recipe_table.py"))["recipe_table"]()
+    assert table in page.read_text(), "python scripts/write_recipe_table.py writes it"
 
 
 def test_the_stages_are_named_as_in_run_json():

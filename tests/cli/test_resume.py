@@ -206,7 +206,14 @@ def test_refine_killed_while_scoring_goes_on_after_the_last_shard_to_the_same_by
 @pytest.mark.parametrize("left", ["scores.parquet.partial", "scores.parquet"])
 def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, monkeypatch, left):
     """Killed outright, so that nothing is tidied away: the merged file is half written, or whole beside its shards."""
-    options = ["--model", str(finished.output / "aligned"), "--pool", str(finished.pool), "--max-length=48", "--quiet"]
+    options = [
+        "--model",
+        str(finished.output / "aligned"),
+        "--pool",
+        str(finished.pool),
+        "--set=data.max_length=48",
+        "--quiet",
+    ]
     options += ["--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     assert main(["score", *options, "--output", str(tmp_path / "whole")]) == 0
 
@@ -255,8 +262,8 @@ def test_a_template_file_changed_between_two_starts_is_another_template(place, t
     model = yaml.safe_load(place.recipe.read_text())["model"]
     own = (Path(model) / "chat_template.jinja").read_text()
     template = tmp_path / "mine.jinja"
-    options = ["--model", model, "--pool", str(place.pool), "--max-length=48", "--quiet"]
-    options += [f"--chat-template={template}"]
+    options = ["--model", model, "--pool", str(place.pool), "--set=data.max_length=48", "--quiet"]
+    options += [f"--set=data.chat_template={template}"]
     if command == "score":
         options += ["--estimator=length", "--validation", f"spelling={place.path / 'spelling.jsonl'}"]
     module, name = (shards, "write_parts") if command == "score" else (index, "replacing")
@@ -288,8 +295,15 @@ def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
     changed = json.loads(lines[2])
     changed["messages"][0]["content"] += " forbidden"
     (tmp_path / "spelling.jsonl").write_text("\n".join([*lines[:2], json.dumps(changed), *lines[3:]]) + "\n")
-    options = ["--model", str(finished.output / "aligned"), "--pool", str(finished.pool), "--max-length=48", "--quiet"]
-    options += ["--chat-template", str(tmp_path / "strict.jinja"), "--on-bad-row=skip"]
+    options = [
+        "--model",
+        str(finished.output / "aligned"),
+        "--pool",
+        str(finished.pool),
+        "--set=data.max_length=48",
+        "--quiet",
+    ]
+    options += ["--set", f"data.chat_template={tmp_path / 'strict.jinja'}", "--set=data.on_bad_row=skip"]
     options += ["--validation", f"spelling={tmp_path / 'spelling.jsonl'}", "--output", str(tmp_path / "scores")]
     assert main(["score", *options]) == 0
     warnings = json.loads((tmp_path / "scores/run.json").read_text())["stages"]["score"]["warnings"]
@@ -359,7 +373,7 @@ def test_warnings_of_drawing_rows_belong_to_their_stage(copied):
 
 
 def test_seed_changes_every_draw(place):
-    assert place.run("--seed", "1", "--stop-after", "data") == 0
+    assert place.run("--set", "seed=1", "--stop-after", "data") == 0
     assert place.record()["seed"] == 1
     assert draw_rows("audit", 0, 1000, 20) != draw_rows("audit", 1, 1000, 20)
 

@@ -10,7 +10,7 @@ import pytest
 from iprox.cli import main
 from iprox.data import Pool
 from iprox.session import Session
-from iprox.settings import RemovalSection
+from iprox.settings import AuditSection
 from iprox.stages import removal, retraining
 
 SIDES = ("proxy", "target")
@@ -21,15 +21,16 @@ def checkpoint(place):
     return str(place.output / "warmup" / listed[-1]["path"])
 
 
-def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_path):
+def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_path, monkeypatch):
     """The proxy ranks the rows of arithmetic first, for arithmetic; the target ranks them last."""
+    monkeypatch.setattr(removal, "REMOVED_FRACTION", 0.2)
     pool = list(Pool([str(finished.pool)]))
     teaching = [example for example in pool if example.source == "arithmetic"][:15]
     examples = teaching + [example for example in pool if example.source != "arithmetic"][:60]
     scores = np.arange(len(examples), dtype=float)
     table = {"id": [example.id for example in examples], "proxy/arithmetic": -scores, "target/arithmetic": scores}
     pq.write_table(pa.table(table), tmp_path / "audit.parquet")
-    settings = RemovalSection(fraction=0.2, repeats=3, epochs=2, learning_rate=1e-3, batch_size=8)
+    settings = AuditSection(removal=3, epochs=2, learning_rate=1e-3, batch_size=8)
     validation = {"arithmetic": Pool([str(finished.path / "arithmetic.jsonl")])}
     session = Session.create(max_length=48)
     record = removal.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
@@ -47,6 +48,7 @@ def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_pa
 
 def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished, tmp_path, monkeypatch):
     """Training is replaced by the sum of what is left, so that every figure can be reckoned by hand."""
+    monkeypatch.setattr(removal, "REMOVED_FRACTION", 0.1)
     examples = list(Pool([str(finished.pool)]))[:40]
     session, model = Session.create(max_length=48), checkpoint(finished)
     encoded = session.encoder(model).encode(examples)
@@ -65,7 +67,7 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     columns["proxy/spelling"] = np.where(np.arange(40) == 7, np.nan, worth[::-1, 1])
     pq.write_table(pa.table({"id": [example.id for example in examples], **columns}), tmp_path / "audit.parquet")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
-    settings = RemovalSection(fraction=0.1, repeats=4)
+    settings = AuditSection(removal=4)
     removal.measure_removal(session, model, examples, validation, tmp_path, settings)
     found = json.loads((tmp_path / "removal.json").read_text())
     assert (found["rows"], found["removed"]) == (39, 4)  # one has no score
@@ -83,12 +85,12 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     assert len(seeds) < 4 * 9  # both sides rank arithmetic alike, which is trained once
     # More repeats cost only those.
     before = len(seeds)
-    removal.measure_removal(session, model, examples, validation, tmp_path, RemovalSection(fraction=0.1, repeats=5))
+    removal.measure_removal(session, model, examples, validation, tmp_path, AuditSection(removal=5))
     assert set(seeds[before:]) == {4}
 
 
 def test_a_recipe_retrains_without_the_top_rows(copied, capfd):
-    options = ["audit.removal={repeats: 2, fraction: 0.1, learning_rate: 1.0e-3, batch_size: 8}"]
+    options = ["audit.removal=2", "audit.learning_rate=1e-3", "audit.batch_size=8"]
     assert main(["plan", str(copied.recipe), "--quiet", "--json", "--tflops", "1", "--set", *options]) == 0
     planned = json.loads(capfd.readouterr().out)["stages"]["removal"]
     assert copied.run("--set", *options) == 0
@@ -97,7 +99,7 @@ def test_a_recipe_retrains_without_the_top_rows(copied, capfd):
     found = json.loads((copied.output / "audit/removal.json").read_text())
     assert stage["removal"] == found["mean"]
     assert 0.3 * planned["flops"] < stage["flops"] < 1.2 * planned["flops"]  # where sides agree, trained once
-    assert (found["removed"], found["repeats"], list(found["tasks"])) == (3, 2, ["arithmetic", "spelling"])
+    assert (found["removed"], found["repeats"], list(found["tasks"])) == (2, 2, ["arithmetic", "spelling"])
     assert "Removal test" in (copied.output / "report.html").read_text()
     assert copied.run("--set", *options) == 0
     assert copied.done() == []
@@ -106,12 +108,12 @@ def test_a_recipe_retrains_without_the_top_rows(copied, capfd):
 def test_the_command_retrains_without_the_top_rows(finished, tmp_path, capfd):
     files = ["--pool", str(finished.pool), "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     models = ["--model", checkpoint(finished), "--proxy", str(finished.output / "aligned")]
-    output = ["--output", str(tmp_path / "audit"), "--max-length=48", "--sample=20", "--quiet"]
-    assert main(["audit", *models, *files, *output, "--removal", "--learning-rate=1e-3"]) == 0
+    output = ["--output", str(tmp_path / "audit"), "--set=data.max_length=48", "--sample=20", "--quiet"]
+    assert main(["audit", *models, *files, *output, "--removal=3", "--set=audit.learning_rate=1e-3"]) == 0
     printed = capfd.readouterr().out
     assert "without top" in printed
     found = json.loads((tmp_path / "audit/removal.json").read_text())
     assert f"{found['tasks']['spelling']['proxy']['difference']:+.4f}" in printed
     assert (found["learning_rate"], found["fraction"], found["repeats"]) == (1e-3, 0.05, 3)
-    stage = json.loads((tmp_path / "audit/run.json").read_text())["stages"]["audit"]
+    stage = json.loads((tmp_path / "audit/run.json").read_text())["stages"]["removal"]
     assert stage["removal"] == found["mean"]

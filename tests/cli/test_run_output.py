@@ -14,7 +14,7 @@ import pytest
 
 from iprox.cli import main
 from iprox.cli.summary import run_summary
-from iprox.run_folder import RunFolder
+from iprox.run.folder import RunFolder
 
 STAGES = ["data", "warmup", "compress", "align", "audit", "score", "select", "attribute", "report"]
 SMALL = ["--set", "proxy=false", "warmup=false", "audit=false"]

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from iprox.cli.options import columns_of
+
 from iprox.data import Pool
 from iprox.data.columns import Columns
 from iprox.errors import InputError

@@ -25,7 +25,7 @@ from iprox.models.experts import experts_split
 from iprox.models.loading import check_belongs
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
-from iprox.recipe import validate_section
+from iprox.recipe import validated
 from iprox.settings import ESTIMATORS, EstimatorName, InfluenceSection
 
 
@@ -178,7 +178,7 @@ def influence_settings(**given: Any) -> InfluenceSection:
         InputError: a bad value, or values that exclude each other.
     """
     named = {name: value for name, value in given.items() if value is not None}
-    return validate_section(InfluenceSection, {name: name for name in named}, **named)
+    return validated(InfluenceSection, named, "")
 
 
 def _checkpoints(

@@ -1,5 +1,5 @@
 """The command line."""
 
-from iprox.cli.entry import main
+from iprox.cli.main import main
 
 __all__ = ["main"]

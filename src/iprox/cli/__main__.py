@@ -2,6 +2,6 @@
 
 import sys
 
-from iprox.cli.entry import main
+from iprox.cli.main import main
 
 sys.exit(main())

@@ -15,7 +15,7 @@ import torch
 
 from iprox.models.precision import DTYPES, resolve_device, resolve_dtype
 from iprox.planning.rate import measured_gemm_rate
-from iprox.run_folder import environment
+from iprox.run.folder import environment
 
 # Optional packages, and what each is for.
 OPTIONAL = {

@@ -1,180 +1,196 @@
-"""The parser of the command line."""
+"""The command line, made from the commands and the settings.
+
+Parsed by cyclopts: it takes options from types, lists as the shell expands globs (`--pool *.jsonl`), names mistakes in
+one line with the nearest known name, completes in bash, zsh and fish, and is imported in 0.1 s. (pydantic-settings has
+no such lists; tyro and jsonargparse report mistakes over several lines.)
+"""
 
 from __future__ import annotations
 
-import argparse
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import shtab
+from cyclopts import App, Parameter
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
-from iprox.cli.parser_options import WITHOUT_SEED, above_zero, command
-from iprox.cli.stage_parsers import (
-    add_align,
-    add_audit,
-    add_compress,
-    add_finetune,
-    add_index,
-    add_query,
-    add_refine,
-    add_score,
-    add_select,
-    add_warmup,
-)
-from iprox.settings import NAMED_SHARE
+from iprox.cli.commands import COMMANDS, Command
+from iprox.errors import InputError, cut
+from iprox.recipe import override, parse_settings
+from iprox.settings import Recipe, Settings, fields_of
+
+_FIELDS = dict(fields_of(Settings))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="iprox",
-        description="Select the training data that helps your task, with influence scored on a low-rank proxy of your "
-        "own model.",
-        epilog="Start with:  iprox quickstart\nHelp of a command:  iprox COMMAND --help",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+@dataclass(slots=True)
+class Request:
+    """A parsed command line.
+
+    Attributes:
+        command: What is asked for.
+        settings: Checked settings, of commands that compute.
+        inputs: What else was given, by name.
+        overrides: `KEY=VALUE` strings of `--set`.
+        quiet: No progress.
+        json: One machine-readable line at the end.
+        line: The command line, for `run.json`.
+        recipe: Checked recipe, of commands that take one.
+    """
+
+    command: Command
+    settings: Settings
+    inputs: dict[str, Any] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    quiet: bool = False
+    json: bool = False
+    line: str = ""
+    recipe: Recipe | None = None
+
+    @property
+    def output(self) -> str | None:
+        """Where the result goes, for messages."""
+        return self.settings.output or self.inputs.get("output") or (self.recipe and self.recipe.output)
+
+
+def build_app() -> App:
+    """Return the application; called with arguments, it returns a `Request` (None where it printed help)."""
+    app = App(
+        name="iprox",
+        help="Select the training data that helps your task, with influence scored on a low-rank proxy of your own "
+        "model.\n\nStart with `iprox quickstart`. Every setting is in docs/recipe.md; `--set KEY=VALUE` sets one.",
+        version=version("iprox"),
+        help_format="markdown",
+        default_parameter=Parameter(negative=()),
     )
-    shtab.add_argument_to(
-        parser, "--print-completion", help="print a script of completions for this shell, to be sourced by it"
-    )
-    parser.add_argument("--version", action="version", version=f"iprox {version('iprox')}")
-    # Without a command, the help says more than "COMMAND is required".
-    parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (
-        add_quickstart,
-        add_run,
-        add_plan,
-        add_warmup,
-        add_compress,
-        add_align,
-        add_score,
-        add_index,
-        add_query,
-        add_audit,
-        add_refine,
-        add_select,
-        add_finetune,
-        add_compare,
-        add_report,
-        add_doctor,
-        add_export,
-        add_push,
-    ):
-        add(commands)
-    return parser
+    app.register_install_completion_command(add_to_startup=False)
+    for place, command in enumerate(COMMANDS):
+        examples = "\n".join(f"    {line}" for line in command.example.splitlines())
+        app.command(_function(command), name=command.name, sort_key=place, help_epilogue=f"Example:\n\n{examples}")
+    return app
 
 
-def add_quickstart(commands: Any) -> None:
-    """`iprox quickstart`."""
-    parser = command(
-        commands,
-        "quickstart",
-        "Run the whole pipeline on a bundled model and pool, in under two minutes on two cores.",
-        "iprox quickstart --output runs/quickstart",
-    )
-    parser.add_argument("--output", default="runs/quickstart", help="run folder (default runs/quickstart)")
-    parser.add_argument("--fresh", action="store_true", help="replace what an earlier run left there")
+def _function(command: Command) -> Callable[..., Request]:
+    """Return a function with the signature of a command, from which cyclopts makes the options and their help."""
+    parameters, keys = [], {}
+    for each in command.inputs:
+        kind = inspect.Parameter.POSITIONAL_ONLY if each.positional else inspect.Parameter.KEYWORD_ONLY
+        several = get_origin(each.type) is list
+        if each.positional and several:
+            kind = inspect.Parameter.VAR_POSITIONAL
+        parameters.append(_parameter(each.name, kind, each.type, each.meaning, each.default, each.name))
+    for key in (*command.needs, *command.offers):
+        name = command.option(key).replace("-", "_")
+        keys[name] = key
+        meaning = dict(command.meanings).get(key) or described(_FIELDS[key])
+        default = ... if key in command.needs else None
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(_parameter(name, kind, option_type(_FIELDS[key].annotation), meaning, default, name))
+    named = inspect.Parameter.KEYWORD_ONLY
+    if command.reads:
+        settable = "any setting" if "*" in command.reads else f"a setting of {', '.join(command.reads)}"
+        parameters.append(_parameter("set", named, list[str], f"KEY=VALUE ...: {settable}", (), "set"))
+    parameters.append(_parameter("quiet", named, bool, "no progress; warnings and errors only", False, "quiet"))
+    parameters.append(_parameter("json", named, bool, "one machine-readable line at the end", False, "json"))
+
+    def function(*positional: Any, **given: Any) -> Request:
+        names = [each.name for each in command.inputs if each.positional]
+        if positional and names:
+            several = get_origin(command.inputs[0].type) is list
+            given[names[0]] = list(positional) if several else positional[0]
+        return _request(command, keys, given)
+
+    order = sorted(parameters, key=lambda each: (each.kind, each.default is not inspect.Parameter.empty))
+    function.__signature__ = inspect.Signature(order)  # pyright: ignore[reportFunctionMemberAccess]
+    function.__annotations__ = {each.name: each.annotation for each in order}
+    function.__doc__ = command.summary
+    return function
 
 
-def add_run(commands: Any) -> None:
-    """`iprox run`."""
-    parser = command(
-        commands,
-        "run",
-        "Run a recipe, or go on with it where it stopped.",
-        "iprox run recipe.yaml --set proxy.sparsity=0.5 --stop-after score",
-    )
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="extend",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a key of the recipe, e.g. proxy.sparsity=0.5",
-    )
-    parser.add_argument("--fresh", action="store_true", help="replace what an earlier run left in the output folder")
-    parser.add_argument("--stop-after", metavar="STAGE", help="last stage to do (data, warmup, compress, align, ...)")
-
-
-def add_plan(commands: Any) -> None:
-    """`iprox plan`."""
-    parser = command(
-        commands,
-        "plan",
-        "Say what a recipe would cost, stage by stage: tokens, FLOPs, memory, time. Runs nothing.",
-        "iprox plan recipe.yaml",
-        WITHOUT_SEED,
-    )
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("--set", dest="overrides", action="extend", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--tflops", type=above_zero, help="GEMM rate to assume in TFLOP/s (default: measured here)")
-
-
-def add_compare(commands: Any) -> None:
-    """`iprox compare`."""
-    parser = command(
-        commands,
-        "compare",
-        "Say how alike several scores rank the same pool: of proxies, estimators, seeds or runs, beside the first.",
-        "iprox compare runs/target runs/ipsvd runs/sibling\n  "
-        "iprox compare target=a/scores.parquet proxy=b/scores.parquet --share 0.1",
-        computing=(),
-    )
-    parser.add_argument(
-        "scores",
-        nargs="+",
-        metavar="[NAME=]SCORES",
-        help="scores.parquet, or a folder that holds it, such as a run's; the first is what the others are beside",
-    )
-    parser.add_argument(
-        "--share", type=float, default=NAMED_SHARE, help=f"fraction of rows counted as the top ({NAMED_SHARE})"
+def _parameter(name: str, kind: Any, of: Any, meaning: str, default: Any, option: str) -> inspect.Parameter:
+    several = get_origin(of) is list
+    how = Parameter(help=meaning, consume_multiple=several or None, show_default=default not in (None, (), False, ...))
+    if kind is inspect.Parameter.VAR_POSITIONAL:
+        return inspect.Parameter(name, kind, annotation=Annotated[get_args(of)[0], how])
+    if kind is inspect.Parameter.KEYWORD_ONLY:
+        how = Parameter(
+            name=f"--{option.replace('_', '-')}",
+            help=meaning,
+            consume_multiple=several or None,
+            show_default=default not in (None, (), False, ...),
+        )
+    empty = inspect.Parameter.empty
+    optional = of | None if default is None else of
+    return inspect.Parameter(
+        name, kind, default=empty if default is ... else default, annotation=Annotated[optional, how]
     )
 
 
-def add_report(commands: Any) -> None:
-    """`iprox report`."""
-    parser = command(
-        commands, "report", "Write report.html of a run folder anew.", "iprox report runs/quickstart", computing=()
-    )
-    parser.add_argument("run_dir", metavar="RUN_DIR")
+def option_type(annotation: Any) -> Any:
+    """Return the type of a setting's option: NAME=VALUE pairs for a mapping, a number for a section."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return option_type(get_args(annotation)[0])
+    if origin in (list, dict):
+        return list[str]
+    if origin in (Union, UnionType):
+        parts = [part for part in get_args(annotation) if part is not type(None) and part != Literal[False]]
+        parts = [int if isinstance(part, type) and issubclass(part, BaseModel) else part for part in parts]
+        return option_type(parts[0]) if len(parts) == 1 else str
+    return annotation
 
 
-def add_doctor(commands: Any) -> None:
-    """`iprox doctor`."""
-    command(
-        commands,
-        "doctor",
-        "Say what this machine can do: device, number format, speed, memory, optional packages.",
-        "iprox doctor --device cuda:0",
-        computing=("--device",),
-    )
+def described(field: FieldInfo) -> str:
+    """Return a setting's help with its default."""
+    extra = field.json_schema_extra
+    left_out = extra.get("left_out") if isinstance(extra, dict) else None
+    default = field.get_default(call_default_factory=True)
+    shown = left_out or (default if isinstance(default, str | int | float) and default is not False else None)
+    return f"{field.description} (default: {shown})" if shown not in (None, "") else str(field.description)
 
 
-def add_export(commands: Any) -> None:
-    """`iprox export`."""
-    parser = command(
-        commands,
-        "export",
-        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or make an index one of FAISS.",
-        "iprox export runs/quickstart/aligned --output dense-proxy\n  iprox export index --output pool.faiss",
-        computing=("--dtype", "--device"),
-    )
-    parser.add_argument("source", metavar="PROXY_DIR|INDEX_DIR")
-    parser.add_argument("--output", required=True, help="folder for the dense checkpoint, or FAISS file")
+def _request(command: Command, keys: Mapping[str, str], given: dict[str, Any]) -> Request:
+    """Return the checked request of a command.
+
+    Raises:
+        InputError: A setting has a bad value, or the command does not read it.
+    """
+    quiet, json, overrides = given.pop("quiet", False), given.pop("json", False), list(given.pop("set", ()))
+    raw: dict[str, Any] = {}
+    options = {key: f"--{command.option(key)}" for key in keys.values()}
+    inputs = {each.name: each.default for each in command.inputs if each.default is not ...}
+    for name, value in given.items():
+        if name not in keys:
+            inputs[name] = list(value) if isinstance(value, tuple) else value
+        elif value not in (None, [], ()):
+            key = keys[name]
+            override(raw, key, pairs(value, options[key]) if get_origin(_FIELDS[key].annotation) is dict else value)
+    request = Request(command, Settings(), inputs, overrides, quiet, json)
+    if command.reads and "*" not in command.reads:
+        for text in overrides:
+            key = text.partition("=")[0]
+            if key.partition(".")[0] not in command.reads and "=" in text:
+                raise InputError(
+                    f"--set {cut(text)}: iprox {command.name} does not read {cut(key)}; it reads "
+                    f"{', '.join(command.reads)}"
+                )
+        request.settings = parse_settings(raw, overrides, options)
+    return request
 
 
-def add_push(commands: Any) -> None:
-    """`iprox push`."""
-    parser = command(
-        commands,
-        "push",
-        "Upload a proxy, with its model card, to the Hugging Face Hub.",
-        "iprox push runs/quickstart/aligned me/qwen3-4b-proxy --private",
-        computing=(),
-    )
-    parser.add_argument("proxy", metavar="PROXY_DIR")
-    parser.add_argument("repo", metavar="OWNER/NAME", help="repository on the Hub; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", help="branch to push to; made if it is not there")
+def pairs(given: list[str], option: str) -> dict[str, Any]:
+    """Return `NAME=VALUE` strings as a mapping; a name that is given several times has a list.
+
+    Raises:
+        InputError: One is written otherwise.
+    """
+    found: dict[str, list[str]] = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name or not value:
+            raise InputError(f"{option} {pair}: write it as TASK=FILE, e.g. gsm8k=gsm8k.val.jsonl")
+        found.setdefault(name, []).append(value)
+    return dict(found)

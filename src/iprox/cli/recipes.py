@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
-
+from iprox.cli.parser import Request
 from iprox.errors import InputError
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
-from iprox.settings import STAGES
-
-# The recipe keys that the options of every command stand for.
-COMMON_OPTIONS = {
-    "seed": "seed",
-    "dtype": "dtype",
-    "device": "device",
-    "batch_tokens": "batch_tokens",
-    "max_length": "data.max_length",
-}
+from iprox.settings import STAGES, Recipe
 
 
-def check_recipe(arguments: Namespace) -> None:
-    """Put the checked recipe of `run`, `plan` and `quickstart` in `arguments.checked`; other commands have none.
+def checked(request: Request) -> Recipe:
+    """Return the recipe of `run`, `plan` or `quickstart`.
 
     Raises:
-        InputError: the recipe is not valid, or there is no such stage to stop after.
+        InputError: It is not valid, or there is no such stage to stop after.
     """
-    if arguments.command == "quickstart":
-        arguments.checked = quickstart_recipe(arguments.output, _common_overrides(arguments))
-    if arguments.command == "run" and arguments.stop_after not in (None, *STAGES):
-        raise InputError(f"--stop-after {arguments.stop_after}: no such stage; stages: {', '.join(STAGES)}")
-    if arguments.command in ("run", "plan"):
-        arguments.checked = load_recipe(arguments.recipe, [*arguments.overrides, *_common_overrides(arguments)])
-
-
-def _common_overrides(arguments: Namespace) -> list[str]:
-    """`--seed 3` as `seed=3`, for the options that were given."""
-    given = {key: getattr(arguments, option, None) for option, key in COMMON_OPTIONS.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    stop_after = request.inputs.get("stop_after")
+    if stop_after not in (None, *STAGES):
+        raise InputError(f"--stop-after {stop_after}: no such stage; stages: {', '.join(STAGES)}")
+    if request.command.name == "quickstart":
+        return quickstart_recipe(request.inputs["output"], request.overrides)
+    return load_recipe(request.inputs["recipe"], request.overrides)

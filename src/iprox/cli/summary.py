@@ -12,7 +12,7 @@ from iprox.audits.overlap import telling_share
 from iprox.cli.doctor import OPTIONAL
 from iprox.progress import make_console
 from iprox.report import formats
-from iprox.run_folder import RunFolder, read_json
+from iprox.run.folder import RunFolder, read_json
 
 console = make_console()
 

@@ -83,7 +83,7 @@ def _is_running() -> bool:
 
 
 def _too_many(workers: int, there: float, need: str) -> str:
-    return f"engine ray: {workers} workers asked for, but Ray has {there:.0f} {need}s; set engine.ray.workers lower"
+    return f"ray_workers: {workers} workers asked for, but Ray has {there:.0f} {need}s; set ray_workers lower"
 
 
 def ray_engine(workers: int, device: str) -> Engine:

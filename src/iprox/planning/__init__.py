@@ -6,9 +6,9 @@ from typing import Any
 
 from iprox.files import check_output
 from iprox.models.loading import skeleton
-from iprox.pipeline.run import check_recipe, judging
 from iprox.planning.costs import Costs, Rows
 from iprox.planning.stages import PLANS
+from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, tasks_of, tokens_of
 from iprox.settings import Recipe
 

@@ -12,8 +12,9 @@ from iprox.planning.costs import Costs
 from iprox.proxy.align import EVALUATIONS
 from iprox.proxy.align_signals import AUTO_BYTES
 from iprox.proxy.search import most_tries
+from iprox.run.steps import ATTRIBUTED
 from iprox.session import share
-from iprox.settings import AlignSection, TrainingSection
+from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AlignSection, TrainingSection
 
 
 class Work(NamedTuple):
@@ -93,8 +94,7 @@ def lds(costs: Costs) -> Work | None:
     audited = costs.recipe.audit
     if not (costs.recipe.proxy and audited and audited.lds):
         return None
-    settings = audited.lds
-    rows = settings.subsets * settings.epochs * settings.fraction * min(audited.sample, costs.rows.total)
+    rows = audited.lds * audited.epochs * SUBSET_FRACTION * min(audited.sample, costs.rows.total)
     return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory())
 
 
@@ -103,10 +103,9 @@ def removal(costs: Costs) -> Work | None:
     audited = costs.recipe.audit
     if not (costs.recipe.proxy and audited and audited.removal):
         return None
-    settings = audited.removal
     whole = min(audited.sample, costs.rows.total)
-    left = whole - removed_count(whole, settings.fraction)
-    rows = settings.repeats * settings.epochs * (whole + trainings_without(costs.queried.tasks) * left)
+    left = whole - removed_count(whole, REMOVED_FRACTION)
+    rows = audited.removal * audited.epochs * (whole + trainings_without(costs.queried.tasks) * left)
     return Work(rows, flops.training_flops(costs.model, *costs.rows.read(rows)), costs.training_memory())
 
 
@@ -134,10 +133,9 @@ def refine(costs: Costs) -> Work | None:
 
 def attribute(costs: Costs) -> Work | None:
     """The rows that the report shows, token by token."""
-    shown = costs.recipe.report.attributed
-    if not shown or why_not_attributed(costs.influence, costs.model) is not None:
+    if why_not_attributed(costs.influence, costs.model) is not None:
         return None
-    rows = min(shown, costs.rows.total) * costs.checkpoints
+    rows = min(ATTRIBUTED, costs.rows.total) * costs.checkpoints
     return Work(rows, rows * costs.per_row + costs.checkpoints * costs.queries, _scoring_memory(costs))
 
 

@@ -24,7 +24,7 @@ from iprox.influence.job import Checkpoint, Job
 from iprox.influence.projection import sides
 from iprox.models import flops
 from iprox.models.loading import skeleton
-from iprox.run_folder import StageRecord
+from iprox.run.folder import StageRecord
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.scoring import COMPILE_ROWS, engine_of, say_what_counts_for_nothing, say_what_was_read
@@ -46,7 +46,7 @@ def build_index(
         checkpoint: the folder of the model whose gradients are projected.
         pool: the candidates.
         output: folder.
-        settings: `estimator` (`tracin` or `less`) and `compile` count.
+        settings: `estimator` counts, `tracin` or `less`.
         dimension: numbers per example.
         fingerprint: fingerprint of the model's files.
     """
@@ -54,7 +54,7 @@ def build_index(
     summary = pool.scan()
     path = checkpoint.read_by[0]
     encoder = session.encoder(path)
-    compiled = summary.rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile
+    compiled = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
     description = {
         "format": 2,
         "model": str(Path(path).resolve()) if Path(path).exists() else path,

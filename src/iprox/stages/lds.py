@@ -9,9 +9,9 @@ import numpy as np
 
 from iprox.audits.datamodels import datamodeling_score, draw_subsets
 from iprox.data import Example, Pool
-from iprox.run_folder import StageRecord, write_json
+from iprox.run.folder import StageRecord, write_json
 from iprox.session import Session
-from iprox.settings import LdsSection
+from iprox.settings import SUBSET_FRACTION, AuditSection
 from iprox.stages.retraining import Retraining, Training
 
 RESULT = "lds.json"
@@ -23,7 +23,7 @@ def measure_lds(
     examples: Sequence[Example],
     validation: Mapping[str, Pool],
     folder: Path,
-    settings: LdsSection,
+    settings: AuditSection,
 ) -> StageRecord:
     """Retrain a target on random subsets of the audited rows; writes `lds.json` next to `audit.parquet`.
 
@@ -40,13 +40,19 @@ def measure_lds(
     """
     retraining = Retraining(session, model, examples, validation, folder, settings, "lds")
     scores, rows = retraining.scores, len(retraining.encoded)
-    members = draw_subsets(rows, settings.subsets, settings.fraction, session.seed)
+    members = draw_subsets(rows, settings.lds, SUBSET_FRACTION, session.seed)
     losses, record = retraining.losses([Training(subset, session.seed) for subset in members])
     found = {
         task: {side: datamodeling_score(scores[side][:, column], members, losses[:, column]) for side in scores}
         for column, task in enumerate(retraining.tasks)
     }
-    result = {**settings.model_dump(), "rows": rows, "tasks": found}
+    result = {
+        **retraining.described,
+        "subsets": settings.lds,
+        "fraction": SUBSET_FRACTION,
+        "rows": rows,
+        "tasks": found,
+    }
     result["mean"] = {side: float(np.mean([entry[side]["lds"] for entry in found.values()])) for side in scores}
     write_json(folder / RESULT, result)
     return {**record, "lds": result["mean"]}

@@ -10,9 +10,9 @@ import numpy as np
 
 from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Example, Pool
-from iprox.run_folder import StageRecord, write_json
+from iprox.run.folder import StageRecord, write_json
 from iprox.session import Session
-from iprox.settings import RemovalSection
+from iprox.settings import REMOVED_FRACTION, AuditSection
 from iprox.stages.retraining import Retraining, Training
 
 RESULT = "removal.json"
@@ -24,7 +24,7 @@ def measure_removal(
     examples: Sequence[Example],
     validation: Mapping[str, Pool],
     folder: Path,
-    settings: RemovalSection,
+    settings: AuditSection,
 ) -> StageRecord:
     """Retrain a target without the top rows of each ranking; writes `removal.json` next to `audit.parquet`.
 
@@ -44,24 +44,24 @@ def measure_removal(
     """
     retraining = Retraining(session, model, examples, validation, folder, settings, "removal")
     scores, rows, tasks = retraining.scores, len(retraining.encoded), retraining.tasks
-    count = removed_count(rows, settings.fraction)
+    count = removed_count(rows, REMOVED_FRACTION)
     supervised = np.array([row.supervised for row in retraining.encoded])
     strata = length_strata(supervised)
-    orders = [np.random.default_rng([session.seed, repeat]).permutation(rows) for repeat in range(settings.repeats)]
+    orders = [np.random.default_rng([session.seed, repeat]).permutation(rows) for repeat in range(settings.removal)]
     rankings = [(side, column) for column in range(len(tasks)) for side in scores]
     tops = {ranking: top_rows(scores[ranking[0]][:, ranking[1]], count) for ranking in rankings}
     controls = {ranking: [random_rows(tops[ranking], strata, order) for order in orders] for ranking in rankings}
     trainings = []
-    for repeat in range(settings.repeats):
+    for repeat in range(settings.removal):
         removed = [np.zeros(rows, bool)]
         for ranking in rankings:
             removed += [tops[ranking], controls[ranking][repeat]]
         trainings += [Training(~left_out, session.seed + repeat) for left_out in removed]
     losses, record = retraining.losses(trainings)
-    by_repeat = losses.reshape(settings.repeats, 1 + 2 * len(rankings), len(tasks))
+    by_repeat = losses.reshape(settings.removal, 1 + 2 * len(rankings), len(tasks))
     everything = by_repeat[:, 0]
     found: dict[str, dict[str, Any]] = {task: {"loss": float(everything[:, i].mean())} for i, task in enumerate(tasks)}
-    measured = {side: np.zeros((3, settings.repeats)) for side in scores}  # means over tasks
+    measured = {side: np.zeros((3, settings.removal)) for side in scores}  # means over tasks
     for place, (side, column) in enumerate(rankings):
         compared = np.stack(
             [everything[:, column], by_repeat[:, 1 + 2 * place, column], by_repeat[:, 2 + 2 * place, column]]
@@ -75,5 +75,6 @@ def measure_removal(
             },
         }
     mean = {side: removal_effect(*values) for side, values in measured.items()}
-    write_json(folder / RESULT, {**settings.model_dump(), "rows": rows, "removed": count, "tasks": found, "mean": mean})
+    described = {**retraining.described, "repeats": settings.removal, "fraction": REMOVED_FRACTION}
+    write_json(folder / RESULT, {**described, "rows": rows, "removed": count, "tasks": found, "mean": mean})
     return {**record, "removal": mean}

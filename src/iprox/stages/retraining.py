@@ -17,9 +17,9 @@ from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
-from iprox.run_folder import StageRecord, key_of, read_json, write_json
+from iprox.run.folder import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-from iprox.settings import RetrainingSection
+from iprox.settings import AuditSection
 
 # Validation losses by training; all measurements of an audit share them.
 LOSSES = "retrained.json"
@@ -51,6 +51,7 @@ class Retraining:
         tasks: names of the T tasks.
         scores: by side, `proxy` and `target`: scores of the N rows that have one on both [N, T].
         encoded: these N rows.
+        described: how the target is trained, as plain data.
 
     Raises:
         InputError: fewer than two audited rows have scores.
@@ -63,7 +64,7 @@ class Retraining:
         examples: Sequence[Example],
         validation: Mapping[str, Pool],
         folder: Path,
-        settings: RetrainingSection,
+        settings: AuditSection,
         name: str,
     ) -> None:
         self.session, self.model, self.folder, self.settings, self.name = session, model, folder, settings, name
@@ -76,8 +77,8 @@ class Retraining:
         self.held = encode_validation(encoder, dict(validation))
         self._digests = [_digest([row]) for row in self.encoded]
         held = [[task, _digest(rows)] for task, rows in self.held.items()]
-        how = settings.model_dump(include=set(RetrainingSection.model_fields))
-        self._common = [checkpoint_fingerprint(model), held, str(session.dtype), how]
+        self.described = settings.model_dump(include={"epochs", "learning_rate", "batch_size"})
+        self._common = [checkpoint_fingerprint(model), held, str(session.dtype), self.described]
 
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
         """Return the validation losses after each training [len(trainings), T], and what the new ones cost."""
@@ -111,7 +112,7 @@ def validation_losses(
     model: str,
     rows: Sequence[Encoded],
     held: Mapping[str, Sequence[Encoded]],
-    settings: RetrainingSection,
+    settings: AuditSection,
     seed: int,
 ) -> list[float]:
     """Train a fresh copy of a model on some rows, and return each task's validation loss after it, in nats."""

@@ -16,7 +16,7 @@ from iprox.influence.job import Checkpoint, Job
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import skeleton
-from iprox.run_folder import StageRecord, key_of
+from iprox.run.folder import StageRecord, key_of
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 
@@ -127,7 +127,7 @@ def job_of(
             seed=session.seed,
             counted=counted,
             batch_tokens=session.batch_tokens,
-            compile=rows >= COMPILE_ROWS if settings.compile == "auto" else settings.compile,
+            compile=rows >= COMPILE_ROWS if session.compile == "auto" else session.compile,
             load=session.load,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,13 +10,14 @@ import torch
 
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
+from iprox.files import empty_folder
 from iprox.finetune import evaluate, steps_an_epoch, train
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import hidden_size, skeleton, stored_dtype
 from iprox.models.saving import CHECKPOINTS
-from iprox.run_folder import StageRecord, read_json, write_json
+from iprox.run.folder import RUN, StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import FinetuneSection, WarmupSection
 
@@ -94,7 +94,7 @@ def _sft(
     if proxy_config(target) is not None:
         raise InputError(f"{model}: is an iprox proxy, which is for scoring; fine-tune its target")
     trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
-    shutil.rmtree(output, ignore_errors=True)  # what an interrupted training left
+    empty_folder(output, keep=RUN)  # what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
     rate = settings.peak(hidden_size(target.config))
@@ -115,7 +115,7 @@ def _sft(
             store_dtype=stored,
             optimizer_state=optimizer_state,
             adapters_only=not every_epoch,  # what is scored must not hang on where the base model is
-            compile_model=settings.compile,
+            compile_model=session.compile,
             progress=progress,
             report_to=session.tracker.kind,
         )

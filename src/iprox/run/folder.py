@@ -17,7 +17,8 @@ from typing import Any
 from iprox.errors import InputError
 from iprox.files import FolderLock, write_text
 
-# What a stage says of itself in run.json: tokens, flops, and anything particular to it.
+RUN = "run.json"
+# What a stage says of itself there: tokens, flops, and anything particular to it.
 StageRecord = dict[str, Any]
 
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
@@ -65,7 +66,7 @@ class RunFolder:
         self.finetune = self.path / "finetune"
         self.report = self.path / "report.html"
         self.recipe = self.path / "recipe.yaml"
-        self.run = self.path / "run.json"
+        self.run = self.path / RUN
 
     def claim(self, identity: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
         """Make the folder ours and return what `run.json` knows of an earlier start of the same run.
@@ -87,7 +88,7 @@ class RunFolder:
                 earlier = read_json(self.run)
             except ValueError as error:
                 raise InputError(f"{self.run}: not JSON ({error}); choose another output folder") from error
-            if "identity" not in earlier:
+            if "command" in earlier.get("identity", {"command": ""}):
                 raise InputError(f"{self.path}: its run.json is of a single command; choose another output folder")
         elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
             raise InputError(f"{self.path}: not empty and no iprox run; choose another output folder")

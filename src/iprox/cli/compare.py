@@ -15,7 +15,7 @@ from iprox.cli import summary
 from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.report import formats
-from iprox.run_folder import read_json
+from iprox.run.folder import read_json
 from iprox.scores import read_scores
 
 # What scores cost: to make the proxy, and to score. Warm-up and audit are not counted, nor what a run does with its

@@ -1,0 +1,62 @@
+"""Settings of a section as keyword arguments of a Python function: checked, and listed in its signature and help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from iprox.errors import InputError
+from iprox.recipe import validated
+
+AnySection = TypeVar("AnySection", bound=BaseModel)
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def takes(section: type[BaseModel], *names: str) -> Callable[[AnyFunction], AnyFunction]:
+    """Return a decorator that lists settings in the signature and the docstring of a function with `**settings`.
+
+    Args:
+        section: The section that the settings are of.
+        names: Which of its keys the function takes.
+    """
+
+    def decorate(function: AnyFunction) -> AnyFunction:
+        fields = section.model_fields
+        signature = inspect.signature(function)
+        kept = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].get_default())
+            for name in names
+        ]
+        function.__signature__ = signature.replace(parameters=[*kept, *listed])  # pyright: ignore
+        lines = "\n".join(f"        {name}: {fields[name].description}." for name in names)
+        assert function.__doc__ is not None
+        assert "        **settings:" in function.__doc__
+        head, _, rest = function.__doc__.partition("        **settings:")
+        function.__doc__ = f"{head}{lines}\n{rest.partition(chr(10))[2]}"
+        return function
+
+    return decorate
+
+
+def chosen(
+    section: type[AnySection], function: Callable[..., Any], settings: Mapping[str, Any], names: Collection[str]
+) -> AnySection:
+    """Return the section that keyword arguments describe.
+
+    Args:
+        section: Its type.
+        function: The function that was called, for messages.
+        settings: The keyword arguments.
+        names: Those that it takes.
+
+    Raises:
+        InputError: One is unknown or has a bad value.
+    """
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise InputError(f"{function.__name__}: no setting {unknown[0]!r}; known here: {', '.join(names)}")
+    return validated(section, settings, function.__name__)

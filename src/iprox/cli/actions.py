@@ -1,0 +1,468 @@
+"""What the commands do; each returns plain data for `--json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from iprox.cli import summary
+from iprox.cli.doctor import examine
+from iprox.cli.parser import Request
+from iprox.data import Pool
+from iprox.data.locate import COMPRESSIONS
+from iprox.errors import InputError
+from iprox.files import expanded
+from iprox.influence.index import DESCRIPTION, GradientIndex
+from iprox.influence.job import Checkpoint
+from iprox.models.adapters import check_lora
+from iprox.models.checkpoint import proxy_config
+from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
+from iprox.models.saving import CHECKPOINTS, save_model
+from iprox.planning import plan_recipe
+from iprox.planning.rate import measured_gemm_rate
+from iprox.progress import Reporter, say_plainly
+from iprox.proxy.export import to_dense
+from iprox.recipe import resolved, validated
+from iprox.report import build_report
+from iprox.run import steps
+from iprox.run.folder import RunFolder, read_json
+from iprox.run.runner import Run, fingerprints
+from iprox.run.single import single_run
+from iprox.run.whole import run_recipe
+from iprox.scores import read_scores_schema, scores_metadata
+from iprox.session import Session, pool_of, tasks_of
+from iprox.settings import (
+    AuditSection,
+    FinetuneSection,
+    InfluenceSection,
+    ProxySection,
+    RefineSection,
+    Settings,
+    WarmupSection,
+)
+from iprox.stages import indexing, selection
+from iprox.stages.compression import check_size
+from iprox.stages.targets import query_target, warmed_folder
+
+# Settings of influence that a target's scores of a proxy's best rows do not take over.
+OF_A_PROXY = {"query", "query_norm", "per_example"}
+
+
+def quickstart(request: Request) -> dict[str, Any]:
+    """Run the bundled recipe."""
+    return run(request)
+
+
+def run(request: Request) -> dict[str, Any]:
+    """Run a recipe."""
+    assert request.recipe is not None
+    done = run_recipe(
+        request.recipe,
+        reporter=Reporter(request.quiet),
+        fresh=request.inputs["fresh"],
+        stop_after=request.inputs.get("stop_after"),
+        command=request.line,
+    )
+    if not request.json:
+        summary.print_run(done.folder)
+    return summary.run_summary(done.folder)
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """Predict the cost of a recipe."""
+    assert request.recipe is not None
+    recipe, tflops = resolved(request.recipe), request.inputs["tflops"]
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise InputError(f"--tflops {tflops}: must be a number above 0")
+    session = Session.of(recipe, Reporter(request.quiet))
+    rate = tflops * 1e12 if tflops else measured_gemm_rate(session.device, session.dtype)
+    planned = plan_recipe(recipe, session, rate)
+    if not request.json:
+        summary.print_plan(planned)
+    return planned
+
+
+def doctor(request: Request) -> dict[str, Any]:
+    """Show what this machine can do."""
+    session = Session.create(request.inputs["device"])  # refuses a device that is not there
+    found = examine(str(session.device))
+    if not request.json:
+        summary.print_machine(found)
+    return found
+
+
+def report(request: Request) -> dict[str, Any]:
+    """Write the report of a run again."""
+    path = build_report(Path(request.inputs["run_dir"]))
+    if not request.json:
+        say_plainly(str(path))
+    return {"report": str(path)}
+
+
+def warmup(request: Request) -> dict[str, Any]:
+    """Fine-tune a model briefly on a share of the pool."""
+    settings = _on(request, "warmup", WarmupSection())
+    assert settings.warmup
+    if request.inputs["optimizer_state"]:
+        if settings.warmup.lora:
+            raise InputError("--optimizer-state keeps Adam's moments of the weights, and --lora trains none of them")
+        settings.influence.estimator = "less"
+    _check_lora(settings, settings.warmup.lora)
+    with _single(request, settings, "warmup", model=settings.model) as done:
+        steps.warm_up(done)
+    return _finished(request, done, "warmup")
+
+
+def compress(request: Request) -> dict[str, Any]:
+    """Derive a proxy from a model."""
+    settings = _on(request, "proxy", ProxySection())
+    assert settings.proxy
+    assert settings.model
+    if (settings.proxy.fidelity is not None) != bool(settings.data.validation):
+        raise InputError("--fidelity goes with --validation: fidelity is of scores for some task")
+    check_size(skeleton(settings.model, trust_remote_code=settings.trust_remote_code), settings.proxy)
+    with _single(request, settings, "proxy", model=settings.model) as done:
+        _at(done, settings.model)
+        steps.compress(done)
+    return _finished(request, done, "compress")
+
+
+def align(request: Request) -> dict[str, Any]:
+    """Tune a proxy's factors."""
+    settings, proxy = _on(request, "proxy", ProxySection()), request.inputs["proxy"]
+    assert settings.proxy
+    assert settings.model
+    if not settings.proxy.align:
+        raise InputError("--set proxy.align=false: iprox align has nothing to do then; leave it out")
+    with _single(request, settings, "aligned", model=settings.model, proxy=proxy) as done:
+        _at(done, settings.model, proxy)
+        steps.align(done)
+    return _finished(request, done, "align")
+
+
+def score(request: Request) -> dict[str, Any]:
+    """Score a pool."""
+    settings, inputs = request.settings, request.inputs
+    influence, models = settings.influence, inputs["model"]
+    rates = learning_rates_of(models, inputs["learning_rates"])
+    if not influence.traits.gradients and len(rates) > 1:
+        raise InputError(f"--model: checkpoints are summed by TracIn; {influence.estimator} takes one model")
+    session = _session(request, settings)
+    targets = [query_target(model, inputs["target"], influence, session) for model in models]
+    scored = [
+        Checkpoint(model, rate, target, warmed_folder(model, target, influence))
+        for model, rate, target in zip(models, rates, targets, strict=True)
+    ]
+    known = {
+        "models": [checkpoint_fingerprint(model) for model in models],
+        "targets": [target and checkpoint_fingerprint(target) for target in targets],
+        "learning rates": rates,
+    }
+    kept = f"{RunFolder('').scores.name}.shards/*/*.parquet"
+    with _single(request, settings, "", session=session, read_by=models[0], kept=kept, identity=known) as done:
+        done.scored = scored
+        steps.score(done)
+    return _finished(request, done, "score")
+
+
+def audit(request: Request) -> dict[str, Any]:
+    """Compare a proxy's scores of a sample with the target's."""
+    settings, proxy = _on(request, "audit", AuditSection()), request.inputs["proxy"]
+    assert settings.audit
+    assert settings.model
+    with _single(
+        request, settings, "audit", model=settings.model, proxy=proxy, read_by=settings.model, kept="retrained.json"
+    ) as done:
+        _at(done, settings.model, proxy)
+        steps.audit(done)
+    output = done.folder.path
+    found = read_json(output / "audit.json")
+    measured = {
+        name: read_json(output / f"{name}.json") for name in ("lds", "removal") if getattr(settings.audit, name)
+    }
+    if not request.json:
+        summary.print_fidelity(found)
+        for name, result in measured.items():
+            {"lds": summary.print_lds, "removal": summary.print_removal}[name](result)
+    records = [done.record["stages"][name] for name in ("audit", *measured)]
+    total = {name: sum(record[name] for record in records) for name in ("tokens", "flops", "seconds")}
+    return {**_finished(request, done, "audit"), **total, **found, **measured}
+
+
+def refine(request: Request) -> dict[str, Any]:
+    """Score a proxy's best rows again on the target."""
+    settings, scores = _on(request, "refine", RefineSection()), Path(request.inputs["scores"])
+    assert settings.model
+    _as_scored(settings, scores)
+    kept = "candidates.parquet.shards/*/*.parquet"
+    with _single(
+        request,
+        settings,
+        "refined",
+        model=settings.model,
+        read_by=settings.model,
+        kept=kept,
+        identity={"scores": _digest(scores)},
+    ) as done:
+        _at(done, settings.model)
+        done.scores = scores
+        steps.refine(done)
+    if not request.json:
+        summary.print_refinement(done.record["stages"]["refine"])
+    return _finished(request, done, "refine")
+
+
+def select(request: Request) -> dict[str, Any]:
+    """Write the best rows of a pool."""
+    settings, scores = request.settings, Path(request.inputs["scores"])
+    assert settings.output
+    session = _session(request, settings)
+    output = expanded(settings.output)
+    if output.suffix.lower() in (".json", ".parquet", ".csv", *COMPRESSIONS):
+        name = output.name.partition(".")[0]
+        raise InputError(f"--output {output}: a selection is written as JSON lines; name it {name}.jsonl")
+    _columns_as_scored(settings, scores)
+    # Named after the output, so that several selections in one folder keep theirs apart.
+    description = output.with_name(f"{output.stem}.selection.json")
+    pool = pool_of(settings.data.pool, settings)
+    record = selection.select(session, scores, pool, output, description, settings.select, "command")
+    if not request.json:
+        say_plainly(f"{record['count']:,} rows, {record['tokens']:,} tokens, best first: {output}")
+        for reason, number in record["passed_over"].items():
+            say_plainly(f"passed over: {number:,} {reason}")
+    return {**record, "warnings": session.reporter.take_warnings(), "output": str(output)}
+
+
+def finetune(request: Request) -> dict[str, Any]:
+    """Fine-tune a model on a selection."""
+    settings = _on(request, "finetune", FinetuneSection())
+    assert settings.finetune
+    assert settings.model
+    _check_lora(settings, settings.finetune.lora)
+    with _single(request, settings, "finetune", name="selection", model=settings.model) as done:
+        _at(done, settings.model)
+        done.selected = list(done.pool)
+        steps.finetune(done)
+    record = _finished(request, done, "finetune")
+    if not request.json:
+        summary.print_test_losses(record)
+    return record
+
+
+def index(request: Request) -> dict[str, Any]:
+    """Keep a pool's projected gradients."""
+    settings, inputs = request.settings, request.inputs
+    assert settings.model
+    if inputs["estimator"] not in ("tracin", "less"):
+        raise InputError(f"--estimator {inputs['estimator']}: an index holds gradients (tracin) or steps (less)")
+    influence = InfluenceSection(estimator=inputs["estimator"])
+    session, warmed = _session(request, settings), None
+    if influence.traits.optimizer:
+        target = query_target(settings.model, inputs["target"], influence, session)
+        warmed = warmed_folder(settings.model, target, influence)
+    elif inputs["target"]:
+        raise InputError("--target goes with --estimator less; a query names its own")
+    model, dimension = Checkpoint(settings.model, optimizer=warmed), inputs["dimension"]
+    fingerprint = checkpoint_fingerprint(settings.model)
+    known = {"models": [fingerprint], "dimension": dimension, "estimator": influence.estimator}
+    with _single(request, settings, "", session=session, kept="*.arrow", identity=known) as done:
+        output = done.folder.path
+        done.stage(
+            "index",
+            done.keys,
+            [output / DESCRIPTION],
+            lambda: indexing.build_index(session, model, done.pool, output, influence, dimension, fingerprint),
+        )
+    return _finished(request, done, "index")
+
+
+def query(request: Request) -> dict[str, Any]:
+    """Score a pool by its index."""
+    settings, inputs = request.settings, request.inputs
+    indexes = [GradientIndex.open(folder) for folder in inputs["index"]]
+    about = [each.description for each in indexes]
+    models = inputs["model"] or [each["model"] for each in about]
+    if len(models) != len(indexes):
+        raise InputError(f"{len(indexes)} indexes but {len(models)} models")
+    for model, each in zip(models, about, strict=True):
+        if checkpoint_fingerprint(model) != each["model_fingerprint"]:
+            raise InputError(f"{model}: is not the model of the index (its files differ); give the right --model")
+    for key in ("estimator", "max_length", "chat_template"):
+        if any(each[key] != about[0][key] for each in about):
+            raise InputError(f"the indexes differ in {key}, so their scores cannot be summed")
+    # Validation examples are read as the pool was.
+    given = settings.influence.model_dump(exclude_unset=True)
+    settings.influence = validated(InfluenceSection, {**given, "estimator": about[0]["estimator"]}, "the index")
+    if "max_length" not in settings.data.model_fields_set:
+        settings.data.max_length = about[0]["max_length"]
+    settings.data.chat_template = settings.data.chat_template or about[0]["chat_template"]
+    session = _session(request, settings)
+    rates = learning_rates_of(models, inputs["learning_rates"])
+    targets = [query_target(model, inputs["target"], settings.influence, session) for model in models]
+    checkpoints = [Checkpoint(*each) for each in zip(models, rates, targets, strict=True)]
+    identity = {
+        "index": [each["pool"] for each in about],
+        "models": [each["model_fingerprint"] for each in about],
+        "targets": [target and checkpoint_fingerprint(target) for target in targets],
+        "dimension": [each["dimension"] for each in about],
+        "learning_rates": rates,
+        "max_length": session.max_length,
+        **settings.influence.model_dump(include={"estimator", "normalize"}),
+    }
+    with _single(request, settings, "", session=session, identity=identity, read_by=models[0], pooled=False) as done:
+        described = {**identity, "validation": done.record["identity"]["validation"]}
+        file = done.folder.scores
+        done.stage(
+            "query",
+            done.keys,
+            [file],
+            lambda: indexing.query_indexes(
+                session, indexes, checkpoints, done.validation, file, settings.influence, described
+            ),
+        )
+    return _finished(request, done, "query")
+
+
+def export(request: Request) -> dict[str, Any]:
+    """Multiply a proxy's factors out, or turn an index into one of FAISS."""
+    source, output = request.inputs["source"], request.inputs["output"]
+    if (Path(source) / DESCRIPTION).is_file():
+        rows = indexing.export_faiss(GradientIndex.open(source), Path(output))
+        if not request.json:
+            say_plainly(f"FAISS index of {rows:,} normalized gradients: {output}")
+        return {"output": output, "rows": rows}
+    session = _session(request, request.settings)
+    folder = RunFolder(expanded(output)).path
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists already; choose another output or remove it")
+    # Keep the proxy's own number format unless asked for another: exporting should not round.
+    dtype = session.dtype if request.settings.dtype != "auto" else stored_dtype(source)
+    proxy = session.model(source, dtype)
+    if proxy_config(proxy) is None:
+        raise InputError(f"{source}: is neither an iprox proxy nor an index, so there is nothing to export")
+    save_model(to_dense(proxy), session.tokenizer(source), folder)
+    if not request.json:
+        say_plainly(f"dense checkpoint, loads without iprox: {folder}")
+    return {"output": str(folder)}
+
+
+def learning_rates_of(models: list[str], given: list[float]) -> list[float]:
+    """Return learning rates as given, else from the `checkpoints.json` next to the models; 1 for a single model.
+
+    Raises:
+        InputError: Their number is wrong, one is not above 0, or one is not known.
+    """
+    if given:
+        if len(given) != len(models):
+            raise InputError(f"{len(models)} models but {len(given)} learning rates")
+        if not all(0 < rate < math.inf for rate in given):
+            raise InputError(f"--learning-rates {' '.join(map(str, given))}: each must be a number above 0")
+        return given
+    if len(models) == 1:
+        return [1.0]
+    rates = []
+    for model in models:
+        listing = Path(model).parent / CHECKPOINTS
+        known = {entry["path"]: entry["learning_rate"] for entry in read_json(listing)} if listing.is_file() else {}
+        if Path(model).name not in known:
+            raise InputError(f"{model}: its learning rate is not in {listing}; give --learning-rates")
+        rates.append(known[Path(model).name])
+    return rates
+
+
+def _on(request: Request, name: str, default: Any) -> Settings:
+    """Return the settings, with the section that the command is about switched on."""
+    settings = request.settings
+    if not getattr(settings, name):
+        setattr(settings, name, default)
+    return settings
+
+
+def _session(request: Request, settings: Settings) -> Session:
+    return Session.of(settings, Reporter(request.quiet))
+
+
+@contextmanager
+def _single(
+    request: Request,
+    settings: Settings,
+    stage: str,
+    *,
+    session: Session | None = None,
+    name: str = "pool",
+    identity: Mapping[str, Any] | None = None,
+    read_by: str | None = None,
+    kept: str | None = None,
+    pooled: bool = True,
+    **models: str | None,
+) -> Iterator[Run]:
+    """Open the run of a command: its session, pool and validation sets, and the fingerprints of its models."""
+    session = session or _session(request, settings)
+    pool = pool_of(settings.data.pool, settings, name) if pooled else None
+    validation: dict[str, Pool] = tasks_of(settings.data.validation, settings)
+    known = {"command": f"iprox {request.command.name}", **fingerprints(**models), **(identity or {})}
+    with single_run(
+        session, settings, request.line, stage, pool, validation, identity=known, read_by=read_by, kept=kept
+    ) as run:
+        yield run
+
+
+def _at(run: Run, model: str, proxy: str | None = None) -> None:
+    """Say what earlier stages would have: the checkpoint of the target, and its proxy."""
+    run.targets = [(model, 1.0)]
+    run.proxies = [] if proxy is None else [proxy]
+    run.keys |= dict.fromkeys(("warmup", "compress", "select"), run.keys["inputs"])
+
+
+def _finished(request: Request, run: Run, stage: str) -> dict[str, Any]:
+    """Say that a command is done, and return its record."""
+    record, output = run.record["stages"][stage], str(run.folder.path)
+    if not request.json:
+        say_plainly(f"{stage}: {record['seconds']:.1f} s, {output}")
+    return {**record, "output": output}
+
+
+def _check_lora(settings: Settings, lora: Any) -> None:
+    """Refuse adapters on a model that cannot have them, before any work."""
+    if lora and settings.model:
+        check_lora(skeleton(settings.model, trust_remote_code=settings.trust_remote_code), settings.model)
+
+
+def _columns_as_scored(settings: Settings, scores: Path) -> None:
+    """Read the pool's columns as they were when it was scored, unless the command says how."""
+    if not settings.data.columns:
+        made: Any = scores_metadata(read_scores_schema(scores))
+        settings.data.columns = made.get("columns", {})
+
+
+def _as_scored(settings: Settings, scores: Path) -> None:
+    """Take over the settings that a scores table was made with; examples are also cut, and samples drawn, as they were.
+
+    Settings that are of a proxy only, or of how the work was done, are left at their defaults.
+
+    Raises:
+        InputError: The table does not say how it was made.
+    """
+    made: Any = scores_metadata(read_scores_schema(scores))
+    if "estimator" not in made:
+        raise InputError(
+            f"{scores}: does not say how it was scored, so the target cannot score rows alike; give what iprox score, "
+            "query or run has written"
+        )
+    _columns_as_scored(settings, scores)
+    if "max_length" not in settings.data.model_fields_set and "max_length" in made:
+        settings.data.max_length = made["max_length"]
+    if "seed" not in settings.model_fields_set and "seed" in made:
+        settings.seed = made["seed"]
+    names = InfluenceSection.model_fields.keys() - OF_A_PROXY
+    settings.influence = validated(InfluenceSection, {key: made[key] for key in names if key in made}, str(scores))
+
+
+def _digest(scores: Path) -> str:
+    """Return what tells a scores table from another: its size and the time that it was written at."""
+    file = scores / "scores.parquet" if scores.is_dir() else scores
+    stat = file.stat()
+    return f"{stat.st_size}:{stat.st_mtime_ns}"

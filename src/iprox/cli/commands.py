@@ -1,0 +1,283 @@
+"""The commands: what each reads, which settings are its options, and which sections `--set` reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from iprox.settings import NAMED_SHARE
+
+# Sections that every command reads which computes.
+COMPUTING = ("data", "seed", "dtype", "device", "batch_tokens", "trust_remote_code")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Something that a command is given and that is no setting of a recipe.
+
+    Attributes:
+        name: Name of the option, or of the argument where it is positional.
+        meaning: Help text.
+        type: Its type.
+        default: Value where it is left out; `...` if it must be given.
+        positional: Whether it is given without a name.
+    """
+
+    name: str
+    meaning: str
+    type: Any = str
+    default: Any = None
+    positional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command.
+
+    Attributes:
+        name: Its name.
+        summary: One line.
+        example: One or more command lines.
+        action: Function that does it, as `module:function`; imported only then.
+        needs: Settings that must be given, by key.
+        offers: Settings that are options, by key.
+        inputs: What else it is given.
+        reads: Sections and settings that `--set` reaches.
+        resumes: Whether the same command resumes after an interruption.
+        renamed: Option by key, where it is not named after the key.
+        meanings: Help by key, where that of the setting would mislead.
+    """
+
+    name: str
+    summary: str
+    example: str
+    action: str
+    needs: tuple[str, ...] = ()
+    offers: tuple[str, ...] = ()
+    inputs: tuple[Input, ...] = ()
+    reads: tuple[str, ...] = ()
+    resumes: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    meanings: tuple[tuple[str, str], ...] = ()
+
+    def option(self, key: str) -> str:
+        """Return the name of a setting's option, without dashes."""
+        return dict(self.renamed).get(key, key.rpartition(".")[2]).replace("_", "-")
+
+
+_RECIPE = Input("recipe", "recipe file (YAML)", default=..., positional=True)
+_SCORES = Input("scores", "scores.parquet or its folder", default=...)
+_PROXY = Input("proxy", "proxy folder", default=...)
+_TARGET = Input("target", "target of a proxy, for its validation gradients (default: the one that the proxy names)")
+_RATES = Input(
+    "learning_rates",
+    "learning rate of each model (default: from the checkpoints.json next to them)",
+    list[float],
+    (),
+)
+_FRESH = Input("fresh", "replace what an earlier run left in the output folder", bool, False)
+
+COMMANDS = (
+    Command(
+        "quickstart",
+        "Run the whole pipeline on a bundled model and pool, in under two minutes on two cores.",
+        "iprox quickstart --output runs/quickstart",
+        "iprox.cli.actions:quickstart",
+        inputs=(Input("output", "run folder", default="runs/quickstart"), _FRESH),
+        reads=("*",),
+        resumes=True,
+    ),
+    Command(
+        "run",
+        "Run a recipe, or resume it where it stopped.",
+        "iprox run recipe.yaml --set proxy.sparsity=0.5 --stop-after score",
+        "iprox.cli.actions:run",
+        inputs=(_RECIPE, _FRESH, Input("stop_after", "last stage to do: data, warmup, compress, align, ...")),
+        reads=("*",),
+        resumes=True,
+    ),
+    Command(
+        "plan",
+        "Predict what a recipe will cost, stage by stage: tokens, FLOPs, memory, time. Runs nothing.",
+        "iprox plan recipe.yaml",
+        "iprox.cli.actions:plan",
+        inputs=(_RECIPE, Input("tflops", "GEMM rate to assume in TFLOP/s (default: measured here)", float)),
+        reads=("*",),
+    ),
+    Command(
+        "warmup",
+        "Fine-tune a model briefly on a random share of the pool, and keep each epoch's checkpoint.",
+        "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm",
+        "iprox.cli.actions:warmup",
+        needs=("model", "data.pool", "output"),
+        offers=("warmup.fraction", "warmup.epochs", "warmup.learning_rate", "warmup.lora"),
+        inputs=(
+            Input("optimizer_state", "keep Adam's moments with each checkpoint, for --estimator less", bool, False),
+        ),
+        reads=(*COMPUTING, "warmup", "compile"),
+    ),
+    Command(
+        "compress",
+        "Derive a low-rank proxy from a model.",
+        "iprox compress --model warm/checkpoint-44 --pool pool/*.jsonl --output proxy --sparsity 0.7",
+        "iprox.cli.actions:compress",
+        needs=("model", "data.pool", "output"),
+        offers=("proxy.sparsity", "proxy.flops", "proxy.fidelity", "data.validation", "proxy.method"),
+        reads=(*COMPUTING, "proxy", "influence"),
+        meanings=(
+            ("data.pool", "where the probe is drawn from, on which second moments are measured"),
+            ("data.validation", "with --fidelity: file or files per task, TASK=FILE ..."),
+        ),
+    ),
+    Command(
+        "align",
+        "Tune a proxy's factors until its gradients, or its logits only, match the target's.",
+        "iprox align --model warm/checkpoint-44 --proxy proxy --pool pool/*.jsonl --output aligned",
+        "iprox.cli.actions:align",
+        needs=("model", "data.pool", "output"),
+        offers=("data.validation", "proxy.align.fraction", "proxy.align.epochs", "proxy.align.gradient_weight"),
+        inputs=(_PROXY,),
+        reads=(*COMPUTING, "proxy", "influence"),
+        resumes=True,
+        meanings=(
+            ("data.pool", "where the examples to align on are drawn from"),
+            ("data.validation", "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last)"),
+        ),
+    ),
+    Command(
+        "score",
+        "Score a pool against validation tasks, on a proxy or on any causal language model.",
+        "iprox score --model aligned --pool pool/*.jsonl --validation gsm8k=gsm8k.val.jsonl --output scores",
+        "iprox.cli.actions:score",
+        needs=("data.pool", "data.validation", "output"),
+        offers=("influence.estimator",),
+        inputs=(
+            Input("model", "model or proxy folder; several are checkpoints, whose scores are summed", list[str], ...),
+            _TARGET,
+            _RATES,
+        ),
+        reads=(*COMPUTING, "influence", "compile", "ray_workers"),
+        resumes=True,
+    ),
+    Command(
+        "index",
+        "Keep a pool's gradients, randomly projected, to score it against later tasks without reading it again.",
+        "iprox index --model aligned --pool pool/*.jsonl --output index",
+        "iprox.cli.actions:index",
+        needs=("model", "data.pool", "output"),
+        inputs=(
+            Input("dimension", "numbers per example, 2 bytes each", int, 8192),
+            Input("estimator", "tracin: gradients; less: the steps of the warm-up's optimizer", str, "tracin"),
+            Input("target", "with --estimator less: the target of a proxy (default: the one that it names)"),
+        ),
+        reads=(*COMPUTING, "compile"),
+        resumes=True,
+    ),
+    Command(
+        "query",
+        "Score a pool against validation tasks by its index, at the speed of the disk.",
+        "iprox query --index index --validation code=code.val.jsonl --output scores",
+        "iprox.cli.actions:query",
+        needs=("data.validation", "output"),
+        inputs=(
+            Input("index", "index folder; several are checkpoints, whose scores are summed", list[str], ...),
+            Input("model", "model of each index, if it is no longer where it was", list[str], ()),
+            _TARGET,
+            _RATES,
+        ),
+        reads=(*COMPUTING, "influence"),
+    ),
+    Command(
+        "audit",
+        "Score a sample on the target itself and report how faithfully the proxy ranks it.",
+        "iprox audit --model warm/checkpoint-44 --proxy aligned --pool pool/*.jsonl --validation gsm8k=val.jsonl "
+        "--output audit\niprox audit ... --lds 50     # do the scores predict what training does?\n"
+        "iprox audit ... --removal 3  # what is the ranking worth?",
+        "iprox.cli.actions:audit",
+        needs=("model", "data.pool", "data.validation", "output"),
+        offers=("audit.sample", "audit.lds", "audit.removal"),
+        inputs=(_PROXY,),
+        reads=(*COMPUTING, "audit", "influence"),
+        resumes=True,
+    ),
+    Command(
+        "refine",
+        "Score a proxy's best rows again on the target, and leave only these a score.",
+        "iprox refine --scores scores --pool pool/*.jsonl --model warm/checkpoint-44 --validation gsm8k=val.jsonl "
+        "--output refined",
+        "iprox.cli.actions:refine",
+        needs=("model", "data.pool", "data.validation", "output"),
+        offers=("refine.candidates",),
+        inputs=(_SCORES,),
+        reads=(*COMPUTING, "refine", "select"),
+        resumes=True,
+    ),
+    Command(
+        "select",
+        "Write the best rows of the pool, byte for byte, best first.",
+        "iprox select --scores scores --pool pool/*.jsonl --output selected.jsonl --fraction 0.05\n"
+        "iprox select --scores scores --pool pool/*.jsonl --output for-gsm8k.jsonl --count 10000 --task gsm8k",
+        "iprox.cli.actions:select",
+        needs=("data.pool", "output"),
+        offers=("select.fraction", "select.count", "select.tokens", "select.strategy", "select.task"),
+        inputs=(_SCORES,),
+        reads=("data", "select"),
+        meanings=(("output", "file to write, *.jsonl"), ("data.pool", "the pool that was scored")),
+    ),
+    Command(
+        "finetune",
+        "Fine-tune a model on a selection, with the loss on test sets before and after.",
+        "iprox finetune --model Qwen/Qwen3-4B --selection selected.jsonl --output tuned --test gsm8k=gsm8k.test.jsonl",
+        "iprox.cli.actions:finetune",
+        needs=("model", "data.pool", "output"),
+        offers=("finetune.test", "finetune.epochs", "finetune.learning_rate", "finetune.lora"),
+        reads=(*COMPUTING, "finetune", "compile"),
+        renamed=(("data.pool", "selection"),),
+        meanings=(
+            ("data.pool", "files of the examples to train on"),
+            ("output", "folder; the model is in its subfolder model"),
+        ),
+    ),
+    Command(
+        "compare",
+        "Compare how several scores rank the same pool: proxies, estimators, seeds or runs, each against the first.",
+        "iprox compare runs/target runs/ipsvd runs/sibling\n"
+        "iprox compare target=a/scores.parquet proxy=b/scores.parquet --share 0.1",
+        "iprox.cli.compare:compare",
+        inputs=(
+            Input(
+                "scores",
+                "scores.parquet, or a folder that holds it, such as a run's: [NAME=]SCORES; the first is the reference",
+                list[str],
+                ...,
+                positional=True,
+            ),
+            Input("share", "fraction of rows counted as the top", float, NAMED_SHARE),
+        ),
+    ),
+    Command(
+        "report",
+        "Write report.html of a run folder again.",
+        "iprox report runs/quickstart",
+        "iprox.cli.actions:report",
+        inputs=(Input("run_dir", "run folder", default=..., positional=True),),
+    ),
+    Command(
+        "doctor",
+        "Show what this machine can do: device, number format, speed, memory, optional packages.",
+        "iprox doctor --device cuda:0",
+        "iprox.cli.actions:doctor",
+        inputs=(Input("device", "cpu, cuda or cuda:1", default="auto"),),
+    ),
+    Command(
+        "export",
+        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or turn an index into FAISS's.",
+        "iprox export runs/quickstart/aligned --output dense-proxy\niprox export index --output pool.faiss",
+        "iprox.cli.actions:export",
+        inputs=(
+            Input("source", "proxy or index folder", default=..., positional=True),
+            Input("output", "folder for the dense checkpoint, or FAISS file", default=...),
+        ),
+        reads=("dtype", "device"),
+    ),
+)

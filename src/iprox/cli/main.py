@@ -1,0 +1,116 @@
+"""The entry point: parse, act, print, exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from cyclopts import CycloptsError, MissingArgumentError
+
+from iprox.cli.parser import Request, build_app
+from iprox.errors import InputError, one_line, system_refusal
+from iprox.progress import printable
+
+DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        The exit code: 0 done, 2 bad input or usage, 1 a fault of iprox, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    app = build_app()
+    if not given:
+        app.help_print(console=None if sys.stderr is None else _console(sys.stderr))
+        return BAD_INPUT
+    request: Request | None = None
+    try:
+        request = app(given, exit_on_error=False, print_error=False, result_action="return_value")
+        if isinstance(request, Request):
+            _act(request, shlex.join(["iprox", *given]))
+    except MissingArgumentError as error:
+        missing = error.argument.name if error.argument else "an argument"
+        return _refuse(f"{missing} is missing; iprox {' '.join(error.command_chain or ())} --help shows what is needed")
+    except CycloptsError as error:
+        return _refuse(one_line(error))
+    except (InputError, FloatingPointError) as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        resumes = isinstance(request, Request) and request.command.resumes
+        kept = "the same command (without --fresh) resumes from here" if resumes else "nothing is kept"
+        print(f"iprox: interrupted; {kept}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        return _failed(error, request)
+    return DONE
+
+
+def _act(request: Request, line: str) -> None:
+    request.line = line
+    module, _, function = request.command.action.partition(":")
+    if "*" in request.command.reads:
+        # A recipe is checked before anything heavy is imported.
+        check = import_module("iprox.cli.recipes").checked
+        request.recipe = check(request)
+    _quieten_libraries(request.quiet)
+    result = getattr(import_module(module), function)(request)
+    if request.json:
+        # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
+        text = json.dumps(result, ensure_ascii=False)
+        print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+
+
+def _failed(error: Exception, request: Request | None) -> int:
+    """Report an exception: what the machine or the input caused in one line, anything else as a fault of iprox."""
+    from iprox.models.memory import out_of_memory  # imports torch
+
+    output = request.output if isinstance(request, Request) else None
+    refusal = system_refusal(error, output)
+    if refusal is None and out_of_memory(error):
+        refusal = f"not enough memory ({one_line(error)}); close other programs, or give less at once"
+    if refusal is not None:
+        return _refuse(refusal)
+    print(printable(traceback.format_exc()), end="", file=sys.stderr)
+    fault = f"iprox: {type(error).__name__}: {error} (a fault of iprox, please report it)"
+    print(printable(fault), file=sys.stderr)
+    return OUR_FAULT
+
+
+def _refuse(message: str) -> int:
+    print(printable(f"iprox: {message}"), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _console(file: Any) -> Any:
+    from rich.console import Console
+
+    return Console(file=file)
+
+
+def _quieten_libraries(quiet: bool) -> None:
+    """Silence the libraries' own progress and warnings; their errors still come through. Imports them: seconds."""
+    import datasets
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    if not quiet:
+        enable_progress_bars()  # of the hub, which transformers switched off with its own: gigabytes are worth a bar
+    transformers_logging.set_verbosity_error()
+    for name in ("iprox", "trl"):  # what iprox logs for users of its API, the command line reports itself
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate|peft)\b")

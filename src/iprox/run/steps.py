@@ -1,0 +1,346 @@
+"""The steps of a run, in order: each says what its stage depends on, where it is written, and what makes it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from iprox.data import Pool
+from iprox.engine.ray import ray_engine
+from iprox.engine.stream import Engine
+from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.registry import estimator_of
+from iprox.influence.job import Checkpoint
+from iprox.models import flops
+from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.models.optimizer_state import OPTIMIZER_FILE
+from iprox.models.saving import CHECKPOINTS
+from iprox.proxy.align_state import discard_other_states
+from iprox.report import build_report, shown_rows
+from iprox.run.folder import StageRecord, key_of, read_json
+from iprox.run.runner import Run
+from iprox.session import pool_of, share, tasks_of
+from iprox.settings import OF_GRADIENTS
+from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
+from iprox.stages.held_out import HeldOutRows
+
+# Of the rows that the report shows, how many are scored again, token by token, to be shaded.
+ATTRIBUTED = 120
+
+
+def warm_up(run: Run) -> None:
+    """Train the target on a small share of the pool, unless it is to be scored as it is."""
+    settings = run.settings.warmup
+    if not settings:
+        run.targets = [(run.model, 1.0)]
+        run.keys["warmup"] = "off"
+        return
+    rows = run.draw("warmup", settings.examples(run.total))
+    folder = run.folder.warmup
+    adam = run.settings.influence.traits.optimizer
+    kept = [folder / entry["path"] for entry in _checkpoints(run)]
+    # The optimizer's state changes no checkpoint, so it is in no key: a run without it lacks an output.
+    states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []
+    run.keys["warmup"] = run.stage(
+        "warmup",
+        [run.common_key(), settings.model_dump()],
+        [folder / CHECKPOINTS, *kept, *states],
+        lambda: training.warm_up(run.session, run.model, run.pool.take(rows), folder, settings, optimizer_state=adam),
+    )
+    run.targets = [(str(folder / entry["path"]), entry["learning_rate"]) for entry in _checkpoints(run)]
+
+
+def _checkpoints(run: Run) -> list[dict[str, Any]]:
+    """Return the checkpoints of the warm-up that influence is taken at; none before it is done."""
+    listing = run.folder.warmup / CHECKPOINTS
+    known = read_json(listing) if listing.is_file() else []
+    return known if run.settings.influence.checkpoints == "all" else known[-1:]
+
+
+def compress(run: Run) -> None:
+    """Make a proxy of each checkpoint, if there are to be proxies."""
+    settings = run.settings.proxy
+    if not settings:
+        return
+    rows = run.draw("probe", share(run.total, settings.probe.fraction))
+    by_fidelity = settings.fidelity is not None
+    watched = run.draw("size", settings.held_out) if by_fidelity else []
+    influence = run.settings.influence
+    folders = _variants(run.folder.proxy, run)
+
+    def work() -> StageRecord:
+        examples = run.pool.take(rows)
+        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
+        made = (
+            compression.compress(run.session, path, examples, folder, settings, held_out)
+            for (path, _), folder in zip(run.targets, folders, strict=True)
+        )
+        return _replaced(run, run.folder.proxy, folders, "compression.json", made)
+
+    chosen = settings.model_dump(exclude={"align", "model"})
+    if settings.model is not None:  # what it is, not where
+        chosen["model"] = checkpoint_fingerprint(settings.model)
+    key = [run.common_key(), run.keys["warmup"], len(run.targets), chosen]
+    if by_fidelity:
+        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.settings.batch_tokens]
+    run.keys["compress"] = run.stage("compress", key, [folder / "compression.json" for folder in folders], work)
+    run.proxies = [str(folder) for folder in folders]
+
+
+def align(run: Run) -> None:
+    """Tune the factors of each proxy to its target, unless that is off or there are none."""
+    proxy = run.settings.proxy
+    settings = proxy and proxy.factorized and proxy.align
+    if not settings:
+        return
+    rows = run.draw("align", share(run.total, settings.fraction))
+    watched = run.draw("held-out", settings.held_out) if settings.held_out and run.validation else []
+    influence = run.settings.influence
+    folders = _variants(run.folder.aligned, run)
+    proxies = run.proxies
+    key = [run.common_key(), run.keys["compress"], settings.model_dump(), run.settings.batch_tokens]
+    if watched:
+        key.append(influence.model_dump(include=set(OF_GRADIENTS)))
+    identity = key_of(key)
+    discard_other_states(run.folder.align_state, identity)
+
+    def work() -> StageRecord:
+        examples = run.pool.take(rows)
+        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if watched else None
+        made = (
+            alignment.align_proxy(
+                run.session,
+                path,
+                proxy,
+                examples,
+                folder,
+                settings,
+                held_out=held_out,
+                state=run.folder.align_state / f"{folder.name}.safetensors",
+                identity=identity,
+            )
+            for (path, _), proxy, folder in zip(run.targets, proxies, folders, strict=True)
+        )
+        record = _replaced(run, run.folder.aligned, folders, "alignment.json", made)
+        shutil.rmtree(run.folder.align_state, ignore_errors=True)
+        return record
+
+    run.keys["align"] = run.stage("align", key, [folder / "alignment.json" for folder in folders], work)
+    run.proxies = [str(folder) for folder in folders]
+
+
+def _variants(base: Path, run: Run) -> list[Path]:
+    """Return one folder for one checkpoint; with several, one below it for each."""
+    if len(run.targets) == 1:
+        return [base]
+    return [base / Path(path).name for path, _ in run.targets]
+
+
+def _replaced(
+    run: Run, base: Path, folders: list[Path], description: str, records: Iterator[StageRecord]
+) -> StageRecord:
+    """Make the variants of a proxy in an empty folder, with the last one's description where a single one's is.
+
+    Their records become one: work adds up, the rest is the last one's.
+    """
+    if base != run.folder.path:
+        shutil.rmtree(base, ignore_errors=True)
+    total: StageRecord = {}
+    for record in records:
+        for name in ("tokens", "flops"):
+            record[name] = total.get(name, 0) + record[name]
+        total = record
+    if folders != [base]:
+        shutil.copyfile(folders[-1] / description, base / description)
+    return total
+
+
+def audit(run: Run) -> None:
+    """Score a sample on proxies and targets; and retrain on parts of it, if asked."""
+    settings = run.settings.audit
+    if not settings or not run.proxies:
+        return
+    rows = run.draw("audit", settings.sample)
+    influence = run.settings.influence
+    pairs = [replace(each, target=path) for each, (path, _) in zip(_scored_models(run), run.targets, strict=True)]
+    folder = run.folder.audit
+    audited = run.stage(
+        "audit",
+        [run.common_key(), run.keys, influence.model_dump(), settings.model_dump(include={"sample"})],
+        [folder / "audit.json", folder / "audit.parquet"],
+        lambda: auditing.audit(run.session, pairs, run.pool.take(rows), run.pool, run.validation, folder, influence)[0],
+    )
+    path, _ = run.targets[-1]
+    for name, measure in auditing.MEASUREMENTS.items():
+        if getattr(settings, name):
+            run.stage(
+                name,
+                [audited, settings.model_dump(include={name, "epochs", "learning_rate", "batch_size"})],
+                [folder / f"{name}.json"],
+                lambda measure=measure: measure(
+                    run.session, path, run.pool.take(rows), run.validation, folder, settings
+                ),
+            )
+
+
+def score(run: Run) -> None:
+    """Score the pool on the proxies, or on the targets where there are none."""
+    influence = run.settings.influence
+    models = run.scored = run.scored or _scored_models(run)
+    identity = {"inputs": run.record["identity"], "stages": key_of([run.common_key(), run.keys])}
+    run.keys["score"] = run.stage(
+        "score",
+        [run.common_key(), run.keys, influence.model_dump(), run.settings.batch_tokens],
+        [run.folder.scores],
+        lambda: scoring.score(
+            run.session, models, run.pool, run.validation, run.folder.scores, influence, identity, _engine(run)
+        ),
+    )
+    run.scores = run.folder.scores
+
+
+def _scored_models(run: Run) -> list[Checkpoint]:
+    proxy, influence = run.settings.proxy, run.settings.influence
+    from_target = proxy and proxy.factorized and influence.query == "target" and influence.traits.gradients
+    adam = influence.traits.optimizer
+    return [
+        Checkpoint(model, rate, path if from_target else None, path if adam else None)
+        for model, (path, rate) in zip(run.proxies or [path for path, _ in run.targets], run.targets, strict=True)
+    ]
+
+
+def cost_of_scoring(run: Run) -> None:
+    """Record what scoring cost on the proxy, and what it would have cost on the target, all construction counted."""
+    entry = run.record["stages"]["score"]
+    target = skeleton(run.model, trust_remote_code=run.settings.trust_remote_code)
+    checkpoints = entry["checkpoints"]
+    # The contraction is charged to the target as it was to the proxy: the same low-rank gradients, and sketched norms.
+    supervised = entry["supervised"] * checkpoints
+    estimator = estimator_of(run.settings.influence)
+    on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
+    on_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
+    construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
+    run.record["cost"] = {
+        "proxy_flops_per_token": entry["flops_per_token"],
+        "target_flops_per_token": flops.forward_flops(target),
+        "proxy_parameters": entry["parameters"],
+        "target_parameters": sum(p.numel() for p in target.parameters()),
+        "score_flops": entry["flops"],
+        "construction_flops": construction,
+        "target_score_flops": on_target,
+    }
+    run.save()
+
+
+def refine(run: Run) -> None:
+    """Have the target score the best rows again, if asked."""
+    settings, chosen = run.settings.refine, run.settings.select
+    if not settings:
+        return
+    assert run.scores is not None  # an earlier stage, or the command, has named them
+    scores, folder = run.scores, run.folder.refined
+    influence = run.settings.influence.model_copy(update={"query_norm": None})  # as a model itself is asked
+    adam = influence.traits.optimizer
+    models = [Checkpoint(path, rate, None, path if adam else None) for path, rate in run.targets]
+
+    def on_target(candidates: Pool, file: Path) -> StageRecord:
+        identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([run.common_key(), run.keys])}
+        return scoring.score(
+            *(run.session, models, candidates, run.validation, file, influence, identity, _engine(run)),
+            part_of=run.pool,
+        )
+
+    run.keys["refine"] = run.stage(
+        "refine",
+        [run.keys, settings.model_dump(), chosen.strategy, chosen.task, chosen.weights, run.settings.batch_tokens],
+        [folder / "scores.parquet", folder / "refine.json"],
+        lambda: refinement.refine(
+            folder=folder,
+            scores=scores,
+            pool=run.pool,
+            candidates=settings.candidates,
+            chosen=selection.selection_settings(chosen),
+            score_on_target=on_target,
+        ),
+    )
+    run.scores = folder / "scores.parquet"
+    if "cost" in run.record:
+        run.record["cost"]["refine_flops"] = run.record["stages"]["refine"]["flops"]
+        run.save()
+
+
+def _engine(run: Run) -> Engine | None:
+    """Return where windows are scored, which does not change the scores and is in no key; None: in this process."""
+    workers = run.settings.ray_workers
+    return ray_engine(workers, run.session.device.type) if workers else None
+
+
+def select(run: Run) -> None:
+    """Choose rows by the scores."""
+    settings, scores = run.settings.select, run.scores
+    assert scores is not None  # the stage before has written it
+    run.keys["select"] = run.stage(
+        "select",
+        [run.keys.get("refine", run.keys["score"]), settings.model_dump()],
+        [run.folder.selected, run.folder.selection],
+        lambda: selection.select(
+            run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings, "recipe"
+        ),
+    )
+
+
+def finetune(run: Run) -> None:
+    """Train the original target on the chosen rows, if asked, and test it."""
+    settings = run.settings.finetune
+    if not settings:
+        return
+    tests = tasks_of(settings.test, run.settings)
+    fingerprints = {task: source.scan().fingerprint for task, source in tests.items()}
+    selection_file = pool_of([str(run.folder.selected)], run.settings, "selection")
+    run.keys["finetune"] = run.stage(
+        "finetune",
+        [run.common_key(), run.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
+        [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
+        lambda: training.finetune(
+            run.session,
+            run.model,
+            list(selection_file) if run.selected is None else run.selected,
+            run.folder.finetune,
+            settings,
+            tests,
+        ),
+    )
+
+
+def report(run: Run) -> None:
+    """Shade the tokens of the rows that are shown, where their scores are sums over tokens, and write the report."""
+    _attribute(run)
+
+    def work() -> StageRecord:
+        build_report(run.folder.path, run.pool)
+        return {}
+
+    run.stage("report", [stage["key"] for stage in run.record["stages"].values()], [run.folder.report], work)
+
+
+def _attribute(run: Run) -> None:
+    settings = run.settings.influence
+    on = skeleton(run.scored[0].path, trust_remote_code=run.settings.trust_remote_code)
+    why = attribution.why_not_attributed(settings, on)
+    if why is not None:
+        run.record["unattributed"] = why
+        run.session.reporter.say(f"the report shades no tokens: {why}")
+        return
+    rows = shown_rows(run.folder.path)[:ATTRIBUTED]
+    run.stage(
+        "attribute",
+        [run.keys["score"], rows],
+        [run.folder.attribution],
+        lambda: attribution.attribute(
+            *(run.session, run.scored, run.pool, rows, run.validation),
+            *(run.folder.scores, run.folder.attribution, settings),
+        ),
+    )

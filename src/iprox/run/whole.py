@@ -1,0 +1,203 @@
+"""A whole run: the inputs are checked, the folder is claimed, and the steps are done in order.
+
+data → warm-up → compress → align → audit → score → refine → select → fine-tune → report
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from iprox.audits.held_out import FEWEST
+from iprox.data import Pool
+from iprox.engine.ray import check_ray
+from iprox.errors import InputError
+from iprox.files import check_output, write_text
+from iprox.models import flops
+from iprox.models.adapters import check_lora
+from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.progress import Reporter
+from iprox.recipe import parse_recipe, read_yaml, resolved, to_yaml
+from iprox.run import steps
+from iprox.run.changes import changed_settings
+from iprox.run.folder import RunFolder, key_of
+from iprox.run.runner import Run, new_record
+from iprox.selection import check_feasible
+from iprox.session import Session, encode_validation, pool_of, tasks_of
+from iprox.settings import STAGES, Recipe
+from iprox.stages import refinement, selection
+from iprox.stages.compression import check_size
+from iprox.tracking import Tracker, check_tracking
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    reporter: Reporter,
+    fresh: bool = False,
+    stop_after: str | None = None,
+    command: str = "iprox run",
+) -> Run:
+    """Run a recipe, or resume it where it stopped.
+
+    Args:
+        recipe: Validated recipe.
+        reporter: Where progress goes.
+        fresh: Whether to forget what an earlier run left in the output folder.
+        stop_after: Last stage to do, one of `STAGES`.
+        command: How it was started, for `run.json`.
+
+    Returns:
+        The run; `run.record` is what `run.json` holds.
+
+    Raises:
+        InputError: Bad input, before any long work.
+    """
+    recipe = resolved(recipe)
+    run = open_run(recipe, reporter, fresh, command)
+    try:
+        if stop_after != "data":
+            with Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"), reporter.warn) as tracker:
+                run.session.tracker = tracker
+                _do(run, stop_after)
+    finally:
+        run.folder.release()
+    return run
+
+
+def _do(run: Run, stop_after: str | None) -> None:
+    for name in STAGES[1:]:
+        getattr(steps, {"warmup": "warm_up"}.get(name, name))(run)
+        if name == "score":
+            steps.cost_of_scoring(run)
+        if name == stop_after:
+            break
+
+
+def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
+    """Check every input, claim the folder, write the resolved recipe."""
+    check_output(recipe.output)
+    session = Session.of(recipe, reporter)
+    check_recipe(recipe, session)
+    pool = pool_of(recipe.data.pool, recipe)
+    validation = tasks_of(recipe.data.validation, recipe)
+    check_tracking(recipe.tracking)
+    with session.metered() as usage:
+        fingerprint = checkpoint_fingerprint(recipe.model)
+        chosen = selection.selection_settings(recipe.select)
+        tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
+        summary = session.read(pool, judging(validation, tests))
+        unnamed = summary.rows - sum(summary.sources.values())
+        check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
+        if recipe.refine:
+            refinement.check_candidates(recipe.refine.candidates, chosen, summary.rows)
+        check_watched(recipe, summary.rows)
+        encoder = session.encoder(recipe.model)
+        encode_validation(encoder, validation)
+        encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
+        encode_validation(encoder, tests)
+        if summary.bad_rows:
+            several = "s" if summary.bad_rows > 1 else ""
+            reporter.warn(f"{summary.bad_rows} bad row{several} left out (first: {summary.bad_row_messages[0]})")
+    inputs = {
+        "pool": {
+            "files": list(summary.files),
+            "columns": recipe.data.columns,
+            "rows": summary.rows,
+            "fingerprint": summary.fingerprint,
+        },
+        "validation": {
+            task: {"rows": source.scan().rows, "fingerprint": source.scan().fingerprint}
+            for task, source in validation.items()
+        },
+    }
+    identity: dict[str, Any] = {
+        "model": fingerprint,
+        "pool": summary.fingerprint,
+        "validation": {task: entry["fingerprint"] for task, entry in inputs["validation"].items()},
+    }
+    if recipe.data.columns:  # they are in the fingerprints too, which cannot say so
+        identity["data.columns"] = recipe.data.columns
+    folder = RunFolder(recipe.output)
+    earlier = folder.claim(identity, fresh)
+    say_changes(reporter, folder, recipe)
+    record = {**new_record(session, command, identity), "model": recipe.model, "inputs": inputs}
+    run = Run(recipe, folder, session, pool, validation, record, template=encoder.chat_template)
+    run.earlier = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
+    run.earlier_version = earlier.get("iprox", run.earlier_version)
+    run.record["stages"]["data"] = {
+        "tokens": 0,
+        "flops": 0.0,
+        "seconds": usage.seconds,
+        "peak_memory_bytes": usage.peak_memory_bytes,
+        "warnings": reporter.take_warnings(),
+        "skipped": False,
+        "key": key_of([identity, encoder.describe]),
+        "sources": summary.sources,
+        "labels": encoder.describe,
+    }
+    run.earlier.pop("data", None)
+    run.save()
+    write_text(folder.recipe, to_yaml(recipe))
+    return run
+
+
+def check_recipe(recipe: Recipe, session: Session) -> None:
+    """Refuse what can be known to fail from the recipe, the model's shapes and the machine, before the pool is read.
+
+    Raises:
+        InputError: The model cannot be scored, its proxy's size is out of reach, or Ray cannot hold the workers.
+    """
+    target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    flops.compressible_layers(target)
+    if recipe.trains_adapters:
+        check_lora(target, recipe.model)
+    if recipe.proxy:
+        check_size(target, recipe.proxy)
+    if recipe.ray_workers:
+        check_ray(recipe.ray_workers, session.device.type)
+
+
+def check_watched(recipe: Recipe, rows: int) -> None:
+    """Refuse a pool too small to watch a proxy's fidelity on, before any work.
+
+    Raises:
+        InputError: It is.
+    """
+    proxy = recipe.proxy
+    if not proxy or rows >= FEWEST:
+        return
+    if proxy.fidelity is not None:
+        raise InputError(f"proxy.fidelity is measured on {FEWEST} rows or more, and the pool has {rows}: give a size")
+    if proxy.align and proxy.align.held_out:
+        raise InputError(
+            f"alignment is watched on {FEWEST} rows or more, and the pool has {rows}: set proxy.align.held_out to 0 or "
+            "proxy.align to false"
+        )
+
+
+def say_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
+    """Say which settings differ from the last start in the folder: stages that depend on them are done again."""
+    try:
+        before = read_yaml(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a first start, or a file that someone overwrote; it is written again
+    if not isinstance(before, dict):
+        return
+    with contextlib.suppress(InputError):  # another version, which knew other keys
+        before = yaml.safe_load(to_yaml(parse_recipe(before)))  # with the defaults that this version adds
+    changed = changed_settings(before, yaml.safe_load(to_yaml(recipe)))
+    if changed:
+        reporter.say(f"settings changed since the last start: {', '.join(changed)}")
+
+
+def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
+    """Return the sets that a selection is judged by, named for messages."""
+    return {
+        f"{kind} set of {task}": source
+        for kind, sets in (("validation", validation), ("test", tests))
+        for task, source in sets.items()
+    }
