@@ -75,7 +75,9 @@ def build_index(
     job = _job(session, settings, [checkpoint], {}, encoder)
     make = functools.partial(_worker, job, dimension, _first_with_loss(pool, encoder) if compiled else ())
     with session.reporter.bar("index", summary.rows, "rows") as progress:
-        stats = write_index(make, pool, output, description, progress=progress, engine=engine_of(session))
+        stats = write_index(
+            make, pool, output, description, window=WINDOW, progress=progress, engine=engine_of(session)
+        )
     say_what_was_read(session, stats, encoder)
     counted = skeleton(path, trust_remote_code=session.trust_remote_code)
     return {

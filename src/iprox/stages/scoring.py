@@ -71,6 +71,7 @@ def score(
         stats = score_to_file(
             *(job.workers, job.learning_rates, pool, output),
             identity=made_by,
+            window=WINDOW,
             progress=progress,
             engine=engine or engine_of(session),
             ranks=part_of is None,  # what is chosen already may be rows that are all alike
