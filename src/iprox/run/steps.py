@@ -11,6 +11,7 @@ from typing import Any
 from iprox.data import Pool
 from iprox.engine.ray import ray_engine
 from iprox.engine.stream import Engine
+from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.job import Checkpoint
@@ -328,8 +329,8 @@ def report(run: Run) -> None:
 
 def _attribute(run: Run) -> None:
     settings = run.settings.influence
-    on = skeleton(run.scored[0].path, trust_remote_code=run.settings.trust_remote_code)
-    why = attribution.why_not_attributed(settings, on)
+    on = skeleton(run.scored[0].read_by[0], trust_remote_code=run.settings.trust_remote_code)
+    why = why_not_attributed(settings, on)
     if why is not None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report shades no tokens: {why}")
