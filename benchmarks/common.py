@@ -18,7 +18,7 @@ import torch
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Example, Pool
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter

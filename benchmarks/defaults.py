@@ -33,21 +33,30 @@ import numpy as np
 import torch
 
 from iprox.data import Batch, Encoded, Example, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate, train
-from iprox.influence import gradient_free
-from iprox.influence.estimators import has_bias
-from iprox.influence.example_gradients import example_gradients
+from iprox.influence.baselines import Corpus
+from iprox.influence.estimators.base import Inputs
+from iprox.influence.estimators.ekfac import kronecker_curvature
+from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
-from iprox.influence.preconditioning import curvature_of
 from iprox.influence.shared_basis import SharedQueries, shared_queries
+from iprox.influence.validation_gradients import example_gradients
 from iprox.models.adapters import with_lora
-from iprox.models.layers import influence_layers
+from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.run.folder import environment, read_json
+<<<<<<< HEAD
 from iprox.selection.strategies import Turns, top
 from iprox.session import Session, draw_rows
 from iprox.settings import WarmupSection
+=======
+from iprox.selection.strategies import top
+from iprox.selection.turns import Turns
+from iprox.session import Session
+from iprox.settings import InfluenceSection, WarmupSection
+>>>>>>> influence
 from iprox.stages.training import warm_up
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -229,9 +238,9 @@ class Bench:
     def _score(self, seed: int) -> dict[str, np.ndarray]:
         started = time.time()
         model = self.session.model(self.warmed(seed))
-        layers = influence_layers(model, "weight")
+        layers = influence_layers(model)
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-        bases = curvature_of(model, self.batches([self.encoded[row] for row in rows]), seed=seed)
+        bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
         queries = {}
         for task, rows in self.encoded_validation.items():
@@ -246,9 +255,17 @@ class Bench:
         found = {"norms": norms, **scores}
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
-        rds = gradient_free.rds_scorer(model, validation, by_example=True)
-        corpus = gradient_free.Corpus.of(self.encoded)
-        bm25 = gradient_free.bm25_scorer(corpus, self.encoded_validation, by_example=True)
+        rds, bm25 = (
+            REGISTRY[name].scorer(
+                Inputs(
+                    settings=InfluenceSection(estimator=name, per_example=True),
+                    model=model,
+                    validation=validation,
+                    corpus=Corpus.of(self.encoded),
+                )
+            )
+            for name in ("rds", "bm25")
+        )
         for name, scorer in (("RDS+", rds), ("BM25", bm25)):
             whole = np.zeros((len(self.encoded), sum(scorer.widths)))
             for batch in self.batches(self.encoded):

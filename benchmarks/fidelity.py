@@ -30,7 +30,7 @@ import iprox
 from common import RESULTS, Results, as_rows, examples_of, parser, settings_of, timed, warmed
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.models import flops
 from iprox.models.loading import load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters

@@ -25,7 +25,7 @@ from iprox.influence.estimators import BatchScorer, ModelGradient, has_bias, mea
 from iprox.influence.index import GradientIndex, WindowProjector, write_index
 from iprox.influence.projection import LayerProjection
 from iprox.influence.projector import GradientProjector
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.influence.scoring import WINDOW
 from iprox.models.layers import influence_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer

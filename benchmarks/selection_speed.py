@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import RESULTS, Results, parser, settings_of, timed
-from iprox.influence.scores import AGGREGATE
+from iprox.scores import AGGREGATE
 from iprox.selection import SelectionSettings, select_rows
 
 CASES = {

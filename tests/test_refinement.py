@@ -7,7 +7,7 @@ import pytest
 
 from iprox.data.formats import Columns
 from iprox.errors import InputError
-from iprox.influence.scores import ExampleScores, read_scores, score_matrix, scores_table
+from iprox.scores import ExampleScores, read_scores, score_matrix, scores_table
 from iprox.selection import best_rows, select_rows
 from iprox.settings import SelectSection
 from iprox.stages.refinement import check_candidates, refine

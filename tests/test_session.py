@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import iprox
+from iprox.data.sampling import draw_rows
 from iprox.progress import Reporter
-from iprox.session import Session, draw_rows
+from iprox.session import Session
 
 
 def warn_from(own: str, other: str) -> None:
@@ -17,7 +18,7 @@ def warn_from(own: str, other: str) -> None:
 
 def test_what_the_library_warns_of_is_reported_and_the_rest_left_alone():
     session = Session.create("cpu", reporter=Reporter(quiet=True))
-    own = str(Path(iprox.__file__).parent / "influence/preconditioning.py")
+    own = str(Path(iprox.__file__).parent / "influence/job.py")
     with pytest.warns(UserWarning, match="of another package") as others, session.metered():
         warn_from(own, "/elsewhere/module.py")
     assert session.reporter.take_warnings() == ["of ours"]

@@ -6,10 +6,10 @@ import pytest
 
 import iprox
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
 from iprox.models.layers import low_rank_layers
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.scores import scores_table
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ import torch
 
 import iprox
 from iprox.data import Pool
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.session import draw_rows
 

@@ -17,13 +17,14 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.scores import TASK_PREFIX, read_scores
+from iprox.data.sampling import draw_rows
 from iprox.metering import metered
 from iprox.models import flops
 from iprox.models.loading import load_tokenizer, skeleton
 from iprox.recipe import parse_recipe
 from iprox.run.folder import read_json
-from iprox.session import draw_rows, tokens_of
+from iprox.scores import TASK_PREFIX, read_scores
+from iprox.session import tokens_of
 
 SHARE, EPOCHS, LEARNING_RATE = 0.05, 4, 3e-4
 

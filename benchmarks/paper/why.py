@@ -26,7 +26,7 @@ import iprox
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches
 from iprox.finetune import evaluate
 from iprox.influence.projector import GradientProjector
-from iprox.influence.scores import score_matrix
+from iprox.scores import score_matrix
 from iprox.models.loading import load_tokenizer
 from iprox.run.folder import key_of, read_json
 from iprox.session import draw_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -185,11 +184,11 @@ class Session:
         if base is not None and not (Path(path).parent / CHECKPOINTS).is_file():
             self.reporter.warn(f"{path} is a PEFT adapter: it is merged into {base} first")
 
-    def loader(self, path: str | Path) -> Callable[[], PreTrainedModel]:
-        """What loads that model later, also in another process."""
-        self.note_adapter(path)
+    @property
+    def load(self) -> Callable[[str], PreTrainedModel]:
+        """What loads a model later, also in another process; `note_adapter` says what it does not."""
         return functools.partial(
-            load_model, path, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
+            load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
@@ -243,17 +242,6 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that fills padding. Any will do where attention is causal and padding is on the right."""
     pad = tokenizer.pad_token_id
     return pad if isinstance(pad, int) else 0
-
-
-def draw_rows(name: str, seed: int, total: int, count: int, exclude: Iterable[int] = ()) -> list[int]:
-    """A seeded random sample of row numbers, none of them in `exclude`, in pool order.
-
-    Each `name` has its own stream, so changing one stage's sample leaves the others alone.
-    """
-    taken = set(exclude)
-    count = max(0, min(count, total - len(taken)))
-    drawn = random.Random(f"{seed}:{name}").sample(range(total), min(total, count + len(taken)))
-    return sorted([row for row in drawn if row not in taken][:count])
 
 
 def share(total: int, fraction: float) -> int:

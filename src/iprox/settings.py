@@ -6,7 +6,9 @@ docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is r
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -257,59 +259,90 @@ class ProxySection(Section):
         return self.method not in ("layers", "off-the-shelf")
 
 
-# Examples of the pool that an influence function measures curvature on, unless told.
-CURVATURE_EXAMPLES = 256
-
-# Numbers an example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
+# Numbers per example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
 DIMENSION = 8192
 
-# Estimators that divide by curvature, which they measure on a sample of the pool.
-CURVED = ("influence-function", "datainf")
+# Share of the norm of each validation example's gradient that scores by validation example keep unless asked otherwise.
+EXAMPLES_NORM = 0.9
 
-# Scorers without gradients, and those among them that need tokens only.
-GradientFree = Literal["random", "length", "perplexity", "rds", "bm25"]
-GRADIENT_FREE = get_args(GradientFree)
-MODEL_FREE = ("random", "length", "bm25")
-# Those that look at a candidate alone, so that all tasks and validation examples have the same score.
-ALIKE = ("random", "length", "perplexity")
+EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", "length", "perplexity", "rds", "bm25"]
 
-# Estimators without scores by validation example: DataInf divides the mean gradient of a task by the curvature.
-WITHOUT_EXAMPLES = ("datainf", *ALIKE)
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What an estimator needs and what it gives. `iprox.influence.estimators` has the class of each.
+
+    Attributes:
+        gradients: whether it takes gradients; the others are baselines (`iprox.influence.baselines`).
+        model: whether it runs the model.
+        curvature: whether it measures curvature on a sample of the pool.
+        optimizer: whether it reads the state of the warm-up's optimizer.
+        corpus: whether it counts the terms of the whole pool.
+        by_task: whether it looks at the validation examples; otherwise all tasks have the same scores.
+        by_example: whether it can score every validation example by itself.
+        seeded: whether its scores depend on the seed.
+        query_norm: share of the validation gradients' norm that is kept on a proxy unless asked otherwise
+            (`benchmarks/queries.py`): what is lost is small next to what the proxy loses. Gradients divided by a
+            curvature are less low-rank.
+    """
+
+    gradients: bool = True
+    model: bool = True
+    curvature: bool = False
+    optimizer: bool = False
+    corpus: bool = False
+    by_task: bool = True
+    by_example: bool = True
+    seeded: bool = False
+    query_norm: float = 0.9
+
+    @property
+    def by_token(self) -> bool:
+        """Whether a score is a sum over the candidate's tokens."""
+        return self.gradients and not self.optimizer
+
+
+ESTIMATORS: dict[str, Traits] = {
+    "ekfac": Traits(curvature=True, seeded=True, query_norm=0.98),
+    "kfac": Traits(curvature=True, seeded=True, query_norm=0.98),
+    "datainf": Traits(curvature=True, seeded=True, by_example=False, query_norm=0.98),
+    "tracin": Traits(),
+    "less": Traits(optimizer=True),
+    "random": Traits(gradients=False, model=False, by_task=False, by_example=False, seeded=True),
+    "length": Traits(gradients=False, model=False, by_task=False, by_example=False),
+    "perplexity": Traits(gradients=False, by_task=False, by_example=False),
+    "rds": Traits(gradients=False),
+    "bm25": Traits(gradients=False, model=False, corpus=True),
+}
 
 # Settings of influence that say what a gradient is, and so how faithful a proxy's are.
-OF_GRADIENTS = (
-    *("estimator", "curvature", "curvature_examples", "damping"),
-    *("gradient", "query", "query_norm", "normalize", "norm_sketch"),
-)
+OF_GRADIENTS = ("estimator", "curvature_examples", "damping", "query", "query_norm", "normalize")
 
 
 class InfluenceSection(Section):
     """What is scored, and at which of the warm-up's checkpoints.
 
+    The estimators: `ekfac` (default), `kfac` and `datainf` are influence functions, which divide validation gradients
+    by the curvature of the loss; they measure it on `curvature_examples` of the pool, and `damping` is a share of its
+    mean eigenvalue. `tracin` takes gradients as they are; `less` scores the steps that the warm-up's Adam would take,
+    for which the warm-up keeps the optimizer's state. The baselines `random`, `length`, `perplexity`, `rds` (hidden
+    states) and `bm25` (words) take no gradients.
     `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
     examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.9 on a proxy, by influence functions 0.98, and 1 on a model
-    itself. Audits and `refine` ask the target with whole ones. `norm_sketch` is the number of random signs a layer that
-    the cosine's norms are estimated from on a proxy; 0 is exact, left out it is 32.
-    `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it takes.
-    An influence function measures curvature on `curvature_examples` of the pool; `damping` is a share of its mean
-    eigenvalue. A task's score is the `mean` over its validation examples or the `max` (`over_examples`); `per_example`
-    keeps the scores by example too, so that examples can take turns to choose; left out, wherever there are any.
-    `adam` is TracIn of the steps that the warm-up's Adam would take; the warm-up then keeps the optimizer's state.
-    The estimators `random`, `length`, `perplexity`, `rds` and `bm25` take no gradients, and so
-    none of these settings.
+    are made low-rank; 1 keeps them whole. Left out it is 0.9 by validation example; otherwise 0.9 on a proxy, 0.98 with
+    influence functions, and 1 on a model itself. Audits and `refine` score the target with whole ones. `per_example`
+    keeps the scores by validation example too, so that examples can take turns to choose; left out, wherever there are
+    any. `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it
+    takes.
     """
 
-    estimator: Literal["tracin", "adam", "influence-function", "datainf", GradientFree] = setting(
-        "influence-function",
-        "influence-function and datainf divide by the curvature of the loss; tracin does not; adam scores the steps "
-        "that the warm-up's optimizer would take (LESS); random, length, perplexity, rds and bm25 take no gradients "
-        "and are baselines",
+    estimator: EstimatorName = setting(
+        "ekfac",
+        "ekfac, kfac and datainf divide by the curvature of the loss; tracin does not; less scores the steps that the "
+        "warm-up's optimizer would take; random, length, perplexity, rds and bm25 are baselines without gradients",
     )
-    curvature: Literal["ek-fac", "k-fac"] = setting("ek-fac", "curvature of influence-function")
-    curvature_examples: int = setting(CURVATURE_EXAMPLES, "examples of the pool to measure curvature on", ge=1)
+    curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)
     damping: float = setting(0.1, "damping of the curvature, as a fraction of the mean eigenvalue of each layer", gt=0)
-    gradient: Literal["factors", "weight"] = setting("weight", "which gradient of a low-rank layer")
     query: Literal["target", "proxy"] = setting(
         "target", "where the validation gradients are taken when candidates are scored on a proxy"
     )
@@ -323,8 +356,6 @@ class InfluenceSection(Section):
     normalize: Literal["none", "cosine"] = setting(
         "cosine", "cosine, or none: raw scores, which favor answers of one or two tokens"
     )
-    norm_sketch: int | None = setting(None, "random signs per layer", "32", ge=0)
-    over_examples: Literal["mean", "max"] = setting("mean", "how validation examples make one score")
     per_example: bool | None = setting(
         None,
         "keep the scores per validation example too, so that the examples can take turns to choose",
@@ -332,24 +363,28 @@ class InfluenceSection(Section):
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
 
-    @property
-    def gradient_free(self) -> bool:
-        """Whether the estimator takes no gradients."""
-        return self.estimator in GRADIENT_FREE
+    @field_validator("estimator", mode="before")
+    @classmethod
+    def _nearest_name(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value in ESTIMATORS:
+            return value
+        near = difflib.get_close_matches(value, ESTIMATORS, n=1, cutoff=0.65)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(ESTIMATORS)}"
+        raise ValueError(f"there is no such estimator; {hint}")
 
     @property
-    def runs_model(self) -> bool:
-        """Whether the estimator needs more of a model than its tokenizer."""
-        return self.estimator not in MODEL_FREE
+    def traits(self) -> Traits:
+        """What the estimator needs and what it gives."""
+        return ESTIMATORS[self.estimator]
 
     @property
     def by_example(self) -> bool:
         """Whether scores by validation example are kept."""
-        return self.estimator not in WITHOUT_EXAMPLES if self.per_example is None else self.per_example
+        return self.traits.by_example if self.per_example is None else self.per_example
 
     @property
     def exact(self) -> InfluenceSection:
-        """The same with whole mean validation gradients: how a target is asked for what a proxy is judged by."""
+        """The same with whole mean validation gradients: how a target is scored when a proxy is compared with it."""
         return self.of_tasks.model_copy(update={"query_norm": 1.0})
 
     @property
@@ -357,46 +392,32 @@ class InfluenceSection(Section):
         """The same without scores by validation example, which cost a little more."""
         return self.model_copy(update={"per_example": False})
 
-    @model_validator(mode="after")
-    def _without_gradients(self) -> InfluenceSection:
-        if self.gradient_free and self.normalize != "none":
-            if "normalize" in self.model_fields_set:
-                raise ValueError(f"normalize is of gradients, which {self.estimator} has none of; leave it out")
-            object.__setattr__(self, "normalize", "none")
-        if self.gradient_free and self.checkpoints == "all":
-            raise ValueError(f"checkpoints: all sums gradients, which {self.estimator} has none of; leave it at last")
-        return self
+    def kept_norm(self, *, on_proxy: bool) -> float:
+        """Return the share of the validation gradients' norm to keep when candidates are scored on a proxy or not."""
+        if self.query_norm is not None:
+            return self.query_norm
+        if self.by_example and not self.traits.optimizer:
+            return EXAMPLES_NORM
+        return self.traits.query_norm if on_proxy else 1.0
 
     @model_validator(mode="after")
-    def _norms(self) -> InfluenceSection:
-        if self.norm_sketch and self.normalize == "none":
-            raise ValueError("norm_sketch is of the norms of a cosine: set normalize to cosine, or leave it out")
-        if self.norm_sketch and self.estimator == "adam":
-            raise ValueError("adam forms whole gradients, so a norm_sketch saves it nothing: leave it out")
+    def _without_gradients(self) -> InfluenceSection:
+        if self.traits.gradients:
+            return self
+        if self.normalize != "none":
+            if "normalize" in self.model_fields_set:
+                raise ValueError(f"normalize applies to gradients, and {self.estimator} takes none; leave it out")
+            object.__setattr__(self, "normalize", "none")
+        if self.checkpoints == "all":
+            raise ValueError(f"checkpoints: all sums gradients, and {self.estimator} takes none; leave it at last")
         return self
 
     @model_validator(mode="after")
     def _by_example(self) -> InfluenceSection:
-        if (self.over_examples == "max" or self.per_example) and self.estimator in WITHOUT_EXAMPLES:
-            raise ValueError(
-                f"over_examples: max and per_example: {self.estimator} has no scores by validation example"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _inverse_of_weights(self) -> InfluenceSection:
-        if (
-            self.estimator == "adam"
-            and (self.query_norm or 1) < 1
-            and not (self.over_examples == "max" or self.by_example)
-        ):
-            raise ValueError("adam forms whole gradients, so a query_norm saves it nothing: leave it out")
-        if self.estimator == "adam" and self.gradient == "factors":
-            raise ValueError("adam takes the optimizer's moments of the target's weights: leave gradient at weight")
-        if self.estimator in CURVED and self.gradient == "factors" and self.query == "target":
-            raise ValueError(
-                f"{self.estimator} with `gradient: factors` needs `query: proxy`; or leave gradient at weight"
-            )
+        if self.per_example and not self.traits.by_example:
+            raise ValueError(f"per_example: {self.estimator} has no scores by validation example")
+        if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.by_example:
+            raise ValueError(f"{self.estimator} forms whole gradients, so a query_norm saves nothing: leave it out")
         return self
 
 
@@ -556,7 +577,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _no_idle_proxy(self) -> Recipe:
-        if self.proxy and not self.influence.runs_model:
+        if self.proxy and not self.influence.traits.model:
             raise ValueError(f"influence.estimator {self.influence.estimator} runs no model; set proxy: false")
         return self
 
@@ -589,21 +610,16 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _sketch_of_a_proxy(self) -> Recipe:
-        if self.influence.norm_sketch and not self.proxy:
-            raise ValueError("influence.norm_sketch is for a proxy, and proxy is off: a model's own norms are exact")
-        return self
-
-    @model_validator(mode="after")
-    def _adam_of_a_warm_up(self) -> Recipe:
-        if self.influence.estimator == "adam" and not self.warmup:
-            raise ValueError("influence.estimator adam takes the optimizer's state of the warm-up, which is off")
-        if self.influence.estimator == "adam" and self.warmup and self.warmup.lora:
-            raise ValueError(
-                "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none"
-            )
-        if self.influence.estimator == "adam" and self.proxy and not self.proxy.factorized:
-            raise ValueError("influence.estimator adam needs a proxy whose layers are the target's; use another method")
+    def _optimizer_of_a_warm_up(self) -> Recipe:
+        if not self.influence.traits.optimizer:
+            return self
+        name = f"influence.estimator {self.influence.estimator}"
+        if not self.warmup:
+            raise ValueError(f"{name} reads the optimizer's state of the warm-up, which is off")
+        if self.warmup.lora:
+            raise ValueError(f"{name} reads Adam's moments of the weights, and warmup.lora trains none")
+        if self.proxy and not self.proxy.factorized:
+            raise ValueError(f"{name} needs a proxy whose layers are the target's; use another method")
         return self
 
     @property

@@ -8,7 +8,7 @@ from scipy import stats
 
 from iprox.audits import compare
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 
 ROWS = 60
 

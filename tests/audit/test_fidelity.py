@@ -9,7 +9,7 @@ from iprox.audits.breakdown import calibration, disagreements
 from iprox.audits.intervals import bootstrap_intervals
 from iprox.audits.overlap import telling_share, top_overlap
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 
 
 def table(matrix, tasks=("a", "b"), start=0):

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -7,11 +5,13 @@ from scipy import stats
 from iprox.audits.held_out import FEWEST, HeldOutFidelity
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
-from iprox.influence import scoring
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scoring import ScoringSettings, scorer_of_batches
+from iprox.influence.estimators import base
+from iprox.influence.job import Checkpoint, Job
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.settings import InfluenceSection
 
 
 def encoded(count, seed):
@@ -32,8 +32,21 @@ def pair(tiny):
 ROWS, VALIDATION = encoded(24, 1), {"a": encoded(3, 2), "b": encoded(4, 3)}
 
 
+def job(model, target=None, sample=(), **settings):
+    """TracIn of raw gradients unless a test says otherwise."""
+    settings = InfluenceSection(**{"estimator": "tracin", "normalize": "none", "per_example": False, **settings})
+    return Job(
+        settings=settings,
+        checkpoints=[Checkpoint(model, target=target)],
+        validation=VALIDATION,
+        encoder=object(),
+        sample=sample,
+        batch_tokens=64,
+    )
+
+
 def whole_scores(model, queries):
-    scorer, scores = BatchScorer(model, queries, gradient="weight"), np.empty((len(ROWS), len(queries)))
+    scorer, scores = BatchScorer(model, queries), np.empty((len(ROWS), len(queries)))
     for batch in iter_batches(ROWS, 64, 0):
         scores[batch.indices] = scorer(batch)[0].numpy()
     return scores
@@ -42,49 +55,39 @@ def whole_scores(model, queries):
 @pytest.mark.parametrize(("query_norm", "tolerance"), [(1.0, 1e-12), (None, 0.1)])
 def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_norm, tolerance):
     model, proxy = pair
-    settings = ScoringSettings("weight", query_norm=query_norm, batch_tokens=64)
-    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)
-    queries = {task: mean_gradient(model, iter_batches(rows, 64, 0), "weight")[0] for task, rows in VALIDATION.items()}
+    watched = HeldOutFidelity(job(model, query_norm=query_norm), ROWS)
+    queries = {task: mean_gradient(model, iter_batches(rows, 64, 0))[0] for task, rows in VALIDATION.items()}
     scores, truth = whole_scores(proxy, queries), whole_scores(model, queries)
     wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(scores.T, truth.T, strict=True)])
     assert 0.2 < wanted < 0.99  # a proxy that is neither useless nor perfect
     assert watched.of(proxy) == watched.watch(proxy)() == pytest.approx(wanted, abs=tolerance)
     assert watched.with_bound(proxy)[1] < watched.of(proxy)
-    cost = {kind: each / watched.meeting_flops["target"] for kind, each in watched.meeting_flops.items()}
-    assert cost["proxy"] == 1 if query_norm == 1 else cost["proxy"] < 1  # the target's own are cut less
+    cost = watched.contraction_flops
+    assert cost["proxy"] == cost["target"] if query_norm == 1 else cost["proxy"] < cost["target"]
 
 
 @pytest.mark.parametrize(
     ("changed", "on_target", "tolerance"),
     [
-        ({"gradient": "factors", "query_norm": 1.0}, True, 1e-9),  # seen from the factors, anew for each proxy
-        ({"gradient": "weight", "query_norm": 1.0}, False, 1e-9),  # the proxy's own
-        ({"gradient": "factors", "query_norm": 1.0}, False, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "normalize": "cosine"}, True, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "normalize": "cosine", "norm_sketch": 3}, True, 1e-9),
-        ({"gradient": "factors", "query_norm": 1.0, "normalize": "cosine", "norm_sketch": 3}, True, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, True, 1e-9),
-        ({"gradient": "weight", "query_norm": 1.0, "estimator": "influence-function"}, False, 1e-9),
+        ({"query_norm": 1.0}, False, 1e-9),  # the proxy's own
+        ({"query_norm": 1.0, "normalize": "cosine"}, True, 1e-9),
+        ({"query_norm": 1.0, "estimator": "ekfac"}, True, 1e-9),
+        ({"query_norm": 1.0, "estimator": "ekfac"}, False, 1e-9),
         # With what the cuts lose.
-        ({"gradient": "weight", "query_norm": 0.97}, True, 0.1),
-        ({"gradient": "weight"}, False, 0.1),
-        ({"gradient": "weight", "estimator": "influence-function"}, True, 0.1),
-        ({"gradient": "weight", "estimator": "influence-function"}, False, 0.1),
+        ({"query_norm": 0.97}, True, 0.1),
+        ({}, False, 0.1),
+        ({"estimator": "ekfac"}, True, 0.1),
+        ({"estimator": "ekfac"}, False, 0.1),
     ],
 )
 def test_what_is_watched_is_how_candidates_are_scored(pair, changed, on_target, tolerance):
     """Against whole gradients scored by `iprox score`'s own means."""
     model, proxy = pair
-    settings = ScoringSettings(**changed, batch_tokens=64)
-    curved = ROWS[:12] if settings.estimator == "influence-function" else []
-    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings, query_on_target=on_target, sample=curved)
-    assert watched.fixed is (on_target and settings.gradient == "weight")
-    whole = replace(settings, query_norm=1.0)
-    validation, sample = {task: list(iter_batches(rows, 64, 0)) for task, rows in VALIDATION.items()}, []
-    if curved:
-        sample = list(iter_batches(curved, 64, 0))
-    of_proxy = scorer_of_batches(proxy, validation, whole, target=model if on_target else None, sample=sample)
-    of_target = scorer_of_batches(model, validation, replace(whole, gradient="weight"), sample=sample)
+    sample = ROWS[:12] if changed.get("estimator") == "ekfac" else []
+    watched = HeldOutFidelity(job(model, sample=sample, **changed), ROWS, query_on_target=on_target)
+    whole = {**changed, "query_norm": 1.0}
+    of_proxy = job(proxy, target=model if on_target else None, sample=sample, **whole).scorer()[0]
+    of_target = job(model, sample=sample, **whole).scorer()[0]
     columns = []
     for scorer in (of_proxy, of_target):
         scores = np.empty((len(ROWS), 2))
@@ -97,39 +100,35 @@ def test_what_is_watched_is_how_candidates_are_scored(pair, changed, on_target, 
 
 
 def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch):
-    monkeypatch.setattr(scoring, "NORM_SKETCH", 3)
     model, proxy = pair
-    exact, default, sketched = (
-        HeldOutFidelity(
-            model, ROWS, VALIDATION, 0, ScoringSettings("weight", "cosine", norm_sketch=size, batch_tokens=64)
-        )
-        for size in (0, None, 3)
-    )
-    found = [watched.of(proxy) for watched in (exact, default, sketched)]
-    assert found[1] == found[2] != found[0]
-    assert exact.meeting_flops["target"] == sketched.meeting_flops["target"]
-    assert exact.meeting_flops["proxy"] > sketched.meeting_flops["proxy"] == default.meeting_flops["proxy"]
+    found, spent = [], []
+    for size in (0, 3):
+        monkeypatch.setattr(base, "NORM_SKETCH", size)
+        watched = HeldOutFidelity(job(model, normalize="cosine"), ROWS)
+        found.append(watched.of(proxy))
+        spent.append(watched.contraction_flops)
+    assert found[0] != found[1]
+    assert spent[0]["target"] == spent[1]["target"]
+    assert spent[0]["proxy"] > spent[1]["proxy"]
 
 
 def test_the_target_is_faithful_to_itself(pair):
     model, _ = pair
     for query_norm in (None, 1.0):
-        settings = ScoringSettings("weight", query_norm=query_norm, batch_tokens=64)
-        assert HeldOutFidelity(model, ROWS, VALIDATION, 0, settings).of(model) > (
+        assert HeldOutFidelity(job(model, query_norm=query_norm), ROWS).of(model) > (
             0.97 if query_norm is None else 1 - 1e-9
         )
 
 
 def test_too_few_rows_are_refused(pair):
     with pytest.raises(InputError, match="15 held-out examples"):
-        HeldOutFidelity(pair[0], ROWS[: FEWEST - 1], VALIDATION, 0, ScoringSettings("weight"))
+        HeldOutFidelity(job(pair[0]), ROWS[: FEWEST - 1])
 
 
 def test_a_collapsed_model_has_no_fidelity(pair):
     """Of one whose last norm is zero all logits and all gradients are."""
     model, proxy = pair
-    settings = ScoringSettings("weight", batch_tokens=64)
-    watched = HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)
+    watched = HeldOutFidelity(job(model), ROWS)
     for parameter in proxy.gpt_neox.final_layer_norm.parameters():
         parameter.data.zero_()
     for measure in (watched.of, lambda each: watched.watch(each)()):
@@ -139,4 +138,4 @@ def test_a_collapsed_model_has_no_fidelity(pair):
     for parameter in model.gpt_neox.final_layer_norm.parameters():
         parameter.data.zero_()
     with pytest.raises(InputError, match="the target's scores of the 24 held-out rows for a are all equal"):
-        HeldOutFidelity(model, ROWS, VALIDATION, 0, settings)
+        HeldOutFidelity(job(model), ROWS)

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from iprox.engine import ray as ray_engine
+from iprox.engine.ray import check_ray
 from iprox.errors import InputError
-from iprox.influence import ray_engine
-from iprox.influence.ray_engine import check_ray
 from iprox.models.loading import load_model
 
 

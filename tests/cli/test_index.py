@@ -10,14 +10,14 @@ import pytest
 from scipy.stats import spearmanr
 
 from iprox.cli import main
-from iprox.influence.scores import scores_metadata
+from iprox.scores import scores_metadata
 
 
 @pytest.fixture(scope="module")
 def indexed(make_place, tmp_path_factory):
     """A run with two checkpoints that kept the optimizer's state, and indexes of its proxies."""
     place = make_place(tmp_path_factory.mktemp("indexed") / "place")
-    options = ["influence.checkpoints=all", "influence.estimator=adam", "audit=false"]
+    options = ["influence.checkpoints=all", "influence.estimator=less", "audit=false"]
     assert place.run("--set", *options, "--stop-after", "compress") == 0
     place.proxies = sorted((place.output / "proxy").glob("checkpoint-*"))
     place.indexes = [place.path / f"index-{number}" for number in range(2)]
@@ -38,7 +38,7 @@ def query(place, indexes, output, *arguments):
 
 @pytest.mark.parametrize("normalize", ["none", "cosine"])
 def test_a_query_ranks_as_scoring_does(indexed, tmp_path, normalize):
-    how = ["--estimator=tracin", "--set", f"influence.normalize={normalize}", "--set=influence.norm_sketch=0"]
+    how = ["--estimator=tracin", "--set", f"influence.normalize={normalize}"]
     exact = indexed.score(indexed.proxies[1:], tmp_path / "exact", *how)
     assert query(indexed, indexed.indexes[1:], tmp_path / "queried", "--set", f"influence.normalize={normalize}") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
@@ -100,11 +100,11 @@ def test_several_indexes_are_checkpoints(indexed, tmp_path):
     np.testing.assert_allclose(both, sum(r * part for r, part in zip(rates, parts, strict=True)), rtol=1e-9)
 
 
-def test_the_steps_of_adam_are_indexed(indexed, tmp_path):
+def test_the_steps_that_less_scores_are_indexed(indexed, tmp_path):
     exact = indexed.score(
-        indexed.proxies[1:], tmp_path / "exact", "--estimator=adam", "--set=influence.normalize=cosine"
+        indexed.proxies[1:], tmp_path / "exact", "--estimator=less", "--set=influence.normalize=cosine"
     )
-    assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=adam") == 0
+    assert make(indexed, indexed.proxies[1], tmp_path / "index", "--estimator=less") == 0
     assert query(indexed, [tmp_path / "index"], tmp_path / "queried", "--set=influence.normalize=cosine") == 0
     queried = pq.read_table(tmp_path / "queried/scores.parquet")
     a, b = (table["influence/spelling"].to_numpy() for table in (exact, queried))

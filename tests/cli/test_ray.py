@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from iprox.influence.scores import read_scores, score_matrix
+from iprox.scores import read_scores, score_matrix
 
 pytest.importorskip("ray", reason="the ray extra is not installed")
 

@@ -49,8 +49,8 @@ def with_tasks(tasks):
         (with_section(proxy={"align": {"step": 3}}), "unknown key 'proxy.align.step'"),
         (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
         (
-            with_section(influence={"estimator": "adam"}, warmup={"lora": {"rank": 4}}),
-            "influence.estimator adam takes Adam's moments of the weights, and warmup.lora trains none",
+            with_section(influence={"estimator": "less"}, warmup={"lora": {"rank": 4}}),
+            "influence.estimator less reads Adam's moments of the weights, and warmup.lora trains none",
         ),
         (with_section(warmup={"lora": {"rank": 0}}), "(given: 0)"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
@@ -63,13 +63,15 @@ def with_tasks(tasks):
         (with_section(data={"pool": [], "validation": {"t": "v"}}), "data.pool: "),
         (with_section(data={"pool": "p", "validation": {}}), "data.validation: "),
         (with_section(warmup=True), "warmup: give a section of keys (or false"),
-        (with_section(influence={"estimator": "tracinn"}), "influence.estimator: "),
-        (with_section(influence={"estimator": "datainf", "gradient": "factors"}), "needs `query: proxy`"),
-        (with_section(influence={"estimator": "rds", "normalize": "cosine"}), "normalize is of gradients"),
+        (with_section(influence={"estimator": "tracinn"}), "did you mean 'tracin'? (given: 'tracinn')"),
+        (with_section(influence={"estimator": "ek-fac"}), "did you mean 'ekfac'? (given: 'ek-fac')"),
+        (with_section(influence={"estimator": "adam"}), "there is no such estimator; known: ekfac, kfac, datainf"),
+        (with_section(influence={"gradient": "factors"}), "unknown key 'influence.gradient'"),
+        (with_section(influence={"curvature": "k-fac"}), "unknown key 'influence.curvature'"),
+        (with_section(influence={"over_examples": "max"}), "unknown key 'influence.over_examples'"),
+        (with_section(influence={"norm_sketch": 16}), "unknown key 'influence.norm_sketch'"),
+        (with_section(influence={"estimator": "rds", "normalize": "cosine"}), "normalize applies to gradients"),
         (with_section(influence={"estimator": "rds", "checkpoints": "all"}), "checkpoints: all sums gradients"),
-        (with_section(influence={"norm_sketch": 16, "normalize": "none"}), "set normalize to cosine"),
-        (with_section(influence={"norm_sketch": 16, "normalize": "cosine", "estimator": "adam"}), "adam forms whole"),
-        (with_section(influence={"norm_sketch": 16, "normalize": "cosine"}, proxy=False), "proxy is off"),
         (with_section(influence={"estimator": "bm25"}), "runs no model; set proxy: false"),
         (with_section(refine={}, proxy=False), "and proxy is off"),
         (with_section(refine={"candidates": 1}), "refine.candidates: "),
@@ -242,10 +244,10 @@ def test_the_stages_are_named_as_in_run_json():
     assert set(Recipe.model_fields) >= {"warmup", "audit", "select", "finetune"}
 
 
-def test_adam_takes_no_query_norm_unless_examples_are_scored_one_by_one():
-    with pytest.raises(ValueError, match="query_norm saves it nothing"):
-        InfluenceSection(estimator="adam", query_norm=0.9, per_example=False)
-    assert InfluenceSection(estimator="adam", query_norm=0.9, per_example=True).query_norm == 0.9
+def test_less_takes_no_query_norm_unless_examples_are_scored_one_by_one():
+    with pytest.raises(ValueError, match="query_norm saves nothing"):
+        InfluenceSection(estimator="less", query_norm=0.9, per_example=False)
+    assert InfluenceSection(estimator="less", query_norm=0.9, per_example=True).query_norm == 0.9
 
 
 @pytest.mark.parametrize(

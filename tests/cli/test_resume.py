@@ -10,10 +10,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from iprox.cli import main
+from iprox.data.sampling import draw_rows
+from iprox.engine import shards
 from iprox.files import FolderLock
-from iprox.influence import index, scoring, shards
-from iprox.session import draw_rows
-from iprox.stages import alignment, compression, indexing
+from iprox.influence import index
+from iprox.stages import alignment, compression, indexing, scoring
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -137,7 +138,7 @@ def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkey
 
 
 def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, monkeypatch):
-    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    monkeypatch.setattr(scoring, "WINDOW", 100)
     (copied.output / "scores.parquet").unlink()
     write, written = shards.write_parts, []
 
@@ -168,7 +169,7 @@ def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, mon
 
 
 def test_refine_killed_while_scoring_goes_on_after_the_last_shard_to_the_same_bytes(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    monkeypatch.setattr(scoring, "WINDOW", 100)
     checkpoints = json.loads((finished.output / "warmup/checkpoints.json").read_text())
     command = ["refine", "--scores", str(finished.output), "--pool", str(finished.pool), "--candidates=0.8", "--quiet"]
     command += ["--model", str(finished.output / "warmup" / checkpoints[-1]["path"]), "--validation"]
@@ -258,7 +259,7 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
 @pytest.mark.parametrize("command", ["score", "index"])
 def test_a_template_file_changed_between_two_starts_is_another_template(place, tmp_path, monkeypatch, command):
     """What an interrupted start has left was read by the other one: all of it is made again."""
-    monkeypatch.setattr(scoring.ScoringSettings, "__init__", windows_of_100(scoring.ScoringSettings.__init__))
+    monkeypatch.setattr(scoring, "WINDOW", 100)
     monkeypatch.setattr(indexing, "WINDOW", 100)
     model = yaml.safe_load(place.recipe.read_text())["model"]
     own = (Path(model) / "chat_template.jinja").read_text()
@@ -312,13 +313,6 @@ def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
     assert said.startswith(f"validation task 'spelling': 1 of {len(lines)} examples have no supervised token, or the")
 
 
-def windows_of_100(init):
-    def patched(self, *arguments, **settings):
-        init(self, *arguments, **{**settings, "window": 100})
-
-    return patched
-
-
 def test_a_stage_stopped_half_way_is_not_taken_for_the_earlier_one(copied, monkeypatch):
     """Sparsity changed, stopped after the proxy was replaced, sparsity changed back: the proxy must be made again."""
     make = compression.compress
@@ -354,7 +348,7 @@ def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
     assert resolved["data"]["pool"] == [str(finished.pool)]
     assert resolved["output"] == str(finished.output)
     assert resolved["seed"] == 0
-    assert resolved["influence"]["estimator"] == "influence-function"
+    assert resolved["influence"]["estimator"] == "ekfac"
 
 
 def warnings_of_drawing(place):

@@ -84,7 +84,9 @@ def test_a_system_column_is_the_first_turn(column, turns):
 
 def test_a_system_column_that_says_something_else_is_refused():
     own = {"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT]}
-    refused({**own, "system_prompt": "Rhyme."}, "system_prompt differs from the system turn .*data.columns.system_prompt=")
+    refused(
+        {**own, "system_prompt": "Rhyme."}, "system_prompt differs from the system turn .*data.columns.system_prompt="
+    )
     refused(
         {**own, "messages": [{**own["messages"][0], "role": "developer"}, ASSISTANT], "system": "R"}, "system differs"
     )

@@ -4,14 +4,11 @@ import copy
 
 import pytest
 import torch
-from letters import Letters
+from jobs import scorer_of_batches
 
-from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.adam import AdamScorer
-from iprox.influence.estimators import mean_gradient, seen_from
-from iprox.influence.example_gradients import example_gradients
-from iprox.influence.scoring import ScoringSettings, build_scorer
+from iprox.influence.estimators.less import LessScorer
+from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -82,13 +79,13 @@ def test_scores_are_steps_of_adamw_on_the_validation_gradient(tiny, family):
     each = torch.stack([gradient_by_hand(model, row) for row in tiny.rows(validation)])
     state = state_of(model, optimizer)
     mean = {"t": mean_gradient(model, [validation])[0]}
-    scores, losses = AdamScorer(model, mean, state)(pool)
+    scores, losses = LessScorer(model, mean, state)(pool)
     torch.testing.assert_close(scores[:, 0], steps @ each.mean(0), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
-    cosine, _ = AdamScorer(model, mean, state, normalize="cosine")(pool)
+    cosine, _ = LessScorer(model, mean, state, normalize="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(steps, each.mean(0)[None])
     torch.testing.assert_close(cosine[:, 0], expected, rtol=1e-8, atol=1e-9)
-    by_example, _ = AdamScorer(model, {"t": example_gradients(model, [validation])}, state)(pool)
+    by_example, _ = LessScorer(model, {"t": example_gradients(model, [validation])}, state)(pool)
     torch.testing.assert_close(by_example, steps @ each.mT, rtol=1e-8, atol=1e-9)
 
 
@@ -96,9 +93,9 @@ def test_on_a_proxy_the_step_is_that_of_the_dense_weights(tiny):
     model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
     state = state_of(model, warmed_optimizer(model, tiny))
     proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
-    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
-    scores, _ = AdamScorer(proxy, {"t": seen_from(query, proxy, "weight")}, state, normalize="cosine")(pool)
-    dense, _ = AdamScorer(to_dense(proxy), {"t": query}, state, normalize="cosine")(pool)
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    scores, _ = LessScorer(proxy, {"t": query}, state, normalize="cosine")(pool)
+    dense, _ = LessScorer(to_dense(proxy), {"t": query}, state, normalize="cosine")(pool)
     torch.testing.assert_close(scores, dense, rtol=1e-8, atol=1e-9)
 
 
@@ -127,7 +124,7 @@ def test_experts_trained_fused_are_scored_apart(tiny, tmp_path):
         kept = state.weights["model.layers.1.mlp.experts.gate_up.2"].square
         torch.testing.assert_close(kept, optimizer.state[experts.gate_up_proj]["exp_avg_sq"][2].float())
         query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
-        assert AdamScorer(model, {"t": query}, state)(pool)[0].abs().min() > 0
+        assert LessScorer(model, {"t": query}, state)(pool)[0].abs().min() > 0
 
 
 def test_a_missing_or_broken_state_is_refused(tmp_path):
@@ -142,16 +139,15 @@ def test_the_state_of_another_model_is_refused(tiny):
     model, other = tiny.model(), tiny.model(intermediate_size=24)
     state = state_of(other, warmed_optimizer(other, tiny))
     with pytest.raises(InputError, match=r"no moments for model\.layers\.0\.mlp"):
-        AdamScorer(model, {"t": mean_gradient(model, [tiny.batch([5])])[0]}, state)
+        LessScorer(model, {"t": mean_gradient(model, [tiny.batch([5])])[0]}, state)
 
 
-def test_what_adam_needs_is_said(tiny):
-    model, validation = tiny.model(), {"t": Letters().encode(Pool([{"text": "words"}]))}
-    state = state_of(model, warmed_optimizer(model, tiny))
+def test_what_less_needs_is_said(tiny):
+    model, batch = tiny.model(), tiny.batch([5])
     with pytest.raises(InputError, match="needs the state"):
-        build_scorer(model, validation, 0, ScoringSettings(estimator="adam", gradient="weight"))
-    with pytest.raises(InputError, match="set gradient to weight"):
-        build_scorer(model, validation, 0, ScoringSettings(estimator="adam", gradient="factors"), adam=state)
-    cut = ScoringSettings(estimator="adam", gradient="weight", query_norm=0.9)
-    with pytest.raises(InputError, match="query_norm saves it nothing"):
-        build_scorer(model, validation, 0, cut, adam=state)
+        scorer_of_batches(model, {"t": [batch]}, estimator="less")
+    with pytest.raises(ValueError, match="a query_norm saves nothing"):
+        scorer_of_batches(model, {"t": [batch]}, estimator="less", query_norm=0.9)
+    state = state_of(model, warmed_optimizer(model, tiny))
+    with pytest.raises(TypeError, match="no sum over its tokens"):
+        scorer_of_batches(model, {"t": [batch]}, estimator="less", optimizer=state)(batch, by_token=True)

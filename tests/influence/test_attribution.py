@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jobs import job_of
 
 from iprox.data import Encoded, Pool
-from iprox.influence.attribution import attribute_examples
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.attribution import attribute, attribution_table
+from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.compiled import compiled
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
@@ -24,9 +26,7 @@ def by_gates(model, gradient, batch):
     def hook(part):
         return lambda module, inputs, output: output + gates[..., None] * F.linear(inputs[0], part.weight, part.bias)
 
-    handles = [
-        layer.register_forward_hook(hook(gradient[name])) for name, layer in influence_layers(model, "weight").items()
-    ]
+    handles = [layer.register_forward_hook(hook(gradient[name])) for name, layer in influence_layers(model).items()]
     causal_lm_losses(model, batch).sum().backward()
     for handle in handles:
         handle.remove()
@@ -42,7 +42,7 @@ def test_terms_are_those_of_autograd_and_sum_to_the_score(tiny, family, keep):
     queries["b"] = mean_gradient(model, [tiny.batch([6], seed=5)])[0]
     cut = queries if keep == 1 else low_rank_queries(queries, keep)
     scorer = BatchScorer(model, cut)
-    terms = scorer.by_token(batch)
+    terms = scorer(batch, by_token=True)[0]
     torch.testing.assert_close(terms.sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
     for row, length in enumerate(batch.lengths.tolist()):
         assert not terms[row, length:].any()
@@ -55,7 +55,7 @@ def test_terms_of_a_cosine_sum_to_it(tiny):
     model = tiny.model("qwen3")
     batch = tiny.batch([9, 4], seed=2)
     scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])[0]}, normalize="cosine")
-    torch.testing.assert_close(scorer.by_token(batch).sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scorer(batch, by_token=True)[0].sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
 
 
 def test_experts_are_refused_by_name(tiny):
@@ -63,7 +63,7 @@ def test_experts_are_refused_by_name(tiny):
     with experts_split(model):
         scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]})
         with pytest.raises(TypeError, match=r"experts.*every token"):
-            scorer.by_token(tiny.batch([9, 4], seed=2))
+            scorer(tiny.batch([9, 4], seed=2), by_token=True)[0]
 
 
 class Words:
@@ -79,8 +79,14 @@ class Words:
 def test_the_table_holds_the_tokens_and_their_terms(tiny):
     model = tiny.model("qwen3")
     examples = list(Pool([{"text": "3 50 7"}, {"text": "50 50"}, {"text": "9 8 7 6 5"}]))
-    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])[0]})
-    table = attribute_examples(scorer, examples, Words(), 0, 100)
+    validation = {"a": Words().encode(Pool([{"text": "4 5 6"}]))}
+    job = job_of([model, model], validation, rates=[0.5, 0.25], encoder=Words())
+    done = []
+    table = attribution_table(job, examples, attribute(job, examples, done.append)[0])
+    assert sum(done) == 6
+    scores = job.score(examples)[0]["influence/a"].to_pylist()
+    for terms, score in zip(table["influence/a"].to_pylist(), scores, strict=True):
+        assert score is None if terms is None else sum(terms) == pytest.approx(score, rel=1e-9)
     assert table.column_names == ["id", "tokens", "supervised", "influence/a"]
     assert table["id"].to_pylist() == [example.id for example in examples]
     assert table["tokens"].to_pylist()[0] == ["<3>", "<50>", "<7>"]
@@ -93,6 +99,6 @@ def test_a_compiled_model_gives_the_same_terms(tiny):
     model = tiny.model("qwen3", dtype=torch.float32)
     batch = tiny.batch([9, 4, 7], seed=2, padding=3)
     scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]})
-    expected = scorer.by_token(batch)
+    expected = scorer(batch, by_token=True)[0]
     with compiled(model):
-        torch.testing.assert_close(scorer.by_token(batch), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(scorer(batch, by_token=True)[0], expected, rtol=1e-3, atol=1e-5)

@@ -8,20 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import job_of, scorer_of, settings_of
 from letters import Letters
 
+from iprox.aggregation import TaskSpread
 from iprox.data import Pool
-from iprox.errors import InputError
-from iprox.influence.aggregate import TaskSpread
-from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
-from iprox.influence.example_gradients import example_gradients, example_seen_from
+from iprox.engine.shards import score_to_file
 from iprox.influence.gradients import summed_gradient
-from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, score_matrix
-from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import example_gradient, example_gradients, mean_gradient
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.scores import example_matrix, score_matrix
 
 
 @settings(deadline=None, max_examples=40)
@@ -73,14 +71,11 @@ def test_the_examples_cosines_make_the_cosine_with_their_mean(tiny, family):
     assert not torch.allclose(scores.mean(1, keepdim=True), expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize("space", ["weight", "factors"])
-def test_examples_of_the_target_meet_candidates_on_the_proxy(tiny, space):
+def test_examples_of_the_target_are_contracted_with_candidates_on_the_proxy(tiny):
     model, pool, validation = tiny.model("qwen2"), tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
     proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
-    mean = seen_from(mean_gradient(model, [validation], "weight")[0], proxy, space)
-    whole, _ = BatchScorer(proxy, {"t": mean}, gradient=space)(pool)
-    seen = [example_seen_from(each, proxy, space) for each in example_gradients(model, [validation], "weight")]
-    scores, _ = BatchScorer(proxy, {"t": seen}, gradient=space)(pool)
+    whole, _ = BatchScorer(proxy, {"t": mean_gradient(model, [validation])[0]})(pool)
+    scores, _ = BatchScorer(proxy, {"t": example_gradients(model, [validation])})(pool)
     torch.testing.assert_close(scores.mean(1, keepdim=True), whole, rtol=1e-8, atol=1e-10)
 
 
@@ -101,27 +96,24 @@ def setup(tiny):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("over", ["mean", "max"])
-def test_checkpoints_are_summed_before_the_best_example_is_taken(setup, tmp_path, over, keep):
+def test_checkpoints_are_summed_by_validation_example(setup, tmp_path, keep):
     models, pool, validation = setup
     rates = [0.5, 2.0]
-    how = ScoringSettings(batch_tokens=32, window=2, over_examples=over, per_example=keep, query_norm=1.0)
-    checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
-    score_to_file(checkpoints, pool, validation, Letters(), 0, tmp_path / "s.parquet", how, identity={})
+    job = job_of(models, validation, rates=rates, batch_tokens=32, per_example=keep, query_norm=1.0)
+    score_to_file(job.workers, job.learning_rates, pool, tmp_path / "s.parquet", identity={}, window=2)
     table = pq.read_table(tmp_path / "s.parquet")
     columns = []
     for example in [row for rows in validation.values() for row in rows if row.supervised]:
         total = 0
         for model, rate in zip(models, rates, strict=True):
-            scorer = build_scorer(model, {"t": [example]}, 0, dataclasses.replace(how, over_examples="mean"))
+            scorer = scorer_of(model, {"t": [example]})
             row = np.full(5, np.nan)
             for batch in iter_pool(pool):
                 row[batch.indices] = scorer(batch)[0][:, 0].numpy()
             total = total + rate * row
         columns.append(total)
     matrix = np.stack(columns, axis=1)  # the example without a supervised token has no column
-    best = matrix[:, :2].max(1) if over == "max" else matrix[:, :2].mean(1)
-    expected = np.stack([best, matrix[:, 2]], 1)
+    expected = np.stack([matrix[:, :2].mean(1), matrix[:, 2]], 1)
     np.testing.assert_allclose(score_matrix(table), expected, rtol=1e-8)
     whole = (expected / np.nanstd(expected, axis=0)).mean(1)
     np.testing.assert_allclose(table["influence"].to_numpy(), whole, rtol=1e-8)
@@ -139,8 +131,8 @@ def iter_pool(pool):
 
 def test_the_mean_of_examples_is_the_score_of_the_task(setup):
     (model, _), pool, validation = setup
-    mean = build_scorer(model, validation, 0, ScoringSettings())
-    each = build_scorer(model, validation, 0, ScoringSettings(per_example=True, query_norm=1.0))
+    mean = scorer_of(model, validation)
+    each = scorer_of(model, validation, per_example=True, query_norm=1.0)
     for batch in iter_pool(pool):
         scores, _ = each(batch)
         together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
@@ -149,34 +141,27 @@ def test_the_mean_of_examples_is_the_score_of_the_task(setup):
 
 @pytest.mark.parametrize("estimator", ["rds", "bm25"])
 def test_scorers_without_gradients_compare_with_each_example(setup, estimator):
-    from iprox.influence.gradient_free import Corpus
+    from iprox.influence.baselines import Corpus
 
     (model, _), pool, validation = setup
     corpus = Corpus.of(iter(Letters().encode(list(pool))))
-    how = ScoringSettings(estimator=estimator, per_example=True)
-    each = build_scorer(model, validation, 0, how, corpus=corpus)
-    mean = build_scorer(model, validation, 0, ScoringSettings(estimator=estimator), corpus=corpus)
+    how = {"estimator": estimator, "corpus": corpus}
+    each = scorer_of(model, validation, per_example=True, **how)
+    mean = scorer_of(model, validation, **how)
     assert each.widths == [2, 1]
     for batch in iter_pool(pool):
         scores = each(batch)[0]
         together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
         torch.testing.assert_close(together, mean(batch)[0], rtol=1e-8, atol=1e-10)
         for column, example in enumerate([validation["a"][0], validation["a"][2], validation["b"][0]]):
-            alone = build_scorer(model, {"t": [example]}, 0, how, corpus=corpus)
+            alone = scorer_of(model, {"t": [example]}, per_example=True, **how)
             torch.testing.assert_close(scores[:, column], alone(batch)[0][:, 0], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("estimator", ["random", "datainf"])
-def test_what_has_no_scores_by_example_says_so(setup, estimator):
-    (model, _), _, validation = setup
-    with pytest.raises(InputError, match="example"):
-        build_scorer(
-            model,
-            validation,
-            0,
-            ScoringSettings(estimator=estimator, over_examples="max"),
-            sample=Letters().encode(Pool([{"text": "sample"}])),
-        )
+def test_what_has_no_scores_by_example_says_so(estimator):
+    with pytest.raises(ValueError, match=f"{estimator} has no scores by validation example"):
+        settings_of(estimator=estimator, normalize="none", per_example=True)
 
 
 def test_a_task_whose_scores_are_all_alike_does_not_drown_the_others():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from iprox.influence.estimators import BatchScorer, mean_gradient
 from iprox.influence.gradients import norm_flops
 from iprox.influence.projection import signs
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.experts import expert_layers, experts_split
 from iprox.models.layers import influence_layers, weight_shape
 from iprox.models.loss import causal_lm_losses
@@ -103,26 +104,15 @@ def test_several_tasks_are_scored_as_each_alone(tiny):
         torch.testing.assert_close(both[:, column], alone[:, 0])
 
 
-def test_factor_gradients_of_a_proxy_equal_autograd(tiny):
-    pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
-    proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
-    layers = influence_layers(proxy, "factors")
-    query = torch.stack([tiny.autograd_gradient(proxy, row, layers) for row in tiny.rows(validation)]).mean(0)
-    rows = torch.stack([tiny.autograd_gradient(proxy, row, layers) for row in tiny.rows(pool)])
-    gradient, _ = mean_gradient(proxy, [validation], "factors")
-    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="factors")(pool)
-    torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
-
-
 def test_weight_gradients_of_a_proxy_are_those_of_the_dense_model_it_stands_for(tiny):
-    """`weight`: the same scores as the exported dense checkpoint, without ever forming its layers."""
+    """The same scores as the exported dense checkpoint, without ever forming its layers."""
     from iprox.proxy.export import to_dense
 
     pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
     proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     dense = to_dense(proxy)
-    gradient, _ = mean_gradient(proxy, [validation], "weight")
-    scores, _ = BatchScorer(proxy, {"task": gradient}, gradient="weight", normalize="cosine")(pool)
+    gradient, _ = mean_gradient(proxy, [validation])
+    scores, _ = BatchScorer(proxy, {"task": gradient}, normalize="cosine")(pool)
     reference, _ = mean_gradient(dense, [validation])
     expected, _ = BatchScorer(dense, {"task": reference}, normalize="cosine")(pool)
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import job_of, scorer_of
 
 from iprox.data import Encoded, Pool, iter_batches
-from iprox.errors import InputError
-from iprox.influence import gradient_free
-from iprox.influence.gradient_free import Corpus
-from iprox.influence.scores import read_scores, score_matrix
-from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
+from iprox.engine.shards import score_to_file
+from iprox.influence import baselines
+from iprox.influence.baselines import Corpus
+from iprox.scores import read_scores, score_matrix
+from iprox.settings import InfluenceSection
 
 
 def encoded(rows):
@@ -32,27 +32,27 @@ def scored(scorer, rows, batch_tokens=40):
 def test_random_numbers_are_uniform_and_depend_on_the_row_and_the_seed_alone():
     rows = encoded(np.random.default_rng(0).integers(1, 60, (2000, 5)))
     rows += encoded([[1, 2], [1, 2, 3, 4, 5, 6, 7]])
-    scorer = build_scorer(None, {"a": rows[:1], "b": rows[:1]}, 0, ScoringSettings(estimator="random"))
+    scorer = scorer_of(None, {"a": rows[:1], "b": rows[:1]}, estimator="random")
     scores = scored(scorer, rows)
     np.testing.assert_array_equal(scores, scored(scorer, rows, batch_tokens=1))
     np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
     deciles = np.histogram(scores[:, 0], bins=10, range=(0, 1))[0]
     assert deciles.sum() == len(rows)
     assert abs(deciles - 200).max() < 50
-    other = build_scorer(None, {"a": rows[:1]}, 0, ScoringSettings(estimator="random", seed=1))
+    other = scorer_of(None, {"a": rows[:1]}, estimator="random", seed=1)
     assert abs(np.corrcoef(scored(other, rows)[:, 0], scores[:, 0])[0, 1]) < 0.1
 
 
 def test_length_counts_tokens_that_are_predicted():
     rows = [Encoded(np.arange(6, dtype=np.int32), np.array([0, -100, 2, 3, -100, 5], np.int32), False)]
-    scorer = build_scorer(None, {"a": rows}, 0, ScoringSettings(estimator="length"))
+    scorer = scorer_of(None, {"a": rows}, estimator="length")
     assert scored(scorer, rows).tolist() == [[3.0]]
 
 
 def test_perplexity_is_that_of_the_supervised_tokens(tiny):
     model = tiny.model("qwen3")
     batch = tiny.batch([9, 4, 7], seed=2, padding=3)
-    perplexity = gradient_free.perplexity_scores(model, batch)
+    perplexity = baselines.perplexity_scores(model, batch)
     for row in range(3):
         length = int(batch.lengths[row])
         with torch.no_grad():
@@ -65,7 +65,7 @@ def test_perplexity_is_that_of_the_supervised_tokens(tiny):
 def test_pooled_states_weigh_later_positions_more_whatever_the_padding(tiny, family):
     model = tiny.model(family)
     batch = tiny.batch([9, 4, 7], seed=2, padding=5)
-    pooled = gradient_free.pooled_states(model, batch)
+    pooled = baselines.pooled_states(model, batch)
     for row in range(3):
         length = int(batch.lengths[row])
         with torch.no_grad():
@@ -79,10 +79,10 @@ def test_rds_is_the_mean_cosine_with_validation_examples(tiny):
     model = tiny.model("qwen3")
     rows = encoded([[3, 1, 4, 1, 5], [9, 2, 6], [5, 3, 5, 8, 9, 7]])
     validation = {"one": rows[:1], "two": encoded([[2, 7, 1, 8], [2, 8, 1]])}
-    scores = scored(build_scorer(model, validation, 0, ScoringSettings(estimator="rds")), rows)
+    scores = scored(scorer_of(model, validation, estimator="rds"), rows)
 
     def state(row):
-        return gradient_free.pooled_states(model, next(iter_batches([row], 100, 0)))[0]
+        return baselines.pooled_states(model, next(iter_batches([row], 100, 0)))[0]
 
     for column, examples in enumerate(validation.values()):
         for number, row in enumerate(rows):
@@ -110,17 +110,14 @@ tokens = st.lists(st.integers(1, 30), min_size=2, max_size=12)
 @given(st.lists(tokens, min_size=1, max_size=8), st.lists(tokens, min_size=1, max_size=3))
 def test_bm25_is_its_formula(documents, queries):
     rows = encoded(documents)
-    scorer = build_scorer(
-        None, {"task": encoded(queries)}, 0, ScoringSettings(estimator="bm25"), corpus=Corpus.of(iter(rows))
-    )
+    scorer = scorer_of(None, {"task": encoded(queries)}, estimator="bm25", corpus=Corpus.of(iter(rows)))
     expected = [np.mean([bm25_by_hand(document, query, documents) for query in queries]) for document in documents]
     np.testing.assert_allclose(scored(scorer, rows)[:, 0], expected, rtol=1e-12)
 
 
-def test_cosine_of_no_gradient_is_refused(tiny):
-    settings = ScoringSettings(estimator="perplexity", normalize="cosine")
-    with pytest.raises(InputError, match="perplexity has none"):
-        build_scorer(tiny.model("qwen3"), {"a": encoded([[1, 2]])}, 0, settings)
+def test_cosine_of_no_gradient_is_refused():
+    with pytest.raises(ValueError, match="perplexity takes none"):
+        InfluenceSection(estimator="perplexity", normalize="cosine")
 
 
 class Numbers:
@@ -135,16 +132,14 @@ def test_no_model_is_loaded_where_none_is_run(tmp_path, estimator):
     pool = Pool([{"text": f"{i} {i + 1} 7"} for i in range(1, 9)])
     validation = {"task": encoded([[3, 4, 5]])}
 
-    def load():
-        raise AssertionError("the model was loaded")
+    def load(path):
+        raise AssertionError(f"{path} was loaded")
 
-    settings = ScoringSettings(estimator=estimator, batch_tokens=16, window=3)
     corpus = Corpus.of(Numbers().encode(list(pool)))
-    stats = score_to_file(
-        [ScoringCheckpoint(load)], pool, validation, Numbers(), 0, tmp_path / "s.parquet", settings, identity={},
-        corpus=corpus, ranks=False,
-    )  # fmt: skip
+    job = job_of("model", validation, estimator=estimator, corpus=corpus, encoder=Numbers(), batch_tokens=16, load=load)
+    path = tmp_path / "s.parquet"
+    stats = score_to_file(job.workers, job.learning_rates, pool, path, identity={}, window=3, ranks=False)
     assert stats.rows == 8
-    scores = score_matrix(read_scores(tmp_path / "s.parquet"))
-    scorer = build_scorer(None, validation, 0, settings, corpus=corpus)
+    scores = score_matrix(read_scores(path))
+    scorer = scorer_of(None, validation, estimator=estimator, corpus=corpus)
     np.testing.assert_array_equal(scores, scored(scorer, Numbers().encode(list(pool))))

@@ -1,5 +1,6 @@
 """Projected gradients against explicit ones in float64, and the index that keeps them."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,20 +13,19 @@ from letters import Letters
 from test_adam import warmed_optimizer
 
 from iprox.data import Pool, iter_batches
+from iprox.engine.stream import WindowWorker
 from iprox.errors import InputError
-from iprox.influence.adam import AdamScorer
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.example_gradients import example_gradients
+from iprox.influence.estimators.less import LessScorer
 from iprox.influence.gradients import summed_gradient
-from iprox.influence.index import GradientIndex, WindowProjector, unit_gradients, write_index
+from iprox.influence.index import GradientIndex, GradientProjector, unit_gradients, write_index
 from iprox.influence.projection import LayerProjection, sides, signs
-from iprox.influence.projector import GradientProjector
-from iprox.influence.queries import example_gradient
-from iprox.influence.scores import example_matrix, score_matrix
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import example_gradient, example_gradients, mean_gradient
 from iprox.models.experts import experts_split
 from iprox.models.optimizer_state import load_adam_state, save_adam_state
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.scores import example_matrix, score_matrix
 
 
 @settings(deadline=None, max_examples=30)
@@ -77,20 +77,19 @@ def test_inner_products_of_features_are_the_scores_in_the_mean(tiny, family):
         drawn = []
         for seed in range(48):
             projector = GradientProjector(model, 256, seed=seed)
-            drawn.append((projector(pool) @ projector.project(query).mT)[:, 0])
+            drawn.append((projector(pool)[0] @ projector.project(query).mT)[:, 0])
     drawn = torch.stack(drawn)
     deviation = drawn.std(0)
     assert ((drawn.mean(0) - exact).abs() < 4 * deviation / len(drawn) ** 0.5).all()
     assert deviation[0] < 0.4 * exact[0]
 
 
-@pytest.mark.parametrize("space", ["factors", "weight"])
-def test_enough_numbers_give_the_scores_of_a_proxy(tiny, space):
+def test_enough_numbers_give_the_scores_of_a_proxy(tiny):
     proxy, _ = derive_proxy(tiny.model("qwen3"), [tiny.batch([9, 7, 5], seed=2)], Size(sparsity=0.5))
-    pool, query = tiny.batch([9, 3, 7]), mean_gradient(proxy, [tiny.batch([5, 8], seed=1)], space)[0]
-    exact = BatchScorer(proxy, {"t": query}, gradient=space, normalize="cosine")(pool)[0][:, 0]
-    projector = GradientProjector(proxy, 1 << 16, space)
-    features, meets = projector(pool), projector.project(query)[0]
+    pool, query = tiny.batch([9, 3, 7]), mean_gradient(proxy, [tiny.batch([5, 8], seed=1)])[0]
+    exact = BatchScorer(proxy, {"t": query}, normalize="cosine")(pool)[0][:, 0]
+    projector = GradientProjector(proxy, 1 << 16)
+    features, meets = projector(pool)[0], projector.project(query)[0]
     torch.testing.assert_close(features @ meets / features.norm(dim=1) / meets.norm(), exact, rtol=0, atol=0.03)
 
 
@@ -99,9 +98,9 @@ def test_adams_steps_are_projected_where_asked(tiny, tmp_path):
     save_adam_state(model, warmed_optimizer(model, tiny), tmp_path)
     state = load_adam_state(tmp_path)
     query = mean_gradient(model, [tiny.batch([5, 8], seed=1)])[0]
-    exact = AdamScorer(model, {"t": query}, state, normalize="cosine")(pool)[0][:, 0]
-    projector = GradientProjector(model, 1 << 16, adam=state)
-    features, meets = projector(pool), projector.project(query)[0]
+    exact = LessScorer(model, {"t": query}, state, normalize="cosine")(pool)[0][:, 0]
+    projector = GradientProjector(model, 1 << 16, optimizer=state)
+    features, meets = projector(pool)[0], projector.project(query)[0]
     torch.testing.assert_close(features @ meets / features.norm(dim=1) / meets.norm(), exact, rtol=0, atol=0.03)
 
 
@@ -116,7 +115,7 @@ def made(tiny):
 
 def write(projector, folder, pool=POOL, window=2, engine=None, **description):
     more = {} if engine is None else {"engine": engine}
-    make = lambda: WindowProjector(projector, Letters(), 0, 4096)  # noqa: E731
+    make = lambda: WindowWorker(projector, Letters(), 4096)  # noqa: E731
     return write_index(make, pool, folder, {"dimension": 64, **description}, window=window, **more)
 
 
@@ -137,7 +136,7 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
     encoded = Letters().encode(list(POOL))
     expected = np.full((5, 4), np.nan)
     for each in iter_batches(encoded, 4096, 0):
-        features, meets = projector(each), torch.cat([projector.project(query) for query in queries.values()])
+        features, meets = projector(each)[0], torch.cat([projector.project(query) for query in queries.values()])
         if normalize == "cosine":
             features, meets = (torch.nn.functional.normalize(x, dim=1) for x in (features, meets))
         expected[each.indices] = (features @ meets.mT).numpy()
@@ -151,11 +150,10 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
 
 def test_gradients_too_small_for_half_precision_are_kept(made, tmp_path):
     _, projector = made
-    tiny_features = lambda batch: GradientProjector.__call__(projector, batch) * 1e-9  # noqa: E731
-    worker = WindowProjector(projector, Letters(), 0, 4096)
-    worker._rows.run = tiny_features
+    worker = WindowWorker(copy.copy(projector), Letters(), 4096)
+    worker.rows.loss_fn = lambda model, batch: projector.loss_fn(model, batch) * 1e-9
     table, _ = worker(list(POOL))
-    plain, _ = WindowProjector(projector, Letters(), 0, 4096)(list(POOL))
+    plain, _ = WindowWorker(projector, Letters(), 4096)(list(POOL))
     np.testing.assert_allclose(table["norm"].to_numpy()[[0, 2]], 1e-9 * plain["norm"].to_numpy()[[0, 2]], rtol=1e-5)
     assert torch.equal(unit_gradients(table.combine_chunks()), unit_gradients(plain.combine_chunks()))
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iprox.influence import queries
+from iprox.influence import low_rank as low_rank_module
 from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
-from iprox.influence.queries import layer_query, leading_directions, truncated
+from iprox.influence.low_rank import leading_directions, truncated
+from iprox.influence.query import layer_query
 
 
 def gradient(m: int, n: int, decay: float, seed: int = 0, bias: bool = False) -> LayerGradient:
@@ -83,8 +84,8 @@ def test_whole_gradients_are_contracted_with_as_they_are():
 def test_wide_gradients_are_sketched_until_enough_is_kept(monkeypatch):
     weight = gradient(60, 50, 1.5).weight
     exact, _, _ = truncated(weight, 0.97)
-    monkeypatch.setattr(queries, "WHOLE_GRAM", 10)
-    monkeypatch.setattr(queries, "FIRST_SKETCH", 4)
+    monkeypatch.setattr(low_rank_module, "WHOLE_GRAM", 10)
+    monkeypatch.setattr(low_rank_module, "FIRST_SKETCH", 4)
     left, right, lost = truncated(weight, 0.97)
     assert (weight - left @ right.mT).square().sum().item() == pytest.approx(lost.item(), rel=1e-6)
     assert lost <= (1 - 0.97**2) * weight.square().sum()

@@ -8,11 +8,10 @@ import warnings
 import pytest
 
 from iprox.data import Pool
+from iprox.engine.ray import PACKAGE, ray_engine, share_of_each
+from iprox.engine.stream import ScoringStats, local_engine, windows_of
 from iprox.errors import InputError
-from iprox.influence.ray_engine import PACKAGE, ray_engine, share_of_each
-from iprox.influence.scores import scores_table
-from iprox.influence.scoring import ScoringStats
-from iprox.influence.windows import local_engine, windows_of
+from iprox.scores import scores_table
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 
@@ -25,7 +24,7 @@ def cluster():
 
 
 class LengthScorer:
-    """Stands in for a WindowScorer: a model is not needed to see that windows come back whole and in order."""
+    """Stands in for a WindowWorker: a model is not needed to see that windows come back whole and in order."""
 
     def __call__(self, window, progress=None):
         import numpy as np

@@ -1,6 +1,7 @@
 """The stream: windows, shards, resuming, several checkpoints."""
 
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,29 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jobs import job_of, scorer_of, settings_of
 from letters import Letters
 
-from iprox.data import Pool
+from iprox.aggregation import TaskSpread
+from iprox.data import Pool, iter_batches
+from iprox.engine import shards
+from iprox.engine.shards import score_to_file
+from iprox.engine.stream import ScoringStats, local_engine, windows_of
 from iprox.errors import InputError
-from iprox.influence import scoring, shards
-from iprox.influence.aggregate import TaskSpread
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scores import read_scores, score_matrix, scores_metadata, scores_table, task_names
-from iprox.influence.scoring import (
-    CURVED_QUERY_NORM,
-    NORM_SKETCH,
-    QUERY_NORM,
-    ScoringSettings,
-    ScoringStats,
-    build_scorer,
-)
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
-from iprox.influence.windows import score_windows
+from iprox.influence.estimators.registry import REGISTRY
+from iprox.influence.job import Job
+from iprox.influence.scorer import NORM_SKETCH, BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.scores import example_matrix, read_scores, score_matrix, scores_metadata, scores_table, task_names
+from iprox.settings import ESTIMATORS, EXAMPLES_NORM, EstimatorName
 
-SETTINGS = ScoringSettings(batch_tokens=64, window=4)
+BATCH_TOKENS, WINDOW = 64, 4
 
 
 TEXTS = [f"{'abcdefghij'[: 2 + i % 8]} {i}" for i in range(9)] + ["nothing here", "last one"]
@@ -46,21 +44,21 @@ def setup(tiny):
     return tiny.model("gpt-neox"), pool, validation
 
 
-def run(path, models, pool, validation, rates=None, settings=SETTINGS, identity=None):
-    rates = rates or [1.0] * len(models)
-    checkpoints = [ScoringCheckpoint(lambda m=m: m, rate) for m, rate in zip(models, rates, strict=True)]
-    return score_to_file(checkpoints, pool, validation, Letters(), 0, path, settings, identity=identity or {"run": 1})
+def run(path, models, pool, validation, rates=None, identity=None, **settings):
+    job = job_of(models, validation, rates=rates, batch_tokens=BATCH_TOKENS, **settings)
+    identity = identity or {"run": 1}
+    return score_to_file(job.workers, job.learning_rates, pool, path, identity=identity, window=WINDOW)
 
 
 def by_hand(model, validation):
     """Every text by itself, with the estimator that its own tests check against autograd."""
     columns = []
     for encoded in validation.values():
-        queries = mean_gradient(model, list(scoring.iter_batches(encoded, 64, 0)))[0]
+        queries = mean_gradient(model, list(iter_batches(encoded, 64, 0)))[0]
         scorer = BatchScorer(model, {"task": queries})
         scores = np.full(len(TEXTS), np.nan)
         for i, row in enumerate(Letters().encode(Pool([{"text": text} for text in TEXTS]))):
-            for batch in scoring.iter_batches([row], 64, 0):
+            for batch in iter_batches([row], 64, 0):
                 scores[i] = scorer(batch)[0].item()
         columns.append(scores)
     return np.stack(columns, axis=1)
@@ -83,7 +81,7 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
         tokens=sum(map(len, TEXTS)),
         supervised=stats.supervised,
         contraction_flops=stats.contraction_flops,
-        batch_tokens=SETTINGS.batch_tokens,
+        batch_tokens=BATCH_TOKENS,
     )
     assert stats.supervised == sum(len(text) - 1 for text in TEXTS if not text.startswith("nothing"))
     assert scores_metadata(table) == {"run": 1}
@@ -158,8 +156,7 @@ def test_shards_of_other_scores_are_thrown_away(setup, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(path, [model], pool, validation, identity={"run": 1})
     monkeypatch.setattr(shards, "write_parts", real)
-    cosine = dataclasses.replace(SETTINGS, normalize="cosine")
-    run(path, [model], pool, validation, settings=cosine, identity={"run": 2})
+    run(path, [model], pool, validation, normalize="cosine", identity={"run": 2})
     assert np.nanmax(np.abs(score_matrix(read_scores(path)))) <= 1 + 1e-9
 
 
@@ -184,13 +181,26 @@ def test_killed_while_it_throws_shards_away_it_keeps_none_of_them(tmp_path, monk
 
 def test_windows_do_not_change_the_scores(setup):
     model, pool, validation = setup
-    tables = []
+    worker, tables = job_of(model, validation, batch_tokens=BATCH_TOKENS).worker(), []
     for window in (3, 100):
-        settings = dataclasses.replace(SETTINGS, window=window)
-        scorer = build_scorer(model, validation, 0, settings)
-        parts = [table for table, _ in score_windows(scorer, pool, Letters(), 0, settings)]
+        parts = [table for table, _ in local_engine(lambda: worker, windows_of(pool, window))]
         tables.append(np.concatenate([score_matrix(part) for part in parts]))
     np.testing.assert_allclose(tables[0], tables[1], rtol=1e-9)
+
+
+def test_in_memory_and_on_disk_the_scores_are_the_same(setup, tiny, tmp_path):
+    model, pool, validation = setup
+    models, rates = [model, tiny.model("gpt-neox", seed=5)], [0.3, 0.07]
+    how = {"rates": rates, "batch_tokens": BATCH_TOKENS, "per_example": True}
+    expected = run(tmp_path / "scores.parquet", models, pool, validation, rates, per_example=True)
+    table, stats = job_of(models, validation, **how).score(pool, metadata={"run": 1})
+    kept = read_scores(tmp_path, examples=True)
+    assert table.schema == kept.schema
+    np.testing.assert_allclose(score_matrix(table), score_matrix(kept), rtol=1e-12)
+    for task in validation:
+        np.testing.assert_allclose(example_matrix(table, task), example_matrix(kept, task), rtol=1e-12)
+    assert scores_metadata(table) == {"run": 1}
+    assert ScoringStats.over_checkpoints(stats) == expected
 
 
 def test_the_aggregate_counts_every_task_alike(setup, tmp_path):
@@ -225,16 +235,29 @@ def test_running_spread_equals_the_spread_of_the_whole(sizes, seed):
 
 def test_a_score_that_is_not_finite_names_the_example(setup):
     model, pool, validation = setup
-    scorer = build_scorer(model, validation, 0, SETTINGS)
-    scorer.loss_fn = lambda model, batch: causal_lm_losses(model, batch) * float("nan")
+    worker = job_of(model, validation, batch_tokens=BATCH_TOKENS).worker()
+    worker.rows.loss_fn = lambda model, batch: causal_lm_losses(model, batch) * float("nan")
     with pytest.raises(FloatingPointError, match="row"):
-        list(score_windows(scorer, pool, Letters(), 0, SETTINGS))
+        worker(list(pool))
 
 
-def test_a_task_without_supervised_tokens_is_refused(setup):
-    model, _, _ = setup
-    with pytest.raises(InputError, match="'empty'"):
-        build_scorer(model, {"empty": Letters().encode(Pool([{"text": "nothing"}]))}, 0, SETTINGS)
+@pytest.mark.parametrize(
+    ("validation", "sample", "said"),
+    [("nothing", "words", "'empty'"), ("words", "nothing", "sample for the curvature")],
+)
+def test_a_task_or_a_sample_without_supervised_tokens_is_refused(validation, sample, said):
+    one, other = (Pool([{"text": text}]) for text in (validation, sample))
+    with pytest.raises(InputError, match=said):
+        Job.of(settings_of(estimator="ekfac"), [], {"empty": Letters().encode(one)}, Letters(), other)
+
+
+def test_the_curvature_sample_follows_the_seed_and_an_estimator_without_curvature_has_none(setup):
+    _, pool, validation = setup
+    few = settings_of(estimator="ekfac", curvature_examples=3)
+    drawn = [Job.of(few, [], validation, Letters(), pool, seed=seed).sample for seed in (0, 0, 1)]
+    texts = [[row.input_ids.tolist() for row in sample] for sample in drawn]
+    assert texts[0] == texts[1] != texts[2]
+    assert list(Job.of(settings_of(), [], validation, Letters(), pool).sample) == []
 
 
 def test_what_is_no_scores_table_is_refused(tmp_path):
@@ -254,43 +277,30 @@ def test_bfloat16_ranks_as_float32_does(tiny, setup):
     columns = []
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny.model("qwen3", dtype, hidden_size=64, head_dim=16)
-        scorer = build_scorer(model, validation, 0, SETTINGS)
-        parts = [score_matrix(table) for table, _ in score_windows(scorer, pool, Letters(), 0, SETTINGS)]
-        columns.append(np.concatenate(parts)[:, 0])
+        table, _ = job_of(model, validation, batch_tokens=BATCH_TOKENS).score(pool)
+        columns.append(score_matrix(table)[:, 0])
     scored = np.isfinite(columns[0])
     assert np.corrcoef(columns[0][scored], columns[1][scored])[0, 1] > 0.99
 
 
-def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked(tiny):
-    model = tiny.model()
-    proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
-    assert ScoringSettings().kept_norm(model) == 1
-    assert ScoringSettings().kept_norm(proxy) == QUERY_NORM < 1
-    curved = ScoringSettings(estimator="influence-function")
-    assert QUERY_NORM < curved.kept_norm(proxy) == CURVED_QUERY_NORM < curved.kept_norm(model) == 1
-    assert ScoringSettings(query_norm=0.5).kept_norm(model) == 0.5
-    assert ScoringSettings(query_norm=1.0).kept_norm(proxy) == 1
+def test_a_models_own_scores_are_exact_and_a_proxys_are_cut_unless_asked():
+    tracin, curved = ESTIMATORS["tracin"].query_norm, ESTIMATORS["ekfac"].query_norm
+    assert settings_of().kept_norm(on_proxy=False) == settings_of(estimator="ekfac").kept_norm(on_proxy=False) == 1
+    assert settings_of().kept_norm(on_proxy=True) == tracin < 1
+    assert tracin < settings_of(estimator="ekfac").kept_norm(on_proxy=True) == curved < 1
+    assert settings_of(per_example=True).kept_norm(on_proxy=False) == EXAMPLES_NORM < 1
+    assert settings_of(query_norm=0.5).kept_norm(on_proxy=False) == 0.5
+    assert settings_of(query_norm=1.0).kept_norm(on_proxy=True) == 1
 
 
-def test_norms_are_sketched_for_the_cosine_on_a_proxy_unless_asked(tiny, setup):
+def test_norms_are_sketched_for_the_cosine_on_a_proxy_and_exact_on_a_model_itself(tiny, setup):
     _, _, validation = setup
     model = tiny.model()
     proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
-    cosine = ScoringSettings(normalize="cosine")
-    assert ScoringSettings().sketched(proxy) == cosine.sketched(model) == 0
-    assert cosine.sketched(proxy) == NORM_SKETCH > 0
-    assert dataclasses.replace(cosine, norm_sketch=0).sketched(proxy) == 0
-    assert dataclasses.replace(cosine, norm_sketch=8).sketched(model) == 0  # a model's own norms are exact
-    assert dataclasses.replace(cosine, norm_sketch=8).sketched(proxy) == 8
-    assert dataclasses.replace(cosine, estimator="adam").sketched(proxy) == 0
-    exact, sketched = (
-        build_scorer(proxy, validation, 0, dataclasses.replace(cosine, norm_sketch=size), target=model)
-        for size in (0, 4)
-    )
-    assert isinstance(exact, BatchScorer)
-    assert isinstance(sketched, BatchScorer)
-    assert (exact.norm_sketch, sketched.norm_sketch) == (0, 4)
-    assert sketched.norm_flops([50]) < exact.norm_flops([50])
+    own, sketched = (scorer_of(each, validation, target=model, normalize="cosine") for each in (model, proxy))
+    assert (own.norm_sketch, sketched.norm_sketch) == (0, NORM_SKETCH)
+    assert NORM_SKETCH > 0
+    assert scorer_of(proxy, validation, target=model).norm_flops([50]) == 0
 
 
 def test_a_proxys_validation_gradients_are_cut_and_its_targets_are_not(tiny, setup):
@@ -298,15 +308,17 @@ def test_a_proxys_validation_gradients_are_cut_and_its_targets_are_not(tiny, set
     model = tiny.model()
     proxy, _ = derive_proxy(model, [tiny.batch([9, 7])], Size(0.5))
     cut, whole, own = (
-        build_scorer(scored, validation, 0, ScoringSettings(query_norm=keep), target=target)
+        scorer_of(scored, validation, target=target, query_norm=keep)
         for scored, keep, target in ((proxy, None, model), (proxy, 1.0, model), (model, None, None))
     )
-    assert isinstance(cut, BatchScorer)
-    assert isinstance(whole, BatchScorer)
-    assert isinstance(own, BatchScorer)
-    assert all(QUERY_NORM <= share < 1 for share in cut.kept.values())
+    assert all(ESTIMATORS["tracin"].query_norm <= share < 1 for share in cut.kept.values())
     assert set(whole.kept.values()) == set(own.kept.values()) == {1.0}
     assert cut.contraction_flops < whole.contraction_flops
+
+
+def test_every_estimator_of_the_settings_has_its_class_and_the_other_way_round():
+    assert list(REGISTRY) == list(ESTIMATORS) == list(get_args(EstimatorName))
+    assert all(REGISTRY[name].name == name for name in REGISTRY)
 
 
 def stopped_before_the_merge(path, models, pool, validation, monkeypatch):

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from jobs import preconditioned, scorer_of_batches, settings_of
 
-from iprox.errors import InputError
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.example_gradients import example_gradients
-from iprox.influence.preconditioning import curvature_of, precondition
-from iprox.influence.scoring import ScoringSettings, scorer_of_batches
+from iprox.influence.estimators.ekfac import kronecker_curvature
+from iprox.influence.scorer import BatchScorer
 from iprox.influence.shared_basis import shared_queries
+from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.models.layers import influence_layers
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -20,10 +19,10 @@ def brute_force(model, pool, rows, damping=None, sample=None):
     """Scores [B, V] with the whole gradient of one example at a time, divided by EK-FAC's curvature if asked."""
     columns = []
     for row in rows:
-        query = {"t": mean_gradient(model, [row], "weight")[0]}
+        query = {"t": mean_gradient(model, [row])[0]}
         if damping is not None:
-            query = precondition(model, query, sample, damping=damping)
-        columns.append(BatchScorer(model, query, gradient="weight")(pool)[0])
+            query = preconditioned(model, query, sample, damping=damping)
+        columns.append(BatchScorer(model, query)(pool)[0])
     return torch.cat(columns, dim=1)
 
 
@@ -33,20 +32,20 @@ def test_whole_bases_give_the_score_of_every_example(tiny, family, curved):
     model = tiny.model(family)
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5, 6], seed=1)
     sample = [tiny.batch([6, 10, 7, 4], seed=2)]
-    bases = curvature_of(model, sample) if curved else None
-    queries = shared_queries(example_gradients(model, [validation], "weight"), 1.0, bases, 0.2, torch.float64)
+    bases = kronecker_curvature(model, influence_layers(model), sample) if curved else None
+    queries = shared_queries(example_gradients(model, [validation]), 1.0, bases, 0.2, torch.float64)
     expected = brute_force(model, pool, tiny.rows(validation), *((0.2, sample) if curved else ()))
-    scorer = BatchScorer(model, {"t": queries}, gradient="weight")
+    scorer = BatchScorer(model, {"t": queries})
     assert scorer.widths == [3]
     torch.testing.assert_close(scorer(pool)[0], expected, rtol=1e-8, atol=1e-11)
-    torch.testing.assert_close(scorer.by_token(pool).sum(1), expected, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(scorer(pool, by_token=True)[0].sum(1), expected, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(queries.kept, torch.ones(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
     model, pool = tiny.model(family), tiny.batch([9, 3, 7, 12])
-    gradients = example_gradients(model, [tiny.batch([12, 9, 10, 7, 11, 8], seed=1)], "weight")
+    gradients = example_gradients(model, [tiny.batch([12, 9, 10, 7, 11, 8], seed=1)])
     whole, cut = (shared_queries(gradients, keep, dtype=torch.float64) for keep in (1.0, 0.9))
     assert (cut.kept**2).mean() >= 0.9**2 - 0.02  # the bases are found from random columns
     assert cut.kept.max() < 1
@@ -59,25 +58,23 @@ def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
         torch.testing.assert_close(right, torch.eye(len(right), dtype=right.dtype), rtol=0, atol=1e-10)
         assert query.flops <= full.flops
     assert sum(q.flops for q in cut.layers.values()) < 0.9 * sum(q.flops for q in whole.layers.values())
-    exact, _ = BatchScorer(model, {"t": whole}, gradient="weight")(pool)
-    near, _ = BatchScorer(model, {"t": cut}, gradient="weight")(pool)
+    exact, _ = BatchScorer(model, {"t": whole})(pool)
+    near, _ = BatchScorer(model, {"t": cut})(pool)
     assert torch.corrcoef(torch.stack([exact.flatten(), near.flatten()]))[0, 1] > 0.95
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_examples_cosines_sum_to_the_cosine_with_their_mean(tiny, family):
     model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
-    expected, _ = BatchScorer(
-        model, {"t": mean_gradient(model, [validation], "weight")[0]}, gradient="weight", normalize="cosine"
-    )(pool)
-    queries = shared_queries(example_gradients(model, [validation], "weight"), 1.0, dtype=torch.float64)
-    scorer = BatchScorer(model, {"t": queries}, gradient="weight", normalize="cosine")
+    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalize="cosine")(pool)
+    queries = shared_queries(example_gradients(model, [validation]), 1.0, dtype=torch.float64)
+    scorer = BatchScorer(model, {"t": queries}, normalize="cosine")
     (weights,) = scorer.weights
     scores, _ = scorer(pool)
     torch.testing.assert_close((scores * torch.tensor(weights)).sum(1, keepdim=True), expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("estimator", ["tracin", "influence-function"])
+@pytest.mark.parametrize("estimator", ["tracin", "ekfac", "kfac"])
 @pytest.mark.parametrize("on_proxy", [False, True])
 def test_scores_by_example_average_to_the_score_of_the_task(tiny, estimator, on_proxy):
     model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
@@ -85,49 +82,42 @@ def test_scores_by_example_average_to_the_score_of_the_task(tiny, estimator, on_
     proxy, _ = derive_proxy(model, sample, Size(sparsity=0.5))
     validation = {"a": [tiny.batch([8, 5], seed=1)], "b": [tiny.batch([6, 7, 4], seed=3)]}
     on, target = (proxy, model) if on_proxy else (model, None)
-    how = {"estimator": estimator, "gradient": "weight", "query_norm": 1.0}
-    mean = scorer_of_batches(on, validation, ScoringSettings(**how), target=target, sample=sample)
-    each = scorer_of_batches(on, validation, ScoringSettings(**how, per_example=True), target=target, sample=sample)
+    how = {"estimator": estimator, "query_norm": 1.0, "target": target, "sample": sample}
+    mean = scorer_of_batches(on, validation, **how)
+    each = scorer_of_batches(on, validation, **how, per_example=True)
     assert each.widths == [2, 3]
     scores, _ = each(pool)
     together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
     torch.testing.assert_close(together, mean(pool)[0], rtol=1e-7, atol=1e-10)
 
 
-def test_datainf_has_no_scores_by_example(tiny):
-    batch = tiny.batch([5, 4])
-    with pytest.raises(InputError, match="datainf"):
-        scorer_of_batches(
-            tiny.model(),
-            {"t": [batch]},
-            ScoringSettings(estimator="datainf", gradient="weight", per_example=True),
-            sample=[batch],
-        )
+def test_datainf_has_no_scores_by_example():
+    with pytest.raises(ValueError, match="datainf has no scores by validation example"):
+        settings_of(estimator="datainf", per_example=True)
 
 
 def test_a_layer_that_no_example_moves_costs_nothing(tiny):
     model = tiny.model()
-    gradients = example_gradients(model, [tiny.batch([6, 5], seed=1)], "weight")
-    silent = next(iter(influence_layers(model, "weight")))
+    gradients = example_gradients(model, [tiny.batch([6, 5], seed=1)])
+    silent = next(iter(influence_layers(model)))
     for each in gradients:
         each[silent].left.zero_()
     queries = shared_queries(gradients, 0.9, dtype=torch.float64)
     assert silent not in queries.layers
     assert torch.isfinite(queries.kept).all()
-    other = shared_queries(example_gradients(model, [tiny.batch([5], seed=2)], "weight"), 1.0, dtype=torch.float64)
+    other = shared_queries(example_gradients(model, [tiny.batch([5], seed=2)]), 1.0, dtype=torch.float64)
     pool = tiny.batch([9, 3])
-    together = BatchScorer(model, {"a": queries, "b": other}, gradient="weight")
-    apart = [BatchScorer(model, {"t": each}, gradient="weight")(pool)[0] for each in (queries, other)]
+    together = BatchScorer(model, {"a": queries, "b": other})
+    apart = [BatchScorer(model, {"t": each})(pool)[0] for each in (queries, other)]
     torch.testing.assert_close(together(pool)[0], torch.cat(apart, dim=1))
-    torch.testing.assert_close(together.by_token(pool).sum(1), torch.cat(apart, dim=1))
+    torch.testing.assert_close(together(pool, by_token=True)[0].sum(1), torch.cat(apart, dim=1))
 
 
 def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monkeypatch):
     model, batch = tiny.model(), tiny.batch([6, 5])
-    real = curvature_of(model, [batch])
+    real = kronecker_curvature(model, influence_layers(model), [batch])
     silent = sorted(real)[0]
     real[silent].eigenvalues.zero_()
-    monkeypatch.setattr("iprox.influence.scoring.curvature_of", lambda *_, **__: real)
-    how = ScoringSettings(estimator="influence-function", gradient="weight", per_example=True)
+    monkeypatch.setattr("iprox.influence.estimators.ekfac.kronecker_curvature", lambda *_, **__: real)
     with pytest.warns(UserWarning, match=f"moved {silent}"):
-        scorer_of_batches(model, {"t": [batch]}, how, sample=[batch])
+        scorer_of_batches(model, {"t": [batch]}, estimator="ekfac", per_example=True, sample=[batch])

@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from jobs import job_of, scorer_of
 
 from iprox.data import Encoded, Pool, iter_batches
-from iprox.influence.rows import filled_rows
-from iprox.influence.scores import score_matrix
-from iprox.influence.scoring import ScoringSettings, build_scorer
-from iprox.influence.windows import WindowScorer, fitting_scorer
+from iprox.engine.stream import filled_rows
 from iprox.models.loss import causal_lm_losses
+from iprox.scores import score_matrix
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory."),
@@ -46,14 +45,13 @@ def small_memory(tokens, error, sizes):
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_batches_are_halved_until_they_fit(tiny, window, error):
-    model, encoder, settings = tiny.model("qwen3"), Numbers(), ScoringSettings(batch_tokens=64)
+    model, encoder = tiny.model("qwen3"), Numbers()
     validation = {"task": encoder.encode(window[:2])}
-    whole = score_matrix(WindowScorer(build_scorer(model, validation, 0, settings), encoder, 0, settings)(window)[0])
-    sizes = []
-    scorer = build_scorer(model, validation, 0, settings)
-    scorer.loss_fn = small_memory(20, error, sizes)
-    worker = WindowScorer(scorer, encoder, 0, settings)
-    done = []
+    job = job_of(model, validation, encoder=encoder, batch_tokens=64)
+    whole = score_matrix(job.worker()(window)[0])
+    sizes, done = [], []
+    worker = job.worker()
+    worker.rows.loss_fn = small_memory(20, error, sizes)
     table, stats = worker(window, done.append)
     np.testing.assert_allclose(score_matrix(table), whole, rtol=1e-9)
     assert stats.batch_tokens == 16
@@ -71,50 +69,44 @@ def test_batches_are_filled_up_to_quarters(rows, full, expected):
 
 
 def test_shapes_repeat_whatever_the_number_of_rows(tiny, window):
-    model, encoder, settings = tiny.model("qwen3"), Numbers(), ScoringSettings(batch_tokens=128)
+    model, encoder = tiny.model("qwen3"), Numbers()
     validation = {"task": encoder.encode(window[:2])}
-    scorer = build_scorer(model, validation, 0, settings)
-    worker, shapes = WindowScorer(scorer, encoder, 0, settings), set()
+    worker, shapes = job_of(model, validation, encoder=encoder, batch_tokens=128).worker(), set()
     whole = score_matrix(worker(window)[0])
 
     def losses(model, batch):
         shapes.add(tuple(batch.input_ids.shape))
         return causal_lm_losses(model, batch)
 
-    scorer.loss_fn = losses
+    worker.rows.loss_fn = losses
     for count in range(1, len(window) + 1):
         np.testing.assert_allclose(score_matrix(worker(window[:count])[0]), whole[:count], rtol=1e-9)
     assert len(shapes) <= 8  # two widths, four numbers of rows
 
 
 def test_one_row_that_does_not_fit_is_an_error(tiny, window):
-    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
-    scorer = build_scorer(model, {"task": Numbers().encode(window[:2])}, 0, settings)
-    scorer.loss_fn = small_memory(10, ERRORS[0], [])
+    worker = job_of(tiny.model("qwen3"), {"task": Numbers().encode(window[:2])}, encoder=Numbers()).worker()
+    worker.rows.loss_fn = small_memory(10, ERRORS[0], [])
     with pytest.raises(torch.OutOfMemoryError):
-        WindowScorer(scorer, Numbers(), 0, settings)(window)
+        worker(window)
 
 
 def test_another_error_is_not_taken_for_lack_of_memory(tiny, window):
-    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
     sizes = []
     losses = small_memory(0, RuntimeError("shapes do not match"), sizes)
     with pytest.raises(RuntimeError, match="shapes"):
-        fitting_scorer(model, {"task": Numbers().encode(window)}, 0, settings, loss_fn=losses)
+        scorer_of(tiny.model("qwen3"), {"task": Numbers().encode(window)}, loss_fn=losses)
     assert len(sizes) == 1
 
 
 def test_validation_gradients_are_taken_in_batches_that_fit(tiny, window):
-    model, settings = tiny.model("qwen3"), ScoringSettings(batch_tokens=64)
-    validation = {"task": Numbers().encode(window)}
-    losses = small_memory(20, ERRORS[0], [])
-    scorer, fitted = fitting_scorer(model, validation, 0, settings, loss_fn=losses)
-    assert fitted.batch_tokens == 16
+    model, validation = tiny.model("qwen3"), {"task": Numbers().encode(window)}
+    scorer, fitted = job_of(model, validation, batch_tokens=64, loss_fn=small_memory(20, ERRORS[0], [])).scorer()
+    assert fitted == 16
     batch = next(iter_batches(validation["task"], 16, 0))
-    expected = build_scorer(model, validation, 0, settings)(batch)[0]
-    torch.testing.assert_close(scorer(batch)[0], expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(scorer(batch)[0], scorer_of(model, validation)(batch)[0], rtol=1e-9, atol=0)
     with pytest.raises(torch.OutOfMemoryError):
-        fitting_scorer(model, validation, 0, settings, loss_fn=small_memory(10, ERRORS[0], []))
+        scorer_of(model, validation, batch_tokens=64, loss_fn=small_memory(10, ERRORS[0], []))
 
 
 def test_halves_hold_the_rows_without_columns_of_padding(tiny):

@@ -1,4 +1,4 @@
-"""kronfluence on a loaded proxy, unmodified: its gradient dot products are our scores."""
+"""kronfluence on the dense form of a loaded proxy: its gradient dot products are our scores."""
 
 import kronfluence  # `make test` installs it
 import pytest
@@ -7,12 +7,14 @@ from scipy import stats
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
 
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import divided
+from iprox.influence.estimators.ekfac import divided
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.kronecker.eigen import kronecker_curvature
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
+from iprox.proxy.export import to_dense
 from iprox.proxy.size import Size
 
 
@@ -57,7 +59,9 @@ def test_identity_scores_equal_ours(tiny, tmp_path):
     assert torch.allclose(losses, causal_lm_losses(proxy, pool))
 
     arguments = kronfluence.arguments.FactorArguments(strategy="identity")
-    theirs = kronfluence_scores(proxy, list(influence_layers(proxy, "factors")), pool, validation, arguments, tmp_path)
+    dense = to_dense(proxy)  # whose layers have the gradients that a proxy is scored by
+    layers = list(influence_layers(dense))
+    theirs = kronfluence_scores(dense, layers, pool, validation, arguments, tmp_path)
     assert stats.spearmanr(theirs.numpy(), scores[:, 0].numpy()).statistic > 0.999
     torch.testing.assert_close(theirs, scores[:, 0], rtol=1e-3, atol=1e-4)
 

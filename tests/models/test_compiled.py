@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.windows import compile_model
+from iprox.engine.stream import compile_model
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.compiled import compile_layers, compiled, why_not_compiled, wire_of
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, low_rank_layers
@@ -34,7 +35,7 @@ def all_scores(tiny, scorer):
 
 
 def check(tiny, model, **options):
-    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)], options.get("gradient", "factors"))[0]
+    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
     scorer = BatchScorer(model, {"task": gradient}, **options)
     expected = all_scores(tiny, scorer)
     with compiled(model):
@@ -50,11 +51,10 @@ def test_scores_are_the_same(tiny, backend, family, normalize):
     check(tiny, tiny.model(family), normalize=normalize)
 
 
-@pytest.mark.parametrize("gradient", ["factors", "weight"])
-def test_scores_of_a_proxy_are_the_same(tiny, backend, gradient):
+def test_scores_of_a_proxy_are_the_same(tiny, backend):
     backend("aot_eager")
     proxy, _ = derive_proxy(tiny.model("gpt-neox"), [tiny.batch([9, 7, 12], seed=3)], Size(0.4))
-    check(tiny, proxy, gradient=gradient)
+    check(tiny, proxy)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")

@@ -9,12 +9,20 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
-from iprox.influence.estimators import BatchScorer, mean_gradient, seen_from
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.kronecker.moments import MomentSettings, collect_moments
 from iprox.models.checkpoint import proxy_config
 from iprox.models.experts import SplitExperts, expert_layers, experts_split, split_experts
 from iprox.models.flops import forward_flops, linear_parameters
-from iprox.models.layers import compressible_layers, dense_weight, influence_layers, layer_bias, low_rank_layers
+from iprox.models.layers import (
+    LowRankLinear,
+    compressible_layers,
+    dense_weight,
+    influence_layers,
+    layer_bias,
+    low_rank_layers,
+)
 from iprox.models.loading import load_model
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
@@ -92,6 +100,27 @@ def test_an_export_loads_without_its_factors(family, tmp_path):
     torch.testing.assert_close(logits(loaded, batch), logits(proxy, batch), rtol=1e-5, atol=1e-5)
 
 
+def autograd_gradients(model, batch, layers):
+    """∇_W of every layer [m, n] and its bias, flat, from autograd; zero where the example did not reach it.
+
+    A low-rank layer's is that of a matrix of zeros that is added to the product of its factors.
+    """
+    parameters, handles = [], []
+    for layer in layers.values():
+        weight = layer.weight
+        if isinstance(layer, LowRankLinear):
+            weight = torch.zeros_like(weight)
+            added = lambda _module, inputs, output, added=weight: output + inputs[0] @ added.mT  # noqa: E731
+            handles.append(layer.register_forward_hook(added))
+        parameters += [p.requires_grad_(True) for p in (weight, layer.bias) if p is not None]
+    losses = causal_lm_losses(model, batch)
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    filled = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+    return torch.cat([gradient.flatten() for gradient in filled])
+
+
 @pytest.mark.parametrize("kind", ["target", "proxy"])
 def test_scores_equal_autograd_dot_products(family, tiny, kind):
     name, model, batch = family
@@ -100,28 +129,26 @@ def test_scores_equal_autograd_dot_products(family, tiny, kind):
     if kind == "proxy":
         model, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5], seed=1)
-    layers = influence_layers(model, "factors")
-    rows = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
-    query = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
-    gradient, _ = mean_gradient(model, [validation], "factors")
-    scores, _ = BatchScorer(model, {"task": gradient}, gradient="factors")(pool)
+    layers = influence_layers(model)
+    rows = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(pool)])
+    query = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(validation)]).mean(0)
+    gradient, _ = mean_gradient(model, [validation])
+    scores, _ = BatchScorer(model, {"task": gradient})(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, **close)
-    cosine, _ = BatchScorer(model, {"task": gradient}, gradient="factors", normalize="cosine")(pool)
+    cosine, _ = BatchScorer(model, {"task": gradient}, normalize="cosine")(pool)
     expected = torch.nn.functional.cosine_similarity(rows, query[None])
     torch.testing.assert_close(cosine[:, 0], expected, **close)
 
 
-@pytest.mark.parametrize("space", ["weight", "factors"])
-def test_a_proxy_meets_the_targets_query(family, tiny, space):
-    """Σ_ℓ ⟨Ĝ_ℓ(z), Ḡ_ℓ⟩ by autograd on the multiplied-out proxy (`weight`); by the chain rule for `factors`."""
+def test_candidates_on_a_proxy_are_contracted_with_the_targets_gradient(family, tiny):
+    """Σ_ℓ ⟨Ĝ_ℓ(z), Ḡ_ℓ⟩ by autograd on the multiplied-out proxy."""
     _, model, batch = family
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
-    own = mean_gradient(model, [validation], "weight")[0]
-    scores, _ = BatchScorer(proxy, {"task": seen_from(own, proxy, space)}, gradient=space)(pool)
+    own = mean_gradient(model, [validation])[0]
+    scores, _ = BatchScorer(proxy, {"task": own})(pool)
     dense = split(to_dense(proxy))
     layers = compressible_layers(dense)
-    factors = low_rank_layers(proxy)
     expected = []
     for row in tiny.rows(pool):
         weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
@@ -135,12 +162,7 @@ def test_a_proxy_meets_the_targets_query(family, tiny, space):
             if gradient is None:
                 continue
             G = gradient.mT if isinstance(layer, Conv1D) else gradient
-            if name in factors and space == "factors":
-                up, down = factors[name].up.weight, factors[name].down.weight
-                total = total + (G @ down.mT * (own[name].weight @ down.mT)).sum()
-                total = total + (up.mT @ G * (up.mT @ own[name].weight)).sum()
-            else:
-                total = total + (G * own[name].weight).sum()
+            total = total + (G * own[name].weight).sum()
             bias = layer_bias(layer)
             if bias is not None:
                 total = total + torch.autograd.grad(loss, bias, retain_graph=True)[0] @ own[name].bias
@@ -201,10 +223,9 @@ def test_experts_in_a_layout_that_is_not_known_are_refused():
 def test_norms_of_low_rank_experts_are_of_experts(tiny):
     model = split(tiny.model("qwen3-moe"))
     proxy, _ = derive_proxy(model, [tiny.batch([9, 7, 12], seed=3)], Size(0.4))
-    for space in ("weight", "factors"):
-        named = {name for name in influence_layers(proxy, space) if "experts" in name}
-        assert named
-        assert named <= expert_layers(proxy)
+    named = {name for name in influence_layers(proxy) if "experts" in name}
+    assert named
+    assert named <= expert_layers(proxy)
 
 
 def test_an_experts_moments_leave_padding_out(tiny):

@@ -3,14 +3,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from iprox.data.batching import padded_width
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.preconditioning import precondition
+from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
+from iprox.influence.estimators.registry import REGISTRY
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, weight_shape
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
+from iprox.settings import InfluenceSection
 
 
 def test_compression_counts_each_reading_and_factorizes_once(tiny):
@@ -27,14 +30,17 @@ def test_compression_counts_each_reading_and_factorizes_once(tiny):
     assert once == pytest.approx(reading + moments + roots + svds)
 
 
-@pytest.mark.parametrize("curvature", ["k-fac", "ek-fac", "datainf"])
-def test_curvature_is_charged_what_torch_counts(tiny, curvature):
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "datainf"])
+def test_curvature_is_charged_what_torch_counts(tiny, name):
     """But for eigendecompositions, which torch does not count; rows long enough that norms form gradients."""
     model, sample = tiny.model("qwen2"), tiny.batch([48] * 4)
-    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)], "weight")[0] for i in range(3)}
+    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)])[0] for i in range(3)}
     supervised = int((sample.labels[:, 1:] != -100).sum())
+    estimator = REGISTRY[name]
+    assert isinstance(estimator, GradientEstimator)
     with FlopCounterMode(display=False) as counter:
-        precondition(model, queries, [sample], curvature)
+        inputs = Inputs(settings=InfluenceSection(estimator=name), model=model, validation={}, sample=[sample])
+        estimator.precondition(queries, inputs)
     kinds = counter.get_flop_counts()["Global"]
     counted = sum(flops_ for kind, flops_ in kinds.items() if "attention" not in str(kind))
     # Biases are one more input each; attention's products are left out by us, so they are taken out of torch's too.
@@ -42,8 +48,8 @@ def test_curvature_is_charged_what_torch_counts(tiny, curvature):
         causal_lm_losses(model, sample)
     outside = sum(n for kind, n in forward.get_flop_counts()["Global"].items() if "bmm" in str(kind))
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
-    bases = 0 if curvature == "datainf" else sum(9 * (m**3 + n**3) for m, n in shapes)
-    ours = flops.curvature_flops(model, "weight", 4 * 48, supervised, curvature, 3) - bases
+    bases = 0 if name == "datainf" else sum(9 * (m**3 + n**3) for m, n in shapes)
+    ours = estimator.query_flops(model, QueryTokens(3, 0, 0, 4 * 48, supervised)) - bases
     assert ours == pytest.approx(counted - outside, rel=0.06)
 
 
@@ -64,8 +70,8 @@ def test_training_adapters_is_charged_what_torch_counts(tiny):
 def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
     split_experts(model)
-    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)], "weight")[0]
-    scorer = BatchScorer(model, {"t": query}, gradient="weight", normalize="cosine")
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    scorer = BatchScorer(model, {"t": query}, normalize="cosine")
     met = 0.0
     layers = compressible_layers(model)
 
@@ -78,5 +84,5 @@ def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     with frozen(model):
         watched_backward(model, layers, lambda: causal_lm_losses(model, pool), sink, counted)
     assert 19 * scorer.contraction_flops == pytest.approx(met)
-    assert 19 * flops.contraction_flops(model, "weight") == pytest.approx(met)
-    assert flops.forward_flops(model) == pytest.approx(flops.contraction_flops(model, "weight"))
+    assert 19 * flops.contraction_flops(model) == pytest.approx(met)
+    assert flops.forward_flops(model) == pytest.approx(flops.contraction_flops(model))

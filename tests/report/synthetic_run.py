@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.audits import compare_scores
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 
 ROWS = 600
 SCRIPT = "<script>window.pwned = true; document.title = 'pwned'</script>"

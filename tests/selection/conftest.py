@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 
 
 @pytest.fixture

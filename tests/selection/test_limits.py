@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
 from iprox.recipe import validated
+from iprox.scores import scores_table
 from iprox.selection import check_feasible, select_rows
 from iprox.selection.duplicates import NearDuplicates, word_runs
 from iprox.selection.limits import Limits, take

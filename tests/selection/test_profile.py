@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from iprox.data import Encoded
 from iprox.data.tokens import Lengths, ValidationLengths
-from iprox.influence.scores import scores_table
+from iprox.scores import scores_table
 from iprox.selection.duplicates import word_runs
 from iprox.selection.guard import COMPARED, Setting, duplicate_share, guard
 from iprox.settings import SelectSection
@@ -132,7 +132,7 @@ def test_only_the_tasks_selected_for_are_compared_with():
     ("made_by", "settings", "tasks", "tried"),
     [
         ({}, {}, 1, "influence.normalize: cosine"),
-        ({"estimator": "length"}, {}, 1, "influence.estimator: influence-function"),
+        ({"estimator": "length"}, {}, 1, "influence.estimator: ekfac"),
         ({"normalize": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
         ({"normalize": "cosine"}, {}, 1, None),
     ],

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from iprox.errors import InputError
-from iprox.influence.scores import scores_table
 from iprox.recipe import validated
+from iprox.scores import scores_table
 from iprox.selection import select_rows as choose_rows
 from iprox.selection.strategies import Turns, top
 from iprox.settings import SelectSection

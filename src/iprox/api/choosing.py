@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,9 @@ from torch import nn
 from iprox.api.arguments import check_model
 from iprox.api.examples import Examples, as_pool
 from iprox.api.keywords import chosen, takes
-from iprox.api.scoring import score
+from iprox.api.scoring import influence_settings, score
 from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
-from iprox.influence.scoring import Query
 from iprox.models.layers import low_rank_layers
 from iprox.selection import select_rows
 from iprox.selection.guard import guard
@@ -60,10 +59,10 @@ def audit(
     sample: Examples,
     validation: Mapping[str, Examples],
     *,
-    query: Query = "target",
+    query: Literal["target", "proxy"] = "target",
     **settings: Any,
 ) -> AuditReport:
-    """How faithfully a proxy ranks a sample: its scores against the target's.
+    """Return how faithfully a proxy ranks a sample: its scores against the target's.
 
     Args:
         model: the target.
@@ -72,13 +71,13 @@ def audit(
         validation: validation examples by task.
         query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
             are not factorized take their own.
-        **settings: as for `score`; a `query_norm` is of the proxy's scores, the target's are exact.
+        **settings: as for `score`; a `query_norm` applies to the proxy's scores, the target's are exact.
     """
     check_model("model", model)
     check_model("proxy", proxy)
-    target = model if query == "target" and low_rank_layers(proxy) else None
+    influence_settings(query=query)
     settings = {"per_example": False, **settings}
+    target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)
     # Whole validation gradients and exact norms, so that the two have no error in common.
-    exact = {name: value for name, value in settings.items() if name != "norm_sketch"}
-    return compare_scores(on_proxy, score(model, sample, validation, **{**exact, "query_norm": 1.0}))
+    return compare_scores(on_proxy, score(model, sample, validation, **{**settings, "query_norm": 1.0}))

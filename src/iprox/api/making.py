@@ -17,7 +17,7 @@ from iprox.api.keywords import chosen, takes
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
-from iprox.influence.scoring import ScoringSettings
+from iprox.influence.job import Checkpoint, Job
 from iprox.kronecker.moments import MomentSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.experts import experts_split
@@ -32,7 +32,7 @@ from iprox.proxy.align_state import AlignmentHistory
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
 from iprox.proxy.factorize import PROBED, FactorSettings
 from iprox.proxy.size import Size
-from iprox.settings import AlignSection, ProxySection
+from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
 _OF_PROXY = ("method", "sparsity", "flops", "ranks", "ridge", "probe")
 _OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size", "accumulate")
@@ -152,8 +152,9 @@ def align(
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            scoring = ScoringSettings("weight", "cosine")
-            watched = HeldOutFidelity(model, reader.encode(held_out, "held_out"), tasks, 0, scoring).watch(proxy)
+            scoring = InfluenceSection(estimator="tracin", per_example=False)
+            job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
+            watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
         steps = how.epochs * math.ceil(len(batches) / how.accumulate)
         tuning = AlignSettings(steps, how.learning_rate, how.accumulate, seed)
         with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:

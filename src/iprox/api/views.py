@@ -9,11 +9,11 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
-from iprox.influence.scores import TASK_PREFIX, score_matrix, task_names
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import compressible_layers, low_rank_layers, weight_shape
 from iprox.report import charts, formats
+from iprox.scores import TASK_PREFIX, score_matrix, task_names
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

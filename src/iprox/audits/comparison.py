@@ -16,7 +16,7 @@ from scipy import stats
 
 from iprox.data import GENERATED_ID
 from iprox.errors import InputError
-from iprox.influence.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
+from iprox.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
 from iprox.settings import NAMED_SHARE
 
 FEWEST = 10

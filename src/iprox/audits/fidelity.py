@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 from scipy import stats
 
+from iprox.aggregation import equal_scores
 from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
 from iprox.audits.intervals import bootstrap_intervals
 from iprox.audits.overlap import OVERLAP_AT, top_overlap
 from iprox.audits.spearman import spearman
 from iprox.errors import InputError
-from iprox.influence.ranking import equal_scores
-from iprox.influence.scores import score_matrix, task_names
+from iprox.scores import score_matrix, task_names
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

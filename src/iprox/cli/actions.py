@@ -16,7 +16,7 @@ from iprox.data.locate import COMPRESSIONS
 from iprox.errors import InputError
 from iprox.files import expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
-from iprox.influence.scores import read_scores_schema, scores_metadata
+from iprox.influence.job import Checkpoint
 from iprox.models.adapters import check_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
@@ -32,6 +32,7 @@ from iprox.run.folder import RunFolder, read_json
 from iprox.run.runner import Run, fingerprints
 from iprox.run.single import single_run
 from iprox.run.whole import run_recipe
+from iprox.scores import read_scores_schema, scores_metadata
 from iprox.session import Session, pool_of, tasks_of
 from iprox.settings import (
     AuditSection,
@@ -42,12 +43,12 @@ from iprox.settings import (
     Settings,
     WarmupSection,
 )
-from iprox.stages import indexing, scoring, selection
+from iprox.stages import indexing, selection
 from iprox.stages.compression import check_size
 from iprox.stages.targets import query_target, warmed_folder
 
 # Settings of influence that a target's scores of a proxy's best rows do not take over.
-OF_A_PROXY = {"gradient", "query", "query_norm", "norm_sketch", "per_example"}
+OF_A_PROXY = {"query", "query_norm", "per_example"}
 
 
 def quickstart(request: Request) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def warmup(request: Request) -> dict[str, Any]:
     if request.inputs["optimizer_state"]:
         if settings.warmup.lora:
             raise InputError("--optimizer-state keeps Adam's moments of the weights, and --lora trains none of them")
-        settings.influence.estimator = "adam"
+        settings.influence.estimator = "less"
     _check_lora(settings, settings.warmup.lora)
     with _single(request, settings, "warmup", model=settings.model) as done:
         steps.warm_up(done)
@@ -147,12 +148,12 @@ def score(request: Request) -> dict[str, Any]:
     settings, inputs = request.settings, request.inputs
     influence, models = settings.influence, inputs["model"]
     rates = learning_rates_of(models, inputs["learning_rates"])
-    if influence.gradient_free and len(rates) > 1:
+    if not influence.traits.gradients and len(rates) > 1:
         raise InputError(f"--model: checkpoints are summed by TracIn; {influence.estimator} takes one model")
     session, pool = _session(request, settings), pool_of(settings.data.pool, settings)
     targets = [query_target(model, inputs["target"], influence, session) for model in models]
     scored = [
-        scoring.ScoredModel(model, rate, target, warmed_folder(model, target, influence))
+        Checkpoint(model, rate, target, warmed_folder(model, target, influence))
         for model, rate, target in zip(models, rates, targets, strict=True)
     ]
     known = {
@@ -263,16 +264,16 @@ def index(request: Request) -> dict[str, Any]:
     """Keep a pool's projected gradients."""
     settings, inputs = request.settings, request.inputs
     assert settings.model
-    if inputs["estimator"] not in ("tracin", "adam"):
-        raise InputError(f"--estimator {inputs['estimator']}: an index holds gradients (tracin) or steps (adam)")
+    if inputs["estimator"] not in ("tracin", "less"):
+        raise InputError(f"--estimator {inputs['estimator']}: an index holds gradients (tracin) or steps (less)")
     influence = InfluenceSection(estimator=inputs["estimator"])
     session, pool, warmed = _session(request, settings), pool_of(settings.data.pool, settings), None
-    if influence.estimator == "adam":
+    if influence.traits.optimizer:
         target = query_target(settings.model, inputs["target"], influence, session)
         warmed = warmed_folder(settings.model, target, influence)
     elif inputs["target"]:
-        raise InputError("--target goes with --estimator adam; a query names its own")
-    model, dimension = indexing.IndexedModel(settings.model, warmed), inputs["dimension"]
+        raise InputError("--target goes with --estimator less; a query names its own")
+    model, dimension = Checkpoint(settings.model, optimizer=warmed), inputs["dimension"]
     fingerprint = checkpoint_fingerprint(settings.model)
     known = {"models": [fingerprint], "dimension": dimension, "estimator": influence.estimator}
     with _single(request, settings, "", session=session, pool=pool, kept="*.arrow", identity=known) as done:
@@ -297,21 +298,19 @@ def query(request: Request) -> dict[str, Any]:
     for model, each in zip(models, about, strict=True):
         if checkpoint_fingerprint(model) != each["model_fingerprint"]:
             raise InputError(f"{model}: is not the model of the index (its files differ); give the right --model")
-    for key in ("estimator", "gradient", "max_length", "chat_template"):
+    for key in ("estimator", "max_length", "chat_template"):
         if any(each[key] != about[0][key] for each in about):
             raise InputError(f"the indexes differ in {key}, so their scores cannot be summed")
     # Validation examples are read as the pool was.
     given = settings.influence.model_dump(exclude_unset=True)
-    settings.influence = validated(
-        InfluenceSection, {**given, **{key: about[0][key] for key in ("estimator", "gradient")}}, "the index"
-    )
+    settings.influence = validated(InfluenceSection, {**given, "estimator": about[0]["estimator"]}, "the index")
     if "max_length" not in settings.data.model_fields_set:
         settings.data.max_length = about[0]["max_length"]
     settings.data.chat_template = settings.data.chat_template or about[0]["chat_template"]
     session = _session(request, settings)
     rates = learning_rates_of(models, inputs["learning_rates"])
     targets = [query_target(model, inputs["target"], settings.influence, session) for model in models]
-    asked = [indexing.IndexQuery(*each) for each in zip(indexes, models, rates, targets, strict=True)]
+    checkpoints = [Checkpoint(*each) for each in zip(models, rates, targets, strict=True)]
     identity = {
         "index": [each["pool"] for each in about],
         "models": [each["model_fingerprint"] for each in about],
@@ -319,7 +318,7 @@ def query(request: Request) -> dict[str, Any]:
         "dimension": [each["dimension"] for each in about],
         "learning_rates": rates,
         "max_length": session.max_length,
-        **settings.influence.model_dump(include={"estimator", "gradient", "normalize", "over_examples"}),
+        **settings.influence.model_dump(include={"estimator", "normalize"}),
     }
     with _single(request, settings, "", session=session, identity=identity, read_by=models[0]) as done:
         described = {**identity, "validation": done.record["identity"]["validation"]}
@@ -328,7 +327,9 @@ def query(request: Request) -> dict[str, Any]:
             "query",
             done.keys,
             [file],
-            lambda: indexing.query_indexes(session, asked, done.validation, file, settings.influence, described),
+            lambda: indexing.query_indexes(
+                session, indexes, checkpoints, done.validation, file, settings.influence, described
+            ),
         )
     return _finished(request, done, "query")
 

@@ -112,7 +112,7 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         offers=("warmup.fraction", "warmup.epochs", "warmup.learning_rate", "warmup.lora"),
         inputs=(
-            Input("optimizer_state", "keep Adam's moments with each checkpoint, for --estimator adam", bool, False),
+            Input("optimizer_state", "keep Adam's moments with each checkpoint, for --estimator less", bool, False),
         ),
         reads=(*COMPUTING, "warmup", "compile"),
     ),
@@ -167,8 +167,8 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         inputs=(
             Input("dimension", "numbers per example, 2 bytes each", int, 8192),
-            Input("estimator", "tracin: gradients; adam: the steps of the warm-up's optimizer (LESS)", str, "tracin"),
-            Input("target", "with --estimator adam: the target of a proxy (default: the one that it names)"),
+            Input("estimator", "tracin: gradients; less: the steps of the warm-up's optimizer", str, "tracin"),
+            Input("target", "with --estimator less: the target of a proxy (default: the one that it names)"),
         ),
         reads=(*COMPUTING, "compile"),
         resumes=True,

@@ -7,53 +7,105 @@ depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+from torch import nn
 
-from iprox.data import ChatEncoder, Example, iter_batches
+from iprox.data import Encoded, Example, iter_batches
 from iprox.data.tokens import token_pieces
-from iprox.influence.estimators import BatchScorer
-from iprox.influence.scores import TASK_PREFIX
+from iprox.engine.stream import fitting
+from iprox.influence.job import Job
+from iprox.influence.scorer import BatchScorer
+from iprox.models.experts import SplitExperts
+from iprox.scores import TASK_PREFIX
+from iprox.settings import InfluenceSection
+
+# By example its terms [tokens, tasks]; None for one without a supervised token.
+Terms = list[np.ndarray | None]
 
 
-def attribute_examples(
-    scorer: BatchScorer, examples: Sequence[Example], encoder: ChatEncoder, pad_id: int, batch_tokens: int
-) -> pa.Table:
-    """The scores of some examples, token by token.
+def why_not_attributed(settings: InfluenceSection, model: nn.Module) -> str | None:
+    """Return why scores of this kind, on this model, are no sums over tokens; None where they are."""
+    if not settings.traits.gradients:
+        return f"{settings.estimator} takes no gradients"
+    if not settings.traits.by_token:
+        return f"the step that {settings.estimator} scores is no sum over tokens"
+    if any(isinstance(module, SplitExperts) for module in model.modules()):
+        return "the layers of experts do not see every token"
+    return None
+
+
+def attribute(
+    job: Job, examples: Sequence[Example], progress: Callable[[int], None] | None = None
+) -> tuple[Terms, float]:
+    """Return the terms of the scores of some examples, summed over checkpoints, and the FLOPs of the contractions.
 
     Args:
-        scorer: of candidates, by gradients.
-        examples: few, as the table is as long as their text.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
-        batch_tokens: largest rows × longest row of a batch.
-
-    Returns:
-        One row an example, in order: `id`, `tokens` (list of strings), `supervised` (list of bool), and a list of
-        float64 a task, `influence/<task>`, that sums to its score. An example without a supervised token has nulls.
+        job: what the examples were scored with; `why_not_attributed` is None for its settings and models.
+        examples: few, as the terms are as many as their tokens.
+        progress: called with the number of examples done at a checkpoint.
 
     Raises:
         TypeError: a model with experts, whose layers do not see every token.
     """
-    encoded = encoder.encode(examples)
-    terms: list[np.ndarray | None] = [None] * len(examples)
-    edges = np.cumsum(scorer.widths)[:-1]
-    for batch in iter_batches(encoded, batch_tokens, pad_id):
-        columns_of_tasks = np.split(scorer.by_token(batch.to(scorer.device)).double().cpu().numpy(), edges, axis=-1)
-        parts = zip(columns_of_tasks, scorer.weights, strict=True)  # of validation examples, or one per task
-        values = np.stack([part @ weights for part, weights in parts], axis=-1)
+    assert job.encoder is not None
+    encoded = job.encoder.encode(examples)
+    longest = max((len(row.input_ids) for row in encoded), default=1)
+    lengths = [len(row.input_ids) for row in encoded if row.supervised]
+    total: Terms = [None] * len(examples)
+    spent = 0.0
+    for number, rate in enumerate(job.learning_rates):
+        scorer, batch_tokens = job.scorer(number)
+        assert isinstance(scorer, BatchScorer)
+        found, _ = fitting(lambda budget, scorer=scorer: terms_of(scorer, encoded, budget), batch_tokens, longest)
+        for place, terms in enumerate(found):
+            before = total[place]
+            if terms is not None:
+                total[place] = rate * terms if before is None else before + rate * terms
+        spent += scorer.spent_flops(lengths)
+        if progress is not None:
+            progress(len(examples))
+    return total, spent
+
+
+def terms_of(scorer: BatchScorer, encoded: Sequence[Encoded], batch_tokens: int) -> Terms:
+    """Return the terms [tokens, tasks] of each example's scores at one checkpoint.
+
+    Args:
+        scorer: of candidates, by gradients.
+        encoded: examples.
+        batch_tokens: largest rows × longest row of a batch.
+    """
+    terms: Terms = [None] * len(encoded)
+    for batch in iter_batches(encoded, batch_tokens, 0):
+        found, _ = scorer(batch.to(scorer.device), by_token=True)
+        values = scorer.of_tasks(found.double().cpu().numpy())
         for row, index in enumerate(batch.indices):
             terms[index] = values[row, : int(batch.lengths[row])]
+    return terms
+
+
+def attribution_table(job: Job, examples: Sequence[Example], terms: Terms) -> pa.Table:
+    """Return the terms as a table.
+
+    Returns:
+        One row per example, in order: `id`, `tokens` (list of strings), `supervised` (list of bool), and a list of
+        float64 per task, `influence/<task>`, that sums to its score; nulls without a supervised token.
+    """
+    assert job.encoder is not None
+    encoded, tokenizer = job.encoder.encode(examples), job.encoder.tokenizer
     columns: dict[str, pa.Array] = {
         "id": pa.array([example.id for example in examples], pa.string()),
-        "tokens": pa.array(
-            [token_pieces(encoder.tokenizer, row.input_ids.tolist()) for row in encoded], pa.list_(pa.string())
-        ),
+        "tokens": pa.array([token_pieces(tokenizer, row.input_ids.tolist()) for row in encoded], pa.list_(pa.string())),
         "supervised": pa.array([(row.labels != -100).tolist() for row in encoded], pa.list_(pa.bool_())),
     }
-    for column, task in enumerate(scorer.tasks):
-        values = [None if term is None else term[:, column].tolist() for term in terms]
-        columns[TASK_PREFIX + task] = pa.array(values, pa.list_(pa.float64()))
+    for number, task in enumerate(job.validation):
+        columns[TASK_PREFIX + task] = lists([None if each is None else each[:, number] for each in terms])
     return pa.table(columns)
+
+
+def lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
+    """Return arrays of different lengths as a column."""
+    return pa.array([None if row is None else row.tolist() for row in rows], pa.list_(pa.float64()))

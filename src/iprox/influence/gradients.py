@@ -57,6 +57,19 @@ class LowRankGradient:
         return total if self.bias is None else total + self.bias.square().sum()
 
 
+# A gradient of the whole model: layer name -> gradient of that layer.
+ModelGradient = dict[str, LayerGradient]
+
+# The same of one example, low-rank.
+ExampleGradient = dict[str, LowRankGradient]
+
+# A mean gradient that is low-rank in the layers where that is cheaper.
+TruncatedGradient = dict[str, LayerGradient | LowRankGradient]
+
+# A task's validation gradients: their mean, whole or low-rank, or those of its examples one by one.
+TaskGradient = ModelGradient | TruncatedGradient | Sequence[ExampleGradient]
+
+
 def mean_squared_norm(parts: Sequence[LowRankGradient]) -> Tensor:
     """‖mean of the gradients‖² of one layer, without what their products leave out; a scalar. 2mn·Σk FLOPs."""
     dtype = accumulation_dtype(parts[0].left)

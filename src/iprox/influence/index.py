@@ -1,18 +1,18 @@
 """An index: the projected gradients of a pool on disk, written once and queried many times.
 
-A folder with `index.json` (what it is of) and one Arrow file a window, memory-mapped when read, with the columns
+A folder with `index.json` (what it is of) and one Arrow file per window, memory-mapped when read, with the columns
 
     id, source, tokens, supervised    as in a scores table
     norm                              float32, ‖f(z)‖; null where an example has no supervised token
     gradient                          float16 [D], f(z)/‖f(z)‖ (a raw gradient would underflow in half precision)
 
-Stopped at any point and started again it goes on after the last window, and gives the same bytes.
+Stopped at any point and started again it resumes after the last window, and gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,55 +20,107 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from iprox.data import ChatEncoder, Encoded, Example
+from iprox.data import Encoded, Example
+from iprox.engine.shards import IDENTITY, claim
+from iprox.engine.stream import WINDOW, Engine, ScoredWindow, ScoringStats, WindowWorker, local_engine, windows_of
 from iprox.errors import InputError
 from iprox.files import replacing, write_text
-from iprox.influence.estimators import ApartQuery, Normalize
-from iprox.influence.projector import GradientProjector
-from iprox.influence.rows import RowRunner
-from iprox.influence.scores import SUPERVISED, scores_table, supervised_column
-from iprox.influence.scoring import ScoringStats
-from iprox.influence.shards import IDENTITY, claim
-from iprox.influence.windows import Engine, ScoredWindow, Window, local_engine, windows_of
+from iprox.influence.estimators.less import adam_steps, check_state
+from iprox.influence.gradients import LayerGradient, TaskGradient
+from iprox.influence.projection import LayerProjection
+from iprox.influence.scorer import Normalize
+from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
+from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
+from iprox.scores import SUPERVISED, scores_table, supervised_column
 
 DESCRIPTION = "index.json"
 
 
-class WindowProjector:
-    """Projects windows of examples (a `WindowWorker`).
+class GradientProjector:
+    """Projects gradients, or Adam's steps, of a model to D numbers (see `iprox.influence.projection`).
 
     Args:
-        projector: what projects.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
-        batch_tokens: largest rows × longest row of a batch; halved whenever one does not fit in memory.
-        uncompiled: why the model does not run compiled although asked to.
+        model: a proxy or any model.
+        dimension: D.
+        seed: seed of the signs. They follow from it and the layers' names, so that a proxy has its target's.
+        optimizer: state of the warm-up's optimizer: Adam's steps are projected then, as in LESS.
+        loss_fn: per-example losses of a model that is no language model.
+
+    Raises:
+        InputError: the state is of another model, or a dimension that has no near divisors.
+
+    Attributes:
+        flops: FLOPs of projecting one token.
     """
 
     def __init__(
-        self, projector: GradientProjector, encoder: ChatEncoder, pad_id: int, batch_tokens: int, uncompiled: str = ""
+        self,
+        model: nn.Module,
+        dimension: int,
+        *,
+        seed: int = 0,
+        optimizer: AdamState | None = None,
+        loss_fn: LossFn = causal_lm_losses,
     ) -> None:
-        self.projector, self.encoder, self.uncompiled = projector, encoder, uncompiled
-        self._rows = RowRunner(lambda b: projector(b).float(), projector.device, pad_id, batch_tokens, "gradient")
+        self.model, self.dimension, self.optimizer, self.loss_fn = model, dimension, optimizer, loss_fn
+        self.layers = influence_layers(model)
+        if optimizer is not None:
+            check_state(optimizer, self.layers)
+        self._projections: dict[str, LayerProjection] = {}
+        self.flops = 0.0
+        for name, layer in self.layers.items():
+            m, n = weight_shape(layer)
+            weight = next(layer.parameters())
+            projection = LayerProjection.of(f"{seed}/{name}", (m, n), dimension, weight)
+            self._projections[name] = projection
+            a, b = len(projection.left), len(projection.right)
+            self.flops += 2.0 * (a * m + b * n + a * b) if optimizer is None else 2.0 * m * n
 
-    def __call__(
-        self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
-    ) -> ScoredWindow:
-        """The rows of the index.
+    noun = "gradient"
+    dtype = np.float32
 
-        Raises:
-            FloatingPointError: a gradient is not finite (the example is named).
-        """
-        encoded = self.encoder.encode(window) if encoded is None else encoded
-        features = np.zeros((len(window), self.projector.dimension), dtype=np.float32)
-        self._rows(window, encoded, features, progress)
+    @property
+    def columns(self) -> int:
+        """Numbers per example."""
+        return self.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are to be."""
+        return next(self.model.parameters()).device
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return features of a batch of candidates [B, D], in float32 or better, and losses [B]."""
+        parts: list[Tensor] = []
+
+        def sink(name: str, h: Tensor, delta: Tensor) -> None:
+            projection, bias = self._projections[name], has_bias(self.layers[name])
+            if self.optimizer is None:
+                part = projection.of_tokens(h, delta, bias)
+            else:
+                part = torch.cat([projection.of_gradient(s) for s in adam_steps(h, delta, name, bias, self.optimizer)])
+            parts[:] = [parts[0].add_(part)] if parts else [part]  # one layer's features at a time
+
+        with frozen(self.model):
+            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+        return parts[0].flatten(1), losses
+
+    def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
+        """Note what was done for examples of some lengths."""
+        stats.contraction_flops = sum(lengths) * self.flops
+
+    def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
+        """Return the rows of the index of some examples, from their features [N, D], NaN where there are none."""
+        features = np.nan_to_num(numbers)
         norms = np.linalg.norm(features, axis=1)
         features /= np.where(norms > 0, norms, 1)[:, None]
         unscored = np.array([example.supervised == 0 for example in encoded])
-        table = pa.table(
+        return pa.table(
             {
                 "id": pa.array([example.id for example in window], pa.string()),
                 "source": pa.array([example.source for example in window], pa.string()),
@@ -76,24 +128,40 @@ class WindowProjector:
                 SUPERVISED: pa.array([example.supervised for example in encoded], pa.int32()),
                 "norm": pa.array(norms, pa.float32(), mask=unscored),
                 "gradient": pa.FixedSizeListArray.from_arrays(
-                    pa.array(features.astype(np.float16).ravel()), self.projector.dimension
+                    pa.array(features.astype(np.float16).ravel()), self.dimension
                 ),
             }
         )
-        stats = ScoringStats.of(encoded)
-        scored = sum(len(example.input_ids) for example in encoded if example.supervised)
-        stats.contraction_flops = scored * self.projector.flops
-        stats.uncompiled, stats.batch_tokens = self.uncompiled, self._rows.batch_tokens
-        return table, stats
+
+    def project(self, query: TaskGradient) -> Tensor:
+        """Return features of a task's validation gradients: [1, D] of their mean, [V, D] of its examples one by one.
+
+        Args:
+            query: from `GradientEstimator.validation_gradients`.
+        """
+        rows = [query] if isinstance(query, dict) else query
+        return torch.stack([self._features(row).flatten() for row in rows])
+
+    def _features(self, gradient: Any) -> Tensor:
+        total: Tensor | None = None
+        for name, projection in self._projections.items():
+            if name not in gradient:
+                continue
+            part = gradient[name]
+            dense = isinstance(part, LayerGradient)
+            features = projection.of_gradient(part) if dense else projection.of_low_rank(part)
+            total = features if total is None else total + features
+        assert total is not None
+        return total
 
 
 def write_index(
-    make: Callable[[], WindowProjector],
+    make: Callable[[], WindowWorker],
     pool: Iterable[Example],
     folder: Path,
     description: Mapping[str, Any],
     *,
-    window: int,
+    window: int = WINDOW,
     progress: Advance | None = None,
     engine: Engine = local_engine,
 ) -> ScoringStats:
@@ -155,8 +223,8 @@ class GradientIndex:
         file = folder / DESCRIPTION
         if not file.is_file():
             begun = (folder / IDENTITY).is_file()
-            mend = "is not whole; the same `iprox index` command goes on with it" if begun else "is no index"
-            raise InputError(f"{folder}: {mend}")
+            what = "is not whole; the same `iprox index` command resumes it" if begun else "is no index"
+            raise InputError(f"{folder}: {what}")
         return cls(folder, json.loads(file.read_text(encoding="utf-8")))
 
     @property
@@ -176,19 +244,19 @@ class GradientIndex:
 
     def scores(
         self,
-        queries: Mapping[str, ApartQuery],
+        queries: Mapping[str, TaskGradient],
         projector: GradientProjector,
         normalize: Normalize = "none",
         *,
         by_example: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[ScoredWindow]:
-        """Scores of its examples, one scores table a window with what had been read for it.
+        """Yield the scores of its examples, one scores table per window with what had been read for it.
 
-        2D FLOPs and 2D bytes an example and query, so it runs at the speed of the disk or the memory.
+        2D FLOPs and 2D bytes per example and query, so it runs at the speed of the disk or the memory.
 
         Args:
-            queries: by task, from `iprox.influence.scoring.task_queries`.
+            queries: by task, from `GradientEstimator.validation_gradients`.
             projector: of the model, dimension and seed that the index is of.
             normalize: `none`; `cosine` divides by the norms of the features.
             by_example: keep the scores by validation example too.
@@ -197,7 +265,7 @@ class GradientIndex:
         parts = [projector.project(query).float() for query in queries.values()]
         widths = [len(part) for part in parts]
         Q = torch.cat(parts)
-        # A task's own score is of its mean gradient; see `BatchScorer.weights`.
+        # A task's own score is of its mean gradient; see `Scorer.weights`.
         weights = [np.full(width, 1 / width) for width in widths]
         if normalize == "cosine":
             weights = [_of_mean(part) for part in parts]
@@ -222,7 +290,7 @@ class GradientIndex:
 
 
 def _of_mean(features: Tensor) -> np.ndarray:
-    """‖f_v‖/V‖f̄‖ of features [V, D]: what their cosines sum to the cosine with their mean with."""
+    """Return the weights ‖f_v‖/V‖f̄‖ that combine cosines with features [V, D] into the cosine with their mean."""
     mean = features.mean(0).norm()
     norms = features.norm(dim=1) / mean if mean > 0 else torch.ones(len(features))
     return norms.double().cpu().numpy() / len(features)

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from iprox.influence.gradients import LowRankGradient
 from iprox.kronecker.eigen import EigenBasis
 from iprox.kronecker.moments import append_ones
+from iprox.models.layers import weight_shape
 from iprox.models.precision import accumulation_dtype
 
 # Random columns that an example's gradient is multiplied with to find the bases; together they are to span a layer.
@@ -82,47 +83,18 @@ class SharedQueries:
     norms: Tensor
     kept: Tensor
 
+    def of_layer(self, name: str, layer: nn.Module) -> SharedQuery:
+        """Return the examples' gradients in one layer, of rank 0 where it holds next to nothing."""
+        if name in self.layers:
+            return self.layers[name]
+        (m, n), weight = weight_shape(layer), next(layer.parameters())
+        cores = weight.new_zeros(len(self.norms), 0, dtype=accumulation_dtype(weight))
+        return SharedQuery(weight.new_zeros(m, 0), weight.new_zeros(n, 0), cores, bias=False)
+
     def mean_norm(self) -> float:
         """Return the norm of the mean gradient, without what the bases leave out. Vrs FLOPs per layer."""
         squares = [query.cores.mean(0).double().square().sum().item() for query in self.layers.values()]
         return sum(squares) ** 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class TasksQuery:
-    """The examples of several tasks in one layer, each task in bases of its own.
-
-    One pair of bases for all tasks would cost less per token, and far more memory: it is wider, and every core is as
-    large as its square.
-
-    Attributes:
-        tasks: the layer's query of each task; None where the layer holds next to nothing of it.
-        widths: examples of each task.
-    """
-
-    tasks: tuple[SharedQuery | None, ...]
-    widths: tuple[int, ...]
-
-    @property
-    def flops(self) -> float:
-        """FLOPs per token."""
-        return sum(query.flops for query in self.tasks if query is not None)
-
-    @property
-    def example_flops(self) -> float:
-        """FLOPs per candidate."""
-        return sum(query.example_flops for query in self.tasks if query is not None)
-
-    def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
-        """Return `SharedQuery.contract` of all tasks side by side, [B, ΣV], or [B, L, ΣV] by token."""
-        shape = delta.shape[:2] if by_token else delta.shape[:1]
-        columns = [
-            torch.zeros(*shape, width, dtype=accumulation_dtype(h), device=h.device)
-            if query is None
-            else query.contract(h, delta, by_token)
-            for query, width in zip(self.tasks, self.widths, strict=True)
-        ]
-        return torch.cat(columns, dim=-1)
 
 
 class _Layer:
@@ -186,7 +158,7 @@ def shared_queries(
     memory for one whole gradient and the cores.
 
     Args:
-        examples: whole gradients of a task's examples by layer (`iprox.influence.example_gradients` with keep 1).
+        examples: whole gradients of a task's examples by layer (`iprox.influence.validation_gradients` with keep 1).
         keep: share of the Frobenius norm that the bases hold, over all layers and examples together; each example
             counts alike, whatever its norm. Directions are dropped in the order of what they hold per FLOP.
         curvature: by layer, in whose eigenbasis (F + λI)⁻¹ is applied; layers it lacks are left as they are.

@@ -7,13 +7,11 @@ cent of a model of useful size. P below is the number of parameters of the layer
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 from torch import nn
 
 from iprox.models.experts import SplitExperts
 from iprox.models.layers import (
-    GradientSpace,
     compressible_layers,
     influence_layers,
     low_rank_layers,
@@ -47,15 +45,14 @@ def active_shares(model: nn.Module) -> dict[str, float]:
 
 
 def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Of layers or their factors, by name, the share of tokens that pass through: 1, but of experts' k/E."""
+    """Return by layer the share of tokens that pass through: 1, but of experts' k/E."""
     shares = active_shares(model)
-    # A factor has the share of its layer.
-    return {name: shares.get(name, shares.get(name.rpartition(".")[0], 1.0)) for name in names}
+    return {name: shares.get(name, 1.0) for name in names}
 
 
-def layers_of(model: nn.Module, gradient: GradientSpace) -> list[tuple[int, int, float]]:
-    """(m, n) of each layer that influence is of, and the share of tokens that pass through it."""
-    layers = influence_layers(model, gradient)
+def layers_of(model: nn.Module) -> list[tuple[int, int, float]]:
+    """Return (m, n) of each layer whose gradients make up influence, and the share of tokens that pass through it."""
+    layers = influence_layers(model)
     shares = layer_shares(model, layers)
     return [(*weight_shape(layer), shares[name]) for name, layer in layers.items()]
 
@@ -66,9 +63,9 @@ def head_flops(model: nn.Module) -> float:
     return 0.0 if weight is None else 2.0 * weight.numel()
 
 
-def contraction_flops(model: nn.Module, gradient: GradientSpace) -> float:
-    """Contracting one token's δ and h with one task's gradient: 2mn a layer, of the gradient space chosen."""
-    return sum(2.0 * m * n * share for m, n, share in layers_of(model, gradient))
+def contraction_flops(model: nn.Module) -> float:
+    """Return the FLOPs of contracting one token's δ and h with one task's whole gradient: 2mn per layer."""
+    return sum(2.0 * m * n * share for m, n, share in layers_of(model))
 
 
 def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
@@ -87,41 +84,6 @@ def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: f
 def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
     """Return the FLOPs of one forward pass over some examples, the head on supervised tokens."""
     return tokens * forward_flops(model) + supervised * head_flops(model)
-
-
-def curvature_flops(
-    model: nn.Module,
-    gradient: GradientSpace,
-    tokens: int,
-    supervised: int,
-    curvature: Literal["ek-fac", "k-fac", "datainf"],
-    tasks: int,
-) -> float:
-    """Curvature of an influence function, and its division of every task's gradient.
-
-    K-FAC: a forward pass to draw labels, a forward and a backward pass, 2m² + 2n² a layer and token; then two
-    eigendecompositions, 9m³ + 9n³, and 4mn(m+n) a task. EK-FAC: the same passes and products again, in the basis,
-    and 2mn. DataInf: two readings without drawing, norms in each (2mn at most), and in the second 4mn a task.
-
-    Args:
-        model: where it is measured.
-        gradient: of a proxy: of its factors, or of its layers as if dense.
-        tokens: of the sample.
-        supervised: tokens among them.
-        curvature: which.
-        tasks: whose gradients are divided.
-    """
-    layers = layers_of(model, gradient)
-    drawing = forward_pass_flops(model, tokens, supervised)
-    reading = 2 * drawing
-    weights = sum(2.0 * m * n * share for m, n, share in layers)
-    if curvature == "datainf":
-        return 2 * reading + tokens * (2 + 2 * tasks) * weights
-    squares = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers)
-    bases = sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
-    solves = tasks * sum(4.0 * m * n * (m + n) for m, n, _ in layers)
-    once = drawing + reading + tokens * squares
-    return bases + solves + (once if curvature == "k-fac" else 2 * once + tokens * weights)
 
 
 def linear_parameters(model: nn.Module) -> int:
@@ -151,7 +113,7 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     the probe in 0 passes; for methods that need one side's only, and for sketches, this is an upper bound.
     """
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
-    moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model, "weight"))
+    moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model))
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
     factorize = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
     reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
-
-GradientSpace = Literal["factors", "weight"]
 
 
 class LowRankLinear(nn.Module):
@@ -127,24 +123,13 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
-def influence_layers(model: nn.Module, gradient: GradientSpace = "factors") -> dict[str, nn.Module]:
-    """The modules whose weight gradients make up influence (docs/method.md, "Which gradient of the proxy").
+def influence_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules whose weight gradients make up influence, by name.
 
-    Every dense compressible layer counts as itself. A low-rank layer counts as its two factors (`factors`),
-    or as one layer with the gradient it would have if it were dense (`weight`).
-
-    Args:
-        model: any model, dense or low-rank.
-        gradient: `factors` or `weight`; the same thing on a model without low-rank layers.
+    Every dense compressible layer counts as itself, and a low-rank layer as one layer with the gradient that it would
+    have if it were dense.
     """
-    layers = compressible_layers(model)
-    for name, layer in low_rank_layers(model).items():
-        if gradient == "weight":
-            layers[name] = layer
-        else:
-            layers[f"{name}.up"] = layer.up
-            layers[f"{name}.down"] = layer.down
-    return layers
+    return {**compressible_layers(model), **low_rank_layers(model)}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

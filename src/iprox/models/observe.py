@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iprox.errors import InputError
-from iprox.models.compiled import Watcher, wire_of
+from iprox.models.compiled import wire_of
 from iprox.models.cpu.attention import fast_attention
 
 # (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that sees only some tokens (an
@@ -62,7 +63,12 @@ def observe(
         sink: function to call.
         counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
         positions: B and L once they are known, by which layers that are given [B·L, n] are told apart.
+
+    Raises:
+        InputError: in the backward pass: a layer is used twice, or its rows cannot be told apart by example.
     """
+
+    seen: set[str] = set()
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -72,22 +78,26 @@ def observe(
             if starts:
                 output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
             h, routing = inputs[0].detach(), _routing.get()
-            output.register_hook(lambda delta: told(name, h, delta, routing))
+            output.register_hook(partial(told, name, h, routing=routing))
             # What follows may be written in place, which a tensor that starts a graph does not allow.
             return output.clone() if starts else None
 
         return hook
 
     def told(name: str, h: Tensor, delta: Tensor, routing: _Routing | None = None) -> None:
-        sink(name, *(_by_example(name, x, routing, counted, positions) for x in (h, delta)))
-
-    def wired_watch(name: str) -> Watcher:
-        return lambda h, delta: told(name, h, delta)
+        if name in seen:
+            raise InputError(
+                f"{name}: is used more than once in a pass, and its gradient is a sum over all uses, which iprox does "
+                "not form; it scores models that use each linear layer once"
+            )
+        seen.add(name)
+        h, delta = (_by_example(name, x, routing, counted, positions) for x in (h, delta))
+        sink(name, h, delta)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
             if (wire := wire_of(layer)) is not None:
-                wire.watchers[layer] = wired_watch(name)
+                wire.watchers[layer] = partial(told, name)
                 stack.callback(wire.watchers.pop, layer)
             else:
                 stack.callback(layer.register_forward_hook(watch(name)).remove)
@@ -193,23 +203,13 @@ def watched_backward(
         InputError: a layer is used twice, or its rows cannot be told apart by example.
     """
     positions: list[int] = []
-    met: set[str] = set()
 
     def note(_module: nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         positions[:] = options["input_ids"].shape if "input_ids" in options else ()
 
-    def once(name: str, h: Tensor, delta: Tensor) -> None:
-        if name in met:
-            raise InputError(
-                f"{name}: is used more than once in a pass, and its gradient is a sum over all uses, which iprox does "
-                "not form; it scores models that use each linear layer once"
-            )
-        met.add(name)
-        sink(name, h, delta)
-
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with torch.enable_grad(), observe(layers, once, counted, positions):
+        with torch.enable_grad(), observe(layers, sink, counted, positions):
             per_example = losses()
             per_example.sum().backward()
     finally:

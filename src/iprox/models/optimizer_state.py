@@ -82,8 +82,8 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
     file = Path(folder) / OPTIMIZER_FILE
     if not file.is_file():
         raise InputError(
-            f"{file}: the estimator adam needs the optimizer's state of this checkpoint; `iprox warmup "
-            "--optimizer-state`, or a run with influence.estimator: adam, keeps it"
+            f"{file}: the estimator less needs the optimizer's state of this checkpoint; `iprox warmup "
+            "--optimizer-state`, or a run with influence.estimator: less, keeps it"
         )
     found: dict[str, dict[str, Moments]] = {"weight": {}, "bias": {}}
     try:

@@ -10,21 +10,20 @@ import torch
 from transformers import PreTrainedModel
 
 from iprox.data import Encoded
+from iprox.influence.estimators.base import Estimator, QueryTokens
+from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.gradients import norm_flops
-from iprox.influence.scoring import NORM_SKETCH
+from iprox.influence.scorer import NORM_SKETCH
 from iprox.models import flops
 from iprox.models.loading import skeleton
 from iprox.proxy.size import Size
-from iprox.settings import CURVED, InfluenceSection, Recipe
-from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
+from iprox.settings import InfluenceSection, Recipe
 
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
 KEPT_BY_FIDELITY = 0.5
 # What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones, and an influence function's that
 # keep 0.98: estimates, as their ranks are known only once they are made.
 LOW_RANK_QUERY, CURVED_QUERY = 0.02, 0.3
-# The same for the 0.95 that a target keeps of them where a proxy is watched on held-out rows.
-WATCHED_QUERY = 0.06
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class Costs:
     ) -> Costs:
         """Of a recipe for a model and encoded validation sets."""
         read, influence = QueryTokens.of(validation), recipe.influence
-        curved = min(influence.curvature_examples, rows.total) if influence.estimator in CURVED else 0
+        curved = min(influence.curvature_examples, rows.total) if influence.traits.curvature else 0
         queried = QueryTokens(read.tasks, read.tokens, read.supervised, *rows.read(curved))
         return cls(recipe, model, rows, queried, 2 if dtype == torch.bfloat16 else 4)
 
@@ -77,6 +76,11 @@ class Costs:
     def influence(self) -> InfluenceSection:
         """How influence is scored."""
         return self.recipe.influence
+
+    @property
+    def estimator(self) -> Estimator:
+        """What makes the scorers."""
+        return estimator_of(self.influence)
 
     @property
     def checkpoints(self) -> int:
@@ -134,12 +138,12 @@ class Costs:
     @cached_property
     def queries(self) -> float:
         """FLOPs of the validation gradients at one checkpoint, taken on the target."""
-        return query_flops(self.model, self.influence, self.queried)
+        return self.estimator.query_flops(self.model, self.queried)
 
     @cached_property
     def whole_contraction(self) -> float:
         """FLOPs a token of meeting every task's whole gradient on the target."""
-        return self.queried.tasks * flops.contraction_flops(self.model, self.influence.gradient)
+        return self.queried.tasks * flops.contraction_flops(self.model)
 
     @cached_property
     def norms(self) -> tuple[float, float]:
@@ -151,21 +155,20 @@ class Costs:
             return 0.0, 0.0
         mean = self.rows.tokens
         shapes: dict[float, list[tuple[int, int]]] = {}
-        for m, n, part in flops.layers_of(self.model, "weight"):
+        for m, n, part in flops.layers_of(self.model):
             shapes.setdefault(part, []).append((m, n))
 
         def of(sketch: int) -> float:
             parts = (norm_flops(each, [mean * part], sketch if part == 1 else 0) for part, each in shapes.items())
             return sum(parts) / mean
 
-        sketch = NORM_SKETCH if self.influence.norm_sketch is None else self.influence.norm_sketch
-        return of(0), of(sketch if self.recipe.proxy else 0)
+        return of(0), of(NORM_SKETCH if self.recipe.proxy else 0)
 
     @property
     def query_cost(self) -> float:
         """What meeting validation gradients costs beside meeting whole ones."""
-        norm = self.influence.query_norm
-        return 1.0 if norm == 1 or (norm is None and not self.recipe.proxy) else self._cut_cost
+        kept = self.influence.of_tasks.kept_norm(on_proxy=bool(self.recipe.proxy))
+        return 1.0 if kept == 1 else self._cut_cost
 
     @property
     def _cut_cost(self) -> float:
@@ -174,7 +177,7 @@ class Costs:
     @property
     def formed(self) -> bool:
         """Whether candidates' gradients are formed whole, so that their norms are to be had for nothing."""
-        return self.influence.estimator == "adam"
+        return self.influence.traits.optimizer
 
     @cached_property
     def contraction(self) -> float:
@@ -185,7 +188,7 @@ class Costs:
     def on_target(self) -> float:
         """FLOPs of scoring the pool on the target with gradients made low-rank, and norms, as a proxy's are."""
         tokens, supervised = self.rows.read(self.rows.total * self.checkpoints)
-        passes = candidate_flops(self.model, self.influence, tokens, supervised, tokens * self.contraction)
+        passes = self.estimator.candidate_flops(self.model, tokens, supervised, tokens * self.contraction)
         return passes + self.checkpoints * self.queries
 
     @cached_property
@@ -193,21 +196,21 @@ class Costs:
         """FLOPs of the target's own scores of the pool, of whole gradients and exact norms."""
         own = self.whole_contraction + (0.0 if self.formed else self.norms[0])
         tokens, supervised = self.rows.read(self.rows.total * self.checkpoints)
-        return candidate_flops(self.model, self.influence, tokens, supervised, tokens * own)
+        return self.estimator.candidate_flops(self.model, tokens, supervised, tokens * own)
 
     @cached_property
     def per_row(self) -> float:
         """FLOPs of scoring a row of mean length on the proxy, or on the target where there is none."""
         rows, influence = self.rows, self.influence
-        if influence.gradient_free:
-            head = rows.supervised * self.head if influence.estimator == "perplexity" else 0.0
-            return rows.tokens * self.kept * self.forward + head if influence.runs_model else 0.0
+        if not influence.traits.gradients:
+            tokens, supervised = self.rows.read(self.rows.total)
+            on_target = self.estimator.candidate_flops(self.model, tokens, supervised, 0.0)
+            removed = (1 - self.kept) * self.forward * tokens if influence.traits.model else 0.0
+            return (on_target - removed) / self.rows.total
         contraction = self.contraction
-        if self.recipe.proxy and influence.gradient == "factors":
-            contraction -= (1 - self.kept) * self.whole_contraction * self.query_cost
         if self.formed:
             # A gradient a candidate, whatever the number of tasks; on a proxy of the target's shapes.
-            contraction = flops.contraction_flops(self.model, "weight")
+            contraction = flops.contraction_flops(self.model)
         return rows.tokens * (2 * self.kept * self.forward + contraction) + rows.supervised * 2 * self.head
 
     def watching(self, rows: int, proxies: int) -> float:
@@ -215,9 +218,8 @@ class Costs:
         tokens, supervised = self.rows.read(min(rows, self.rows.total))
         cut = self.influence.query_norm != 1
         exact_norms, norms = self.norms
-        on_target = self.whole_contraction * (WATCHED_QUERY if cut and not self.queried.curvature_tokens else 1)
-        cost = flops.scoring_flops(self.model, tokens, supervised, tokens * (on_target + exact_norms))
+        cost = flops.scoring_flops(self.model, tokens, supervised, tokens * (self.whole_contraction + exact_norms))
         per_token = 2 * self.kept * self.forward + self.whole_contraction * (self._cut_cost if cut else 1) + norms
         cost += proxies * (tokens * per_token + supervised * 2 * self.head)
-        fixed = self.influence.gradient == "weight" and self.influence.query == "target"  # else anew for each proxy
+        fixed = self.influence.query == "target"  # else for each proxy again
         return cost + (1 if fixed else 1 + proxies) * self.queries

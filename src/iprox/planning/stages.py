@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from iprox.audits.removal import removed_count, trainings_without
+from iprox.influence.attribution import why_not_attributed
 from iprox.models import flops
 from iprox.planning.costs import Costs
 from iprox.proxy.align import EVALUATIONS
@@ -14,7 +15,6 @@ from iprox.proxy.search import most_tries
 from iprox.run.steps import ATTRIBUTED
 from iprox.session import share
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AlignSection, TrainingSection
-from iprox.stages.attribution import why_not_attributed
 
 
 class Work(NamedTuple):

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from iprox.aggregation import weighted
 from iprox.errors import InputError, one_line
-from iprox.influence.aggregate import weighted
-from iprox.influence.scores import SUPERVISED
 from iprox.report.examples import ShadedToken, read_shading
+from iprox.scores import SUPERVISED
 
 TASK_PREFIX = "influence/"
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from iprox.data import Example, Pool
+from iprox.data.sampling import draw_rows
+from iprox.influence.job import Checkpoint
 from iprox.models.loading import checkpoint_fingerprint
 from iprox.run.folder import RunFolder, StageRecord, environment, key_of, write_json
-from iprox.session import AT_LEAST, Session, draw_rows
+from iprox.session import AT_LEAST, Session
 from iprox.settings import Settings
-from iprox.stages import scoring
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class Run:
     rows: dict[str, list[int]] = field(default_factory=dict)
     targets: list[tuple[str, float]] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
-    scored: list[scoring.ScoredModel] = field(default_factory=list)
+    scored: list[Checkpoint] = field(default_factory=list)
     scores: Path | None = None
     selected: list[Example] | None = None
     keys: dict[str, str] = field(default_factory=dict)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from iprox.data import Example, Pool
-from iprox.influence.ray_engine import ray_engine
-from iprox.influence.windows import Engine
+from iprox.engine.ray import ray_engine
+from iprox.engine.stream import Engine
+from iprox.influence.attribution import why_not_attributed
+from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.registry import estimator_of
+from iprox.influence.job import Checkpoint
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
@@ -22,7 +27,6 @@ from iprox.session import pool_of, share, tasks_of
 from iprox.settings import OF_GRADIENTS
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
 from iprox.stages.held_out import HeldOutRows
-from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
 
 # Of the rows that the report shows, how many are scored again, token by token, to be shaded.
 ATTRIBUTED = 120
@@ -37,7 +41,7 @@ def warm_up(run: Run) -> None:
         return
     rows = run.draw("warmup", settings.examples(run.total))
     folder = run.folder.warmup
-    adam = run.settings.influence.estimator == "adam"
+    adam = run.settings.influence.traits.optimizer
     kept = [folder / entry["path"] for entry in _checkpoints(run)]
     # The optimizer's state changes no checkpoint, so it is in no key: a run without it lacks an output.
     states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []
@@ -162,7 +166,7 @@ def audit(run: Run) -> None:
         return
     rows = run.draw("audit", settings.sample)
     influence = run.settings.influence
-    pairs = [(path, proxy, rate) for (path, rate), proxy in zip(run.targets, run.proxies, strict=True)]
+    pairs = [replace(each, target=path) for each, (path, _) in zip(_scored_models(run), run.targets, strict=True)]
     folder = run.folder.audit
     audited = run.stage(
         "audit",
@@ -199,25 +203,26 @@ def score(run: Run) -> None:
     run.scores = run.folder.scores
 
 
-def _scored_models(run: Run) -> list[scoring.ScoredModel]:
+def _scored_models(run: Run) -> list[Checkpoint]:
     proxy, influence = run.settings.proxy, run.settings.influence
-    from_target = proxy and proxy.factorized and influence.query == "target" and not influence.gradient_free
-    adam = influence.estimator == "adam"
+    from_target = proxy and proxy.factorized and influence.query == "target" and influence.traits.gradients
+    adam = influence.traits.optimizer
     return [
-        scoring.ScoredModel(model, rate, path if from_target else None, path if adam else None)
+        Checkpoint(model, rate, path if from_target else None, path if adam else None)
         for model, (path, rate) in zip(run.proxies or [path for path, _ in run.targets], run.targets, strict=True)
     ]
 
 
 def cost_of_scoring(run: Run) -> None:
     """Record what scoring cost on the proxy, and what it would have cost on the target, all construction counted."""
-    entry, influence = run.record["stages"]["score"], run.settings.influence
+    entry = run.record["stages"]["score"]
     target = skeleton(run.model, trust_remote_code=run.settings.trust_remote_code)
     checkpoints = entry["checkpoints"]
     # The contraction is charged to the target as it was to the proxy: the same low-rank gradients, and sketched norms.
     supervised = entry["supervised"] * checkpoints
-    on_target = candidate_flops(target, influence, entry["tokens"], supervised, entry["contraction_flops"])
-    on_target += checkpoints * query_flops(target, influence, QueryTokens(**entry["query_tokens"]))
+    estimator = estimator_of(run.settings.influence)
+    on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
+    on_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
     construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],
@@ -239,8 +244,8 @@ def refine(run: Run) -> None:
     assert run.scores is not None  # an earlier stage, or the command, has named them
     scores, folder = run.scores, run.folder.refined
     influence = run.settings.influence.model_copy(update={"query_norm": None})  # as a model itself is asked
-    adam = influence.estimator == "adam"
-    models = [scoring.ScoredModel(path, rate, None, path if adam else None) for path, rate in run.targets]
+    adam = influence.traits.optimizer
+    models = [Checkpoint(path, rate, None, path if adam else None) for path, rate in run.targets]
 
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([run.common_key(), run.keys])}
@@ -327,8 +332,8 @@ def report(run: Run) -> None:
 
 def _attribute(run: Run) -> None:
     settings = run.settings.influence
-    on = skeleton(run.scored[0].path, trust_remote_code=run.settings.trust_remote_code)
-    why = attribution.why_not_attributed(settings, on)
+    on = skeleton(run.scored[0].read_by[0], trust_remote_code=run.settings.trust_remote_code)
+    why = why_not_attributed(settings, on)
     if why is not None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report shades no tokens: {why}")

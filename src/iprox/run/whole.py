@@ -13,9 +13,9 @@ import yaml
 
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
+from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, write_text
-from iprox.influence.ray_engine import check_ray
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton

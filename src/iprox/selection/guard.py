@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from iprox.data.tokens import Lengths, ValidationLengths
-from iprox.influence.scores import scores_metadata, supervised_column, task_names
+from iprox.scores import scores_metadata, supervised_column, task_names
 from iprox.selection.duplicates import NearDuplicates, Texts
-from iprox.settings import GRADIENT_FREE, SelectSection
+from iprox.settings import ESTIMATORS, InfluenceSection, SelectSection
 
 # Ratio from which two median lengths are far apart.
 SEVERAL = 3.0
@@ -227,9 +227,10 @@ class Setting:
 
 
 def _length_setting(settings: SelectSection, made_by: Mapping[str, Any]) -> Setting | None:
-    """Return the setting most likely to bring the lengths closer; None where all are set already."""
-    if made_by.get("estimator") in GRADIENT_FREE:
-        return Setting("influence", "estimator", "influence-function")
+    """The setting that is likeliest to bring lengths nearer; None where all are set already."""
+    traits = ESTIMATORS.get(str(made_by.get("estimator")))
+    if traits is not None and not traits.gradients:
+        return Setting("influence", "estimator", InfluenceSection().estimator)
     if made_by.get("normalize") == "none":
         return Setting("influence", "normalize", "cosine")
     if settings.strategy != "round-robin":

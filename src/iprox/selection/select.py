@@ -10,10 +10,9 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
+from iprox.aggregation import equal_scores, no_scores, nothing_ranked, weighted
 from iprox.errors import InputError
-from iprox.influence.aggregate import weighted
-from iprox.influence.ranking import equal_scores, no_scores, nothing_ranked
-from iprox.influence.scores import (
+from iprox.scores import (
     AGGREGATE,
     TASK_PREFIX,
     ExampleScores,

@@ -98,7 +98,7 @@ def align_proxy(
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0, asked=asked)
     if watched is not None and held_out is not None:
-        spent += watching_flops(target, [proxy] * len(history.held_out), watched, held_out.influence)
+        spent += watching_flops(target, [proxy] * len(history.held_out), watched)
     return {
         "tokens": history.tokens,
         "flops": spent,

@@ -117,7 +117,7 @@ def _search(
     record: StageRecord = {
         "tries": [asdict(each) for each in tries],
         "further": cost_of(FURTHER, tries),
-        "flops": watching_flops(target, [proxy] * len(tries), watched, held_out.influence),
+        "flops": watching_flops(target, [proxy] * len(tries), watched),
     }
     return proxy, report, record
 

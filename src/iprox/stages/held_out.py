@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
-from iprox.models import flops
+from iprox.influence.job import Checkpoint
 from iprox.models.layers import low_rank_layers
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import InfluenceSection
-from iprox.stages.query_cost import QueryTokens, query_flops
-from iprox.stages.scoring import curvature_sample, scoring_settings
+from iprox.stages.scoring import job_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +21,10 @@ class HeldOutRows:
     """What fidelity is measured on while a proxy is made.
 
     Attributes:
-        examples: that are not aligned on.
+        examples: examples that are not aligned on.
         validation: validation sets by task.
         influence: how candidates will be scored.
-        pool: where an influence function takes the examples that it measures curvature on.
+        pool: what curvature is measured on.
     """
 
     examples: Sequence[Example]
@@ -41,7 +40,7 @@ def held_out_fidelity(
     encoder: ChatEncoder,
     held_out: HeldOutRows,
 ) -> HeldOutFidelity:
-    """Fidelity on held-out rows, with what the target says of them measured now.
+    """Return the fidelity on held-out rows, with the target's scores of them measured now.
 
     Args:
         session: how to compute.
@@ -51,27 +50,21 @@ def held_out_fidelity(
         held_out: the rows.
     """
     settings = held_out.influence
+    encoded = encode_validation(encoder, dict(held_out.validation))
     return HeldOutFidelity(
-        target,
+        job_of(session, settings, [Checkpoint(target)], encoded, encoder, held_out.pool),
         encoder.encode(held_out.examples),
-        encode_validation(encoder, dict(held_out.validation)),
-        0,
-        scoring_settings(session, settings),
         query_on_target=settings.query == "target" and (proxy is None or bool(low_rank_layers(proxy))),
-        sample=curvature_sample(session, held_out.pool, encoder, settings),
     )
 
 
-def watching_flops(
-    target: PreTrainedModel, proxies: Sequence[PreTrainedModel], watched: HeldOutFidelity, settings: InfluenceSection
-) -> float:
-    """Of validation gradients and curvature, the target's scores of the held-out rows, and each proxy's."""
+def watching_flops(target: PreTrainedModel, proxies: Sequence[PreTrainedModel], watched: HeldOutFidelity) -> float:
+    """Return the FLOPs of validation gradients and curvature, of the target's scores of the rows, and each proxy's."""
     tokens, supervised = tokens_of(watched.rows)
-    read = QueryTokens.of(watched.validation, watched.sample)
-    spent = query_flops(target, settings, read)
-    if not watched.fixed:
-        taken_on = (target if watched.query_on_target else proxy for proxy in proxies)
-        spent += sum(query_flops(model, settings, read) for model in taken_on)
-    on_target, on_proxy = watched.meeting_flops["target"], watched.meeting_flops["proxy"]
-    spent += flops.scoring_flops(target, tokens, supervised, on_target)
-    return spent + sum(flops.scoring_flops(proxy, tokens, supervised, on_proxy) for proxy in proxies)
+    estimator, read = watched.job.estimator, watched.job.read
+    spent = estimator.query_flops(target, read)
+    if not watched.query_on_target:
+        spent += sum(estimator.query_flops(proxy, read) for proxy in proxies)
+    for model, contraction in [(target, "target"), *((proxy, "proxy") for proxy in proxies)]:
+        spent += estimator.candidate_flops(model, tokens, supervised, watched.contraction_flops[contraction])
+    return spent

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
+from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
 from iprox.data.tokens import ValidationLengths
+from iprox.engine.shards import claim, merge_shards, write_shard
+from iprox.engine.stream import WINDOW, WindowWorker, compile_model, windows_of
 from iprox.errors import InputError
 from iprox.files import replacing
-from iprox.influence.estimators import ApartQuery
-from iprox.influence.index import GradientIndex, WindowProjector, unit_gradients, write_index
+from iprox.influence.estimators.base import GradientEstimator, Inputs
+from iprox.influence.estimators.registry import estimator_of
+from iprox.influence.gradients import TaskGradient
+from iprox.influence.index import GradientIndex, GradientProjector, unit_gradients, write_index
+from iprox.influence.job import Checkpoint, Job
 from iprox.influence.projection import sides
-from iprox.influence.projector import GradientProjector
-from iprox.influence.rows import fitting
-from iprox.influence.scoring import WINDOW, ScoringSettings, task_queries
-from iprox.influence.shards import claim, merge_shards, write_shards
-from iprox.influence.windows import compile_model, windows_of
 from iprox.models import flops
 from iprox.models.loading import skeleton
-from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.run.folder import StageRecord
-from iprox.session import Session, encode_validation, pad_id_of
+from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
-from iprox.stages.scoring import (
-    COMPILE_ROWS,
-    engine_of,
-    say_what_counts_for_nothing,
-    say_what_was_read,
-    scoring_settings,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedModel:
-    """What an index is of: the model's folder, and the folder of the optimizer's state for the estimator `adam`."""
-
-    path: str
-    warmed: str | None = None
+from iprox.stages.scoring import COMPILE_ROWS, engine_of, say_what_counts_for_nothing, say_what_was_read
 
 
 def build_index(
     session: Session,
-    model: IndexedModel,
+    checkpoint: Checkpoint,
     pool: Pool,
     output: Path,
     settings: InfluenceSection,
@@ -58,24 +43,23 @@ def build_index(
 
     Args:
         session: how to compute.
-        model: whose gradients.
+        checkpoint: the folder of the model whose gradients are projected.
         pool: the candidates.
         output: folder.
-        settings: `estimator` (`tracin` or `adam`), `gradient` and `compile` count.
-        dimension: numbers an example.
-        fingerprint: of the model's files.
+        settings: `estimator` counts, `tracin` or `less`.
+        dimension: numbers per example.
+        fingerprint: fingerprint of the model's files.
     """
     sides(dimension)
     summary = pool.scan()
-    encoder = session.encoder(model.path)
-    tokenizer = encoder.tokenizer
+    path = checkpoint.read_by[0]
+    encoder = session.encoder(path)
     compiled = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
     description = {
         "format": 2,
-        "model": str(Path(model.path).resolve()) if Path(model.path).exists() else model.path,
+        "model": str(Path(path).resolve()) if Path(path).exists() else path,
         "model_fingerprint": fingerprint,
         "estimator": settings.estimator,
-        "gradient": settings.gradient,
         "dimension": dimension,
         "seed": session.seed,
         "pool": summary.fingerprint,
@@ -88,25 +72,14 @@ def build_index(
         "compile": compiled,
         "window": WINDOW,
     }
-    load_adam = functools.partial(load_adam_state, model.warmed, session.device) if model.warmed else None
-    make = functools.partial(
-        _window_projector,
-        session.loader(model.path),
-        load_adam,
-        settings,
-        dimension,
-        session.seed,
-        encoder,
-        pad_id_of(tokenizer),
-        session.batch_tokens,
-        _first_with_loss(pool, encoder) if compiled else (),
-    )
+    job = _job(session, settings, [checkpoint], {}, encoder)
+    make = functools.partial(_worker, job, dimension, _first_with_loss(pool, encoder) if compiled else ())
     with session.reporter.bar("index", summary.rows, "rows") as progress:
         stats = write_index(
             make, pool, output, description, window=WINDOW, progress=progress, engine=engine_of(session)
         )
     say_what_was_read(session, stats, encoder)
-    counted = skeleton(model.path, trust_remote_code=session.trust_remote_code)
+    counted = skeleton(path, trust_remote_code=session.trust_remote_code)
     return {
         "flops": flops.scoring_flops(counted, stats.tokens, stats.supervised, stats.contraction_flops),
         "dimension": dimension,
@@ -116,47 +89,53 @@ def build_index(
     }
 
 
+def _job(
+    session: Session,
+    settings: InfluenceSection,
+    checkpoints: Sequence[Checkpoint],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+) -> Job:
+    """Make the job of an estimator that needs nothing of the pool."""
+    for path in (path for each in checkpoints for path in each.read_by):
+        session.note_adapter(path)
+    return Job(
+        settings=settings,
+        checkpoints=checkpoints,
+        validation=validation,
+        encoder=encoder,
+        seed=session.seed,
+        batch_tokens=session.batch_tokens,
+        load=session.load,
+    )
+
+
 def _first_with_loss(pool: Pool, encoder: ChatEncoder) -> list[Encoded]:
-    """An example to try a compiled model on; none where no example has a supervised token."""
+    """Return an example to try a compiled model on; none where no example has a supervised token."""
     for examples in windows_of(pool, 64):
         if found := [row for row in encoder.encode(examples) if row.supervised]:
             return found[:1]
     return []
 
 
-def _window_projector(
-    load: Callable[[], nn.Module],
-    load_adam: Callable[[], AdamState] | None,
-    settings: InfluenceSection,
-    dimension: int,
-    seed: int,
-    encoder: ChatEncoder,
-    pad_id: int,
-    batch_tokens: int,
-    trial: Sequence[Encoded],
-) -> WindowProjector:
-    """What a worker makes for itself (at module level, so that it can be sent to another process)."""
-    adam = None if load_adam is None else load_adam()
-    projector = GradientProjector(load(), dimension, settings.gradient, seed=seed, adam=adam)
+def _worker(job: Job, dimension: int, trial: Sequence[Encoded]) -> WindowWorker:
+    """Make what projects windows; also in another process."""
+    assert job.encoder is not None
+
+    def projector_of(inputs: Inputs) -> GradientProjector:
+        return GradientProjector(inputs.scored, dimension, seed=job.seed, optimizer=inputs.optimizer)
+
+    projector, batch_tokens = job.made(projector_of)
     uncompiled = ""
-    for batch in iter_batches(trial, batch_tokens, pad_id):
+    for batch in iter_batches(trial, batch_tokens, 0):
         uncompiled = compile_model(projector.model, projector, batch.to(projector.device))
-    return WindowProjector(projector, encoder, pad_id, batch_tokens, uncompiled)
-
-
-@dataclass(frozen=True, slots=True)
-class IndexQuery:
-    """An index to query, the model that it is of, its learning rate η, and the target of a proxy."""
-
-    index: GradientIndex
-    model: str
-    learning_rate: float = 1.0
-    target: str | None = None
+    return WindowWorker(projector, job.encoder, batch_tokens, uncompiled)
 
 
 def query_indexes(
     session: Session,
-    asked: Sequence[IndexQuery],
+    indexes: Sequence[GradientIndex],
+    checkpoints: Sequence[Checkpoint],
     validation: Mapping[str, Pool],
     output: Path,
     settings: InfluenceSection,
@@ -165,8 +144,9 @@ def query_indexes(
     """Score a pool by its index, or by those of several checkpoints of one model; writes `scores.parquet`.
 
     Args:
-        session: how to compute; `max_length` and the chat template are of the index.
-        asked: indexes of the same pool.
+        session: how to compute; `max_length` and the chat template are those of the index.
+        indexes: indexes of the same pool.
+        checkpoints: the model that each is of, in a folder.
         validation: validation sets by task.
         output: the file to write.
         settings: how influence is scored.
@@ -175,70 +155,56 @@ def query_indexes(
     Raises:
         InputError: the indexes are of different pools.
     """
-    first = asked[0].index
-    for other in asked[1:]:
-        if other.index.description["pool"] != first.description["pool"]:
-            raise InputError(f"{other.index.folder}: is of another pool than {first.folder}")
-    encoder = session.encoder(asked[0].model)
+    first = indexes[0]
+    for other in indexes[1:]:
+        if other.description["pool"] != first.description["pool"]:
+            raise InputError(f"{other.folder}: is of another pool than {first.folder}")
+    encoder = session.encoder(checkpoints[0].read_by[0])
     encoded = encode_validation(encoder, dict(validation))
     say_what_counts_for_nothing(session, encoded)
-    # An index holds what it holds: the queries are projected whole.
-    scoring = replace(scoring_settings(session, settings), query_norm=1.0)
+    # An index holds what it holds: validation gradients are projected whole.
+    whole = settings.model_copy(update={"query_norm": 1.0})
+    job = _job(session, whole, checkpoints, encoded, encoder)
     shards = output.with_name(output.name + ".shards")
     identity = {**identity, **ValidationLengths.of(encoded).as_metadata()}
     claim(shards, identity)
     columns = 0
-    with session.reporter.bar("query", first.rows * len(asked), "rows") as progress:
-        for number, query in enumerate(asked):
-            model = session.model(query.model)
-            target = session.model(query.target) if query.target else None
-            queries = _queries(session, model, target, encoded, scoring)
-            columns = sum(1 if isinstance(each, dict) else len(each) for each in queries.values())
-            about = query.index.description
-            projector = GradientProjector(model, about["dimension"], about["gradient"], seed=about["seed"])
-            scored = query.index.scores(
-                queries, projector, settings.normalize, by_example=scoring.aggregation.by_example, progress=progress
+    with session.reporter.bar("query", first.rows * len(indexes), "rows") as progress:
+        for number, index in enumerate(indexes):
+            (model, gradients), _ = job.made(_gradients, number)
+            columns = sum(1 if isinstance(each, dict) else len(each) for each in gradients.values())
+            projector = GradientProjector(model, index.dimension, seed=index.description["seed"])
+            scored = index.scores(
+                gradients, projector, settings.normalize, by_example=settings.by_example, progress=progress
             )
-            write_shards(shards, number, scored)
-    rates = [query.learning_rate for query in asked]
-    stats = merge_shards(shards, output, rates, scoring.aggregation, identity)
+            for window, (table, counted) in enumerate(scored):
+                write_shard(shards, number, window, table, counted)
+    stats = merge_shards(shards, output, job.learning_rates, identity)
     return {
-        "flops": 2.0 * first.dimension * columns * stats.rows * len(asked),
+        "flops": 2.0 * first.dimension * columns * stats.rows * len(indexes),
         "rows": stats.rows,
         "unscored": stats.unscored,
         "pool_tokens": stats.tokens,
-        "checkpoints": len(asked),
+        "checkpoints": len(indexes),
         "dimension": first.dimension,
         "tasks": list(encoded),
-        "query": "target" if asked[0].target else "own",
+        "query": "target" if checkpoints[0].target else "own",
         "labels": encoder.describe,
     }
 
 
-def _queries(
-    session: Session,
-    model: nn.Module,
-    target: nn.Module | None,
-    encoded: Mapping[str, Sequence[Encoded]],
-    scoring: ScoringSettings,
-) -> Mapping[str, ApartQuery]:
-    """Every task's validation gradients, in batches that fit in memory."""
-
-    def make(batch_tokens: int) -> Mapping[str, ApartQuery]:
-        batches = {
-            task: on_device(iter_batches(rows, batch_tokens, 0), session.device) for task, rows in encoded.items()
-        }
-        return cast(Mapping[str, ApartQuery], task_queries(model, batches, scoring, target=target, shared=False))
-
-    least = max(len(row.input_ids) for rows in encoded.values() for row in rows)
-    return fitting(make, session.batch_tokens, least)[0]
+def _gradients(inputs: Inputs) -> tuple[nn.Module, dict[str, TaskGradient]]:
+    """Return a checkpoint's model, and every task's validation gradients."""
+    estimator = estimator_of(inputs.settings)
+    assert isinstance(estimator, GradientEstimator)
+    return inputs.scored, estimator.validation_gradients(inputs)
 
 
 def export_faiss(index: GradientIndex, output: Path) -> int:
     """Write a FAISS index of an index's normalized gradients in half precision, its metric the inner product.
 
     FAISS's ids are row numbers of the pool; an example without a score is the zero vector. Like any flat FAISS index it
-    is in memory as a whole: 2D bytes an example.
+    is in memory as a whole: 2D bytes per example.
 
     Returns:
         The number of rows.

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from iprox.aggregation import TaskSpread, over_tasks
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.influence.aggregate import TaskSpread, over_tasks
-from iprox.influence.scores import (
+from iprox.run.folder import StageRecord, write_json
+from iprox.scores import (
     AGGREGATE,
     EXAMPLES_PREFIX,
     ROWS_AT_ONCE,
@@ -22,7 +23,6 @@ from iprox.influence.scores import (
     task_names,
     write_parts,
 )
-from iprox.run.folder import StageRecord, write_json
 from iprox.selection import best_rows
 from iprox.settings import SelectSection, rows_in_share
 from iprox.stages.selection import check_rows

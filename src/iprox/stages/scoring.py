@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from iprox.data import ChatEncoder, Encoded, Pool
 from iprox.data.tokens import ValidationLengths
-from iprox.influence.gradient_free import Corpus
-from iprox.influence.prefetch import prefetching_engine
-from iprox.influence.scoring import WINDOW, ScoringSettings, ScoringStats
-from iprox.influence.shards import ScoringCheckpoint, score_to_file
-from iprox.influence.windows import Engine, local_engine, windows_of
+from iprox.engine.shards import score_to_file
+from iprox.engine.stream import WINDOW, Engine, ScoringStats, local_engine, prefetching_engine
+from iprox.influence.job import Checkpoint, Job
 from iprox.models import flops
+from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import skeleton
-from iprox.models.optimizer_state import load_adam_state
 from iprox.run.folder import StageRecord, key_of
-from iprox.session import Session, draw_rows, encode_validation, pad_id_of
-from iprox.settings import CURVED, InfluenceSection
-from iprox.stages.query_cost import QueryTokens, candidate_flops, query_flops
+from iprox.session import Session, encode_validation
+from iprox.settings import InfluenceSection
 
 # Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
 COMPILE_ROWS = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class ScoredModel:
-    """A checkpoint to score on: its folder, its learning rate η, and the target its validation gradients come from.
-
-    `target` is None for a model that is scored with its own; `warmed` is the folder of the warm-up's checkpoint that
-    holds the optimizer's state, for the estimator `adam`.
-    """
-
-    path: str
-    learning_rate: float = 1.0
-    target: str | None = None
-    warmed: str | None = None
-
-    @property
-    def others(self) -> list[str]:
-        """What has to read the validation examples beside it."""
-        return [self.target] if self.target else []
-
-
 def score(
     session: Session,
-    models: Sequence[ScoredModel],
+    models: Sequence[Checkpoint],
     pool: Pool,
     validation: Mapping[str, Pool],
     output: Path,
@@ -63,74 +41,52 @@ def score(
     score that it would have there.
     """
     summary = pool.scan()
-    first = models[0].path
-    encoder = session.encoder(first, *models[0].others)
-    tokenizer = encoder.tokenizer
+    encoder = session.encoder(*models[0].read_by)
     encoded = encode_validation(encoder, dict(validation))
     say_what_counts_for_nothing(session, encoded)
-    compile_model = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
-    scoring = replace(scoring_settings(session, settings), compile=compile_model)
-    model = skeleton(first, trust_remote_code=session.trust_remote_code)
-    sample = curvature_sample(session, part_of or pool, encoder, settings)
-    corpus = _count_terms(session, part_of or pool, encoder) if settings.estimator == "bm25" else None
-    checkpoints = [
-        ScoringCheckpoint(
-            session.loader(model.path),
-            model.learning_rate,
-            session.loader(model.target) if model.target else None,
-            functools.partial(load_adam_state, model.warmed, session.device) if model.warmed else None,
-        )
-        for model in models
-    ]
+    job = job_of(session, settings, models, encoded, encoder, part_of or pool, rows=summary.rows)
+    model, source = (
+        skeleton(path, trust_remote_code=session.trust_remote_code)
+        for path in (models[0].read_by[0], models[0].read_by[-1])
+    )
+    query = "target" if models[0].target else "own"
+    made_by = {
+        **identity,
+        **estimator_identity(session, settings),
+        "normalize": settings.normalize,
+        "per_example": settings.by_example,
+        "query": query,
+        "query_norm": settings.kept_norm(on_proxy=proxy_config(model) is not None),
+        "learning_rates": job.learning_rates,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "max_length": session.max_length,
+        "chat_template": key_of(encoder.chat_template),
+        "window": WINDOW,
+        "batch_tokens": session.batch_tokens,
+        "compile": job.compile,
+        **({"columns": pool.columns.named} if pool.columns.named else {}),
+        **ValidationLengths.of(encoded).as_metadata(),
+    }
     with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
         stats = score_to_file(
-            checkpoints,
-            pool,
-            encoded,
-            encoder,
-            pad_id_of(tokenizer),
-            output,
-            scoring,
-            identity={
-                **identity,
-                **_estimator_identity(session, settings),
-                "gradient": settings.gradient,
-                "normalize": settings.normalize,
-                "over_examples": settings.over_examples,
-                "per_example": settings.by_example,
-                "query": "target" if models[0].target else "own",
-                "query_norm": scoring.kept_by_example if settings.by_example else scoring.kept_norm(model),
-                "norm_sketch": scoring.sketched(model),
-                "learning_rates": [model.learning_rate for model in models],
-                "dtype": str(session.dtype).removeprefix("torch."),
-                "max_length": session.max_length,
-                "chat_template": key_of(encoder.chat_template),
-                "window": scoring.window,
-                "batch_tokens": session.batch_tokens,
-                "compile": compile_model,
-                **({"columns": pool.columns.named} if pool.columns.named else {}),
-                **ValidationLengths.of(encoded).as_metadata(),
-            },
+            *(job.workers, job.learning_rates, pool, output),
+            identity=made_by,
+            window=WINDOW,
             progress=progress,
             engine=engine or engine_of(session),
-            sample=sample,
-            corpus=corpus,
             ranks=part_of is None,  # what is chosen already may be rows that are all alike
         )
     say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
-    source = skeleton(models[0].target or first, trust_remote_code=session.trust_remote_code)
-    read = QueryTokens.of(encoded, sample)
-    queries = len(models) * query_flops(source, settings, read)
-    spent = candidate_flops(model, settings, tokens, supervised, stats.contraction_flops)
+    queries = len(models) * job.estimator.query_flops(source, job.read)
+    spent = job.estimator.candidate_flops(model, tokens, supervised, stats.contraction_flops)
     return {
-        "tokens": tokens,
         "flops": spent + queries,
         "query_flops": queries,
-        "query_tokens": asdict(read),
-        "query": "target" if models[0].target else "own",
-        "norm_sketch": scoring.sketched(model),
-        **{k: v for k, v in asdict(stats).items() if k != "tokens"},
+        "query_tokens": asdict(job.read),
+        "query": query,
+        **asdict(stats),
+        "tokens": tokens,
         "pool_tokens": stats.tokens,
         "checkpoints": len(models),
         "tasks": list(encoded),
@@ -140,33 +96,41 @@ def score(
     }
 
 
-def scoring_settings(session: Session, settings: InfluenceSection) -> ScoringSettings:
-    """The scoring settings that a recipe and a session give."""
-    return ScoringSettings(
-        settings.gradient,
-        settings.normalize,
-        settings.query_norm,
-        settings.norm_sketch,
-        session.batch_tokens,
-        estimator=settings.estimator,
-        curvature=settings.curvature,
-        damping=settings.damping,
-        seed=session.seed,
-        over_examples=settings.over_examples,
-        per_example=settings.by_example,
+def job_of(
+    session: Session,
+    settings: InfluenceSection,
+    models: Sequence[Checkpoint],
+    validation: Mapping[str, Sequence[Encoded]],
+    encoder: ChatEncoder,
+    pool: Pool,
+    *,
+    rows: int = 0,
+) -> Job:
+    """Make the job of scoring in a session.
+
+    Args:
+        session: how to compute.
+        settings: how influence is scored.
+        models: where.
+        validation: encoded validation examples by task.
+        encoder: makes tokens and labels.
+        pool: what curvature is measured on, and whose terms are counted.
+        rows: number of rows to score, by which `compile: auto` is decided.
+    """
+    for path in (path for each in models for path in each.read_by):
+        session.note_adapter(path)
+    counting = (
+        session.reporter.bar("count terms", pool.scan().rows, "rows") if settings.traits.corpus else nullcontext()
     )
-
-
-def _count_terms(session: Session, pool: Pool, encoder: ChatEncoder) -> Corpus:
-    """Term counts of the whole pool, read as a stream."""
-    with session.reporter.bar("count terms", pool.scan().rows, "rows") as progress:
-
-        def encoded() -> Iterator[Encoded]:
-            for window in windows_of(pool, WINDOW):
-                yield from encoder.encode(window)
-                progress(len(window))
-
-        return Corpus.of(encoded())
+    with counting as counted:
+        return Job.of(
+            *(settings, models, validation, encoder, pool),
+            seed=session.seed,
+            counted=counted,
+            batch_tokens=session.batch_tokens,
+            compile=rows >= COMPILE_ROWS if session.compile == "auto" else session.compile,
+            load=session.load,
+        )
 
 
 def say_what_counts_for_nothing(session: Session, validation: Mapping[str, Sequence[Encoded]]) -> None:
@@ -209,27 +173,11 @@ def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncode
 
 
 def engine_of(session: Session) -> Engine:
-    """Where windows are worked through unless a recipe names an engine: in this process, tokenized ahead if asked."""
+    """Return where windows are worked through by default: in this process, tokenized ahead if asked."""
     return prefetching_engine(session.num_proc) if session.num_proc else local_engine
 
 
-def curvature_sample(
-    session: Session, pool: Pool, encoder: ChatEncoder, settings: InfluenceSection
-) -> Sequence[Encoded]:
-    """The examples of a pool that an influence function measures curvature on; none for the others."""
-    if settings.estimator not in CURVED:
-        return ()
-    total = pool.scan().rows
-    return encoder.encode(pool.take(draw_rows("curvature", session.seed, total, settings.curvature_examples)))
-
-
-def _estimator_identity(session: Session, settings: InfluenceSection) -> dict[str, Any]:
-    """The settings of the estimator that scores hang on."""
-    if settings.estimator == "random":
-        return {"estimator": settings.estimator, "seed": session.seed}
-    if settings.estimator not in CURVED:
-        return {"estimator": settings.estimator}
-    names = ("estimator", "damping", "curvature_examples")
-    if settings.estimator == "influence-function":
-        names = (*names, "curvature")
-    return {**settings.model_dump(include=set(names)), "seed": session.seed}
+def estimator_identity(session: Session, settings: InfluenceSection) -> dict[str, Any]:
+    """Return the settings of the estimator that scores depend on."""
+    names = {"estimator", *(("damping", "curvature_examples") if settings.traits.curvature else ())}
+    return {**settings.model_dump(include=names), **({"seed": session.seed} if settings.traits.seeded else {})}

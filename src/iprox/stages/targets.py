@@ -21,23 +21,17 @@ def query_target(model: str, given: str | None, settings: InfluenceSection, sess
     A proxy whose target is not to be found is scored with its own, and that is said.
 
     Raises:
-        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's; --norm-sketch
-            with a model that is no proxy.
+        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's.
     """
     proxy = proxy_description(load_config(model, trust_remote_code=session.trust_remote_code), model)
-    if settings.norm_sketch and proxy is None:
-        raise InputError(f"--norm-sketch: {model} is no proxy, and a model's own norms are exact; leave it out")
     if proxy is None or not proxy.ranks:
         if given:
             raise InputError(f"--target {given}: goes with a low-rank proxy, which {model} is not")
         return None
-    if settings.query == "proxy" or settings.gradient_free:
+    if settings.query == "proxy" or not settings.traits.gradients:
         if given:
-            why = (
-                f"--estimator {settings.estimator} takes no gradients"
-                if settings.gradient_free
-                else "influence.query proxy"
-            )
+            without = f"--estimator {settings.estimator} takes no gradients"
+            why = "influence.query proxy" if settings.traits.gradients else without
             raise InputError(f"--target {given}: is not used with {why}; leave one of the two out")
         return None
     target = given or proxy.target
@@ -78,12 +72,12 @@ def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedMo
 
 
 def warmed_folder(model: str, target: str | None, settings: InfluenceSection) -> str | None:
-    """The folder that holds the optimizer's state, for the estimator `adam`.
+    """The folder that holds the optimizer's state, for the estimator `less`.
 
     Raises:
         InputError: it holds none.
     """
-    if settings.estimator != "adam":
+    if not settings.traits.optimizer:
         return None
     load_adam_state(target or model)  # refused now rather than after the model is loaded
     return target or model

@@ -33,7 +33,7 @@ def warm_up(
 ) -> StageRecord:
     """Brief SFT of the target; writes `checkpoint-*`, `checkpoints.json` and `history.json`.
 
-    `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `adam`.
+    `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `less`.
     """
     return _sft(session, model, examples, output, settings, every_epoch=True, optimizer_state=optimizer_state)
 

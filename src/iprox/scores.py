@@ -110,6 +110,13 @@ def example_matrix(table: pa.Table, task: str) -> np.ndarray:
     return values.reshape(table.num_rows, column.type.list_size)
 
 
+def example_widths(table: pa.Table | pa.Schema) -> dict[str, int]:
+    """Return the number of validation examples of each task that the scores are kept by; empty where they are not."""
+    schema = table.schema if isinstance(table, pa.Table) else table
+    columns = [field for field in schema if field.name.startswith(EXAMPLES_PREFIX)]
+    return {field.name.removeprefix(EXAMPLES_PREFIX): field.type.list_size for field in columns}
+
+
 @dataclass(frozen=True, slots=True)
 class ExampleScores:
     """Scores by validation example, where they are kept, read as a stream.
@@ -126,7 +133,7 @@ class ExampleScores:
     def of(cls, table: pa.Table) -> ExampleScores:
         """Those of a table in memory."""
         return cls(
-            _widths(table.schema), lambda names: iter(table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE))
+            example_widths(table), lambda names: iter(table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE))
         )
 
     @classmethod
@@ -136,7 +143,7 @@ class ExampleScores:
         Raises:
             InputError: there is none, or it is no scores table.
         """
-        widths = _widths(read_scores_schema(path))
+        widths = example_widths(read_scores_schema(path))
 
         def read(names: list[str]) -> Iterator[pa.RecordBatch]:
             with _readable(path) as file:
@@ -148,11 +155,6 @@ class ExampleScores:
         """Scores of some tasks' examples side by side, float64 [rows, ΣV] at a time, NaN where null."""
         for batch in self.read([EXAMPLES_PREFIX + task for task in tasks]):
             yield np.hstack([_matrix(batch[EXAMPLES_PREFIX + task]) for task in tasks])
-
-
-def _widths(schema: pa.Schema) -> dict[str, int]:
-    columns = [field for field in schema if field.name.startswith(EXAMPLES_PREFIX)]
-    return {field.name.removeprefix(EXAMPLES_PREFIX): field.type.list_size for field in columns}
 
 
 def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:

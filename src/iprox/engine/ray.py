@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from transformers.dynamic_module_utils import init_hf_modules
 
+from iprox.engine.stream import Engine, ScoredWindow, Window, WindowWorker
 from iprox.errors import InputError
-from iprox.influence.windows import Engine, ScoredWindow, Window, WindowWorker
 
 PACKAGE = Path(__file__).parents[1]
 

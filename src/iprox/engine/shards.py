@@ -1,96 +1,58 @@
-"""Scores on disk: a shard a window and checkpoint, so that a stopped run goes on and gives the same bytes."""
+"""Scores on disk: one shard per window and checkpoint, so that a stopped run resumes and gives the same bytes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import nn
 
-from iprox.data import ChatEncoder, Encoded, Example, iter_batches
+from iprox.aggregation import TaskSpread, combine, over_checkpoints, refuse_unranked
+from iprox.data import Example
+from iprox.engine.stream import WINDOW, Engine, ScoringStats, WindowWorker, local_engine, windows_of
 from iprox.files import write_text
-from iprox.influence.aggregate import Aggregation, TaskSpread, by_task, combine
-from iprox.influence.gradient_free import Corpus
-from iprox.influence.ranking import all_equal, no_scores, nothing_ranked
-from iprox.influence.scores import scores_metadata, write_parts
-from iprox.influence.scoring import ScoringSettings, ScoringStats
-from iprox.influence.windows import (
-    Engine,
-    ScoredWindow,
-    WindowScorer,
-    compile_model,
-    fitting_scorer,
-    local_engine,
-    windows_of,
-)
-from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
-from iprox.settings import MODEL_FREE
+from iprox.scores import scores_metadata, write_parts
 
 IDENTITY = "identity.json"
 # Says of a checkpoint that all its windows are scored, and how many there are.
 DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class ScoringCheckpoint:
-    """A model to score with, loaded when its turn comes, and the learning rate η that weights its scores.
-
-    `load_target`, for a proxy, loads the model that validation gradients are taken on; it is dropped after that.
-    `load_adam`, for the estimator `adam`, loads the state of the warm-up's optimizer at this checkpoint.
-    """
-
-    load: Callable[[], nn.Module]
-    learning_rate: float = 1.0
-    load_target: Callable[[], nn.Module] | None = None
-    load_adam: Callable[[], AdamState] | None = None
-
-
 def score_to_file(
-    checkpoints: Sequence[ScoringCheckpoint],
+    workers: Sequence[Callable[[], WindowWorker]],
+    learning_rates: Sequence[float],
     pool: Iterable[Example],
-    validation: Mapping[str, Sequence[Encoded]],
-    encoder: ChatEncoder,
-    pad_id: int,
     path: Path,
-    settings: ScoringSettings,
     *,
     identity: Mapping[str, object],
+    window: int = WINDOW,
     progress: Advance | None = None,
     engine: Engine = local_engine,
-    sample: Sequence[Encoded] = (),
-    corpus: Corpus | None = None,
     ranks: bool = True,
 ) -> ScoringStats:
     """Score a pool at every checkpoint and write `scores.parquet`.
 
-    Every window of every checkpoint is a shard, written atomically beside the result. Stopped at any point and
+    Every window of every checkpoint is a shard, written atomically next to the result. Stopped at any point and
     started again with the same `identity`, it scores the windows whose shards are missing or damaged, and writes the
     same bytes. One checkpoint is in memory at a time.
 
     Args:
-        checkpoints: where to score, with learning rates.
-        pool: examples; iterated once a checkpoint.
-        validation: encoded validation examples by task.
-        encoder: makes tokens and labels.
-        pad_id: token id of the padding.
+        workers: by checkpoint, what makes a worker.
+        learning_rates: η of each checkpoint.
+        pool: examples; iterated once per checkpoint.
         path: the file to write.
-        settings: how to score.
         identity: fingerprints of everything the scores depend on; shards of another identity are thrown away.
             Also kept in the file.
+        window: rows per shard.
         progress: called with the number of rows done at a checkpoint.
         engine: where windows are scored.
-        sample: encoded examples of the pool, which an influence function measures curvature on.
-        corpus: term counts of the pool, for BM25.
         ranks: whether the pool is to be ranked by the scores.
 
     Raises:
@@ -98,20 +60,22 @@ def score_to_file(
     """
     shards = path.with_name(path.name + ".shards")
     claim(shards, identity)
-    for number, checkpoint in enumerate(checkpoints):
+    for number, make in enumerate(workers):
         folder = _checkpoint_folder(shards, number)
-        ready = sound_shards(folder, settings.window)
+        ready = sound_shards(folder, window)
         if progress is not None and ready:
             progress(sum(ready.values()), earlier=True)
         if ready and len(ready) == _done(folder):
             continue
-        make = functools.partial(_window_scorer, checkpoint, validation, encoder, pad_id, settings, sample, corpus)
-        windows = windows_of(pool, settings.window, leave_out=ready)
-        made = write_shards(shards, number, engine(make, windows, progress), leave_out=ready)
+        missing = (index for index in itertools.count() if index not in ready)
+        made = 0
+        for (table, counted), index in zip(
+            engine(make, windows_of(pool, window, leave_out=ready), progress), missing, strict=False
+        ):
+            write_shard(shards, number, index, table, counted)
+            made += 1
         write_text(folder / DONE, str(len(ready) + made))
-
-    rates = [each.learning_rate for each in checkpoints]
-    return merge_shards(shards, path, rates, settings.aggregation, identity, ranks=ranks)
+    return merge_shards(shards, path, learning_rates, identity, ranks=ranks)
 
 
 def sound_shards(folder: Path, window: int) -> dict[int, int]:
@@ -150,33 +114,17 @@ def _done(folder: Path) -> int:
     return int(said) if said.isdecimal() else 0
 
 
-def write_shards(shards: Path, number: int, scored: Iterable[ScoredWindow], leave_out: Container[int] = ()) -> int:
-    """Write the scores of windows at one checkpoint, each atomically.
-
-    Args:
-        shards: the folder of all shards.
-        number: of the checkpoint.
-        scored: from an engine, of the windows that are not left out.
-        leave_out: numbers of the windows that there are.
-
-    Returns:
-        The number of shards written.
-    """
-    made = 0
-    numbers = (index for index in itertools.count() if index not in leave_out)
-    for (table, counted), index in zip(scored, numbers, strict=False):
-        # The shard carries its own counts, so that a resumed run reports the whole.
-        shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
-        write_parts(_checkpoint_folder(shards, number) / f"{index:06d}.parquet", [shard])
-        made += 1
-    return made
+def write_shard(shards: Path, checkpoint: int, window: int, table: pa.Table, counted: ScoringStats) -> None:
+    """Write the scores of one window at one checkpoint, atomically."""
+    # The shard carries its own counts, so that a resumed run reports the whole.
+    shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
+    write_parts(_checkpoint_folder(shards, checkpoint) / f"{window:06d}.parquet", [shard])
 
 
 def merge_shards(
     shards: Path,
     path: Path,
     rates: Sequence[float],
-    how: Aggregation,
     identity: Mapping[str, object],
     *,
     ranks: bool = True,
@@ -186,8 +134,7 @@ def merge_shards(
     Args:
         shards: their folder.
         path: the file to write.
-        rates: learning rate of each checkpoint.
-        how: many scores become one.
+        rates: η of each checkpoint.
         identity: kept in the file.
         ranks: whether the pool is to be ranked by the scores, which equal ones cannot do.
 
@@ -205,45 +152,21 @@ def merge_shards(
 
     for tables in windows_done():
         rows += tables[0].num_rows
-        spread.add(by_task(tables, rates, how))
-    if not spread.count:
-        raise no_scores(rows)
-    if ranks and spread.count > 1 and all_equal(spread.lowest, spread.highest).all():
-        raise nothing_ranked(spread.count, float(np.max(spread.highest)), identity.get("estimator"))
+        spread.add(over_checkpoints(tables, rates))
+    if ranks or not spread.count:
+        refuse_unranked(spread, rows, identity.get("estimator"))
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():
             counted = [ScoringStats(**scores_metadata(table)) for table in tables]  # pyright: ignore[reportArgumentType]
             stats.add(ScoringStats.over_checkpoints(counted))
-            yield combine(tables, rates, how, spread, identity)
+            yield combine(tables, rates, spread, identity)
 
     write_parts(path, parts())
     # Without its identity a half-removed folder is nobody's; the next start drops it.
     (shards / IDENTITY).unlink()
     shutil.rmtree(shards)
     return stats
-
-
-def _window_scorer(
-    checkpoint: ScoringCheckpoint,
-    validation: Mapping[str, Sequence[Encoded]],
-    encoder: ChatEncoder,
-    pad_id: int,
-    settings: ScoringSettings,
-    sample: Sequence[Encoded],
-    corpus: Corpus | None,
-) -> WindowScorer:
-    """What a worker makes for itself (at module level, so that it can be sent to another process)."""
-    target = None if checkpoint.load_target is None else checkpoint.load_target()
-    model = checkpoint.load() if settings.estimator not in MODEL_FREE else None
-    adam = None if checkpoint.load_adam is None else checkpoint.load_adam()
-    scorer, settings = fitting_scorer(model, validation, pad_id, settings, target, sample, corpus, adam=adam)
-    uncompiled = ""
-    if settings.compile:
-        few = next(iter(validation.values()))
-        trial = next(iter_batches(few, settings.batch_tokens, pad_id)).to(scorer.device)
-        uncompiled = compile_model(scorer.model, scorer, trial)
-    return WindowScorer(scorer, encoder, pad_id, settings, uncompiled)
 
 
 def _checkpoint_folder(shards: Path, number: int) -> Path:

@@ -2,7 +2,7 @@
 
 The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs a token
 where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. Which directions of a mean
-gradient are kept is chosen over all layers together, in `truncation.py`; single examples are cut here, as they come.
+gradient are kept is chosen over all layers together, in `low_rank.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,6 @@ from torch import Tensor
 from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
 from iprox.models.cpu.shapes import round_columns
 from iprox.models.precision import accumulation_dtype
-
-# Up to this width a whole spectrum is cheap beside reading a pool; above it the leading directions are sketched.
-WHOLE_GRAM = 1024
-FIRST_SKETCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,81 +111,3 @@ def layer_query(gradients: Sequence[LayerGradient | LowRankGradient], dtype: tor
         torch.stack(biases) if biases else None,
         2.0 * sum(ranks) * (len(left) + len(right)),
     )
-
-
-def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRankGradient:
-    """The gradient of one example, whose rank is at most the number of its tokens, without forming it.
-
-    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ, and the left factor is no longer than the example: 2Ln² + 2L²m FLOPs.
-
-    Args:
-        h: inputs [L, n].
-        delta: output gradients [L, m].
-        bias: whether the layer has one.
-        keep: share of the Frobenius norm that a truncation keeps at least, in (0, 1]; 1 keeps it whole.
-    """
-    dtype = accumulation_dtype(h)
-    seen = (delta != 0).any(1)
-    h, delta = h[seen].to(dtype), delta[seen].to(dtype)
-    if not len(h):
-        h, delta = h.new_zeros(1, h.shape[1]), delta.new_zeros(1, delta.shape[1])
-    whole_bias = delta.sum(0) if bias else None
-    right, triangle = torch.linalg.qr(h.mT)
-    left = delta.mT @ triangle.mT
-    lost = left.new_zeros(())
-    if keep < 1:
-        left, inner, lost = truncated(left, keep)
-        right = right @ inner
-    return LowRankGradient(left, right, whole_bias, lost)
-
-
-def truncated(weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular directions of a matrix that hold `keep` of its Frobenius norm.
-
-    Args:
-        weight: [m, n].
-        keep: in (0, 1).
-
-    Returns:
-        left [m, k] and right [n, k] with left rightᵀ ≈ weight, and the squared norm that is lost. k ≥ 1.
-    """
-    if weight.shape[0] < weight.shape[1]:
-        left, right, lost = truncated(weight.mT, keep)
-        return right, left, lost
-    total = weight.square().sum(dtype=torch.float64)
-    size = weight.shape[1]
-    sketched = size if size <= WHOLE_GRAM else FIRST_SKETCH
-    while True:
-        squares, basis = leading_directions(weight, sketched)
-        lost = (total - squares.cumsum(0)).clamp(min=0)
-        enough = (lost <= (1 - keep**2) * total).nonzero()
-        if len(enough) or sketched == size:
-            rank = int(enough[0]) + 1 if len(enough) else size
-            right = basis[:, :rank].to(weight.dtype)
-            return weight @ right, right, lost[rank - 1].to(weight.dtype)
-        sketched = min(size, 2 * sketched)
-
-
-def leading_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading `count` right singular directions of a matrix [m, n] in float64.
-
-    All of them from the eigenvectors of WᵀW (2mn² FLOPs and about 9n³; half the digits of an SVD, of which there are
-    plenty in float64, at a fraction of its time); a few by a range finder with two power iterations (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4), 10·m·n·count FLOPs, seeded, so that the same gradient always gives the
-    same query.
-
-    Returns:
-        The squared norms that they hold [count], descending, and the directions [n, count].
-    """
-    W = weight.double()
-    if count >= weight.shape[1]:
-        squares, basis = torch.linalg.eigh(W.mT @ W)
-        return squares.flip(0).clamp(min=0), basis.flip(1)
-    noise = torch.randn(weight.shape[0], count, generator=torch.Generator().manual_seed(0), dtype=W.dtype)
-    basis, _ = torch.linalg.qr(W.mT @ noise.to(weight.device))
-    for _ in range(2):
-        images, _ = torch.linalg.qr(W @ basis)
-        basis, _ = torch.linalg.qr(W.mT @ images)
-    images = W @ basis
-    squares, rotation = torch.linalg.eigh(images.mT @ images)
-    return squares.flip(0).clamp(min=0), basis @ rotation.flip(1)

@@ -1,0 +1,334 @@
+"""Stream a pool through a scorer: window by window, so that memory does not grow with the pool."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import sys
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from transformers import PreTrainedModel
+
+from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches
+from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
+from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
+from iprox.models.precision import out_of_memory
+
+# Rows tokenized and sorted by length together. Enough that length-sorted batches hold little padding, few enough
+# that a window's tokens are little next to a model; also the unit of resuming and of spreading over workers.
+WINDOW = 1024
+
+T = TypeVar("T")
+Window = list[Example]
+
+
+@dataclass(slots=True)
+class ScoringStats:
+    """What was read and done.
+
+    Attributes:
+        rows: rows read.
+        unscored: rows without a score.
+        tokens: tokens read.
+        supervised: supervised tokens among them.
+        truncated: over-long examples that were cut.
+        contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted, at
+            all checkpoints.
+        query_kept: share of the validation gradients' norm that was kept, of the task that lost most.
+        uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
+        batch_tokens: largest batch that memory held, in tokens.
+    """
+
+    rows: int = 0
+    unscored: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    truncated: int = 0
+    contraction_flops: float = 0.0
+    query_kept: float = 1.0
+    uncompiled: str = ""
+    batch_tokens: int = sys.maxsize
+
+    @classmethod
+    def of(cls, encoded: Sequence[Encoded]) -> ScoringStats:
+        """Return the counts of some examples."""
+        return cls(
+            rows=len(encoded),
+            unscored=sum(example.supervised == 0 for example in encoded),
+            tokens=sum(len(example.input_ids) for example in encoded),
+            supervised=sum(example.supervised for example in encoded),
+            truncated=sum(example.truncated for example in encoded),
+        )
+
+    @classmethod
+    def over_checkpoints(cls, each: Sequence[ScoringStats]) -> ScoringStats:
+        """Return the counts of the same rows at several checkpoints: they were read once, what was done adds up."""
+        total = replace(each[0])
+        for other in each[1:]:
+            total._add_work(other)
+        return total
+
+    def add(self, other: ScoringStats) -> None:
+        """Count other rows, and what was done with them, into this one."""
+        for name in ("rows", "unscored", "tokens", "supervised", "truncated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._add_work(other)
+
+    def _add_work(self, other: ScoringStats) -> None:
+        self.contraction_flops += other.contraction_flops
+        self.query_kept = min(self.query_kept, other.query_kept)
+        self.uncompiled = self.uncompiled or other.uncompiled
+        self.batch_tokens = min(self.batch_tokens, other.batch_tokens)
+
+
+ScoredWindow = tuple[pa.Table, ScoringStats]
+
+
+class RowFunction(Protocol):
+    """Gives each row of a batch its numbers: a scorer, or what projects gradients for an index.
+
+    Attributes:
+        noun: name of the numbers in messages.
+        dtype: NumPy dtype that they are collected in.
+        columns: how many a row has.
+        device: where batches are to be.
+    """
+
+    noun: str
+    dtype: Any
+
+    @property
+    def columns(self) -> int: ...  # noqa: D102
+
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the numbers [B, columns] of a batch, and losses [B] if there are any."""
+        ...
+
+    def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
+        """Note what was done for rows of some lengths."""
+        ...
+
+    def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
+        """Return one row per example, from their numbers [N, columns], NaN for those without a supervised token."""
+        ...
+
+
+class WindowWorker:
+    """Works through windows of examples: length-sorted batches, halved where memory does not hold one.
+
+    Args:
+        rows: gives each row its numbers.
+        encoder: makes tokens and labels.
+        batch_tokens: largest rows × longest row of a batch; halved whenever one does not fit in memory.
+        uncompiled: why the model does not run compiled although the settings ask for it.
+    """
+
+    def __init__(self, rows: RowFunction, encoder: ChatEncoder, batch_tokens: int, uncompiled: str = "") -> None:
+        self.rows, self.encoder, self.batch_tokens, self.uncompiled = rows, encoder, batch_tokens, uncompiled
+
+    def __call__(
+        self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
+    ) -> ScoredWindow:
+        """Return a table with one row per example, in order, and what was read.
+
+        Args:
+            window: examples.
+            progress: called with the number of rows done.
+            encoded: their tokens, where they are ready.
+
+        Raises:
+            FloatingPointError: a number is not finite (the example is named).
+        """
+        encoded = self.encoder.encode(window) if encoded is None else encoded
+        numbers = self.numbers(encoded, progress)
+        finite = np.isfinite(numbers).all(axis=1)
+        for example, row, good in zip(window, encoded, finite, strict=True):
+            if row.supervised and not good:
+                raise FloatingPointError(
+                    f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
+                )
+        stats = ScoringStats.of(encoded)
+        self.rows.count(stats, [len(example.input_ids) for example in encoded if example.supervised])
+        stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
+        return self.rows.table(window, encoded, numbers), stats
+
+    def numbers(self, encoded: Sequence[Encoded], progress: Callable[[int], None] | None = None) -> np.ndarray:
+        """Return the numbers [N, columns] of encoded examples, NaN for those without a supervised token.
+
+        Args:
+            encoded: examples.
+            progress: called with the number of rows done.
+        """
+        out = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
+        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, 0)):
+            if number % RELEASE_EVERY == 0:
+                release_memory()
+            waiting = [batch.to(self.rows.device)]
+            while waiting:
+                part = waiting.pop()
+                fits = len(part.indices) == 1 or part.input_ids.numel() <= self.batch_tokens
+                if fits:
+                    filled = part.filled(filled_rows(len(part.indices), self.batch_tokens // part.input_ids.shape[1]))
+                    try:
+                        found = self.rows(filled)[0][: len(part.indices)].cpu().numpy()
+                    except (MemoryError, RuntimeError) as error:
+                        if not out_of_memory(error) or len(part.indices) == 1:
+                            raise
+                        fits = False
+                    if not fits:  # outside the handler: its traceback holds on to what did not fit
+                        release_memory()
+                        self.batch_tokens = max(1, self.batch_tokens // 2)
+                if not fits:
+                    waiting += reversed(part.halves())
+                    continue
+                out[part.indices] = found
+                if progress is not None:
+                    progress(len(part.indices))
+        empty = sum(example.supervised == 0 for example in encoded)
+        if progress is not None and empty:
+            progress(empty)
+        return out
+
+
+def filled_rows(rows: int, full: int) -> int:
+    """Return the rows that a batch is filled up to: a quarter, half, three quarters or all of a full batch.
+
+    Only the last batch of a window is not full. Without this it would be of a new shape in most windows, and what CPU
+    libraries generate and keep for new shapes (`iprox.models.cpu.shapes`) would let memory grow with the pool.
+    """
+    quarter = max(1, full // 4)
+    return max(rows, min(full, -(-rows // quarter) * quarter))
+
+
+def fitting(make: Callable[[int], T], batch_tokens: int, least: int) -> tuple[T, int]:
+    """Make something from batches that are halved until it fits in memory.
+
+    Args:
+        make: takes the largest rows × longest row of a batch.
+        batch_tokens: largest rows × longest row to start with.
+        least: where halving ends: the longest row.
+
+    Returns:
+        What was made, and the `batch_tokens` that fitted.
+    """
+    while True:
+        try:
+            return make(batch_tokens), batch_tokens
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or batch_tokens <= least:
+                raise
+        # Outside the handler: its traceback holds on to what did not fit.
+        release_memory()
+        batch_tokens = batch_tokens // 2
+
+
+def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial: Batch) -> str:
+    """Compile a model in place.
+
+    Args:
+        model: the model.
+        run: runs it.
+        trial: a batch that is run to see whether it works.
+
+    Returns:
+        Why it cannot be compiled; empty where it can. The model is then as it was.
+    """
+    if model is None:
+        return ""  # nothing runs that could be
+    reason = why_not_compiled(model)
+    if reason is not None:
+        return reason
+    assert isinstance(model, PreTrainedModel)
+    compile_layers(model)
+    try:
+        run(trial)
+    except TorchDynamoException as error:  # no compiler, or code it cannot follow
+        uncompile_layers(model)
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = ()) -> Iterator[Window]:
+    """Cut a stream of examples into windows, and leave out those of some numbers, counted from 0."""
+    rows = iter(pool)
+    for number in itertools.count():
+        window = list(itertools.islice(rows, size))
+        if not window:
+            return
+        if number not in leave_out:
+            yield window
+
+
+# Works through windows, in order: (make a worker, windows, progress) -> tables.
+Engine = Callable[[Callable[[], WindowWorker], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
+
+
+def local_engine(
+    make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
+) -> Iterator[ScoredWindow]:
+    """Work in this process, one window after the other."""
+    return map(functools.partial(make(), progress=progress), windows)
+
+
+_encoder: ChatEncoder | None = None
+
+
+def prefetching_engine(processes: int) -> Engine:
+    """Return an engine that works in this process, on windows that others tokenize: templates hold Python's lock.
+
+    Results are those of `local_engine`. At most one window per process, and one more, is ahead of the model, so memory
+    does not grow with the pool.
+
+    Args:
+        processes: number of processes that tokenize.
+    """
+
+    def engine(
+        make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
+    ) -> Iterator[ScoredWindow]:
+        work = make()
+        # Not forked: a fork of a process with threads, or with a GPU, may hang.
+        spawned = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, spawned, initializer=_hold, initargs=(work.encoder,)) as pool:
+            ahead: deque[tuple[Window, Future[list[Encoded]]]] = deque()
+
+            def fill() -> None:
+                for window in itertools.islice(windows, processes + 1 - len(ahead)):
+                    ahead.append((window, pool.submit(_encode, window)))
+
+            try:
+                fill()
+                while ahead:
+                    window, encoded = ahead.popleft()
+                    rows = encoded.result()
+                    fill()
+                    yield work(window, progress, rows)
+            finally:
+                for _, encoded in ahead:
+                    encoded.cancel()
+
+    return engine
+
+
+def _hold(encoder: ChatEncoder) -> None:
+    """Keep a process's encoder, so that it is sent once."""
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(window: Window) -> list[Encoded]:
+    assert _encoder is not None
+    return _encoder.encode(window)

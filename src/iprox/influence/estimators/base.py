@@ -1,0 +1,195 @@
+"""What every estimator of influence is: it takes validation gradients and makes a scorer of candidates from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from iprox.data import Encoded
+from iprox.influence.gradients import ModelGradient, TaskGradient
+from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import NORM_SKETCH, BatchScorer, Scorer, TaskQuery
+from iprox.influence.shared_basis import shared_queries
+from iprox.influence.validation_gradients import example_gradients, mean_gradient
+from iprox.models import flops
+from iprox.models.checkpoint import proxy_config
+from iprox.models.layers import influence_layers
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.optimizer_state import AdamState
+from iprox.settings import ESTIMATORS, InfluenceSection
+
+if TYPE_CHECKING:
+    from iprox.influence.baselines import Corpus
+    from iprox.kronecker.eigen import EigenBasis
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What an estimator makes the scorer of one checkpoint from.
+
+    Attributes:
+        settings: how influence is scored.
+        model: what candidates are scored on; None where the estimator runs no model.
+        target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
+            next to nothing, and only the candidates' side of the dot product is approximate.
+        validation: batches of each task's validation examples.
+        sample: batches of the pool's examples that curvature is measured on.
+        optimizer: state of the warm-up's optimizer at this checkpoint.
+        corpus: term counts of the pool.
+        seed: seed for drawn labels and numbers.
+        loss_fn: per-example losses of a model that is no language model.
+    """
+
+    settings: InfluenceSection
+    model: nn.Module | None = None
+    target: nn.Module | None = None
+    validation: Mapping[str, Iterable[Any]]
+    sample: Sequence[Any] = ()
+    optimizer: AdamState | None = None
+    corpus: Corpus | None = None
+    seed: int = 0
+    loss_fn: LossFn = causal_lm_losses
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model that candidates are scored on, where the estimator runs one."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def source(self) -> nn.Module:
+        """The model that validation gradients are taken on."""
+        return self.scored if self.target is None else self.target
+
+    @property
+    def kept_norm(self) -> float:
+        """The share of the validation gradients' norm to keep."""
+        return self.settings.kept_norm(on_proxy=proxy_config(self.scored) is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryTokens:
+    """What is read at each checkpoint before the first candidate is scored; kept in `run.json`.
+
+    Attributes:
+        tasks: number of validation tasks.
+        tokens: tokens of their examples.
+        supervised: supervised tokens among them.
+        curvature_tokens: tokens of the sample that curvature is measured on; 0 for estimators without.
+        curvature_supervised: supervised tokens among them.
+    """
+
+    tasks: int
+    tokens: int
+    supervised: int
+    curvature_tokens: int = 0
+    curvature_supervised: int = 0
+
+    @classmethod
+    def of(cls, validation: Mapping[str, Sequence[Encoded]], sample: Sequence[Encoded] = ()) -> QueryTokens:
+        """Count encoded examples."""
+
+        def count(rows: Sequence[Encoded]) -> tuple[int, int]:
+            return sum(len(row.input_ids) for row in rows), sum(row.supervised for row in rows)
+
+        return cls(len(validation), *count([row for rows in validation.values() for row in rows]), *count(sample))
+
+
+class Estimator:
+    """A kind of score. `traits` declares what it needs and gives (`iprox.settings.ESTIMATORS`).
+
+    Args:
+        name: its name in the settings.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.traits = name, ESTIMATORS[name]
+
+    def scorer(self, inputs: Inputs) -> Scorer:
+        """Return what scores batches of candidates at one checkpoint."""
+        raise NotImplementedError
+
+    def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
+        """Return the FLOPs of the validation side at one checkpoint, if it were taken on a model."""
+        return 0.0
+
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+        """Return the FLOPs of scoring candidates.
+
+        Args:
+            model: what they are scored on.
+            tokens: their tokens.
+            supervised: supervised tokens among them.
+            contraction: FLOPs of contracting with validation gradients, norms included.
+        """
+        return 0.0
+
+
+class GradientEstimator(Estimator):
+    """An estimator that contracts candidates with validation gradients; by itself, with the gradients as they are."""
+
+    def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
+        """Return the mean validation gradients of each task as candidates are contracted with them."""
+        return means
+
+    def bases(self, inputs: Inputs) -> Mapping[str, EigenBasis] | None:
+        """Return the curvature that the gradients of single validation examples are divided by, by layer, if any."""
+        return None
+
+    def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
+        """Return the preconditioned mean validation gradient of each task, or those of its examples as they are."""
+        source, keep = inputs.source, self.example_norm(inputs)
+        if inputs.settings.by_example:
+            found = {
+                task: [_of_layers(each, inputs) for each in example_gradients(source, batches, keep, inputs.loss_fn)]
+                for task, batches in inputs.validation.items()
+            }
+            return dict(found)
+        means = {task: mean_gradient(source, batches, inputs.loss_fn)[0] for task, batches in inputs.validation.items()}
+        return {task: _of_layers(mean, inputs) for task, mean in self.precondition(means, inputs).items()}
+
+    def example_norm(self, inputs: Inputs) -> float:
+        """Return the share of each layer's norm that gradients of single validation examples keep as they are taken."""
+        return 1.0
+
+    def scorer(self, inputs: Inputs) -> BatchScorer:
+        """Return the scorer, with low-rank validation gradients where they are not to be kept whole."""
+        settings, keep = inputs.settings, inputs.kept_norm
+        gradients = self.validation_gradients(inputs)
+        queries: Mapping[str, TaskQuery] = gradients
+        if settings.by_example:
+            dtype = next(inputs.scored.parameters()).dtype
+            bases = self.bases(inputs)
+            queries = {
+                task: shared_queries(each, keep, bases, settings.damping, dtype)  # pyright: ignore[reportArgumentType]
+                for task, each in gradients.items()
+            }
+        elif keep < 1:
+            queries = low_rank_queries(gradients, keep)  # pyright: ignore[reportArgumentType]
+        return self.contracting(queries, inputs)
+
+    def contracting(self, queries: Mapping[str, TaskQuery], inputs: Inputs) -> BatchScorer:
+        """Return the scorer of candidates that are contracted with given validation gradients."""
+        sketch = NORM_SKETCH if proxy_config(inputs.scored) is not None else 0
+        normalize = inputs.settings.normalize
+        return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=inputs.loss_fn)
+
+    def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
+        """Return the FLOPs of validation gradients: 6P per token, as training."""
+        return flops.training_flops(model, read.tokens, read.supervised)
+
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+        """Return the FLOPs of a forward pass, a backward pass to the activations, and the contraction."""
+        return flops.scoring_flops(model, tokens, supervised, contraction)
+
+
+def _of_layers(gradient: dict[str, T], inputs: Inputs) -> dict[str, T]:
+    """Return a target's gradient without the layers that its proxy lacks, which no candidate reaches."""
+    if inputs.target is None:
+        return gradient
+    return {name: gradient[name] for name in influence_layers(inputs.scored)}

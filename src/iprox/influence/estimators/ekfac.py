@@ -1,0 +1,122 @@
+"""Influence functions: I(z; V) = ⟨G(z), (F + λI)⁻¹ Ḡ(V)⟩, block-diagonal over layers (Koh and Liang, arXiv:1703.04730).
+
+The inverse is taken of the few validation gradients, once; candidates are then contracted with the result as with Ḡ
+itself in TracIn, so a pool costs not one FLOP more. The curvature is measured on a sample of the pool: K-FAC, or EK-FAC
+with its corrected eigenvalues.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
+from iprox.influence.gradients import LayerGradient, ModelGradient
+from iprox.kronecker.eigen import EigenBasis, kronecker_curvature
+from iprox.models import flops
+from iprox.models.layers import influence_layers
+from iprox.models.loss import causal_lm_losses
+
+
+class KroneckerInfluence(GradientEstimator):
+    """Influence functions with the K-FAC curvature, or with `corrected` the EK-FAC one."""
+
+    def __init__(self, name: str, *, corrected: bool) -> None:
+        super().__init__(name)
+        self.corrected = corrected
+
+    def curvature(self, inputs: Inputs) -> dict[str, EigenBasis]:
+        """Return the curvature of each layer: with labels sampled from the model (the true Fisher), as kronfluence.
+
+        The labels of a model that is no language model cannot be sampled, so the data's are taken.
+        """
+        return kronecker_curvature(
+            inputs.source,
+            influence_layers(inputs.source),
+            inputs.sample,
+            corrected=self.corrected,
+            labels="sampled" if inputs.loss_fn is causal_lm_losses else "data",
+            seed=inputs.seed,
+            loss_fn=inputs.loss_fn,
+        )
+
+    def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
+        """Return (F + λI)⁻¹ Ḡ of every task. Memory, floats per layer: m² + n², and mn more for EK-FAC.
+
+        Raises:
+            FloatingPointError: a result is not finite (the layer is named).
+        """
+        bases, damping = self.curvature(inputs), inputs.settings.damping
+        solved = {
+            task: {name: divided(part, bases[name], damping) if name in bases else part for name, part in mean.items()}
+            for task, mean in means.items()
+        }
+        check_solved(means, solved)
+        return solved
+
+    def bases(self, inputs: Inputs) -> dict[str, EigenBasis]:
+        """Return the curvature, which single examples are divided by on the way into their shared bases."""
+        bases = self.curvature(inputs)
+        layers = influence_layers(inputs.source)
+        warn_of_unmoved(sorted(name for name in layers if name not in bases or not bases[name].eigenvalues.any()))
+        return bases
+
+    def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
+        """Return the FLOPs of validation gradients, and of the curvature and its division.
+
+        K-FAC: a forward pass to draw labels, a forward and a backward pass, 2m² + 2n² per layer and token; then two
+        eigendecompositions, 9m³ + 9n³, and 4mn(m+n) per task. EK-FAC: the same passes and products again, in the basis,
+        and 2mn.
+        """
+        layers, tokens = flops.layers_of(model), read.curvature_tokens
+        drawing = flops.forward_pass_flops(model, tokens, read.curvature_supervised)
+        squares = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers)
+        bases = sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
+        solves = read.tasks * sum(4.0 * m * n * (m + n) for m, n, _ in layers)
+        once = 3 * drawing + tokens * squares
+        measured = 2 * once + tokens * flops.contraction_flops(model) if self.corrected else once
+        return super().query_flops(model, read) + bases + solves + measured
+
+
+def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> LayerGradient:
+    """Return (F + λI)⁻¹ Ḡ of one layer, or Ḡ itself where the curvature is zero."""
+    solved = basis.solve(as_matrix(gradient), damping)
+    if solved is None:
+        return gradient
+    solved = solved.to(gradient.weight.dtype)
+    return LayerGradient(solved, None) if gradient.bias is None else LayerGradient(solved[:, :-1], solved[:, -1])
+
+
+def as_matrix(gradient: LayerGradient) -> Tensor:
+    """Return a layer's gradient with that of the bias as its last column."""
+    if gradient.bias is None:
+        return gradient.weight
+    return torch.cat([gradient.weight, gradient.bias[:, None]], dim=1)
+
+
+def check_solved(means: Mapping[str, ModelGradient], solved: Mapping[str, ModelGradient]) -> None:
+    """Warn of layers without curvature, and refuse results that are not finite.
+
+    Raises:
+        FloatingPointError: a result is not finite (the layer is named).
+    """
+    warn_of_unmoved(sorted({name for task, mean in means.items() for name in mean if solved[task][name] is mean[name]}))
+    for mean in solved.values():
+        for name, part in mean.items():
+            if not torch.isfinite(part.squared_norm()):
+                raise FloatingPointError(
+                    f"the preconditioned gradient of {name} is not finite; try --set dtype=float32"
+                )
+
+
+def warn_of_unmoved(layers: Sequence[str]) -> None:
+    """Warn of layers that no example of the curvature sample moved, so that there is nothing to divide by."""
+    if layers:
+        warnings.warn(
+            f"no example of the curvature sample moved {layers[0]} ({len(layers)} layers in all): their validation "
+            "gradients are used as they are; take more curvature examples",
+            stacklevel=3,
+        )

@@ -1,0 +1,27 @@
+"""Every estimator by the name that the settings use; what each needs and gives is in `iprox.settings.ESTIMATORS`."""
+
+from iprox.influence.baselines import Bm25, Length, Perplexity, Random, Rds
+from iprox.influence.estimators.base import Estimator
+from iprox.influence.estimators.datainf import DataInf
+from iprox.influence.estimators.ekfac import KroneckerInfluence
+from iprox.influence.estimators.less import Less
+from iprox.influence.estimators.tracin import TracIn
+from iprox.settings import InfluenceSection
+
+REGISTRY: dict[str, Estimator] = {
+    "ekfac": KroneckerInfluence("ekfac", corrected=True),
+    "kfac": KroneckerInfluence("kfac", corrected=False),
+    "datainf": DataInf("datainf"),
+    "tracin": TracIn("tracin"),
+    "less": Less("less"),
+    "random": Random("random"),
+    "length": Length("length"),
+    "perplexity": Perplexity("perplexity"),
+    "rds": Rds("rds"),
+    "bm25": Bm25("bm25"),
+}
+
+
+def estimator_of(settings: InfluenceSection) -> Estimator:
+    """Return the estimator that some settings name."""
+    return REGISTRY[settings.estimator]

@@ -1,0 +1,287 @@
+"""Scores of batches of candidates at one checkpoint: their gradients contracted with the validation gradients.
+
+TracIn (Pruthi et al., arXiv:2002.08484, eq. TracInCP): I(z; V) = Σ_c η_c Σ_ℓ ⟨G_ℓ,c(z), Ḡ_ℓ,c(V)⟩, c over checkpoints
+with learning rates η_c, Ḡ the mean gradient over the validation set. Positive: an SGD step on z lowers the
+validation loss, by I(z; V) to first order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from iprox.data import Encoded, Example
+from iprox.engine.stream import ScoringStats
+from iprox.influence.gradients import (
+    TaskGradient,
+    mean_squared_norm,
+    norm_flops,
+    sketch_pays,
+    sketched_norms,
+    squared_norms,
+)
+from iprox.influence.projection import signs
+from iprox.influence.query import LayerQuery, layer_query
+from iprox.influence.shared_basis import SharedQueries, SharedQuery
+from iprox.models.experts import expert_layers
+from iprox.models.flops import layer_shares
+from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.observe import frozen, watched_backward
+from iprox.scores import scores_table
+
+Normalize = Literal["none", "cosine"]
+
+# Random signs per layer that candidates' norms are estimated from on a proxy, for their cosine. Exact norms would cost
+# a proxy as much as they cost its target, up to half of its scoring. A model's own norms are exact, so that what a
+# proxy is compared with has no error in common with it.
+NORM_SKETCH = 32
+
+# What candidates of a task are contracted with: its mean gradient, whole or truncated, or the gradients of its
+# examples, one by one or in shared bases.
+TaskQuery = TaskGradient | SharedQueries
+
+
+class Scorer:
+    """Gives every candidate of a batch a row of numbers, one or more columns per task.
+
+    Attributes:
+        tasks: names of the tasks.
+        widths: columns of each task: 1, or one per validation example.
+        weights: by task, what its columns are weighted with to give its own score, float64 [width].
+        by_example: whether the columns are kept as scores by validation example.
+        model: what is run, if anything.
+        contraction_flops: FLOPs per token of contracting with all tasks, an expert's for the tokens that use it.
+        example_flops: FLOPs per candidate of contracting with examples in shared bases.
+        kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
+            lost most).
+    """
+
+    noun = "score"
+    dtype = np.float64
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        widths: Sequence[int],
+        weights: Sequence[np.ndarray] | None = None,
+        *,
+        by_example: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.tasks, self.widths, self.by_example, self.model = list(tasks), list(widths), by_example, model
+        self.weights = [np.full(width, 1 / width) for width in widths] if weights is None else list(weights)
+        self.contraction_flops = self.example_flops = 0.0
+        self.kept = dict.fromkeys(self.tasks, 1.0)
+
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Return scores [B, columns], the columns of a task next to each other, and losses [B] if there are any."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> int:
+        """Numbers per candidate."""
+        return sum(self.widths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are to be."""
+        return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
+
+    def norm_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of the norms of candidates of some lengths; 0 where there are none."""
+        return 0.0
+
+    def spent_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of contracting candidates of some lengths, norms included."""
+        whole = sum(lengths) * self.contraction_flops + len(lengths) * self.example_flops
+        return whole + self.norm_flops(lengths)
+
+    def of_tasks(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the scores by task [..., tasks] of numbers [..., columns]."""
+        parts = np.split(numbers, np.cumsum(self.widths)[:-1], axis=-1)
+        return np.stack([part @ weights for part, weights in zip(parts, self.weights, strict=True)], axis=-1)
+
+    def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
+        """Note what was done for candidates of some lengths."""
+        stats.contraction_flops, stats.query_kept = self.spent_flops(lengths), min(self.kept.values())
+
+    def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
+        """Return the scores table of some examples and their numbers [N, columns], NaN where there is no score."""
+        return scores_table(
+            [example.id for example in window],
+            [example.source for example in window],
+            [len(example.input_ids) for example in encoded],
+            self.of_tasks(numbers),
+            self.tasks,
+            examples=np.split(numbers, np.cumsum(self.widths)[:-1], axis=1) if self.by_example else (),
+            supervised=[example.supervised for example in encoded],
+        )
+
+
+class BatchScorer(Scorer):
+    """Scores batches of candidates against the validation gradients of several tasks, at one checkpoint.
+
+    Forward 2P, backward to the activations 2P, and the contraction (see `iprox.influence.query`). The memory is the
+    batch's activations and the tasks' gradients.
+
+    Args:
+        model: a proxy or any model.
+        queries: by task its mean validation gradient, from `mean_gradient`, low-rank or not; or the gradients of its
+            examples, from `example_gradients`, which are a column of scores each, one by one or (all tasks) in shared
+            bases. Layers that the model does not have are left out.
+        normalize: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together. The columns of
+            validation examples are then weighted to the cosine with their mean, which is not the mean of their cosines.
+        norm_sketch: random signs per layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
+            0 is exact. Layers too small to gain are exact, and experts, which an example sends few tokens.
+        loss_fn: per-example losses of a model that is no language model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        queries: Mapping[str, TaskQuery],
+        *,
+        normalize: Normalize = "none",
+        norm_sketch: int = 0,
+        loss_fn: LossFn = causal_lm_losses,
+    ) -> None:
+        self.normalize, self.norm_sketch, self.loss_fn = normalize, norm_sketch, loss_fn
+        self.layers = influence_layers(model)
+        widths = [_width(query) for query in queries.values()]
+        super().__init__(list(queries), widths, by_example=not _of_means(queries), model=model)
+        sketched = norm_sketch > 0 and normalize == "cosine"
+        exact = expert_layers(model) if sketched else ()
+        self._signs = {
+            # The same for a layer in every run, so that a score is too.
+            name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(next(layer.parameters()))
+            for name, layer in self.layers.items()
+            if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
+        }
+        self._shares = layer_shares(model, self.layers)
+        self._queries: dict[str, tuple[LayerQuery | SharedQuery, ...]] = {}
+        shared = {task: query for task, query in queries.items() if isinstance(query, SharedQueries)}
+        if shared:
+            self._take_shared(shared)
+        else:
+            self._take({task: query for task, query in queries.items() if not isinstance(query, SharedQueries)})
+        self.contraction_flops = sum(
+            query.flops * self._shares[name] for name, parts in self._queries.items() for query in parts
+        )
+
+    def _take(self, queries: Mapping[str, TaskGradient]) -> None:
+        """Prepare mean gradients, or those of examples one by one."""
+        columns: list[Any] = []
+        for query in queries.values():
+            columns += [query] if isinstance(query, dict) else query
+        columns = [{name: part for name, part in each.items() if name in self.layers} for each in columns]
+        norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in columns])
+        lost = torch.zeros_like(norms)
+        for name, layer in self.layers.items():
+            if all(name in each for each in columns):
+                parts = [each[name] for each in columns]
+                self._queries[name] = (layer_query(parts, self._query_dtype(layer)),)
+                lost += torch.stack([getattr(part, "lost", norms.new_zeros(())) for part in parts])
+        self._query_norms = norms.sqrt()
+        kept = torch.where(norms > 0, 1 - lost / norms, torch.ones_like(norms)).clamp(min=0).sqrt()
+        ends = np.cumsum(self.widths)
+        for place, task in enumerate(self.tasks):
+            own = slice(int(ends[place]) - self.widths[place], int(ends[place]))
+            self.kept[task] = kept[own].min().item()
+            if self.by_example:
+                mean = torch.stack([mean_squared_norm([each[name] for each in columns[own]]) for name in columns[0]])
+                self._weigh(place, self._query_norms[own], mean.sum().sqrt().item())
+
+    def _take_shared(self, queries: Mapping[str, SharedQueries]) -> None:
+        """Prepare the examples of each task in the bases that they share."""
+        for name in self.layers:
+            parts = [query.of_layer(name, self.layers[name]) for query in queries.values()]
+            if any(part.cores.numel() for part in parts):
+                self._queries[name] = tuple(parts)
+                self.example_flops += sum(part.example_flops for part in parts)
+        self._query_norms = torch.cat([query.norms for query in queries.values()]).to(self.device)
+        for place, (task, query) in enumerate(queries.items()):
+            self.kept[task] = query.kept.min().item()
+            self._weigh(place, query.norms.cpu(), query.mean_norm())
+
+    def _weigh(self, place: int, norms: Tensor, mean: float) -> None:
+        """Weigh a task's columns: ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g); without norms each column counts 1/V."""
+        if self.normalize == "cosine" and mean > 0:
+            self.weights[place] = self.weights[place] * (norms / mean).double().cpu().numpy()
+
+    def norm_flops(self, lengths: Sequence[int]) -> float:
+        """Return the FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
+        if self.normalize == "none":
+            return 0.0
+        shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
+        for name, layer in self.layers.items():
+            sketch = self.norm_sketch if name in self._signs else 0
+            shapes.setdefault((sketch, self._shares[name]), []).append(weight_shape(layer))
+        return sum(
+            norm_flops(each, [length * share for length in lengths], sketch) for (sketch, share), each in shapes.items()
+        )
+
+    def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
+        """Score one batch.
+
+        Args:
+            batch: on the model's device.
+            by_token: leave the sum over tokens to the caller: δ_tᵀ Ḡ h_t over all layers, what passes through each
+                token's position.
+
+        Returns:
+            Scores [B, columns], or [B, L, columns] by token with 0 on padding, and losses [B], in float32 or better, on
+            the model's device.
+
+        Raises:
+            TypeError: a layer does not see one row per example, or with `by_token` every position (an expert).
+        """
+        columns: dict[str, list[Tensor]] = {}
+        norms: list[Tensor] = []
+
+        def sink(name: str, h: Tensor, delta: Tensor) -> None:
+            for query in self._queries.get(name, ()):
+                columns.setdefault(name, []).append(query.contract(h, delta, by_token))
+            if self.normalize == "cosine":
+                bias, signs = has_bias(self.layers[name]), self._signs.get(name)
+                norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
+
+        assert self.model is not None
+        with frozen(self.model):
+            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+        return self._normalized(columns, norms, batch.input_ids.shape if by_token else losses.shape), losses
+
+    def _normalized(
+        self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size
+    ) -> Tensor:
+        """Sum the layers' parts of the scores, by task [*positions, columns of it], and divide them by the norms."""
+        for name, parts in columns.items():
+            if parts[0].shape[:-1] != positions:
+                seen = "every token" if len(positions) > 1 else "one row per example"
+                raise TypeError(f"{name} does not see {seen}, so its gradients cannot be told apart")
+        scores = torch.stack([torch.cat(list(parts), dim=-1) for parts in columns.values()]).sum(0)
+        if self.normalize == "none":
+            return scores
+        length = torch.stack(list(norms)).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
+        length = length[:, None] if len(positions) > 1 else length
+        # A zero gradient has no direction: its cosine is 0, not NaN.
+        return torch.where(length > 0, scores / length, torch.zeros_like(scores))
+
+    def _query_dtype(self, layer: nn.Module) -> torch.dtype:
+        """Return the compute dtype, so that the contraction is plain GEMMs."""
+        return next(layer.parameters()).dtype
+
+
+def _width(query: TaskQuery) -> int:
+    if isinstance(query, SharedQueries):
+        return len(query.norms)
+    return 1 if isinstance(query, dict) else len(query)
+
+
+def _of_means(queries: Mapping[str, TaskQuery]) -> bool:
+    return all(isinstance(query, dict) for query in queries.values())

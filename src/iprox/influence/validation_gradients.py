@@ -1,0 +1,152 @@
+"""Gradients of a validation set: their mean, and those of single examples in low-rank form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iprox.influence.gradients import ExampleGradient, LayerGradient, LowRankGradient, ModelGradient, summed_gradient
+from iprox.influence.low_rank import truncated
+from iprox.models.experts import expert_layers
+from iprox.models.layers import dense_weight, has_bias, influence_layers, layer_bias, weight_shape
+from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
+from iprox.models.observe import frozen, watched_backward
+from iprox.models.precision import accumulation_dtype
+
+
+def mean_gradient(
+    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn = causal_lm_losses
+) -> tuple[ModelGradient, int]:
+    """Return the mean per-example gradient over a set, in float32 or better: Ḡ(V).
+
+    Forward, backward and one weight GEMM per layer: 6P FLOPs per token, P the parameters of the layers.
+
+    Returns:
+        The gradient, and the number of examples it is the mean of.
+
+    Raises:
+        FloatingPointError: a gradient is not finite (the layer is named).
+        ValueError: no example.
+    """
+    layers = influence_layers(model)
+    total: ModelGradient = {}
+    count = 0
+
+    def sink(name: str, h: Tensor, delta: Tensor) -> None:
+        part = summed_gradient(h, delta, has_bias(layers[name]))
+        if name in total:
+            total[name].weight += part.weight
+            if part.bias is not None:
+                total[name].bias += part.bias  # pyright: ignore[reportOperatorIssue]
+        else:
+            total[name] = part
+
+    with frozen(model):
+        for batch in batches:
+            losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink)
+            count += int(examples_with_loss(batch, losses).sum())
+    if count == 0:
+        raise ValueError("no example with a supervised token")
+    silent = [name for name in layers if name not in total and name not in expert_layers(model)]
+    if silent:
+        warnings.warn(
+            f"{silent[0]} ({len(silent)} layers in all) was never called as a module in the forward pass; its gradient "
+            "is missing from all scores",
+            stacklevel=2,
+        )
+    for name, layer in layers.items():
+        if name not in total:  # not called, or an expert that no token was routed to
+            weight, bias = dense_weight(layer), layer_bias(layer)
+            dtype = accumulation_dtype(weight)
+            total[name] = LayerGradient(
+                torch.zeros_like(weight, dtype=dtype), None if bias is None else torch.zeros_like(bias, dtype=dtype)
+            )
+    for name, part in total.items():
+        part.weight /= count
+        if part.bias is not None:
+            part.bias /= count
+        if not torch.isfinite(part.squared_norm()):
+            raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
+    return total, count
+
+
+def example_gradients(
+    model: nn.Module,
+    batches: Iterable[Any],
+    keep: float = 1.0,
+    loss_fn: LossFn = causal_lm_losses,
+) -> list[ExampleGradient]:
+    """Return the gradient of every example of a set by itself, low-rank, in the order of the set.
+
+    They are kept in the model's dtype: Σ k(m+n) numbers per example, k at most its tokens.
+
+    Args:
+        model: where they are taken.
+        batches: whose `indices` say which examples of the set they hold; those without a supervised token are in none.
+        keep: share of the norm of each layer's gradient that is kept; 1 is exact.
+        loss_fn: per-example losses of a model that is no language model.
+
+    Raises:
+        FloatingPointError: a gradient is not finite (the layer is named).
+        ValueError: no example.
+    """
+    layers = influence_layers(model)
+    found: dict[int, ExampleGradient] = {}
+    current: list[ExampleGradient] = []
+
+    def sink(name: str, h: Tensor, delta: Tensor) -> None:
+        for example, x, d in zip(current, h, delta, strict=True):
+            if not torch.isfinite(d).all():
+                raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
+            example[name] = _stored(example_gradient(x, d, has_bias(layers[name]), keep), h.dtype)
+
+    with frozen(model):
+        for batch in batches:
+            current = [{} for _ in batch.indices]
+            watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink)
+            found.update(zip(batch.indices, current, strict=True))
+    if not found:
+        raise ValueError("no example with a supervised token")
+    for name, layer in layers.items():
+        for example in found.values():
+            if name not in example:  # an expert that none of the batch's tokens was routed to
+                m, n = weight_shape(layer)
+                weight = next(layer.parameters())
+                zeros = example_gradient(weight.new_zeros(1, n), weight.new_zeros(1, m), has_bias(layer), 1.0)
+                example[name] = _stored(zeros, weight.dtype)
+    return [found[index] for index in sorted(found)]
+
+
+def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRankGradient:
+    """Return the gradient of one example, whose rank is at most the number of its tokens, without forming it.
+
+    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ, and the left factor is no longer than the example: 2Ln² + 2L²m FLOPs.
+
+    Args:
+        h: inputs [L, n].
+        delta: output gradients [L, m].
+        bias: whether the layer has one.
+        keep: share of the Frobenius norm that a truncation keeps at least, in (0, 1]; 1 keeps it whole.
+    """
+    dtype = accumulation_dtype(h)
+    seen = (delta != 0).any(1)
+    h, delta = h[seen].to(dtype), delta[seen].to(dtype)
+    if not len(h):
+        h, delta = h.new_zeros(1, h.shape[1]), delta.new_zeros(1, delta.shape[1])
+    whole_bias = delta.sum(0) if bias else None
+    right, triangle = torch.linalg.qr(h.mT)
+    left = delta.mT @ triangle.mT
+    lost = left.new_zeros(())
+    if keep < 1:
+        left, inner, lost = truncated(left, keep)
+        right = right @ inner
+    return LowRankGradient(left, right, whole_bias, lost)
+
+
+def _stored(gradient: LowRankGradient, dtype: torch.dtype) -> LowRankGradient:
+    """The factors in the dtype that they will be multiplied in; the rest in float32 or better."""
+    return LowRankGradient(gradient.left.to(dtype), gradient.right.to(dtype), gradient.bias, gradient.lost)
