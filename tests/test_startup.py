@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -37,11 +38,11 @@ def test_importing_iprox_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], "Start with:  iprox quickstart"),
-        (["--version"], "iprox "),
-        (["score", "--help"], "example"),
-        (["scor"], "invalid choice"),
-        (["score", "--modle", "x"], "required"),
+        (["--help"], "Start with iprox quickstart"),
+        (["--version"], version("iprox")),
+        (["score", "--help"], "Example"),
+        (["scor"], "Did you mean"),
+        (["score", "--modle", "x"], "--model is missing"),
         (["run", "nowhere.yaml"], "nowhere.yaml"),
         (["run", "recipe.yaml", "--set", "proxy.sparsty=0.5"], "sparsity"),
         (["plan", "recipe.yaml", "--set", "select.fraction=2"], "select.fraction"),

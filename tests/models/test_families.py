@@ -124,8 +124,9 @@ def autograd_gradients(model, batch, layers):
 @pytest.mark.parametrize("kind", ["target", "proxy"])
 def test_scores_equal_autograd_dot_products(family, tiny, kind):
     name, model, batch = family
-    # DeepSeek's router and rotation compute in float32 whatever the model's dtype is.
-    close = {"rtol": 1e-6, "atol": 1e-6} if "deepseek" in str(name) else {"rtol": 1e-9, "atol": 1e-9}
+    # The router and the rotation of DeepSeek and its like compute in float32 whatever the model's dtype is.
+    single = any(each in str(name) for each in ("deepseek", "glm4-moe-lite"))
+    close = {"rtol": 1e-6, "atol": 1e-6} if single else {"rtol": 1e-9, "atol": 1e-9}
     if kind == "proxy":
         model, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5], seed=1)
@@ -289,7 +290,8 @@ def test_an_experts_weighted_error_is_that_of_all_tokens(tiny):
     model, batch = split(moe(tiny)), tiny.batch([40] * 6)
     name = "model.layers.0.mlp.experts.gate_up.1"
     layers = {name: compressible_layers(model)[name]}
-    moments, tokens = collect_moments(model, layers, [batch], MomentSettings(balanced=False))
+    moments, read = collect_moments(model, layers, [batch], MomentSettings(balanced=False))
+    tokens = read.tokens
     kept = []
     with frozen(model):
         watched_backward(model, layers, lambda: causal_lm_losses(model, batch), lambda _, h, d: kept.append((h, d)))

@@ -180,13 +180,13 @@ def test_the_estimate_follows_the_jaccard_similarity():
     ("settings", "message"),
     [
         ({"count": 2, "source_floor": {"a": 0.7, "b": 0.7}}, "more than 1"),
-        ({"count": 2, "source_cap": 1.5}, "source_cap 1.5: .*less than or equal to 1"),
+        ({"count": 2, "source_cap": 1.5}, "source_cap: .*less than or equal to 1"),
         ({"tokens": 9, "source_cap": 0.5}, "give fraction or count"),
-        ({"count": 2, "weights": {"a": -1.0}}, "weights.a -1.0: .*greater than or equal to 0"),
+        ({"count": 2, "weights": {"a": -1.0}}, "weights.a: .*greater than or equal to 0"),
         ({"count": 2, "weights": {"a": float("nan")}}, "finite"),
         ({"count": 2, "weights": {"a": 2.0}, "task": "a"}, "leave one out"),
-        ({"count": 2, "deduplicate": 1.5}, "deduplicate 1.5: .*less than or equal to 1"),
-        ({"tokens": 0}, "tokens 0: .*greater than or equal to 1"),
+        ({"count": 2, "deduplicate": 1.5}, "deduplicate: .*less than or equal to 1"),
+        ({"tokens": 0}, "tokens: .*greater than or equal to 1"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(settings, message):

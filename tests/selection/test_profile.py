@@ -163,9 +163,18 @@ def test_nothing_is_said_of_lengths_that_are_not_known():
     [
         (
             Setting("influence", "normalize", "cosine"),
-            *("influence.normalize: cosine", "--normalize cosine when scoring", "normalize='cosine' in iprox.score"),
+            *(
+                "influence.normalize: cosine",
+                "--set influence.normalize=cosine when scoring",
+                "normalize='cosine' in iprox.score",
+            ),
         ),
-        (Setting("select", "deduplicate", 0.8), "select.deduplicate: 0.8", "--deduplicate 0.8", "deduplicate=0.8"),
+        (
+            Setting("select", "deduplicate", 0.8),
+            "select.deduplicate: 0.8",
+            "--set select.deduplicate=0.8",
+            "deduplicate=0.8",
+        ),
     ],
 )
 def test_settings_are_spelled_as_they_are_set(setting, recipe, command, python):

@@ -170,12 +170,12 @@ def test_a_fraction_is_of_all_rows():
     ("arguments", "message"),
     [
         ({"fraction": 0.5, "count": 1}, "exactly one"),
-        ({"fraction": 0.0}, "fraction 0.0: .*greater than 0"),
-        ({"fraction": 1.5}, "fraction 1.5: .*less than or equal to 1"),
-        ({"count": 0}, "count 0: .*greater than or equal to 1"),
+        ({"fraction": 0.0}, "fraction: .*greater than 0"),
+        ({"fraction": 1.5}, "fraction: .*less than or equal to 1"),
+        ({"count": 0}, "count: .*greater than or equal to 1"),
         ({"count": 3}, "only 2 of 3 have a score"),
         ({"count": 4}, "the pool has only 3"),
-        ({"count": 1, "strategy": "tpo"}, "strategy 'tpo': input should be 'top' or"),
+        ({"count": 1, "strategy": "tpo"}, "strategy: input should be 'top' or"),
     ],
 )
 def test_bad_requests_are_refused(arguments, message):
