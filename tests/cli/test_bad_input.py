@@ -207,8 +207,8 @@ def test_unknown_stage(run):
 
 
 def test_unknown_device(run):
-    assert "--device cuda" in run("--set", "device=cuda")
-    assert "--device nonsense" in run("--set", "device=nonsense")
+    assert "device cuda" in run("--set", "device=cuda")
+    assert "device nonsense" in run("--set", "device=nonsense")
 
 
 def test_more_selected_than_scored(place, refused):

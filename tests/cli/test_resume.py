@@ -48,7 +48,9 @@ def test_a_changed_setting_is_said_and_redoes_what_depends_on_it(copied, capfd, 
     assert copied.done() == again
     lines = capfd.readouterr().err.splitlines()
     assert f"settings changed since the last start: {said}" in lines
-    assert [line.split(":")[0] for line in lines if "done again, as what it is made from has changed" in line] == again
+    assert [
+        line.split(":")[0] for line in lines if "done again, because what it is made from has changed" in line
+    ] == again
 
 
 def test_a_recipe_of_an_earlier_start_that_cannot_be_read_or_lacks_keys_is_no_fault(copied, capfd):
@@ -352,7 +354,7 @@ def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
 
 
 def warnings_of_drawing(place):
-    said = ("are ones that", "are left of the pool")
+    said = ("are also used by", "are left of the pool")
     stages = {name: [text for text in entry["warnings"] if any(each in text for each in said)]
               for name, entry in place.record()["stages"].items()}  # fmt: skip
     return {name: warnings for name, warnings in stages.items() if warnings}
@@ -427,6 +429,6 @@ def test_an_off_the_shelf_proxy_with_another_tokenizer_is_refused(place, model, 
 def test_a_report_of_scores_that_another_recipe_made_is_refused(copied, refused):
     assert copied.run("--set", "proxy.sparsity=0.6", "--stop-after", "data") == 0
     said = refused("report", copied.output, "--quiet")
-    assert "scored by an earlier recipe than the one that is there now" in said
+    assert "its scores belong to an earlier recipe" in said
     assert copied.run() == 0
     assert "score" not in copied.done()

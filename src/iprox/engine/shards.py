@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from iprox.aggregation import TaskSpread, combine, over_checkpoints, refuse_unranked
 from iprox.data import Example
 from iprox.engine.stream import WINDOW, Engine, ScoringStats, WindowWorker, local_engine, windows_of
-from iprox.files import write_text
+from iprox.files import empty_folder, write_text
 from iprox.progress import Advance
 from iprox.scores import scores_metadata, write_parts
 
@@ -183,6 +183,6 @@ def claim(shards: Path, identity: Mapping[str, object]) -> None:
         return
     # First the marker: a half-removed folder must not be taken for whole by a later start of the other identity.
     marker.unlink(missing_ok=True)
-    shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir(parents=True)
+    empty_folder(shards, keep="run.json")  # an index is a folder of shards itself, with the record of its command
+    shards.mkdir(parents=True, exist_ok=True)
     write_text(marker, written)
