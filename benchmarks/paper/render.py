@@ -7,6 +7,7 @@ The pages are written by hand, except for the blocks between `<!-- NAME -->` and
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ mpl.rcParams.update({"svg.hashsalt": "iprox", "font.size": 9, "axes.spines.top":
 
 def main() -> None:
     """Fill in every block of the pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, (file, at, make) in BLOCKS.items():
         page, path = DOCS / at, RESULTS / file
         text = page.read_text(encoding="utf-8")
