@@ -5,7 +5,7 @@ least over the tasks, and tokens per second of projecting next to those of scori
 share the D numbers. With `by layer`, each layer has D/layers numbers.
 
     python benchmarks/index.py
-    python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output benchmarks/results/index-target-17m.jsonl
+    python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output index-2000.jsonl
 """
 
 from __future__ import annotations
