@@ -314,11 +314,16 @@ def why_selected(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, made_on(results)])
 
 
+# Estimators by the names that they had when results were made.
+RENAMED = {"influence-function": "kfac"}
+
+
 def lds_rows(results: dict[str, Any]) -> str:
     """Return linear datamodeling scores by estimator and task."""
     rows = []
     for name, cell in results["cells"].items():
         estimator = name.rpartition("/")[0]
+        estimator = RENAMED.get(estimator, estimator)
         for task, sides in cell["tasks"].items():
             shown = [
                 f"{side['lds']:.2f} ({side['interval'][0]:.2f} to {side['interval'][1]:.2f})" for side in sides.values()
