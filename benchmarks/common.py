@@ -18,14 +18,15 @@ import torch
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Example, Pool
-from iprox.scores import score_matrix
+from iprox.data.sampling import draw_rows
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.run.folder import environment, key_of, read_json, write_json
 from iprox.run.whole import run_recipe
-from iprox.session import Session, draw_rows
+from iprox.scores import score_matrix
+from iprox.session import Session
 from iprox.settings import WarmupSection
 from iprox.stages.training import warm_up
 

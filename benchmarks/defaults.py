@@ -47,16 +47,9 @@ from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.run.folder import environment, read_json
-<<<<<<< HEAD
 from iprox.selection.strategies import Turns, top
-from iprox.session import Session, draw_rows
-from iprox.settings import WarmupSection
-=======
-from iprox.selection.strategies import top
-from iprox.selection.turns import Turns
 from iprox.session import Session
 from iprox.settings import InfluenceSection, WarmupSection
->>>>>>> influence
 from iprox.stages.training import warm_up
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -244,7 +237,7 @@ class Bench:
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
         queries = {}
         for task, rows in self.encoded_validation.items():
-            examples = list(example_gradients(model, self.batches(rows), "weight"))
+            examples = list(example_gradients(model, self.batches(rows)))
             for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
                 made = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
                 queries[f"{name}/{task}"] = made

@@ -7,6 +7,7 @@ What stands between `<!-- defaults -->` and `<!-- /defaults -->` on each page is
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ Cells = dict[tuple[str, str, int], dict[str, Any]]
 
 def main() -> None:
     """Fill in the block of each page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     known = {name: read(RESULTS / f"defaults-{name}.jsonl") for name in TITLES}
     known = {name: cells for name, cells in known.items() if cells}
     fill(ROOT / "docs/results.md", "\n\n".join(summary(TITLES[name], cells) for name, cells in known.items()))

@@ -21,10 +21,10 @@ from scipy import stats
 
 from common import RESULTS, Results, parser, scores_in, settings_of
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.models.layers import influence_layers
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
-from iprox.session import draw_rows
 
 
 class Comparison:
@@ -56,18 +56,10 @@ class Comparison:
             self.pool.write_rows(self.rows, sample)
             command = [sys.executable, "-m", "iprox.cli", "score", "--model", self.arguments.model]
             command += ["--pool", str(sample), "--validation", f"task={self.arguments.validation}"]
-            command += [
-                "--estimator",
-                "tracin",
-                "--normalize",
-                "none",
-                "--query-norm",
-                "1",
-                "--dtype",
-                dtype,
-                "--max-length",
-                "512",
-            ]
+            influence = {"estimator": "tracin", "normalize": "none", "query_norm": 1}
+            settings = {f"influence.{key}": value for key, value in influence.items()}
+            settings |= {"dtype": dtype, "data.max_length": 512}
+            command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
             subprocess.run([*command, "--output", str(output), "--quiet"], check=True)
             scores = scores_in(output)[:, 0]
         return {

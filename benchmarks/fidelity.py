@@ -7,7 +7,7 @@ so a stopped benchmark continues where it was.
     python benchmarks/fidelity.py                                             # the whole table: hours on two cores
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
     python benchmarks/fidelity.py --queries target --seeds 1 --methods ipsvd 'ipsvd, aligned' 'ipsvd, aligned by logits'
-    python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator influence-function \
+    python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator ekfac \
         --methods ipsvd 'ipsvd, aligned by gradients'
 
 Scores are taken at the warm-up's last checkpoint, raw unless `--normalize cosine` is given. `query` says where
@@ -30,11 +30,11 @@ import iprox
 from common import RESULTS, Results, as_rows, examples_of, parser, settings_of, timed, warmed
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.scores import score_matrix
+from iprox.data.sampling import draw_rows
 from iprox.models import flops
 from iprox.models.loading import load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 # name -> arguments of `iprox.compress`
 FACTORIZED: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ class Setting:
         self.arguments, self.seed, self.pool = arguments, seed, Pool(arguments.pool)
         total, used = self.pool.scan().rows, []
         self.rows: dict[str, list[dict[str, Any]]] = {}
-        curved = arguments.curvature_examples if arguments.estimator == "influence-function" else 0
+        curved = arguments.curvature_examples if arguments.estimator == "ekfac" else 0
         sizes = {"warmup": round(0.05 * total), "probe": arguments.probe_size, "sample": arguments.examples}
         for name, size in {**sizes, "align": arguments.align_size, "curvature": curved}.items():
             drawn = draw_rows(name, seed, total, size, used) if size else []
@@ -154,7 +154,7 @@ def main() -> None:
     made.add_argument("--probe-size", type=int, default=139)
     made.add_argument("--align-size", type=int, default=139, help="rows to align on: by default 1 %% of the pool")
     made.add_argument("--align-epochs", type=int, default=5)
-    made.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    made.add_argument("--estimator", choices=("tracin", "ekfac"), default="tracin")
     made.add_argument("--normalize", choices=("none", "cosine"), default="none")
     made.add_argument("--curvature-examples", type=int, default=256, help="pool rows for an influence function")
     arguments = made.parse_args()

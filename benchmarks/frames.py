@@ -1,7 +1,7 @@
 """How many Python frames are there from the command to the dot product, and in how many files of iprox?
 
     python benchmarks/frames.py                          # `iprox score` on the bundled quickstart
-    python benchmarks/frames.py --estimator tracin --no-per-example
+    python benchmarks/frames.py --estimator tracin --set influence.per_example=false
 
 A few rows of the bundled quickstart are scored with the command; when the first candidate is contracted with the
 validation gradients, the frames that are in iprox are counted. Frames of torch and others do not count.

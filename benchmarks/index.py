@@ -5,7 +5,7 @@ least over the tasks, and tokens per second of projecting next to those of scori
 share the D numbers. With `by layer`, each layer has D/layers numbers.
 
     python benchmarks/index.py
-    python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output benchmarks/results/index-target-17m.json
+    python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output index-2000.jsonl
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ import torch
 
 from common import RESULTS, Results, agreement, examples_of, parser, settings_of, timed
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer, ModelGradient, has_bias, mean_gradient
-from iprox.influence.index import GradientIndex, WindowProjector, write_index
+from iprox.data.sampling import draw_rows
+from iprox.engine.stream import WINDOW, WindowWorker
+from iprox.influence.gradients import ModelGradient
+from iprox.influence.index import GradientIndex, GradientProjector, write_index
 from iprox.influence.projection import LayerProjection
-from iprox.influence.projector import GradientProjector
-from iprox.scores import score_matrix
-from iprox.influence.scoring import WINDOW
-from iprox.models.layers import influence_layers, weight_shape
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
+from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import resolve_device, resolve_dtype
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 
 class ByLayer:
@@ -47,16 +48,16 @@ class ByLayer:
             for name, layer in self.layers.items()
         }
 
-    def __call__(self, batch) -> torch.Tensor:
-        """Return the features of a batch."""
+    def __call__(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the features of a batch, and its losses."""
         parts: dict[str, torch.Tensor] = {}
 
         def sink(name: str, h: torch.Tensor, delta: torch.Tensor) -> None:
             parts[name] = self.projections[name].of_tokens(h, delta, has_bias(self.layers[name])).flatten(1)
 
         with frozen(self.model):
-            watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
-        return torch.cat([parts[name] for name in self.projections], dim=1)
+            losses = watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
+        return torch.cat([parts[name] for name in self.projections], dim=1), losses
 
     def project(self, gradient: ModelGradient) -> torch.Tensor:
         """Return the features of a validation gradient."""
@@ -68,7 +69,7 @@ def over_pool(run: Callable, encoded: list[Encoded], batch_tokens: int, device: 
     """Return the results of `run` for every row, float32 [N, columns]."""
     out: np.ndarray | None = None
     for batch in iter_batches(encoded, batch_tokens, 0):
-        numbers = run(batch.to(device)).float().cpu().numpy()
+        numbers = run(batch.to(device))[0].float().cpu().numpy()
         out = np.zeros((len(encoded), numbers.shape[1]), np.float32) if out is None else out
         out[batch.indices] = numbers
     assert out is not None
@@ -110,7 +111,7 @@ def main() -> None:
     exact, rates = {}, {}
     for normalize in ("none", "cosine"):
         scorer = BatchScorer(model, queries, normalize=normalize)
-        exact[normalize], rates[normalize] = over(lambda batch, scorer=scorer: scorer(batch)[0])
+        exact[normalize], rates[normalize] = over(scorer)
     known = results("scoring", lambda: {"rows": len(encoded), "tokens": tokens, "tokens_per_second": rates["none"]})
     print(f"scoring: {known['tokens_per_second']:,.0f} tokens/s\n")
     print("      D layers     tokens/s of scoring  Spearman  least  cosine  least")
@@ -139,7 +140,7 @@ def main() -> None:
     def queried(dimension: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             projector = GradientProjector(model, dimension)
-            make = lambda: WindowProjector(projector, encoder, 0, arguments.batch_tokens)  # noqa: E731
+            make = lambda: WindowWorker(projector, encoder, arguments.batch_tokens)  # noqa: E731
             write_index(make, examples, Path(folder) / "index", {"dimension": dimension}, window=WINDOW)
             index = GradientIndex.open(Path(folder) / "index")
             seconds, ((table, _),) = timed(lambda: list(index.scores(queries, projector)))

@@ -18,13 +18,13 @@ import torch
 
 from common import RESULTS, Results, agreement, parser, settings_of
 from iprox.data import ChatEncoder, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer
-from iprox.influence.truncation import low_rank_queries
+from iprox.data.sampling import draw_rows
+from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
 from iprox.models import flops
 from iprox.models.compiled import compiled
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES
-from iprox.session import draw_rows
 from queries import validation_gradients
 
 SKETCHES = (4, 8, 16, 32, 64)
@@ -45,7 +45,7 @@ def main() -> None:
 
     def scores(**how: Any) -> tuple[np.ndarray, dict[str, float]]:
         """Return scores, and the cost of the norms and tokens per second of a second pass."""
-        scorer = BatchScorer(model, queries, gradient="weight", **how)
+        scorer = BatchScorer(model, queries, **how)
         with compiled(model):
             for _ in range(2):
                 started = time.perf_counter()

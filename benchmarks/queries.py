@@ -2,7 +2,7 @@
 
     python benchmarks/queries.py                                        # the shared target, 5 tasks, 300 pool rows
     python benchmarks/queries.py --model runs/mine/warmup/checkpoint-44
-    python benchmarks/queries.py --estimator influence-function         # gradients divided by the curvature (EK-FAC)
+    python benchmarks/queries.py --estimator ekfac                      # gradients divided by the curvature (EK-FAC)
 
 Costs are FLOPs of contracting with all tasks, over those of a forward pass of the linear layers. Agreement is with the
 scores of whole gradients on the same model, raw and cosine, as means over tasks.
@@ -18,18 +18,22 @@ import torch
 
 from common import RESULTS, Results, agreement, examples_of, parser, settings_of
 from iprox.data import ChatEncoder, Pool, iter_batches
-from iprox.influence.estimators import BatchScorer, ModelGradient, TruncatedGradient, mean_gradient
-from iprox.influence.preconditioning import precondition
-from iprox.influence.truncation import low_rank_queries
+from iprox.data.sampling import draw_rows
+from iprox.influence.estimators.base import Inputs
+from iprox.influence.estimators.ekfac import KroneckerInfluence
+from iprox.influence.gradients import ModelGradient, TruncatedGradient
+from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
-from iprox.session import draw_rows
+from iprox.settings import InfluenceSection
 
 TOGETHER, ALONE = "all layers together", "each layer by itself"
 KEPT = {
     "tracin": {TOGETHER: (0.5, 0.7, 0.8, 0.85, 0.9, 0.95), ALONE: (0.7, 0.8, 0.9, 0.95)},
-    "influence-function": {TOGETHER: (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)},
+    "ekfac": {TOGETHER: (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)},
 }
 
 
@@ -46,7 +50,7 @@ def each_by_itself(gradients: dict[str, ModelGradient], keep: float) -> dict[str
 def validation_gradients(model: Any, encoder: ChatEncoder, arguments: argparse.Namespace) -> dict[str, ModelGradient]:
     """Return the mean gradient of each task's validation examples."""
     encoded = {task: encoder.encode(examples) for task, examples in examples_of(arguments).items()}
-    return {task: mean_gradient(model, iter_batches(rows, 4096, 0), "weight")[0] for task, rows in encoded.items()}
+    return {task: mean_gradient(model, iter_batches(rows, 4096, 0))[0] for task, rows in encoded.items()}
 
 
 def main() -> None:
@@ -63,15 +67,16 @@ def main() -> None:
     candidates = list(iter_batches(encoder.encode(pool.take(rows)), 4096, 0))
     model = load_model(arguments.model, dtype=torch.float32)
     gradients = validation_gradients(model, encoder, arguments)
-    if arguments.estimator == "influence-function":
+    if arguments.estimator == "ekfac":
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))
-        gradients = precondition(model, gradients, sample, gradient="weight")
+        inputs = Inputs(settings=InfluenceSection(estimator="ekfac"), model=model, validation={}, sample=sample)
+        gradients = KroneckerInfluence("ekfac", corrected=True).precondition(gradients, inputs)
     cast_parameters(model, DTYPES[arguments.dtype])
     forward = flops.forward_flops(model)
 
     def scores(queries: Any, **options: Any) -> tuple[np.ndarray, float]:
-        scorer = BatchScorer(model, queries, gradient="weight", **options)
+        scorer = BatchScorer(model, queries, **options)
         found = torch.cat([scorer(batch)[0] for batch in candidates]).double().numpy()
         return found, scorer.contraction_flops / forward
 

@@ -1,7 +1,7 @@
 """What are the rankings of proxy and target worth? Retraining without their top rows, on the bundled model and pool.
 
     python benchmarks/removal.py                      # 500 rows, without the top 25, three repeats
-    python benchmarks/removal.py --fraction 0.1 --output results/removal-tenth.json
+    python benchmarks/removal.py --repeats 5 --output results/removal-five.json
 
 The bundled model is warmed up, 500 rows are scored on it and on its proxy (sparsity 0.5, TracIn), and it is trained on
 all of them, without the top rows of each ranking, and without random rows of like length (`iprox.audits.removal`). A
@@ -28,7 +28,6 @@ def main() -> None:
     """Measure, print and write what `--output` names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=500, help="rows scored and trained on")
-    parser.add_argument("--fraction", type=float, default=0.05, help="share of them to leave out")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--normalize", choices=("none", "cosine"), default="none")
@@ -38,7 +37,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/removal-quickstart.json")
     arguments = parser.parse_args()
     settings = {key: value for key, value in vars(arguments).items() if key not in ("work", "output")}
-    retraining = {key: settings[key] for key in ("fraction", "repeats", "learning_rate")}
     recipe = {
         "model": str(BUNDLED / "model"),
         "data": {
@@ -47,8 +45,12 @@ def main() -> None:
         },
         "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
         "proxy": {"sparsity": arguments.sparsity},
-        "influence": {"normalize": arguments.normalize},
-        "audit": {"sample": arguments.sample, "removal": retraining},
+        "influence": {"estimator": "tracin", "normalize": arguments.normalize},
+        "audit": {
+            "sample": arguments.sample,
+            "removal": arguments.repeats,
+            "learning_rate": arguments.learning_rate,
+        },
         "seed": arguments.seed,
         "output": str(arguments.work),
     }

@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, set
 
 from common import RESULTS, SHARED, Results, gemm_rate, parser, settings_of, timed
 from iprox.data import ChatEncoder, Encoded, Pool, collate, iter_batches
-from iprox.influence.estimators import BatchScorer, mean_gradient
-from iprox.influence.scoring import QUERY_NORM
-from iprox.influence.truncation import low_rank_queries
+from iprox.influence.low_rank import low_rank_queries
+from iprox.influence.scorer import BatchScorer
+from iprox.influence.validation_gradients import mean_gradient
 from iprox.models import flops
 from iprox.models.compiled import compile_layers
 from iprox.models.layers import influence_layers
@@ -44,6 +44,7 @@ from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
+from iprox.settings import ESTIMATORS
 
 QWEN3_600M = {
     "hidden_size": 1024,
@@ -78,7 +79,7 @@ class Work:
 def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
     """Time our engine: validation gradients, then the pool, compiled; the pool again for each number of tasks."""
     pool, validation = work.batches(work.pool), work.batches(work.validation)
-    seconds, gradient = timed(lambda: mean_gradient(model, validation, "weight")[0])
+    seconds, gradient = timed(lambda: mean_gradient(model, validation)[0])
     result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
     scorers = {}
     for tasks in task_counts:
@@ -87,7 +88,7 @@ def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence
             queries: dict[str, Any] = dict.fromkeys(map(str, range(tasks)), gradient)
             if keep < 1:
                 queries = dict(low_rank_queries(queries, keep))
-            return BatchScorer(model, queries, gradient="weight")
+            return BatchScorer(model, queries)
 
         making, scorers[tasks] = timed(make)
         result["by_tasks"][tasks] = {"making_seconds": making}
@@ -122,13 +123,13 @@ def proxy(work: Work) -> dict[str, Any]:
     made, _ = derive_proxy(model, work.batches(work.validation[:8]), Size(0.7), FactorSettings(method="svd"))
     del work.model, model
     cast_parameters(made, work.dtype)
-    return iprox(work, made, QUERY_NORM, work.arguments.task_counts)
+    return iprox(work, made, ESTIMATORS["tracin"].query_norm, work.arguments.task_counts)
 
 
 def autograd(work: Work) -> dict[str, Any]:
     """Time the obvious way: the gradient of every example by autograd, multiplied with the validation gradient."""
     layers = influence_layers(work.model)
-    gradient = mean_gradient(work.model, work.batches(work.validation), "weight")[0]
+    gradient = mean_gradient(work.model, work.batches(work.validation))[0]
     parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
     rows = work.pool[:: max(1, len(work.pool) // 32)]
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from common import RESULTS, Results, parser, run, scores_in, settings_of
 from iprox.data import Pool
-from iprox.influence.scoring import QUERY_NORM
 from iprox.run.folder import read_json
 from iprox.selection.strategies import top
+from iprox.settings import ESTIMATORS
 
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 # The target as the engine scores it at its cheapest, with low-rank validation gradients as on a proxy. Costs are
@@ -29,7 +29,7 @@ CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
 CHARGED = "target, low-rank"
 RAW = {"estimator": "tracin", "normalize": "none", "per_example": False}
 METHODS: dict[str, dict[str, Any]] = {
-    CHARGED: {"proxy": False, "influence": {**RAW, "query_norm": QUERY_NORM}},
+    CHARGED: {"proxy": False, "influence": {**RAW, "query_norm": ESTIMATORS["tracin"].query_norm}},
     "ipsvd 0.5": {"proxy": {"sparsity": 0.5, "align": False}},
     "ipsvd 0.7": {"proxy": {"sparsity": 0.7, "align": False}},
     "ipsvd 0.85": {"proxy": {"sparsity": 0.85, "align": False}},

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from common import RESULTS, Results, parser, settings_of, timed
 from iprox.scores import AGGREGATE
-from iprox.selection import SelectionSettings, select_rows
+from iprox.selection import select_rows
+from iprox.settings import SelectSection
 
 CASES = {
     "top": {"strategy": "top"},
@@ -51,9 +52,9 @@ def main() -> None:
     table = random_scores(arguments.rows, arguments.tasks)
     for name, settings in CASES.items():
         tokens = None if "fraction" not in settings else int(0.05 * np.sum(table["tokens"].to_numpy()))
-        chosen = SelectionSettings(**{"fraction": 0.05, "tokens": tokens, **settings})
+        chosen = SelectSection(**{"fraction": 0.05, "tokens": tokens, **settings})
 
-        def work(chosen: SelectionSettings = chosen) -> dict[str, float]:
+        def work(chosen: SelectSection = chosen) -> dict[str, float]:
             seconds, selection = timed(lambda: select_rows(table, chosen))
             return {"seconds": seconds, "rows": len(selection.rows)}
 

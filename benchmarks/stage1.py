@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, set
 
 from common import RESULTS, SHARED, Results, parser, settings_of
 from iprox.data import ChatEncoder, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.models.loading import load_model, load_tokenizer
 from iprox.models.precision import DTYPES, cast_parameters
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
-from iprox.session import draw_rows
 
 QWEN2_7B = {
     "hidden_size": 3584,

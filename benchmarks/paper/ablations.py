@@ -4,8 +4,8 @@
     python benchmarks/paper/ablations.py --only probe ridge --rows 300
 
 One proxy setting at a time is changed from the base: IPSVD at sparsity 0.7 on 139 random rows (1 % of the pool), global
-ranks, `weight` gradients, raw TracIn at the last checkpoint, not aligned. None of the scored rows is in a probe, in the
-warm-up or in the alignment. Cells are kept in the results file.
+ranks, raw TracIn at the last checkpoint with the target's validation gradients, not aligned. None of the scored rows is
+in a probe, in the warm-up or in the alignment. Cells are kept in the results file.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 
 import iprox
 from iprox.data import Pool
-from iprox.scores import score_matrix
+from iprox.data.sampling import draw_rows
 from iprox.models.loading import load_tokenizer
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, Results, agreement, as_rows, examples_of, in_bfloat16, parser, settings_of, warmed
@@ -143,11 +143,10 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
             **{f"{ridge}": lambda ridge=ridge: measure(make(ridge=ridge)) for ridge in (1e-3, 1e-2, 1e-1, 1.0)},
         },
         "ranks": {"global": lambda: ablation.base, "uniform": lambda: measure(make(ranks="uniform"))},
-        "gradient": {
-            "weight, queries of the target": lambda: ablation.base,
-            "factors, queries of the target": lambda: measure(make(), gradient="factors"),
-            "factors, queries of the proxy": lambda: agreement(
-                ablation.scores(in_bfloat16(make()), gradient="factors"), ablation.truth, ablation.arguments.tasks
+        "validation gradients": {
+            "of the target": lambda: ablation.base,
+            "of the proxy": lambda: agreement(
+                ablation.scores(in_bfloat16(make())), ablation.truth, ablation.arguments.tasks
             ),
         },
         "share of the query's norm": {

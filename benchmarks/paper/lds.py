@@ -1,6 +1,6 @@
 """Do the scores predict what training does? Linear datamodeling scores of proxy and target, on the bundled model.
 
-    python benchmarks/paper/lds.py                    # 400 subsets, TracIn and the influence function (K-FAC)
+    python benchmarks/paper/lds.py                    # 400 subsets, TracIn and K-FAC influence functions
 
 The bundled model is warmed up, 300 rows are scored on it and on its proxy (sparsity 0.5), and it is retrained on 400
 random halves of them; both estimators use the same retrainings. (With 60 halves, intervals are half a correlation
@@ -43,7 +43,7 @@ def main() -> None:
     made.add_argument("--sparsity", type=float, default=0.5)
     arguments = made.parse_args()
     results = Results(arguments.output, settings_of(arguments), fresh=arguments.fresh)
-    for estimator in ("tracin", "influence-function"):
+    for estimator in ("tracin", "kfac"):
         cell = results(estimator, lambda e=estimator: measured(arguments, e), arguments.seed)
         for task, sides in cell["tasks"].items():
             shown = (f"{side} {entry['lds']:.2f} ({entry['interval'][0]:.2f} to {entry['interval'][1]:.2f})"
@@ -62,10 +62,11 @@ def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
         },
         "warmup": {"fraction": 0.05, "epochs": 2, "learning_rate": arguments.learning_rate},
         "proxy": {"sparsity": arguments.sparsity},
-        "influence": {"estimator": estimator, "curvature": "k-fac", "normalize": "none", "per_example": False},
+        "influence": {"estimator": estimator, "normalize": "none", "per_example": False},
         "audit": {
             "sample": arguments.sample,
-            "lds": {"subsets": arguments.subsets, "learning_rate": arguments.learning_rate},
+            "lds": arguments.subsets,
+            "learning_rate": arguments.learning_rate,
         },
         "seed": arguments.seed,
         "output": str(folder),

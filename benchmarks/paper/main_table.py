@@ -2,8 +2,7 @@
 
     python benchmarks/paper/main_table.py                                     # shared model and data, 3 seeds
     python benchmarks/paper/main_table.py --seeds 1 --methods random target 'ipsvd 0.5'    # quicker
-    python benchmarks/paper/main_table.py --estimator influence-function      # the K-FAC version of the table
-    python benchmarks/paper/main_table.py --norm-sketch 32 --scores-only --work runs/sketched --output sketched.json
+    python benchmarks/paper/main_table.py --estimator kfac                    # the K-FAC version of the table
 
 For each seed, the target is warmed up on 5 % of the pool, the pool is scored on the target and on every proxy, the
 *original* target is fine-tuned on the best 5 % for each task, and loss and exact matches are measured on the task's
@@ -30,12 +29,12 @@ import scorer
 
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
-from iprox.influence.scoring import QUERY_NORM
+from iprox.data.sampling import draw_rows
 from iprox.progress import Reporter
 from iprox.run.folder import key_of, read_json, write_json
 from iprox.selection.strategies import top
-from iprox.session import Session, draw_rows
-from iprox.settings import FinetuneSection
+from iprox.session import Session
+from iprox.settings import ESTIMATORS, FinetuneSection
 from iprox.stages.training import finetune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -103,9 +102,8 @@ def parse() -> argparse.Namespace:
     made = parser(__doc__, options, tasks=["gsm8k", "code", "bbh", "summarization"])
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     made.add_argument("--fraction", type=float, default=0.05, help="share of the pool to select")
-    made.add_argument("--estimator", choices=("tracin", "influence-function"), default="tracin")
+    made.add_argument("--estimator", choices=("tracin", "kfac"), default="tracin")
     made.add_argument("--normalize", choices=("none", "cosine"), default="cosine")
-    made.add_argument("--norm-sketch", type=int, default=0, help="signs per layer for norms on proxies; 0 is exact")
     made.add_argument("--warmup-epochs", type=int, default=2)
     made.add_argument("--epochs", type=int, default=4, help="epochs of fine-tuning")
     made.add_argument("--max-length", type=int, default=512)
@@ -114,7 +112,7 @@ def parse() -> argparse.Namespace:
     arguments = made.parse_args()
     name = f"paper-{arguments.estimator}"
     # Scores with other settings go to another folder.
-    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize, arguments.norm_sketch)
+    scoring = (arguments.model, arguments.pool, arguments.tasks, arguments.normalize)
     training = (arguments.warmup_epochs, arguments.learning_rate, arguments.max_length, arguments.batch_tokens)
     arguments.work = arguments.work or Path("runs") / f"{name}-{key_of([scoring, training])[:6]}"
     arguments.output = arguments.output or RESULTS / f"{name}.jsonl"
@@ -139,12 +137,10 @@ def recipe_of(arguments: argparse.Namespace, method: str, seed: int) -> dict[str
         if method in WITHOUT_GRADIENTS
         else {
             "estimator": arguments.estimator,
-            "curvature": "k-fac",
             "normalize": arguments.normalize,
-            "norm_sketch": arguments.norm_sketch if proxy else 0,
             "per_example": False,
             # The default for low-rank proxies when the table was made; influence functions keep more now.
-            "query_norm": QUERY_NORM if method.startswith(("ipsvd", "svd")) else None,
+            "query_norm": ESTIMATORS["tracin"].query_norm if method.startswith(("ipsvd", "svd")) else None,
         },
         "audit": False,
         "batch_tokens": arguments.batch_tokens,
@@ -174,7 +170,7 @@ def scored(arguments: argparse.Namespace, method: str, seed: int) -> dict[str, A
         if method == "influence scorer":
             record = scorer.score(recipe, arguments.sibling, target, folder)
         else:
-            record = reference.score(recipe, target, folder, arguments.norm_sketch)
+            record = reference.score(recipe, target, folder)
     else:
         done = run(recipe_of(arguments, method, seed), target if method != "target" else None)
         stages = {name: done["stages"][name] for name in ("compress", "align", "score") if name in done["stages"]}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from iprox.data import ChatEncoder, Pool, iter_batches
+from iprox.influence.job import Checkpoint
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy
 from iprox.models.layers import LowRankLinear, compressible_layers, dense_weight, layer_bias, replace_module
@@ -26,28 +27,26 @@ from iprox.models.observe import frozen, watched_backward
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.run.folder import read_json
-from iprox.session import Session
-from iprox.stages.scoring import ScoredModel
+from iprox.session import Session, pool_of, tasks_of
 from iprox.stages.scoring import score as score_pool
 
 EXAMPLES, COLUMNS, MULTIPLE, SPARSITY = 14, 1024, 128, 0.7
 RIDGE = 1e-3
 
 
-def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) -> dict[str, Any]:
-    """Make the proxy of a run's warmed target, score the pool as in the paper, and return what it cost."""
+def score(recipe: dict[str, Any], warmed: Path, folder: Path) -> dict[str, Any]:
+    """Make the proxy of a run's warmed target, score the pool with the proxy's own validation
+    gradients, and return what it cost."""
     settings = parse_recipe(recipe, "reference.py")
-    session = Session.of_recipe(settings, Reporter(quiet=True))
+    session = Session.of(settings, Reporter(quiet=True))
     checkpoint = warmed / "warmup" / read_json(warmed / "warmup/checkpoints.json")[-1]["path"]
-    pool = Pool(settings.data.pool)
+    pool = pool_of(settings.data.pool, settings)
     with session.metered() as making:
         proxy, cost = make_proxy(checkpoint, pool, settings.data.max_length, settings.seed)
         proxy.save_pretrained(folder / "proxy")
         load_tokenizer(checkpoint).save_pretrained(folder / "proxy")
-    validation = {task: Pool(files) for task, files in settings.data.validation.items()}
-    influence = settings.influence.model_copy(
-        update={"gradient": "factors", "query": "proxy", "norm_sketch": norm_sketch}
-    )
+    validation = tasks_of(settings.data.validation, settings)
+    influence = settings.influence.model_copy(update={"query": "proxy"})
     path = str(folder / "proxy")
     identity = {
         "model": checkpoint_fingerprint(path),
@@ -56,7 +55,7 @@ def score(recipe: dict[str, Any], warmed: Path, folder: Path, norm_sketch: int) 
     }
     with session.metered() as usage:
         entry = score_pool(
-            session, [ScoredModel(path)], pool, validation, folder / "scores.parquet", influence, identity
+            session, [Checkpoint(path)], pool, validation, folder / "scores.parquet", influence, identity
         )
     return {
         "parameters": entry["parameters"],

@@ -7,6 +7,7 @@ The pages are written by hand, except for the blocks between `<!-- NAME -->` and
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -31,6 +32,7 @@ mpl.rcParams.update({"svg.hashsalt": "iprox", "font.size": 9, "axes.spines.top":
 
 def main() -> None:
     """Fill in every block of the pages."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, (file, at, make) in BLOCKS.items():
         page, path = DOCS / at, RESULTS / file
         text = page.read_text(encoding="utf-8")
@@ -312,11 +314,16 @@ def why_selected(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, made_on(results)])
 
 
+# Estimators by the names that they had when results were made.
+RENAMED = {"influence-function": "kfac"}
+
+
 def lds_rows(results: dict[str, Any]) -> str:
     """Return linear datamodeling scores by estimator and task."""
     rows = []
     for name, cell in results["cells"].items():
         estimator = name.rpartition("/")[0]
+        estimator = RENAMED.get(estimator, estimator)
         for task, sides in cell["tasks"].items():
             shown = [
                 f"{side['lds']:.2f} ({side['interval'][0]:.2f} to {side['interval'][1]:.2f})" for side in sides.values()

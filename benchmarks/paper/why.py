@@ -24,12 +24,12 @@ import torch
 
 import iprox
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches
+from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate
-from iprox.influence.projector import GradientProjector
-from iprox.scores import score_matrix
+from iprox.influence.index import GradientProjector
 from iprox.models.loading import load_tokenizer
 from iprox.run.folder import key_of, read_json
-from iprox.session import draw_rows
+from iprox.scores import score_matrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, Results, agreement, as_rows, examples_of, in_bfloat16, parser, settings_of
@@ -58,7 +58,7 @@ class Why:
         encoded = [row for row in self.encoder.encode(examples) if row.supervised]
         found = np.zeros((len(encoded), DIMENSION), np.float32)
         for batch in iter_batches(encoded, 4096, 0):
-            found[batch.indices] = self.projector(batch).float().numpy()[: len(batch.indices)]
+            found[batch.indices] = self.projector(batch)[0].float().numpy()[: len(batch.indices)]
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30)
 
     def selection(self, rows: list[int], task: str) -> dict[str, float]:
