@@ -66,6 +66,7 @@ def score_batches(
         parts = []
         for batch in pool:
             part, losses = scorer(batch)
+            assert losses is not None  # gradients, and baselines that run the model, have them
             # Without a supervised token an example has no score, not one of 0.
             part = part.double().masked_fill(~examples_with_loss(batch, losses)[:, None], torch.nan)
             parts.append(part.cpu())

@@ -100,7 +100,7 @@ def score(
         check_model("model", each)
     check_tasks(validation)
     checkpoints = _checkpoints(settings, models, learning_rates, target, optimizer_state)
-    source = pool if loader else as_pool(pool, "pool")
+    source: Any = pool if loader else as_pool(pool, "pool")
     rows, unit = (count_batches(source), "batches") if loader else (source.scan().rows, "rows")
     how = {"seed": seed, "batch_tokens": batch_tokens, "loss_fn": loss_fn}
     with (

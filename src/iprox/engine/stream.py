@@ -154,7 +154,7 @@ class WindowWorker:
         """
         encoded = self.encoder.encode(window) if encoded is None else encoded
         numbers = self.numbers(encoded, progress)
-        finite = np.isfinite(numbers).all(axis=1)
+        finite = np.asarray(np.isfinite(numbers).all(axis=1))
         for example, row, good in zip(window, encoded, finite, strict=True):
             if row.supervised and not good:
                 raise FloatingPointError(

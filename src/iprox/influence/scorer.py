@@ -251,9 +251,10 @@ class BatchScorer(Scorer):
                 bias, signs = has_bias(self.layers[name]), self._signs.get(name)
                 norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
 
-        assert self.model is not None
-        with frozen(self.model):
-            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+        model = self.model
+        assert model is not None
+        with frozen(model):
+            losses = watched_backward(model, self.layers, lambda: self.loss_fn(model, batch), sink)
         return self._normalized(columns, norms, batch.input_ids.shape if by_token else losses.shape), losses
 
     def _normalized(

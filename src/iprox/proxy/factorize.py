@@ -142,7 +142,8 @@ class _SpectraOnDisk:
         save_file(parts, self._folder / f"{name}.safetensors")
 
     def __getitem__(self, name: str) -> Spectrum:
-        return Spectrum(**load_file(self._folder / f"{name}.safetensors"))
+        parts = load_file(self._folder / f"{name}.safetensors")
+        return Spectrum(parts["left"], parts["singular_values"], parts["right"])
 
 
 @contextmanager

@@ -129,9 +129,10 @@ class LessScorer(BatchScorer):
             columns[name] = [torch.cat(parts)]
             norms.append(torch.cat(squares))
 
-        assert self.model is not None
-        with frozen(self.model):
-            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+        model = self.model
+        assert model is not None
+        with frozen(model):
+            losses = watched_backward(model, self.layers, lambda: self.loss_fn(model, batch), sink)
         return self._normalized(columns, norms, losses.shape), losses
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:

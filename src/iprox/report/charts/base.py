@@ -131,7 +131,7 @@ def figures(charts: Sequence[Chart], columns: int = 3) -> go.Figure:
         lines = -(-len(charts) // columns)
         figure = make_subplots(lines, columns, subplot_titles=heads)
         for number, chart in enumerate(charts):
-            place = {"row": number // columns + 1, "col": number % columns + 1}
+            place: dict[str, Any] = {"row": number // columns + 1, "col": number % columns + 1}
             figure.add_traces(chart.figure.data, rows=place["row"], cols=place["col"])
             layout = chart.figure.layout.to_plotly_json()
             figure.update_xaxes(layout.get("xaxis"), **place)

@@ -87,7 +87,7 @@ def _rows_of_bars(
         # Subplot titles are centered by default; next to short bars a title at the left reads better.
         title.update(x=0, xanchor="left", font={"size": 12})
     size = {"height": 70 + 74 * len(kinds), "margin": MARGIN | {"t": 24}}
-    return make_chart(figure.data, hovermode="closest", barmode="overlay", **size, **layout, **words)
+    return make_chart(list(figure.data), hovermode="closest", barmode="overlay", **size, **layout, **words)
 
 
 def rank_chart(layers: Layers) -> Chart:
