@@ -23,7 +23,8 @@ from iprox.models.precision import DTYPES, cast_parameters
 from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run.folder import environment, key_of, read_json, write_json
+from iprox.records import key_of, read_json, write_json
+from iprox.run.folder import environment
 from iprox.run.whole import run_recipe
 from iprox.scores import score_matrix
 from iprox.session import Session

@@ -46,7 +46,8 @@ from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
-from iprox.run.folder import environment, read_json
+from iprox.records import read_json
+from iprox.run.folder import environment
 from iprox.selection.strategies import Turns, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection, WarmupSection

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run.folder import environment, read_json, write_json
+from iprox.records import read_json, write_json
+from iprox.run.folder import environment
 from iprox.run.whole import run_recipe
 from iprox.stages.removal import RESULT
 

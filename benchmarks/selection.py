@@ -19,7 +19,7 @@ import numpy as np
 
 from common import RESULTS, Results, parser, run, scores_in, settings_of
 from iprox.data import Pool
-from iprox.run.folder import read_json
+from iprox.records import read_json
 from iprox.selection.strategies import top
 from iprox.settings import ESTIMATORS
 

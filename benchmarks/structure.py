@@ -23,14 +23,16 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # Packages from the lowest layer to the highest. Modules that are not named, such as `iprox.files`, are below them all.
 LAYERS = (
     ("data", "models", "kronecker"),
+    ("engine",),
     ("proxy", "influence"),
-    ("engine", "audits", "selection"),
+    ("audits", "selection"),
+    ("report",),
     ("stages",),
     ("run",),
     ("cli",),
 )
 # Packages that stand apart from the layers, which no layer below `cli` needs.
-APART = ("api", "report")
+APART = ("api",)
 
 
 def main() -> None:

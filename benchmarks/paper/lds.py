@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from iprox.run.folder import read_json
+from iprox.records import read_json
 from iprox.stages.lds import RESULT
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

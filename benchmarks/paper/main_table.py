@@ -31,7 +31,7 @@ from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.progress import Reporter
-from iprox.run.folder import key_of, read_json, write_json
+from iprox.records import key_of, read_json, write_json
 from iprox.selection.strategies import top
 from iprox.session import Session
 from iprox.settings import ESTIMATORS, FinetuneSection

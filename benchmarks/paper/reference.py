@@ -26,7 +26,7 @@ from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
-from iprox.run.folder import read_json
+from iprox.records import read_json
 from iprox.session import Session, pool_of, tasks_of
 from iprox.stages.scoring import score as score_pool
 

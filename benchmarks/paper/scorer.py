@@ -22,7 +22,7 @@ from iprox.metering import metered
 from iprox.models import flops
 from iprox.models.loading import load_tokenizer, skeleton
 from iprox.recipe import parse_recipe
-from iprox.run.folder import read_json
+from iprox.records import read_json
 from iprox.scores import TASK_PREFIX, read_scores
 from iprox.session import tokens_of
 

@@ -28,7 +28,7 @@ from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate
 from iprox.influence.index import GradientProjector
 from iprox.models.loading import load_tokenizer
-from iprox.run.folder import key_of, read_json
+from iprox.records import key_of, read_json
 from iprox.scores import score_matrix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -26,9 +26,10 @@ from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter, say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import resolved, validated
+from iprox.records import read_json
 from iprox.report.page import build_report
 from iprox.run import steps
-from iprox.run.folder import RunFolder, read_json
+from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, fingerprints
 from iprox.run.single import single_run
 from iprox.run.whole import run_recipe

@@ -14,8 +14,8 @@ from iprox.cli import summary
 from iprox.cli.parser import Request
 from iprox.errors import InputError
 from iprox.files import expanded
+from iprox.records import read_json
 from iprox.report import formats
-from iprox.run.folder import read_json
 from iprox.scores import read_scores
 
 # What scores cost: to make the proxy, and to score. Warm-up and audit are not counted, nor what a run does with its

@@ -11,8 +11,9 @@ from rich.table import Table
 from iprox.audits.overlap import telling_share
 from iprox.cli.doctor import OPTIONAL
 from iprox.progress import make_console
+from iprox.records import read_json
 from iprox.report import formats
-from iprox.run.folder import RunFolder, read_json
+from iprox.run.folder import RunFolder
 
 console = make_console()
 

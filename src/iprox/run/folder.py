@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import shutil
@@ -15,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import InputError
-from iprox.files import FolderLock, write_text
-
-RUN = "run.json"
-# What a stage says of itself there: tokens, flops, and anything particular to it.
-StageRecord = dict[str, Any]
+from iprox.files import FolderLock
+from iprox.records import RUN, read_json
 
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
 
@@ -127,22 +122,6 @@ class RunFolder:
         for name in self.CONTENT:
             for left in (self.path / f"{name}.partial", *(self.path / name).glob("**/*.partial")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def key_of(value: Any) -> str:
-    """A short key of plain data: the same data, the same key."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,8 @@ from iprox.data import Example, Pool
 from iprox.data.sampling import draw_rows
 from iprox.influence.job import Checkpoint
 from iprox.models.loading import checkpoint_fingerprint
-from iprox.run.folder import RunFolder, StageRecord, environment, key_of, write_json
+from iprox.records import StageRecord, key_of, write_json
+from iprox.run.folder import RunFolder, environment
 from iprox.session import AT_LEAST, Session
 from iprox.settings import Settings
 

@@ -11,7 +11,8 @@ from typing import Any
 from iprox.data import Pool
 from iprox.errors import InputError, one_line
 from iprox.files import FolderLock, check_output, empty_folder
-from iprox.run.folder import RunFolder, key_of, read_json
+from iprox.records import key_of, read_json
+from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.run.whole import judging
 from iprox.session import Session, encode_validation

@@ -20,8 +20,8 @@ from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.models.saving import CHECKPOINTS
 from iprox.proxy.align_state import discard_other_states
+from iprox.records import StageRecord, key_of, read_json
 from iprox.report.page import build_report, shown_rows
-from iprox.run.folder import StageRecord, key_of, read_json
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
 from iprox.settings import OF_GRADIENTS

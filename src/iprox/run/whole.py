@@ -21,9 +21,10 @@ from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe, read_yaml, resolved, to_yaml
+from iprox.records import key_of
 from iprox.run import steps
 from iprox.run.changes import changed_settings
-from iprox.run.folder import RunFolder, key_of
+from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.selection import check_feasible
 from iprox.session import Session, encode_validation, pool_of, tasks_of

@@ -17,7 +17,7 @@ from iprox.models.saving import save_model
 from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.settings import AlignSection
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops

@@ -15,7 +15,7 @@ from iprox.influence.attribution import attribute as attribute_tokens
 from iprox.influence.attribution import attribution_table, lists
 from iprox.influence.job import Checkpoint
 from iprox.models.loading import skeleton
-from iprox.run.folder import StageRecord
+from iprox.records import StageRecord
 from iprox.scores import AGGREGATE, TASK_PREFIX, score_matrix
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import InfluenceSection

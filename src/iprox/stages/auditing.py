@@ -18,7 +18,7 @@ from iprox.influence.job import Checkpoint
 from iprox.models.card import CARD, note_fidelity
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.lds import measure_lds

@@ -18,7 +18,7 @@ from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.session import Session, pad_id_of, tokens_of
 from iprox.settings import ProxySection
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops

@@ -24,7 +24,7 @@ from iprox.influence.job import Checkpoint, Job
 from iprox.influence.projection import sides
 from iprox.models import flops
 from iprox.models.loading import skeleton
-from iprox.run.folder import StageRecord
+from iprox.records import StageRecord
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.scoring import COMPILE_ROWS, engine_of, say_what_counts_for_nothing, say_what_was_read

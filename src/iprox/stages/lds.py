@@ -9,7 +9,7 @@ import numpy as np
 
 from iprox.audits.datamodels import datamodeling_score, draw_subsets
 from iprox.data import Example, Pool
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.session import Session
 from iprox.settings import SUBSET_FRACTION, AuditSection
 from iprox.stages.retraining import Retraining, Training

@@ -11,7 +11,7 @@ import pyarrow as pa
 from iprox.aggregation import TaskSpread, over_tasks
 from iprox.data import Pool
 from iprox.errors import InputError
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.scores import (
     AGGREGATE,
     EXAMPLES_PREFIX,

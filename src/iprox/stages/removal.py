@@ -10,7 +10,7 @@ import numpy as np
 
 from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Example, Pool
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.session import Session
 from iprox.settings import REMOVED_FRACTION, AuditSection
 from iprox.stages.retraining import Retraining, Training

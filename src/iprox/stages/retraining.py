@@ -17,7 +17,7 @@ from iprox.errors import InputError
 from iprox.finetune import evaluate, train
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
-from iprox.run.folder import StageRecord, key_of, read_json, write_json
+from iprox.records import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import AuditSection
 

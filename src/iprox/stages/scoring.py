@@ -16,7 +16,7 @@ from iprox.influence.job import Checkpoint, Job
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import skeleton
-from iprox.run.folder import StageRecord, key_of
+from iprox.records import StageRecord, key_of
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
-from iprox.run.folder import StageRecord, write_json
+from iprox.records import StageRecord, write_json
 from iprox.scores import ExampleScores, read_scores, scores_metadata
 from iprox.selection import select_rows
 from iprox.selection.guard import Spelling, guard

@@ -17,7 +17,7 @@ from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import hidden_size, skeleton, stored_dtype
 from iprox.models.saving import CHECKPOINTS
-from iprox.run.folder import RUN, StageRecord, read_json, write_json
+from iprox.records import RUN, StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import FinetuneSection, WarmupSection
 
