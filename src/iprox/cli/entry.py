@@ -10,7 +10,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         request = app(given, exit_on_error=False, print_error=False, result_action="return_value")
         if isinstance(request, Request):
-            _act(request, shlex.join(["iprox", *given]))
+            action = _action_of(request, shlex.join(["iprox", *given]))
+            result = action(request)
+            if request.json:
+                _print_json(result)
     except MissingArgumentError as error:
         missing = error.argument.name if error.argument else "an argument"
         return _refuse(f"{missing} is missing; iprox {' '.join(error.command_chain or ())} --help shows what is needed")
@@ -56,19 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _act(request: Request, line: str) -> None:
+def _action_of(request: Request, line: str) -> Callable[[Request], Any]:
+    """Return the function that does a command, its recipe checked before anything heavy is imported."""
     request.line = line
-    module, _, function = request.command.action.partition(":")
     if "*" in request.command.reads:
-        # A recipe is checked before anything heavy is imported.
-        check = import_module("iprox.cli.recipes").checked
-        request.recipe = check(request)
+        request.recipe = import_module("iprox.cli.recipes").checked(request)
     _quieten_libraries(request.quiet)
-    result = getattr(import_module(module), function)(request)
-    if request.json:
-        # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
-        text = json.dumps(result, ensure_ascii=False)
-        print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+    module, _, function = request.command.action.partition(":")
+    return getattr(import_module(module), function)
+
+
+def _print_json(result: Any) -> None:
+    # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
+    text = json.dumps(result, ensure_ascii=False)
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def _failed(error: Exception, request: Request | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,9 @@ def score(run: Run) -> None:
         "score",
         [run.common_key(), run.keys, influence.model_dump(), run.settings.batch_tokens],
         [run.folder.scores],
-        lambda: scoring.score(
-            run.session, models, run.pool, run.validation, run.folder.scores, influence, identity, _engine(run)
+        partial(
+            scoring.score,
+            *(run.session, models, run.pool, run.validation, run.folder.scores, influence, identity, _engine(run)),
         ),
     )
     run.scores = run.folder.scores
