@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -38,17 +38,3 @@ def check_tasks(validation: Any) -> None:
         )
     if not validation:
         raise InputError("validation: no task is given; influence is on the validation loss of one or more")
-
-
-def check_choices(**choices: tuple[str, Sequence[str]]) -> None:
-    """Refuse a choice that there is not.
-
-    Args:
-        choices: by argument, what was given and what is known.
-
-    Raises:
-        InputError: it is none of the known ones, which are named.
-    """
-    for name, (given, known) in choices.items():
-        if given not in known:
-            raise InputError(f"unknown {name} {given!r}; known: {', '.join(known)}")
