@@ -558,7 +558,7 @@ class Settings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "number format of the products; auto is bfloat16 where the device has it natively"
     )
-    device: str = setting("auto", "cpu, cuda, or cuda:1 for what trains nothing")
+    device: str = setting("auto", "cpu or cuda; cuda:1 only where nothing is trained")
     batch_tokens: int = setting(4096, "largest rows × longest row of a batch", ge=1)
     compile: Literal["auto"] | bool = setting(
         "auto", "run models compiled by torch.compile; auto does where that repays the time it takes"

@@ -38,7 +38,7 @@ def test_every_option_of_a_setting_is_a_key_of_the_recipe():
     keys = dict(fields_of(Recipe))
     for command in COMMANDS:
         assert {*command.needs, *command.offers} <= keys.keys()
-        assert {section for section in command.reads if section != "*"} <= Recipe.model_fields.keys()
+        assert {key for key in (*command.reads, *command.unread) if key != "*"} <= keys.keys()
 
 
 def test_help_names_every_command(capsys):

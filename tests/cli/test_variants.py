@@ -497,11 +497,11 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_step", stopped)
     assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 130
-    assert list((tmp_path / "resumed.state").glob("*.safetensors"))
+    assert list((tmp_path / "resumed/align-state").glob("*.safetensors"))
     assert main([*arguments, "--output", str(tmp_path / "resumed")]) == 0
     done = len(json.loads((tmp_path / "whole/alignment.json").read_text())["steps"])  # it may have stopped early
     assert len(count) == 4 + done - 2  # three steps were done, and two of them saved
-    assert not (tmp_path / "resumed.state").exists()
+    assert not (tmp_path / "resumed/align-state").exists()
     whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from iprox.cli import summary
@@ -13,8 +14,9 @@ from iprox.cli.doctor import examine
 from iprox.cli.parser import Request
 from iprox.data import Pool
 from iprox.data.locate import COMPRESSIONS
+from iprox.engine.ray import check_ray
 from iprox.errors import InputError
-from iprox.files import expanded
+from iprox.files import check_output, expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.job import Checkpoint
 from iprox.models.adapters import check_lora
@@ -97,7 +99,7 @@ def doctor(request: Request) -> dict[str, Any]:
 
 def report(request: Request) -> dict[str, Any]:
     """Write the report of a run again."""
-    path = build_report(Path(request.inputs["run_dir"]))
+    path = build_report(expanded(request.inputs["run_dir"]))
     if not request.json:
         say_plainly(str(path))
     return {"report": str(path)}
@@ -137,8 +139,10 @@ def align(request: Request) -> dict[str, Any]:
     assert settings.proxy
     assert settings.model
     if not settings.proxy.align:
-        raise InputError("--set proxy.align=false: iprox align has nothing to do then; leave it out")
-    with _single(request, settings, "aligned", model=settings.model, proxy=proxy) as done:
+        raise InputError("proxy.align is false, and iprox align is about it: leave that out")
+    with _single(
+        request, settings, "aligned", kept="align-state/*.safetensors", model=settings.model, proxy=proxy
+    ) as done:
         _at(done, settings.model, proxy)
         steps.align(done)
     return _finished(request, done, "align")
@@ -152,6 +156,9 @@ def score(request: Request) -> dict[str, Any]:
     if not influence.traits.gradients and len(rates) > 1:
         raise InputError(f"--model: checkpoints are summed by TracIn; {influence.estimator} takes one model")
     session, pool = _session(request, settings), pool_of(settings.data.pool, settings)
+    tasks_of(settings.data.validation, settings)  # files that are not there are named before a model is loaded
+    if settings.ray_workers:
+        check_ray(settings.ray_workers, session.device.type)
     targets = [query_target(model, inputs["target"], influence, session) for model in models]
     scored = [
         Checkpoint(model, rate, target, warmed_folder(model, target, influence))
@@ -197,7 +204,7 @@ def audit(request: Request) -> dict[str, Any]:
 
 def refine(request: Request) -> dict[str, Any]:
     """Score a proxy's best rows again on the target."""
-    settings, scores = _on(request, "refine", RefineSection()), Path(request.inputs["scores"])
+    settings, scores = _on(request, "refine", RefineSection()), expanded(request.inputs["scores"])
     assert settings.model
     _as_scored(settings, scores)
     kept = "candidates.parquet.shards/*/*.parquet"
@@ -220,7 +227,7 @@ def refine(request: Request) -> dict[str, Any]:
 
 def select(request: Request) -> dict[str, Any]:
     """Write the best rows of a pool."""
-    settings, scores = request.settings, Path(request.inputs["scores"])
+    settings, scores = request.settings, expanded(request.inputs["scores"])
     assert settings.output
     session = _session(request, settings)
     output = expanded(settings.output)
@@ -250,6 +257,7 @@ def finetune(request: Request) -> dict[str, Any]:
         settings,
         "finetune",
         pool=pool_of(settings.data.pool, settings, "selection"),
+        tests=tasks_of(settings.finetune.test, settings),
         model=settings.model,
     ) as done:
         _at(done, settings.model)
@@ -337,14 +345,13 @@ def query(request: Request) -> dict[str, Any]:
 
 def export(request: Request) -> dict[str, Any]:
     """Multiply a proxy's factors out, or turn an index into one of FAISS."""
-    source, output = request.inputs["source"], request.inputs["output"]
+    source, output = str(expanded(request.inputs["source"])), str(expanded(request.inputs["output"]))
     if (Path(source) / DESCRIPTION).is_file():
         rows = indexing.export_faiss(GradientIndex.open(source), Path(output))
         if not request.json:
             say_plainly(f"FAISS index of {rows:,} normalized gradients: {output}")
         return {"output": output, "rows": rows}
-    session = _session(request, request.settings)
-    folder = RunFolder(expanded(output)).path
+    session, folder = _session(request, request.settings), check_output(output)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; choose another output or remove it")
     # Keep the proxy's own number format unless asked for another: exporting should not round.
@@ -386,6 +393,8 @@ def _on(request: Request, name: str, default: Any) -> Settings:
     """Return the settings, with the section that the command is about switched on."""
     settings = request.settings
     if not getattr(settings, name):
+        if name in settings.model_fields_set:
+            raise InputError(f"{name} is false, and iprox {request.command.name} is about it: leave that out")
         setattr(settings, name, default)
     return settings
 
@@ -402,6 +411,7 @@ def _single(
     *,
     session: Session | None = None,
     pool: Pool | None = None,
+    tests: Mapping[str, Pool] = MappingProxyType({}),
     identity: Mapping[str, Any] | None = None,
     read_by: str | None = None,
     kept: str | None = None,
@@ -414,7 +424,11 @@ def _single(
     validation: dict[str, Pool] = tasks_of(settings.data.validation, settings)
     known = {"command": f"iprox {request.command.name}", **fingerprints(**models), **(identity or {})}
     with single_run(
-        session, settings, request.line, stage, pool, validation, identity=known, read_by=read_by, kept=kept
+        *(session, settings, request.line, stage, pool, validation),
+        identity=known,
+        tests=tests,
+        read_by=read_by,
+        kept=kept,
     ) as run:
         yield run
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from iprox.settings import NAMED_SHARE
+from iprox.settings import DIMENSION, NAMED_SHARE, STAGES
 
 # Sections that every command reads which computes.
 COMPUTING = ("data", "seed", "dtype", "device", "batch_tokens", "trust_remote_code")
@@ -43,6 +43,7 @@ class Command:
         offers: Settings that are options, by key.
         inputs: What else it is given.
         reads: Sections and settings that `--set` reaches.
+        unread: Settings among them that change nothing here.
         resumes: Whether the same command resumes after an interruption.
         renamed: Option by key, where it is not named after the key.
         meanings: Help by key, where that of the setting would mislead.
@@ -56,15 +57,22 @@ class Command:
     offers: tuple[str, ...] = ()
     inputs: tuple[Input, ...] = ()
     reads: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     resumes: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     meanings: tuple[tuple[str, str], ...] = ()
+
+    def takes(self, key: str) -> bool:
+        """Return whether the command reads a setting."""
+        return any(key == each or key.startswith(f"{each}.") for each in self.reads) and key not in self.unread
 
     def option(self, key: str) -> str:
         """Return the name of a setting's option, without dashes."""
         return dict(self.renamed).get(key, key.rpartition(".")[2]).replace("_", "-")
 
 
+_LORA = "rank of LoRA adapters to train instead of all weights, e.g. 16; needs pip install 'iprox[lora]'"
+_OF_A_PROXY = "the target: the model that the proxy was made from, hub id or folder"
 _RECIPE = Input("recipe", "recipe file (YAML)", default=..., positional=True)
 _SCORES = Input("scores", "scores.parquet or its folder", default=...)
 _PROXY = Input("proxy", "proxy folder", default=...)
@@ -92,7 +100,7 @@ COMMANDS = (
         "Run a recipe, or resume it where it stopped.",
         "iprox run recipe.yaml --set proxy.sparsity=0.5 --stop-after score",
         "iprox.cli.actions:run",
-        inputs=(_RECIPE, _FRESH, Input("stop_after", "last stage to do: data, warmup, compress, align, ...")),
+        inputs=(_RECIPE, _FRESH, Input("stop_after", "last stage to do", Literal[STAGES])),
         reads=("*",),
         resumes=True,
     ),
@@ -115,6 +123,8 @@ COMMANDS = (
             Input("optimizer_state", "keep Adam's moments with each checkpoint, for --estimator less", bool, False),
         ),
         reads=(*COMPUTING, "warmup", "compile"),
+        unread=("data.validation",),
+        meanings=(("warmup.lora", _LORA),),
     ),
     Command(
         "compress",
@@ -124,6 +134,7 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         offers=("proxy.sparsity", "proxy.flops", "proxy.fidelity", "data.validation", "proxy.method"),
         reads=(*COMPUTING, "proxy", "influence"),
+        unread=("proxy.align", "influence.checkpoints"),
         meanings=(
             ("data.pool", "where the probe is drawn from, on which second moments are measured"),
             ("data.validation", "with --fidelity: file or files per task, TASK=FILE ..."),
@@ -137,9 +148,12 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         offers=("data.validation", "proxy.align.fraction", "proxy.align.epochs", "proxy.align.gradient_weight"),
         inputs=(_PROXY,),
-        reads=(*COMPUTING, "proxy", "influence"),
+        reads=(*COMPUTING, "proxy.align", "influence"),
+        unread=("influence.checkpoints",),
         resumes=True,
         meanings=(
+            ("model", _OF_A_PROXY),
+            ("proxy.align.epochs", "passes over these examples (default: 5)"),
             ("data.pool", "where the examples to align on are drawn from"),
             ("data.validation", "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last)"),
         ),
@@ -157,6 +171,7 @@ COMMANDS = (
             _RATES,
         ),
         reads=(*COMPUTING, "influence", "compile", "ray_workers"),
+        unread=("influence.checkpoints",),
         resumes=True,
     ),
     Command(
@@ -166,8 +181,13 @@ COMMANDS = (
         "iprox.cli.actions:index",
         needs=("model", "data.pool", "output"),
         inputs=(
-            Input("dimension", "numbers per example, 2 bytes each", int, 8192),
-            Input("estimator", "tracin: gradients; less: the steps of the warm-up's optimizer", str, "tracin"),
+            Input("dimension", "numbers per example, 2 bytes each", int, DIMENSION),
+            Input(
+                "estimator",
+                "tracin: gradients; less: the steps of the warm-up's optimizer",
+                Literal["tracin", "less"],
+                "tracin",
+            ),
             Input("target", "with --estimator less: the target of a proxy (default: the one that it names)"),
         ),
         reads=(*COMPUTING, "compile"),
@@ -185,7 +205,8 @@ COMMANDS = (
             _TARGET,
             _RATES,
         ),
-        reads=(*COMPUTING, "influence"),
+        reads=(*COMPUTING, "influence.normalize", "influence.query", "influence.per_example"),
+        unread=("data.pool",),
     ),
     Command(
         "audit",
@@ -198,6 +219,8 @@ COMMANDS = (
         offers=("audit.sample", "audit.lds", "audit.removal"),
         inputs=(_PROXY,),
         reads=(*COMPUTING, "audit", "influence"),
+        unread=("influence.checkpoints",),
+        meanings=(("model", _OF_A_PROXY),),
         resumes=True,
     ),
     Command(
@@ -209,7 +232,8 @@ COMMANDS = (
         needs=("model", "data.pool", "data.validation", "output"),
         offers=("refine.candidates",),
         inputs=(_SCORES,),
-        reads=(*COMPUTING, "refine", "select"),
+        reads=(*COMPUTING, "refine", "select.strategy", "select.task", "select.weights"),
+        meanings=(("model", _OF_A_PROXY),),
         resumes=True,
     ),
     Command(
@@ -222,6 +246,7 @@ COMMANDS = (
         offers=("select.fraction", "select.count", "select.tokens", "select.strategy", "select.task"),
         inputs=(_SCORES,),
         reads=("data", "select"),
+        unread=("data.validation",),
         meanings=(("output", "file to write, *.jsonl"), ("data.pool", "the pool that was scored")),
     ),
     Command(
@@ -236,6 +261,7 @@ COMMANDS = (
         meanings=(
             ("data.pool", "files of the examples to train on"),
             ("output", "folder; the model is in its subfolder model"),
+            ("finetune.lora", _LORA),
         ),
     ),
     Command(

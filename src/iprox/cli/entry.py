@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error))
     except KeyboardInterrupt:
         resumes = isinstance(request, Request) and request.command.resumes
-        kept = "the same command (without --fresh) resumes from here" if resumes else "nothing is kept"
+        again = "the same command (without --fresh)" if request and "fresh" in request.inputs else "the same command"
+        kept = f"{again} resumes from here" if resumes else "nothing is kept"
         print(f"iprox: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

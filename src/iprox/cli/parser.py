@@ -172,7 +172,7 @@ def _request(command: Command, keys: Mapping[str, str], given: dict[str, Any]) -
     if command.reads and "*" not in command.reads:
         for text in overrides:
             key = text.partition("=")[0]
-            if key.partition(".")[0] not in command.reads and "=" in text:
+            if not command.takes(key) and "=" in text:
                 raise InputError(
                     f"--set {cut(text)}: iprox {command.name} does not read {cut(key)}; it reads "
                     f"{', '.join(command.reads)}"

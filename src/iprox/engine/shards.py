@@ -18,6 +18,7 @@ from iprox.data import Example
 from iprox.engine.stream import WINDOW, Engine, ScoringStats, WindowWorker, local_engine, windows_of
 from iprox.files import empty_folder, write_text
 from iprox.progress import Advance
+from iprox.records import RUN
 from iprox.scores import scores_metadata, write_parts
 
 IDENTITY = "identity.json"
@@ -183,6 +184,9 @@ def claim(shards: Path, identity: Mapping[str, object]) -> None:
         return
     # First the marker: a half-removed folder must not be taken for whole by a later start of the other identity.
     marker.unlink(missing_ok=True)
-    empty_folder(shards, keep="run.json")  # an index is a folder of shards itself, with the record of its command
-    shards.mkdir(parents=True, exist_ok=True)
+    if (shards / RUN).is_file():  # an index is a folder of shards itself, with the record of its command
+        empty_folder(shards, keep=RUN)
+    else:
+        shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir(parents=True)
     write_text(marker, written)

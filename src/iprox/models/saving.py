@@ -17,6 +17,7 @@ from iprox.models.adapters import is_adapted, merged_state, save_adapters
 from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
 from iprox.models.optimizer_state import save_adam_state
+from iprox.records import RUN
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +45,9 @@ def save_model(
         optimizer: Adam that trains the model, whose moments are saved; None saves none.
         adapters_only: whether to save only the adapters, in float32, without the model.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    # A folder with the record of a command is held by it, so the files move into it; any other one is replaced whole.
+    held = (folder / RUN).is_file()
+    partial = folder / "model.partial" if held else folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not is_adapted(model):
         _save_whole(model, model.state_dict(), partial, dtype)
@@ -61,6 +64,11 @@ def save_model(
         save_adam_state(model, optimizer, partial)
     for file in partial.iterdir():
         file.chmod(0o644)  # safetensors writes weights that only their owner can read
+    if held:
+        for file in partial.iterdir():
+            os.replace(file, folder / file.name)
+        partial.rmdir()
+        return
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

@@ -100,7 +100,8 @@ class RunFolder:
             earlier = {}
             for name in self.CONTENT:
                 target = self.path / name
-                shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+                whole = target.is_dir() and not target.is_symlink()
+                shutil.rmtree(target) if whole else target.unlink(missing_ok=True)
         elif earlier and earlier["identity"] != dict(identity):
             before = earlier["identity"]
             changed = [key for key in dict.fromkeys([*before, *identity]) if before.get(key) != identity.get(key)]

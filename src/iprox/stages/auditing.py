@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from iprox.aggregation import combine
 from iprox.audits import AuditReport, compare_scores
 from iprox.data import Example, Pool
+from iprox.errors import one_line
 from iprox.files import replacing
 from iprox.influence.job import Checkpoint
 from iprox.models.card import CARD, note_fidelity
@@ -81,7 +82,10 @@ def audit(
     write_json(output / "audit.json", report.as_dict())
     card = Path(checkpoints[0].read_by[0])
     if len(checkpoints) == 1 and (card / CARD).is_file():
-        note_fidelity(card, report.sample, report.tasks)
+        try:
+            note_fidelity(card, report.sample, report.tasks)
+        except OSError as error:
+            session.reporter.warn(f"{card}: the fidelity is not noted in its card ({one_line(error)})")
     return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
 
 
