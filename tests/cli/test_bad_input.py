@@ -203,7 +203,7 @@ def test_sparsity_out_of_range(run, sparsity):
 
 
 def test_unknown_stage(run):
-    assert "no such stage; stages: data, warmup, compress" in run("--stop-after", "scoring")
+    assert 'Choose from: "data", "warmup", "compress"' in run("--stop-after", "scoring")
 
 
 def test_unknown_device(run):

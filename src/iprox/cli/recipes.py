@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from iprox.cli.parser import Request
-from iprox.errors import InputError
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
-from iprox.settings import STAGES, Recipe
+from iprox.settings import Recipe
 
 
 def checked(request: Request) -> Recipe:
     """Return the recipe of `run`, `plan` or `quickstart`.
 
     Raises:
-        InputError: It is not valid, or there is no such stage to stop after.
+        InputError: It is not valid.
     """
-    stop_after = request.inputs.get("stop_after")
-    if stop_after not in (None, *STAGES):
-        raise InputError(f"--stop-after {stop_after}: no such stage; stages: {', '.join(STAGES)}")
     if request.command.name == "quickstart":
         return quickstart_recipe(request.inputs["output"], request.overrides)
     return load_recipe(request.inputs["recipe"], request.overrides)
