@@ -92,7 +92,7 @@ def train(
         every_epoch: keep a checkpoint at the end of every epoch, else the last only.
         seed: of the order.
         store_dtype: what checkpoints are stored in; the model's own dtype if None.
-        optimizer_state: keep Adam's moments beside each checkpoint, eight bytes a parameter of the linear layers.
+        optimizer_state: keep Adam's moments next to each checkpoint, eight bytes per parameter of the linear layers.
         adapters_only: of a model with adapters, save them alone, rather than the model with them multiplied in.
         compile_model: run the decoder layers compiled, on a CPU; auto does where there are steps to repay it.
         progress: called with 1 after each optimizer step.

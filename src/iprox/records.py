@@ -27,5 +27,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def key_of(value: Any) -> str:
-    """A short key of plain data: the same data, the same key."""
+    """Return a short key of plain data: the same data have the same key."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()

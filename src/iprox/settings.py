@@ -320,20 +320,9 @@ OF_GRADIENTS = ("estimator", "curvature_examples", "damping", "query", "query_no
 
 
 class InfluenceSection(Section):
-    """What is scored, and at which of the warm-up's checkpoints.
+    """How candidates are scored, and at which of the warm-up's checkpoints.
 
-    The estimators: `ekfac` (default), `kfac` and `datainf` are influence functions, which divide validation gradients
-    by the curvature of the loss; they measure it on `curvature_examples` of the pool, and `damping` is a share of its
-    mean eigenvalue. `tracin` takes gradients as they are; `less` scores the steps that the warm-up's Adam would take,
-    for which the warm-up keeps the optimizer's state. The baselines `random`, `length`, `perplexity`, `rds` (hidden
-    states) and `bm25` (words) take no gradients.
-    `query` says where validation gradients are taken when candidates are scored on a proxy: on its `target` (a few
-    examples, so next to no cost) or on the `proxy` too. `query_norm` is the share of their norm that is kept when they
-    are made low-rank; 1 keeps them whole. Left out it is 0.9 by validation example; otherwise 0.9 on a proxy, 0.98 with
-    influence functions, and 1 on a model itself. Audits and `refine` score the target with whole ones. `per_example`
-    keeps the scores by validation example too, so that examples can take turns to choose; left out, wherever there are
-    any. `compile` says whether the model runs compiled; `auto` does that for pools large enough to repay the time it
-    takes.
+    Audits and `refine` score the target with whole validation gradients, whatever `query_norm` is.
     """
 
     estimator: EstimatorName = setting(

@@ -80,6 +80,7 @@ def test_an_edited_template_is_another_result(place, tmp_path, capfd):
 def test_a_section_that_the_command_is_about_cannot_be_off(place, refused):
     files = ["--model=m", "--pool", place.pool, "--output", place.path / "p"]
     assert "proxy is false" in refused("compress", *files, "--set", "proxy=false")
+    assert "does not read proxy.align.epochs" in refused("compress", *files, "--set", "proxy.align.epochs=2")
     assert "does not read select.fraction" in refused(
         "refine", *files, "--scores=s", "--validation", "t=v", "--set", "select.fraction=0.5"
     )

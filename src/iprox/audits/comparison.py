@@ -88,7 +88,7 @@ class Comparison:
         return "\n".join([self.describe(), *rows])
 
     def _repr_html_(self) -> str:
-        """The table that a notebook shows: all beside the first."""
+        """Return the table that a notebook shows: each compared with the first."""
         head = "".join(f"<th>{escape(text)}</th>" for text in ("", *self.head()))
         body = "".join(
             f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

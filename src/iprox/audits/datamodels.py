@@ -1,7 +1,7 @@
-"""The linear datamodeling score (LDS): do scores foretell what training on a subset does?
+"""The linear datamodeling score (LDS): do scores predict what training on a subset does?
 
 Park et al. 2023 (TRAK, arXiv:2303.14186), section 4.1: train on many random subsets S; the LDS is the Spearman
-correlation, over subsets, of what the scores foretell, Σ_{i∈S} I(z_i), with what came of it. Influence is positive
+correlation, over subsets, of what the scores predict, Σ_{i∈S} I(z_i), with what came of it. Influence is positive
 where training lowers the validation loss, so what came of it is the loss with its sign turned.
 """
 
@@ -45,10 +45,10 @@ def datamodeling_score(scores: np.ndarray, members: np.ndarray, losses: np.ndarr
     Returns:
         `lds`, -1 to 1, NaN where either side is constant, and its `interval` at 95 %, by resampling subsets.
     """
-    foretold = members @ scores
+    predicted = members @ scores
 
     def lds(subsets: np.ndarray) -> dict[str, float]:
-        return {"lds": spearman(foretold[subsets], -losses[subsets])}
+        return {"lds": spearman(predicted[subsets], -losses[subsets])}
 
     measured = lds(np.arange(len(losses)))["lds"]
     return {"lds": measured, "interval": bootstrap_intervals(lds, len(losses))["lds"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -273,8 +274,6 @@ def index(request: Request) -> dict[str, Any]:
     """Keep a pool's projected gradients."""
     settings, inputs = request.settings, request.inputs
     assert settings.model
-    if inputs["estimator"] not in ("tracin", "less"):
-        raise InputError(f"--estimator {inputs['estimator']}: an index holds gradients (tracin) or steps (less)")
     influence = InfluenceSection(estimator=inputs["estimator"])
     session, pool, warmed = _session(request, settings), pool_of(settings.data.pool, settings), None
     if influence.traits.optimizer:
@@ -485,7 +484,10 @@ def _as_scored(settings: Settings, scores: Path) -> None:
 
 
 def _digest(scores: Path) -> str:
-    """Return what tells a scores table from another: its size and the time that it was written at."""
+    """Return the SHA-256 of a scores table."""
     file = scores / "scores.parquet" if scores.is_dir() else scores
-    stat = file.stat()
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

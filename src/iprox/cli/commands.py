@@ -46,7 +46,7 @@ class Command:
         unread: Settings among them that change nothing here.
         resumes: Whether the same command resumes after an interruption.
         renamed: Option by key, where it is not named after the key.
-        meanings: Help by key, where that of the setting would mislead.
+        meanings: Help by key, where that of the setting would mislead; the default is added to it.
     """
 
     name: str
@@ -64,7 +64,8 @@ class Command:
 
     def takes(self, key: str) -> bool:
         """Return whether the command reads a setting."""
-        return any(key == each or key.startswith(f"{each}.") for each in self.reads) and key not in self.unread
+        read, unread = (any(f"{key}.".startswith(f"{each}.") for each in keys) for keys in (self.reads, self.unread))
+        return read and not unread
 
     def option(self, key: str) -> str:
         """Return the name of a setting's option, without dashes."""
@@ -153,7 +154,7 @@ COMMANDS = (
         resumes=True,
         meanings=(
             ("model", _OF_A_PROXY),
-            ("proxy.align.epochs", "passes over these examples (default: 5)"),
+            ("proxy.align.epochs", "passes over these examples"),
             ("data.pool", "where the examples to align on are drawn from"),
             ("data.validation", "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last)"),
         ),

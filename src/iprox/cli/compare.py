@@ -52,7 +52,7 @@ def _named(given: list[str]) -> dict[str, Path]:
 
 
 def _flops(path: Path) -> float | None:
-    """What the scores cost, as far as a run.json beside them says."""
+    """Return what the scores cost, as far as a run.json next to them says."""
     try:
         stages = read_json((path if path.is_dir() else path.parent) / "run.json")["stages"]
         counted = COUNTED if "score" in stages else (*COUNTED, "refine")

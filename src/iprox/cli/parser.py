@@ -75,26 +75,24 @@ def build_app() -> App:
 
 def _function(command: Command) -> Callable[..., Request]:
     """Return a function with the signature of a command, from which cyclopts makes the options and their help."""
-    parameters, keys = [], {}
+    parameters, keys, named = [], {}, inspect.Parameter.KEYWORD_ONLY
     for each in command.inputs:
-        kind = inspect.Parameter.POSITIONAL_ONLY if each.positional else inspect.Parameter.KEYWORD_ONLY
+        kind = inspect.Parameter.POSITIONAL_ONLY if each.positional else named
         several = get_origin(each.type) is list
         if each.positional and several:
             kind = inspect.Parameter.VAR_POSITIONAL
-        parameters.append(_parameter(each.name, kind, each.type, each.meaning, each.default, each.name))
+        parameters.append(_parameter(each.name, kind, each.type, each.meaning, each.default))
     for key in (*command.needs, *command.offers):
         name = command.option(key).replace("-", "_")
         keys[name] = key
-        meaning = dict(command.meanings).get(key) or described(_FIELDS[key])
+        meaning = described(_FIELDS[key], dict(command.meanings).get(key))
         default = ... if key in command.needs else None
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(_parameter(name, kind, option_type(_FIELDS[key].annotation), meaning, default, name))
-    named = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(_parameter(name, named, option_type(_FIELDS[key].annotation), meaning, default))
     if command.reads:
         settable = "any setting" if "*" in command.reads else f"a setting of {', '.join(command.reads)}"
-        parameters.append(_parameter("set", named, list[str], f"KEY=VALUE ...: {settable}", (), "set"))
-    parameters.append(_parameter("quiet", named, bool, "no progress; warnings and errors only", False, "quiet"))
-    parameters.append(_parameter("json", named, bool, "one machine-readable line at the end", False, "json"))
+        parameters.append(_parameter("set", named, list[str], f"KEY=VALUE ...: {settable}", ()))
+    parameters.append(_parameter("quiet", named, bool, "no progress; warnings and errors only", False))
+    parameters.append(_parameter("json", named, bool, "one machine-readable line at the end", False))
 
     def function(*positional: Any, **given: Any) -> Request:
         names = [each.name for each in command.inputs if each.positional]
@@ -110,23 +108,18 @@ def _function(command: Command) -> Callable[..., Request]:
     return function
 
 
-def _parameter(name: str, kind: Any, of: Any, meaning: str, default: Any, option: str) -> inspect.Parameter:
-    several = get_origin(of) is list
-    how = Parameter(help=meaning, consume_multiple=several or None, show_default=default not in (None, (), False, ...))
+def _parameter(name: str, kind: Any, of: Any, meaning: str, default: Any) -> inspect.Parameter:
+    shown = default not in (None, (), False, ...)
+    how = Parameter(
+        name=f"--{name.replace('_', '-')}" if kind is inspect.Parameter.KEYWORD_ONLY else None,
+        help=meaning,
+        consume_multiple=True if get_origin(of) is list else None,
+        show_default=shown,
+    )
     if kind is inspect.Parameter.VAR_POSITIONAL:
         return inspect.Parameter(name, kind, annotation=Annotated[get_args(of)[0], how])
-    if kind is inspect.Parameter.KEYWORD_ONLY:
-        how = Parameter(
-            name=f"--{option.replace('_', '-')}",
-            help=meaning,
-            consume_multiple=several or None,
-            show_default=default not in (None, (), False, ...),
-        )
-    empty = inspect.Parameter.empty
-    optional = of | None if default is None else of
-    return inspect.Parameter(
-        name, kind, default=empty if default is ... else default, annotation=Annotated[optional, how]
-    )
+    value = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, kind, default=value, annotation=Annotated[of | None if default is None else of, how])
 
 
 def option_type(annotation: Any) -> Any:
@@ -143,13 +136,14 @@ def option_type(annotation: Any) -> Any:
     return annotation
 
 
-def described(field: FieldInfo) -> str:
-    """Return a setting's help with its default."""
+def described(field: FieldInfo, meaning: str | None = None) -> str:
+    """Return a setting's help, or other words for it, with its default."""
     extra = field.json_schema_extra
     left_out = extra.get("left_out") if isinstance(extra, dict) else None
     default = field.get_default(call_default_factory=True)
     shown = left_out or (default if isinstance(default, str | int | float) and default is not False else None)
-    return f"{field.description} (default: {shown})" if shown not in (None, "") else str(field.description)
+    said = meaning or str(field.description)
+    return f"{said} (default: {shown})" if shown not in (None, "") else said
 
 
 def _request(command: Command, keys: Mapping[str, str], given: dict[str, Any]) -> Request:

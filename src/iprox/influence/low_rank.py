@@ -22,7 +22,7 @@ from iprox.influence.gradients import LayerGradient, LowRankGradient, ModelGradi
 # the one threshold then chooses among them.
 UNSEEN = 0.25
 
-# Up to this width a whole spectrum is cheap beside reading a pool; above it the leading directions are sketched.
+# Up to this width a whole spectrum is cheap next to reading a pool; above it the leading directions are sketched.
 WHOLE_GRAM = 1024
 FIRST_SKETCH = 64
 

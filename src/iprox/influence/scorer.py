@@ -7,6 +7,7 @@ validation loss, by I(z; V) to first order.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -47,7 +48,7 @@ NORM_SKETCH = 32
 TaskQuery = TaskGradient | SharedQueries
 
 
-class Scorer:
+class Scorer(ABC):
     """Gives every candidate of a batch a row of numbers, one or more columns per task.
 
     Attributes:
@@ -79,9 +80,9 @@ class Scorer:
         self.contraction_flops = self.example_flops = 0.0
         self.kept = dict.fromkeys(self.tasks, 1.0)
 
+    @abstractmethod
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return scores [B, columns], the columns of a task next to each other, and losses [B] if there are any."""
-        raise NotImplementedError
 
     @property
     def columns(self) -> int:

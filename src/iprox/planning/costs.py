@@ -21,7 +21,7 @@ from iprox.settings import InfluenceSection, Recipe
 
 # Share of the linear parameters that a proxy sized by its fidelity keeps: a guess, as the search is yet to come.
 KEPT_BY_FIDELITY = 0.5
-# What low-rank validation gradients that keep 0.9 of the norm cost beside whole ones, and an influence function's that
+# What low-rank validation gradients that keep 0.9 of the norm cost next to whole ones, and an influence function's that
 # keep 0.98: estimates, as their ranks are known only once they are made.
 LOW_RANK_QUERY, CURVED_QUERY = 0.02, 0.3
 
@@ -166,7 +166,7 @@ class Costs:
 
     @property
     def query_cost(self) -> float:
-        """What meeting validation gradients costs beside meeting whole ones."""
+        """The cost of a contraction with validation gradients, as a fraction of one with whole gradients."""
         kept = self.influence.of_tasks.kept_norm(on_proxy=bool(self.recipe.proxy))
         return 1.0 if kept == 1 else self._cut_cost
 
@@ -176,7 +176,7 @@ class Costs:
 
     @property
     def formed(self) -> bool:
-        """Whether candidates' gradients are formed whole, so that their norms are to be had for nothing."""
+        """Whether candidates' gradients are formed whole, so that their norms cost nothing more."""
         return self.influence.traits.optimizer
 
     @cached_property

@@ -26,6 +26,8 @@ class RunFolder:
         path: the folder; made by `claim`.
     """
 
+    # How what is done already is done again, for messages.
+    AGAIN = "--fresh does all again"
     CONTENT = (
         "warmup",
         "proxy",

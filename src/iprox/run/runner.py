@@ -97,7 +97,7 @@ class Run:
             self.session.reporter.take_warnings()  # the entry has them from when the stage was done
             entry = {**before, "skipped": True}
             by = before.get("iprox", self.earlier_version)
-            older = f" by iprox {by}, and this is {version('iprox')}; --fresh does all again"
+            older = f" by iprox {by}, and this is {version('iprox')}; {self.folder.AGAIN}"
             say(f"✓ {name}: done already{older if by != version('iprox') else ''}")
         else:
             if before is not None:

@@ -20,7 +20,7 @@ from iprox.session import Session, encode_validation
 from iprox.settings import Settings
 
 # Settings that change no result, and those whose contents are in the identity by themselves.
-_APART = {"model", "output", "data", "device", "tracking", "ray_workers", "batch_tokens", "compile"}
+_APART = {"model", "output", "data", "device", "tracking", "ray_workers"}
 _ADVICE = "choose another output or remove it"
 
 
@@ -31,10 +31,17 @@ class SingleFolder(RunFolder):
         path: The folder, absolute.
         stage: Attribute of `RunFolder` that it takes the place of, e.g. `proxy`; "" for stages that write files into
             it.
+
+    Attributes:
+        new: Whether there was no such folder before, once it is taken.
+        known: Whether there was a record of the command in it, once it is taken.
     """
+
+    AGAIN = "choose another output to do it again"
 
     def __init__(self, path: Path, stage: str) -> None:
         super().__init__(path)
+        self.new, self.known = True, False
         if stage:
             setattr(self, stage, path)
 
@@ -56,10 +63,12 @@ class SingleFolder(RunFolder):
         Raises:
             InputError: It holds something else, or another process is at work there.
         """
+        self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
+        self.known = self.run.is_file()  # only now: another process may have finished here a moment ago
         self.refuse_foreign()
-        if not self.run.is_file():
+        if not self.known:
             return {}
         try:
             earlier = read_json(self.run)
@@ -116,7 +125,6 @@ def single_run(
     output = absolute(settings.output)
     folder = SingleFolder(output, stage)
     folder.refuse_foreign()
-    existed, ours = output.exists(), (output / RUN).is_file()
     template = settings.data.chat_template
     if template is not None and Path(template).is_file():
         template = Path(template).read_text(encoding="utf-8")
@@ -143,9 +151,9 @@ def single_run(
             yield run
         except BaseException:
             folder.remove_partial()
-            if not ours and not run.record["stages"] and not (kept and any(output.glob(kept))):
+            if not folder.known and not run.record["stages"] and not (kept and any(output.glob(kept))):
                 empty_folder(output, keep="")
-                if not existed:
+                if folder.new:
                     output.rmdir()
             raise
     finally:

@@ -47,7 +47,7 @@ def align_proxy(
         settings: how to align.
         held_out: what fidelity is measured on; None keeps the last factors.
         max_steps: in place of the number of epochs.
-        state: file that an interrupted alignment goes on from; the caller removes it when all is done.
+        state: file that an interrupted alignment resumes from; the caller removes it when all is done.
         identity: of the alignment that may go on from it.
     """
     encoder = session.encoder(model, proxy_path)
@@ -64,7 +64,7 @@ def align_proxy(
     objective = Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
     if state.is_file():
-        session.reporter.say(f"align: goes on from {state}")
+        session.reporter.say(f"align: resumes from {state}")
     with session.reporter.bar("align", steps, "steps") as progress:
         history = align(
             proxy,

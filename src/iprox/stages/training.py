@@ -83,7 +83,7 @@ def _sft(
     every_epoch: bool,
     optimizer_state: bool = False,
 ) -> StageRecord:
-    """Train, and write the checkpoints' list and the history beside them."""
+    """Train, and write the list of checkpoints and the history next to them."""
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -100,7 +101,7 @@ class QueryTokens:
         return cls(len(validation), *count([row for rows in validation.values() for row in rows]), *count(sample))
 
 
-class Estimator:
+class Estimator(ABC):
     """A kind of score. `traits` declares what it needs and gives (`iprox.settings.ESTIMATORS`).
 
     Args:
@@ -110,9 +111,9 @@ class Estimator:
     def __init__(self, name: str) -> None:
         self.name, self.traits = name, ESTIMATORS[name]
 
+    @abstractmethod
     def scorer(self, inputs: Inputs) -> Scorer:
         """Return what scores batches of candidates at one checkpoint."""
-        raise NotImplementedError
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
         """Return the FLOPs of the validation side at one checkpoint, if it were taken on a model."""
