@@ -169,7 +169,7 @@ class AlignSection(Section):
     """Tuning of the factors until the proxy's gradients or logits match the target's."""
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
-    epochs: int = setting(5, "passes over them", ge=1)
+    epochs: int = setting(5, "passes over these examples", ge=1)
     batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
     accumulate: int = setting(
         1, "batches per optimizer step; with batch_size 1 every example is matched by itself, not a mean", ge=1

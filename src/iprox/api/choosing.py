@@ -13,13 +13,14 @@ from torch import nn
 from iprox.api.arguments import check_model
 from iprox.api.examples import Examples, as_pool
 from iprox.api.keywords import chosen, takes
-from iprox.api.scoring import influence_settings, score
+from iprox.api.scoring import score
 from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
 from iprox.models.layers import low_rank_layers
+from iprox.recipe import validated
 from iprox.selection import select_rows
 from iprox.selection.guard import guard
-from iprox.settings import SelectSection
+from iprox.settings import InfluenceSection, SelectSection
 
 _OF_SELECTION = tuple(SelectSection.model_fields)
 
@@ -75,7 +76,7 @@ def audit(
     """
     check_model("model", model)
     check_model("proxy", proxy)
-    influence_settings(query=query)
+    validated(InfluenceSection, {"query": query}, "audit")
     settings = {"per_example": False, **settings}
     target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)

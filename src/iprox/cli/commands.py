@@ -154,7 +154,6 @@ COMMANDS = (
         resumes=True,
         meanings=(
             ("model", _OF_A_PROXY),
-            ("proxy.align.epochs", "passes over these examples"),
             ("data.pool", "where the examples to align on are drawn from"),
             ("data.validation", "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last)"),
         ),
