@@ -14,6 +14,7 @@ from iprox.errors import InputError
 from iprox.settings import AuditSection, InfluenceSection, Settings, fields_of
 
 COMPUTING = [command for command in COMMANDS if command.reads and "*" not in command.reads]
+APP = build_app()
 GIVEN = {"model": "m", "output": "o", "data.pool": "p", "data.validation": "t=v"}
 
 
@@ -27,7 +28,7 @@ def request(command, *overrides):
             line += ["x"] if each.positional else [f"--{each.name.replace('_', '-')}", "x"]
     for text in overrides:
         line += ["--set", text]
-    return build_app()(line, exit_on_error=False, print_error=False, result_action="return_value")
+    return APP(line, exit_on_error=False, print_error=False, result_action="return_value")
 
 
 @pytest.mark.parametrize("command", COMPUTING, ids=lambda command: command.name)
