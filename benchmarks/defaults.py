@@ -17,7 +17,7 @@ validation example v, whole gradients on the target itself, and ‖G(z)‖. A ca
 TracIn of the
 mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by ‖G(z)‖. With
 `turns` each v is a column of its own and the validation examples take turns to choose. EK-FAC replaces G(v) by
-(F + λI)⁻¹ G(v).
+(F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
 """
 
 from __future__ import annotations
@@ -41,17 +41,19 @@ from iprox.influence.estimators.ekfac import kronecker_curvature
 from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
-from iprox.influence.validation_gradients import example_gradients
+from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
+from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.records import read_json
 from iprox.run.folder import environment
 from iprox.selection.strategies import Turns, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection, WarmupSection
 from iprox.stages.training import warm_up
+from tried import AdamNorms, refined, scaled, slopes, whole
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -69,10 +71,13 @@ ROWS = (
     *("RDS+", "BM25", "own source"),
     *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
     *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
+    *("LESS, cosine, turns", "linearized Adam, cosine, turns", "EK-FAC + CG, cosine, top"),
 )
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
 # the bases which they share keep.
 DAMPING, KEEP = 0.1, 0.9
+# Examples of the Gauss-Newton matrix that conjugate gradients solve with, and how many products.
+CG_SAMPLE, CG_ITERATIONS = 32, 10
 
 
 @dataclass(frozen=True)
@@ -236,17 +241,21 @@ class Bench:
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
+        adam = load_adam_state(self.warmed(seed)) if self.preset.warmup else None
         queries = {}
         for task, rows in self.encoded_validation.items():
             examples = list(example_gradients(model, self.batches(rows)))
-            for name, curvature in zip(ESTIMATORS, (None, bases), strict=True):
-                made = shared_queries(examples, KEEP, curvature, DAMPING, self.session.dtype)
+            made_of = {"TracIn": (examples, None), "EK-FAC": (examples, bases)}
+            if adam is not None:
+                by = slopes(adam)
+                made_of["linearized Adam"] = ([scaled(example, by) for example in examples], None)
+            for name, (gradients, curvature) in made_of.items():
+                made = shared_queries(gradients, KEEP, curvature, DAMPING, self.session.dtype)
                 queries[f"{name}/{task}"] = made
                 kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}"
                 print(f"{name}, {task}: {time.time() - started:.0f} s, {kept}", flush=True)
         del examples, bases
-        norms, scores = contracted(model, layers, self.encoded, queries)
-        found = {"norms": norms, **scores}
+        found = contracted(model, layers, self.encoded, queries, adam)
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
         rds, bm25 = (
@@ -270,6 +279,26 @@ class Bench:
         found["seconds"] = np.array(time.time() - started)
         return found
 
+    def refined(self, task: str, seed: int) -> np.ndarray:
+        """Cosines [N] with the mean validation gradient that conjugate gradients divided by the curvature."""
+        file = self.work / f"cg-{seed}-{task}.npz"
+        if not file.is_file():
+            model = self.session.model(self.warmed(seed), torch.float32)
+            model.set_attn_implementation("eager")  # it has a forward derivative
+            layers = influence_layers(model)
+            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
+            batches = self.batches([self.encoded[row] for row in rows])
+            bases = kronecker_curvature(model, layers, batches, seed=seed)
+            sample = self.batches([self.encoded[row] for row in rows[:CG_SAMPLE]])
+            mean, _ = mean_gradient(model, self.batches(self.encoded_validation[task]))
+            gradient = {name: part.weight for name, part in mean.items()}
+            solved, residuals = refined(model, sample, gradient, bases, DAMPING, CG_ITERATIONS)
+            print(f"residuals of CG, {task}: {' '.join(f'{value:.3g}' for value in residuals)}", flush=True)
+            query = shared_queries([{name: whole(part) for name, part in solved.items()}], KEEP)
+            found = contracted(model, layers, self.encoded, {"CG": query})
+            np.savez(file, scores=found["CG"][:, 0] / found["norms"], residuals=residuals)
+        return np.load(file)["scores"]
+
     def batches(self, encoded: list[Encoded]) -> list[Batch]:
         """Length-sorted batches."""
         return list(iter_batches(encoded, 4096, 0))
@@ -282,16 +311,19 @@ class Bench:
         if row == "own source":
             own = np.flatnonzero(self.source == OWN.get(task, task))
             return own[draw_rows(f"own/{task}", seed, len(own), count)].tolist()
+        if row.startswith("EK-FAC + CG"):
+            return top(self.refined(task, seed), count).tolist()
         known = self.scored(seed)
         if row in ("RDS+", "BM25"):
             return in_turns(known[f"{row}/{task}"], count)
         estimator, score, strategy = row.split(", ")
         matrix, n = known[f"{estimator}/{task}"], np.maximum(self.tokens, 1)
         n_v = np.array([example.supervised for example in self.encoded_validation[task]])
+        norms = known.get(f"norms, {estimator}", known["norms"])
         if strategy == "turns":
-            scale = {"mean": 1.0, "sum": n, "cosine": 1 / known["norms"]}[score]
+            scale = {"mean": 1.0, "sum": n, "cosine": 1 / norms}[score]
             return in_turns(matrix * np.reshape(scale, (-1, 1)), count)
-        column = {"mean": matrix.mean(1), "sum": n * (matrix @ n_v), "cosine": matrix.mean(1) / known["norms"]}[score]
+        column = {"mean": matrix.mean(1), "sum": n * (matrix @ n_v), "cosine": matrix.mean(1) / norms}[score]
         return top(column, count).tolist()
 
     def cell(self, row: str, task: str, seed: int) -> None:
@@ -360,17 +392,22 @@ def contracted(
     layers: dict[str, torch.nn.Module],
     encoded: list[Encoded],
     queries: dict[str, SharedQueries],
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Norms of every candidate's gradient [N], and ⟨G(z), G(v)⟩ by estimator [N, V]."""
+    adam: AdamState | None = None,
+) -> dict[str, np.ndarray]:
+    """Norms of candidates' gradients [N], and ⟨G(z), G(v)⟩ by estimator and task [N, V]; with Adam's state, LESS."""
     total = {name: np.zeros((len(encoded), len(query.norms))) for name, query in queries.items()}
     norms = np.zeros(len(encoded))
+    plain = {name.replace("TracIn", "LESS"): query for name, query in queries.items() if name.startswith("TracIn")}
+    less = AdamNorms(adam, plain, len(encoded)) if adam is not None else None
     with frozen(model):
         for batch in iter_batches(encoded, 4096, 0):
             scores = {name: torch.zeros(len(batch.indices), matrix.shape[1]) for name, matrix in total.items()}
             squares = torch.zeros(len(batch.indices), dtype=torch.float64)
 
-            def sink(name: str, h: torch.Tensor, delta: torch.Tensor, scores=scores, squares=squares) -> None:
+            def sink(name: str, h: torch.Tensor, delta: torch.Tensor, batch=batch, scores=scores, squares=squares):
                 squares.add_(squared_norms(h, delta, has_bias(layers[name])).double())
+                if less is not None:
+                    less.add(name, h, delta, batch.indices)
                 for estimator, query in queries.items():
                     if name in query.layers:
                         scores[estimator] += query.layers[name].contract(h, delta)
@@ -380,7 +417,11 @@ def contracted(
             for estimator, matrix in scores.items():
                 total[estimator][batch.indices] = matrix.numpy()
             norms[batch.indices] = squares.sqrt().numpy()
-    return norms, total
+    found = {"norms": norms, **total}
+    if less is not None:
+        found |= {name: matrix.numpy() for name, matrix in less.scores.items()}
+        found |= {"norms, LESS": less.adam.sqrt().numpy(), "norms, linearized Adam": less.linear.sqrt().numpy()}
+    return found
 
 
 def examples_in(name: str) -> list[Example]:
