@@ -76,6 +76,8 @@ ROWS = (
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
 # the bases which they share keep.
 DAMPING, KEEP = 0.1, 0.9
+# Tasks whose queries are in memory at once.
+GROUP = 2
 # Examples of the Gauss-Newton matrix that conjugate gradients solve with, and how many products.
 CG_SAMPLE, CG_ITERATIONS = 32, 10
 
@@ -242,20 +244,27 @@ class Bench:
         bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
         adam = load_adam_state(self.warmed(seed)) if self.preset.warmup else None
-        queries = {}
-        for task, rows in self.encoded_validation.items():
-            examples = list(example_gradients(model, self.batches(rows)))
-            made_of = {"TracIn": (examples, None), "EK-FAC": (examples, bases)}
-            if adam is not None:
-                by = slopes(adam)
-                made_of["linearized Adam"] = ([scaled(example, by) for example in examples], None)
-            for name, (gradients, curvature) in made_of.items():
-                made = shared_queries(gradients, KEEP, curvature, DAMPING, self.session.dtype)
-                queries[f"{name}/{task}"] = made
-                kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}"
-                print(f"{name}, {task}: {time.time() - started:.0f} s, {kept}", flush=True)
-        del examples, bases
-        found = contracted(model, layers, self.encoded, queries, adam)
+        part = self.work / f"scores-{seed}.part.npz"  # what an interrupted run has kept
+        found = dict(np.load(part)) if part.is_file() else {}
+        tasks = [task for task in self.encoded_validation if f"TracIn/{task}" not in found]
+        for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
+            queries = {}
+            for task in some:
+                examples = list(example_gradients(model, self.batches(self.encoded_validation[task])))
+                made_of = {"TracIn": (examples, None), "EK-FAC": (examples, bases)}
+                if adam is not None:
+                    by = slopes(adam)
+                    made_of["linearized Adam"] = ([scaled(example, by) for example in examples], None)
+                for name, (gradients, curvature) in made_of.items():
+                    made = shared_queries(gradients, KEEP, curvature, DAMPING, self.session.dtype)
+                    queries[f"{name}/{task}"] = made
+                    kept = f"kept {made.kept.min():.3f} to {made.kept.max():.3f}"
+                    print(f"{name}, {task}: {time.time() - started:.0f} s, {kept}", flush=True)
+                del examples, made_of
+            found |= contracted(model, layers, self.encoded, queries, adam)
+            np.savez(part, **found)
+            del queries
+        del bases
         print(f"candidates: {time.time() - started:.0f} s", flush=True)
         validation = {task: list(self.batches(rows)) for task, rows in self.encoded_validation.items()}
         rds, bm25 = (
@@ -270,12 +279,12 @@ class Bench:
             for name in ("rds", "bm25")
         )
         for name, scorer in (("RDS+", rds), ("BM25", bm25)):
-            whole = np.zeros((len(self.encoded), sum(scorer.widths)))
+            table = np.zeros((len(self.encoded), sum(scorer.widths)))
             for batch in self.batches(self.encoded):
-                whole[batch.indices] = scorer(batch)[0].numpy()
+                table[batch.indices] = scorer(batch)[0].numpy()
             edges = np.cumsum([0, *scorer.widths])
             for task, start, end in zip(scorer.tasks, edges, edges[1:], strict=False):
-                found[f"{name}/{task}"] = whole[:, start:end]
+                found[f"{name}/{task}"] = table[:, start:end]
         found["seconds"] = np.array(time.time() - started)
         return found
 

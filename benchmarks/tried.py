@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -45,7 +46,13 @@ def scaled(example: ExampleGradient, by: Weights) -> ExampleGradient:
 
 def whole(gradient: Tensor) -> LowRankGradient:
     """Return a gradient [m, n] in the form that shared bases are made from."""
-    return LowRankGradient(gradient, torch.eye(gradient.shape[1]), None, gradient.new_zeros(()))
+    return LowRankGradient(gradient, identity(gradient.shape[1]), None, gradient.new_zeros(()))
+
+
+@functools.cache
+def identity(size: int) -> Tensor:
+    """Return the identity, one for all examples."""
+    return torch.eye(size)
 
 
 class AdamNorms:

@@ -82,6 +82,30 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     return batches
 
 
+def answer_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+    """Group positions so that prompts and answers, each padded by themselves, hold at most `batch_tokens` tokens.
+
+    Answers cost several times what prompts do (`iprox.models.answers`), so those of a batch are of about one length,
+    and prompts are sorted among them.
+
+    Returns:
+        Batches of positions, as `token_budget_batches`; the longest answers come first.
+    """
+    if batch_tokens < 1:
+        raise InputError(f"batch tokens must be at least 1, not {batch_tokens}")
+    prompts = [row.prompt for row in encoded]
+    answers = [padded_width(len(row.input_ids) - prompt) for row, prompt in zip(encoded, prompts, strict=True)]
+    batches: list[list[int]] = []
+    longest = widest = 0
+    for index in sorted(range(len(encoded)), key=lambda index: (-answers[index], -prompts[index])):
+        longest, widest = max(longest, padded_width(prompts[index])), max(widest, answers[index])
+        if not batches or (len(batches[-1]) + 1) * (longest + widest) > batch_tokens:
+            batches.append([])
+            longest, widest = padded_width(prompts[index]), answers[index]
+        batches[-1].append(index)
+    return batches
+
+
 def padded_width(length: int) -> int:
     """Return the padded width of a length: a multiple of 8, of 16 from 257 tokens, of 32 from 513 tokens, and so on.
 
@@ -118,13 +142,16 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, wid
     )
 
 
-def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> Iterator[Batch]:
+def iter_batches(
+    encoded: Sequence[Encoded], batch_tokens: int, pad_id: int, *, by_answer: bool = False
+) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
         encoded: examples; those without a supervised token are left out.
         batch_tokens: largest rows × longest row of a batch.
         pad_id: token id that fills the padding.
+        by_answer: sort by the lengths of answers, then of prompts (`answer_batches`).
 
     Yields:
         Batches whose `indices` are positions in `encoded`.
@@ -133,9 +160,14 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> 
         InputError: `batch_tokens` is less than 1.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
-    for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
+    if by_answer:
+        batches = answer_batches([encoded[index] for index in kept], batch_tokens)
+    else:
+        batches = token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens)
+    for batch in batches:
         indices = [kept[position] for position in batch]
-        yield collate(encoded, indices, pad_id, padded_width(len(encoded[indices[0]].input_ids)))
+        longest = max(len(encoded[index].input_ids) for index in indices)
+        yield collate(encoded, indices, pad_id, padded_width(longest))
 
 
 def example_batches(

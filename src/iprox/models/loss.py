@@ -48,7 +48,7 @@ def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Te
     return logits[: len(targets)], targets, rows
 
 
-def _filled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _filled_logits(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return `causal_lm_logits` with surplus rows after the N, so that the head's shapes repeat (`padded_width`)."""
     head = output_head(model)
     if head is None:
@@ -63,16 +63,16 @@ def _filled_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tens
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits[0]
+        logits = model(input_ids=batch.input_ids, use_cache=False, **inputs).logits[0]
     finally:
         handle.remove()
     return logits, targets[supervised], rows
 
 
-def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
+def causal_lm_losses(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
     """Return the mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
 
-    It has a first derivative only (see `TokenLosses`).
+    It has a first derivative only (see `TokenLosses`). `inputs` go to the model as they are.
 
     Returns:
         Losses [B]; 0 for an example without a supervised token.
@@ -85,7 +85,7 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> Tensor:
             f"a DataLoader of a language model gives batches of the type iprox.data.Batch, not {type(batch).__name__}; "
             "pass the examples themselves (a list of dicts or a Dataset), or a loss_fn for these batches"
         )
-    logits, targets, rows = _filled_logits(model, batch)
+    logits, targets, rows = _filled_logits(model, batch, **inputs)
     token_losses = TokenLosses.apply(logits, targets)
     return mean_by_row(token_losses, rows, batch.input_ids.shape[0])  # pyright: ignore[reportArgumentType]
 

@@ -1,0 +1,72 @@
+"""Losses whose gradients pass through the answers alone: prompts are read without a graph.
+
+A prompt's tokens act on the loss only through the keys and values that the answer attends to. Here these are constants:
+the prompt is run without gradients, and the answer, from the token that predicts its first one, in a second pass over
+the prompt's cache. The losses are the same. The gradient lacks what reaches the weights through the prompt's positions;
+the backward pass, its activations, the contraction and the norms shrink to the answer's share of the tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from iprox.data.batching import Batch, padded_width
+from iprox.models.loss import causal_lm_losses
+
+IGNORE = -100
+
+
+def answer_starts(batch: Batch) -> Tensor:
+    """Return the position that predicts each row's first supervised token [B]; its last one where there is none."""
+    supervised = batch.labels[:, 1:] != IGNORE
+    return torch.where(supervised.any(1), supervised.int().argmax(1), batch.lengths - 1)
+
+
+def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the losses of `causal_lm_losses`, with the gradient of the answers alone.
+
+    Forward 2P per token, backward 2P per token of an answer. Prompts are padded on the left and answers on the right,
+    so that they meet at one column, as attention windows need.
+
+    Returns:
+        Losses [B]; 0 for an example without a supervised token.
+
+    Raises:
+        TypeError: the model keeps no cache of keys and values.
+    """
+    starts = answer_starts(batch)
+    longest = int(starts.max())
+    if longest == 0:
+        return causal_lm_losses(model, batch)
+    width = padded_width(longest)
+    columns = torch.arange(width, device=starts.device) - (width - starts)[:, None]
+    prompt = (columns >= 0).long()
+    with torch.no_grad():
+        cache = model.base_model(
+            input_ids=batch.input_ids.gather(1, columns.clamp(min=0)),
+            attention_mask=prompt,
+            position_ids=columns.clamp(min=0),
+            use_cache=True,
+        ).past_key_values
+    if cache is None:
+        raise TypeError(f"{type(model).__name__} keeps no cache of keys and values")
+    width = padded_width(int((batch.lengths - starts).max()))
+    positions = torch.arange(width, device=starts.device) + starts[:, None]
+    columns = positions.clamp(max=batch.labels.shape[1] - 1)
+    outside = positions >= batch.lengths[:, None]
+    answers = Batch(
+        batch.input_ids.gather(1, columns),
+        batch.labels.gather(1, columns).masked_fill(outside, IGNORE),
+        batch.lengths - starts,
+        batch.indices,
+    )
+    return causal_lm_losses(
+        model,
+        answers,
+        attention_mask=pad(prompt, (0, width), value=1),
+        position_ids=columns,
+        past_key_values=cache,
+    )
