@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, layers, write_json
+from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, TASKS, layers, profile, write_json
 
 from iprox.data import Pool
 from iprox.errors import InputError
@@ -89,7 +89,7 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     assert "0.52×" in page.text
     assert set(charts(html)) == {
         *("chart-influence", "chart-task-0", "chart-task-1", "chart-sources", "chart-lengths"),
-        *("chart-overlap", "chart-calibration", "chart-held-out"),
+        *("chart-overlap", "chart-held-out"),
         *("chart-fidelity-0", "chart-fidelity-1", "chart-ranks", "chart-tails", "chart-warmup", "chart-alignment"),
     }
     for words in ("2.1 GB", "1 min 25 s", "3.4 TFLOP", "73,000", "reused", "iprox run recipe.yaml", "49.98 %"):
@@ -107,7 +107,7 @@ def test_page_is_accessible_and_self_contained(make_run: MakeRun) -> None:
     assert page.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     drawn = [div for div in page.all("div") if div.get("class") == "chart"]
-    assert len(drawn) == 14
+    assert len(drawn) == 13
     assert all(div["role"] == "img" and len(div["aria-label"] or "") > 30 for div in drawn)
     assert len({div["id"] for div in drawn}) == len(drawn)
     # Nothing in the markup points anywhere but into the page.
@@ -154,12 +154,6 @@ def test_many_tasks_mark_the_shortest_and_the_longest(make_run: MakeRun) -> None
     layout = charts(build_report(make_run(tasks=tasks)).read_text(encoding="utf-8"))["chart-lengths"]["layout"]
     texts = [each["text"] for each in layout["annotations"]]
     assert [text for text in texts if text.startswith("validation")] == ["validation e: 228", "validation a: 200"]
-
-
-def test_runs_of_older_versions_show_whole_lengths(make_run: MakeRun) -> None:
-    html = build_report(make_run(without=("supervised",))).read_text(encoding="utf-8")
-    assert charts(html)["chart-lengths"]["layout"]["xaxis"]["title"]["text"] == "length (tokens)"
-    assert "Near-duplicates" not in html
 
 
 def test_json_cannot_close_its_script() -> None:
@@ -355,7 +349,7 @@ def break_run(run: Path, fault: str) -> None:
     elif fault == "empty scores":
         pq.write_table(pq.read_table(run / "scores.parquet").slice(0, 0), run / "scores.parquet")
     elif fault == "row out of range":
-        write_json(run / "selection.json", {"strategy": "top", "threshold": 0.0, "rows": [ROWS]})
+        write_json(run / "selection.json", {"strategy": "top", "threshold": 0.0, "rows": [ROWS], "profile": {}})
 
 
 @pytest.mark.parametrize(
@@ -408,7 +402,8 @@ def test_null_sources_and_unscored_pool(make_run: MakeRun) -> None:
     table = table.set_column(table.schema.get_field_index("source"), "source", pa.nulls(ROWS, pa.string()))
     pq.write_table(table, run / "scores.parquet")
     assert "No row has a score." in build(run).text
-    write_json(run / "selection.json", {"strategy": "random", "threshold": None, "rows": [5, 1]})
+    lengths = profile(np.ones(ROWS, np.int64), np.array([5, 1]), TASKS)
+    write_json(run / "selection.json", {"strategy": "top", "threshold": None, "rows": [5, 1], "profile": lengths})
     assert read_run(run).selection is None  # of an earlier start, whose scores were others
     record = json.loads((run / "run.json").read_text())
     record["stages"]["select"] = record["stages"]["score"]

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import bootstrap_intervals, spearman
 
 
 def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndarray:

@@ -11,18 +11,20 @@ import pyarrow as pa
 from scipy import stats
 
 from iprox.aggregation import equal_scores
-from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.overlap import OVERLAP_AT, top_overlap
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import (
+    OVERLAP_AT,
+    bootstrap_intervals,
+    by_group,
+    by_length,
+    disagreements,
+    spearman,
+    top_overlap,
+)
 from iprox.errors import InputError
 from iprox.scores import score_matrix, task_names
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# The share that a calibration looks at.
-TOP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     fidelity: dict[str, dict[str, Any]] = {}
     for number, task in enumerate(tasks):
         apart = [{"id": ids[found.pop("position")], **found} for found in disagreements(x[number], y[number])]
-        fidelity[task] = {**entry(task), "calibration": calibration(x[number], y[number], TOP), "disagreements": apart}
+        fidelity[task] = {**entry(task), "disagreements": apart}
     columns: dict[str, Any] = {name: proxy[name] for name in ("id", "source", "tokens")}
     for number, task in enumerate(tasks):
         columns[f"proxy/{task}"], columns[f"target/{task}"] = on_proxy[:, number], on_target[:, number]

@@ -10,8 +10,7 @@ import numpy as np
 from torch import nn
 
 from iprox.aggregation import equal_scores
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import bootstrap_intervals, spearman
 from iprox.data import Encoded
 from iprox.engine.stream import WindowWorker
 from iprox.errors import InputError

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from iprox.audits.overlap import telling_share
+from iprox.audits.agreement import telling_share
 from iprox.cli.doctor import OPTIONAL
 from iprox.progress import make_console
 from iprox.records import read_json
@@ -202,8 +202,6 @@ def print_refinement(record: dict[str, Any]) -> None:
 
 def _interval(fidelity: dict[str, Any]) -> str:
     """Return the interval of the Spearman correlation."""
-    if "intervals" not in fidelity:  # audits of older versions
-        return ""
     return f" ({_bounds(fidelity['intervals']['spearman'])})"
 
 

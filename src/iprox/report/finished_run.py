@@ -27,7 +27,7 @@ class Scores:
         influence: scores that rows are selected by, float64 [N]; NaN where a row has no score.
         tasks: scores by task, float64 [N] each.
         tokens: tokens of each row, int [N].
-        supervised: tokens of each row that its loss is taken over, int [N]; None in files of older versions.
+        supervised: tokens of each row that its loss is taken over, int [N].
         source_codes: source of each row, an index into `source_names`, int [N].
         source_names: distinct sources; None for rows without a source.
         ids: id of each row.
@@ -38,7 +38,7 @@ class Scores:
     influence: np.ndarray
     tasks: dict[str, np.ndarray]
     tokens: np.ndarray
-    supervised: np.ndarray | None
+    supervised: np.ndarray
     source_codes: np.ndarray
     source_names: list[str | None]
     ids: pa.ChunkedArray
@@ -68,12 +68,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """selection.json: the selected rows, best first, how they were selected, and their profile where there is one."""
+    """The content of selection.json: the selected rows, best first, how they were selected, and their profile."""
 
     rows: np.ndarray
     strategy: str
     threshold: float | None
-    profile: dict[str, Any] | None
+    profile: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
 
 def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> Scores:
     used = "influence" if task is None else TASK_PREFIX + task
-    file = _open_parquet(path, ("id", "source", "tokens", used), "score")
+    file = _open_parquet(path, ("id", "source", "tokens", SUPERVISED, used), "score")
     names = file.schema_arrow.names
     source = _column(file, "source").cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
     if isinstance(source, pa.ChunkedArray):
@@ -214,7 +214,7 @@ def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> 
         influence=influence,
         tasks=tasks,
         tokens=_column(file, "tokens").to_numpy(),
-        supervised=_column(file, SUPERVISED).to_numpy() if SUPERVISED in names else None,
+        supervised=_column(file, SUPERVISED).to_numpy(),
         source_codes=source.indices.to_numpy(zero_copy_only=False),
         source_names=source.dictionary.to_pylist(),
         ids=_column(file, "id"),
@@ -230,13 +230,15 @@ def _read_selection(path: Path, pool_rows: int) -> SelectedRows | None:
     content = _read_json(path, dict)
     if content is None:
         return None
-    rows = np.asarray(content.get("rows", []), dtype=np.int64)
+    absent = [name for name in ("rows", "strategy", "threshold", "profile") if name not in content]
+    if absent:
+        raise InputError(f"{path}: no {absent[0]!r}; run the select stage again")
+    rows = np.asarray(content["rows"], dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= pool_rows):
         raise InputError(
             f"{path}: names a row outside the {pool_rows:,} rows of scores.parquet; run the select stage again"
         )
-    strategy = str(content.get("strategy", "unknown"))
-    return SelectedRows(rows, strategy, content.get("threshold"), content.get("profile"))
+    return SelectedRows(rows, content["strategy"], content["threshold"], content["profile"])
 
 
 def _read_audit(folder: Path, done: Collection[str]) -> Audit | None:

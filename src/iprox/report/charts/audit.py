@@ -129,37 +129,3 @@ def overlap_chart(mean: Mapping[str, Any]) -> Chart | None:
         xaxis=axis("top share of the sample", type="log", tickvals=x, ticktext=names),
         yaxis=axis("found", range=[0, 1.03], tickformat=".0%"),
     )
-
-
-def calibration_chart(tasks: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    """Draw the target's mean score of each tenth of the rows in the proxy's order, averaged over tasks.
-
-    Args:
-        tasks: `tasks` of audit.json.
-
-    Returns:
-        The chart, or None if it was not measured.
-    """
-    tables = [entry["calibration"] for entry in tasks.values() if entry.get("calibration")]
-    if not tables or len({len(table) for table in tables}) > 1:
-        return None
-    means = np.mean([[part["target_score"] for part in table] for table in tables], axis=0)
-    found = np.mean([[part["of_target_top"] for part in table] for table in tables], axis=0)
-    tenths = [str(number + 1) for number in range(len(means))]
-    hover = [
-        f"tenth {tenth}<br>mean target score {formats.decimal(mean)} σ<br>"
-        f"{formats.percent(part, 0)} of the target's top 5 %"
-        for tenth, mean, part in zip(tenths, means, found, strict=True)
-    ]
-    values = ", ".join(formats.decimal(value) for value in means)
-    return make_chart(
-        [go.Bar(x=tenths, y=means, meta=ACCENT, hoverinfo="text", hovertext=hover)],
-        id="chart-calibration",
-        title="Target score by the proxy's ranking",
-        caption="The target's mean score of each tenth of the sample, the proxy's best tenth first. The first tenth "
-        f"holds {formats.percent(found[0], 0)} of the target's top 5 %.",
-        label=f"Bars of the target's mean score, in standard deviations, by tenth of the proxy's ranking: {values}.",
-        height=300,
-        xaxis=axis("tenth of the proxy's ranking", type="category"),
-        yaxis=axis("target score (σ)", nticks=6, zeroline=True),
-    )

@@ -290,35 +290,14 @@ def answer_length_chart(supervised: np.ndarray, chosen: np.ndarray, validation: 
     caption = f"Number of tokens that each row is trained on. Median: {', '.join(medians)}"
     if len(marked) < len(validation):
         caption += f" (the shortest and the longest of {len(validation)} tasks)"
-    return _lengths(pool, selected, "Length of the answers", "supervised tokens", f"{caption}.", marks)
-
-
-def row_length_chart(tokens: np.ndarray, chosen: np.ndarray) -> Chart:
-    """Draw the lengths of the rows [N] in pool and selection, each as a share of its own rows."""
-    selected = tokens[chosen]
-    caption = (
-        f"Mean length: {tokens.mean():,.0f} tokens in the pool, {selected.mean():,.0f} in the selection; "
-        f"median {np.median(tokens):,.0f} and {np.median(selected):,.0f}."
-    )
-    return _lengths(tokens, selected, "Length of the rows", "tokens", caption, ())
-
-
-def _lengths(
-    pool: np.ndarray,
-    selected: np.ndarray,
-    title: str,
-    unit: str,
-    caption: str,
-    marks: Sequence[tuple[str, float, str]],
-) -> Chart:
-    """Draw the lengths of pool and selection over the same bins, and marks (name, tokens, dash) above them."""
+    caption += "."
     top = max(int(np.quantile(pool, 0.995)), int(pool.min()) + 1, *(int(tokens) + 1 for _, tokens, _ in marks))
     width = max(1, -(-top // 30))
     edges = np.arange(0, top + width, width)
     longest = int(pool.max())
-    spans = [f"{a:,} to {b - 1:,} {unit}" if width > 1 else f"{a:,} {unit}" for a, b in pairwise(edges)]
+    spans = [f"{a:,} to {b - 1:,} tokens" if width > 1 else f"{a:,} tokens" for a, b in pairwise(edges)]
     if longest >= edges[-1]:
-        spans[-1] = f"{edges[-2]:,} {unit} and more"
+        spans[-1] = f"{edges[-2]:,} tokens and more"
         caption += f" The last bar also holds longer rows (longest: {longest:,})."
     # The shortest on the highest line, so that texts that run to the right are clear of the marks that follow.
     drawn = [
@@ -328,15 +307,15 @@ def _lengths(
     return make_chart(
         _share_traces(edges, spans, pool, selected),
         id="chart-lengths",
-        title=title,
+        title="Length of the answers",
         caption=caption,
-        label=f"Histogram of lengths in {unit}, pool against selection.",
+        label="Histogram of supervised tokens per row, pool against selection.",
         height=300 + LINE * len(marks),
         keys=SHARE_KEYS,
         hovermode="x",
         margin=MARGIN | {"t": MARGIN["t"] + LINE * len(marks)},
         shapes=[shape for shape, _ in drawn],
         annotations=[text for _, text in drawn],
-        xaxis=axis(f"length ({unit})", tickformat=",", rangemode="tozero", range=[0, int(edges[-1])]),
+        xaxis=axis("length (supervised tokens)", tickformat=",", rangemode="tozero", range=[0, int(edges[-1])]),
         yaxis=axis("share of rows (%)", rangemode="tozero", nticks=6),
     )
