@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 from iprox.cli import summary
-from iprox.cli.doctor import examine
 from iprox.cli.parser import Request
 from iprox.data import Pool
 from iprox.data.locate import COMPRESSIONS
@@ -87,15 +86,6 @@ def plan(request: Request) -> dict[str, Any]:
     if not request.json:
         summary.print_plan(planned)
     return planned
-
-
-def doctor(request: Request) -> dict[str, Any]:
-    """Show what this machine can do."""
-    session = Session.create(request.inputs["device"])  # refuses a device that is not there
-    found = examine(str(session.device))
-    if not request.json:
-        summary.print_machine(found)
-    return found
 
 
 def report(request: Request) -> dict[str, Any]:

@@ -289,13 +289,6 @@ COMMANDS = (
         inputs=(Input("run_dir", "run folder", default=..., positional=True),),
     ),
     Command(
-        "doctor",
-        "Show what this machine can do: device, number format, speed, memory, optional packages.",
-        "iprox doctor --device cuda:0",
-        "iprox.cli.actions:doctor",
-        inputs=(Input("device", "cpu, cuda or cuda:1", default="auto"),),
-    ),
-    Command(
         "export",
         "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or turn an index into FAISS's.",
         "iprox export runs/quickstart/aligned --output dense-proxy\niprox export index --output pool.faiss",

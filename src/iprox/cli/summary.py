@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from iprox.audits.agreement import telling_share
-from iprox.cli.doctor import OPTIONAL
 from iprox.progress import make_console
 from iprox.records import read_json
 from iprox.report import formats
@@ -166,33 +165,6 @@ def print_removal(found: dict[str, Any]) -> None:
             error = f"{effect['difference']:+.4f} ± {effect['standard_error']:.4f}"
             table.add_row(task, side, f"{effect['top']:+.4f}", f"{effect['random']:+.4f}", error)
     console.print(table)
-
-
-def print_machine(found: dict[str, Any]) -> None:
-    """Print what `iprox doctor` found."""
-    rates = ", ".join(f"{name} {formats.flops(rate)}/s" for name, rate in found["gemm_flops_per_second"].items())
-    memory = f"{formats.size(found['free_bytes'])} free of {formats.size(found['memory_bytes'])}"
-    versions = {"iprox": found["iprox"], **found["versions"]}
-    lines = [
-        ("device", f"{found['device']} ({found['device_name']})"),
-        ("dtype", f"{found['dtype']}, which auto chooses"),
-        ("products", rates),
-        ("memory", memory),
-        ("cores", f"{found['cores']}, of which torch uses {found['threads']}"),
-        ("disk", f"{formats.size(found['disk_free_bytes'])} free here"),
-        ("compiler", found["compiler"] or "none found"),
-        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-    ]
-    for name, text in lines:
-        console.print(f"[bold]{name:<10}[/bold]", end="")
-        console.print(text, markup=False, soft_wrap=True)
-    console.print()
-    table = Table("optional package", "version", "what for", box=None, pad_edge=False)
-    for name, number in found["optional"].items():
-        table.add_row(name, number or "–", OPTIONAL[name])
-    console.print(table)
-    for note in found["notes"] or ["nothing is missing that iprox would need"]:
-        console.print(f"→ {note}", markup=False, soft_wrap=True)
 
 
 def print_refinement(record: dict[str, Any]) -> None:
