@@ -22,8 +22,7 @@ from iprox.models.loading import check_belongs
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
-from iprox.stages.lds import measure_lds
-from iprox.stages.removal import measure_removal
+from iprox.stages.retraining import measure_lds, measure_removal
 from iprox.stages.scoring import job_of, say_what_fitted
 
 # What is measured by retraining on parts of the audited rows, in this order. NAME has the settings `audit.NAME`, is a
