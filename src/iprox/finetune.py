@@ -160,7 +160,7 @@ def train(
         callbacks=[recorder],
     )
     _silence(trainer)
-    first = next(iter_batches(rows[:batch_size], 1 << 30, 0))
+    first = next(iter_batches(rows[:batch_size], 1 << 30))
     whole: Any = model.get_base_model() if is_adapted(model) else model  # the same layers, adapters among them
 
     def trial() -> torch.Tensor:

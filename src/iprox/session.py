@@ -214,9 +214,9 @@ class Session:
             self.reporter.warn(warning)
         return encoder
 
-    def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
-        """Length-sorted batches on the session's device."""
-        return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
+    def batches(self, encoded: Sequence[Encoded]) -> Iterable[Batch]:
+        """Return length-sorted batches on the session's device."""
+        return on_device(iter_batches(encoded, self.batch_tokens), self.device)
 
 
 def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
@@ -236,12 +236,6 @@ def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
                 f"{file}: is both the {pool.name}'s and the {name}: each row would be judged by itself; take the rows "
                 "of that set out of the pool, into a file of their own"
             )
-
-
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding. Any will do where attention is causal and padding is on the right."""
-    pad = tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else 0
 
 
 def share(total: int, fraction: float) -> int:
@@ -264,7 +258,7 @@ def tasks_of(files: Mapping[str, str | list[str]], settings: Settings) -> dict[s
     return {task: pool_of(names, settings, task) for task, names in files.items()}
 
 
-def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str, list[Encoded]]:
+def encode_validation(encoder: ChatEncoder, pools: Mapping[str, Pool]) -> dict[str, list[Encoded]]:
     """Every task's validation set, encoded.
 
     Raises:

@@ -346,7 +346,7 @@ def test_compressing_a_proxy(finished, tmp_path, refused):
 
 def test_fine_tuning_a_proxy(finished, tmp_path, refused):
     said = refused(*single(finished, "finetune", "--model", finished.output / "proxy", "--output", tmp_path / "out"))
-    assert f"{finished.output / 'proxy'}: is an iprox proxy, which is for scoring; fine-tune its target" in said
+    assert f"{finished.output / 'proxy'}: is an iprox proxy, and proxies are for scoring; fine-tune its target" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -432,8 +432,8 @@ def test_an_unreadable_record_of_a_run(copied, refused):
     [
         (["score", "--set=seed=-1"], "seed: input should be greater"),
         (["score", "--set=data.num_proc=-1"], "data.num_proc: input should be greater"),
-        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: is not used with influence.query proxy"),
-        (["score", "--estimator=length", "--target=x"], "--target x: is not used with --estimator length"),
+        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: has no effect with influence.query proxy"),
+        (["score", "--estimator=length", "--target=x"], "--target x: has no effect with --estimator length"),
         (["audit", "--lds=5"], "audit: lds: fewer than 10"),
         (["audit", "--removal=1"], "audit: removal: one repeat"),
         (["audit", "--removal=2", "--set=audit.learning_rate=0"], "audit.learning_rate: "),
@@ -463,7 +463,7 @@ def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
 
 def test_more_rows_than_are_scored_again_are_refused_before_any_work(place, refused):
     said = refused("run", place.recipe, "--quiet", "--set", "refine.candidates=0.05")
-    assert "20 rows are to be selected, and refine.candidates 0.05 scores 10 again" in said
+    assert "20 rows are to be selected, but refine.candidates 0.05 scores only 10 again" in said
     said = refused("run", place.recipe, "--quiet", "--set", "refine={}", "select={tokens: 100}")
     assert "give select.fraction or select.count" in said
     assert not place.output.exists()
@@ -484,7 +484,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
     said = refused(
         "select", "--scores", finished.output, "--pool", short, "--count=5", "--output", tmp_path / "out.jsonl"
     )
-    assert "the scores are of 200 rows, and the pool has 5" in said
+    assert "the scores are for 200 rows, but the pool has 5" in said
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -548,7 +548,7 @@ def test_a_pool_that_changed_since_it_was_scored_is_refused_where_rows_are_known
     assert main([*select, "--output", str(tmp_path / "before.jsonl")]) == 0
     write(tmp_path / "pool.jsonl", rows[::-1])
     said = refused(*select, "--output", tmp_path / "after.jsonl")
-    assert "the files are not those that were scored" in said
+    assert "the files have changed since they were scored" in said
     assert not (tmp_path / "after.jsonl").exists()
 
 
@@ -568,7 +568,7 @@ def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
         ["select", *scores, "--output", tmp_path / "selected.jsonl"],
         [*refine, *scores, "--output", tmp_path / "refined"],
     ):
-        assert "--pool: the scores are of 200 rows, and the pool has 199" in refused(*command)
+        assert "--pool: the scores are for 200 rows, but the pool has 199" in refused(*command)
     assert not (tmp_path / "selected.jsonl").exists()
 
 

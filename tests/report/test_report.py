@@ -125,7 +125,7 @@ def test_hostile_text_is_only_text(make_run: MakeRun) -> None:
     assert SCRIPT not in html
     assert not page.all("img")
     # Three of ours, one of data for each chart and one for the browser of examples.
-    assert len(page.all("script")) == 4 + 14
+    assert len(page.all("script")) == 4 + 13
     # Plotly reads <b> in labels, so they reach it escaped.
     hovers = charts(html)["chart-sources"]["data"][0]["hovertext"]
     assert any("&lt;img src=x onerror=alert(1)&gt; &amp; &lt;b&gt;co&lt;/b&gt;" in text for text in hovers)

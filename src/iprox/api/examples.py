@@ -77,4 +77,4 @@ class Reader:
         """Length-sorted batches of the examples on the model's device, or the batches given."""
         if isinstance(examples, DataLoader):
             return examples
-        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens, 0), self.device)
+        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens), self.device)

@@ -146,7 +146,7 @@ def align(
     if isinstance(data, DataLoader):
         batches = list(data)
     else:
-        batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size, 0), reader.device))
+        batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size), reader.device))
     with experts_split(model):
         check_belongs(proxy, "proxy", model, "model")
         watched = None

@@ -93,7 +93,7 @@ def padded_width(length: int) -> int:
     return -(-max(1, length) // step) * step
 
 
-def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, width: int | None = None) -> Batch:
+def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int = 0, width: int | None = None) -> Batch:
     """Pad examples on the right to one batch.
 
     Args:
@@ -118,7 +118,7 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, wid
     )
 
 
-def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> Iterator[Batch]:
+def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int = 0) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
@@ -139,7 +139,7 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> 
 
 
 def example_batches(
-    encoded: Sequence[Encoded], batch_size: int, pad_id: int, batch_tokens: int | None = None
+    encoded: Sequence[Encoded], batch_size: int, pad_id: int = 0, batch_tokens: int | None = None
 ) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches of `batch_size` examples.
 

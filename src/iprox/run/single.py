@@ -137,7 +137,7 @@ def single_run(
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
     }
     if read_by is not None:
-        encode_validation(session.encoder(read_by), dict(validation))
+        encode_validation(session.encoder(read_by), validation)
         session.reporter.take_warnings()  # the stage makes an encoder of its own, whose warnings are recorded
     try:
         earlier = folder.taken(whole)

@@ -158,7 +158,7 @@ class Retraining:
             raise InputError(f"audit.{name}: {len(kept)} audited rows have scores; give audit.sample more rows")
         encoder = session.encoder(model)
         self.encoded = encoder.encode([examples[row] for row in kept.tolist()])
-        self.held = encode_validation(encoder, dict(validation))
+        self.held = encode_validation(encoder, validation)
         self._digests = [_digest([row]) for row in self.encoded]
         held = [[task, _digest(rows)] for task, rows in self.held.items()]
         self.described = settings.model_dump(include={"epochs", "learning_rate", "batch_size"})
@@ -218,7 +218,7 @@ def validation_losses(
         # Losses of similar trainings differ by little, so they are measured in float32.
         trained = session.model(Path(folder) / result.checkpoints[-1].path, torch.float32)
     if result.uncompiled:
-        session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
+        session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")
     return [evaluate(trained, examples, session.batch_tokens, 0)["loss"] for examples in held.values()]
 
 
