@@ -254,7 +254,7 @@ def test_foreign_folder_is_left_alone(place, refused, fresh):
     for name in ("recipe.yaml", "thesis.tex"):
         (place.output / name).write_text("years of work")
     said = refused("run", place.recipe, "--quiet", *fresh)
-    assert f"{place.output}: not empty and no iprox run" in said
+    assert f"{place.output}: is not empty and not a run folder" in said
     assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "thesis.tex"]
 
 
@@ -394,7 +394,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finish
 def test_what_is_half_written_in_a_foreign_folder_is_left_alone(place, refused):
     (place.output / "proxy").mkdir(parents=True)
     (place.output / "proxy/download.partial").write_text("mine")
-    assert "not empty and no iprox run" in refused("run", place.recipe, "--quiet")
+    assert "is not empty and not a run folder" in refused("run", place.recipe, "--quiet")
     assert (place.output / "proxy/download.partial").read_text() == "mine"
 
 
@@ -432,7 +432,7 @@ def test_an_unreadable_record_of_a_run(copied, refused):
     [
         (["score", "--set=seed=-1"], "seed: input should be greater"),
         (["score", "--set=data.num_proc=-1"], "data.num_proc: input should be greater"),
-        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: has no effect with influence.query proxy"),
+        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: has no effect with influence.query"),
         (["score", "--estimator=length", "--target=x"], "--target x: has no effect with --estimator length"),
         (["audit", "--lds=5"], "audit: lds: fewer than 10"),
         (["audit", "--removal=1"], "audit: removal: one repeat"),
@@ -454,7 +454,7 @@ def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
     pq.write_table(table, tmp_path / "scores.parquet")
     files = ["--pool", finished.pool, "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     files += ["--model", finished.output / "aligned", "--output", tmp_path / "out"]
-    assert "does not say how it was scored" in refused("refine", "--scores", tmp_path, *files)
+    assert "does not say how it was made" in refused("refine", "--scores", tmp_path, *files)
     assert "--candidates: input should be less than 1" in refused(
         "refine", "--scores", finished.output, *files, "--candidates=1.5"
     )
@@ -556,7 +556,7 @@ def test_a_pool_that_changed_since_it_was_scored_is_refused_where_rows_are_known
 def test_learning_rates_are_numbers_above_0(finished, refused, tmp_path, rates):
     common = ["score", "--model", finished.output / "aligned", "--pool", finished.pool, "--output", tmp_path / "out"]
     said = refused(*common, "--validation", f"a={finished.path / 'spelling.jsonl'}", f"--learning-rates={rates}")
-    assert "each must be a number above 0" in said
+    assert "each must be a positive number" in said
 
 
 def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
@@ -575,7 +575,7 @@ def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
 def test_a_pool_too_small_to_watch_a_proxy_on_is_refused_before_any_work(place, refused):
     place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:15]))
     said = refused("run", place.recipe, "--quiet")
-    assert "alignment is watched on 16 rows or more, and the pool has 15: set proxy.align.held_out to 0" in said
+    assert "watching the alignment needs 16 rows or more, and the pool has 15; set proxy.align.held_out" in said
     said = refused("run", place.recipe, "--quiet", "--set", "proxy={fidelity: 0.9, align: false}")
-    assert "proxy.fidelity is measured on 16 rows or more, and the pool has 15" in said
+    assert "proxy.fidelity needs 16 rows or more, and the pool has 15" in said
     assert not (place.output / "warmup").exists()

@@ -83,7 +83,7 @@ def test_without_costs_and_with_one_task_no_column_is_empty(finished, tmp_path, 
     [
         (["run"], "two scores or more"),
         (["run", "run"], "two scores are called"),
-        (["x=run", "x=copy"], "two scores are called x; name them apart: NAME=x"),
+        (["x=run", "x=copy"], "two scores are called x; give them different names: NAME=x"),
         (["run", "nowhere"], "no such scores file"),
     ],
 )

@@ -32,7 +32,7 @@ def test_a_second_start_that_fails_leaves_the_result(command, tmp_path, monkeypa
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert main([*command, "--output", str(output)]) == 0  # done already
     assert main([*command, "--output", str(output), "--set=data.max_length=40"]) == 2
-    assert "exists already, with another result (reading differ" in capfd.readouterr().err
+    assert "exists already and has another result (reading differ" in capfd.readouterr().err
     assert (output / "scores.parquet").read_bytes() == before["scores.parquet"]
 
 

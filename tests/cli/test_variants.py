@@ -535,7 +535,7 @@ def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
         str(tmp_path / "proxy"),
     ]  # fmt: skip
     assert main(arguments) == 2
-    assert "--fidelity goes with --validation" in capfd.readouterr().err
+    assert "--fidelity and --validation go together" in capfd.readouterr().err
     assert main([*arguments, "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}"]) == 0
     assert json.loads((tmp_path / "proxy/compression.json").read_text())["tries"]
 

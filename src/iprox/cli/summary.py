@@ -1,4 +1,4 @@
-"""The results that commands print at the end, as text for people or as data for `--json`."""
+"""Print the results of commands, or return them as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
 
 
 def print_run(folder: RunFolder) -> None:
-    """Print what was selected, the fidelity of the proxy, the cost, and the path of the report."""
+    """Print what was selected, the proxy's fidelity, the cost, and the path of the report."""
     record = read_json(folder.run)
     done = record["stages"]
     table = Table("stage", "time", "tokens", "FLOPs", "peak memory", box=None, pad_edge=False)
@@ -173,7 +173,7 @@ def print_refinement(record: dict[str, Any]) -> None:
 
 
 def _interval(fidelity: dict[str, Any]) -> str:
-    """Return the interval of the Spearman correlation."""
+    """Return the confidence interval of the Spearman correlation in parentheses."""
     return f" ({_bounds(fidelity['intervals']['spearman'])})"
 
 

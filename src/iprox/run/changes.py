@@ -1,4 +1,4 @@
-"""Which settings of a run differ from those of its last start, in words."""
+"""List the settings that changed since the last start of a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _LONGEST = 40
-# A run is known by what they hold, not by where it lies: others are refused, the same ones elsewhere are no change.
+# Only their contents matter: other contents are refused elsewhere, and a new path to the same contents is no change.
 _PATHS = frozenset({"model", "output", "data.pool", "data.validation", "finetune.test", "proxy.model"})
 
 
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Each setting that differs, as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
+    """Return each changed setting as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
     return list(_changed(before, after, ""))
 
 
