@@ -29,7 +29,6 @@ from iprox.report.charts import (
     source_counts,
     tail_chart,
 )
-from iprox.report.charts.audit import top_rows
 from iprox.report.charts.base import COLORS
 from iprox.report.charts.proxy import layers_by_kind
 from iprox.report.charts.scores import bin_edges, count_into
@@ -362,7 +361,7 @@ def break_run(run: Path, fault: str) -> None:
         ("bad json", r"selection\.json: not valid JSON"),
         ("list for object", r"run\.json: an object is expected"),
         ("bad parquet", r"scores\.parquet: not a readable Parquet file"),
-        ("missing column", r"scores\.parquet: no column 'tokens'"),
+        ("missing column", r"scores\.parquet: has no column 'tokens'"),
         ("empty scores", "has no rows"),
         ("row out of range", r"selection\.json: names a row outside the 600 rows"),
     ],
@@ -483,7 +482,6 @@ def test_fidelity_marks_what_both_models_put_on_top() -> None:
     assert (rest, one, both) == (93, 2, 4)
     assert "&lt;b&gt;98" in json.loads(chart.spec)["data"][2]["hovertext"][-1]
     assert fidelity_chart("t", proxy, np.full(100, np.nan), ids, [None] * 100, spearman=0.5) is None
-    assert top_rows(np.array([3.0, 1.0, 2.0]), 0.01).tolist() == [True, False, False]
 
 
 def test_layers_group_by_what_they_do() -> None:

@@ -1,4 +1,4 @@
-"""Notebook views of scores and proxies: a table, and `.plot()`. Audits and alignments have these themselves."""
+"""Notebook views of scores and proxies: a table and `.plot()`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ProxyView:
     def __init__(self, proxy: PreTrainedModel) -> None:
         config = proxy_config(proxy)
         if config is None:
-            raise InputError("the model is no iprox proxy; make one with iprox.compress")
+            raise InputError("the model is not an iprox proxy; make one with iprox.compress")
         self.proxy, self.config = proxy, config
 
     def _repr_html_(self) -> str:

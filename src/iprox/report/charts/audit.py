@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from iprox.audits.removal import top_rows
 from iprox.report import formats
 from iprox.report.charts.base import ACCENT, FAINT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
+from iprox.settings import NAMED_SHARE
 
-TOP_SHARE = 0.05
 # Keeps the page small and quick for a very large sample.
 MOST_DOTS = 2000
 
@@ -18,13 +19,6 @@ FIDELITY_KEYS = (
     Key("ink ring", "top 5 % by one model only"),
     Key("neutral dot", "the rest of the sample"),
 )
-
-
-def top_rows(values: np.ndarray, share: float) -> np.ndarray:
-    """Return whether each value is among the best share, at least one: booleans [S] for finite scores [S]."""
-    marked = np.zeros(len(values), dtype=bool)
-    marked[np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))]] = True
-    return marked
 
 
 def fidelity_chart(
@@ -55,7 +49,7 @@ def fidelity_chart(
     if not len(both):
         return None
     x, y = target[both], proxy[both]
-    top_target, top_proxy = top_rows(x, TOP_SHARE), top_rows(y, TOP_SHARE)
+    top_target, top_proxy = (top_rows(scores, max(1, round(NAMED_SHARE * len(both)))) for scores in (x, y))
     agree, differ = top_target & top_proxy, top_target ^ top_proxy
     plain = np.flatnonzero(~(top_target | top_proxy))
     caption = f"Spearman {formats.decimal(spearman)}."
