@@ -1,7 +1,7 @@
-"""Every setting of iprox, written once: name, type, default, rule, and what it means.
+"""Every setting of iprox, written once: name, type, default, rule, and meaning.
 
-The recipe is these sections as YAML. The options of the commands, the checks of the Python functions and the table in
-docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is refused at once.
+A recipe is these sections as YAML. The options of the commands, the checks of the Python functions and the table in
+docs/recipe.md are generated from them. Imports nothing heavy, so that mistakes are refused at once.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-# In the order they are done.
+# In order.
 STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
 
-# Fraction of a ranking that counts as its top where overlaps are named.
+# Default fraction of a ranking that counts as its top.
 NAMED_SHARE = 0.05
 
-# The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is
-# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few numbers to move: ten times that.
+# Adam's best learning rate falls with the width of the model (Yang et al., arXiv:2203.03466): 0.1 / hidden size is
+# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few parameters, so they take ten times that.
 RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
-# A warm-up on 5 % of the pool, but on enough rows to learn the format, and not on more than that takes.
+# The warm-up takes 5 % of the pool, but enough rows to learn the format, and not more than needed.
 WARMUP_FRACTION, FEWEST_WARMUP, MOST_WARMUP = 0.05, 500, 10_000
 
 
 class Section(BaseModel):
-    """A section. Unknown keys are refused; values are checked when it is made and whenever one is set."""
+    """A section of settings. Unknown keys are refused; values are checked on creation and on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
@@ -37,21 +37,20 @@ def setting(default: Any, meaning: str, left_out: str | None = None, **rules: An
     """Return a field of a section.
 
     Args:
-        default: Value where the key is left out; `...` if it must be given.
-        meaning: One line for the help of commands and the documentation.
-        left_out: What the default amounts to, where the value itself does not say it.
-        **rules: Bounds, as for `pydantic.Field`.
+        default: default value; `...` if the key is required.
+        meaning: one line for the help of commands and for the documentation.
+        left_out: description of the default, if its value does not say it.
+        **rules: bounds, as for `pydantic.Field`.
     """
     return Field(default, description=meaning, json_schema_extra={"left_out": left_out} if left_out else None, **rules)
 
 
-# Of a whole, from nothing to all.
 Share = Annotated[float, Field(ge=0, le=1)]
 Files = str | list[str]
 
 
 class ReadingSection(Section):
-    """How examples are read, and which."""
+    """Which examples are read, and how."""
 
     pool: list[str] = setting([], "candidates: files, globs, folders or hf://datasets/...")
     validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
@@ -89,14 +88,14 @@ class ReadingSection(Section):
 
 
 class DataSection(ReadingSection):
-    """What a whole run reads: there is no run without a pool and a validation set."""
+    """What a whole run reads; the pool and the validation sets are required."""
 
     pool: list[str] = setting(..., "candidates: files, globs, folders or hf://datasets/...", min_length=1)
     validation: dict[str, Files] = setting(..., "file or files per task", min_length=1)
 
 
 class LoraSection(Section):
-    """Low-rank adapters on every linear layer but the head, trained instead of the weights (arXiv:2106.09685)."""
+    """Low-rank adapters on all linear layers but the head, trained instead of the weights (arXiv:2106.09685)."""
 
     rank: int = setting(16, "rank of the adapters", ge=1)
     alpha: float | None = setting(None, "adapters are scaled by alpha / rank", "twice the rank", gt=0)
@@ -104,7 +103,7 @@ class LoraSection(Section):
 
     @property
     def scale(self) -> float:
-        """`alpha`, or its value when left out."""
+        """`alpha`, or its default."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
@@ -130,14 +129,14 @@ class TrainingSection(Section):
         return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its default for a hidden size."""
         if self.learning_rate is not None:
             return self.learning_rate
         return RATE_TIMES_WIDTH / hidden_size * (LORA_RATE if self.lora else 1)
 
 
 class WarmupSection(TrainingSection):
-    """Brief fine-tuning of the target on a random share of the pool before anything is scored."""
+    """Brief fine-tuning of the target on a random sample of the pool, before anything is scored."""
 
     fraction: float | None = setting(
         None, "random fraction of the pool to train on", "5 % of the pool, but 500 to 10,000 examples", gt=0, le=1
@@ -145,7 +144,7 @@ class WarmupSection(TrainingSection):
     epochs: int = setting(2, "passes over the examples; a checkpoint is kept after each", ge=1)
 
     def examples(self, total: int) -> int:
-        """Return the number of examples to train on, of a pool of some size."""
+        """Return the number of examples to train on, for a pool of `total` rows."""
         if self.fraction is not None:
             return max(1, round(total * self.fraction))
         return min(total, max(FEWEST_WARMUP, min(MOST_WARMUP, round(total * WARMUP_FRACTION))))
@@ -166,7 +165,7 @@ class ProbeSection(Section):
 
 
 class AlignSection(Section):
-    """Tuning of the factors until the proxy's gradients or logits match the target's."""
+    """Tuning of the proxy's factors until its gradients or logits match the target's."""
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
     epochs: int = setting(5, "passes over these examples", ge=1)
@@ -199,12 +198,12 @@ class AlignSection(Section):
         return self
 
 
-# How large a proxy may be, in the order they are documented.
+# The settings that fix the size of a proxy; exactly one is given.
 SIZES = ("sparsity", "flops", "fidelity")
 
 
 class ProxySection(Section):
-    """How the proxy is made, and how large it may be."""
+    """How the proxy is made, and its size."""
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = setting(
         "ipsvd", "how layers become low-rank; all but ipsvd are baselines"
@@ -249,20 +248,20 @@ class ProxySection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
-            # Past the validate_assignment machinery, which would run this validator again.
+            # Bypasses validate_assignment, which would run this validator again.
             object.__setattr__(self, "sparsity", 0.7)
         return self
 
     @property
     def factorized(self) -> bool:
-        """Whether the proxy has low-rank factors, which is what alignment tunes."""
+        """Whether the proxy has low-rank factors, which alignment tunes."""
         return self.method not in ("layers", "off-the-shelf")
 
 
-# Numbers per example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
+# Numbers per example in an index, as in LESS: 16 kB per example, 16 GB per million.
 DIMENSION = 8192
 
-# Share of the norm of each validation example's gradient that scores by validation example keep unless asked otherwise.
+# Default fraction of the norm of each validation example's gradient that is kept for scores by validation example.
 EXAMPLES_NORM = 0.9
 
 EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", "length", "perplexity", "rds", "bm25"]
@@ -270,19 +269,19 @@ EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What an estimator needs and what it gives. `iprox.influence.estimators` has the class of each.
+    """What an estimator needs and provides. `iprox.influence.estimators` has the class of each.
 
     Attributes:
-        gradients: whether it takes gradients; the others are baselines (`iprox.influence.baselines`).
+        gradients: whether it uses gradients; the others are baselines (`iprox.influence.baselines`).
         model: whether it runs the model.
         curvature: whether it measures curvature on a sample of the pool.
-        optimizer: whether it reads the state of the warm-up's optimizer.
+        optimizer: whether it reads the optimizer's state of the warm-up.
         corpus: whether it counts the terms of the whole pool.
-        by_task: whether it looks at the validation examples; otherwise all tasks have the same scores.
-        by_example: whether it can score every validation example by itself.
+        by_task: whether it depends on the validation examples; otherwise all tasks have the same scores.
+        by_example: whether it can score each validation example separately.
         seeded: whether its scores depend on the seed.
-        query_norm: share of the validation gradients' norm that is kept on a proxy unless asked otherwise
-            (`benchmarks/queries.py`): what is lost is small next to what the proxy loses. Gradients divided by a
+        query_norm: default fraction of the validation gradients' norm that is kept on a proxy
+            (`benchmarks/queries.py`). What is lost is small next to the error of the proxy. Gradients divided by a
             curvature are less low-rank.
     """
 
@@ -315,12 +314,12 @@ ESTIMATORS: dict[str, Traits] = {
     "bm25": Traits(gradients=False, model=False, corpus=True),
 }
 
-# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+# Settings of influence that the fidelity of a proxy depends on.
 OF_GRADIENTS = ("estimator", "curvature_examples", "damping", "query", "query_norm", "normalize")
 
 
 class InfluenceSection(Section):
-    """How candidates are scored, and at which of the warm-up's checkpoints.
+    """How candidates are scored, and at which checkpoints of the warm-up.
 
     Audits and `refine` score the target with whole validation gradients, whatever `query_norm` is.
     """
@@ -363,7 +362,7 @@ class InfluenceSection(Section):
 
     @property
     def traits(self) -> Traits:
-        """What the estimator needs and what it gives."""
+        """What the estimator needs and provides."""
         return ESTIMATORS[self.estimator]
 
     @property
@@ -373,16 +372,16 @@ class InfluenceSection(Section):
 
     @property
     def exact(self) -> InfluenceSection:
-        """The same with whole mean validation gradients: how a target is scored when a proxy is compared with it."""
+        """The same settings with whole mean validation gradients, for the target's scores in a comparison."""
         return self.of_tasks.model_copy(update={"query_norm": 1.0})
 
     @property
     def of_tasks(self) -> InfluenceSection:
-        """The same without scores by validation example, which cost a little more."""
+        """The same settings without scores by validation example, which cost a little more."""
         return self.model_copy(update={"per_example": False})
 
     def kept_norm(self, *, on_proxy: bool) -> float:
-        """Return the share of the validation gradients' norm to keep when candidates are scored on a proxy or not."""
+        """Return the fraction of the validation gradients' norm to keep when scoring on a proxy, or not on one."""
         if self.query_norm is not None:
             return self.query_norm
         if self.by_example and not self.traits.optimizer:
@@ -414,12 +413,12 @@ Strategy = Literal["top", "round-robin"]
 
 
 def rows_in_share(share: float, total: int) -> int:
-    """Return a share of all rows, rounded to the nearest number, at least one."""
+    """Return the number of rows in a fraction of all rows, at least one."""
     return max(1, round(share * total))
 
 
 class SelectSection(Section):
-    """What is chosen, by which strategy, and what it must keep to."""
+    """How many rows are selected, how they are ranked, and which constraints apply."""
 
     fraction: float | None = setting(None, "fraction of the pool to select", "0.05", gt=0, le=1)
     count: int | None = setting(None, "number of rows to select, instead of a fraction", ge=1)
@@ -465,18 +464,18 @@ class SelectSection(Section):
         return bool(self.source_floor or self.source_cap is not None)
 
     def rows_of(self, total: int) -> int | None:
-        """Return the number of rows to choose from a pool of a given size; None where another limit decides."""
+        """Return the number of rows to select from a pool of `total` rows; None if another limit decides."""
         return self.count if self.fraction is None else rows_in_share(self.fraction, total)
 
     def caps(self) -> dict[str | None, float]:
-        """Return the largest shares by source; the key None stands for every source that is not named."""
+        """Return the largest fraction of each source; the key None stands for sources that are not named."""
         if self.source_cap is None:
             return {}
         return {**self.source_cap} if isinstance(self.source_cap, dict) else {None: self.source_cap}
 
 
 class AuditSection(Section):
-    """A random sample scored on the target too, to compare the proxy's scores with, and retraining on parts of it."""
+    """Scoring of a random sample on proxy and target, to compare them, and retraining on parts of it."""
 
     sample: int = setting(500, "examples scored on both proxy and target", ge=10)
     lds: int = setting(
@@ -504,18 +503,18 @@ class AuditSection(Section):
         return self
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its default for a hidden size."""
         return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
 
-# Fewest subsets that a linear datamodeling score is measured on, and the fraction of the rows that each has.
+# Smallest number of subsets for a linear datamodeling score, and the fraction of the rows in each.
 FEWEST_SUBSETS, SUBSET_FRACTION = 10, 0.5
-# Fraction of the audited rows that the removal test leaves out.
+# Fraction of the audited rows that the removal test removes.
 REMOVED_FRACTION = 0.05
 
 
 class RefineSection(Section):
-    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores."""
+    """Scoring of the proxy's best rows again on the target; the selection is then made among these."""
 
     candidates: float = setting(
         0.2, "fraction of the pool that the target scores again: the rows that select ranks highest", gt=0, lt=1
@@ -529,7 +528,7 @@ class FinetuneSection(TrainingSection):
 
 
 class Settings(Section):
-    """What a command computes with; each reads some of the sections."""
+    """The settings of a command; each command reads some of the sections."""
 
     model: str | None = setting(None, "hub id or folder of a causal language model")
     output: str | None = setting(None, "folder for the results, made if missing")
@@ -558,7 +557,7 @@ class Settings(Section):
 
 
 class Recipe(Settings):
-    """A whole run. Paths are relative to the working directory, as on the command line."""
+    """The settings of a whole run. Paths are relative to the working directory."""
 
     model: str = setting(..., "hub id or folder of a causal language model")
     data: DataSection = setting(..., "what is read, and how")
@@ -613,12 +612,12 @@ class Recipe(Settings):
 
     @property
     def trains_adapters(self) -> bool:
-        """Whether some training is of adapters."""
+        """Whether any training uses adapters."""
         return any(training and training.lora is not False for training in (self.warmup, self.finetune))
 
 
 def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every setting by its whole key, e.g. `proxy.align.epochs`, sections before what is in them."""
+    """Yield every setting with its full key, e.g. `proxy.align.epochs`; a section comes before its settings."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         for part in (field.annotation, *get_args(field.annotation)):

@@ -110,7 +110,7 @@ def with_tasks(tasks):
             "select.weights: a key must be text, and YAML reads 2 as a number",
         ),
         (with_section(finetune={"test": {False: "x"}}), "finetune.test: a key must be text, and YAML reads no"),
-        (with_section(select={"task": False}), 'text that YAML reads so (yes, no, on, off) is quoted: "no"'),
+        (with_section(select={"task": False}), 'quote text that YAML reads as true or false (yes, no, on, off): "no"'),
         ({**SMALLEST, 1: 2}, 'a key must be text, and YAML reads 1 as a number: quote it, "1"'),
     ],
 )

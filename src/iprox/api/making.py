@@ -76,9 +76,7 @@ def compress(
     check_model("model", model)
     if other is not None:
         if settings:
-            raise InputError(
-                f"compress: {next(iter(settings))}= has no effect with other=, the proxy itself; leave it out"
-            )
+            raise InputError(f"compress: {next(iter(settings))}= has no effect with other=; leave it out")
         check_model("other", other)
         with experts_split(model, other):
             return adopt(model, other)[0]

@@ -64,7 +64,10 @@ class HeldOutFidelity:
         return self._ranked(self._scores(self._scorer(proxy), "proxy"))
 
     def with_bound(self, proxy: nn.Module) -> tuple[float, float]:
-        """Return the fidelity of a proxy and the lower bound of its 95 % interval; NaN if its scores for a task are all equal."""
+        """Return the fidelity of a proxy and the lower bound of its 95 % interval.
+
+        Both are NaN if all of its scores for a task are equal.
+        """
         scores = self._scores(self._scorer(proxy), "proxy")
 
         def measure(rows: np.ndarray) -> dict[str, float]:
