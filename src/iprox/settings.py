@@ -56,19 +56,18 @@ class ReadingSection(Section):
     validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
     max_length: int = setting(
         2048,
-        "longest example in tokens, or what the model reads if that is less; longer ones keep the answer, the prompt "
-        "is cut from the left",
+        "longest example in tokens, at most what the model reads; longer ones keep the answer, and the prompt is cut "
+        "from the left",
         ge=8,
     )
     chat_template: str | None = setting(None, "chatml, or a Jinja file", "the tokenizer's own")
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop",
-        "skip leaves bad rows out, counted and reported; rows that the chat template refuses then have no score",
+        "skip leaves bad rows out, and reports them; rows that the chat template refuses then have no score",
     )
     columns: dict[str, str] = setting(
         {},
-        "your columns by the name they are read as: {output: response, source: category}; {source: null} leaves a "
-        "column unread",
+        "your column names by iprox's names: {output: response, source: category}; {source: null} ignores a column",
     )
     num_proc: int | None = setting(
         None, "processes that tokenize ahead of scoring", "0 on a CPU, up to 4 on an accelerator", ge=0
@@ -117,10 +116,10 @@ class TrainingSection(Section):
     learning_rate: float | None = setting(None, "peak learning rate, with cosine decay", _RATE, gt=0)
     batch_size: int = setting(16, "examples per batch", ge=1)
     accumulate: int = setting(
-        1, "batches per optimizer step: 4 batches of 4 take the steps of one of 16, in less memory", ge=1
+        1, "batches per optimizer step: 4 batches of 4 train like one of 16, with less memory", ge=1
     )
     lora: LoraSection | Literal[False] = setting(
-        False, "train LoRA adapters instead of all weights; {} takes their defaults; needs pip install 'iprox[lora]'"
+        False, "train LoRA adapters instead of all weights; {} for their defaults; needs pip install 'iprox[lora]'"
     )
 
     @field_validator("lora", mode="before")
@@ -171,17 +170,17 @@ class AlignSection(Section):
     epochs: int = setting(5, "passes over these examples", ge=1)
     batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
     accumulate: int = setting(
-        1, "batches per optimizer step; with batch_size 1 every example is matched by itself, not a mean", ge=1
+        1, "batches per optimizer step; with batch_size 1 examples are matched one by one, not by their mean", ge=1
     )
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
-        1.0, "weight of the distance of gradients; 0 matches the logits only, at a third of the cost", ge=0
+        1.0, "weight of the gradients' distance; 0 matches only the logits, at a third of the cost", ge=0
     )
     kl_weight: float = setting(0.1, "weight of the KL divergence of the logits (temperature 2)", ge=0)
-    hidden_weight: float = setting(0.0, "weight of the relative squared distance of hidden states", ge=0)
+    hidden_weight: float = setting(0.0, "weight of the hidden states' relative squared distance", ge=0)
     held_out: int = setting(
         128,
-        "examples of the pool on which fidelity is watched, before the first step and four times after it; the best "
+        "examples of the pool that fidelity is measured on, before the first step and four times after it; the best "
         "factors are kept, and alignment stops after two evaluations without gain; 0 keeps the last factors",
         ge=0,
     )
@@ -190,11 +189,11 @@ class AlignSection(Section):
     def _something_to_match(self) -> AlignSection:
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise ValueError(
-                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
-                "or align: false"
+                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to match; "
+                "set one, or align: false"
             )
         if 0 < self.held_out < 16:
-            raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
+            raise ValueError("held_out: fewer than 16 examples are too few; give 0 to keep the last factors")
         return self
 
 
@@ -209,25 +208,25 @@ class ProxySection(Section):
         "ipsvd", "how layers become low-rank; all but ipsvd are baselines"
     )
     sparsity: float | None = setting(
-        None, "fraction of the linear parameters to remove; one of this, flops and fidelity", "0.7", gt=0, lt=1
+        None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
     )
     flops: float | None = setting(
         None, "FLOPs per token (linear layers and head), as a fraction of the target's", gt=0, lt=1
     )
     fidelity: float | None = setting(
         None,
-        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, by the lower "
-        "bound of a 95 % interval",
+        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, judged by the "
+        "lower bound of a 95 % interval",
         gt=0,
         lt=1,
     )
-    held_out: int = setting(256, "examples of the pool on which fidelity is measured", ge=16)
-    model: str | None = setting(None, "the proxy itself, with method off-the-shelf, which takes no size")
-    ranks: Literal["global", "uniform"] = setting("global", "how ranks are shared out among layers")
+    held_out: int = setting(256, "examples of the pool that fidelity is measured on", ge=16)
+    model: str | None = setting(None, "the proxy itself, for the method off-the-shelf, which takes no size")
+    ranks: Literal["global", "uniform"] = setting("global", "how ranks are distributed over layers")
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = setting(
         "auto", "fraction of the mean eigenvalue added to the second moments; auto chooses it (Ledoit and Wolf)"
     )
-    probe: ProbeSection = setting(ProbeSection(), "what second moments are measured on")
+    probe: ProbeSection = setting(ProbeSection(), "the examples that second moments are measured on")
     align: AlignSection | Literal[False] = setting(AlignSection(), "how the proxy is aligned, or false")
 
     @model_validator(mode="after")
@@ -235,16 +234,16 @@ class ProxySection(Section):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
-                raise ValueError(f"align tunes low-rank factors, and the method {self.method} has none")
+                raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
             object.__setattr__(self, "align", False)
         if self.method == "off-the-shelf":
             if self.model is None or given:
-                raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
+                raise ValueError("the method off-the-shelf takes `model`, and no size")
             return self
         if self.model is not None:
-            raise ValueError("`model` goes with the method off-the-shelf only")
+            raise ValueError("`model` is only for the method off-the-shelf")
         if self.fidelity is not None and self.method == "layers":
-            raise ValueError("fidelity goes with methods that factorize layers: give the method layers a size")
+            raise ValueError("fidelity is only for methods that factorize layers; give the method layers a size")
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
@@ -332,11 +331,11 @@ class InfluenceSection(Section):
     curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)
     damping: float = setting(0.1, "damping of the curvature, as a fraction of the mean eigenvalue of each layer", gt=0)
     query: Literal["target", "proxy"] = setting(
-        "target", "where the validation gradients are taken when candidates are scored on a proxy"
+        "target", "where validation gradients are taken when candidates are scored on a proxy"
     )
     query_norm: float | None = setting(
         None,
-        "fraction of the validation gradients' norm that is kept when they are made low-rank; 1 is exact",
+        "fraction of the validation gradients' norm that their low-rank form keeps; 1 is exact",
         "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
         gt=0,
         le=1,
@@ -346,7 +345,7 @@ class InfluenceSection(Section):
     )
     per_example: bool | None = setting(
         None,
-        "keep the scores per validation example too, so that the examples can take turns to choose",
+        "also keep the scores per validation example, so that these examples can take turns to choose",
         "true where the estimator has them",
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
@@ -394,10 +393,10 @@ class InfluenceSection(Section):
             return self
         if self.normalize != "none":
             if "normalize" in self.model_fields_set:
-                raise ValueError(f"normalize applies to gradients, and {self.estimator} takes none; leave it out")
+                raise ValueError(f"normalize applies to gradients, and {self.estimator} uses none; leave it out")
             object.__setattr__(self, "normalize", "none")
         if self.checkpoints == "all":
-            raise ValueError(f"checkpoints: all sums gradients, and {self.estimator} takes none; leave it at last")
+            raise ValueError(f"checkpoints: all is for gradients, and {self.estimator} uses none; leave it at last")
         return self
 
     @model_validator(mode="after")
@@ -405,7 +404,7 @@ class InfluenceSection(Section):
         if self.per_example and not self.traits.by_example:
             raise ValueError(f"per_example: {self.estimator} has no scores by validation example")
         if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.by_example:
-            raise ValueError(f"{self.estimator} forms whole gradients, so a query_norm saves nothing: leave it out")
+            raise ValueError(f"{self.estimator} forms whole gradients, so query_norm saves nothing; leave it out")
         return self
 
 
@@ -425,22 +424,20 @@ class SelectSection(Section):
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
     strategy: Strategy = setting(
         "round-robin",
-        "round-robin: validation examples take turns, each chooses the row that is best for it; top: the highest "
-        "influence on all together",
+        "round-robin: validation examples take turns, each choosing the row that is best for it; top: the rows "
+        "with the highest influence on all of them together",
     )
-    task: str | None = setting(None, "choose by the scores of this task alone", "all tasks")
+    task: str | None = setting(None, "select by the scores of this task alone", "all tasks")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = setting(
-        {}, "how much each task counts, 1 where it is not named: {math: 2, code: 0.5}"
+        {}, "weights of the tasks, 1 for those not named: {math: 2, code: 0.5}"
     )
-    threshold: float | None = setting(
-        None, "lowest score to choose; alone it takes all rows above it, with a size there may be fewer rows"
-    )
-    source_floor: dict[str, Share] = setting({}, "least fraction of the selection per source: {code: 0.1}")
+    threshold: float | None = setting(None, "lowest score to select; without a size, all rows above it are selected")
+    source_floor: dict[str, Share] = setting({}, "smallest fraction of the selection per source: {code: 0.1}")
     source_cap: Share | dict[str, Share] | None = setting(
         None, "largest fraction of the selection, for any source (0.3) or per source"
     )
     deduplicate: float | None = setting(
-        None, "similarity of words, e.g. 0.8, from which the worse of two rows is left out (MinHash)", gt=0, le=1
+        None, "word similarity (MinHash), e.g. 0.8, above which the worse of two rows is left out", gt=0, le=1
     )
 
     @model_validator(mode="after")
@@ -449,13 +446,13 @@ class SelectSection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.weights and self.task is not None:
-            raise ValueError(f"weights are for several tasks, and task selects by {self.task} alone: leave one out")
+            raise ValueError(f"weights are for several tasks, but task selects by {self.task} alone; leave one out")
         if not given and self.threshold is None:
             object.__setattr__(self, "fraction", 0.05)
         if self.by_source and self.fraction is None and self.count is None:
-            raise ValueError("source_floor and source_cap are shares of a number of rows: give fraction or count")
+            raise ValueError("source_floor and source_cap are fractions of a number of rows; give fraction or count")
         if sum(self.source_floor.values()) > 1:
-            raise ValueError(f"the shares of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
+            raise ValueError(f"the values of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
         return self
 
     @property
@@ -480,24 +477,24 @@ class AuditSection(Section):
     sample: int = setting(500, "examples scored on both proxy and target", ge=10)
     lds: int = setting(
         0,
-        "retrain on this many random halves of the sample, and correlate predicted with true losses (linear "
-        "datamodeling score); 0 does not",
+        "retrain on this many random halves of the sample, and correlate predicted with actual losses (linear "
+        "datamodeling score); 0 for none",
         ge=0,
     )
     removal: int = setting(
         0,
-        "retrain this many times without the top 5 % of the sample and without random rows, and compare the rise of "
-        "the validation loss; 0 does not",
+        "retrain this many times without the top 5 % of the sample and without random rows, and compare the "
+        "validation losses; 0 for none",
         ge=0,
     )
-    epochs: int = setting(1, "passes of each retraining, from the checkpoint of the scores", ge=1)
-    learning_rate: float | None = setting(None, "peak of each retraining", "0.1 / hidden size", gt=0)
+    epochs: int = setting(1, "epochs of each retraining, from the checkpoint that was scored", ge=1)
+    learning_rate: float | None = setting(None, "peak learning rate of each retraining", "0.1 / hidden size", gt=0)
     batch_size: int = setting(16, "examples per batch of each retraining", ge=1)
 
     @model_validator(mode="after")
     def _enough(self) -> AuditSection:
         if 0 < self.lds < FEWEST_SUBSETS:
-            raise ValueError(f"lds: fewer than {FEWEST_SUBSETS} subsets say too little; 0 leaves it out")
+            raise ValueError(f"lds: fewer than {FEWEST_SUBSETS} subsets are too few; 0 leaves it out")
         if self.removal == 1:
             raise ValueError("removal: one repeat has no standard error; give 2 or more, or 0 to leave it out")
         return self
@@ -532,35 +529,35 @@ class Settings(Section):
 
     model: str | None = setting(None, "hub id or folder of a causal language model")
     output: str | None = setting(None, "folder for the results, made if missing")
-    data: ReadingSection = setting(ReadingSection(), "what is read, and how")
+    data: ReadingSection = setting(ReadingSection(), "which examples are read, and how")
     warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
     proxy: ProxySection | Literal[False] = setting(
-        ProxySection(), "what candidates are scored on, or false: the target"
+        ProxySection(), "the model that candidates are scored on, or false to score on the target"
     )
     influence: InfluenceSection = setting(InfluenceSection(), "how candidates are scored")
     audit: AuditSection | Literal[False] = setting(AuditSection(), "how faithful the proxy is, or false")
-    refine: RefineSection | Literal[False] = setting(False, "scoring the best rows again on the target, or false")
-    select: SelectSection = setting(SelectSection(), "what is selected")
-    finetune: FinetuneSection | Literal[False] = setting(False, "training on the selection; {} for defaults")
-    seed: int = setting(0, "seed of every draw and order", ge=0, lt=2**32)
+    refine: RefineSection | Literal[False] = setting(False, "scoring of the best rows again on the target, or false")
+    select: SelectSection = setting(SelectSection(), "how rows are selected")
+    finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
+    seed: int = setting(0, "seed of all random draws and orders", ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "number format of the products; auto is bfloat16 where the device has it natively"
+        "auto", "dtype of matrix products; auto is bfloat16 if the device supports it natively"
     )
-    device: str = setting("auto", "cpu or cuda; cuda:1 only where nothing is trained")
+    device: str = setting("auto", "cpu or cuda; cuda:1 only if nothing is trained")
     batch_tokens: int = setting(4096, "largest rows × longest row of a batch", ge=1)
     compile: Literal["auto"] | bool = setting(
-        "auto", "run models compiled by torch.compile; auto does where that repays the time it takes"
+        "auto", "compile models with torch.compile; auto does so where it saves time"
     )
-    ray_workers: int = setting(0, "Ray actors that score, each with a copy of the model; 0 scores here", ge=0)
+    ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
     tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "where training curves go")
-    trust_remote_code: bool = setting(False, "let a model's own code run")
+    trust_remote_code: bool = setting(False, "allow models to run their own code")
 
 
 class Recipe(Settings):
     """The settings of a whole run. Paths are relative to the working directory."""
 
     model: str = setting(..., "hub id or folder of a causal language model")
-    data: DataSection = setting(..., "what is read, and how")
+    data: DataSection = setting(..., "which examples are read, and how")
     output: str = setting(..., "run folder, made if missing")
 
     @model_validator(mode="after")
@@ -572,7 +569,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _refined_from_a_proxy(self) -> Recipe:
         if self.refine and not self.proxy:
-            raise ValueError("refine has the target score a proxy's best rows again, and proxy is off: leave it out")
+            raise ValueError("refine scores a proxy's best rows again on the target, but proxy is off; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -583,18 +580,18 @@ class Recipe(Settings):
             if unknown is not None:
                 raise ValueError(f"select.{key} {unknown!r} is none of data.validation: {', '.join(tasks)}")
         if self.select.weights and not any(self.select.weights.get(task, 1) for task in tasks):
-            raise ValueError("select.weights are all 0, so there is nothing to choose by")
+            raise ValueError("select.weights are all 0, so there is nothing to select by")
         return self
 
     @model_validator(mode="after")
     def _workers_of_their_own(self) -> Recipe:
         if self.ray_workers and ":" in self.device:
             raise ValueError(
-                f"ray_workers: each worker has a GPU of its own: set device to cuda, not {self.device}, and choose "
+                f"ray_workers: each worker uses its own GPU; set device to cuda, not {self.device}, and choose "
                 "GPUs with CUDA_VISIBLE_DEVICES"
             )
         if self.ray_workers and self.data.num_proc:
-            raise ValueError("data.num_proc tokenizes ahead in this process, and ray_workers score in others")
+            raise ValueError("data.num_proc is for scoring in this process, and ray_workers for others; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -603,11 +600,11 @@ class Recipe(Settings):
             return self
         name = f"influence.estimator {self.influence.estimator}"
         if not self.warmup:
-            raise ValueError(f"{name} reads the optimizer's state of the warm-up, which is off")
+            raise ValueError(f"{name} needs the optimizer's state of the warm-up, which is off")
         if self.warmup.lora:
-            raise ValueError(f"{name} reads Adam's moments of the weights, and warmup.lora trains none")
+            raise ValueError(f"{name} needs Adam's moments of the weights, which warmup.lora does not train")
         if self.proxy and not self.proxy.factorized:
-            raise ValueError(f"{name} needs a proxy whose layers are the target's; use another method")
+            raise ValueError(f"{name} needs a proxy with the target's layers; use another method")
         return self
 
     @property

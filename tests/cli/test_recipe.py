@@ -50,7 +50,7 @@ def with_tasks(tasks):
         (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
         (
             with_section(influence={"estimator": "less"}, warmup={"lora": {"rank": 4}}),
-            "influence.estimator less reads Adam's moments of the weights, and warmup.lora trains none",
+            "influence.estimator less needs Adam's moments of the weights, which warmup.lora does not train",
         ),
         (with_section(warmup={"lora": {"rank": 0}}), "(given: 0)"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
