@@ -213,7 +213,7 @@ def test_unknown_device(run):
 
 def test_more_selected_than_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.count=500", "select.fraction=null")
-    assert "500 rows are to be selected, and the pool has only 200; ask for fewer" in said
+    assert "500 rows are to be selected, but the pool has only 200; ask for fewer" in said
     assert not place.output.exists()
 
 

@@ -22,14 +22,11 @@ _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of 
 
 
 def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
-    """Expand paths, patterns and folders to the files to read.
+    """Expand paths, glob patterns, folders and `hf://datasets/...` addresses to the files to read.
 
     Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two patterns match
-    is read once. In folders and patterns, hidden files and descriptions of a data set are ignored.
-
-    Args:
-        patterns: paths, glob patterns, folders, or `hf://datasets/...` addresses.
-        name: purpose of the files ("pool"), for messages.
+    is read once. In folders and patterns, hidden files and descriptions of a data set are ignored. `name` is the
+    purpose of the files ("pool"), for messages.
 
     Returns:
         Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
@@ -68,14 +65,9 @@ def _decompressed(path: Path) -> Path:
 
 
 def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """Return short names that distinguish the files of one pool.
+    """Return, for each file of a pool, a short name for messages (`pool.jsonl`) and the stem of generated ids (`pool`).
 
-    Args:
-        paths: files of the pool.
-
-    Returns:
-        For each file the name to show (`pool.jsonl`) and the stem of generated ids (`pool`). Files with the same name
-        get as many parent folders in front as distinguish them.
+    Files with the same name get as many parent folders in front as distinguish them.
     """
     shown = _unique([[path.name] for path in paths], paths)
     stems = _unique([[_decompressed(path).stem, path.name] for path in paths], paths)

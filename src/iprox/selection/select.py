@@ -153,19 +153,9 @@ def select_rows(
 def best_rows(
     scores: pa.Table, share: float, settings: SelectSection, *, examples: ExampleScores | None = None
 ) -> np.ndarray:
-    """Return the rows that a selection ranks highest.
+    """Return the rows that a selection ranks highest, a `share` of all: row numbers in rising order, int64 [K].
 
-    Args:
-        scores: scores table.
-        share: share of the rows to return, in (0, 1).
-        settings: settings of the selection.
-        examples: scores by validation example, as for `select_rows`.
-
-    Returns:
-        Row numbers in rising order, int64 [K]; every row has a score.
-
-    Raises:
-        InputError: the settings name a task that the table does not have.
+    Every row returned has a score. `examples` are as for `select_rows`.
     """
     influence = _column(scores, settings)
     ranking = _ranking(settings, scores, influence, np.isfinite(influence), examples or ExampleScores.of(scores))

@@ -31,19 +31,9 @@ def fidelity_chart(
     spearman: float | None,
     id: str = "chart-fidelity",
 ) -> Chart | None:
-    """Draw one task's proxy scores against its target scores.
+    """Draw one task's proxy scores against its target scores [S]; return None if no row has both.
 
-    Args:
-        task: name of the task.
-        proxy: proxy scores [S], NaN where a row has none.
-        target: target scores [S].
-        ids: ids of the rows [S], for hovering.
-        sources: sources of the rows [S].
-        spearman: rank correlation, for the caption.
-        id: id of the chart.
-
-    Returns:
-        The chart, or None if no sampled row has both scores.
+    `ids` and `sources` are shown on hovering, and `spearman` in the caption.
     """
     both = np.flatnonzero(np.isfinite(proxy) & np.isfinite(target))
     if not len(both):
@@ -88,14 +78,7 @@ def fidelity_chart(
 
 
 def overlap_chart(mean: Mapping[str, Any]) -> Chart | None:
-    """Draw the share of the target's top rows that the proxy finds, by the size of the top.
-
-    Args:
-        mean: `mean` of audit.json.
-
-    Returns:
-        The chart, or None if fewer than two sizes were measured.
-    """
+    """Draw the overlap of the tops by their size (`mean` of audit.json); return None if it was not measured."""
     overlap, bounds = mean.get("overlap", {}), mean.get("intervals", {}).get("overlap", {})
     shares = sorted((share for share, value in overlap.items() if value is not None), key=float)
     if len(shares) < 2:

@@ -90,17 +90,9 @@ def make_chart(
     keys: Sequence[Key] = (),
     **layout: Any,
 ) -> Chart:
-    """Build a chart from Plotly traces.
+    """Build a chart from Plotly traces with the name of their color in `meta`.
 
-    Args:
-        traces: Plotly traces with the name of their color in `meta`.
-        id: id of the chart, unique in the page.
-        title: plain text above the chart.
-        caption: one or two sentences that say what the chart shows.
-        label: text alternative, which the caption is added to.
-        height: height in pixels.
-        keys: legend.
-        **layout: Plotly layout, e.g. `xaxis=axis("tokens")`.
+    The caption is added to `label`, the text alternative. `layout` is Plotly's, e.g. `xaxis=axis("tokens")`.
     """
     base = {
         # The default template has 6 kB per chart and would fix the colors.
@@ -116,11 +108,9 @@ def make_chart(
 
 
 def figures(charts: Sequence[Chart], columns: int = 3) -> go.Figure:
-    """Return charts as one Plotly figure for a notebook, side by side.
+    """Return charts as one Plotly figure for a notebook, in lines of at most `columns` charts.
 
-    Args:
-        charts: charts with one pair of axes each, or a single chart of any kind.
-        columns: largest number of charts per line.
+    Several charts must have one pair of axes each.
     """
     heads = [_head(chart) for chart in charts]
     if len(charts) == 1:

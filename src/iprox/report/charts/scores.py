@@ -18,19 +18,11 @@ LINE, MARKED = 16, 4
 
 
 def bin_edges(values: np.ndarray, cut: float | None, bins: int) -> np.ndarray:
-    """Return histogram edges for scores, which have long tails.
+    """Return rising histogram edges for scores [N ≥ 1], which have long tails; about `bins` + 1 of them.
 
     The edges span the middle 99.6 % of the values, and at most five interquartile ranges beyond the quartiles, so that
     a few extreme rows do not squeeze all others into one bar; `count_into` puts these rows into the end bins. One edge
-    falls on the cut (without one, on 0), so that no bar mixes both sides of it.
-
-    Args:
-        values: finite scores [N], N >= 1.
-        cut: lowest selected score, or None.
-        bins: approximate number of bins.
-
-    Returns:
-        Rising edges, float64 [about bins + 1].
+    falls on the cut, or on 0 if there is none, so that no bar mixes both sides of it.
     """
     low, first, third, high = np.quantile(values, [0.002, 0.25, 0.75, 0.998])
     if third > first:
@@ -88,18 +80,10 @@ def score_histogram(
     caption: str = "",
     id: str = "chart-influence",
 ) -> Chart:
-    """Draw a histogram of scores, the selected rows in the accent color.
+    """Draw a histogram of scores [N], NaN where a row has none, with the selected rows in the accent color.
 
-    Args:
-        values: scores [N], NaN where a row has none; at least one is finite.
-        chosen: selected rows, indices into `values`.
-        cut: lowest selected score, to be marked, or None.
-        title: text above the chart.
-        caption: sentence below the title.
-        id: id of the chart.
-
-    Returns:
-        The chart; its size does not depend on N.
+    `chosen` are the selected rows, and `cut` is the lowest selected score, which is marked. The size of the chart does
+    not depend on N.
     """
     finite = values[np.isfinite(values)]
     edges = bin_edges(finite, cut, 60)
@@ -158,14 +142,7 @@ def _share_traces(edges: np.ndarray, spans: Sequence[str], everything: np.ndarra
 
 
 def task_histogram(task: str, values: np.ndarray, chosen: np.ndarray, *, id: str) -> Chart:
-    """Draw the distribution of one task's scores over all rows and over the selected rows.
-
-    Args:
-        task: name of the task.
-        values: scores [N], NaN where a row has none; at least one is finite.
-        chosen: selected rows.
-        id: id of the chart.
-    """
+    """Draw the distribution of one task's scores [N] over all rows and over the selected rows."""
     finite = values[np.isfinite(values)]
     picked = values[chosen]
     picked = picked[np.isfinite(picked)]
@@ -203,10 +180,7 @@ class SourceCount:
 def source_counts(codes: np.ndarray, names: Sequence[str | None], chosen: np.ndarray) -> list[SourceCount]:
     """Count rows by source, largest gain first.
 
-    Args:
-        codes: source of each pool row [N], index into `names`.
-        names: distinct sources; None for rows without a source.
-        chosen: selected rows, at least one.
+    `codes` [N] are indices into the distinct sources `names`; None names rows without a source.
     """
     pool = np.bincount(codes, minlength=len(names))
     selected = np.bincount(codes[chosen], minlength=len(names))
@@ -218,12 +192,7 @@ def source_counts(codes: np.ndarray, names: Sequence[str | None], chosen: np.nda
 
 
 def source_chart(counts: Sequence[SourceCount], most: int = 24) -> Chart:
-    """Draw the share of each source in pool and selection, largest gain on top.
-
-    Args:
-        counts: counts from `source_counts`.
-        most: largest number of sources shown; of more, those with the largest gains and losses.
-    """
+    """Draw the share of each source in pool and selection, largest gain on top; of more than `most`, the extremes."""
     shown = list(counts)
     left_out = len(shown) - most
     if left_out > 0:
@@ -270,13 +239,9 @@ def source_chart(counts: Sequence[SourceCount], most: int = 24) -> Chart:
 
 
 def answer_length_chart(supervised: np.ndarray, chosen: np.ndarray, validation: Mapping[str, float]) -> Chart:
-    """Draw the lengths of the answers in pool and selection, with the medians of pool, selection and validation sets.
+    """Draw the numbers of supervised tokens in pool and selection, and mark the medians of pool, selection and tasks.
 
-    Args:
-        supervised: supervised tokens of each pool row [N]; rows without any are left out.
-        chosen: selected rows, at least one.
-        validation: median of the validation examples, by task that was selected for. Of many tasks the shortest and the
-            longest are marked.
+    Of many tasks the shortest and the longest are marked.
     """
     pool, selected = supervised[supervised > 0], supervised[chosen]
     marked = dict(validation)
