@@ -19,17 +19,13 @@ from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.report import formats
 from iprox.report.charts import (
-    alignment_chart,
     fidelity_chart,
-    figures,
     rank_chart,
     safe_json,
     score_histogram,
     source_chart,
     source_counts,
-    tail_chart,
 )
-from iprox.report.charts.base import COLORS
 from iprox.report.charts.proxy import layers_by_kind
 from iprox.report.charts.scores import bin_edges, count_into
 from iprox.report.charts.training import thin
@@ -499,28 +495,6 @@ def test_layer_bars_share_one_scale_that_holds_them_all() -> None:
     assert scales == scales[:1] * 7
     assert 384 <= scales[0][1] <= 1.1 * 384
     assert "27 layers became low-rank, 1 kept dense" in chart.caption
-
-
-def test_a_notebook_draws_the_charts_of_the_page_in_its_colors() -> None:
-    steps = [
-        {"step": k, "loss": 2.0 / k, "gradient": 1.0 / k, "kl": 1.0 / k, "hidden": 0.5, "learning_rate": 1e-4}
-        for k in (1, 2)
-    ]
-    alignment = alignment_chart(steps)
-    assert alignment is not None
-    histogram = score_histogram(np.arange(30.0), [28, 29], 28.0, title="<b>t</b>")
-    both = figures([alignment, histogram])
-    assert [trace.name for trace in both.data[:4]] == ["gradient term", "KL term", "hidden-state term", "loss"]
-    assert len(both.data) == 6
-    assert both.data[3].line.color == both.data[5].marker.color == COLORS["accent"]
-    assert both.layout.barmode == "stack"
-    assert any("&lt;b&gt;t" in title.text for title in both.layout.annotations)
-    assert (both.layout.xaxis.title.text, both.layout.yaxis2.title.text) == ("step", "rows")
-    for chart in (rank_chart(layers()), tail_chart(layers())):
-        assert len(figures([chart]).data) == len(chart.figure.data)
-        assert chart.caption in (figures([chart]).layout.title.text or "")
-    # What the page shows is not changed by that.
-    assert alignment.figure.data[0].line.color is None
 
 
 def test_long_curves_are_averaged_not_cut() -> None:

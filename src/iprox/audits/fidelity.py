@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,17 +78,18 @@ class AuditReport:
             KeyError: there is no such task.
         """
         # Imported here so that an audit does not import Plotly.
-        from iprox.report.charts import fidelity_chart, figures
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
-        ids, sources = self.scores["id"].to_pylist(), self.scores["source"].to_pylist()
-        drawn = []
-        for name in self.tasks if task is None else [task]:
-            proxy, target = (
-                self.scores[f"{side}/{name}"].to_numpy(zero_copy_only=False) for side in ("proxy", "target")
-            )
-            chart = fidelity_chart(name, proxy, target, ids, sources, spearman=self.tasks[name]["spearman"])
-            drawn += [] if chart is None else [chart]
-        return figures(drawn)
+        names = list(self.tasks) if task is None else [task]
+        titles = [f"{escape(name)}: Spearman {self.tasks[name]['spearman']:.2f}" for name in names]
+        figure = make_subplots(1, len(names), subplot_titles=titles)
+        for column, name in enumerate(names, start=1):
+            x, y = (self.scores[f"{side}/{name}"].to_numpy(zero_copy_only=False) for side in ("target", "proxy"))
+            dots = go.Scatter(x=x, y=y, mode="markers", text=[escape(id) for id in self.scores["id"].to_pylist()])
+            figure.add_trace(dots, 1, column)
+        figure.update_xaxes(title="target score").update_yaxes(title="proxy score")
+        return figure.update_layout(showlegend=False)
 
 
 def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:

@@ -1,10 +1,7 @@
-"""The charts of iprox, drawn once: the report shows them in its page, notebooks as Plotly figures.
-
-Each function returns a `Chart`. `Chart.spec` is what the page holds, `figures` makes a figure for a notebook.
-"""
+"""The charts of the report; each function returns a `Chart`."""
 
 from iprox.report.charts.audit import FIDELITY_KEYS, fidelity_chart, overlap_chart
-from iprox.report.charts.base import Chart, figures, safe_json
+from iprox.report.charts.base import Chart, safe_json
 from iprox.report.charts.proxy import rank_chart, tail_chart
 from iprox.report.charts.scores import (
     SHARE_KEYS,
@@ -23,7 +20,6 @@ __all__ = [
     "alignment_chart",
     "answer_length_chart",
     "fidelity_chart",
-    "figures",
     "held_out_chart",
     "overlap_chart",
     "rank_chart",
