@@ -104,9 +104,7 @@ def example_matrix(table: pa.Table, task: str) -> np.ndarray:
     Raises:
         KeyError: the table does not have them.
     """
-    column = table[EXAMPLES_PREFIX + task].combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    return values.reshape(table.num_rows, column.type.list_size)
+    return _matrix(table[EXAMPLES_PREFIX + task].combine_chunks())
 
 
 def example_widths(table: pa.Table | pa.Schema) -> dict[str, int]:

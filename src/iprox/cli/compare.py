@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from iprox.audits.comparison import Comparison
 from iprox.audits.comparison import compare as compare_scores
@@ -63,9 +62,7 @@ def _flops(path: Path) -> float | None:
 
 def _print(found: Comparison, flops: dict[str, float | None]) -> None:
     priced = any(spent is not None for spent in flops.values())
-    table = Table("", *map(escape, found.head()), *(["FLOPs"] if priced else []), box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = summary.table_of("", *map(escape, found.head()), *(["FLOPs"] if priced else []))
     for name, cells in {found.names[0]: [""] * len(found.head()), **found.lines()}.items():
         spent = flops[name]
         cost = [formats.flops(spent) if spent is not None else ""] if priced else []

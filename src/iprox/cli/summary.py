@@ -17,6 +17,14 @@ from iprox.run.folder import RunFolder
 console = make_console()
 
 
+def table_of(*heads: str) -> Table:
+    """Return a table without lines whose columns, but the first, are aligned to the right."""
+    table = Table(box=None, pad_edge=False)
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    return table
+
+
 def run_summary(folder: RunFolder) -> dict[str, Any]:
     """Return the result of a run as plain data."""
     record = read_json(folder.run)
@@ -48,9 +56,7 @@ def print_run(folder: RunFolder) -> None:
     """Print what was selected, the proxy's fidelity, the cost, and the path of the report."""
     record = read_json(folder.run)
     done = record["stages"]
-    table = Table("stage", "time", "tokens", "FLOPs", "peak memory", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("stage", "time", "tokens", "FLOPs", "peak memory")
     for name, entry in done.items():
         label = f"{name} (done before)" if entry["skipped"] else name
         table.add_row(
@@ -111,9 +117,7 @@ def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan as a table."""
-    table = Table("stage", "tokens", "FLOPs", "memory", "time", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("stage", "tokens", "FLOPs", "memory", "time")
     for name, stage in plan["stages"].items():
         table.add_row(
             name,
@@ -139,9 +143,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def print_fidelity(audit: dict[str, Any]) -> None:
     """Print an audit as a table."""
-    table = Table("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %")
     for task, entry in [*audit["tasks"].items(), ("mean", audit["mean"])]:
         overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
         table.add_row(task, f"{entry['spearman']:.3f}{_interval(entry)}", f"{entry['kendall']:.3f}", *overlaps)
@@ -150,7 +152,7 @@ def print_fidelity(audit: dict[str, Any]) -> None:
 
 def print_lds(found: dict[str, Any]) -> None:
     """Print linear datamodeling scores as a table."""
-    table = Table("task", "LDS, proxy", "LDS, target", box=None, pad_edge=False)
+    table = table_of("task", "LDS, proxy", "LDS, target")
     for task, entry in found["tasks"].items():
         table.add_row(task, *(f"{side['lds']:.3f} ({_bounds(side['interval'])})" for side in entry.values()))
     console.print(table)
@@ -158,7 +160,7 @@ def print_lds(found: dict[str, Any]) -> None:
 
 def print_removal(found: dict[str, Any]) -> None:
     """Print a removal test as a table."""
-    table = Table("task", "ranking", "without top", "without random", "difference", box=None, pad_edge=False)
+    table = table_of("task", "ranking", "without top", "without random", "difference")
     for task, entry in [*found["tasks"].items(), ("mean", found["mean"])]:
         for side in ("proxy", "target"):
             effect = entry[side]

@@ -6,7 +6,7 @@ data → warm-up → compress → align → audit → score → refine → selec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -23,7 +23,6 @@ from iprox.progress import Reporter
 from iprox.recipe import parse_recipe, read_yaml, resolved, to_yaml
 from iprox.records import key_of
 from iprox.run import steps
-from iprox.run.changes import changed_settings
 from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.selection import check_feasible
@@ -32,6 +31,11 @@ from iprox.settings import STAGES, Recipe
 from iprox.stages import refinement
 from iprox.stages.compression import check_size
 from iprox.tracking import Tracker, check_tracking
+
+# Most characters of a value in the list of changed settings.
+_LONGEST = 40
+# Only their contents matter: other contents are refused elsewhere, and a new path to the same contents is no change.
+_PATHS = frozenset({"model", "output", "data.pool", "data.validation", "finetune.test", "proxy.model"})
 
 
 def run_recipe(
@@ -186,6 +190,34 @@ def say_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
     changed = changed_settings(before, yaml.safe_load(to_yaml(recipe)))
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return each changed setting as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
+    return list(_changed(before, after, ""))
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in dict.fromkeys([*after, *before]):
+        one, other = before.get(key), after.get(key)
+        name = f"{prefix}{key}"
+        if one == other or name in _PATHS:
+            continue
+        if isinstance(one, bool) or isinstance(other, bool):  # a section is off, or has settings
+            one, other = bool(one), bool(other)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _changed(one, other, f"{name}.")
+        else:
+            yield f"{name} {_shown(one)} → {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
