@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -163,7 +164,7 @@ def train(
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    _silence(trainer)
+    trainer.remove_callback(PrinterCallback)
     first = next(iter_batches(rows[:batch_size], 1 << 30))
     whole: Any = model.get_base_model() if is_adapted(model) else model  # the same layers, including adapters
 
@@ -287,10 +288,3 @@ class _Recorder(TrainerCallback):
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])
         )
-
-
-def _silence(trainer: SFTTrainer) -> None:
-    """Remove the trainer's own printing."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

@@ -209,7 +209,8 @@ def refine(request: Request) -> dict[str, Any]:
         done.scores = scores
         steps.refine(done)
     if not request.json:
-        summary.print_refinement(done.record["stages"]["refine"])
+        record = done.record["stages"]["refine"]
+        say_plainly(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
     return _finished(request, done, "refine")
 
 

@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from cyclopts import CycloptsError, MissingArgumentError
+from rich.console import Console
 
 from iprox.cli.parser import Request, build_app
 from iprox.errors import InputError, one_line, system_refusal
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     app = build_app()
     if not given:
-        app.help_print(console=None if sys.stderr is None else _console(sys.stderr))
+        app.help_print(console=Console(stderr=True))
         return BAD_INPUT
     request: Request | None = None
     try:
@@ -99,12 +100,6 @@ def _failed(error: Exception, request: Request | None) -> int:
 def _refuse(message: str) -> int:
     print(printable(f"iprox: {message}"), file=sys.stderr)
     return BAD_INPUT
-
-
-def _console(file: Any) -> Any:
-    from rich.console import Console
-
-    return Console(file=file)
 
 
 def _quieten_libraries(quiet: bool) -> None:

@@ -169,11 +169,6 @@ def print_removal(found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def print_refinement(record: dict[str, Any]) -> None:
-    """Print the number of rows that were scored again."""
-    console.print(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
-
-
 def _interval(fidelity: dict[str, Any]) -> str:
     """Return the confidence interval of the Spearman correlation in parentheses."""
     return f" ({_bounds(fidelity['intervals']['spearman'])})"

@@ -70,7 +70,7 @@ def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice
     warnings: list[str] = []
     if template is None:
         return TemplateChoice(None, "none", "no chat template: plain text only")
-    if chat_template == "chatml" and len(_ids(tokenizer, "<|im_end|>")) > 1:
+    if chat_template == "chatml" and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
         warnings.append(
             "the ChatML end-of-turn mark <|im_end|> is not a single token of this tokenizer; it is written as several"
         )
@@ -213,7 +213,3 @@ def _stop_is_supervised(tokenizer: Any, template: str) -> bool:
         return True  # the template refuses the test messages; `encode` names the row if it refuses real ones too
     kept = [token for token, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     return len(tokenizer.decode(kept).strip()) > 1  # more than the "x"
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

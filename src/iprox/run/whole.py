@@ -187,17 +187,22 @@ def say_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
         return
     with contextlib.suppress(InputError):  # another version of iprox may have had other keys
         before = yaml.safe_load(to_yaml(parse_recipe(before)))  # adds the defaults of this version
-    changed = changed_settings(before, yaml.safe_load(to_yaml(recipe)))
+    changed = list(_changed(before, yaml.safe_load(to_yaml(recipe)), ""))
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return each changed setting as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
-    return list(_changed(before, after, ""))
+def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
+    """Return the validation and test sets under the names that messages use."""
+    return {
+        f"{kind} set of {task}": source
+        for kind, sets in (("validation", validation), ("test", tests))
+        for task, source in sets.items()
+    }
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yield each changed setting as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
     for key in dict.fromkeys([*after, *before]):
         one, other = before.get(key), after.get(key)
         name = f"{prefix}{key}"
@@ -218,12 +223,3 @@ def _shown(value: Any) -> str:
         return "on" if value else "off"
     text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
-    """Return the validation and test sets under the names that messages use."""
-    return {
-        f"{kind} set of {task}": source
-        for kind, sets in (("validation", validation), ("test", tests))
-        for task, source in sets.items()
-    }
