@@ -215,7 +215,6 @@ def fidelity_section(run: FinishedRun) -> dict[str, Any] | None:
         "rows": [row(task, values) for task, values in tasks.items()],
         "mean": row("Mean", mean) if len(tasks) > 1 and mean else None,
         "sample": formats.count(len(audit.ids)),
-        "overlap": charts.overlap_chart(mean),
         "by_source": [
             (name, formats.count(entry["rows"]), formats.decimal(entry["spearman"]))
             for name, entry in audit.summary.get("by_source", {}).items()

@@ -1,6 +1,6 @@
 """The charts of the report; each function returns a `Chart`."""
 
-from iprox.report.charts.audit import FIDELITY_KEYS, fidelity_chart, overlap_chart
+from iprox.report.charts.audit import FIDELITY_KEYS, fidelity_chart
 from iprox.report.charts.base import Chart, safe_json
 from iprox.report.charts.proxy import rank_chart, tail_chart
 from iprox.report.charts.scores import (
@@ -21,7 +21,6 @@ __all__ = [
     "answer_length_chart",
     "fidelity_chart",
     "held_out_chart",
-    "overlap_chart",
     "rank_chart",
     "safe_json",
     "score_histogram",

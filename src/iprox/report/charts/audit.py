@@ -1,14 +1,13 @@
 """Charts of an audit: how the proxy's scores of the sampled rows agree with the target's."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
 from iprox.audits.removal import top_rows
 from iprox.report import formats
-from iprox.report.charts.base import ACCENT, FAINT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
+from iprox.report.charts.base import ACCENT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
 from iprox.settings import NAMED_SHARE
 
 # Keeps the page small and quick for a very large sample.
@@ -74,35 +73,4 @@ def fidelity_chart(
         hovermode="closest",
         xaxis=axis("target score", nticks=5, zeroline=True),
         yaxis=axis("proxy score", nticks=5, zeroline=True),
-    )
-
-
-def overlap_chart(mean: Mapping[str, Any]) -> Chart | None:
-    """Draw the overlap of the tops by their size (`mean` of audit.json); return None if it was not measured."""
-    overlap, bounds = mean.get("overlap", {}), mean.get("intervals", {}).get("overlap", {})
-    shares = sorted((share for share, value in overlap.items() if value is not None), key=float)
-    if len(shares) < 2:
-        return None
-    x, y = [float(share) for share in shares], [overlap[share] for share in shares]
-    names = [formats.percent(share, 0) for share in x]
-    traces, keys = [], [Key("accent line", "proxy"), Key("neutral line", "chance")]
-    if all(share in bounds for share in shares):
-        low, high = ([bounds[share][side] for share in shares] for side in (0, 1))
-        around = {"x": [*x, *reversed(x)], "y": [*high, *reversed(low)]}
-        traces.append(go.Scatter(**around, mode="lines", fill="toself", line_width=0, meta=FAINT, hoverinfo="skip"))
-        keys.append(Key("faint", "95 % interval"))
-    traces.append(go.Scatter(x=x, y=x, mode="lines", line={"dash": "dash"}, meta=NEUTRAL, hoverinfo="skip"))
-    found = [f"top {name}<br>{formats.percent(value, 0)} found" for name, value in zip(names, y, strict=True)]
-    traces.append(go.Scatter(x=x, y=y, mode="lines+markers", meta=ACCENT, hoverinfo="text", hovertext=found))
-    at = ", ".join(f"{formats.percent(value, 0)} of the top {name}" for name, value in zip(names, y, strict=True))
-    return make_chart(
-        traces,
-        id="chart-overlap",
-        title="Top rows found",
-        caption="The share of the target's best rows that are also among the proxy's best; mean over tasks.",
-        label=f"Curve of the overlap of the top rows by their share of the sample: {at}.",
-        height=300,
-        keys=keys,
-        xaxis=axis("top share of the sample", type="log", tickvals=x, ticktext=names),
-        yaxis=axis("found", range=[0, 1.03], tickformat=".0%"),
     )
