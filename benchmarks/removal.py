@@ -19,7 +19,7 @@ from iprox.recipe import parse_recipe
 from iprox.records import read_json, write_json
 from iprox.run.folder import environment
 from iprox.run.whole import run_recipe
-from iprox.stages.removal import RESULT
+from iprox.stages.retraining import REMOVAL
 
 BUNDLED = files("iprox.quickstart")
 TASKS = ("arithmetic", "spelling")
@@ -56,7 +56,7 @@ def main() -> None:
         "output": str(arguments.work),
     }
     run_recipe(parse_recipe(recipe, "benchmark"), reporter=Reporter(), stop_after="audit")
-    found = read_json(arguments.work / "audit" / RESULT)
+    found = read_json(arguments.work / "audit" / REMOVAL)
     fidelity = read_json(arguments.work / "audit/audit.json")["mean"]["spearman"]
     write_json(arguments.output, {"machine": environment(), "settings": settings, "fidelity": fidelity, **found})
     for task, entry in [*found["tasks"].items(), ("mean", found["mean"])]:

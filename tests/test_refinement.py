@@ -150,14 +150,14 @@ def test_a_table_without_scores_is_refused(tmp_path, scores):
 
 def test_scores_of_other_tasks_are_refused(tmp_path, scores):
     proxy, target = scores
-    with pytest.raises(InputError, match="the scores are of a, b; give the validation sets of these tasks"):
+    with pytest.raises(InputError, match="the scores are for a, b; give the validation sets of exactly these tasks"):
         refined(tmp_path, proxy, target, 0.2, SelectSection(fraction=0.05), tasks=["a"])
 
 
 def test_a_selection_of_more_rows_than_are_scored_again_is_refused():
     check_candidates(0.2, SelectSection(fraction=0.2), 1001)
     check_candidates(0.2, SelectSection(count=200), 1000)
-    with pytest.raises(InputError, match=r"201 rows are to be selected, and refine.candidates 0.2 scores 200 again"):
+    with pytest.raises(InputError, match=r"but refine.candidates 0.2 scores only 200 again"):
         check_candidates(0.2, SelectSection(count=201), 1000)
     with pytest.raises(InputError, match=r"give select.fraction or select.count"):
         check_candidates(0.2, SelectSection(tokens=100), 1000)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iprox.records import read_json
-from iprox.stages.lds import RESULT
+from iprox.stages.retraining import LDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, Results, parser, run, settings_of
@@ -73,7 +73,7 @@ def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
     }
     run(recipe, stop_after="audit")
     audit = read_json(folder / "audit/audit.json")
-    return {**read_json(folder / "audit" / RESULT), "fidelity": audit["mean"]["spearman"]}
+    return {**read_json(folder / "audit" / LDS), "fidelity": audit["mean"]["spearman"]}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from iprox.registration import teach_transformers
 
 if TYPE_CHECKING:
     from iprox.api import align, attribute, audit, compress, load, score, select
-    from iprox.api.views import view
     from iprox.audits import compare
     from iprox.errors import InputError
     from iprox.influence.index import GradientIndex
@@ -29,13 +28,11 @@ __all__ = [
     "load",
     "score",
     "select",
-    "view",
 ]
 
 # Where each public name is.
 _HOMES = {
     **dict.fromkeys(("align", "attribute", "audit", "compress", "load", "score", "select"), "iprox.api"),
-    "view": "iprox.api.views",
     "compare": "iprox.audits.comparison",
     "InputError": "iprox.errors",
     "GradientIndex": "iprox.influence.index",

@@ -1,7 +1,4 @@
-"""From scores of checkpoints, validation examples and tasks to one column that selection uses (pure maths on tables).
-
-In this order: the sum over checkpoints, then over tasks. Scores that rank nothing are refused.
-"""
+"""Aggregate scores over checkpoints and tasks, and refuse scores that rank nothing."""
 
 from __future__ import annotations
 
@@ -14,29 +11,27 @@ from iprox.errors import InputError
 from iprox.scores import example_matrix, example_widths, score_matrix, scores_table, supervised_column, task_names
 from iprox.settings import ESTIMATORS
 
-# A spread below this share of the mean is rounding of that mean: divided by it, equal scores would drown other tasks.
+# A spread below this fraction of the mean is rounding error; dividing by it would let equal scores dominate.
 ROUNDING = 1e-12
-# Scores closer than this share of the largest are equal: float32, in which models run, rounds sums of many terms so.
+# Scores that differ by less than this fraction of the largest count as equal, as sums in float32 round that much.
 EQUAL = 1e-6
 
 
 def over_tasks(scores: np.ndarray, spread: TaskSpread) -> np.ndarray:
-    """Return the mean [N] of scores [N, tasks] divided by their spread; NaN where a score is.
+    """Return the mean over tasks of scores [N, tasks] divided by their spread [N]; NaN if any score is NaN.
 
-    So every task counts alike, whatever the size of its gradients. The scores of a single task stay as they are.
+    Dividing by the spread gives every task the same weight, whatever the size of its gradients. With one task the
+    scores are returned unchanged.
     """
     return scores[:, 0] if scores.shape[1] == 1 else (scores / spread.deviation()).mean(axis=1)
 
 
 def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-    """Return the weighted mean of standardized scores: Σ_t w_t s_t/σ_t / Σ_t w_t, σ_t over the rows that have scores.
+    """Return the weighted mean of standardized scores [N]: Σ_t w_t s_t/σ_t / Σ_t w_t; NaN if any score is NaN.
 
     Args:
-        scores: float64 [N, tasks].
-        weights: one per task, not all 0. Equal ones give what `over_tasks` does.
-
-    Returns:
-        float64 [N]; NaN where a score is.
+        scores: float64 [N, tasks]; σ_t is the spread over the rows that have scores.
+        weights: one per task, not all 0. Equal weights give the result of `over_tasks`.
     """
     spread, shares = TaskSpread(), np.asarray(weights, dtype=np.float64)
     spread.add(scores)
@@ -44,19 +39,19 @@ def weighted(scores: np.ndarray, weights: Sequence[float]) -> np.ndarray:
 
 
 def over_checkpoints(tables: Sequence[pa.Table], learning_rates: Sequence[float]) -> np.ndarray:
-    """Return TracIn's sum over checkpoints, Σ_c η_c · scores_c of the same rows by task, float64 [N, tasks]."""
+    """Return TracIn's sum over checkpoints, Σ_c η_c · scores_c, by task: float64 [N, tasks]."""
     return sum(rate * score_matrix(table) for table, rate in zip(tables, learning_rates, strict=True))  # pyright: ignore
 
 
 class TaskSpread:
-    """Running mean, variance (Chan's update), lowest and highest of each task's scores over a pool."""
+    """Running mean, variance (Chan's update), minimum and maximum of each task's scores over a pool."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
         self.lowest, self.highest = np.inf, -np.inf
 
     def add(self, scores: np.ndarray) -> None:
-        """Count scores [N, tasks] in; rows without a score are left out."""
+        """Add scores [N, tasks]; rows with NaN are left out."""
         scores = scores[np.isfinite(scores).all(axis=1)]
         if not len(scores):
             return
@@ -69,7 +64,7 @@ class TaskSpread:
         self.highest = np.maximum(self.highest, scores.max(axis=0))
 
     def deviation(self) -> np.ndarray:
-        """Return the standard deviation of each task's scores; 1 for a task whose scores are equal, to rounding."""
+        """Return the standard deviation of each task's scores; 1 for a task whose scores are equal up to rounding."""
         deviation = np.sqrt(np.atleast_1d(self.squares) / max(self.count, 1))
         return np.where(deviation > ROUNDING * np.abs(self.mean), deviation, 1.0)
 
@@ -80,13 +75,13 @@ def combine(
     spread: TaskSpread | None = None,
     metadata: Mapping | None = None,
 ) -> pa.Table:
-    """Return one scores table of the scores of the same rows at several checkpoints.
+    """Return one scores table from those of several checkpoints.
 
     Args:
-        tables: one per checkpoint, same rows in the same order.
+        tables: one per checkpoint, with the same rows in the same order.
         learning_rates: η of each checkpoint.
-        spread: spread of the scores of the whole pool; None: these rows are all of it.
-        metadata: kept in the table.
+        spread: spread of the scores over the whole pool; None if these rows are the whole pool.
+        metadata: metadata of the table.
     """
     first = tables[0]
     total = over_checkpoints(tables, learning_rates)
@@ -105,13 +100,13 @@ def combine(
 
 
 def all_equal(lowest: np.ndarray | float, highest: np.ndarray | float) -> np.ndarray:
-    """Return whether scores between a lowest and a highest one are all equal to rounding, by column."""
+    """Return, by column, whether scores between `lowest` and `highest` are all equal up to rounding."""
     lowest, highest = np.asarray(lowest), np.asarray(highest)
     return highest - lowest <= EQUAL * np.maximum(np.abs(lowest), np.abs(highest))
 
 
 def equal_scores(scores: np.ndarray) -> bool:
-    """Return whether two or more finite scores [N] are all equal to rounding."""
+    """Return whether two or more finite scores [N] are all equal up to rounding."""
     known = scores[np.isfinite(scores)]
     return len(known) > 1 and bool(all_equal(known.min(), known.max()))
 
@@ -122,10 +117,10 @@ def refuse_unranked(spread: TaskSpread, rows: int, estimator: object = None) -> 
     Args:
         spread: spread of the scores.
         rows: number of rows that were scored.
-        estimator: what made the scores.
+        estimator: name of the estimator.
 
     Raises:
-        InputError: no row has a score, or all have the same.
+        InputError: no row has a score, or all scores are equal.
     """
     if not spread.count:
         raise no_scores(rows)
@@ -134,25 +129,19 @@ def refuse_unranked(spread: TaskSpread, rows: int, estimator: object = None) -> 
 
 
 def no_scores(rows: int) -> InputError:
-    """Return the error of a pool without any score."""
+    """Return the error for a pool without any score."""
     return InputError(
-        f"none of the {rows:,} rows has a score, as none has a supervised token: see whether the rows have answers, "
-        "and whether the maximum length leaves any of them"
+        f"none of the {rows:,} rows has a score, because none has a supervised token; check that the rows have "
+        "answers, and that the maximum length leaves some of them"
     )
 
 
 def nothing_ranked(scored: int, value: float, estimator: object = None) -> InputError:
-    """Return the error of scores that are all equal.
-
-    Args:
-        scored: number of rows that have a score.
-        value: the score that they all have.
-        estimator: what made the scores, if that is known.
-    """
+    """Return the error for `scored` scores that all equal `value`."""
     said = f"the scores of all {scored:,} rows are equal ({value:.6g}), so none ranks above another"
     traits = ESTIMATORS.get(str(estimator))
     if traits is not None and not traits.by_task:
-        return InputError(f"{said}: by {estimator} the rows are all alike; choose another influence.estimator")
+        return InputError(f"{said}: {estimator} does not distinguish these rows; choose another influence.estimator")
     return InputError(
         f"{said}: the model that was scored has probably collapsed; look at its training losses, lower "
         "warmup.learning_rate and proxy.align.learning_rate, or remove less of it (proxy.sparsity)"

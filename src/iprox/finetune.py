@@ -1,4 +1,4 @@
-"""Fine-tuning through TRL's SFTTrainer: the warm-up before scoring, and the final SFT on the selection."""
+"""Fine-tuning with TRL's SFTTrainer, for the warm-up and for training on the selection."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A saved model and the learning rate TracIn weights it with: the mean over the steps of its epoch."""
+    """A saved model, and the learning rate that TracIn weights it with: the mean over the steps of its epoch."""
 
     path: str
     step: int
@@ -40,9 +41,13 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class TrainingResult:
-    """What a training run did. `history` has one entry an optimizer step: step, epoch, loss, learning_rate.
+    """The result of a training.
 
-    `uncompiled` says why the model did not run compiled although asked to; empty where it did or need not.
+    Attributes:
+        checkpoints: saved models.
+        history: one entry per optimizer step: step, epoch, loss, learning_rate.
+        tokens: number of tokens read.
+        uncompiled: why the model could not be compiled although asked for; "" otherwise.
     """
 
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -71,36 +76,36 @@ def train(
     progress: Callable[[int], None] | None = None,
     report_to: str = "none",
 ) -> TrainingResult:
-    """Fine-tune a model on the supervised tokens, as TRL does, and save checkpoints.
+    """Fine-tune a model on its supervised tokens, as TRL does, and save checkpoints.
 
-    AdamW, 3 % linear warm-up, cosine decay, batches of like length. Checkpoints are safetensors in
-    `output/checkpoint-STEP`. TRL replaces the model's forward while it
-    trains, so load a checkpoint rather than use `model` afterwards.
+    Uses AdamW, 3 % linear warm-up, cosine decay, and batches of similar length. Checkpoints are safetensors in
+    `output/checkpoint-STEP`. TRL replaces the model's forward method, so load a checkpoint rather than use `model`
+    afterwards.
 
     Args:
-        model: in float32: these are the master weights; bfloat16 is used for the products only. Of one with LoRA
-            adapters (`iprox.models.adapters.with_lora`) they alone are trained, and the frozen weights may be in
-            bfloat16.
-        tokenizer: saved with each checkpoint; its pad token pads.
-        encoded: what to train on; examples without a supervised token are left out.
-        output: folder for the checkpoints, made if missing.
+        model: model with float32 weights; bfloat16 is used for products only. If it has LoRA adapters
+            (`iprox.models.adapters.with_lora`), only these are trained, and the frozen weights may be bfloat16.
+        tokenizer: tokenizer, saved with each checkpoint.
+        encoded: training examples; those without a supervised token are left out.
+        output: folder for the checkpoints, created if missing.
         epochs: passes over the examples.
-        learning_rate: peak.
-        batch_size: examples a batch.
-        accumulate: batches an optimizer step.
-        bf16: multiply in bfloat16.
-        every_epoch: keep a checkpoint at the end of every epoch, else the last only.
-        seed: of the order.
-        store_dtype: what checkpoints are stored in; the model's own dtype if None.
-        optimizer_state: keep Adam's moments next to each checkpoint, eight bytes per parameter of the linear layers.
-        adapters_only: of a model with adapters, save them alone, rather than the model with them multiplied in.
-        compile_model: run the decoder layers compiled, on a CPU; auto does where there are steps to repay it.
-        progress: called with 1 after each optimizer step.
-        report_to: the tracking service that transformers logs to.
+        learning_rate: peak learning rate.
+        batch_size: examples per batch.
+        accumulate: batches per optimizer step.
+        bf16: whether to multiply in bfloat16.
+        every_epoch: whether to keep a checkpoint of every epoch rather than only the last.
+        seed: seed for the order.
+        store_dtype: dtype of the checkpoints; the model's own if None.
+        optimizer_state: whether to keep Adam's moments with each checkpoint: eight bytes per parameter of linear
+            layers.
+        adapters_only: whether to save adapters alone rather than the model with the adapters merged.
+        compile_model: whether to compile the decoder layers on a CPU; auto does if there are enough steps.
+        progress: function called with 1 after each optimizer step.
+        report_to: tracking service that transformers logs to.
 
     Raises:
-        InputError: nothing to train on.
-        FloatingPointError: the loss is not finite (the step is named).
+        InputError: there is nothing to train on.
+        FloatingPointError: the loss is not finite; the message names the step.
     """
     rows = [example for example in encoded if example.supervised > 0]
     if not rows:
@@ -124,17 +129,17 @@ def train(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(0.03 * steps),  # whole steps: the rate of the first one of them is 0
+        warmup_steps=int(0.03 * steps),  # the learning rate of the first of these steps is 0
         bf16=bf16,
         use_cpu=model.device.type == "cpu",
-        # Recomputing activations pays on a GPU, where memory is short, and only costs time on a CPU.
+        # Recomputing activations saves memory, which is scarce on a GPU; on a CPU it only costs time.
         **{checkpointing: model.device.type == "cuda"},  # pyright: ignore[reportArgumentType]
         train_sampling_strategy="group_by_length",
         max_length=None,  # already cut, from the left of the prompt
         packing=False,
         logging_steps=1,
         logging_strategy="steps",
-        logging_nan_inf_filter=False,  # a loss that is not finite must be seen, and stops the training
+        logging_nan_inf_filter=False,  # a loss that is not finite must stop the training
         save_strategy="no",  # Trainer's own checkpoints hold pickles; `_Recorder` saves safetensors
         report_to=report_to,
         disable_tqdm=True,
@@ -147,7 +152,7 @@ def train(
                 f"transformers trains on the first GPU it sees, not on {model.device}: choose it with "
                 f"CUDA_VISIBLE_DEVICES={model.device.index} and device cuda"
             )
-        # nn.DataParallel over every GPU in sight would multiply the batch, and with it what a step is.
+        # nn.DataParallel over all visible GPUs would multiply the batch size.
         arguments._n_gpu = 1
     save = functools.partial(save_model, tokenizer=tokenizer, dtype=store_dtype, adapters_only=adapters_only)
     recorder = _Recorder(output, save, every_epoch, optimizer_state, progress)
@@ -159,9 +164,9 @@ def train(
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    _silence(trainer)
-    first = next(iter_batches(rows[:batch_size], 1 << 30, 0))
-    whole: Any = model.get_base_model() if is_adapted(model) else model  # the same layers, adapters among them
+    trainer.remove_callback(PrinterCallback)
+    first = next(iter_batches(rows[:batch_size], 1 << 30))
+    whole: Any = model.get_base_model() if is_adapted(model) else model  # the same layers, including adapters
 
     def trial() -> torch.Tensor:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -176,18 +181,17 @@ def train(
 
 
 def steps_an_epoch(rows: int, batch_size: int, accumulate: int) -> int:
-    """Optimizer steps of a pass over some examples; the last batch, and the last step, may be smaller."""
+    """Return the number of optimizer steps per epoch; the last batch and the last step may be smaller."""
     return math.ceil(math.ceil(rows / batch_size) / accumulate)
 
 
 def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> dict[str, float]:
-    """Loss on a set, without training on it.
+    """Evaluate a model on a set of examples.
 
     Returns:
-        `loss`: mean over examples of the mean loss over their supervised tokens, nats (what influence is about);
-        `token_loss`: mean over all supervised tokens; `exact_match`: share of examples that greedy decoding answers
-        as they are, its every supervised token being the likeliest given those before it; `examples`; `tokens`
-        (supervised).
+        `loss`: mean over examples of the mean loss over their supervised tokens, in nats; `token_loss`: mean over all
+        supervised tokens; `exact_match`: fraction of examples whose every supervised token is the most likely one given
+        the tokens before it; `examples`; `tokens` (supervised).
     """
     example_sum = token_sum = 0.0
     examples = tokens = exact = 0
@@ -216,16 +220,16 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
 
 
 class _SupervisedHeadTrainer(SFTTrainer):
-    """TRL's loss, with the head run on supervised tokens only, for devices that TRL has no Triton kernel for.
+    """TRL's loss with the head run on supervised tokens only, for devices without TRL's Triton kernel.
 
-    There TRL folds the logits of every position, prompts and padding included, tile by tile in float32: 40 % of a
-    step on a 17 M-parameter model. The loss is the same: the sum over supervised tokens, by their number.
+    There TRL computes the logits of every position, including prompts and padding, in float32 tiles: 40 % of a step on
+    a 17 M-parameter model. The loss is the same: the sum over supervised tokens divided by their number.
     """
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if return_outputs or self.aux_loss_enabled:  # the loss that balances experts is TRL's to compute
+        if return_outputs or self.aux_loss_enabled:  # TRL adds the loss that balances experts
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         lengths = inputs["attention_mask"].sum(1)
         batch = Batch(inputs["input_ids"], inputs["labels"], lengths, list(range(len(lengths))))
@@ -235,7 +239,7 @@ class _SupervisedHeadTrainer(SFTTrainer):
 
 
 class _Recorder(TrainerCallback):
-    """Notes the loss and learning rate of each step and saves safetensors at the end of epochs."""
+    """Records the loss and learning rate of each step, and saves safetensors at the end of epochs."""
 
     def __init__(
         self,
@@ -284,10 +288,3 @@ class _Recorder(TrainerCallback):
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])
         )
-
-
-def _silence(trainer: SFTTrainer) -> None:
-    """Leave the terminal to our own progress bar."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)

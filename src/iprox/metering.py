@@ -1,4 +1,4 @@
-"""Measure what a stage costs: wall time and peak memory."""
+"""Measure wall time and peak memory of a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iprox.models.cpu.shapes import release_memory
 
 @dataclass(slots=True)
 class Usage:
-    """Seconds of wall time, and peak memory in bytes: of the accelerator if one is used, else resident memory."""
+    """Wall time in seconds, and peak memory in bytes: of the accelerator if one is used, else resident memory."""
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
@@ -26,9 +26,9 @@ class Usage:
 
 @contextmanager
 def metered(device: torch.device) -> Iterator[Usage]:
-    """Measure the block. Only Linux can reset the peak of a process; elsewhere it includes everything before."""
+    """Measure the block. Only Linux can reset the peak of a process; elsewhere it includes earlier work."""
     usage = Usage()
-    # Memory left by the stage before (trainers are in reference cycles) must not count for this one.
+    # Release memory of earlier stages first; trainers are in reference cycles.
     gc.collect()
     release_memory()
     _reset_peak(device)

@@ -1,4 +1,4 @@
-"""Recipes as files: read, checked, with paths made absolute, and written back."""
+"""Read, check, resolve and write recipes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from iprox.errors import InputError, cut, one_line, shown
 from iprox.files import absolute, check_path, expanded
 from iprox.settings import Recipe, Settings
 
-# Problems that one message names.
+# Largest number of problems in one message.
 MOST_TOLD = 20
 
-# Levels of a document, and values it holds once its aliases are written out; a few hundred bytes of aliases of aliases
-# can stand for gigabytes. A recipe has five levels, and as many values as it has files.
+# Largest number of nested levels, and of values after expanding aliases: a few hundred bytes of nested aliases can
+# expand to gigabytes. A recipe has five levels, and about as many values as files.
 DEEPEST, MOST = 50, 100_000
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -30,11 +30,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and validate a recipe file.
 
     Args:
-        path: a YAML file.
-        overrides: `section.key=value` strings, values in YAML.
+        path: YAML file.
+        overrides: `section.key=value` strings; values are YAML.
 
     Raises:
-        InputError: no such file, not YAML, an unknown key (the nearest known one is named), or a bad value.
+        InputError: the file is missing or not YAML, a key is unknown (the nearest known one is named), or a value is
+            bad.
     """
     file = Path(path)
     check_path(file)
@@ -51,11 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(raw: Mapping[str, Any], name: str = "recipe") -> Recipe:
-    """Validate a recipe given as plain data.
-
-    Raises:
-        InputError: An unknown key or a bad value; one line that names them all.
-    """
+    """Validate a recipe given as plain data."""
     return validated(Recipe, raw, name)
 
 
@@ -63,12 +60,9 @@ def parse_settings(raw: dict[str, Any], overrides: Sequence[str], options: Mappi
     """Validate the settings of a command.
 
     Args:
-        raw: Settings that options have given, as nested plain data.
+        raw: settings given as options, as nested plain data.
         overrides: `KEY=VALUE` strings of `--set`.
-        options: Option by key, for messages.
-
-    Raises:
-        InputError: An unknown key or a bad value; one line that names them all.
+        options: option name by key, for messages.
     """
     set_overrides(raw, overrides)
     return validated(Settings, raw, "", options)
@@ -83,18 +77,18 @@ def validated(
     """Return a section made from plain data.
 
     Args:
-        section: Its type.
-        raw: The data.
-        name: Name of the whole in messages, "" for none.
-        options: By key, what it is called in messages; its own name where it is left out.
+        section: class of the section.
+        raw: the data.
+        name: name that starts messages; "" for none.
+        options: names by key, for messages, where they differ from the key.
 
     Raises:
-        InputError: An unknown key or a bad value; one line that names them all.
+        InputError: a key is unknown or a value is bad; one line names all of them.
     """
     try:
         return section.model_validate(raw)
     except ValidationError as error:
-        # For `Section | False` pydantic reports both branches; that the value is not False says nothing.
+        # For `Section | False` pydantic reports both branches; the one about False says nothing.
         problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
         clauses = [_explain(problem, section, options) for problem in problems[:MOST_TOLD]]
         left = len(problems) - len(clauses)
@@ -103,14 +97,14 @@ def validated(
 
 
 def absolute_pattern(pattern: str) -> str:
-    """A local path or glob made absolute; hub addresses stay."""
+    """Return a local path or glob pattern as absolute; hub addresses are unchanged."""
     return pattern if "://" in pattern else str(Path.cwd() / expanded(pattern))
 
 
 def _absolute_if_there(text: str) -> str:
-    """A path made absolute; what names no file or folder (a hub id, a template's source) stays."""
+    """Return the path of an existing file or folder as absolute; other text (a hub id, a template) is unchanged."""
     path = expanded(text) if text.startswith("~") else Path(text)
-    # Unlike Path.exists, false for text that is too long to be a path.
+    # Unlike Path.exists, this is false for text that is too long to be a path.
     return str(path.resolve()) if os.path.exists(path) else text
 
 
@@ -122,11 +116,7 @@ def _absolute_tasks(tasks: dict[str, str | list[str]]) -> dict[str, str | list[s
 
 
 def set_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set the keys that `KEY=VALUE` strings name.
-
-    Raises:
-        InputError: One is written otherwise, or its value is not YAML.
-    """
+    """Set the keys named by `KEY=VALUE` strings."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -138,7 +128,7 @@ def set_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def override(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set one key, `section.key`, of nested plain data."""
+    """Set one `section.key` in nested plain data."""
     *parents, last = key.split(".")
     section = raw
     for parent in parents:
@@ -149,7 +139,7 @@ def override(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(problem: Any, whole: type[BaseModel], options: Mapping[str, str]) -> str:
-    """Return one clause for one of pydantic's problems."""
+    """Return one clause that explains one of pydantic's problems."""
     path = [str(part) for part in problem["loc"] if not _is_union_tag(str(part))]
     if path and (path[-1] == "[key]" or problem["type"] == "invalid_key"):
         section = ".".join(path[:-2] if path[-1] == "[key]" else path[:-1])
@@ -164,21 +154,21 @@ def _explain(problem: Any, whole: type[BaseModel], options: Mapping[str, str]) -
     if problem["type"] == "missing":
         return f"the key {where!r} is missing"
     if problem["type"] == "model_type":
-        return f"{where}: give a section of keys (or false where the recipe allows it), not {shown(problem['input'])}"
+        return f"{where}: give a section of keys (or false where allowed), not {shown(problem['input'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if not path:
-        return message  # of the recipe as a whole: it names the keys itself
+        return message  # about the whole recipe: it names the keys itself
     if isinstance(problem["input"], dict | BaseModel):
-        return f"{where}: {message}"  # of a section as a whole
+        return f"{where}: {message}"  # about a whole section
     said = f"{where}: {message[0].lower()}{message[1:]} (given: {shown(problem['input'])})"
     if problem["type"] == "string_type" and isinstance(problem["input"], bool):
-        return f'{said}; text that YAML reads so (yes, no, on, off) is quoted: "no"'
+        return f'{said}; quote text that YAML reads as true or false (yes, no, on, off): "no"'
     return said
 
 
 def _as_yaml_reads(key: Any, loc: tuple[Any, ...]) -> str:
-    """What a key was read as that was to be text, and how it is written."""
-    if loc[-1] != "[key]":  # pydantic gives the value of such a key, not the key
+    """Return how YAML reads a key that should be text, and how to write it instead."""
+    if loc[-1] != "[key]":  # pydantic reports the value of such a key
         key = loc[-1]
     if isinstance(key, bool):
         words = "yes, on and true" if key else "no, off and false"
@@ -193,7 +183,7 @@ def _is_false_branch(problem: Any) -> bool:
 
 
 def _is_union_tag(part: str) -> bool:
-    # For `Section | False` pydantic puts the branch it tried into the path, with its validator's name if it has one.
+    # For `Section | False` pydantic adds the branch that it tried to the path, with the name of its validator.
     return part.endswith(("Section", "Section]")) or part.startswith(("literal[", "constrained-", "dict["))
 
 
@@ -207,7 +197,7 @@ def _known_keys(whole: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The same recipe with every local path absolute, so that it runs from anywhere."""
+    """Return the recipe with all local paths absolute, so that it runs from any directory."""
     copy = recipe.model_copy(deep=True)
     copy.model = _absolute_if_there(copy.model)
     if copy.proxy and copy.proxy.model:
@@ -223,15 +213,15 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe as a file that gives the same run again."""
+    """Return the recipe as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML document.
+    """Return the value of a YAML document.
 
     Raises:
-        ValueError: it is none, gives a key twice, merges keys, or stands for more than a recipe may (`MOST`); the
+        ValueError: it is not YAML, repeats a key, has merge keys, or expands beyond the limits (`DEEPEST`, `MOST`); the
             message is one line.
     """
     try:
@@ -252,14 +242,14 @@ def read_yaml(text: str) -> Any:
 
 
 class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML's readers keep the last without a word, and merge keys."""
+    """Loader that refuses repeated keys, of which YAML loaders silently keep the last, and merge keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping, of keys that differ."""
+        """Construct a mapping."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
-                raise self._refusal("merge keys (<<) are not read: write out the keys that it stands for", key_node)
+                raise self._refusal("merge keys (<<) are not supported; write out the keys", key_node)
             key = self.construct_object(key_node, deep=True)
             try:
                 twice = key in seen
@@ -276,7 +266,7 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def _check_depth(text: str) -> None:
-    """Refuse a document nested deeper than `DEEPEST`, before it is read level by level."""
+    """Refuse a document with more than `DEEPEST` nested levels."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -288,14 +278,14 @@ def _check_depth(text: str) -> None:
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse a document that its aliases make larger than `MOST` values, or that holds itself."""
+    """Refuse a document whose aliases expand to more than `MOST` values, or that contains itself."""
     sizes: dict[int, int | None] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) in sizes:
             known = sizes[id(node)]
             if known is None:
-                raise ValueError(f"an alias stands for what it is in (line {node.start_mark.line + 1})")
+                raise ValueError(f"an alias refers to a value that contains it (line {node.start_mark.line + 1})")
             return known
         sizes[id(node)] = None
         total = 1
@@ -305,7 +295,7 @@ def _check_size(root: yaml.Node) -> None:
             total += sum(size(key) + size(value) for key, value in node.value)
         sizes[id(node)] = total
         if total > MOST:
-            raise ValueError(f"its aliases stand for more than {MOST:,} values (line {node.start_mark.line + 1})")
+            raise ValueError(f"its aliases expand to more than {MOST:,} values (line {node.start_mark.line + 1})")
         return total
 
     size(root)

@@ -1,4 +1,4 @@
-"""Records: JSON files that appear only when whole, and keys of plain data."""
+"""Read and write records as JSON, and compute keys of plain data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 from iprox.files import write_text
 
-# The record of a run or a command, in its folder, and what a stage says of itself there: tokens, flops, and anything
-# particular to it.
+# Name of the record of a run or a command, and the type of a stage's entry in it: tokens, flops, and its own facts.
 RUN = "run.json"
 StageRecord = dict[str, Any]
 
@@ -21,11 +20,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears only when whole."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def key_of(value: Any) -> str:
-    """Return a short key of plain data: the same data have the same key."""
+    """Return a short hash of plain data; equal data have equal keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""The scores table: its columns, its file, its shards."""
+"""The scores table: its columns and its file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from iprox.files import replacing
 TASK_PREFIX = "influence/"
 EXAMPLES_PREFIX = "examples/"
 AGGREGATE = "influence"
-# The number of tokens that a row's loss is taken over. Tables of a DataLoader and older files have no such column.
+# The number of tokens with a loss. Tables from a DataLoader do not have this column.
 SUPERVISED = "supervised"
 
-# Rows of scores by validation example that are read together.
+# Number of rows of scores by validation example that are read at a time.
 ROWS_AT_ONCE = 4096
 
 
@@ -37,23 +37,22 @@ def scores_table(
     examples: Sequence[np.ndarray] = (),
     supervised: Sequence[int] | np.ndarray | None = None,
 ) -> pa.Table:
-    """A table with one row an example, in pool order.
+    """Return a scores table with one row per example, in pool order.
 
     Args:
-        ids: example ids.
-        sources: where each comes from, if known.
-        tokens: length of each in tokens.
-        scores: float64 [N, tasks]; NaN (no supervised token, so no score) becomes null.
+        ids: ids of the examples.
+        sources: sources of the examples; None if unknown.
+        tokens: lengths in tokens.
+        scores: float64 [N, tasks]; NaN (no supervised token) becomes null.
         tasks: names of the columns of `scores`.
-        metadata: what made the scores, kept in the file as JSON under the key `iprox`.
-        influence: the aggregate [N]. None takes the mean over tasks, which is the influence on the mean of their
-            validation losses.
-        examples: of each task, scores by validation example [N, V], kept as they are.
-        supervised: number of tokens of each that its loss is taken over; None where that is not known.
+        metadata: what made the scores, kept as JSON under the key `iprox`.
+        influence: aggregate [N]; None takes the mean over tasks.
+        examples: per task, scores by validation example [N, V].
+        supervised: numbers of supervised tokens; None if unknown.
 
     Returns:
-        Columns `id`, `source`, `tokens`, with `supervised` that too, `influence/<task>`..., `influence`, and with
-        `examples` `examples/<task>`..., lists of one length.
+        Columns `id`, `source`, `tokens`, `supervised` if given, `influence/<task>` per task, `influence`, and with
+        `examples` also `examples/<task>`, lists of fixed length.
     """
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.string()),
@@ -75,18 +74,18 @@ def scores_table(
 
 
 def task_names(table: pa.Table) -> list[str]:
-    """The tasks a scores table has columns for, in order."""
+    """Return the tasks of a scores table, in order."""
     return [name.removeprefix(TASK_PREFIX) for name in table.column_names if name.startswith(TASK_PREFIX)]
 
 
 def score_matrix(table: pa.Table) -> np.ndarray:
-    """The task columns as float64 [N, tasks], NaN where null."""
+    """Return the task columns as float64 [N, tasks], NaN for null."""
     columns = [table[TASK_PREFIX + task].to_numpy(zero_copy_only=False) for task in task_names(table)]
     return np.stack(columns, axis=1).astype(np.float64)
 
 
 def source_column(table: pa.Table) -> np.ndarray:
-    """The source of each row, object [N], None where it has none; every name is held once."""
+    """Return the source of each row, object [N], None if it has none; each name is stored once."""
     encoded = table["source"].combine_chunks()
     if not pa.types.is_dictionary(encoded.type):
         encoded = encoded.dictionary_encode()
@@ -95,23 +94,21 @@ def source_column(table: pa.Table) -> np.ndarray:
 
 
 def supervised_column(table: pa.Table | pa.RecordBatch) -> np.ndarray | None:
-    """Return the number of supervised tokens of each row, int32 [N]; None where the table does not have it."""
+    """Return the number of supervised tokens of each row, int32 [N]; None if the table does not have it."""
     return table[SUPERVISED].to_numpy(zero_copy_only=False) if SUPERVISED in table.schema.names else None
 
 
 def example_matrix(table: pa.Table, task: str) -> np.ndarray:
-    """Scores by validation example of a task, float64 [N, V], NaN where null.
+    """Return a task's scores by validation example, float64 [N, V], NaN for null.
 
     Raises:
-        KeyError: the table does not hold them.
+        KeyError: the table does not have them.
     """
-    column = table[EXAMPLES_PREFIX + task].combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float64)
-    return values.reshape(table.num_rows, column.type.list_size)
+    return _matrix(table[EXAMPLES_PREFIX + task].combine_chunks())
 
 
 def example_widths(table: pa.Table | pa.Schema) -> dict[str, int]:
-    """Return the number of validation examples of each task that the scores are kept by; empty where they are not."""
+    """Return the number of validation examples of each task with scores by example; {} if these were not kept."""
     schema = table.schema if isinstance(table, pa.Table) else table
     columns = [field for field in schema if field.name.startswith(EXAMPLES_PREFIX)]
     return {field.name.removeprefix(EXAMPLES_PREFIX): field.type.list_size for field in columns}
@@ -119,11 +116,11 @@ def example_widths(table: pa.Table | pa.Schema) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class ExampleScores:
-    """Scores by validation example, where they are kept, read as a stream.
+    """Scores by validation example, read as a stream.
 
     Attributes:
-        widths: examples of each task; empty where there are no such scores.
-        read: task columns -> record batches of them, from the first row to the last.
+        widths: number of examples of each task; {} if these scores were not kept.
+        read: function from columns to record batches, from the first row to the last.
     """
 
     widths: dict[str, int]
@@ -131,18 +128,14 @@ class ExampleScores:
 
     @classmethod
     def of(cls, table: pa.Table) -> ExampleScores:
-        """Those of a table in memory."""
+        """Return those of a table in memory."""
         return cls(
             example_widths(table), lambda names: iter(table.select(names).to_batches(max_chunksize=ROWS_AT_ONCE))
         )
 
     @classmethod
     def in_file(cls, path: str | Path) -> ExampleScores:
-        """Those of `scores.parquet`, or of a folder that holds it.
-
-        Raises:
-            InputError: there is none, or it is no scores table.
-        """
+        """Return those of a scores file or of a folder that holds it."""
         widths = example_widths(read_scores_schema(path))
 
         def read(names: list[str]) -> Iterator[pa.RecordBatch]:
@@ -152,13 +145,13 @@ class ExampleScores:
         return cls(widths, read)
 
     def chunks(self, tasks: Sequence[str]) -> Iterator[np.ndarray]:
-        """Scores of some tasks' examples side by side, float64 [rows, ΣV] at a time, NaN where null."""
+        """Yield the scores of several tasks' examples side by side, float64 [rows, ΣV], NaN for null."""
         for batch in self.read([EXAMPLES_PREFIX + task for task in tasks]):
             yield np.hstack([_matrix(batch[EXAMPLES_PREFIX + task]) for task in tasks])
 
 
 def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
-    """Lists of one length as float64 [rows, V]."""
+    """Return lists of fixed length as float64 [rows, V]."""
     size = column.type.list_size
     start = column.offset * size
     values = column.values.slice(start, len(column) * size).to_numpy(zero_copy_only=False)
@@ -166,16 +159,12 @@ def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
 
 
 def scores_metadata(scores: pa.Table | pa.Schema) -> dict[str, object]:
-    """What made the scores, as written by `scores_table`."""
+    """Return what made the scores, as written by `scores_table`."""
     return json.loads(((scores.schema if isinstance(scores, pa.Table) else scores).metadata or {}).get(b"iprox", b"{}"))
 
 
 def write_parts(path: Path, parts: Iterable[pa.Table]) -> int:
-    """Write tables of one schema as the row groups of one Parquet file, which appears only when whole.
-
-    Returns:
-        The number of rows.
-    """
+    """Write tables of one schema as row groups of one Parquet file, atomically; return the number of rows."""
     rows = 0
     writer: pq.ParquetWriter | None = None
     with replacing(path) as partial:
@@ -197,11 +186,11 @@ def read_scores(path: str | Path, *, examples: bool = False) -> pa.Table:
     """Read a scores table from `scores.parquet` or a folder that holds it.
 
     Args:
-        path: of the file or folder.
-        examples: whether to read the scores by validation example, which are most of a file.
+        path: file or folder.
+        examples: whether to read the scores by validation example too, which are most of the file.
 
     Raises:
-        InputError: there is none, or it is no scores table.
+        InputError: the file is missing or not a scores table.
     """
     names = read_scores_schema(path).names
     with _readable(path) as file:
@@ -209,23 +198,19 @@ def read_scores(path: str | Path, *, examples: bool = False) -> pa.Table:
 
 
 def read_scores_schema(path: str | Path) -> pa.Schema:
-    """Read the columns and metadata of a scores table, and none of its rows.
-
-    Raises:
-        InputError: there is none, or it is no scores table.
-    """
+    """Read the columns and metadata of a scores table, without its rows."""
     with _readable(path) as file:
         schema = pq.read_schema(file)
         missing = [name for name in ("id", "source", "tokens", AGGREGATE) if name not in schema.names]
         if missing or not any(name.startswith(TASK_PREFIX) for name in schema.names):
             lacking = repr(missing[0]) if missing else f"{TASK_PREFIX}TASK"
-            raise InputError(f"{file}: has no column {lacking}, so it is no scores table")
+            raise InputError(f"{file}: has no column {lacking}, so it is not a scores table")
         return schema
 
 
 @contextmanager
 def _readable(path: str | Path) -> Iterator[Path]:
-    """The file of scores at a path; what is no Parquet is refused by its name."""
+    """Yield the scores file at a path, and refuse one that is missing or unreadable."""
     file = Path(path)
     if file.is_dir():
         file = file / "scores.parquet"

@@ -1,4 +1,4 @@
-"""What every command shares: where and how to compute, how to read examples, where to report."""
+"""The session of a command: device, dtype, batches, how to read examples, and where to report."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from iprox.progress import Reporter
 from iprox.settings import Settings
 from iprox.tracking import Tracker
 
-# Fewest examples that moments, alignment and fidelity are measured on, if the pool has as many.
+# Smallest sample for moments, alignment and fidelity, if the pool is large enough.
 AT_LEAST = 64
 
-# Processes that tokenize ahead on an accelerator: one tokenizes some ten thousand examples a second.
+# Largest default number of tokenizing processes; one tokenizes some ten thousand examples per second.
 MOST_AHEAD = 4
 
 
@@ -39,18 +39,18 @@ class Session:
     """How a command computes.
 
     Attributes:
-        device: where.
-        dtype: of the products; sums are in float32 or better.
+        device: device to compute on.
+        dtype: dtype of products; sums are float32 or better.
         batch_tokens: largest rows × longest row of a batch.
         max_length: longest example in tokens.
-        seed: of every draw and order.
+        seed: seed of every draw and order.
+        compile: whether to compile models; `auto` does where it saves time.
         trust_remote_code: whether a model's own code may run.
-        chat_template: instead of the tokenizer's own.
-        skip_refused: whether rows that the chat template cannot render have no score, rather than stop the run.
-        compile: whether models run compiled; `auto` where that repays the time it takes.
-        num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this one.
-        reporter: where progress and warnings go.
-        tracker: where numbers go.
+        chat_template: replacement for the tokenizer's own template.
+        skip_refused: whether rows that the chat template refuses get no score rather than stop the run.
+        num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this process.
+        reporter: reporter for progress and warnings.
+        tracker: tracker that numbers are logged to.
     """
 
     device: torch.device
@@ -68,32 +68,28 @@ class Session:
 
     @classmethod
     def create(cls, device: str = "auto", dtype: str = "auto", **settings: object) -> Session:
-        """Resolve `auto` for this machine.
+        """Create a session, resolving `auto` for this machine.
 
         Raises:
-            InputError: there is no such device, or this is one of several processes of torchrun.
+            InputError: the device is not available, or this is one of several processes of torchrun.
         """
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise InputError(
-                "iprox runs as one process, and this is one of several that torchrun or accelerate has started: start "
-                "it by itself; `ray_workers: N` scores on N GPUs"
+                "iprox runs as one process, but torchrun or accelerate has started several; start iprox without them, "
+                "and set `ray_workers: N` to score on N GPUs"
             )
         try:
             where = resolve_device(device)
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device}: not usable here ({one_line(error)}); try --set device=cpu") from error
-        # The cores of a CPU have the model to run; an accelerator leaves them free, and outruns one core's tokenizer.
+        # On a CPU all cores run the model. An accelerator leaves them free, and is faster than one tokenizing process.
         ahead = 0 if where.type == "cpu" else min(MOST_AHEAD, (os.cpu_count() or 1) - 1)
         return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def of(cls, settings: Settings, reporter: Reporter) -> Session:
-        """Return the session that settings describe.
-
-        Raises:
-            InputError: There is no such device.
-        """
+        """Return the session for a command's settings."""
         data = settings.data
         return cls.create(
             settings.device,
@@ -111,11 +107,7 @@ class Session:
 
     @contextmanager
     def metered(self) -> Iterator[Usage]:
-        """Measure a stage, and say what would fit where its memory does not.
-
-        Raises:
-            InputError: not enough memory.
-        """
+        """Measure the block, and turn running out of memory into an error that says what to change."""
         try:
             with metered(self.device) as usage, self.own_warnings():
                 yield usage
@@ -124,13 +116,13 @@ class Session:
                 raise
             raise InputError(
                 f"not enough memory on {self.device} ({one_line(error)}); --set batch_tokens="
-                f"{max(1, self.batch_tokens // 2)} halves what a batch needs (now {self.batch_tokens}); a training "
-                "needs less with a smaller batch_size (and accumulate) or lora; iprox plan says what each stage needs"
+                f"{max(1, self.batch_tokens // 2)} halves the memory of a batch (now {self.batch_tokens}); training "
+                "needs less with a smaller batch_size (and accumulate) or lora; iprox plan shows what each stage needs"
             ) from error
 
     @contextmanager
     def own_warnings(self) -> Iterator[None]:
-        """Report what the library itself warns of, so that it is kept in `run.json`; other packages' as they are."""
+        """Report iprox's own warnings inside the block, for `run.json`; show those of other packages as usual."""
         with warnings.catch_warnings():
             show = warnings.showwarning
 
@@ -146,15 +138,15 @@ class Session:
     def read(self, pool: Pool, judged_by: Mapping[str, Pool] = MappingProxyType({})) -> PoolSummary:
         """Check and count a pool, with progress.
 
-        Warns of its rows that are in a set that it is judged by, and of columns to be read that no row of any has.
+        Warns about rows that are also in one of the sets `judged_by`, and about named columns that no row has.
 
         Raises:
-            InputError: a file of it is that of a set that it is judged by.
+            InputError: the pool and one of these sets share a file.
         """
         refuse_shared_files(pool, judged_by)
         with self.own_warnings():
             for source in judged_by.values():
-                source.scan()  # tells of all their bad rows, not of the first
+                source.scan()  # reports all bad rows, not only the first
             overlap = Overlap(judged_by)
         with self.own_warnings(), self.reporter.bar("read", None, "rows") as progress:
             summary = pool.scan(progress, overlap.look if judged_by else None)
@@ -168,7 +160,7 @@ class Session:
         return summary
 
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
-        """A model or proxy on the session's device, in its dtype or another (see `load_model`)."""
+        """Load a model or proxy on the session's device, in the session's dtype by default (see `load_model`)."""
         self.note_adapter(path)
         return load_model(
             path,
@@ -179,27 +171,27 @@ class Session:
         )
 
     def note_adapter(self, path: str | Path) -> None:
-        """Say that a model is a PEFT adapter, which is merged into its base model, unless iprox has trained it."""
+        """Warn that a model is a PEFT adapter, which is merged into its base model, unless iprox trained it."""
         base = adapter_base(path)
         if base is not None and not (Path(path).parent / CHECKPOINTS).is_file():
-            self.reporter.warn(f"{path} is a PEFT adapter: it is merged into {base} first")
+            self.reporter.warn(f"{path} is a PEFT adapter; it is merged into {base} first")
 
     @property
     def load(self) -> Callable[[str], PreTrainedModel]:
-        """What loads a model later, also in another process; `note_adapter` says what it does not."""
+        """A function that loads models and can be sent to other processes; it does not call `note_adapter`."""
         return functools.partial(
             load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
-        """The tokenizer of a model; one without a pad token pads with its end token."""
+        """Load the tokenizer of a model; without a pad token it pads with the EOS token."""
         tokenizer = load_tokenizer(path, trust_remote_code=self.trust_remote_code)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
     def encoder(self, model: str | Path, *others: str | Path) -> ChatEncoder:
-        """What turns examples into tokens for a model, and for others that read the same; its warnings are reported."""
+        """Return the encoder of a model, for examples that `others` will read too; its warnings are reported."""
         configs = (load_config(each, trust_remote_code=self.trust_remote_code) for each in (model, *others))
         reach = ModelLimits.of(*configs)
         encoder = ChatEncoder(
@@ -214,61 +206,52 @@ class Session:
             self.reporter.warn(warning)
         return encoder
 
-    def batches(self, encoded: Sequence[Encoded], pad_id: int) -> Iterable[Batch]:
-        """Length-sorted batches on the session's device."""
-        return on_device(iter_batches(encoded, self.batch_tokens, pad_id), self.device)
+    def batches(self, encoded: Sequence[Encoded]) -> Iterable[Batch]:
+        """Return length-sorted batches on the session's device."""
+        return on_device(iter_batches(encoded, self.batch_tokens), self.device)
 
 
 def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
-    """Refuse a pool that is judged by itself, before it is read.
+    """Refuse a pool that shares a file with a validation or test set.
 
     Args:
         pool: the candidates.
-        judged_by: by what each is, e.g. `validation set of gsm8k`.
-
-    Raises:
-        InputError: a file is both the pool's and such a set's.
+        judged_by: sets by their names in messages, e.g. `validation set of gsm8k`.
     """
     for name, source in judged_by.items():
         file = pool.shared_file(source)
         if file is not None:
             raise InputError(
-                f"{file}: is both the {pool.name}'s and the {name}: each row would be judged by itself; take the rows "
-                "of that set out of the pool, into a file of their own"
+                f"{file}: is part of both the {pool.name} and the {name}, so rows would be judged by themselves; move "
+                "the rows of that set to a file of their own"
             )
 
 
-def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills padding. Any will do where attention is causal and padding is on the right."""
-    pad = tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else 0
-
-
 def share(total: int, fraction: float) -> int:
-    """Number of rows in a share of the pool, but never fewer than `AT_LEAST` (a pool that small is taken whole)."""
+    """Return the number of rows in a fraction of the pool, at least `AT_LEAST` or the whole pool."""
     return max(round(total * fraction), min(AT_LEAST, total))
 
 
 def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:
-    """Tokens and supervised tokens of some examples."""
+    """Return the numbers of tokens and of supervised tokens of some examples."""
     return sum(len(row.input_ids) for row in encoded), sum(row.supervised for row in encoded)
 
 
 def pool_of(files: str | list[str], settings: Settings, name: str = "pool") -> Pool:
-    """Return the examples of some files, read as the settings say."""
+    """Return a pool of files, read as the settings say."""
     return Pool(files, name=name, on_bad_row=settings.data.on_bad_row, columns=settings.data.columns)
 
 
 def tasks_of(files: Mapping[str, str | list[str]], settings: Settings) -> dict[str, Pool]:
-    """The examples of each task, validation or test."""
+    """Return the pool of each task's validation or test files."""
     return {task: pool_of(names, settings, task) for task, names in files.items()}
 
 
-def encode_validation(encoder: ChatEncoder, pools: dict[str, Pool]) -> dict[str, list[Encoded]]:
-    """Every task's validation set, encoded.
+def encode_validation(encoder: ChatEncoder, pools: Mapping[str, Pool]) -> dict[str, list[Encoded]]:
+    """Return the encoded validation set of each task.
 
     Raises:
-        InputError: a task without an example that has a supervised token.
+        InputError: no example of a task has a supervised token.
     """
     encoded: dict[str, list[Encoded]] = {}
     for task, pool in pools.items():

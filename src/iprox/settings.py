@@ -1,7 +1,7 @@
-"""Every setting of iprox, written once: name, type, default, rule, and what it means.
+"""Every setting of iprox, written once: name, type, default, rule, and meaning.
 
-The recipe is these sections as YAML. The options of the commands, the checks of the Python functions and the table in
-docs/recipe.md are made from them. Imports nothing heavy, so that a mistake is refused at once.
+A recipe is these sections as YAML. The options of the commands, the checks of the Python functions and the table in
+docs/recipe.md are generated from them. Imports nothing heavy, so that mistakes are refused at once.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-# In the order they are done.
+# In order.
 STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
 
-# Fraction of a ranking that counts as its top where overlaps are named.
+# Default fraction of a ranking that counts as its top.
 NAMED_SHARE = 0.05
 
-# The best peak of Adam falls with the width of a model (Yang et al., arXiv:2203.03466): this over the hidden size is
-# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few numbers to move: ten times that.
+# Adam's best learning rate falls with the width of the model (Yang et al., arXiv:2203.03466): 0.1 / hidden size is
+# 2.4e-5 at 4,096 and 1.7e-4 at 576. Adapters start at zero and have few parameters, so they take ten times that.
 RATE_TIMES_WIDTH, LORA_RATE = 0.1, 10
-# A warm-up on 5 % of the pool, but on enough rows to learn the format, and not on more than that takes.
+# The warm-up takes 5 % of the pool, but enough rows to learn the format, and not more than needed.
 WARMUP_FRACTION, FEWEST_WARMUP, MOST_WARMUP = 0.05, 500, 10_000
 
 
 class Section(BaseModel):
-    """A section. Unknown keys are refused; values are checked when it is made and whenever one is set."""
+    """A section of settings. Unknown keys are refused; values are checked on creation and on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
@@ -37,39 +37,37 @@ def setting(default: Any, meaning: str, left_out: str | None = None, **rules: An
     """Return a field of a section.
 
     Args:
-        default: Value where the key is left out; `...` if it must be given.
-        meaning: One line for the help of commands and the documentation.
-        left_out: What the default amounts to, where the value itself does not say it.
-        **rules: Bounds, as for `pydantic.Field`.
+        default: default value; `...` if the key is required.
+        meaning: one line for the help of commands and for the documentation.
+        left_out: description of the default, if its value does not say it.
+        **rules: bounds, as for `pydantic.Field`.
     """
     return Field(default, description=meaning, json_schema_extra={"left_out": left_out} if left_out else None, **rules)
 
 
-# Of a whole, from nothing to all.
 Share = Annotated[float, Field(ge=0, le=1)]
 Files = str | list[str]
 
 
 class ReadingSection(Section):
-    """How examples are read, and which."""
+    """Which examples are read, and how."""
 
     pool: list[str] = setting([], "candidates: files, globs, folders or hf://datasets/...")
     validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
     max_length: int = setting(
         2048,
-        "longest example in tokens, or what the model reads if that is less; longer ones keep the answer, the prompt "
-        "is cut from the left",
+        "longest example in tokens, at most what the model reads; longer ones keep the answer, and the prompt is cut "
+        "from the left",
         ge=8,
     )
     chat_template: str | None = setting(None, "chatml, or a Jinja file", "the tokenizer's own")
     on_bad_row: Literal["stop", "skip"] = setting(
         "stop",
-        "skip leaves bad rows out, counted and reported; rows that the chat template refuses then have no score",
+        "skip leaves bad rows out, and reports them; rows that the chat template refuses then have no score",
     )
     columns: dict[str, str] = setting(
         {},
-        "your columns by the name they are read as: {output: response, source: category}; {source: null} leaves a "
-        "column unread",
+        "your column names by iprox's names: {output: response, source: category}; {source: null} ignores a column",
     )
     num_proc: int | None = setting(
         None, "processes that tokenize ahead of scoring", "0 on a CPU, up to 4 on an accelerator", ge=0
@@ -89,14 +87,14 @@ class ReadingSection(Section):
 
 
 class DataSection(ReadingSection):
-    """What a whole run reads: there is no run without a pool and a validation set."""
+    """What a whole run reads; the pool and the validation sets are required."""
 
     pool: list[str] = setting(..., "candidates: files, globs, folders or hf://datasets/...", min_length=1)
     validation: dict[str, Files] = setting(..., "file or files per task", min_length=1)
 
 
 class LoraSection(Section):
-    """Low-rank adapters on every linear layer but the head, trained instead of the weights (arXiv:2106.09685)."""
+    """Low-rank adapters on all linear layers but the head, trained instead of the weights (arXiv:2106.09685)."""
 
     rank: int = setting(16, "rank of the adapters", ge=1)
     alpha: float | None = setting(None, "adapters are scaled by alpha / rank", "twice the rank", gt=0)
@@ -104,7 +102,7 @@ class LoraSection(Section):
 
     @property
     def scale(self) -> float:
-        """`alpha`, or its value when left out."""
+        """`alpha`, or its default."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
 
@@ -118,10 +116,10 @@ class TrainingSection(Section):
     learning_rate: float | None = setting(None, "peak learning rate, with cosine decay", _RATE, gt=0)
     batch_size: int = setting(16, "examples per batch", ge=1)
     accumulate: int = setting(
-        1, "batches per optimizer step: 4 batches of 4 take the steps of one of 16, in less memory", ge=1
+        1, "batches per optimizer step: 4 batches of 4 train like one of 16, with less memory", ge=1
     )
     lora: LoraSection | Literal[False] = setting(
-        False, "train LoRA adapters instead of all weights; {} takes their defaults; needs pip install 'iprox[lora]'"
+        False, "train LoRA adapters instead of all weights; {} for their defaults; needs pip install 'iprox[lora]'"
     )
 
     @field_validator("lora", mode="before")
@@ -130,14 +128,14 @@ class TrainingSection(Section):
         return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its default for a hidden size."""
         if self.learning_rate is not None:
             return self.learning_rate
         return RATE_TIMES_WIDTH / hidden_size * (LORA_RATE if self.lora else 1)
 
 
 class WarmupSection(TrainingSection):
-    """Brief fine-tuning of the target on a random share of the pool before anything is scored."""
+    """Brief fine-tuning of the target on a random sample of the pool, before anything is scored."""
 
     fraction: float | None = setting(
         None, "random fraction of the pool to train on", "5 % of the pool, but 500 to 10,000 examples", gt=0, le=1
@@ -145,7 +143,7 @@ class WarmupSection(TrainingSection):
     epochs: int = setting(2, "passes over the examples; a checkpoint is kept after each", ge=1)
 
     def examples(self, total: int) -> int:
-        """Return the number of examples to train on, of a pool of some size."""
+        """Return the number of examples to train on, for a pool of `total` rows."""
         if self.fraction is not None:
             return max(1, round(total * self.fraction))
         return min(total, max(FEWEST_WARMUP, min(MOST_WARMUP, round(total * WARMUP_FRACTION))))
@@ -166,23 +164,23 @@ class ProbeSection(Section):
 
 
 class AlignSection(Section):
-    """Tuning of the factors until the proxy's gradients or logits match the target's."""
+    """Tuning of the proxy's factors until its gradients or logits match the target's."""
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
     epochs: int = setting(5, "passes over these examples", ge=1)
     batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
     accumulate: int = setting(
-        1, "batches per optimizer step; with batch_size 1 every example is matched by itself, not a mean", ge=1
+        1, "batches per optimizer step; with batch_size 1 examples are matched one by one, not by their mean", ge=1
     )
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
-        1.0, "weight of the distance of gradients; 0 matches the logits only, at a third of the cost", ge=0
+        1.0, "weight of the gradients' distance; 0 matches only the logits, at a third of the cost", ge=0
     )
     kl_weight: float = setting(0.1, "weight of the KL divergence of the logits (temperature 2)", ge=0)
-    hidden_weight: float = setting(0.0, "weight of the relative squared distance of hidden states", ge=0)
+    hidden_weight: float = setting(0.0, "weight of the hidden states' relative squared distance", ge=0)
     held_out: int = setting(
         128,
-        "examples of the pool on which fidelity is watched, before the first step and four times after it; the best "
+        "examples of the pool that fidelity is measured on, before the first step and four times after it; the best "
         "factors are kept, and alignment stops after two evaluations without gain; 0 keeps the last factors",
         ge=0,
     )
@@ -191,44 +189,44 @@ class AlignSection(Section):
     def _something_to_match(self) -> AlignSection:
         if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
             raise ValueError(
-                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by; "
-                "or align: false"
+                "gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to match; "
+                "set one, or align: false"
             )
         if 0 < self.held_out < 16:
-            raise ValueError("held_out: fewer than 16 examples say too little; give 0 to keep the last factors")
+            raise ValueError("held_out: fewer than 16 examples are too few; give 0 to keep the last factors")
         return self
 
 
-# How large a proxy may be, in the order they are documented.
+# The settings that fix the size of a proxy; exactly one is given.
 SIZES = ("sparsity", "flops", "fidelity")
 
 
 class ProxySection(Section):
-    """How the proxy is made, and how large it may be."""
+    """How the proxy is made, and its size."""
 
     method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = setting(
         "ipsvd", "how layers become low-rank; all but ipsvd are baselines"
     )
     sparsity: float | None = setting(
-        None, "fraction of the linear parameters to remove; one of this, flops and fidelity", "0.7", gt=0, lt=1
+        None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
     )
     flops: float | None = setting(
         None, "FLOPs per token (linear layers and head), as a fraction of the target's", gt=0, lt=1
     )
     fidelity: float | None = setting(
         None,
-        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, by the lower "
-        "bound of a 95 % interval",
+        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, judged by the "
+        "lower bound of a 95 % interval",
         gt=0,
         lt=1,
     )
-    held_out: int = setting(256, "examples of the pool on which fidelity is measured", ge=16)
-    model: str | None = setting(None, "the proxy itself, with method off-the-shelf, which takes no size")
-    ranks: Literal["global", "uniform"] = setting("global", "how ranks are shared out among layers")
+    held_out: int = setting(256, "examples of the pool that fidelity is measured on", ge=16)
+    model: str | None = setting(None, "the proxy itself, for the method off-the-shelf, which takes no size")
+    ranks: Literal["global", "uniform"] = setting("global", "how ranks are distributed over layers")
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = setting(
         "auto", "fraction of the mean eigenvalue added to the second moments; auto chooses it (Ledoit and Wolf)"
     )
-    probe: ProbeSection = setting(ProbeSection(), "what second moments are measured on")
+    probe: ProbeSection = setting(ProbeSection(), "the examples that second moments are measured on")
     align: AlignSection | Literal[False] = setting(AlignSection(), "how the proxy is aligned, or false")
 
     @model_validator(mode="after")
@@ -236,33 +234,33 @@ class ProxySection(Section):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
-                raise ValueError(f"align tunes low-rank factors, and the method {self.method} has none")
+                raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
             object.__setattr__(self, "align", False)
         if self.method == "off-the-shelf":
             if self.model is None or given:
-                raise ValueError("the method off-the-shelf takes `model`, and no size: its size is what it is")
+                raise ValueError("the method off-the-shelf takes `model`, and no size")
             return self
         if self.model is not None:
-            raise ValueError("`model` goes with the method off-the-shelf only")
+            raise ValueError("`model` is only for the method off-the-shelf")
         if self.fidelity is not None and self.method == "layers":
-            raise ValueError("fidelity goes with methods that factorize layers: give the method layers a size")
+            raise ValueError("fidelity is only for methods that factorize layers; give the method layers a size")
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
-            # Past the validate_assignment machinery, which would run this validator again.
+            # Bypasses validate_assignment, which would run this validator again.
             object.__setattr__(self, "sparsity", 0.7)
         return self
 
     @property
     def factorized(self) -> bool:
-        """Whether the proxy has low-rank factors, which is what alignment tunes."""
+        """Whether the proxy has low-rank factors, which alignment tunes."""
         return self.method not in ("layers", "off-the-shelf")
 
 
-# Numbers per example: the 8,192 that LESS takes. Sixteen kilobytes; a million examples are 16 GB.
+# Numbers per example in an index, as in LESS: 16 kB per example, 16 GB per million.
 DIMENSION = 8192
 
-# Share of the norm of each validation example's gradient that scores by validation example keep unless asked otherwise.
+# Default fraction of the norm of each validation example's gradient that is kept for scores by validation example.
 EXAMPLES_NORM = 0.9
 
 EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", "length", "perplexity", "rds", "bm25"]
@@ -270,19 +268,19 @@ EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What an estimator needs and what it gives. `iprox.influence.estimators` has the class of each.
+    """What an estimator needs and provides. `iprox.influence.estimators` has the class of each.
 
     Attributes:
-        gradients: whether it takes gradients; the others are baselines (`iprox.influence.baselines`).
+        gradients: whether it uses gradients; the others are baselines (`iprox.influence.baselines`).
         model: whether it runs the model.
         curvature: whether it measures curvature on a sample of the pool.
-        optimizer: whether it reads the state of the warm-up's optimizer.
+        optimizer: whether it reads the optimizer's state of the warm-up.
         corpus: whether it counts the terms of the whole pool.
-        by_task: whether it looks at the validation examples; otherwise all tasks have the same scores.
-        by_example: whether it can score every validation example by itself.
+        by_task: whether it depends on the validation examples; otherwise all tasks have the same scores.
+        by_example: whether it can score each validation example separately.
         seeded: whether its scores depend on the seed.
-        query_norm: share of the validation gradients' norm that is kept on a proxy unless asked otherwise
-            (`benchmarks/queries.py`): what is lost is small next to what the proxy loses. Gradients divided by a
+        query_norm: default fraction of the validation gradients' norm that is kept on a proxy
+            (`benchmarks/queries.py`). What is lost is small next to the error of the proxy. Gradients divided by a
             curvature are less low-rank.
     """
 
@@ -315,12 +313,12 @@ ESTIMATORS: dict[str, Traits] = {
     "bm25": Traits(gradients=False, model=False, corpus=True),
 }
 
-# Settings of influence that say what a gradient is, and so how faithful a proxy's are.
+# Settings of influence that the fidelity of a proxy depends on.
 OF_GRADIENTS = ("estimator", "curvature_examples", "damping", "query", "query_norm", "normalize")
 
 
 class InfluenceSection(Section):
-    """How candidates are scored, and at which of the warm-up's checkpoints.
+    """How candidates are scored, and at which checkpoints of the warm-up.
 
     Audits and `refine` score the target with whole validation gradients, whatever `query_norm` is.
     """
@@ -333,11 +331,11 @@ class InfluenceSection(Section):
     curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)
     damping: float = setting(0.1, "damping of the curvature, as a fraction of the mean eigenvalue of each layer", gt=0)
     query: Literal["target", "proxy"] = setting(
-        "target", "where the validation gradients are taken when candidates are scored on a proxy"
+        "target", "where validation gradients are taken when candidates are scored on a proxy"
     )
     query_norm: float | None = setting(
         None,
-        "fraction of the validation gradients' norm that is kept when they are made low-rank; 1 is exact",
+        "fraction of the validation gradients' norm that their low-rank form keeps; 1 is exact",
         "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
         gt=0,
         le=1,
@@ -347,7 +345,7 @@ class InfluenceSection(Section):
     )
     per_example: bool | None = setting(
         None,
-        "keep the scores per validation example too, so that the examples can take turns to choose",
+        "also keep the scores per validation example, so that these examples can take turns to choose",
         "true where the estimator has them",
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
@@ -363,7 +361,7 @@ class InfluenceSection(Section):
 
     @property
     def traits(self) -> Traits:
-        """What the estimator needs and what it gives."""
+        """What the estimator needs and provides."""
         return ESTIMATORS[self.estimator]
 
     @property
@@ -373,16 +371,16 @@ class InfluenceSection(Section):
 
     @property
     def exact(self) -> InfluenceSection:
-        """The same with whole mean validation gradients: how a target is scored when a proxy is compared with it."""
+        """The same settings with whole mean validation gradients, for the target's scores in a comparison."""
         return self.of_tasks.model_copy(update={"query_norm": 1.0})
 
     @property
     def of_tasks(self) -> InfluenceSection:
-        """The same without scores by validation example, which cost a little more."""
+        """The same settings without scores by validation example, which cost a little more."""
         return self.model_copy(update={"per_example": False})
 
     def kept_norm(self, *, on_proxy: bool) -> float:
-        """Return the share of the validation gradients' norm to keep when candidates are scored on a proxy or not."""
+        """Return the fraction of the validation gradients' norm to keep when scoring on a proxy, or not on one."""
         if self.query_norm is not None:
             return self.query_norm
         if self.by_example and not self.traits.optimizer:
@@ -395,10 +393,10 @@ class InfluenceSection(Section):
             return self
         if self.normalize != "none":
             if "normalize" in self.model_fields_set:
-                raise ValueError(f"normalize applies to gradients, and {self.estimator} takes none; leave it out")
+                raise ValueError(f"normalize applies to gradients, and {self.estimator} uses none; leave it out")
             object.__setattr__(self, "normalize", "none")
         if self.checkpoints == "all":
-            raise ValueError(f"checkpoints: all sums gradients, and {self.estimator} takes none; leave it at last")
+            raise ValueError(f"checkpoints: all is for gradients, and {self.estimator} uses none; leave it at last")
         return self
 
     @model_validator(mode="after")
@@ -406,7 +404,7 @@ class InfluenceSection(Section):
         if self.per_example and not self.traits.by_example:
             raise ValueError(f"per_example: {self.estimator} has no scores by validation example")
         if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.by_example:
-            raise ValueError(f"{self.estimator} forms whole gradients, so a query_norm saves nothing: leave it out")
+            raise ValueError(f"{self.estimator} forms whole gradients, so query_norm saves nothing; leave it out")
         return self
 
 
@@ -414,34 +412,32 @@ Strategy = Literal["top", "round-robin"]
 
 
 def rows_in_share(share: float, total: int) -> int:
-    """Return a share of all rows, rounded to the nearest number, at least one."""
+    """Return the number of rows in a fraction of all rows, at least one."""
     return max(1, round(share * total))
 
 
 class SelectSection(Section):
-    """What is chosen, by which strategy, and what it must keep to."""
+    """How many rows are selected, how they are ranked, and which constraints apply."""
 
     fraction: float | None = setting(None, "fraction of the pool to select", "0.05", gt=0, le=1)
     count: int | None = setting(None, "number of rows to select, instead of a fraction", ge=1)
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
     strategy: Strategy = setting(
         "round-robin",
-        "round-robin: validation examples take turns, each chooses the row that is best for it; top: the highest "
-        "influence on all together",
+        "round-robin: validation examples take turns, each choosing the row that is best for it; top: the rows "
+        "with the highest influence on all of them together",
     )
-    task: str | None = setting(None, "choose by the scores of this task alone", "all tasks")
+    task: str | None = setting(None, "select by the scores of this task alone", "all tasks")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = setting(
-        {}, "how much each task counts, 1 where it is not named: {math: 2, code: 0.5}"
+        {}, "weights of the tasks, 1 for those not named: {math: 2, code: 0.5}"
     )
-    threshold: float | None = setting(
-        None, "lowest score to choose; alone it takes all rows above it, with a size there may be fewer rows"
-    )
-    source_floor: dict[str, Share] = setting({}, "least fraction of the selection per source: {code: 0.1}")
+    threshold: float | None = setting(None, "lowest score to select; without a size, all rows above it are selected")
+    source_floor: dict[str, Share] = setting({}, "smallest fraction of the selection per source: {code: 0.1}")
     source_cap: Share | dict[str, Share] | None = setting(
         None, "largest fraction of the selection, for any source (0.3) or per source"
     )
     deduplicate: float | None = setting(
-        None, "similarity of words, e.g. 0.8, from which the worse of two rows is left out (MinHash)", gt=0, le=1
+        None, "word similarity (MinHash), e.g. 0.8, above which the worse of two rows is left out", gt=0, le=1
     )
 
     @model_validator(mode="after")
@@ -450,13 +446,13 @@ class SelectSection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of fraction, count and tokens, not {' and '.join(given)}")
         if self.weights and self.task is not None:
-            raise ValueError(f"weights are for several tasks, and task selects by {self.task} alone: leave one out")
+            raise ValueError(f"weights are for several tasks, but task selects by {self.task} alone; leave one out")
         if not given and self.threshold is None:
             object.__setattr__(self, "fraction", 0.05)
         if self.by_source and self.fraction is None and self.count is None:
-            raise ValueError("source_floor and source_cap are shares of a number of rows: give fraction or count")
+            raise ValueError("source_floor and source_cap are fractions of a number of rows; give fraction or count")
         if sum(self.source_floor.values()) > 1:
-            raise ValueError(f"the shares of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
+            raise ValueError(f"the values of source_floor add up to {sum(self.source_floor.values()):g}, more than 1")
         return self
 
     @property
@@ -465,57 +461,57 @@ class SelectSection(Section):
         return bool(self.source_floor or self.source_cap is not None)
 
     def rows_of(self, total: int) -> int | None:
-        """Return the number of rows to choose from a pool of a given size; None where another limit decides."""
+        """Return the number of rows to select from a pool of `total` rows; None if another limit decides."""
         return self.count if self.fraction is None else rows_in_share(self.fraction, total)
 
     def caps(self) -> dict[str | None, float]:
-        """Return the largest shares by source; the key None stands for every source that is not named."""
+        """Return the largest fraction of each source; the key None stands for sources that are not named."""
         if self.source_cap is None:
             return {}
         return {**self.source_cap} if isinstance(self.source_cap, dict) else {None: self.source_cap}
 
 
 class AuditSection(Section):
-    """A random sample scored on the target too, to compare the proxy's scores with, and retraining on parts of it."""
+    """Scoring of a random sample on proxy and target, to compare them, and retraining on parts of it."""
 
     sample: int = setting(500, "examples scored on both proxy and target", ge=10)
     lds: int = setting(
         0,
-        "retrain on this many random halves of the sample, and correlate predicted with true losses (linear "
-        "datamodeling score); 0 does not",
+        "retrain on this many random halves of the sample, and correlate predicted with actual losses (linear "
+        "datamodeling score); 0 for none",
         ge=0,
     )
     removal: int = setting(
         0,
-        "retrain this many times without the top 5 % of the sample and without random rows, and compare the rise of "
-        "the validation loss; 0 does not",
+        "retrain this many times without the top 5 % of the sample and without random rows, and compare the "
+        "validation losses; 0 for none",
         ge=0,
     )
-    epochs: int = setting(1, "passes of each retraining, from the checkpoint of the scores", ge=1)
-    learning_rate: float | None = setting(None, "peak of each retraining", "0.1 / hidden size", gt=0)
+    epochs: int = setting(1, "epochs of each retraining, from the checkpoint that was scored", ge=1)
+    learning_rate: float | None = setting(None, "peak learning rate of each retraining", "0.1 / hidden size", gt=0)
     batch_size: int = setting(16, "examples per batch of each retraining", ge=1)
 
     @model_validator(mode="after")
     def _enough(self) -> AuditSection:
         if 0 < self.lds < FEWEST_SUBSETS:
-            raise ValueError(f"lds: fewer than {FEWEST_SUBSETS} subsets say too little; 0 leaves it out")
+            raise ValueError(f"lds: fewer than {FEWEST_SUBSETS} subsets are too few; 0 leaves it out")
         if self.removal == 1:
             raise ValueError("removal: one repeat has no standard error; give 2 or more, or 0 to leave it out")
         return self
 
     def peak(self, hidden_size: int) -> float:
-        """Return `learning_rate`, or its value for a model of some hidden size when left out."""
+        """Return `learning_rate`, or its default for a hidden size."""
         return RATE_TIMES_WIDTH / hidden_size if self.learning_rate is None else self.learning_rate
 
 
-# Fewest subsets that a linear datamodeling score is measured on, and the fraction of the rows that each has.
+# Smallest number of subsets for a linear datamodeling score, and the fraction of the rows in each.
 FEWEST_SUBSETS, SUBSET_FRACTION = 10, 0.5
-# Fraction of the audited rows that the removal test leaves out.
+# Fraction of the audited rows that the removal test removes.
 REMOVED_FRACTION = 0.05
 
 
 class RefineSection(Section):
-    """The proxy's best rows, scored again on the target; the selection is made among these, by the target's scores."""
+    """Scoring of the proxy's best rows again on the target; the selection is then made among these."""
 
     candidates: float = setting(
         0.2, "fraction of the pool that the target scores again: the rows that select ranks highest", gt=0, lt=1
@@ -529,39 +525,39 @@ class FinetuneSection(TrainingSection):
 
 
 class Settings(Section):
-    """What a command computes with; each reads some of the sections."""
+    """The settings of a command; each command reads some of the sections."""
 
     model: str | None = setting(None, "hub id or folder of a causal language model")
     output: str | None = setting(None, "folder for the results, made if missing")
-    data: ReadingSection = setting(ReadingSection(), "what is read, and how")
+    data: ReadingSection = setting(ReadingSection(), "which examples are read, and how")
     warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
     proxy: ProxySection | Literal[False] = setting(
-        ProxySection(), "what candidates are scored on, or false: the target"
+        ProxySection(), "the model that candidates are scored on, or false to score on the target"
     )
     influence: InfluenceSection = setting(InfluenceSection(), "how candidates are scored")
     audit: AuditSection | Literal[False] = setting(AuditSection(), "how faithful the proxy is, or false")
-    refine: RefineSection | Literal[False] = setting(False, "scoring the best rows again on the target, or false")
-    select: SelectSection = setting(SelectSection(), "what is selected")
-    finetune: FinetuneSection | Literal[False] = setting(False, "training on the selection; {} for defaults")
-    seed: int = setting(0, "seed of every draw and order", ge=0, lt=2**32)
+    refine: RefineSection | Literal[False] = setting(False, "scoring of the best rows again on the target, or false")
+    select: SelectSection = setting(SelectSection(), "how rows are selected")
+    finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
+    seed: int = setting(0, "seed of all random draws and orders", ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "number format of the products; auto is bfloat16 where the device has it natively"
+        "auto", "dtype of matrix products; auto is bfloat16 if the device supports it natively"
     )
-    device: str = setting("auto", "cpu or cuda; cuda:1 only where nothing is trained")
+    device: str = setting("auto", "cpu or cuda; cuda:1 only if nothing is trained")
     batch_tokens: int = setting(4096, "largest rows × longest row of a batch", ge=1)
     compile: Literal["auto"] | bool = setting(
-        "auto", "run models compiled by torch.compile; auto does where that repays the time it takes"
+        "auto", "compile models with torch.compile; auto does so where it saves time"
     )
-    ray_workers: int = setting(0, "Ray actors that score, each with a copy of the model; 0 scores here", ge=0)
+    ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
     tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "where training curves go")
-    trust_remote_code: bool = setting(False, "let a model's own code run")
+    trust_remote_code: bool = setting(False, "allow models to run their own code")
 
 
 class Recipe(Settings):
-    """A whole run. Paths are relative to the working directory, as on the command line."""
+    """The settings of a whole run. Paths are relative to the working directory."""
 
     model: str = setting(..., "hub id or folder of a causal language model")
-    data: DataSection = setting(..., "what is read, and how")
+    data: DataSection = setting(..., "which examples are read, and how")
     output: str = setting(..., "run folder, made if missing")
 
     @model_validator(mode="after")
@@ -573,7 +569,7 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _refined_from_a_proxy(self) -> Recipe:
         if self.refine and not self.proxy:
-            raise ValueError("refine has the target score a proxy's best rows again, and proxy is off: leave it out")
+            raise ValueError("refine scores a proxy's best rows again on the target, but proxy is off; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -584,18 +580,18 @@ class Recipe(Settings):
             if unknown is not None:
                 raise ValueError(f"select.{key} {unknown!r} is none of data.validation: {', '.join(tasks)}")
         if self.select.weights and not any(self.select.weights.get(task, 1) for task in tasks):
-            raise ValueError("select.weights are all 0, so there is nothing to choose by")
+            raise ValueError("select.weights are all 0, so there is nothing to select by")
         return self
 
     @model_validator(mode="after")
     def _workers_of_their_own(self) -> Recipe:
         if self.ray_workers and ":" in self.device:
             raise ValueError(
-                f"ray_workers: each worker has a GPU of its own: set device to cuda, not {self.device}, and choose "
+                f"ray_workers: each worker uses its own GPU; set device to cuda, not {self.device}, and choose "
                 "GPUs with CUDA_VISIBLE_DEVICES"
             )
         if self.ray_workers and self.data.num_proc:
-            raise ValueError("data.num_proc tokenizes ahead in this process, and ray_workers score in others")
+            raise ValueError("data.num_proc is for scoring in this process, and ray_workers for others; leave one out")
         return self
 
     @model_validator(mode="after")
@@ -604,21 +600,21 @@ class Recipe(Settings):
             return self
         name = f"influence.estimator {self.influence.estimator}"
         if not self.warmup:
-            raise ValueError(f"{name} reads the optimizer's state of the warm-up, which is off")
+            raise ValueError(f"{name} needs the optimizer's state of the warm-up, which is off")
         if self.warmup.lora:
-            raise ValueError(f"{name} reads Adam's moments of the weights, and warmup.lora trains none")
+            raise ValueError(f"{name} needs Adam's moments of the weights, which warmup.lora does not train")
         if self.proxy and not self.proxy.factorized:
-            raise ValueError(f"{name} needs a proxy whose layers are the target's; use another method")
+            raise ValueError(f"{name} needs a proxy with the target's layers; use another method")
         return self
 
     @property
     def trains_adapters(self) -> bool:
-        """Whether some training is of adapters."""
+        """Whether any training uses adapters."""
         return any(training and training.lora is not False for training in (self.warmup, self.finetune))
 
 
 def fields_of(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every setting by its whole key, e.g. `proxy.align.epochs`, sections before what is in them."""
+    """Yield every setting with its full key, e.g. `proxy.align.epochs`; a section comes before its settings."""
     for name, field in section.model_fields.items():
         yield prefix + name, field
         for part in (field.annotation, *get_args(field.annotation)):

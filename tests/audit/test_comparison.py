@@ -87,7 +87,7 @@ def test_what_is_constant_has_no_correlation_and_json_says_null():
 @pytest.mark.parametrize(
     ("scores", "share", "message"),
     [
-        ({"x": table(drawn(0))}, 0.05, "two scores or more"),
+        ({"x": table(drawn(0))}, 0.05, "two or more scores"),
         ({"x": table(drawn(0)), "y": table(drawn(1))}, 1.0, "above 0 and below 1, not 1.0"),
         ({"x": table(drawn(0)), "y": table(drawn(1), tasks=("c", "d"))}, 0.05, "x has a, b; y has c, d"),
         ({"x": table(drawn(0)), "y": table(drawn(1)[:9])}, 0.05, "only 9 rows have all"),
@@ -98,7 +98,7 @@ def test_what_is_constant_has_no_correlation_and_json_says_null():
         ),
         ([table(drawn(0)), table(drawn(1))], 0.05, "takes scores tables by name"),
         ({"x": "scores", "y": table(drawn(1))}, 0.05, "takes scores tables by name"),
-        ({"x": table(drawn(0)), "y": table(drawn(1), ["row-0"] * ROWS)}, 0.05, "y: an id is there twice"),
+        ({"x": table(drawn(0)), "y": table(drawn(1), ["row-0"] * ROWS)}, 0.05, "y: an id occurs twice"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(scores, share, message):

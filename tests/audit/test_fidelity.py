@@ -5,9 +5,7 @@ import pytest
 from scipy import stats
 
 from iprox.audits import compare_scores
-from iprox.audits.breakdown import calibration, disagreements
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.overlap import telling_share, top_overlap
+from iprox.audits.agreement import bootstrap_intervals, disagreements, telling_share, top_overlap
 from iprox.errors import InputError
 from iprox.scores import scores_table
 
@@ -82,13 +80,10 @@ def test_breakdowns_by_source_and_length(matrices):
     assert sum(entry["rows"] for entry in report.by_length) == 200
 
 
-def test_calibration_and_disagreements():
+def test_disagreements():
     target = np.arange(100, dtype=float)
     proxy = target.copy()
     proxy[[3, 96]] = proxy[[96, 3]]  # one row is rated far too high, one far too low
-    tenths = calibration(proxy, target, 0.05)
-    assert [part["of_target_top"] for part in tenths] == [0.8, 0, 0, 0, 0, 0, 0, 0, 0, 0.2]
-    assert tenths[1]["target_score"] == pytest.approx((target[80:90].mean() - target.mean()) / target.std())
     apart = disagreements(proxy, target)
     assert [entry["position"] for entry in apart] == [3, 96]
     assert apart[0]["proxy"] == pytest.approx(0.035)

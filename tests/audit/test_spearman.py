@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import spearman
 
 # Few distinct values, so that most samples have ties.
 PAIRS = st.lists(st.tuples(st.integers(-3, 3), st.floats(-1e6, 1e6)), min_size=3, max_size=40)

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.utils.logging import disable_progress_bar
 
-from iprox.audits import intervals
+from iprox.audits import agreement
 from iprox.cli import main
 from iprox.planning import stages
 from iprox.proxy import align
@@ -175,7 +175,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     with pytest.MonkeyPatch.context() as patch:
         for module in (align, stages):
             patch.setattr(module, "EVALUATIONS", 1)
-        patch.setattr(intervals, "RESAMPLES", 50)
+        patch.setattr(agreement, "RESAMPLES", 50)
         for module in (steps, stages):
             patch.setattr(module, "ATTRIBUTED", 8)
         return (yield)

@@ -213,7 +213,7 @@ def test_unknown_device(run):
 
 def test_more_selected_than_scored(place, refused):
     said = refused("run", place.recipe, "--quiet", *OFF, "select.count=500", "select.fraction=null")
-    assert "500 rows are to be selected, and the pool has only 200; ask for fewer" in said
+    assert "500 rows are to be selected, but the pool has only 200; ask for fewer" in said
     assert not place.output.exists()
 
 
@@ -254,7 +254,7 @@ def test_foreign_folder_is_left_alone(place, refused, fresh):
     for name in ("recipe.yaml", "thesis.tex"):
         (place.output / name).write_text("years of work")
     said = refused("run", place.recipe, "--quiet", *fresh)
-    assert f"{place.output}: not empty and no iprox run" in said
+    assert f"{place.output}: is not empty and not a run folder" in said
     assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "thesis.tex"]
 
 
@@ -346,7 +346,7 @@ def test_compressing_a_proxy(finished, tmp_path, refused):
 
 def test_fine_tuning_a_proxy(finished, tmp_path, refused):
     said = refused(*single(finished, "finetune", "--model", finished.output / "proxy", "--output", tmp_path / "out"))
-    assert f"{finished.output / 'proxy'}: is an iprox proxy, which is for scoring; fine-tune its target" in said
+    assert f"{finished.output / 'proxy'}: is an iprox proxy, and proxies are for scoring; fine-tune its target" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -394,7 +394,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finish
 def test_what_is_half_written_in_a_foreign_folder_is_left_alone(place, refused):
     (place.output / "proxy").mkdir(parents=True)
     (place.output / "proxy/download.partial").write_text("mine")
-    assert "not empty and no iprox run" in refused("run", place.recipe, "--quiet")
+    assert "is not empty and not a run folder" in refused("run", place.recipe, "--quiet")
     assert (place.output / "proxy/download.partial").read_text() == "mine"
 
 
@@ -432,8 +432,8 @@ def test_an_unreadable_record_of_a_run(copied, refused):
     [
         (["score", "--set=seed=-1"], "seed: input should be greater"),
         (["score", "--set=data.num_proc=-1"], "data.num_proc: input should be greater"),
-        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: is not used with influence.query proxy"),
-        (["score", "--estimator=length", "--target=x"], "--target x: is not used with --estimator length"),
+        (["score", "--set=influence.query=proxy", "--target=x"], "--target x: has no effect with influence.query"),
+        (["score", "--estimator=length", "--target=x"], "--target x: has no effect with --estimator length"),
         (["audit", "--lds=5"], "audit: lds: fewer than 10"),
         (["audit", "--removal=1"], "audit: removal: one repeat"),
         (["audit", "--removal=2", "--set=audit.learning_rate=0"], "audit.learning_rate: "),
@@ -454,7 +454,7 @@ def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
     pq.write_table(table, tmp_path / "scores.parquet")
     files = ["--pool", finished.pool, "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     files += ["--model", finished.output / "aligned", "--output", tmp_path / "out"]
-    assert "does not say how it was scored" in refused("refine", "--scores", tmp_path, *files)
+    assert "does not say how it was made" in refused("refine", "--scores", tmp_path, *files)
     assert "--candidates: input should be less than 1" in refused(
         "refine", "--scores", finished.output, *files, "--candidates=1.5"
     )
@@ -463,7 +463,7 @@ def test_what_is_refined_says_how_it_was_scored(finished, tmp_path, refused):
 
 def test_more_rows_than_are_scored_again_are_refused_before_any_work(place, refused):
     said = refused("run", place.recipe, "--quiet", "--set", "refine.candidates=0.05")
-    assert "20 rows are to be selected, and refine.candidates 0.05 scores 10 again" in said
+    assert "20 rows are to be selected, but refine.candidates 0.05 scores only 10 again" in said
     said = refused("run", place.recipe, "--quiet", "--set", "refine={}", "select={tokens: 100}")
     assert "give select.fraction or select.count" in said
     assert not place.output.exists()
@@ -484,7 +484,7 @@ def test_scores_of_a_longer_pool(finished, tmp_path, refused):
     said = refused(
         "select", "--scores", finished.output, "--pool", short, "--count=5", "--output", tmp_path / "out.jsonl"
     )
-    assert "the scores are of 200 rows, and the pool has 5" in said
+    assert "the scores are for 200 rows, but the pool has 5" in said
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -548,7 +548,7 @@ def test_a_pool_that_changed_since_it_was_scored_is_refused_where_rows_are_known
     assert main([*select, "--output", str(tmp_path / "before.jsonl")]) == 0
     write(tmp_path / "pool.jsonl", rows[::-1])
     said = refused(*select, "--output", tmp_path / "after.jsonl")
-    assert "the files are not those that were scored" in said
+    assert "the files have changed since they were scored" in said
     assert not (tmp_path / "after.jsonl").exists()
 
 
@@ -556,7 +556,7 @@ def test_a_pool_that_changed_since_it_was_scored_is_refused_where_rows_are_known
 def test_learning_rates_are_numbers_above_0(finished, refused, tmp_path, rates):
     common = ["score", "--model", finished.output / "aligned", "--pool", finished.pool, "--output", tmp_path / "out"]
     said = refused(*common, "--validation", f"a={finished.path / 'spelling.jsonl'}", f"--learning-rates={rates}")
-    assert "each must be a number above 0" in said
+    assert "each must be a positive number" in said
 
 
 def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
@@ -568,14 +568,14 @@ def test_a_pool_a_row_shorter_than_was_scored(finished, refused, tmp_path):
         ["select", *scores, "--output", tmp_path / "selected.jsonl"],
         [*refine, *scores, "--output", tmp_path / "refined"],
     ):
-        assert "--pool: the scores are of 200 rows, and the pool has 199" in refused(*command)
+        assert "--pool: the scores are for 200 rows, but the pool has 199" in refused(*command)
     assert not (tmp_path / "selected.jsonl").exists()
 
 
 def test_a_pool_too_small_to_watch_a_proxy_on_is_refused_before_any_work(place, refused):
     place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:15]))
     said = refused("run", place.recipe, "--quiet")
-    assert "alignment is watched on 16 rows or more, and the pool has 15: set proxy.align.held_out to 0" in said
+    assert "watching the alignment needs 16 rows or more, and the pool has 15; set proxy.align.held_out" in said
     said = refused("run", place.recipe, "--quiet", "--set", "proxy={fidelity: 0.9, align: false}")
-    assert "proxy.fidelity is measured on 16 rows or more, and the pool has 15" in said
+    assert "proxy.fidelity needs 16 rows or more, and the pool has 15" in said
     assert not (place.output / "warmup").exists()

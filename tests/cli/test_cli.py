@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 
 import pytest
 
@@ -105,22 +104,6 @@ def test_our_own_faults_show_a_traceback_and_exit_with_1(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert "Traceback" in message
     assert message.splitlines()[-1].startswith("iprox: ZeroDivisionError: oops")
-
-
-def test_doctor_says_what_the_machine_can_do(capsys):
-    assert main(["doctor", "--device", "cpu", "--json"]) == 0
-    said = capsys.readouterr().out
-    found = json.loads(said.splitlines()[-1])
-    assert found["device"] == "cpu"
-    assert found["dtype"] in found["gemm_flops_per_second"]
-    assert all(rate > 1e8 for rate in found["gemm_flops_per_second"].values())
-    assert 0 < found["free_bytes"] <= found["memory_bytes"]
-    assert found["optional"]["peft"] == version("peft")
-    assert main(["doctor", "--device", "cpu"]) == 0
-    said = capsys.readouterr().out
-    assert all(word in said for word in ("FLOP/s", "optional package", "compiler", "→"))
-    assert main(["doctor", "--device", "cuda:99"]) == 2
-    assert "not usable here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -81,9 +81,9 @@ def test_without_costs_and_with_one_task_no_column_is_empty(finished, tmp_path, 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["run"], "two scores or more"),
+        (["run"], "two or more scores"),
         (["run", "run"], "two scores are called"),
-        (["x=run", "x=copy"], "two scores are called x; name them apart: NAME=x"),
+        (["x=run", "x=copy"], "two scores are called x; give them different names: NAME=x"),
         (["run", "nowhere"], "no such scores file"),
     ],
 )

@@ -62,17 +62,17 @@ def test_an_output_that_is_a_file(both, place):
 
 
 def test_a_pool_that_is_judged_by_itself(both, place, refused, model):
-    assert "is both the pool's and the validation set of spelling" in both(f"data.validation.spelling={place.pool}")
+    assert "part of both the pool and the validation set of spelling" in both(f"data.validation.spelling={place.pool}")
     link = place.path / "link.jsonl"
     link.symlink_to(place.pool)
-    assert "judged by itself" in both(f"data.validation.spelling={link}")
+    assert "judged by themselves" in both(f"data.validation.spelling={link}")
     for command in ("score", "audit"):
         options = ["--proxy", model] if command == "audit" else []
         said = refused(
             *(command, "--model", model, *options, "--pool", place.pool, "--validation", f"a={place.pool}"),
             *("--output", place.path / "out"),
         )
-        assert "judged by itself" in said
+        assert "judged by themselves" in said
 
 
 def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monkeypatch):

@@ -137,7 +137,7 @@ def test_what_cannot_be_is_refused(indexed, tmp_path, capfd):
     assert make(indexed, indexed.proxies[0], indexed.indexes[0]) == 0  # done already
     assert {file.name: file.read_bytes() for file in indexed.indexes[0].glob("*.arrow")} == before
     assert make(indexed, indexed.proxies[0], indexed.indexes[0], "--dimension=256") == 2
-    assert "exists already, with another result (dimension differ)" in refusal(capfd)
+    assert "exists already and has another result (dimension differ)" in refusal(capfd)
     assert make(indexed, indexed.proxies[0], tmp_path / "index", "--dimension=101") == 2
     assert "power of two" in refusal(capfd)
     assert not (tmp_path / "index").exists()

@@ -50,7 +50,7 @@ def with_tasks(tasks):
         (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
         (
             with_section(influence={"estimator": "less"}, warmup={"lora": {"rank": 4}}),
-            "influence.estimator less reads Adam's moments of the weights, and warmup.lora trains none",
+            "influence.estimator less needs Adam's moments of the weights, which warmup.lora does not train",
         ),
         (with_section(warmup={"lora": {"rank": 0}}), "(given: 0)"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
@@ -110,7 +110,7 @@ def with_tasks(tasks):
             "select.weights: a key must be text, and YAML reads 2 as a number",
         ),
         (with_section(finetune={"test": {False: "x"}}), "finetune.test: a key must be text, and YAML reads no"),
-        (with_section(select={"task": False}), 'text that YAML reads so (yes, no, on, off) is quoted: "no"'),
+        (with_section(select={"task": False}), 'quote text that YAML reads as true or false (yes, no, on, off): "no"'),
         ({**SMALLEST, 1: 2}, 'a key must be text, and YAML reads 1 as a number: quote it, "1"'),
     ],
 )

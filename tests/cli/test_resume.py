@@ -49,7 +49,7 @@ def test_a_changed_setting_is_said_and_redoes_what_depends_on_it(copied, capfd, 
     lines = capfd.readouterr().err.splitlines()
     assert f"settings changed since the last start: {said}" in lines
     assert [
-        line.split(":")[0] for line in lines if "done again, because what it is made from has changed" in line
+        line.split(":")[0] for line in lines if "done again, because its inputs or settings have changed" in line
     ] == again
 
 
@@ -76,7 +76,7 @@ def test_a_stage_done_by_another_version_is_said(copied, capfd):
     (copied.output / "run.json").write_text(json.dumps(record))
     assert main(["run", str(copied.recipe)]) == 0
     err = capfd.readouterr().err
-    assert "✓ score: done already by iprox 0.0.1, and this is" in err
+    assert "✓ score: done already by iprox 0.0.1, not " in err
     assert "settings changed" not in err
     assert err.count("done already by") == 1
 

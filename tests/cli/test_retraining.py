@@ -11,7 +11,7 @@ from iprox.cli import main
 from iprox.data import Pool
 from iprox.session import Session
 from iprox.settings import AuditSection
-from iprox.stages import removal, retraining
+from iprox.stages import retraining
 
 SIDES = ("proxy", "target")
 
@@ -23,7 +23,7 @@ def checkpoint(place):
 
 def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_path, monkeypatch):
     """The proxy ranks the rows of arithmetic first, for arithmetic; the target ranks them last."""
-    monkeypatch.setattr(removal, "REMOVED_FRACTION", 0.2)
+    monkeypatch.setattr(retraining, "REMOVED_FRACTION", 0.2)
     pool = list(Pool([str(finished.pool)]))
     teaching = [example for example in pool if example.source == "arithmetic"][:15]
     examples = teaching + [example for example in pool if example.source != "arithmetic"][:60]
@@ -33,7 +33,7 @@ def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_pa
     settings = AuditSection(removal=3, epochs=2, learning_rate=1e-3, batch_size=8)
     validation = {"arithmetic": Pool([str(finished.path / "arithmetic.jsonl")])}
     session = Session.create(max_length=48)
-    record = removal.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
+    record = retraining.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
     found = json.loads((tmp_path / "removal.json").read_text())
     assert (found["rows"], found["removed"]) == (75, 15)
     proxy, target = (found["tasks"]["arithmetic"][side] for side in SIDES)
@@ -48,7 +48,7 @@ def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_pa
 
 def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished, tmp_path, monkeypatch):
     """Training is replaced by the sum of what is left, so that every figure can be reckoned by hand."""
-    monkeypatch.setattr(removal, "REMOVED_FRACTION", 0.1)
+    monkeypatch.setattr(retraining, "REMOVED_FRACTION", 0.1)
     examples = list(Pool([str(finished.pool)]))[:40]
     session, model = Session.create(max_length=48), checkpoint(finished)
     encoded = session.encoder(model).encode(examples)
@@ -68,7 +68,7 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     pq.write_table(pa.table({"id": [example.id for example in examples], **columns}), tmp_path / "audit.parquet")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
     settings = AuditSection(removal=4)
-    removal.measure_removal(session, model, examples, validation, tmp_path, settings)
+    retraining.measure_removal(session, model, examples, validation, tmp_path, settings)
     found = json.loads((tmp_path / "removal.json").read_text())
     assert (found["rows"], found["removed"]) == (39, 4)  # one has no score
     kept = np.delete(np.arange(40), 7)
@@ -85,7 +85,7 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     assert len(seeds) < 4 * 9  # both sides rank arithmetic alike, which is trained once
     # More repeats cost only those.
     before = len(seeds)
-    removal.measure_removal(session, model, examples, validation, tmp_path, AuditSection(removal=5))
+    retraining.measure_removal(session, model, examples, validation, tmp_path, AuditSection(removal=5))
     assert set(seeds[before:]) == {4}
 
 

@@ -67,7 +67,7 @@ def test_a_command_measures_on_as_many_rows_as_a_run(finished, tmp_path):
 
 
 def test_rules_and_their_words_are_the_same_everywhere(finished, refused, tmp_path):
-    said = "lds: fewer than 10 subsets say too little; 0 leaves it out"
+    said = "lds: fewer than 10 subsets are too few; 0 leaves it out"
     with pytest.raises(ValueError, match=said):
         AuditSection(lds=5)
     files = ["--model=m", "--proxy=p", "--pool", finished.pool, "--validation", "t=v", "--output", tmp_path / "o"]

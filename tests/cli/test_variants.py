@@ -16,7 +16,7 @@ from iprox.data import Pool
 from iprox.selection.strategies import Turns
 from iprox.session import Session
 from iprox.settings import AuditSection
-from iprox.stages import alignment, lds, retraining
+from iprox.stages import alignment, retraining
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
 
@@ -535,7 +535,7 @@ def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
         str(tmp_path / "proxy"),
     ]  # fmt: skip
     assert main(arguments) == 2
-    assert "--fidelity goes with --validation" in capfd.readouterr().err
+    assert "--fidelity and --validation go together" in capfd.readouterr().err
     assert main([*arguments, "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}"]) == 0
     assert json.loads((tmp_path / "proxy/compression.json").read_text())["tries"]
 
@@ -678,7 +678,7 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
     by_place = sorted(examples, key=lambda example: ids.index(example.id))
     settings = AuditSection(lds=30)
-    lds.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
+    retraining.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
     found = json.loads((tmp_path / "audit/lds.json").read_text())
     for task in tasks:
         assert found["tasks"][task]["target"]["lds"] == pytest.approx(1)
@@ -686,7 +686,7 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     # Another validation set is another measurement.
     before = json.loads((tmp_path / "audit/retrained.json").read_text())
     other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
-    lds.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
+    retraining.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
     assert len(json.loads((tmp_path / "audit/retrained.json").read_text())) == len(before) + 30
 
 

@@ -146,7 +146,7 @@ def test_what_less_needs_is_said(tiny):
     model, batch = tiny.model(), tiny.batch([5])
     with pytest.raises(InputError, match="needs the state"):
         scorer_of_batches(model, {"t": [batch]}, estimator="less")
-    with pytest.raises(ValueError, match="a query_norm saves nothing"):
+    with pytest.raises(ValueError, match="query_norm saves nothing"):
         scorer_of_batches(model, {"t": [batch]}, estimator="less", query_norm=0.9)
     state = state_of(model, warmed_optimizer(model, tiny))
     with pytest.raises(TypeError, match="no sum over its tokens"):

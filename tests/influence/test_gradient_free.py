@@ -116,7 +116,7 @@ def test_bm25_is_its_formula(documents, queries):
 
 
 def test_cosine_of_no_gradient_is_refused():
-    with pytest.raises(ValueError, match="perplexity takes none"):
+    with pytest.raises(ValueError, match="perplexity uses none"):
         InfluenceSection(estimator="perplexity", normalize="cosine")
 
 

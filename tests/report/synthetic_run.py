@@ -68,7 +68,7 @@ def write_run(
     Args:
         folder: where to make them.
         name: name of the run folder; the pool is `NAME-pool.jsonl` beside it.
-        without: stages that were switched off; `supervised`: what files of older versions do not say of lengths.
+        without: stages that were switched off.
         rows: rows of the pool.
         tasks: names of the tasks.
 
@@ -103,16 +103,14 @@ def write_run(
         "tokens": pa.array(rng.gamma(3.0, 40.0, rows).astype(np.int32) + 8),
     }
     supervised = np.maximum(columns["tokens"].to_numpy() // 4, 1)
-    if "supervised" not in without:
-        columns["supervised"] = pa.array(supervised.astype(np.int32))
+    columns["supervised"] = pa.array(supervised.astype(np.int32))
     columns |= {f"influence/{task}": nullable(values) for task, values in scores.items()}
     columns["influence"] = nullable(influence)
     pq.write_table(pa.table(columns), run / "scores.parquet")
     if "select" not in without:
         selection = {"strategy": "top", "count": len(chosen), "fraction": 0.05}
         selection |= {"threshold": float(influence[chosen[-1]]), "rows": [int(r) for r in chosen]}
-        if "supervised" not in without:
-            selection["profile"] = profile(supervised, chosen, tasks)
+        selection["profile"] = profile(supervised, chosen, tasks)
         write_json(run / "selection.json", selection)
     if "warmup" not in without:
         points = [

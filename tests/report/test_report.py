@@ -13,24 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, layers, write_json
+from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, TASKS, layers, profile, write_json
 
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.report import formats
 from iprox.report.charts import (
-    alignment_chart,
     fidelity_chart,
-    figures,
     rank_chart,
     safe_json,
     score_histogram,
     source_chart,
     source_counts,
-    tail_chart,
 )
-from iprox.report.charts.audit import top_rows
-from iprox.report.charts.base import COLORS
 from iprox.report.charts.proxy import layers_by_kind
 from iprox.report.charts.scores import bin_edges, count_into
 from iprox.report.charts.training import thin
@@ -89,7 +84,7 @@ def test_full_run_shows_every_section(make_run: MakeRun) -> None:
     assert "0.52×" in page.text
     assert set(charts(html)) == {
         *("chart-influence", "chart-task-0", "chart-task-1", "chart-sources", "chart-lengths"),
-        *("chart-overlap", "chart-calibration", "chart-held-out"),
+        "chart-held-out",
         *("chart-fidelity-0", "chart-fidelity-1", "chart-ranks", "chart-tails", "chart-warmup", "chart-alignment"),
     }
     for words in ("2.1 GB", "1 min 25 s", "3.4 TFLOP", "73,000", "reused", "iprox run recipe.yaml", "49.98 %"):
@@ -107,7 +102,7 @@ def test_page_is_accessible_and_self_contained(make_run: MakeRun) -> None:
     assert page.headings.count(1) == 1
     assert all(after - before <= 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
     drawn = [div for div in page.all("div") if div.get("class") == "chart"]
-    assert len(drawn) == 14
+    assert len(drawn) == 12
     assert all(div["role"] == "img" and len(div["aria-label"] or "") > 30 for div in drawn)
     assert len({div["id"] for div in drawn}) == len(drawn)
     # Nothing in the markup points anywhere but into the page.
@@ -125,7 +120,7 @@ def test_hostile_text_is_only_text(make_run: MakeRun) -> None:
     assert SCRIPT not in html
     assert not page.all("img")
     # Three of ours, one of data for each chart and one for the browser of examples.
-    assert len(page.all("script")) == 4 + 14
+    assert len(page.all("script")) == 4 + 12
     # Plotly reads <b> in labels, so they reach it escaped.
     hovers = charts(html)["chart-sources"]["data"][0]["hovertext"]
     assert any("&lt;img src=x onerror=alert(1)&gt; &amp; &lt;b&gt;co&lt;/b&gt;" in text for text in hovers)
@@ -154,12 +149,6 @@ def test_many_tasks_mark_the_shortest_and_the_longest(make_run: MakeRun) -> None
     layout = charts(build_report(make_run(tasks=tasks)).read_text(encoding="utf-8"))["chart-lengths"]["layout"]
     texts = [each["text"] for each in layout["annotations"]]
     assert [text for text in texts if text.startswith("validation")] == ["validation e: 228", "validation a: 200"]
-
-
-def test_runs_of_older_versions_show_whole_lengths(make_run: MakeRun) -> None:
-    html = build_report(make_run(without=("supervised",))).read_text(encoding="utf-8")
-    assert charts(html)["chart-lengths"]["layout"]["xaxis"]["title"]["text"] == "length (tokens)"
-    assert "Near-duplicates" not in html
 
 
 def test_json_cannot_close_its_script() -> None:
@@ -355,7 +344,7 @@ def break_run(run: Path, fault: str) -> None:
     elif fault == "empty scores":
         pq.write_table(pq.read_table(run / "scores.parquet").slice(0, 0), run / "scores.parquet")
     elif fault == "row out of range":
-        write_json(run / "selection.json", {"strategy": "top", "threshold": 0.0, "rows": [ROWS]})
+        write_json(run / "selection.json", {"strategy": "top", "threshold": 0.0, "rows": [ROWS], "profile": {}})
 
 
 @pytest.mark.parametrize(
@@ -368,7 +357,7 @@ def break_run(run: Path, fault: str) -> None:
         ("bad json", r"selection\.json: not valid JSON"),
         ("list for object", r"run\.json: an object is expected"),
         ("bad parquet", r"scores\.parquet: not a readable Parquet file"),
-        ("missing column", r"scores\.parquet: no column 'tokens'"),
+        ("missing column", r"scores\.parquet: has no column 'tokens'"),
         ("empty scores", "has no rows"),
         ("row out of range", r"selection\.json: names a row outside the 600 rows"),
     ],
@@ -408,7 +397,8 @@ def test_null_sources_and_unscored_pool(make_run: MakeRun) -> None:
     table = table.set_column(table.schema.get_field_index("source"), "source", pa.nulls(ROWS, pa.string()))
     pq.write_table(table, run / "scores.parquet")
     assert "No row has a score." in build(run).text
-    write_json(run / "selection.json", {"strategy": "random", "threshold": None, "rows": [5, 1]})
+    lengths = profile(np.ones(ROWS, np.int64), np.array([5, 1]), TASKS)
+    write_json(run / "selection.json", {"strategy": "top", "threshold": None, "rows": [5, 1], "profile": lengths})
     assert read_run(run).selection is None  # of an earlier start, whose scores were others
     record = json.loads((run / "run.json").read_text())
     record["stages"]["select"] = record["stages"]["score"]
@@ -488,7 +478,6 @@ def test_fidelity_marks_what_both_models_put_on_top() -> None:
     assert (rest, one, both) == (93, 2, 4)
     assert "&lt;b&gt;98" in json.loads(chart.spec)["data"][2]["hovertext"][-1]
     assert fidelity_chart("t", proxy, np.full(100, np.nan), ids, [None] * 100, spearman=0.5) is None
-    assert top_rows(np.array([3.0, 1.0, 2.0]), 0.01).tolist() == [True, False, False]
 
 
 def test_layers_group_by_what_they_do() -> None:
@@ -506,28 +495,6 @@ def test_layer_bars_share_one_scale_that_holds_them_all() -> None:
     assert scales == scales[:1] * 7
     assert 384 <= scales[0][1] <= 1.1 * 384
     assert "27 layers became low-rank, 1 kept dense" in chart.caption
-
-
-def test_a_notebook_draws_the_charts_of_the_page_in_its_colors() -> None:
-    steps = [
-        {"step": k, "loss": 2.0 / k, "gradient": 1.0 / k, "kl": 1.0 / k, "hidden": 0.5, "learning_rate": 1e-4}
-        for k in (1, 2)
-    ]
-    alignment = alignment_chart(steps)
-    assert alignment is not None
-    histogram = score_histogram(np.arange(30.0), [28, 29], 28.0, title="<b>t</b>")
-    both = figures([alignment, histogram])
-    assert [trace.name for trace in both.data[:4]] == ["gradient term", "KL term", "hidden-state term", "loss"]
-    assert len(both.data) == 6
-    assert both.data[3].line.color == both.data[5].marker.color == COLORS["accent"]
-    assert both.layout.barmode == "stack"
-    assert any("&lt;b&gt;t" in title.text for title in both.layout.annotations)
-    assert (both.layout.xaxis.title.text, both.layout.yaxis2.title.text) == ("step", "rows")
-    for chart in (rank_chart(layers()), tail_chart(layers())):
-        assert len(figures([chart]).data) == len(chart.figure.data)
-        assert chart.caption in (figures([chart]).layout.title.text or "")
-    # What the page shows is not changed by that.
-    assert alignment.figure.data[0].line.color is None
 
 
 def test_long_curves_are_averaged_not_cut() -> None:

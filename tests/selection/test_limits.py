@@ -94,12 +94,12 @@ SOURCES = {"flan": 6, "dolly": 3, None: 1}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"count": 11}, "11 rows are to be selected, and the pool has only 10"),
+        ({"count": 11}, "11 rows are to be selected, but the pool has only 10"),
         ({"count": 2, "source_floor": {"fln": 0.5}}, "floor of the source 'fln': .*did you mean 'flan'"),
         ({"count": 2, "source_cap": {"code": 0.5}}, "cap of the source 'code': .*its sources are dolly, flan"),
         ({"count": 8, "source_floor": {"dolly": 0.5}}, r"floor of the source 'dolly', 0.5 of 8 rows, .*\(3\)"),
-        ({"count": 9, "source_cap": 0.5}, "9 rows are to be selected, and the caps of sources leave 8"),
-        ({"count": 9, "source_cap": {"flan": 0.1}}, "9 rows are to be selected, and the caps of sources leave 4"),
+        ({"count": 9, "source_cap": 0.5}, "9 rows are to be selected, but the caps of sources leave 8"),
+        ({"count": 9, "source_cap": {"flan": 0.1}}, "9 rows are to be selected, but the caps of sources leave 4"),
     ],
 )
 def test_what_the_pool_has_not_the_rows_for_is_refused(settings, message):

@@ -135,7 +135,7 @@ def test_one_task_of_several_chooses_alone():
     scores = scores_table(list("wxyz"), [None] * 4, [1] * 4, matrix, ["a", "b"])
     by_a, by_both = (select_rows(scores, count=2, strategy="top", **given) for given in ({"task": "a"}, {}))
     assert by_a.rows.tolist() == [2, 1]
-    assert (by_a.threshold, by_a.task) == (2.0, "a")
+    assert (by_a.threshold, by_a.settings.task) == (2.0, "a")
     assert by_both.rows.tolist() == [0, 1]
     assert select_rows(scores, threshold=8.5, task="b").rows.tolist() == [0]
     with pytest.raises(InputError, match="no scores for the task 'c'; the tasks are a, b"):
@@ -161,7 +161,7 @@ def test_validation_examples_take_turns_where_their_scores_are_known():
 def test_a_fraction_is_of_all_rows():
     values = [float(i) for i in range(40)]
     assert select_rows(table(values), fraction=0.05).rows.tolist() == [39, 38]
-    assert select_rows(table(values)).fraction == 0.05
+    assert select_rows(table(values)).settings.fraction == 0.05
     assert select_rows(table(values), fraction=1e-9).rows.tolist() == [39]
     assert select_rows(table(values), fraction=1.0).rows.tolist() == list(range(39, -1, -1))
 

@@ -1,4 +1,4 @@
-"""Influence of what is no text: the batches of DataLoaders, for any model and loss."""
+"""Influence for models other than language models: batches of DataLoaders and any loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iprox.settings import InfluenceSection
 
 
 def count_batches(pool: DataLoader) -> int | None:
-    """Return the number of batches; None where the data set does not have one."""
+    """Return the number of batches; None if the data set has no length."""
     try:
         return len(in_order(pool, "pool"))
     except TypeError:
@@ -37,16 +37,16 @@ def score_batches(
     advance: Advance,
     how: Mapping[str, Any],
 ) -> pa.Table:
-    """Score a DataLoader's batches: no text, so rows are numbered and have no token count.
+    """Score the batches of a DataLoader. Rows get numbers as ids and have no token counts.
 
     Args:
         settings: how influence is scored.
         checkpoints: loaded models.
         pool: candidates.
         validation: validation batches by task.
-        sample: batches that curvature is measured on, or None.
-        metadata: kept in the table.
-        advance: called with the number of batches done.
+        sample: batches to measure curvature on, or None.
+        metadata: metadata of the table.
+        advance: function called with the number of batches done.
         how: other attributes of the job.
 
     Raises:
@@ -66,8 +66,8 @@ def score_batches(
         parts = []
         for batch in pool:
             part, losses = scorer(batch)
-            assert losses is not None  # gradients, and baselines that run the model, have them
-            # Without a supervised token an example has no score, not one of 0.
+            assert losses is not None  # all gradient estimators return them
+            # An example without a supervised token has no score, rather than a score of 0.
             part = part.double().masked_fill(~examples_with_loss(batch, losses)[:, None], torch.nan)
             parts.append(part.cpu())
             advance(1)

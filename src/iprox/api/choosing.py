@@ -1,4 +1,4 @@
-"""What scores are for: choosing rows, and comparing a proxy's with its target's."""
+"""Select rows by scores, and audit a proxy's scores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from iprox.api.arguments import check_model
+from iprox.api.arguments import check_model, chosen, takes
 from iprox.api.examples import Examples, as_pool
-from iprox.api.keywords import chosen, takes
 from iprox.api.scoring import score
 from iprox.audits.fidelity import AuditReport, compare_scores
 from iprox.errors import InputError
@@ -29,16 +28,16 @@ _OF_SELECTION = tuple(SelectSection.model_fields)
 def select(scores: pa.Table, *, pool: Examples | None = None, **settings: Any) -> np.ndarray:
     """Return the row numbers of the selected rows of a scores table: int64, best first.
 
-    Warns where the selected answers are several times shorter or longer than the validation answers, or, with `pool`,
-    where many of them are near-duplicates.
+    Warns if the selected answers are several times shorter or longer than the validation answers or, with `pool`, if
+    many of them are near-duplicates.
 
     Args:
-        scores: Scores table from `score`.
-        pool: Examples that were scored, in the same order; near-duplicates are found by their texts.
-        **settings: Settings of `select` in a recipe.
+        scores: scores table from `score`.
+        pool: the examples that were scored, in the same order, to find near-duplicates by their texts.
+        **settings: settings of `select` in a recipe.
 
     Raises:
-        InputError: Bad input; the message names the argument and how to fix it.
+        InputError: bad input; the message names the argument and how to fix it.
     """
     if not isinstance(scores, pa.Table):
         raise InputError(
@@ -63,16 +62,16 @@ def audit(
     query: Literal["target", "proxy"] = "target",
     **settings: Any,
 ) -> AuditReport:
-    """Return how faithfully a proxy ranks a sample: its scores against the target's.
+    """Return how faithfully a proxy ranks a sample: its scores compared with the target's.
 
     Args:
         model: the target.
         proxy: its proxy.
-        sample: examples to compare on.
+        sample: examples to compare the scores of.
         validation: validation examples by task.
-        query: where the proxy's validation gradients are taken, on its `target` or on the `proxy` too. Proxies that
-            are not factorized take their own.
-        **settings: as for `score`; a `query_norm` applies to the proxy's scores, the target's are exact.
+        query: where the proxy's validation gradients are taken: on the `target` or on the `proxy`. Proxies without
+            low-rank layers always use their own.
+        **settings: as for `score`; `query_norm` applies to the proxy only, the target's scores are exact.
     """
     check_model("model", model)
     check_model("proxy", proxy)
@@ -80,5 +79,5 @@ def audit(
     settings = {"per_example": False, **settings}
     target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)
-    # Whole validation gradients and exact norms, so that the two have no error in common.
+    # The target's scores are exact, so that proxy and target share no approximation error.
     return compare_scores(on_proxy, score(model, sample, validation, **{**settings, "query_norm": 1.0}))

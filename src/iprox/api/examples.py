@@ -1,4 +1,4 @@
-"""What callers of the Python API give as examples, turned into tokens and batches."""
+"""Turn the examples that callers of the Python API give into tokens and batches."""
 
 from __future__ import annotations
 
@@ -19,19 +19,15 @@ Examples = Any
 
 
 def as_pool(examples: Examples, name: str) -> Pool:
-    """The examples as a stream."""
+    """Return examples as a pool."""
     return examples if isinstance(examples, Pool) else Pool(examples, name=name)
 
 
 def in_order(examples: Examples, name: str) -> Examples:
-    """The same examples, if every pass over them gives them in the same order.
-
-    Raises:
-        InputError: they are a DataLoader that shuffles.
-    """
+    """Return the examples unchanged, but refuse a DataLoader that shuffles."""
     samplers = [getattr(examples, "sampler", None), getattr(getattr(examples, "batch_sampler", None), "sampler", None)]
     if any(isinstance(each, RandomSampler) for each in samplers):
-        raise InputError(f"{name}: the DataLoader shuffles, so its rows could not be told apart; make it shuffle=False")
+        raise InputError(f"{name}: the DataLoader shuffles, so its rows cannot be identified; use shuffle=False")
     return examples
 
 
@@ -45,7 +41,7 @@ def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
 
 
 class Reader:
-    """Turns what a caller gives as examples into batches on the model's device."""
+    """Turns examples into batches on the model's device."""
 
     def __init__(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int, batch_tokens: int
@@ -57,7 +53,7 @@ class Reader:
 
     @property
     def encoder(self) -> ChatEncoder:
-        """The tokenizer given, or the model's own."""
+        """The encoder, with the tokenizer given or the model's own."""
         if self._encoder is None:
             config = getattr(self.model, "config", None)
             tokenizer = self._tokenizer or _tokenizer_of(getattr(config, "_name_or_path", ""))
@@ -68,13 +64,13 @@ class Reader:
         return self._encoder
 
     def encode(self, examples: Examples, name: str) -> list[Encoded]:
-        """The examples as tokens, checked."""
+        """Check examples and return them as tokens."""
         source = as_pool(examples, name)
         source.scan()
         return self.encoder.encode(list(source))
 
     def batches(self, examples: Examples, name: str) -> Iterable[Any]:
-        """Length-sorted batches of the examples on the model's device, or the batches given."""
+        """Return length-sorted batches of the examples on the model's device; a DataLoader is returned unchanged."""
         if isinstance(examples, DataLoader):
             return examples
-        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens, 0), self.device)
+        return on_device(iter_batches(self.encode(examples, name), self.batch_tokens), self.device)

@@ -1,4 +1,4 @@
-"""Proxies in memory: made, aligned, loaded."""
+"""Make, align and load proxies in memory."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iprox.api.arguments import check_model, check_tasks
+from iprox.api.arguments import check_model, check_tasks, chosen, takes
 from iprox.api.examples import Examples, Reader
-from iprox.api.keywords import chosen, takes
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
@@ -53,32 +52,31 @@ def compress(
     progress: bool = True,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Derive a proxy from a model (stage 1). The model is left as it was.
+    """Derive a proxy from a model (stage 1). The model is not changed.
 
     Args:
-        model: Target.
-        probe_examples: Examples that second moments are measured on; the methods `svd`, `random` and `layers` need
-            none.
-        other: The proxy itself, an off-the-shelf model; no other setting goes with it.
-        seed: Seed of sampled labels and random factors.
-        tokenizer: Tokenizer; the model's own if None.
-        max_length: Longest example in tokens.
-        batch_tokens: Largest rows × longest row of a batch.
-        loss_fn: (model, batch) -> losses [B], for models that are no language models; `probe_examples` is then a
+        model: the target.
+        probe_examples: examples to measure second moments on; the methods `svd`, `random` and `layers` need none.
+        other: an off-the-shelf model to use as the proxy; no other setting applies to it.
+        seed: seed for sampled labels and random factors.
+        tokenizer: tokenizer; the model's own if None.
+        max_length: longest example in tokens.
+        batch_tokens: largest rows × longest row of a batch.
+        loss_fn: (model, batch) -> losses [B], for models other than language models; `probe_examples` is then a
             DataLoader.
-        progress: Whether to show it, with rate and time left, on standard error.
-        **settings: Settings of `proxy` in a recipe.
+        progress: whether to show progress on standard error.
+        **settings: settings of `proxy` in a recipe.
 
     Returns:
         The proxy; `proxy.save_pretrained(path)` saves it.
 
     Raises:
-        InputError: Bad input; the message says what is wrong and how to fix it.
+        InputError: bad input; the message says what is wrong and how to fix it.
     """
     check_model("model", model)
     if other is not None:
         if settings:
-            raise InputError(f"compress: other= is the proxy itself, so {next(iter(settings))}= has nothing to set")
+            raise InputError(f"compress: {next(iter(settings))}= has no effect with other=; leave it out")
         check_model("other", other)
         with experts_split(model, other):
             return adopt(model, other)[0]
@@ -113,29 +111,29 @@ def align(
     progress: bool = True,
     **settings: Any,
 ) -> AlignmentHistory:
-    """Tune a proxy in place until its gradients, or its logits only, match the target's (stage 2).
+    """Tune a proxy in place until its gradients, or only its logits, match the target's (stage 2).
 
     Args:
-        proxy: Proxy, from `compress`.
-        model: Its target.
-        data: Examples to align on.
-        held_out: Examples that are not aligned on: the factors most faithful on them, by cosine TracIn scores, are
-            kept, for which `validation` is needed.
-        validation: Validation examples by task.
-        seed: Seed of the order.
-        tokenizer: Tokenizer; the model's own if None.
-        max_length: Longest example in tokens.
-        progress: Whether to show it, with rate and time left, on standard error.
-        **settings: Settings of `proxy.align` in a recipe.
+        proxy: proxy from `compress`.
+        model: its target.
+        data: examples to align on.
+        held_out: other examples; the factors that are most faithful on them (by cosine TracIn scores) are kept. Needs
+            `validation`.
+        validation: validation examples by task.
+        seed: seed for the order.
+        tokenizer: tokenizer; the model's own if None.
+        max_length: longest example in tokens.
+        progress: whether to show progress on standard error.
+        **settings: settings of `proxy.align` in a recipe.
 
     Returns:
-        Losses by step, and the fidelity where it was measured.
+        The losses by step, and the fidelity if it was measured.
 
     Raises:
-        InputError: Bad input; the message says what is wrong and how to fix it.
+        InputError: bad input; the message says what is wrong and how to fix it.
     """
     if (held_out is None) != (validation is None):
-        raise InputError("held_out= goes with validation=: fidelity is of scores for some task")
+        raise InputError("held_out= and validation= go together: fidelity is measured by the scores for a task")
     check_model("proxy", proxy)
     check_model("model", model)
     how = chosen(AlignSection, align, settings, _OF_ALIGNMENT)
@@ -146,7 +144,7 @@ def align(
     if isinstance(data, DataLoader):
         batches = list(data)
     else:
-        batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size, 0), reader.device))
+        batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size), reader.device))
     with experts_split(model):
         check_belongs(proxy, "proxy", model, "model")
         watched = None
@@ -165,6 +163,6 @@ def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = 
     """Load a proxy or model folder.
 
     Raises:
-        InputError: It holds none.
+        InputError: it is not a folder of a model.
     """
     return load_model(path, dtype=dtype, device=device)

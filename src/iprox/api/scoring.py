@@ -1,4 +1,4 @@
-"""Influence in memory: of examples, and of their tokens."""
+"""Score examples, and attribute scores to tokens, in memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from iprox.api.arguments import check_model, check_tasks
+from iprox.api.arguments import check_model, check_tasks, chosen, takes
 from iprox.api.batches import count_batches, score_batches
 from iprox.api.examples import Examples, Reader, as_pool
-from iprox.api.keywords import chosen, takes
 from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.attribution import attribute as attribute_tokens
@@ -55,27 +54,26 @@ def score(
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
         pool: candidates.
         validation: validation examples by task.
-        curvature_sample: what an influence function measures curvature on. None draws `curvature_examples` of the pool
-            by the seed, unless the data are DataLoaders.
-        optimizer_state: for `less`, the folder of the warm-up's checkpoint that holds the optimizer's state; with
-            several checkpoints, one each.
-        target: the target of a proxy: validation gradients are then taken on it, which is more faithful and costs next
-            to nothing, as they are few. None takes them on `model`.
+        curvature_sample: examples to measure curvature on. None draws `curvature_examples` from the pool, except for
+            DataLoaders.
+        optimizer_state: for `less`, folder of the warm-up checkpoint with the optimizer's state; one per checkpoint.
+        target: the target of a proxy. Validation gradients are then taken on it, which is more faithful and costs
+            little because they are few. None takes them on `model`.
         learning_rates: one per checkpoint; 1 for a single model if None.
-        tokenizer: the model's own if None.
+        tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
-        loss_fn: (model, batch) -> losses [B], for models that are no language models; data are then DataLoaders.
+        loss_fn: (model, batch) -> losses [B], for models other than language models; the data are then DataLoaders.
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
-        progress: show it, with rate and time left, on standard error.
-        **settings: settings of `influence` in a recipe. With DataLoaders the estimator is `tracin` unless there is a
+        progress: whether to show progress on standard error.
+        **settings: settings of `influence` in a recipe. For DataLoaders the estimator is `tracin` unless there is a
             `curvature_sample`, and there are no scores per validation example.
 
     Returns:
         The scores table (docs/files.md), one row per example in pool order.
 
     Raises:
-        InputError: bad input; the message says which and how to fix it.
+        InputError: bad input; the message says what is wrong and how to fix it.
     """
     loader = isinstance(pool, DataLoader)
     if loader:
@@ -83,7 +81,7 @@ def score(
         settings.setdefault("per_example", False)
     how = chosen(InfluenceSection, score, settings, _OF_INFLUENCE)
     if curvature_sample is not None and not how.traits.curvature:
-        raise InputError(f"curvature_sample= is for influence functions, and {how.estimator} measures no curvature")
+        raise InputError(f"curvature_sample= is for influence functions, but {how.estimator} measures no curvature")
     models = [model] if isinstance(model, nn.Module | str) else list(model)
     for each in models:
         check_model("model", each)
@@ -125,21 +123,21 @@ def attribute(
     batch_tokens: int = 4096,
     **settings: Any,
 ) -> pa.Table:
-    """Return which tokens the TracIn score of some examples comes from (`iprox.influence.attribution`).
+    """Return which tokens the TracIn scores of some examples come from (`iprox.influence.attribution`).
 
     Args:
-        model: what they were scored on.
-        examples: the few to look at.
+        model: the model that they were scored on.
+        examples: a few examples.
         validation: validation examples by task.
         target: as for `score`.
-        tokenizer: the model's own if None.
+        tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
         **settings: settings of `influence` in a recipe.
 
     Returns:
-        One row per example: `id`, `tokens`, `supervised`, and for each task a list `influence/<task>` of one term per
-        token, whose sum is the score. Positive terms help the task.
+        One row per example: `id`, `tokens`, `supervised`, and per task a list `influence/<task>` with one term per
+            token; the sum of the terms is the score. Positive terms help the task.
 
     Raises:
         InputError: bad input, or a model with experts, whose layers do not see every token.
@@ -170,11 +168,7 @@ def _checkpoints(
     target: nn.Module | None,
     optimizer_state: str | Path | Sequence[str | Path],
 ) -> list[Checkpoint]:
-    """Return the models with what belongs to each.
-
-    Raises:
-        InputError: numbers of things that do not agree.
-    """
+    """Return the models as checkpoints, each with its learning rate, target and optimizer state."""
     if learning_rates is None:
         if len(models) != 1:
             raise InputError("several checkpoints need their learning_rates")
@@ -184,13 +178,13 @@ def _checkpoints(
     if not all(0 < rate < math.inf for rate in learning_rates):
         raise InputError(f"learning_rates must be numbers above 0, not {list(learning_rates)}")
     if target is not None and len(models) > 1:
-        raise InputError("target= goes with one proxy; score each checkpoint's proxy by itself")
+        raise InputError("target= works with one proxy; score the proxy of each checkpoint separately")
     if not settings.traits.gradients and len(models) > 1:
-        raise InputError(f"checkpoints are summed by TracIn; {settings.estimator} takes one model")
+        raise InputError(f"{settings.estimator} takes one model; only gradient estimators sum checkpoints")
     states = [optimizer_state] if isinstance(optimizer_state, str | Path) else list(optimizer_state)
     if len(states) != (len(models) if settings.traits.optimizer else 0):
         needing = next(name for name, traits in ESTIMATORS.items() if traits.optimizer)
-        raise InputError(f"optimizer_state= goes with the estimator {needing}, one per model: {len(states)} given")
+        raise InputError(f"optimizer_state= is for the estimator {needing}, one per model; {len(states)} given")
     states = states or [None] * len(models)
     return [
         Checkpoint(model, rate, target, state)
@@ -199,6 +193,6 @@ def _checkpoints(
 
 
 def _check_target(model: nn.Module, target: nn.Module | None) -> None:
-    """Refuse a target that is not the proxy's, as the command line does."""
+    """Refuse a target that is not the proxy's."""
     if target is not None and proxy_config(model) is not None:
         check_belongs(model, "model", target, "target")  # pyright: ignore[reportArgumentType]  (proxies are)

@@ -1,4 +1,4 @@
-"""Audit: does the proxy rank as the target does?"""
+"""Audits: how well a proxy's scores agree with its target's."""
 
 from iprox.audits.comparison import Comparison, compare
 from iprox.audits.fidelity import AuditReport, compare_scores

@@ -1,4 +1,4 @@
-"""Comparison of any number of scores of the same pool: how alike they rank it, and how much their tops share."""
+"""Comparison of several scores of the same pool: rank correlations and shared tops."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FEWEST = 10
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How K scores of the same rows agree, two and two.
+    """Pairwise agreement of K scores of the same rows.
 
     Attributes:
-        names: of the scores, K.
-        tasks: those that all have.
-        rows: rows that all have a score of; ranks are among them.
-        left_out: by name, how many rows that the first has are there without a score or not at all.
-        share: of the rows that a top is.
-        spearman: by task, and under `influence` of the column that selection goes by, the rank correlations, float64
-            [K, K]; NaN where one side is constant.
-        overlap: by task and under `influence` the share of one top that is in the other, float64 [K, K]; NaN likewise.
+        names: names of the K scores.
+        tasks: tasks that all of them have.
+        rows: number of rows that have all scores; only these are ranked.
+        left_out: by name, number of the first table's rows without a score.
+        share: fraction of rows counted as the top.
+        spearman: rank correlations, float64 [K, K], by task and for the aggregate `influence`; NaN if one side is
+            constant.
+        overlap: fraction of one top that is in the other, in the same form.
     """
 
     names: list[str]
@@ -46,7 +46,7 @@ class Comparison:
     overlap: dict[str, np.ndarray]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, where what is not known is null."""
+        """Return plain data for JSON; NaN becomes null."""
         found = {
             column: {"spearman": _plain(self.spearman[column]), "overlap": _plain(self.overlap[column])}
             for column in self.spearman
@@ -56,15 +56,12 @@ class Comparison:
         return {**counted, "tasks": found, AGGREGATE: of_all}
 
     def head(self) -> list[str]:
-        """The columns of `lines`: tasks, all of them together where there are several, and the shared top."""
+        """Return the column heads of `lines`: tasks, the aggregate if there are several, and the shared top."""
         together = [AGGREGATE] if len(self.tasks) > 1 else []
         return [*self.tasks, *together, f"top {100 * self.share:g} % shared"]
 
     def lines(self) -> dict[str, list[str]]:
-        """Of each but the first, as text: Spearman with the first by column, and how much of its top it shares.
-
-        The top is that of `influence`, as a selection of that share would be.
-        """
+        """Return the correlations of each score with the first, and its share of the first's top, as text."""
         columns = self.head()[:-1]
         return {
             name: [
@@ -76,32 +73,28 @@ class Comparison:
         }
 
     def describe(self) -> str:
-        """What the lines are of, with what was left out."""
+        """Return a caption for the lines."""
         lacking = ", ".join(f"{name} lacks {count:,}" for name, count in self.left_out.items() if count)
         return f"Spearman with {self.names[0]} on {self.rows:,} rows{f' ({lacking})' if lacking else ''}"
 
     def __str__(self) -> str:
-        """The lines under their heads."""
+        """Return the comparison as a text table."""
         texts = [["", *self.head()], *([name, *cells] for name, cells in self.lines().items())]
         widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
         rows = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in texts)
         return "\n".join([self.describe(), *rows])
 
     def _repr_html_(self) -> str:
-        """Return the table that a notebook shows: each compared with the first."""
-        head = "".join(f"<th>{escape(text)}</th>" for text in ("", *self.head()))
-        body = "".join(
-            f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-            for name, cells in self.lines().items()
-        )
-        caption = f"<caption>{escape(self.describe())}</caption>"
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        """Return the comparison as an HTML table, for notebooks."""
+        from iprox.report.formats import html_table
+
+        return html_table(self.describe(), ["", *self.head()], [[name, *cells] for name, cells in self.lines().items()])
 
     def plot(self, task: str = AGGREGATE) -> go.Figure:
-        """Heat maps of rank correlations and shared tops, as a Plotly figure.
+        """Return heat maps of rank correlations and shared tops as a Plotly figure.
 
         Args:
-            task: the one to draw; `influence`, which selection goes by, unless one is named.
+            task: task to draw; by default the aggregate `influence`, which selection uses.
 
         Raises:
             InputError: there is no such task.
@@ -121,22 +114,22 @@ class Comparison:
 
 
 def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED_SHARE) -> Comparison:
-    """Compare scores of the same pool: of several proxies, estimators or seeds, with the first or two and two.
+    """Compare several scores of the same pool, such as those of different proxies, estimators or seeds.
 
-    Rows are matched by id, so they may be in any order; those that one lacks, or has no score of, are left out of all.
+    Rows are matched by id, so tables may have different orders. A row without a score in one table is left out of all.
 
     Args:
-        scores: two or more scores tables by name, from `iprox.score`, or `scores.parquet`.
-        share: of the rows that a top is, in (0, 1).
+        scores: two or more scores tables by name, from `iprox.score` or `scores.parquet`.
+        share: fraction of rows counted as the top, in (0, 1).
 
     Raises:
-        InputError: fewer than two tables, no task or fewer than 10 rows in common, an id twice in a table, ids made
-            from row numbers of different pools, or a share out of range.
+        InputError: there are fewer than two tables, no common task, fewer than 10 common rows, a repeated id, ids made
+            from row numbers of different pools, or `share` is out of range.
     """
     if not isinstance(scores, Mapping) or not all(isinstance(each, pa.Table) for each in scores.values()):
         raise InputError('compare takes scores tables by name: {"target": scores, "proxy": others}')
     if len(scores) < 2:
-        raise InputError("a comparison needs two scores or more")
+        raise InputError("a comparison needs two or more scores")
     if not 0 < share < 1:
         raise InputError(f"share must be above 0 and below 1, not {share}")
     names, tables = list(scores), list(scores.values())
@@ -169,7 +162,7 @@ def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED_SHARE) -> Co
 
 
 def _refuse_other_pools(names: list[str], tables: list[pa.Table]) -> None:
-    """Refuse to match rows of different pools by ids that only say a file's name and a row's number."""
+    """Refuse to match rows of different pools by ids that only have the file's name and the row's number."""
     pools: list[tuple[str, str]] = []
     for name, table in zip(names, tables, strict=True):
         made_by: Any = scores_metadata(table)
@@ -185,13 +178,13 @@ def _refuse_other_pools(names: list[str], tables: list[pa.Table]) -> None:
 
 
 def _matched(names: list[str], tables: list[pa.Table], columns: list[str]) -> np.ndarray:
-    """Scores [K, columns, N] of the first table's rows, NaN where another lacks the row."""
+    """Return the scores [K, columns, N] of the first table's rows; NaN if another table lacks the row."""
     ids = tables[0]["id"].combine_chunks().cast(pa.large_string())
     found = []
     for name, table in zip(names, tables, strict=True):
         own = table["id"].combine_chunks().cast(pa.large_string())
         if len(own.unique()) < len(own):
-            raise InputError(f"{name}: an id is there twice, so rows cannot be matched")
+            raise InputError(f"{name}: an id occurs twice, so rows cannot be matched")
         matrix = np.stack([table[column].to_numpy(zero_copy_only=False).astype(np.float64) for column in columns])
         if not own.equals(ids):
             places = pc.call_function("index_in", [ids], pc.SetLookupOptions(own))

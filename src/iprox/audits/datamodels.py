@@ -1,8 +1,8 @@
 """The linear datamodeling score (LDS): do scores predict what training on a subset does?
 
 Park et al. 2023 (TRAK, arXiv:2303.14186), section 4.1: train on many random subsets S; the LDS is the Spearman
-correlation, over subsets, of what the scores predict, Σ_{i∈S} I(z_i), with what came of it. Influence is positive
-where training lowers the validation loss, so what came of it is the loss with its sign turned.
+correlation, over subsets, of the prediction Σ_{i∈S} I(z_i) with the outcome. Positive influence lowers the validation
+loss, so the outcome is the negative loss.
 """
 
 from __future__ import annotations
@@ -11,21 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import bootstrap_intervals, spearman
 
 
 def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndarray:
-    """Random subsets of equal size, each with a stream of its own: the first ones stay as more are drawn.
+    """Return M random subsets of N rows as booleans [M, N], each with its own random stream.
 
-    Args:
-        rows: N to draw from.
-        subsets: M.
-        fraction: of the rows in each, at least one row.
-        seed: of the draw.
-
-    Returns:
-        Booleans [M, N].
+    Larger M keeps the first subsets unchanged. Each has `fraction` of the rows, at least one.
     """
     members = np.zeros((subsets, rows), bool)
     size = max(1, round(fraction * rows))
@@ -35,15 +27,15 @@ def draw_subsets(rows: int, subsets: int, fraction: float, seed: int) -> np.ndar
 
 
 def datamodeling_score(scores: np.ndarray, members: np.ndarray, losses: np.ndarray) -> dict[str, Any]:
-    """The LDS of one task's scores.
+    """Return the LDS of one task's scores.
 
     Args:
-        scores: [N], positive where training lowers the loss.
-        members: which rows each subset has [M, N].
-        losses: the task's validation loss after training on each subset [M].
+        scores: scores [N], positive where training lowers the loss.
+        members: rows of each subset, booleans [M, N].
+        losses: validation loss of the task after training on each subset [M].
 
     Returns:
-        `lds`, -1 to 1, NaN where either side is constant, and its `interval` at 95 %, by resampling subsets.
+        `lds`, -1 to 1 (NaN if one side is constant), and its 95 % `interval` from resampling subsets.
     """
     predicted = members @ scores
 

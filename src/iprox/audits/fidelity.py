@@ -1,9 +1,10 @@
-"""Fidelity: agreement of proxy scores with target scores on the same sample."""
+"""Fidelity: agreement of a proxy's scores with its target's on the same sample."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +12,20 @@ import pyarrow as pa
 from scipy import stats
 
 from iprox.aggregation import equal_scores
-from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.overlap import OVERLAP_AT, top_overlap
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import (
+    OVERLAP_AT,
+    bootstrap_intervals,
+    by_group,
+    by_length,
+    disagreements,
+    spearman,
+    top_overlap,
+)
 from iprox.errors import InputError
 from iprox.scores import score_matrix, task_names
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-# The share that a calibration looks at.
-TOP = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +33,13 @@ class AuditReport:
     """Fidelity by task and on average.
 
     Attributes:
-        sample: examples compared.
-        tasks: by task `spearman`, `kendall` (-1 to 1), `overlap` (share of the target's top k % that the proxy
-            also puts in its top k %, by k as a fraction), `intervals` (the bounds of each at 95 %), `calibration`
-            (what the target thinks of each tenth of the proxy's ranking) and `disagreements` (the rows whose places
-            are furthest apart, 0 the best and 1 the worst).
+        sample: number of examples compared.
+        tasks: by task, `spearman` and `kendall` (-1 to 1), `overlap` (fraction of the target's top k % that is in the
+            proxy's top k %, by k as a fraction), `intervals` (95 % bounds of each) and `disagreements` (the rows whose
+            ranks differ most; rank 0 is the best, 1 the worst).
         mean: `spearman`, `kendall`, `overlap` and `intervals`, averaged over tasks.
-        by_source: by source of ten rows or more, `rows` and the mean `spearman` within it.
-        by_length: the same by fifths of length, with the range of `tokens`.
+        by_source: `rows` and the mean `spearman` within each source of ten rows or more.
+        by_length: the same for fifths of the rows by length, with the range of `tokens`.
         scores: the scores compared: `id`, `source`, `tokens`, `proxy/<task>`, `target/<task>`.
     """
 
@@ -75,31 +77,30 @@ class AuditReport:
         Raises:
             KeyError: there is no such task.
         """
-        # The charts depend on no other room; they are imported here, so that an audit does not import Plotly.
-        from iprox.report.charts import fidelity_chart, figures
+        # Imported here so that an audit does not import Plotly.
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
 
-        ids, sources = self.scores["id"].to_pylist(), self.scores["source"].to_pylist()
-        drawn = []
-        for name in self.tasks if task is None else [task]:
-            proxy, target = (
-                self.scores[f"{side}/{name}"].to_numpy(zero_copy_only=False) for side in ("proxy", "target")
-            )
-            chart = fidelity_chart(name, proxy, target, ids, sources, spearman=self.tasks[name]["spearman"])
-            drawn += [] if chart is None else [chart]
-        return figures(drawn)
+        names = list(self.tasks) if task is None else [task]
+        titles = [f"{escape(name)}: Spearman {self.tasks[name]['spearman']:.2f}" for name in names]
+        figure = make_subplots(1, len(names), subplot_titles=titles)
+        for column, name in enumerate(names, start=1):
+            x, y = (self.scores[f"{side}/{name}"].to_numpy(zero_copy_only=False) for side in ("target", "proxy"))
+            dots = go.Scatter(x=x, y=y, mode="markers", text=[escape(id) for id in self.scores["id"].to_pylist()])
+            figure.add_trace(dots, 1, column)
+        figure.update_xaxes(title="target score").update_yaxes(title="proxy score")
+        return figure.update_layout(showlegend=False)
 
 
 def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
-    """Compare two scores tables of the same examples, in the same order.
-
-    Rows without a score are left out.
+    """Compare two scores tables of the same examples in the same order. Rows without a score are left out.
 
     Raises:
-        InputError: the tables are of different examples or tasks, fewer than 10 rows have scores, or one side's are all
-            equal.
+        InputError: the tables have different examples or tasks, fewer than 10 rows have scores, or all scores of one
+            side are equal.
     """
     if proxy["id"].to_pylist() != target["id"].to_pylist():
-        raise InputError("the proxy's and the target's scores are not of the same examples in the same order")
+        raise InputError("the scores of proxy and target are not for the same examples in the same order")
     tasks = task_names(proxy)
     if tasks != task_names(target):
         raise InputError(f"the proxy was scored on {tasks}, the target on {task_names(target)}")
@@ -112,7 +113,7 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
         _refuse_equal(task, x[number], y[number])
 
     def figures(rows: np.ndarray) -> dict[tuple[str | None, str], float]:
-        """Every figure by task and name; the mean over tasks is of no task."""
+        """Return every figure by task and name; the mean over tasks has the task None."""
         each = [_figures(x[number][rows], y[number][rows]) for number in range(len(tasks))]
         named = {(task, name): value for task, entry in zip(tasks, each, strict=True) for name, value in entry.items()}
         return {**named, **{(None, name): float(np.mean([entry[name] for entry in each])) for name in each[0]}}
@@ -133,7 +134,7 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
     fidelity: dict[str, dict[str, Any]] = {}
     for number, task in enumerate(tasks):
         apart = [{"id": ids[found.pop("position")], **found} for found in disagreements(x[number], y[number])]
-        fidelity[task] = {**entry(task), "calibration": calibration(x[number], y[number], TOP), "disagreements": apart}
+        fidelity[task] = {**entry(task), "disagreements": apart}
     columns: dict[str, Any] = {name: proxy[name] for name in ("id", "source", "tokens")}
     for number, task in enumerate(tasks):
         columns[f"proxy/{task}"], columns[f"target/{task}"] = on_proxy[:, number], on_target[:, number]
@@ -150,11 +151,7 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
 
 
 def _refuse_equal(task: str, proxy: np.ndarray, target: np.ndarray) -> None:
-    """Refuse scores of a task that rank nothing: rank correlations with them are no numbers, and their tops are ties.
-
-    Raises:
-        InputError: those of the proxy or of the target are all equal.
-    """
+    """Refuse scores that are all equal, because they rank nothing."""
     for name, scores in (("target", target), ("proxy", proxy)):
         if equal_scores(scores):
             what = "warmup.learning_rate" if name == "target" else "proxy.align.learning_rate or proxy.sparsity"
@@ -166,7 +163,7 @@ def _refuse_equal(task: str, proxy: np.ndarray, target: np.ndarray) -> None:
 
 
 def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:
-    """Spearman, Kendall and top-k overlap of two score vectors [N]."""
+    """Return Spearman, Kendall and top-k overlaps of two score vectors [N]."""
     return _nested(_figures(proxy, target))
 
 
@@ -180,6 +177,6 @@ def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
 
 
 def _nested(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The overlaps by share in a mapping of their own."""
+    """Return figures with the overlaps in a mapping of their own."""
     overlap = {name.removeprefix("overlap/"): value for name, value in figures.items() if name.startswith("overlap/")}
     return {"spearman": figures["spearman"], "kendall": figures["kendall"], "overlap": overlap}

@@ -1,4 +1,4 @@
-"""Fidelity on held-out rows of proxies that are being made: many of them, or one again and again as it is tuned."""
+"""Fidelity on held-out rows for proxies in the making: many candidates, or one that is being tuned."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 from torch import nn
 
 from iprox.aggregation import equal_scores
-from iprox.audits.intervals import bootstrap_intervals
-from iprox.audits.spearman import spearman
+from iprox.audits.agreement import bootstrap_intervals, spearman
 from iprox.data import Encoded
 from iprox.engine.stream import WindowWorker
 from iprox.errors import InputError
@@ -26,22 +25,21 @@ FEWEST = 16
 
 
 class HeldOutFidelity:
-    """The mean over tasks of the Spearman correlation of proxy and target scores, the target's measured once.
+    """The mean over tasks of the Spearman correlation of proxy and target scores; the target is scored once.
 
-    Uses TracIn scores, or influence-function scores where that is the estimator, as a stand-in for the others. The
-    target's are of whole validation gradients.
+    Uses TracIn, or an influence function if that is the estimator, as a stand-in for other estimators. The target's
+    scores use whole validation gradients.
 
     Args:
-        job: how candidates will be scored; its one checkpoint is the loaded target, which scores the rows now.
+        job: how candidates will be scored; its one checkpoint is the loaded target.
         rows: encoded held-out examples; those without a supervised token are left out.
         query_on_target: whether validation gradients of proxies are taken on the target.
 
     Raises:
-        InputError: fewer than 16 rows have a supervised token, or the target's scores of a task rank nothing.
+        InputError: fewer than 16 rows have a supervised token, or all scores of the target for a task are equal.
 
     Attributes:
-        contraction_flops: FLOPs of contracting the rows with validation gradients, and of their norms where those are
-            wanted: on the `target`, and on the last `proxy` looked at.
+        contraction_flops: FLOPs of contractions and norms, for the `target` and for the last `proxy` measured.
     """
 
     def __init__(self, job: Job, rows: Sequence[Encoded], *, query_on_target: bool = True) -> None:
@@ -61,14 +59,14 @@ class HeldOutFidelity:
         """Return the fidelity of a proxy.
 
         Raises:
-            InputError: its scores of a task rank nothing.
+            InputError: all of its scores for a task are equal.
         """
         return self._ranked(self._scores(self._scorer(proxy), "proxy"))
 
     def with_bound(self, proxy: nn.Module) -> tuple[float, float]:
-        """Return the fidelity of a proxy and its lower confidence bound, of a 95 % interval from resampling the rows.
+        """Return the fidelity of a proxy and the lower bound of its 95 % interval.
 
-        Both are NaN where its scores of a task are all equal.
+        Both are NaN if all of its scores for a task are equal.
         """
         scores = self._scores(self._scorer(proxy), "proxy")
 
@@ -79,12 +77,12 @@ class HeldOutFidelity:
         return self._fidelity(scores, self._wanted), low
 
     def watch(self, proxy: nn.Module) -> Callable[[], float]:
-        """Return what measures the fidelity of one proxy that is tuned in place, at each call again (as `of`)."""
+        """Return a function that measures the fidelity of one proxy while it is tuned in place."""
         made: list[Scorer] = []
 
         def fidelity() -> float:
-            # Made at the first call, when the proxy has the dtype that it is tuned in, and again where validation
-            # gradients depend on the factors.
+            # The scorer is made at the first call, when the proxy has its dtype for tuning, and at every call if
+            # validation gradients depend on the factors.
             if not made or not self.query_on_target:
                 made[:] = [self._scorer(proxy)]
             return self._ranked(self._scores(made[0], "proxy"))
@@ -92,12 +90,12 @@ class HeldOutFidelity:
         return fidelity
 
     def _ranked(self, scores: np.ndarray) -> float:
-        """Return the fidelity of a proxy's scores, if they rank the rows."""
+        """Return the fidelity of a proxy's scores, refusing scores that are all equal."""
         self._refuse_unranked(scores, "proxy", "lower proxy.align.learning_rate, or remove less (proxy.sparsity)")
         return self._fidelity(scores, self._wanted)
 
     def _refuse_unranked(self, scores: np.ndarray, of: str, remedy: str) -> None:
-        """Refuse scores [rows, tasks] with which a fidelity is not a number."""
+        """Refuse scores [rows, tasks] for which fidelity is not defined."""
         for task, column in zip(self.job.validation, scores.T, strict=True):
             what = "all equal" if equal_scores(column) else "" if np.isfinite(column).all() else "not finite"
             if what:
@@ -112,7 +110,7 @@ class HeldOutFidelity:
         return self.job.estimator
 
     def _on_target(self, inputs: Inputs) -> tuple[Scorer, dict[str, TaskGradient]]:
-        """Return the target's scorer, and the validation gradients that it is made with."""
+        """Return the target's scorer and the validation gradients it uses."""
         gradients = self._estimator.validation_gradients(inputs)
         return self._estimator.contracting(gradients, inputs), gradients
 
@@ -124,7 +122,7 @@ class HeldOutFidelity:
 
     @cached_property
     def _queries(self) -> Mapping[str, TaskGradient]:
-        """The target's validation gradients as every proxy's candidates are contracted with them."""
+        """The target's validation gradients in the form that the candidates of proxies are contracted with."""
         keep = self.job.settings.kept_norm(on_proxy=True)
         return self._gradients if keep == 1 else low_rank_queries(self._gradients, keep)  # pyright: ignore
 

@@ -1,12 +1,12 @@
-"""The removal test: what does a ranking's top hold that random rows of like length do not?
+"""The removal test: how much more do a ranking's top rows matter than random rows of similar length?
 
-Train on all N rows, without the k rows that a ranking puts first, and without k random rows; compare the validation
-losses. Counterfactual evaluation by removal: Ilyas et al. 2022 (datamodels, arXiv:2202.00622), Park et al. 2023 (TRAK,
+Train on all N rows, without the k top rows of a ranking, and without k random rows; compare the validation losses.
+Counterfactual evaluation by removal: Ilyas et al. 2022 (datamodels, arXiv:2202.00622), Park et al. 2023 (TRAK,
 arXiv:2303.14186), Bae et al. 2024 (SOURCE, arXiv:2405.12186).
 
-A row acts in training through the sum of its supervised tokens' gradients, so leaving out long rows leaves out more
-training, whatever they teach. The random rows therefore have the lengths of the top rows: as many of them come from
-each tenth of the rows by supervised tokens. A ranking by length alone then gains nothing.
+A row acts through the sum of its supervised tokens' gradients, so removing long rows removes more training, whatever
+they teach. The random rows are therefore drawn to match the top rows in length: as many come from each tenth of the
+rows by supervised tokens. A ranking by length alone then gains nothing.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ LENGTH_STRATA = 10
 
 
 def removed_count(rows: int, fraction: float) -> int:
-    """Return the number of rows that a share is, at least one."""
+    """Return the number of rows to remove, at least one."""
     return max(1, round(fraction * rows))
 
 
 def trainings_without(tasks: int) -> int:
-    """Return how many trainings leave rows out in a repeat: top and random ones, by proxy and target, for each task."""
+    """Return the number of trainings per repeat that leave rows out: top and random, for proxy and target, per task."""
     return 4 * tasks
 
 
 def top_rows(scores: np.ndarray, count: int) -> np.ndarray:
-    """Return which rows have the highest scores, as booleans [N]; of equal scores the earlier rows."""
+    """Return which rows have the `count` highest scores, as booleans [N]; ties go to the earlier rows."""
     chosen = np.zeros(len(scores), bool)
     chosen[np.argsort(-scores, kind="stable")[:count]] = True
     return chosen
 
 
 def length_strata(supervised: np.ndarray) -> np.ndarray:
-    """Return which tenth of the rows by supervised tokens each row is in [N], 0 the shortest."""
+    """Return the tenth of the rows by supervised tokens that each row is in [N], 0 for the shortest."""
     strata = np.empty(len(supervised), np.int64)
     for stratum, rows in enumerate(np.array_split(np.argsort(supervised, kind="stable"), LENGTH_STRATA)):
         strata[rows] = stratum
@@ -42,15 +42,12 @@ def length_strata(supervised: np.ndarray) -> np.ndarray:
 
 
 def random_rows(top: np.ndarray, strata: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return random rows of like length, among all rows, the top ones too.
+    """Return random rows with the length distribution of the top rows, as booleans [N].
 
     Args:
-        top: which rows are to be matched, booleans [N].
+        top: the rows to match, booleans [N]; they may be drawn too.
         strata: stratum of each row [N].
-        order: a random order of all rows [N]; in each stratum the first ones of it are taken.
-
-    Returns:
-        Booleans [N], with as many rows in each stratum as `top` has.
+        order: random order of all rows [N], which decides the draw.
     """
     chosen = np.zeros(len(top), bool)
     for stratum in np.unique(strata[top]):
@@ -68,9 +65,8 @@ def removal_effect(everything: np.ndarray, without_top: np.ndarray, without_rand
         without_random: loss after training without random rows [R].
 
     Returns:
-        `top` and `random`, the mean rises of the loss against training on all rows; their `difference`, positive where
-        the ranking puts rows first that matter more than others; and its `standard_error`, the standard deviation of
-        the difference over repeats (with R − 1) by √R.
+        `top` and `random`, the mean increases of the loss; their `difference`, which is positive if the top rows matter
+        more; and its `standard_error` over repeats.
     """
     differences = without_top - without_random
     return {

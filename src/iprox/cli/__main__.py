@@ -1,4 +1,4 @@
-"""`python -m iprox.cli`."""
+"""Run the command line with `python -m iprox.cli`."""
 
 import sys
 

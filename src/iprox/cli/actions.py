@@ -1,19 +1,15 @@
-"""What the commands do; each returns plain data for `--json`."""
+"""The functions behind the commands; each returns plain data for `--json`."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from iprox.cli import summary
-from iprox.cli.doctor import examine
 from iprox.cli.parser import Request
-from iprox.data import Pool
 from iprox.data.locate import COMPRESSIONS
 from iprox.engine.ray import check_ray
 from iprox.errors import InputError
@@ -33,7 +29,7 @@ from iprox.records import read_json
 from iprox.report.page import build_report
 from iprox.run import steps
 from iprox.run.folder import RunFolder
-from iprox.run.runner import Run, fingerprints
+from iprox.run.runner import Run
 from iprox.run.single import single_run
 from iprox.run.whole import run_recipe
 from iprox.scores import read_scores_schema, scores_metadata
@@ -51,7 +47,7 @@ from iprox.stages import indexing, selection
 from iprox.stages.compression import check_size
 from iprox.stages.targets import query_target, warmed_folder
 
-# Settings of influence that a target's scores of a proxy's best rows do not take over.
+# Settings of influence that concern proxies or speed; `iprox refine` leaves them at their defaults.
 OF_A_PROXY = {"query", "query_norm", "per_example"}
 
 
@@ -80,22 +76,13 @@ def plan(request: Request) -> dict[str, Any]:
     assert request.recipe is not None
     recipe, tflops = resolved(request.recipe), request.inputs["tflops"]
     if tflops is not None and not 0 < tflops < math.inf:
-        raise InputError(f"--tflops {tflops}: must be a number above 0")
+        raise InputError(f"--tflops {tflops}: must be a positive number")
     session = Session.of(recipe, Reporter(request.quiet))
     rate = tflops * 1e12 if tflops else measured_gemm_rate(session.device, session.dtype)
     planned = plan_recipe(recipe, session, rate)
     if not request.json:
         summary.print_plan(planned)
     return planned
-
-
-def doctor(request: Request) -> dict[str, Any]:
-    """Show what this machine can do."""
-    session = Session.create(request.inputs["device"])  # refuses a device that is not there
-    found = examine(str(session.device))
-    if not request.json:
-        summary.print_machine(found)
-    return found
 
 
 def report(request: Request) -> dict[str, Any]:
@@ -112,7 +99,7 @@ def warmup(request: Request) -> dict[str, Any]:
     assert settings.warmup
     if request.inputs["optimizer_state"]:
         if settings.warmup.lora:
-            raise InputError("--optimizer-state keeps Adam's moments of the weights, and --lora trains none of them")
+            raise InputError("--optimizer-state keeps Adam's moments of the weights, which --lora does not train")
         settings.influence.estimator = "less"
     _check_lora(settings, settings.warmup.lora)
     with _single(request, settings, "warmup", model=settings.model) as done:
@@ -126,7 +113,7 @@ def compress(request: Request) -> dict[str, Any]:
     assert settings.proxy
     assert settings.model
     if (settings.proxy.fidelity is not None) != bool(settings.data.validation):
-        raise InputError("--fidelity goes with --validation: fidelity is of scores for some task")
+        raise InputError("--fidelity and --validation go together: fidelity is measured by the scores for a task")
     check_size(skeleton(settings.model, trust_remote_code=settings.trust_remote_code), settings.proxy)
     with _single(request, settings, "proxy", model=settings.model) as done:
         _at(done, settings.model)
@@ -140,7 +127,7 @@ def align(request: Request) -> dict[str, Any]:
     assert settings.proxy
     assert settings.model
     if not settings.proxy.align:
-        raise InputError("proxy.align is false, and iprox align is about it: leave that out")
+        raise InputError("proxy.align is false, so iprox align has nothing to do; leave that out")
     with _single(
         request, settings, "aligned", kept="align-state/*.safetensors", model=settings.model, proxy=proxy
     ) as done:
@@ -155,9 +142,9 @@ def score(request: Request) -> dict[str, Any]:
     influence, models = settings.influence, inputs["model"]
     rates = learning_rates_of(models, inputs["learning_rates"])
     if not influence.traits.gradients and len(rates) > 1:
-        raise InputError(f"--model: checkpoints are summed by TracIn; {influence.estimator} takes one model")
+        raise InputError(f"--model: {influence.estimator} takes one model; only gradient estimators sum checkpoints")
     session, pool = _session(request, settings), pool_of(settings.data.pool, settings)
-    tasks_of(settings.data.validation, settings)  # files that are not there are named before a model is loaded
+    tasks_of(settings.data.validation, settings)  # refuses missing files before a model is loaded
     if settings.ray_workers:
         check_ray(settings.ray_workers, session.device.type)
     targets = [query_target(model, inputs["target"], influence, session) for model in models]
@@ -222,7 +209,8 @@ def refine(request: Request) -> dict[str, Any]:
         done.scores = scores
         steps.refine(done)
     if not request.json:
-        summary.print_refinement(done.record["stages"]["refine"])
+        record = done.record["stages"]["refine"]
+        say_plainly(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
     return _finished(request, done, "refine")
 
 
@@ -236,7 +224,7 @@ def select(request: Request) -> dict[str, Any]:
         name = output.name.partition(".")[0]
         raise InputError(f"--output {output}: a selection is written as JSON lines; name it {name}.jsonl")
     _columns_as_scored(settings, scores)
-    # Named after the output, so that several selections in one folder keep theirs apart.
+    # Named after the output, so that several selections can be in one folder.
     description = output.with_name(f"{output.stem}.selection.json")
     pool = pool_of(settings.data.pool, settings)
     record = selection.select(session, scores, pool, output, description, settings.select, "command")
@@ -271,7 +259,7 @@ def finetune(request: Request) -> dict[str, Any]:
 
 
 def index(request: Request) -> dict[str, Any]:
-    """Keep a pool's projected gradients."""
+    """Build the gradient index of a pool."""
     settings, inputs = request.settings, request.inputs
     assert settings.model
     influence = InfluenceSection(estimator=inputs["estimator"])
@@ -280,7 +268,7 @@ def index(request: Request) -> dict[str, Any]:
         target = query_target(settings.model, inputs["target"], influence, session)
         warmed = warmed_folder(settings.model, target, influence)
     elif inputs["target"]:
-        raise InputError("--target goes with --estimator less; a query names its own")
+        raise InputError("--target is only for --estimator less; iprox query has a --target of its own")
     model, dimension = Checkpoint(settings.model, optimizer=warmed), inputs["dimension"]
     fingerprint = checkpoint_fingerprint(settings.model)
     known = {"models": [fingerprint], "dimension": dimension, "estimator": influence.estimator}
@@ -296,7 +284,7 @@ def index(request: Request) -> dict[str, Any]:
 
 
 def query(request: Request) -> dict[str, Any]:
-    """Score a pool by its index."""
+    """Score a pool with its index."""
     settings, inputs = request.settings, request.inputs
     indexes = [GradientIndex.open(folder) for folder in inputs["index"]]
     about = [each.description for each in indexes]
@@ -343,7 +331,7 @@ def query(request: Request) -> dict[str, Any]:
 
 
 def export(request: Request) -> dict[str, Any]:
-    """Multiply a proxy's factors out, or turn an index into one of FAISS."""
+    """Write a proxy as a dense checkpoint, or an index as a FAISS index."""
     source, output = str(expanded(request.inputs["source"])), str(expanded(request.inputs["output"]))
     if (Path(source) / DESCRIPTION).is_file():
         rows = indexing.export_faiss(GradientIndex.open(source), Path(output))
@@ -353,28 +341,28 @@ def export(request: Request) -> dict[str, Any]:
     session, folder = _session(request, request.settings), check_output(output)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; choose another output or remove it")
-    # Keep the proxy's own number format unless asked for another: exporting should not round.
+    # Keep the proxy's dtype unless another is asked for: exporting should not round.
     dtype = session.dtype if request.settings.dtype != "auto" else stored_dtype(source)
     proxy = session.model(source, dtype)
     if proxy_config(proxy) is None:
         raise InputError(f"{source}: is neither an iprox proxy nor an index, so there is nothing to export")
     save_model(to_dense(proxy), session.tokenizer(source), folder)
     if not request.json:
-        say_plainly(f"dense checkpoint, loads without iprox: {folder}")
+        say_plainly(f"dense checkpoint, which loads without iprox: {folder}")
     return {"output": str(folder)}
 
 
 def learning_rates_of(models: list[str], given: list[float]) -> list[float]:
-    """Return learning rates as given, else from the `checkpoints.json` next to the models; 1 for a single model.
+    """Return the learning rates given, else those in the `checkpoints.json` next to the models; 1 for a single model.
 
     Raises:
-        InputError: Their number is wrong, one is not above 0, or one is not known.
+        InputError: a learning rate is missing, unknown or not positive.
     """
     if given:
         if len(given) != len(models):
             raise InputError(f"{len(models)} models but {len(given)} learning rates")
         if not all(0 < rate < math.inf for rate in given):
-            raise InputError(f"--learning-rates {' '.join(map(str, given))}: each must be a number above 0")
+            raise InputError(f"--learning-rates {' '.join(map(str, given))}: each must be a positive number")
         return given
     if len(models) == 1:
         return [1.0]
@@ -389,11 +377,11 @@ def learning_rates_of(models: list[str], given: list[float]) -> list[float]:
 
 
 def _on(request: Request, name: str, default: Any) -> Settings:
-    """Return the settings, with the section that the command is about switched on."""
+    """Return the settings with the command's own section switched on."""
     settings = request.settings
     if not getattr(settings, name):
         if name in settings.model_fields_set:
-            raise InputError(f"{name} is false, and iprox {request.command.name} is about it: leave that out")
+            raise InputError(f"{name} is false, so iprox {request.command.name} has nothing to do; leave that out")
         setattr(settings, name, default)
     return settings
 
@@ -402,45 +390,23 @@ def _session(request: Request, settings: Settings) -> Session:
     return Session.of(settings, Reporter(request.quiet))
 
 
-@contextmanager
 def _single(
-    request: Request,
-    settings: Settings,
-    stage: str,
-    *,
-    session: Session | None = None,
-    pool: Pool | None = None,
-    tests: Mapping[str, Pool] = MappingProxyType({}),
-    identity: Mapping[str, Any] | None = None,
-    read_by: str | None = None,
-    kept: str | None = None,
-    **models: str | None,
-) -> Iterator[Run]:
-    """Open the run of a command: its session, pool and validation sets, and the fingerprints of its models."""
+    request: Request, settings: Settings, stage: str, *, session: Session | None = None, **options: Any
+) -> AbstractContextManager[Run]:
+    """Open the run of a command; the options are those of `single_run`."""
     session = session or _session(request, settings)
-    if pool is None and settings.data.pool:
-        pool = pool_of(settings.data.pool, settings)
-    validation: dict[str, Pool] = tasks_of(settings.data.validation, settings)
-    known = {"command": f"iprox {request.command.name}", **fingerprints(**models), **(identity or {})}
-    with single_run(
-        *(session, settings, request.line, stage, pool, validation),
-        identity=known,
-        tests=tests,
-        read_by=read_by,
-        kept=kept,
-    ) as run:
-        yield run
+    return single_run(session, settings, request.command.name, request.line, stage, **options)
 
 
 def _at(run: Run, model: str, proxy: str | None = None) -> None:
-    """Say what earlier stages would have: the checkpoint of the target, and its proxy."""
+    """Set what earlier stages of a run would have set: the target and its proxy."""
     run.targets = [(model, 1.0)]
     run.proxies = [] if proxy is None else [proxy]
     run.keys |= dict.fromkeys(("warmup", "compress", "select"), run.keys["inputs"])
 
 
 def _finished(request: Request, run: Run, stage: str) -> dict[str, Any]:
-    """Say that a command is done, and return its record."""
+    """Print that a command is done, and return its record."""
     record, output = run.record["stages"][stage], str(run.folder.path)
     if not request.json:
         say_plainly(f"{stage}: {record['seconds']:.1f} s, {output}")
@@ -448,31 +414,31 @@ def _finished(request: Request, run: Run, stage: str) -> dict[str, Any]:
 
 
 def _check_lora(settings: Settings, lora: Any) -> None:
-    """Refuse adapters on a model that cannot have them, before any work."""
+    """Refuse adapters for a model that cannot have them, before any work."""
     if lora and settings.model:
         check_lora(skeleton(settings.model, trust_remote_code=settings.trust_remote_code), settings.model)
 
 
 def _columns_as_scored(settings: Settings, scores: Path) -> None:
-    """Read the pool's columns as they were when it was scored, unless the command says how."""
+    """Use the column names that the pool was scored with, unless the command names columns."""
     if not settings.data.columns:
         made: Any = scores_metadata(read_scores_schema(scores))
         settings.data.columns = made.get("columns", {})
 
 
 def _as_scored(settings: Settings, scores: Path) -> None:
-    """Take over the settings that a scores table was made with; examples are also cut, and samples drawn, as they were.
+    """Use the settings that a scores table was made with, so that the target scores in the same way.
 
-    Settings that are of a proxy only, or of how the work was done, are left at their defaults.
+    Settings that matter only for proxies or for speed keep their defaults.
 
     Raises:
-        InputError: The table does not say how it was made.
+        InputError: the table does not say how it was made.
     """
     made: Any = scores_metadata(read_scores_schema(scores))
     if "estimator" not in made:
         raise InputError(
-            f"{scores}: does not say how it was scored, so the target cannot score rows alike; give what iprox score, "
-            "query or run has written"
+            f"{scores}: does not say how it was made, so the target cannot score rows the same way; give scores that "
+            "iprox score, query or run has written"
         )
     _columns_as_scored(settings, scores)
     if "max_length" not in settings.data.model_fields_set and "max_length" in made:
@@ -484,7 +450,7 @@ def _as_scored(settings: Settings, scores: Path) -> None:
 
 
 def _digest(scores: Path) -> str:
-    """Return the SHA-256 of a scores table."""
+    """Return the SHA-256 hash of a scores table."""
     file = scores / "scores.parquet" if scores.is_dir() else scores
     digest = hashlib.sha256()
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""The commands: what each reads, which settings are its options, and which sections `--set` reaches."""
+"""The commands: their inputs, the settings that are options, and the sections that `--set` reaches."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Literal
 
 from iprox.settings import DIMENSION, NAMED_SHARE, STAGES
 
-# Sections that every command reads which computes.
+# Sections that every command reads that computes.
 COMPUTING = ("data", "seed", "dtype", "device", "batch_tokens", "trust_remote_code")
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Something that a command is given and that is no setting of a recipe.
+    """An argument of a command that is not a setting of a recipe.
 
     Attributes:
-        name: Name of the option, or of the argument where it is positional.
-        meaning: Help text.
-        type: Its type.
-        default: Value where it is left out; `...` if it must be given.
-        positional: Whether it is given without a name.
+        name: name of the option or positional argument.
+        meaning: help text.
+        type: type of the value.
+        default: default value; `...` if it is required.
+        positional: whether it is a positional argument.
     """
 
     name: str
@@ -35,18 +35,18 @@ class Command:
     """A command.
 
     Attributes:
-        name: Its name.
-        summary: One line.
-        example: One or more command lines.
-        action: Function that does it, as `module:function`; imported only then.
-        needs: Settings that must be given, by key.
-        offers: Settings that are options, by key.
-        inputs: What else it is given.
-        reads: Sections and settings that `--set` reaches.
-        unread: Settings among them that change nothing here.
-        resumes: Whether the same command resumes after an interruption.
-        renamed: Option by key, where it is not named after the key.
-        meanings: Help by key, where that of the setting would mislead; the default is added to it.
+        name: name of the command.
+        summary: one line for the help.
+        example: one or more command lines.
+        action: function that does it, as `module:function`; imported only when it is called.
+        needs: keys of required settings.
+        offers: keys of settings that are options.
+        inputs: other arguments.
+        reads: sections and settings that `--set` reaches.
+        unread: settings among these that have no effect on this command.
+        resumes: whether the same command resumes after an interruption.
+        renamed: option names that differ from the key, by key.
+        meanings: help texts that differ from the setting's own, by key.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Command:
         return read and not unread
 
     def option(self, key: str) -> str:
-        """Return the name of a setting's option, without dashes."""
+        """Return the option name of a setting, without dashes."""
         return dict(self.renamed).get(key, key.rpartition(".")[2]).replace("_", "-")
 
 
@@ -77,14 +77,14 @@ _OF_A_PROXY = "the target: the model that the proxy was made from, hub id or fol
 _RECIPE = Input("recipe", "recipe file (YAML)", default=..., positional=True)
 _SCORES = Input("scores", "scores.parquet or its folder", default=...)
 _PROXY = Input("proxy", "proxy folder", default=...)
-_TARGET = Input("target", "target of a proxy, for its validation gradients (default: the one that the proxy names)")
+_TARGET = Input("target", "target of the proxy, for validation gradients (default: the one that the proxy names)")
 _RATES = Input(
     "learning_rates",
     "learning rate of each model (default: from the checkpoints.json next to them)",
     list[float],
     (),
 )
-_FRESH = Input("fresh", "replace what an earlier run left in the output folder", bool, False)
+_FRESH = Input("fresh", "remove the results of an earlier run in the output folder", bool, False)
 
 COMMANDS = (
     Command(
@@ -101,13 +101,13 @@ COMMANDS = (
         "Run a recipe, or resume it where it stopped.",
         "iprox run recipe.yaml --set proxy.sparsity=0.5 --stop-after score",
         "iprox.cli.actions:run",
-        inputs=(_RECIPE, _FRESH, Input("stop_after", "last stage to do", Literal[STAGES])),
+        inputs=(_RECIPE, _FRESH, Input("stop_after", "last stage to run", Literal[STAGES])),
         reads=("*",),
         resumes=True,
     ),
     Command(
         "plan",
-        "Predict what a recipe will cost, stage by stage: tokens, FLOPs, memory, time. Runs nothing.",
+        "Predict the cost of a recipe by stage: tokens, FLOPs, memory, time. Runs nothing.",
         "iprox plan recipe.yaml",
         "iprox.cli.actions:plan",
         inputs=(_RECIPE, Input("tflops", "GEMM rate to assume in TFLOP/s (default: measured here)", float)),
@@ -115,7 +115,7 @@ COMMANDS = (
     ),
     Command(
         "warmup",
-        "Fine-tune a model briefly on a random share of the pool, and keep each epoch's checkpoint.",
+        "Fine-tune a model briefly on a random sample of the pool, and keep a checkpoint of each epoch.",
         "iprox warmup --model Qwen/Qwen3-4B --pool pool/*.jsonl --output warm",
         "iprox.cli.actions:warmup",
         needs=("model", "data.pool", "output"),
@@ -137,7 +137,7 @@ COMMANDS = (
         reads=(*COMPUTING, "proxy", "influence"),
         unread=("proxy.align", "influence.checkpoints"),
         meanings=(
-            ("data.pool", "where the probe is drawn from, on which second moments are measured"),
+            ("data.pool", "pool that the probe for the second moments is drawn from"),
             ("data.validation", "with --fidelity: file or files per task, TASK=FILE ..."),
         ),
     ),
@@ -154,8 +154,11 @@ COMMANDS = (
         resumes=True,
         meanings=(
             ("model", _OF_A_PROXY),
-            ("data.pool", "where the examples to align on are drawn from"),
-            ("data.validation", "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last)"),
+            ("data.pool", "pool that the examples to align on are drawn from"),
+            (
+                "data.validation",
+                "keep the factors most faithful for these tasks: TASK=FILE ... (default: the last ones)",
+            ),
         ),
     ),
     Command(
@@ -176,7 +179,7 @@ COMMANDS = (
     ),
     Command(
         "index",
-        "Keep a pool's gradients, randomly projected, to score it against later tasks without reading it again.",
+        "Store a pool's gradients, randomly projected, to score it for later tasks without reading it again.",
         "iprox index --model aligned --pool pool/*.jsonl --output index",
         "iprox.cli.actions:index",
         needs=("model", "data.pool", "output"),
@@ -188,20 +191,20 @@ COMMANDS = (
                 Literal["tracin", "less"],
                 "tracin",
             ),
-            Input("target", "with --estimator less: the target of a proxy (default: the one that it names)"),
+            Input("target", "with --estimator less: target of a proxy (default: the one that the proxy names)"),
         ),
         reads=(*COMPUTING, "compile"),
         resumes=True,
     ),
     Command(
         "query",
-        "Score a pool against validation tasks by its index, at the speed of the disk.",
+        "Score a pool against validation tasks with its index, at the speed of the disk.",
         "iprox query --index index --validation code=code.val.jsonl --output scores",
         "iprox.cli.actions:query",
         needs=("data.validation", "output"),
         inputs=(
             Input("index", "index folder; several are checkpoints, whose scores are summed", list[str], ...),
-            Input("model", "model of each index, if it is no longer where it was", list[str], ()),
+            Input("model", "model of each index, if it has moved", list[str], ()),
             _TARGET,
             _RATES,
         ),
@@ -210,7 +213,7 @@ COMMANDS = (
     ),
     Command(
         "audit",
-        "Score a sample on the target itself and report how faithfully the proxy ranks it.",
+        "Score a sample on proxy and target, and report how faithful the proxy is.",
         "iprox audit --model warm/checkpoint-44 --proxy aligned --pool pool/*.jsonl --validation gsm8k=val.jsonl "
         "--output audit\niprox audit ... --lds 50     # do the scores predict what training does?\n"
         "iprox audit ... --removal 3  # what is the ranking worth?",
@@ -225,7 +228,7 @@ COMMANDS = (
     ),
     Command(
         "refine",
-        "Score a proxy's best rows again on the target, and leave only these a score.",
+        "Score a proxy's best rows again on the target; the other rows lose their scores.",
         "iprox refine --scores scores --pool pool/*.jsonl --model warm/checkpoint-44 --validation gsm8k=val.jsonl "
         "--output refined",
         "iprox.cli.actions:refine",
@@ -251,7 +254,7 @@ COMMANDS = (
     ),
     Command(
         "finetune",
-        "Fine-tune a model on a selection, with the loss on test sets before and after.",
+        "Fine-tune a model on a selection, and measure the loss on test sets before and after.",
         "iprox finetune --model Qwen/Qwen3-4B --selection selected.jsonl --output tuned --test gsm8k=gsm8k.test.jsonl",
         "iprox.cli.actions:finetune",
         needs=("model", "data.pool", "output"),
@@ -266,14 +269,14 @@ COMMANDS = (
     ),
     Command(
         "compare",
-        "Compare how several scores rank the same pool: proxies, estimators, seeds or runs, each against the first.",
+        "Compare how several scores rank the same pool, each with the first: of proxies, estimators, seeds or runs.",
         "iprox compare runs/target runs/ipsvd runs/sibling\n"
         "iprox compare target=a/scores.parquet proxy=b/scores.parquet --share 0.1",
         "iprox.cli.compare:compare",
         inputs=(
             Input(
                 "scores",
-                "scores.parquet, or a folder that holds it, such as a run's: [NAME=]SCORES; the first is the reference",
+                "[NAME=]SCORES ...: scores.parquet or a folder that holds it; the first is the reference",
                 list[str],
                 ...,
                 positional=True,
@@ -283,21 +286,14 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "Write report.html of a run folder again.",
+        "Write the report.html of a run folder again.",
         "iprox report runs/quickstart",
         "iprox.cli.actions:report",
         inputs=(Input("run_dir", "run folder", default=..., positional=True),),
     ),
     Command(
-        "doctor",
-        "Show what this machine can do: device, number format, speed, memory, optional packages.",
-        "iprox doctor --device cuda:0",
-        "iprox.cli.actions:doctor",
-        inputs=(Input("device", "cpu, cuda or cuda:1", default="auto"),),
-    ),
-    Command(
         "export",
-        "Multiply a proxy's factors out: a plain checkpoint that loads without iprox. Or turn an index into FAISS's.",
+        "Write a proxy as a dense checkpoint that loads without iprox, or an index as a FAISS index.",
         "iprox export runs/quickstart/aligned --output dense-proxy\niprox export index --output pool.faiss",
         "iprox.cli.actions:export",
         inputs=(

@@ -1,4 +1,4 @@
-"""The entry point: parse, act, print, exit codes."""
+"""The entry point: parse the command line, act, print, and return the exit code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from importlib import import_module
 from typing import Any
 
 from cyclopts import CycloptsError, MissingArgumentError
+from rich.console import Console
 
 from iprox.cli.parser import Request, build_app
 from iprox.errors import InputError, one_line, system_refusal
 from iprox.progress import printable
+from iprox.quickstart import quickstart_recipe
+from iprox.recipe import load_recipe
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -32,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     app = build_app()
     if not given:
-        app.help_print(console=None if sys.stderr is None else _console(sys.stderr))
+        app.help_print(console=Console(stderr=True))
         return BAD_INPUT
     request: Request | None = None
     try:
@@ -61,29 +64,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _action_of(request: Request, line: str) -> Callable[[Request], Any]:
-    """Return the function that does a command, its recipe checked before anything heavy is imported."""
+    """Return the function that does a command. Its recipe is checked before anything heavy is imported."""
     request.line = line
-    if "*" in request.command.reads:
-        request.recipe = import_module("iprox.cli.recipes").checked(request)
+    if request.command.name == "quickstart":
+        request.recipe = quickstart_recipe(request.inputs["output"], request.overrides)
+    elif "*" in request.command.reads:
+        request.recipe = load_recipe(request.inputs["recipe"], request.overrides)
     _quieten_libraries(request.quiet)
     module, _, function = request.command.action.partition(":")
     return getattr(import_module(module), function)
 
 
 def _print_json(result: Any) -> None:
-    # JSON escapes the controls of ASCII, and U+0080 to U+009F are as good as some of them to a terminal.
+    # JSON escapes the control characters of ASCII, but not U+0080 to U+009F, which also control terminals.
     text = json.dumps(result, ensure_ascii=False)
     print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def _failed(error: Exception, request: Request | None) -> int:
-    """Report an exception: what the machine or the input caused in one line, anything else as a fault of iprox."""
+    """Report an exception: one line if the machine or the input caused it, a traceback if it is a fault of iprox."""
     from iprox.models.precision import out_of_memory  # imports torch
 
     output = request.output if isinstance(request, Request) else None
     refusal = system_refusal(error, output)
     if refusal is None and out_of_memory(error):
-        refusal = f"not enough memory ({one_line(error)}); close other programs, or give less at once"
+        refusal = f"not enough memory ({one_line(error)}); close other programs, or use smaller batches"
     if refusal is not None:
         return _refuse(refusal)
     print(printable(traceback.format_exc()), end="", file=sys.stderr)
@@ -97,14 +102,8 @@ def _refuse(message: str) -> int:
     return BAD_INPUT
 
 
-def _console(file: Any) -> Any:
-    from rich.console import Console
-
-    return Console(file=file)
-
-
 def _quieten_libraries(quiet: bool) -> None:
-    """Silence the libraries' own progress and warnings; their errors still come through. Imports them: seconds."""
+    """Silence progress bars and warnings of libraries, but not their errors. Importing them takes seconds."""
     import datasets
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -113,9 +112,9 @@ def _quieten_libraries(quiet: bool) -> None:
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
     if not quiet:
-        enable_progress_bars()  # of the hub, which transformers switched off with its own: gigabytes are worth a bar
+        enable_progress_bars()  # of the hub, which transformers disabled too: downloads are long
     transformers_logging.set_verbosity_error()
-    for name in ("iprox", "trl"):  # what iprox logs for users of its API, the command line reports itself
+    for name in ("iprox", "trl"):  # iprox logs for users of its API; the command line reports itself
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate|peft)\b")

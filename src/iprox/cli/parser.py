@@ -1,8 +1,7 @@
-"""The command line, made from the commands and the settings.
+"""The command line parser, generated from the commands and the settings.
 
-Parsed by cyclopts: it takes options from types, lists as the shell expands globs (`--pool *.jsonl`), names mistakes in
-one line with the nearest known name, completes in bash, zsh and fish, and is imported in 0.1 s. (pydantic-settings has
-no such lists; tyro and jsonargparse report mistakes over several lines.)
+It uses cyclopts because it takes lists as the shell expands globs (`--pool *.jsonl`), reports mistakes in one line with
+the nearest known name, completes in bash, zsh and fish, and imports in 0.1 s.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ class Request:
     """A parsed command line.
 
     Attributes:
-        command: What is asked for.
-        settings: Checked settings, of commands that compute.
-        inputs: What else was given, by name.
+        command: the command.
+        settings: checked settings, for commands that compute.
+        inputs: other arguments by name.
         overrides: `KEY=VALUE` strings of `--set`.
-        quiet: No progress.
-        json: One machine-readable line at the end.
-        line: The command line, for `run.json`.
-        recipe: Checked recipe, of commands that take one.
+        quiet: whether to hide progress.
+        json: whether to print the result as one line of JSON.
+        line: the command line, for `run.json`.
+        recipe: checked recipe, for commands that take one.
     """
 
     command: Command
@@ -52,12 +51,12 @@ class Request:
 
     @property
     def output(self) -> str | None:
-        """Where the result goes, for messages."""
+        """Output path, for messages."""
         return self.settings.output or self.inputs.get("output") or (self.recipe and self.recipe.output)
 
 
 def build_app() -> App:
-    """Return the application; called with arguments, it returns a `Request` (None where it printed help)."""
+    """Return the application. Calling it with arguments returns a `Request`, or None if it printed help."""
     app = App(
         name="iprox",
         help="Select the training data that helps your task, with influence scored on a low-rank proxy of your own "
@@ -74,7 +73,7 @@ def build_app() -> App:
 
 
 def _function(command: Command) -> Callable[..., Request]:
-    """Return a function with the signature of a command, from which cyclopts makes the options and their help."""
+    """Return a function with the signature of a command; cyclopts makes its options and help from it."""
     parameters, keys, named = [], {}, inspect.Parameter.KEYWORD_ONLY
     for each in command.inputs:
         kind = inspect.Parameter.POSITIONAL_ONLY if each.positional else named
@@ -137,7 +136,7 @@ def option_type(annotation: Any) -> Any:
 
 
 def described(field: FieldInfo, meaning: str | None = None) -> str:
-    """Return a setting's help, or other words for it, with its default."""
+    """Return the help of a setting with its default; `meaning` replaces the setting's own text."""
     extra = field.json_schema_extra
     left_out = extra.get("left_out") if isinstance(extra, dict) else None
     default = field.get_default(call_default_factory=True)
@@ -150,7 +149,7 @@ def _request(command: Command, keys: Mapping[str, str], given: dict[str, Any]) -
     """Return the checked request of a command.
 
     Raises:
-        InputError: A setting has a bad value, or the command does not read it.
+        InputError: a setting has a bad value, or the command does not read it.
     """
     quiet, json, overrides = given.pop("quiet", False), given.pop("json", False), list(given.pop("set", ()))
     raw: dict[str, Any] = {}
@@ -176,11 +175,7 @@ def _request(command: Command, keys: Mapping[str, str], given: dict[str, Any]) -
 
 
 def pairs(given: list[str], option: str) -> dict[str, Any]:
-    """Return `NAME=VALUE` strings as a mapping; a name that is given several times has a list.
-
-    Raises:
-        InputError: One is written otherwise.
-    """
+    """Return `NAME=VALUE` strings as a mapping; a name that is given several times has a list."""
     found: dict[str, list[str]] = {}
     for pair in given:
         name, equals, value = pair.partition("=")

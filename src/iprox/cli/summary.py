@@ -1,4 +1,4 @@
-"""The results that commands print at the end, as text for people or as data for `--json`."""
+"""Print the results of commands, or return them as plain data for `--json`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from iprox.audits.overlap import telling_share
-from iprox.cli.doctor import OPTIONAL
+from iprox.audits.agreement import telling_share
 from iprox.progress import make_console
 from iprox.records import read_json
 from iprox.report import formats
 from iprox.run.folder import RunFolder
 
 console = make_console()
+
+
+def table_of(*heads: str) -> Table:
+    """Return a table without lines whose columns, but the first, are aligned to the right."""
+    table = Table(box=None, pad_edge=False)
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    return table
 
 
 def run_summary(folder: RunFolder) -> dict[str, Any]:
@@ -46,12 +53,10 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
 
 
 def print_run(folder: RunFolder) -> None:
-    """Print what was selected, the fidelity of the proxy, the cost, and the path of the report."""
+    """Print what was selected, the proxy's fidelity, the cost, and the path of the report."""
     record = read_json(folder.run)
     done = record["stages"]
-    table = Table("stage", "time", "tokens", "FLOPs", "peak memory", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("stage", "time", "tokens", "FLOPs", "peak memory")
     for name, entry in done.items():
         label = f"{name} (done before)" if entry["skipped"] else name
         table.add_row(
@@ -112,9 +117,7 @@ def _selected(folder: RunFolder, record: dict[str, Any]) -> str:
 
 def print_plan(plan: dict[str, Any]) -> None:
     """Print a plan as a table."""
-    table = Table("stage", "tokens", "FLOPs", "memory", "time", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("stage", "tokens", "FLOPs", "memory", "time")
     for name, stage in plan["stages"].items():
         table.add_row(
             name,
@@ -140,9 +143,7 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def print_fidelity(audit: dict[str, Any]) -> None:
     """Print an audit as a table."""
-    table = Table("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %", box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = table_of("task", "Spearman", "Kendall", "top 1 %", "top 5 %", "top 10 %")
     for task, entry in [*audit["tasks"].items(), ("mean", audit["mean"])]:
         overlaps = [f"{entry['overlap'][share]:.0%}" for share in ("0.01", "0.05", "0.1")]
         table.add_row(task, f"{entry['spearman']:.3f}{_interval(entry)}", f"{entry['kendall']:.3f}", *overlaps)
@@ -151,7 +152,7 @@ def print_fidelity(audit: dict[str, Any]) -> None:
 
 def print_lds(found: dict[str, Any]) -> None:
     """Print linear datamodeling scores as a table."""
-    table = Table("task", "LDS, proxy", "LDS, target", box=None, pad_edge=False)
+    table = table_of("task", "LDS, proxy", "LDS, target")
     for task, entry in found["tasks"].items():
         table.add_row(task, *(f"{side['lds']:.3f} ({_bounds(side['interval'])})" for side in entry.values()))
     console.print(table)
@@ -159,7 +160,7 @@ def print_lds(found: dict[str, Any]) -> None:
 
 def print_removal(found: dict[str, Any]) -> None:
     """Print a removal test as a table."""
-    table = Table("task", "ranking", "without top", "without random", "difference", box=None, pad_edge=False)
+    table = table_of("task", "ranking", "without top", "without random", "difference")
     for task, entry in [*found["tasks"].items(), ("mean", found["mean"])]:
         for side in ("proxy", "target"):
             effect = entry[side]
@@ -168,42 +169,8 @@ def print_removal(found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def print_machine(found: dict[str, Any]) -> None:
-    """Print what `iprox doctor` found."""
-    rates = ", ".join(f"{name} {formats.flops(rate)}/s" for name, rate in found["gemm_flops_per_second"].items())
-    memory = f"{formats.size(found['free_bytes'])} free of {formats.size(found['memory_bytes'])}"
-    versions = {"iprox": found["iprox"], **found["versions"]}
-    lines = [
-        ("device", f"{found['device']} ({found['device_name']})"),
-        ("dtype", f"{found['dtype']}, which auto chooses"),
-        ("products", rates),
-        ("memory", memory),
-        ("cores", f"{found['cores']}, of which torch uses {found['threads']}"),
-        ("disk", f"{formats.size(found['disk_free_bytes'])} free here"),
-        ("compiler", found["compiler"] or "none found"),
-        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-    ]
-    for name, text in lines:
-        console.print(f"[bold]{name:<10}[/bold]", end="")
-        console.print(text, markup=False, soft_wrap=True)
-    console.print()
-    table = Table("optional package", "version", "what for", box=None, pad_edge=False)
-    for name, number in found["optional"].items():
-        table.add_row(name, number or "–", OPTIONAL[name])
-    console.print(table)
-    for note in found["notes"] or ["nothing is missing that iprox would need"]:
-        console.print(f"→ {note}", markup=False, soft_wrap=True)
-
-
-def print_refinement(record: dict[str, Any]) -> None:
-    """Print the number of rows that were scored again."""
-    console.print(f"{record['candidates']:,} rows ({record['candidate_share']:.1%}) scored again on the target")
-
-
 def _interval(fidelity: dict[str, Any]) -> str:
-    """Return the interval of the Spearman correlation."""
-    if "intervals" not in fidelity:  # audits of older versions
-        return ""
+    """Return the confidence interval of the Spearman correlation in parentheses."""
     return f" ({_bounds(fidelity['intervals']['spearman'])})"
 
 

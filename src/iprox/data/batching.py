@@ -55,16 +55,10 @@ class Batch:
 
 
 def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group positions by length so that each group, padded, holds at most `batch_tokens` tokens.
+    """Group positions by length so that each padded batch holds at most `batch_tokens` tokens.
 
-    Args:
-        lengths: number of tokens of each example.
-        batch_tokens: largest rows × width of a batch (see `padded_width`). A single example that is longer gets a
-            batch of its own.
-
-    Returns:
-        Batches of positions; each position is in exactly one. The longest come first, so that a budget that is too
-        large fails at once; equal lengths keep their order.
+    Every position is in exactly one batch; an example that is longer than the budget has a batch of its own. The
+    longest examples come first, so that a budget that is too large fails at once; equal lengths keep their order.
 
     Raises:
         InputError: `batch_tokens` is less than 1.
@@ -117,15 +111,8 @@ def padded_width(length: int) -> int:
     return -(-max(1, length) // step) * step
 
 
-def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, width: int | None = None) -> Batch:
-    """Pad examples on the right to one batch.
-
-    Args:
-        encoded: the caller's list.
-        indices: positions in it of the rows of the batch.
-        pad_id: token id that fills the padding; it carries no loss.
-        width: width to pad to; the length of the longest row if None.
-    """
+def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int = 0, width: int | None = None) -> Batch:
+    """Pad the rows `indices` of a list of examples on the right to one batch, to a width or to the longest row."""
     rows = [encoded[index] for index in indices]
     lengths = [len(row.input_ids) for row in rows]
     shape = (len(rows), max(lengths, default=0) if width is None else width)
@@ -143,21 +130,15 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int, wid
 
 
 def iter_batches(
-    encoded: Sequence[Encoded], batch_tokens: int, pad_id: int, *, by_answer: bool = False
+    encoded: Sequence[Encoded], batch_tokens: int, pad_id: int = 0, *, by_answer: bool = False
 ) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
-        encoded: examples; those without a supervised token are left out.
-        batch_tokens: largest rows × longest row of a batch.
-        pad_id: token id that fills the padding.
+        encoded: examples; the `indices` of a batch are positions in this list.
+        batch_tokens: largest rows × padded width of a batch.
+        pad_id: token that fills the padding. Any token does: attention is causal, and padding is on the right.
         by_answer: sort by the lengths of answers, then of prompts (`answer_batches`).
-
-    Yields:
-        Batches whose `indices` are positions in `encoded`.
-
-    Raises:
-        InputError: `batch_tokens` is less than 1.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     if by_answer:
@@ -171,17 +152,11 @@ def iter_batches(
 
 
 def example_batches(
-    encoded: Sequence[Encoded], batch_size: int, pad_id: int, batch_tokens: int | None = None
+    encoded: Sequence[Encoded], batch_size: int, pad_id: int = 0, batch_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """Yield the examples that have a supervised token in length-sorted batches of `batch_size` examples.
+    """Yield the examples that have a supervised token in length-sorted batches of `batch_size` examples, for training.
 
-    For training, where the number of examples per step matters; `iter_batches` is for everything else.
-
-    Args:
-        encoded: examples; those without a supervised token are left out.
-        batch_size: number of examples per batch; the last batch holds the rest.
-        pad_id: token id that fills the padding.
-        batch_tokens: largest rows × longest row; batches of long examples hold fewer rows. None means no limit.
+    Batches of long examples are smaller if `batch_tokens` limits their rows × longest row.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
     kept.sort(key=lambda index: -len(encoded[index].input_ids))

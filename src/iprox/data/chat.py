@@ -28,22 +28,21 @@ class ChatEncoder:
 
     Args:
         tokenizer: fast tokenizer of transformers.
-        max_length: longest length in tokens. In longer examples the answer is kept and the prompt is cut from the left
-            (see `fit`).
+        max_length: longest length in tokens. Longer examples keep the answer and lose the start of the prompt (see
+            `fit`).
         chat_template: replacement for the tokenizer's own template: `"chatml"`, Jinja source, or the path of a file.
-        skip_refused: whether a row that the chat template cannot render becomes a row without a supervised token,
-            which is counted and never selected.
-        positions: most tokens that the model reads; `max_length` is lowered to it. None means no limit.
-        vocabulary: number of the model's embeddings, which every token id must be below; None does not check.
+        skip_refused: whether rows that the template cannot render become rows without a supervised token.
+        positions: largest number of tokens that the model reads; lowers `max_length`.
+        vocabulary: number of embeddings of the model; larger token ids are refused.
 
     Attributes:
-        chat_template: template in use (Jinja source), None if there is none.
+        chat_template: template in use (Jinja source), or None.
         mode: rule for labels: `"generation"`, `"trl"`, `"boundary"` or `"none"`.
-        origin: origin of the template, for messages.
+        origin: where the template comes from, for messages.
         describe: sentence about the rule, for `run.json`.
         warnings: warnings about the labels.
-        refused: reason why the first row was left without labels (with `skip_refused`); "" if there is none.
-        lowered: warning that rows are cut because the model reads no more; None if `max_length` was not lowered.
+        refused: why the first row was left without labels; "" if none was.
+        lowered: warning that rows are cut to what the model reads; None if `max_length` was not lowered.
 
     Raises:
         InputError: the tokenizer is a slow one, `max_length` is less than 2, or the template cannot be read.
@@ -87,17 +86,11 @@ class ChatEncoder:
             )
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Tokenize and label examples.
-
-        Args:
-            examples: any mix of chat, prompt and completion, and text.
-
-        Returns:
-            One `Encoded` per example, in order. It may have no supervised token after cutting.
+        """Tokenize and label examples, in order. After cutting, an example may have no supervised token.
 
         Raises:
             InputError: there are messages but no chat template, the template refuses a row or its turns cannot be
-                located (unless such rows are skipped), or there is plain text but the tokenizer has no EOS token.
+                located (unless such rows are skipped), or there is plain text but no EOS token.
         """
         # Chunks limit the memory of the tokenizer's own results, which are far larger than ours.
         chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))

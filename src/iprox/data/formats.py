@@ -107,22 +107,19 @@ class Example:
 
 
 class Columns:
-    """Renames the columns of rows to names that iprox knows.
+    """Renames the columns of rows to the names that iprox knows. Other columns stay.
 
-    Other columns stay. A row is not changed where it lacks the column, or where the column is empty and one with the
-    known name is filled, so a pool may mix rows of several kinds.
+    A row is not changed if it lacks the column, or if the column is empty and the one with the known name is filled, so
+    a pool may mix rows of several kinds.
 
     Args:
-        named: known name (`COLUMNS`) -> name in the files, e.g. `{"output": "response"}`. An empty name or None leaves
-            the known column unread, as if no row had it; this is also allowed for the columns in `REFUSED`.
+        named: name in the files by known name (`COLUMNS`), e.g. `{"output": "response"}`. An empty name or None ignores
+            the known column, as if no row had it; this is also allowed for the columns in `REFUSED`.
 
     Attributes:
         named: the same, with "" for None.
         missing: names in the files that no row so far has had.
         there: columns of the first row.
-
-    Raises:
-        InputError: a known name is not one of iprox's.
     """
 
     def __init__(self, named: Mapping[str, str | None] | None = None) -> None:
@@ -161,10 +158,10 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     """Recognize the format of one raw row and read it.
 
     Args:
-        data: row as read from the file; a mapping if it is good.
+        data: row as read from the file.
         row: 0-based position among the good rows.
         origin: file and row for messages.
-        default_id: id for a row that has none.
+        default_id: id for a row without one.
 
     Raises:
         BadRowError: the row has no known format, or its content is empty or malformed.

@@ -15,10 +15,7 @@ from iprox.data.tokens import RefusedRowError
 class TurnBoundaries:
     """Labels conversations by rendering them up to the start and to the end of each assistant turn.
 
-    Args:
-        tokenizer: fast tokenizer of transformers.
-        apply: function that renders conversations, each with the template variables of its example; takes `tokenize`
-            and `add_generation_prompt`.
+    `apply` renders conversations with the template variables of their examples (see `ChatEncoder._apply`).
     """
 
     def __init__(self, tokenizer: Any, apply: Callable[..., Any]) -> None:
@@ -37,11 +34,7 @@ class TurnBoundaries:
     def masked(self, examples: Sequence[Example]) -> list[np.ndarray]:
         """Return which tokens belong to masked turns, bool [L], of each example.
 
-        A masked turn starts at the end of the turn before it, so that the marks that a template puts around what the
-        assistant says are masked too.
-
-        Raises:
-            RefusedRowError: a turn is rendered differently when other turns follow.
+        A masked turn starts at the end of the turn before it, so that the template's marks around it are masked too.
         """
         texts: list[str] = self._apply([example.turns for example in examples], examples, tokenize=False)
         places = [(index, place) for index, example in enumerate(examples) for place in sorted(example.masked)]

@@ -22,14 +22,11 @@ _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of 
 
 
 def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
-    """Expand paths, patterns and folders to the files to read.
+    """Expand paths, glob patterns, folders and `hf://datasets/...` addresses to the files to read.
 
     Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two patterns match
-    is read once. In folders and patterns, hidden files and descriptions of a data set are ignored.
-
-    Args:
-        patterns: paths, glob patterns, folders, or `hf://datasets/...` addresses.
-        name: purpose of the files ("pool"), for messages.
+    is read once. In folders and patterns, hidden files and descriptions of a data set are ignored. `name` is the
+    purpose of the files ("pool"), for messages.
 
     Returns:
         Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
@@ -68,14 +65,9 @@ def _decompressed(path: Path) -> Path:
 
 
 def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    """Return short names that distinguish the files of one pool.
+    """Return, for each file of a pool, a short name for messages (`pool.jsonl`) and the stem of generated ids (`pool`).
 
-    Args:
-        paths: files of the pool.
-
-    Returns:
-        For each file the name to show (`pool.jsonl`) and the stem of generated ids (`pool`). Files with the same name
-        get as many parent folders in front as distinguish them.
+    Files with the same name get as many parent folders in front as distinguish them.
     """
     shown = _unique([[path.name] for path in paths], paths)
     stems = _unique([[_decompressed(path).stem, path.name] for path in paths], paths)
@@ -112,14 +104,14 @@ def _folder(folder: Path, name: str) -> list[Path]:
     if (folder / _SAVED_DATASET).is_file():
         return [folder]
     if (folder / _SAVED_DICT).is_file():
-        splits = sorted(child.name for child in folder.iterdir() if (child / _SAVED_DATASET).is_file())
-        raise InputError(f"{name}: {folder} holds several splits; name one: {_join(folder, splits)}")
+        splits = sorted(str(child) for child in folder.iterdir() if is_saved_dataset(child))
+        raise InputError(f"{name}: {folder} holds several splits; name one: {', '.join(splits)}")
     # Files that are not regular are refused by their reader rather than ignored.
     files = sorted(child for child in folder.iterdir() if _is_data(child) and not child.is_dir())
     if files:
         return files
     found = (file for file in folder.rglob("*") if _is_data(file))
-    below = sorted({file.parent for file in found if not _is_hidden(file.relative_to(folder))})[:5]
+    below = sorted({file.parent for file in found if "/." not in f"/{file.relative_to(folder).as_posix()}"})[:5]
     hint = f"; there are some in {', '.join(map(str, below))}" if below else ""
     raise InputError(f"{name}: no file to read in the folder {folder} ({_READ}){hint}")
 
@@ -127,10 +119,6 @@ def _folder(folder: Path, name: str) -> list[Path]:
 def _is_data(path: Path) -> bool:
     """Return whether a file in a folder holds examples, by its name."""
     return bool(extension(path)) and path.name not in _DESCRIPTIONS and not path.name.startswith(".")
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -155,7 +143,3 @@ def _not_found(path: Path) -> str:
     hint = f"; the nearest names there: {', '.join(near)}" if near else ""
     what = "no file matches" if glob.has_magic(str(path)) else "there is no file"
     return f"{what} {path} (looked in {parent.resolve()}){hint}"
-
-
-def _join(folder: Path, splits: Sequence[str]) -> str:
-    return ", ".join(str(folder / split) for split in splits)

@@ -27,10 +27,7 @@ _YES, _NO = ("true", "yes"), ("false", "no")
 def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
     """Return the positions of the assistant's turns that do not count in the loss.
 
-    Args:
-        value: turns as in the row.
-        messages: the same turns after reading.
-        key: name of the column.
+    `value` are the turns of the column `key` as in the row, `messages` the same turns after reading.
 
     Raises:
         BadRowError: a turn asks for a mask that is not supported.
@@ -95,14 +92,9 @@ def refuse_masked_row(data: Mapping[Any, Any]) -> None:
 
 
 def refuse_rejected_row(data: Mapping[Any, Any], *, preference: bool) -> None:
-    """Refuse a row whose answer preference data labels as bad, as iprox selects examples to imitate.
+    """Refuse a row whose answer is labeled as bad by preference data, as iprox selects examples to imitate.
 
-    Args:
-        data: row as read from the file.
-        preference: whether the row has the columns of KTO, prompt and completion; then 0 counts as false.
-
-    Raises:
-        BadRowError: the answer is labeled as bad.
+    `preference` says whether the row has the columns of KTO, prompt and completion; then 0 counts as false.
     """
     for key in VERDICTS:
         value = data.get(key)

@@ -121,11 +121,7 @@ def system_of(data: Mapping[Any, Any]) -> tuple[str, str] | None:
 
 
 def with_system(messages: tuple[Message, ...], system: tuple[str, str] | None) -> tuple[Message, ...]:
-    """Return a conversation with the system turn of its row in front, unless it has that turn already.
-
-    Args:
-        messages: turns of the conversation.
-        system: column and text of the system turn (see `system_of`), or None.
+    """Return a conversation with the system turn of its row (see `system_of`) in front, unless it has one already.
 
     Raises:
         BadRowError: the conversation has a different system turn.

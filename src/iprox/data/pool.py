@@ -57,19 +57,18 @@ class PoolSummary:
 class Pool:
     """A re-iterable stream of the examples of one or more inputs; it never holds them all.
 
-    Formats are recognized row by row (see `iprox.data.formats`). Rows without an `id` get one from the file's name and
-    the row's number, so it is the same in every run.
+    Formats are recognized row by row (see `iprox.data.formats`). A row without an `id` gets one from its file and
+    number.
 
     Args:
         patterns: path, glob pattern, folder or `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`, or a list of these; or a
             list of dicts; or a `datasets.Dataset`.
         name: purpose of the examples, for messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
-        columns: known name -> name in the files (see `iprox.data.formats.Columns`).
+        columns: name in the files by known name (see `iprox.data.formats.Columns`).
 
     Raises:
-        InputError: a file is missing or of an unknown kind, `on_bad_row` is neither of the two, or `columns` has a name
-            that iprox does not know.
+        InputError: a file is missing or of an unknown kind, or an argument is bad.
     """
 
     def __init__(
@@ -116,28 +115,16 @@ class Pool:
         return self._summary
 
     def take(self, rows: Iterable[int]) -> list[Example]:
-        """Return some examples, in the order given, reading the pool once.
-
-        Args:
-            rows: 0-based positions among the good rows; any order, repeats allowed.
-
-        Raises:
-            InputError: the pool has no such row.
-        """
+        """Return the examples of some rows, in the order given, reading the pool once."""
         wanted = [int(row) for row in rows]
         found = {example.row: example for example, _, _ in self._chosen(wanted)}
         return [found[row] for row in wanted]
 
     def write_rows(self, rows: Sequence[int], path: Path, ids: Sequence[str] | None = None) -> None:
-        """Write some rows as JSON lines, in the order given.
+        """Write some rows as JSON lines, in the order given; the file is replaced atomically.
 
         Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other formats are
-        written with the same columns. Memory holds two numbers per row.
-
-        Args:
-            rows: 0-based positions among the good rows.
-            path: file to write; it is replaced whole or not at all.
-            ids: ids that the rows should have, if they are known.
+        written with the same columns. `ids` are the ids that the rows should have. Memory holds two numbers per row.
 
         Raises:
             InputError: the pool has no such row, a row has a different id, a column cannot be written as JSON, or
@@ -281,14 +268,10 @@ class Pool:
 
 
 class Overlap:
-    """Counts the rows of a pool whose text is that of an example in a validation or test set.
+    """Counts the rows of a pool whose text equals that of an example in a validation or test set.
 
-    The score of such a row says little, and selecting it invalidates a test on it. White space around the texts and
-    the format of the row do not matter. Memory holds eight bytes per example of the sets, and each row of the pool
-    costs one hash of its text.
-
-    Args:
-        sets: examples by the name of their set, e.g. `validation set of gsm8k`.
+    The score of such a row says little, and selecting it invalidates a test on it. White space around the texts and the
+    format of the row do not matter. Memory holds eight bytes per example of the sets, given by their names.
     """
 
     def __init__(self, sets: Mapping[str, Iterable[Example]]) -> None:

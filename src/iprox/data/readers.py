@@ -78,13 +78,6 @@ class Reader:
 def open_file(path: Path, label: str, stem: str) -> Reader:
     """Return the reader of one local file, compressed or not, by its extension.
 
-    The file is opened when `records()` is iterated.
-
-    Args:
-        path: file to read.
-        label: name for messages.
-        stem: start of generated ids.
-
     Raises:
         InputError: it is not a regular file. Reading a pipe or a device may never end, and iprox reads more than once.
     """
@@ -95,14 +88,9 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
 
 
 def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None, *, arrow: bool = False) -> Reader:
-    """Return the reader of rows that are in memory or come from `datasets`.
+    """Return the reader of rows that can be iterated more than once.
 
-    Args:
-        rows: iterable that can be iterated more than once.
-        label: name for messages.
-        stem: start of generated ids.
-        file: path or address, if there is one.
-        arrow: whether the rows come from `datasets`, which keeps them in Arrow (see `_unfilled`).
+    `arrow` says whether they come from `datasets`, which keeps them in Arrow (see `_unfilled`).
     """
 
     def records() -> Iterator[Record]:
@@ -138,16 +126,7 @@ def open_hub(address: str) -> Reader:
 
 
 def open_saved(folder: Path, label: str, stem: str) -> Reader:
-    """Return the reader of a folder written by `datasets.save_to_disk`; its rows stay on disk.
-
-    Args:
-        folder: folder to read.
-        label: name for messages.
-        stem: start of generated ids.
-
-    Raises:
-        InputError: `datasets` cannot read the folder.
-    """
+    """Return the reader of a folder written by `datasets.save_to_disk`; its rows stay on disk."""
     import datasets
 
     try:
@@ -173,15 +152,9 @@ def hash_file(digest: hashlib.blake2b, path: Path) -> None:
 
 
 def json_line(data: Mapping[str, Any], origin: str) -> bytes:
-    """Return one row as a line of JSON.
+    """Return one row as a line of JSON in UTF-8, with its newline.
 
-    Args:
-        data: row as read.
-        origin: file and row for messages.
-
-    Returns:
-        UTF-8 bytes that end with a newline. NaN and infinities become null, as in pandas; dates, decimals, UUIDs and
-        durations become text.
+    NaN and infinities become null, as in pandas; dates, decimals, UUIDs and durations become text.
 
     Raises:
         InputError: a column holds something that JSON cannot hold (bytes, images).

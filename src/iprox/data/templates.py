@@ -59,22 +59,18 @@ class TemplateChoice:
 def choose_template(tokenizer: Any, chat_template: str | None) -> TemplateChoice:
     """Choose the template and the rule for labels, as TRL's `SFTTrainer(assistant_only_loss=True)` does.
 
-    Args:
-        tokenizer: fast tokenizer.
-        chat_template: replacement for the tokenizer's own: `"chatml"`, Jinja source, or the path of a file.
-
-    Returns:
-        The choice. Its rule is `"boundary"` where TRL has no training template and would refuse.
+    The rule is `"boundary"` where TRL has no training template and would refuse. `chat_template` replaces the
+    tokenizer's own: `"chatml"`, Jinja source, or the path of a file.
 
     Raises:
-        InputError: `chat_template` is none of the three, the tokenizer has several named templates but no default, or
-            the template is not valid Jinja, takes too long or loses the text of messages.
+        InputError: the template cannot be read, is not valid Jinja, takes too long or loses the text of messages; or
+            the tokenizer has several named templates but no default.
     """
     template, origin = _given(tokenizer, chat_template)
     warnings: list[str] = []
     if template is None:
         return TemplateChoice(None, "none", "no chat template: plain text only")
-    if chat_template == "chatml" and len(_ids(tokenizer, "<|im_end|>")) > 1:
+    if chat_template == "chatml" and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
         warnings.append(
             "the ChatML end-of-turn mark <|im_end|> is not a single token of this tokenizer; it is written as several"
         )
@@ -108,14 +104,9 @@ def _choice(tokenizer: Any, template: str, origin: str, warnings: list[str]) -> 
 def leaves_out(tokenizer: Any, template: str, part: str) -> bool:
     """Return whether a template leaves out a part of a conversation, tested on artificial conversations.
 
-    A part that the template refuses to render is not left out: the template will refuse rows with it too.
-
-    Args:
-        tokenizer: tokenizer of transformers.
-        template: Jinja source.
-        part: `"tools"`, `"tool_calls"`, one of `REASONING`, `THOUGHT` followed by the marks of the reasoning in the
-            content (see `messages.thought_marks`), `EARLIER` followed by these marks for turns before the last one of
-            the assistant, or `"role ROLE"` for turns of that role.
+    A part that the template refuses to render is not left out: the template will refuse rows with it too. `part` is
+    `"tools"`, `"tool_calls"`, one of `REASONING`, `"role ROLE"` for turns of that role, or `THOUGHT` or `EARLIER`
+    followed by the marks of reasoning in the content (see `messages.thought_marks`), in any turn or in earlier turns.
 
     Raises:
         RenderingTimeError: the template takes too long.
@@ -222,7 +213,3 @@ def _stop_is_supervised(tokenizer: Any, template: str) -> bool:
         return True  # the template refuses the test messages; `encode` names the row if it refuses real ones too
     kept = [token for token, mask in zip(out["input_ids"], out["assistant_masks"], strict=True) if mask]
     return len(tokenizer.decode(kept).strip()) > 1  # more than the "x"
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -56,15 +56,10 @@ class Encoded:
 
 
 def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
-    """Cut an example to `max_length` tokens, keeping the answer.
+    """Cut an example, given as token ids and labels [L], to `max_length` tokens, keeping the answer.
 
     First the unsupervised tokens after the last supervised one are cut, then tokens from the left. If the last answer
     (the last run of supervised tokens) is itself too long, its first `max_length` tokens are kept.
-
-    Args:
-        ids: int32 [L].
-        labels: int32 [L], -100 where not supervised.
-        max_length: longest length in tokens.
     """
     if len(ids) <= max_length:
         return Encoded(ids, labels, False)
@@ -80,13 +75,7 @@ def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Quantiles of the number of supervised tokens per example.
-
-    Attributes:
-        low: the 10th percentile.
-        median: the 50th.
-        high: the 90th.
-    """
+    """The 10th, 50th and 90th percentile of the number of supervised tokens per example."""
 
     low: float
     median: float
@@ -132,7 +121,7 @@ class ValidationLengths:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ValidationLengths | None:
-        """Return the lengths in the metadata of a scores file; None if it has none, as in older files."""
+        """Return the lengths in the metadata of a scores file; None if it has none."""
         kept = metadata.get(VALIDATION_LENGTHS)
         if kept is None:
             return None

@@ -11,12 +11,7 @@ from iprox.settings import Recipe
 
 
 def quickstart_recipe(output: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The bundled recipe with the places of the bundled model and data filled in.
-
-    Args:
-        output: run folder.
-        overrides: `section.key=value` strings.
-    """
+    """Return the bundled recipe with the paths of the bundled model and data, and `KEY=VALUE` overrides."""
     with as_file(files(__name__)) as folder:
         recipe = load_recipe(folder / "recipe.yaml", overrides)
         recipe.model = str(folder / recipe.model)

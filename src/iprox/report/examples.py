@@ -129,17 +129,10 @@ def roles_and_texts(example: Example) -> list[tuple[str, str]]:
 
 
 def fetch_examples(run: FinishedRun, pool: Pool | None, rows: Sequence[int]) -> tuple[dict[int, Example], str | None]:
-    """Read the texts of some rows. A pool that cannot be read, or has changed, gives a warning instead of an error.
+    """Return the examples of some rows, and a warning if the pool cannot be read or has changed.
 
-    Reports are most wanted for old runs and on other machines, where the pool may have moved.
-
-    Args:
-        run: run that the page is about.
-        pool: pool with the texts; None opens the files that run.json names.
-        rows: row numbers.
-
-    Returns:
-        Examples by row; a warning, or None.
+    Reports are most wanted for old runs and on other machines, where the pool may have moved, so this is not an error.
+    Without a pool, the files that run.json names are read.
     """
     try:
         if pool is None:
@@ -201,13 +194,7 @@ def _turn(role: str, text: str) -> Turn:
 
 
 def browser_data(run: FinishedRun, rows: Sequence[int], examples: Mapping[int, Example]) -> dict[str, Any] | None:
-    """Return the values that the template and browser.js show, or None if there is no text to show.
-
-    Args:
-        run: run that the page is about.
-        rows: rows from `browser_rows`.
-        examples: examples by row; rows without one are left out.
-    """
+    """Return the values that the template and browser.js show, or None if there is no text to show."""
     scores, selected = run.scores, _selected(run)
     held: list[dict[str, Any]] = []
     characters = 0

@@ -1,7 +1,7 @@
 """The content of a finished run's folder, read column by column into plain arrays."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 from iprox.aggregation import weighted
 from iprox.errors import InputError, one_line
 from iprox.report.examples import ShadedToken, read_shading
-from iprox.scores import SUPERVISED
-
-TASK_PREFIX = "influence/"
+from iprox.scores import AGGREGATE, SUPERVISED, TASK_PREFIX, read_scores, score_matrix, task_names
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Scores:
         influence: scores that rows are selected by, float64 [N]; NaN where a row has no score.
         tasks: scores by task, float64 [N] each.
         tokens: tokens of each row, int [N].
-        supervised: tokens of each row that its loss is taken over, int [N]; None in files of older versions.
+        supervised: tokens of each row that its loss is taken over, int [N].
         source_codes: source of each row, an index into `source_names`, int [N].
         source_names: distinct sources; None for rows without a source.
         ids: id of each row.
@@ -38,7 +36,7 @@ class Scores:
     influence: np.ndarray
     tasks: dict[str, np.ndarray]
     tokens: np.ndarray
-    supervised: np.ndarray | None
+    supervised: np.ndarray
     source_codes: np.ndarray
     source_names: list[str | None]
     ids: pa.ChunkedArray
@@ -68,12 +66,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class SelectedRows:
-    """selection.json: the selected rows, best first, how they were selected, and their profile where there is one."""
+    """The content of selection.json: the selected rows, best first, how they were selected, and their profile."""
 
     rows: np.ndarray
     strategy: str
     threshold: float | None
-    profile: dict[str, Any] | None
+    profile: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -174,83 +172,68 @@ def _read_json(path: Path, kind: type) -> Any:
     return value
 
 
-def _open_parquet(path: Path, required: Sequence[str], stage: str) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run the {stage} stage again") from None
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable Parquet file ({one_line(error)}); run the {stage} stage again"
-        ) from None
-    absent = [name for name in required if name not in file.schema_arrow.names]
-    if absent:
-        raise InputError(f"{path}: no column {absent[0]!r}; run the {stage} stage again")
-    return file
-
-
-def _column(file: pq.ParquetFile, name: str) -> pa.ChunkedArray:
-    return file.read(columns=[name]).column(name)
-
-
-def _floats(file: pq.ParquetFile, name: str) -> np.ndarray:
-    """Return a column as float64, NaN for nulls."""
-    return np.asarray(_column(file, name).cast(pa.float64()).to_numpy(), dtype=np.float64)
-
-
 def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> Scores:
-    used = "influence" if task is None else TASK_PREFIX + task
-    file = _open_parquet(path, ("id", "source", "tokens", used), "score")
-    names = file.schema_arrow.names
-    source = _column(file, "source").cast(pa.string()).combine_chunks().dictionary_encode(null_encoding="encode")
-    if isinstance(source, pa.ChunkedArray):
-        source = source.combine_chunks()
-    tasks = {n[len(TASK_PREFIX) :]: _floats(file, n) for n in names if n.startswith(TASK_PREFIX)}
-    if weights:
-        influence = weighted(np.stack(list(tasks.values()), 1), [weights.get(name, 1.0) for name in tasks])
-    else:
-        influence = _floats(file, used)
-    scores = Scores(
+    table = read_scores(path)
+    if not table.num_rows:
+        raise InputError(f"{path}: has no rows; run the score stage again on a pool that is not empty")
+    used = AGGREGATE if task is None else TASK_PREFIX + task
+    absent = next((name for name in (SUPERVISED, used) if name not in table.column_names), None)
+    if absent is not None:
+        raise InputError(f"{path}: no column {absent!r}; run the score stage again")
+    matrix, names = score_matrix(table), task_names(table)
+    influence = weighted(matrix, [weights.get(name, 1.0) for name in names]) if weights else _floats(table, used)
+    source = table["source"].combine_chunks().dictionary_encode(null_encoding="encode")
+    return Scores(
         influence=influence,
-        tasks=tasks,
-        tokens=_column(file, "tokens").to_numpy(),
-        supervised=_column(file, SUPERVISED).to_numpy() if SUPERVISED in names else None,
+        tasks=dict(zip(names, matrix.T, strict=True)),
+        tokens=table["tokens"].to_numpy(),
+        supervised=table[SUPERVISED].to_numpy(),
         source_codes=source.indices.to_numpy(zero_copy_only=False),
         source_names=source.dictionary.to_pylist(),
-        ids=_column(file, "id"),
+        ids=table["id"],
         task=task,
         weights=weights,
     )
-    if scores.rows == 0:
-        raise InputError(f"{path}: has no rows; run the score stage again on a pool that is not empty")
-    return scores
+
+
+def _floats(table: pa.Table, name: str) -> np.ndarray:
+    """Return a column as float64, NaN for nulls."""
+    return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
 
 
 def _read_selection(path: Path, pool_rows: int) -> SelectedRows | None:
     content = _read_json(path, dict)
     if content is None:
         return None
-    rows = np.asarray(content.get("rows", []), dtype=np.int64)
+    absent = [name for name in ("rows", "strategy", "threshold", "profile") if name not in content]
+    if absent:
+        raise InputError(f"{path}: no {absent[0]!r}; run the select stage again")
+    rows = np.asarray(content["rows"], dtype=np.int64)
     if len(rows) and (rows.min() < 0 or rows.max() >= pool_rows):
         raise InputError(
             f"{path}: names a row outside the {pool_rows:,} rows of scores.parquet; run the select stage again"
         )
-    strategy = str(content.get("strategy", "unknown"))
-    return SelectedRows(rows, strategy, content.get("threshold"), content.get("profile"))
+    return SelectedRows(rows, content["strategy"], content["threshold"], content["profile"])
 
 
 def _read_audit(folder: Path, done: Collection[str]) -> Audit | None:
     summary = _read_json(folder / "audit.json", dict)
     if summary is None:
         return None
+    file = folder / "audit.parquet"
     tasks = list(summary.get("tasks", {}))
-    columns = [f"{side}/{task}" for task in tasks for side in ("proxy", "target")]
-    file = _open_parquet(folder / "audit.parquet", ["id", "source", *columns], "audit")
+    try:
+        table = pq.read_table(file)
+        proxy, target = ({task: _floats(table, f"{side}/{task}") for task in tasks} for side in ("proxy", "target"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: missing; run the audit stage again") from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); run the audit stage again") from None
     return Audit(
         summary=summary,
-        ids=[str(i) for i in _column(file, "id").to_pylist()],
-        sources=_column(file, "source").to_pylist(),
-        proxy={task: _floats(file, f"proxy/{task}") for task in tasks},
-        target={task: _floats(file, f"target/{task}") for task in tasks},
+        ids=table["id"].to_pylist(),
+        sources=table["source"].to_pylist(),
+        proxy=proxy,
+        target=target,
         **{name: _read_json(folder / f"{name}.json", dict) for name in ("lds", "removal") if name in done},
     )

@@ -19,12 +19,9 @@ from iprox.report.finished_run import read_run
 def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
     """Write the report of a run and return its path, `run_dir / "report.html"`.
 
-    Its size does not grow with the pool: scores are binned, and only the texts of some rows are read.
-
-    Args:
-        run_dir: folder that `iprox run` wrote. Stages that were switched off may be missing.
-        pool: pool with the texts of rows; None opens the files that run.json names. If they cannot be read, the page
-            shows no texts and says so under its warnings.
+    Its size does not grow with the pool: scores are binned, and only the texts of some rows are read. Stages that were
+    switched off may be missing. Without a pool, the texts come from the files that run.json names; if these cannot be
+    read, the page says so under its warnings.
 
     Raises:
         InputError: run.json or the scores are missing, or a file of the run cannot be read.

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from iprox.audits.overlap import telling_share
+from iprox.audits.agreement import telling_share
 from iprox.report import charts, formats
 from iprox.report.finished_run import Audit, FinishedRun, Scores
 
@@ -144,12 +144,8 @@ def composition_section(run: FinishedRun) -> dict[str, Any] | None:
         return None
     named = any(name is not None for name in scores.source_names)
     counts = charts.source_counts(scores.source_codes, scores.source_names, selection.rows) if named else []
-    if scores.supervised is None:  # scores of an older version
-        lengths = charts.row_length_chart(scores.tokens, selection.rows)
-    else:
-        known = selection.profile["supervised"]["validation"] if selection.profile else {}
-        medians = {task: float(each["median"]) for task, each in known.items()}
-        lengths = charts.answer_length_chart(scores.supervised, selection.rows, medians)
+    validation = selection.profile["supervised"]["validation"]
+    medians = {task: float(each["median"]) for task, each in validation.items()}
     return {
         "sources": charts.source_chart(counts) if named else None,
         "table": [
@@ -160,16 +156,14 @@ def composition_section(run: FinishedRun) -> dict[str, Any] | None:
             for each in counts[:MOST_SOURCES]
         ],
         "left_out": max(0, len(counts) - MOST_SOURCES),
-        "lengths": lengths,
+        "lengths": charts.answer_length_chart(scores.supervised, selection.rows, medians),
         "profile": _profile_rows(selection.profile),
-        "warnings": selection.profile["warnings"] if selection.profile else [],
+        "warnings": selection.profile["warnings"],
     }
 
 
-def _profile_rows(profile: dict[str, Any] | None) -> list[tuple[str, ...]]:
-    """Return the table of selection, pool and validation sets; empty if selection.json has no profile."""
-    if profile is None:
-        return []
+def _profile_rows(profile: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table of selection, pool and validation sets."""
     lengths, duplicates = profile["supervised"], profile["near_duplicates"]
 
     def row(name: str, of: dict[str, float] | None, sources: str = formats.DASH, same: str = formats.DASH) -> Any:
@@ -221,7 +215,6 @@ def fidelity_section(run: FinishedRun) -> dict[str, Any] | None:
         "rows": [row(task, values) for task, values in tasks.items()],
         "mean": row("Mean", mean) if len(tasks) > 1 and mean else None,
         "sample": formats.count(len(audit.ids)),
-        "whole": [c for c in (charts.overlap_chart(mean), charts.calibration_chart(tasks)) if c is not None],
         "by_source": [
             (name, formats.count(entry["rows"]), formats.decimal(entry["spearman"]))
             for name, entry in audit.summary.get("by_source", {}).items()

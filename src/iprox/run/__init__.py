@@ -1,7 +1,7 @@
-"""Stages and the folders they write: `iprox run` does all of them, a command does one.
+"""Runs: `iprox run` does all stages in one folder, a command does one.
 
-    settings + files -> Run -> steps (warm_up ... report) -> stages (the work) -> run.json
+settings + files -> Run -> steps (warm_up ... report) -> stages (the work) -> run.json
 
-A step says what its output depends on, where it is written, and what makes it; `Run.stage` does it, or skips it when it
-is done.
+A step says what its output depends on, where it goes and how it is made. `Run.stage` does the stage, or skips it if its
+output is up to date.
 """

@@ -1,4 +1,4 @@
-"""The run folder: where each stage puts what it makes, what is done already, and `run.json`."""
+"""The run folder: the outputs of the stages, and `run.json`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "
 
 
 class RunFolder:
-    """The files of one run.
+    """The files of a run; `claim` creates the folder."""
 
-    Args:
-        path: the folder; made by `claim`.
-    """
-
-    # How what is done already is done again, for messages.
-    AGAIN = "--fresh does all again"
+    # How to repeat a stage that is up to date, for messages.
+    AGAIN = "--fresh repeats all stages"
     CONTENT = (
         "warmup",
         "proxy",
@@ -44,7 +40,7 @@ class RunFolder:
         "report.html",
         "tensorboard",
         "recipe.yaml",
-        "run.json",  # last: with it goes the sign that the folder is ours
+        "run.json",  # last, because it marks the folder as ours
     )
 
     def __init__(self, path: str | Path) -> None:
@@ -66,16 +62,15 @@ class RunFolder:
         self.run = self.path / RUN
 
     def claim(self, identity: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
-        """Make the folder ours and return what `run.json` knows of an earlier start of the same run.
+        """Create and lock the folder, and return the `run.json` of an earlier start of the same run, or {}.
 
         Args:
-            identity: what makes it the same run (model and data); settings may change, stages notice.
-            fresh: forget an earlier run. Only files that a run writes are removed, and only from a run's folder.
-
-        No other process can claim it until it is released.
+            identity: what makes it the same run (model and data). Settings may change; stages notice that themselves.
+            fresh: whether to remove the results of an earlier run. Only files that iprox writes are removed, and only
+                from a run folder.
 
         Raises:
-            InputError: the folder holds another run, or something that is no run, or another process is at work there.
+            InputError: the folder holds another run or other files, or another process is using it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path}: is a file; choose a folder as output")
@@ -86,9 +81,9 @@ class RunFolder:
             except ValueError as error:
                 raise InputError(f"{self.run}: not JSON ({error}); choose another output folder") from error
             if "command" in earlier.get("identity", {"command": ""}):
-                raise InputError(f"{self.path}: its run.json is of a single command; choose another output folder")
+                raise InputError(f"{self.path}: it is the output of a single command; choose another output folder")
         elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
-            raise InputError(f"{self.path}: not empty and no iprox run; choose another output folder")
+            raise InputError(f"{self.path}: is not empty and not a run folder; choose another output folder")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
         try:
@@ -115,20 +110,20 @@ class RunFolder:
         return earlier
 
     def release(self) -> None:
-        """Let other processes claim the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
     def remove_partial(self) -> None:
-        """Remove what an interrupted write left; whole files appear under their own names only."""
+        """Remove the remains of interrupted writes."""
         for name in self.CONTENT:
             for left in (self.path / f"{name}.partial", *(self.path / name).glob("**/*.partial")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, Any]:
-    """What a run ran on: versions, machine, git revision of the working directory, time."""
+    """Return versions, machine, time, and the git revision of the working directory."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:

@@ -1,4 +1,4 @@
-"""A run in progress: its folder, its inputs, and how a stage is done, or skipped when it is done."""
+"""A run in progress: its folder, its inputs, and how a stage is done or skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from iprox.data import Example, Pool
 from iprox.data.sampling import draw_rows
 from iprox.influence.job import Checkpoint
-from iprox.models.loading import checkpoint_fingerprint
 from iprox.records import StageRecord, key_of, write_json
 from iprox.run.folder import RunFolder, environment
 from iprox.session import AT_LEAST, Session
@@ -20,28 +19,29 @@ from iprox.settings import Settings
 
 @dataclass(slots=True)
 class Run:
-    """A recipe or a single command at work.
+    """A recipe or a single command in progress.
 
-    A stage is done when `run.json` has its key (its settings, its inputs' fingerprints and the keys of the stages that
-    it reads) and its output is there. Keys hold no paths, so a run folder can be moved.
+    A stage is up to date if `run.json` has its key and its output exists. The key is a hash of its settings, the
+    fingerprints of its inputs and the keys of the stages that it reads. Keys do not depend on paths, so a run folder
+    can be moved.
 
     Attributes:
-        settings: Of the recipe or the command.
-        folder: Where each stage writes.
-        session: How to compute.
-        read: The pool, see `pool`; None for commands that read none.
-        validation: Validation sets by task.
-        record: What `run.json` holds.
-        earlier: What earlier starts say of stages that this one has not reached, or that are switched off now.
-        earlier_version: Version of iprox that they were done by, where they do not say so.
-        template: Chat template, if it is not the tokenizer's own.
-        rows: Rows of the pool that each stage has drawn, by stage.
-        targets: Checkpoints of the target to score at, with learning rates.
-        proxies: Their proxies, if there are any.
-        scored: What the pool was scored on.
-        scores: The scores to select by.
-        selected: Examples to fine-tune on, where they are not the run's selection.
-        keys: Keys of the stages so far.
+        settings: settings of the recipe or the command.
+        folder: folder that the stages write to.
+        session: the session.
+        read: the pool, or None for commands that read none (see `pool`).
+        validation: validation sets by task.
+        record: content of `run.json`.
+        earlier: records of earlier starts, for stages not reached yet or switched off.
+        earlier_version: version of iprox for earlier records that do not name one.
+        template: chat template, if it is not the tokenizer's own.
+        rows: row numbers of the pool that each stage has drawn.
+        targets: checkpoints of the target, with learning rates.
+        proxies: proxies of these checkpoints, if there are any.
+        scored: the models that the pool was scored on.
+        scores: scores to select by.
+        selected: examples to fine-tune on, if they are not the run's selection.
+        keys: keys of the stages so far.
     """
 
     settings: Settings
@@ -69,41 +69,41 @@ class Run:
 
     @property
     def pool(self) -> Pool:
-        """The candidates; of single commands, whatever they draw examples from."""
+        """The pool: the candidates, or what a single command draws examples from."""
         assert self.read is not None
         return self.read
 
     @property
     def total(self) -> int:
-        """Rows of the pool."""
+        """Number of rows in the pool."""
         return self.pool.scan().rows
 
     def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], StageRecord]) -> str:
-        """Do a stage, or skip it when it is done.
+        """Do a stage, or skip it if it is up to date.
 
         Args:
-            name: Its name in `run.json`.
-            key: All that its output depends on, as plain data.
-            outputs: Files that it leaves; if one is gone, the stage is done again.
-            work: Does it.
+            name: name of the stage in `run.json`.
+            key: everything that the output depends on, as plain data.
+            outputs: files that the stage writes; if one is missing, the stage is done again.
+            work: function that does the stage.
 
         Returns:
-            The stage's key, for the stages that read it.
+            The stage's key, for stages that read its output.
         """
         key = key_of([name, key])
         say = self.session.reporter.say
         before = self.earlier.pop(name, None)
         if before is not None and before["key"] == key and all(output.exists() for output in outputs):
-            self.session.reporter.take_warnings()  # the entry has them from when the stage was done
+            self.session.reporter.take_warnings()  # they are in the earlier record
             entry = {**before, "skipped": True}
             by = before.get("iprox", self.earlier_version)
-            older = f" by iprox {by}, and this is {version('iprox')}; {self.folder.AGAIN}"
+            older = f" by iprox {by}, not {version('iprox')}; {self.folder.AGAIN}"
             say(f"✓ {name}: done already{older if by != version('iprox') else ''}")
         else:
             if before is not None:
-                changed = "what it is made from has changed" if before["key"] != key else "its output is gone"
+                changed = "its inputs or settings have changed" if before["key"] != key else "its output is missing"
                 say(f"{name}: done again, because {changed}")
-            self.save()  # without the stage: from here on its output is neither the earlier one nor the new one
+            self.save()  # without the stage, whose output is incomplete from here on
             try:
                 with self.session.metered() as usage:
                     entry = {"tokens": 0, "flops": 0.0, **work()}
@@ -130,10 +130,10 @@ class Run:
         write_json(self.folder.run, {**self.record, "seconds": seconds, "earlier": self.earlier})
 
     def common_key(self) -> list[Any]:
-        """Return what every stage depends on, next to its own settings."""
+        """Return what every stage depends on besides its own settings."""
         data = self.settings.data
-        # From rows that are all good the same is made either way, so that `skip` can resume where a refused row stopped
-        # a run. Another version may find other rows bad, so the number of good ones counts where some are bad.
+        # Without bad rows `stop` and `skip` give the same results, so `skip` can resume a run that a bad row stopped.
+        # With bad rows their number counts too, because another version of iprox may find others.
         sources = {None: self.pool, **self.validation}
         left = {task: source.scan().rows for task, source in sources.items() if source.scan().bad_rows}
         bad_rows = [data.on_bad_row, sorted(left.items(), key=str)] if left else "stop"
@@ -141,7 +141,7 @@ class Run:
         return [identity, dtype, self.settings.seed, data.max_length, self.template, bad_rows]
 
     def draw(self, name: str, count: int) -> list[int]:
-        """Return rows for a stage: a seeded sample that no earlier stage has used, or, in a small pool, has."""
+        """Draw a seeded sample of rows that no earlier stage has drawn; in a small pool, warn that samples overlap."""
         warn, seed = self.session.reporter.warn, self.settings.seed
         used = [row for rows in self.rows.values() for row in rows]
         rows = draw_rows(name, seed, self.total, count, used)
@@ -155,13 +155,13 @@ class Run:
                 else f"{name}: the pool has only {len(rows) + len(shared)} examples"
             )
         elif len(rows) < count:
-            warn(f"{name}: {count} examples asked for, {len(rows)} are left of the pool")
+            warn(f"{name}: {count} examples were asked for, but only {len(rows)} are left in the pool")
         self.rows[name] = sorted(rows + shared)
         return self.rows[name]
 
 
 def new_record(session: Session, command: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `run.json` holds before the first stage."""
+    """Return the content of `run.json` before the first stage."""
     return {
         **environment(),
         "command": command,
@@ -171,8 +171,3 @@ def new_record(session: Session, command: str, identity: Mapping[str, Any]) -> d
         "dtype": str(session.dtype).removeprefix("torch."),
         "stages": {},
     }
-
-
-def fingerprints(**inputs: str | None) -> dict[str, str]:
-    """Return the fingerprints of models, by what each is for; those that are None are left out."""
-    return {name: checkpoint_fingerprint(path) for name, path in inputs.items() if path is not None}

@@ -1,4 +1,4 @@
-"""A single command: one stage in a folder of its own, done by the step that a whole run does it by."""
+"""A single command: one stage in its own folder, done by the same step as in a whole run."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from typing import Any
 from iprox.data import Pool
 from iprox.errors import InputError, one_line
 from iprox.files import FolderLock, absolute, check_output, empty_folder
+from iprox.models.loading import checkpoint_fingerprint
 from iprox.records import RUN, key_of, read_json
 from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.run.whole import judging
-from iprox.session import Session, encode_validation
+from iprox.session import Session, encode_validation, pool_of, tasks_of
 from iprox.settings import Settings
 
-# Settings that change no result, and those whose contents are in the identity by themselves.
+# Settings that do not change results, and those whose contents are part of the identity.
 _APART = {"model", "output", "data", "device", "tracking", "ray_workers"}
 _ADVICE = "choose another output or remove it"
 
 
 class SingleFolder(RunFolder):
-    """The folder of one command: the output of its stage is the folder itself.
+    """The folder of one command; the output of its stage is the folder itself.
 
     Args:
-        path: The folder, absolute.
-        stage: Attribute of `RunFolder` that it takes the place of, e.g. `proxy`; "" for stages that write files into
+        path: absolute path of the folder.
+        stage: attribute of `RunFolder` that becomes the folder itself, e.g. `proxy`; "" if the stage writes files into
             it.
 
     Attributes:
-        new: Whether there was no such folder before, once it is taken.
-        known: Whether there was a record of the command in it, once it is taken.
+        new: whether the folder did not exist before `taken`.
+        known: whether it had the record of a command before `taken`.
     """
 
-    AGAIN = "choose another output to do it again"
+    AGAIN = "choose another output to repeat it"
 
     def __init__(self, path: Path, stage: str) -> None:
         super().__init__(path)
@@ -46,27 +47,24 @@ class SingleFolder(RunFolder):
             setattr(self, stage, path)
 
     def refuse_foreign(self) -> None:
-        """Refuse a folder that holds something, and no record of a command.
-
-        Raises:
-            InputError: It does.
-        """
+        """Refuse a folder that has files but no record of a command."""
         foreign = self.path.is_dir() and any(file.name != f"{RUN}.partial" for file in self.path.iterdir())
         if foreign and not self.run.is_file():
             raise InputError(f"{self.path}: exists already; {_ADVICE}")
 
     def taken(self, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the folder ours, and return the record of an earlier start of the same command.
+        """Create and lock the folder, and return the record of an earlier start of the same command, or {}.
 
-        What another command has left unfinished is taken over: what can be resumed from knows what it was made from.
+        A folder that another command of the same name left unfinished is reused; partial results have keys of their
+        own.
 
         Raises:
-            InputError: It holds something else, or another process is at work there.
+            InputError: the folder holds another result, or another process is using it.
         """
         self.new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
-        self.known = self.run.is_file()  # only now: another process may have finished here a moment ago
+        self.known = self.run.is_file()  # after locking, as another process may just have finished
         self.refuse_foreign()
         if not self.known:
             return {}
@@ -78,13 +76,13 @@ class SingleFolder(RunFolder):
         differ = [key for key in dict.fromkeys([*before, *identity]) if before.get(key) != identity.get(key)]
         if differ and (finished or before.get("command") != identity.get("command")):
             raise InputError(
-                f"{self.path}: exists already, with another result ({', '.join(differ)} differ); {_ADVICE}"
+                f"{self.path}: exists already and has another result ({', '.join(differ)} differ); {_ADVICE}"
             )
         self.remove_partial()
         return {} if differ else earlier
 
     def remove_partial(self) -> None:
-        """Remove what an interrupted write left."""
+        """Remove the remains of interrupted writes."""
         for left in self.path.glob("**/*.partial"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -94,33 +92,38 @@ def single_run(
     session: Session,
     settings: Settings,
     command: str,
+    line: str,
     stage: str,
-    pool: Pool | None,
-    validation: Mapping[str, Pool],
     *,
-    identity: Mapping[str, Any],
+    pool: Pool | None = None,
     tests: Mapping[str, Pool] = MappingProxyType({}),
+    identity: Mapping[str, Any] = MappingProxyType({}),
     read_by: str | None = None,
     kept: str | None = None,
+    **models: str | None,
 ) -> Iterator[Run]:
-    """Open the run of one command, and tidy up after it.
+    """Open the run of one command, and clean up after it.
 
-    What a failed command leaves half-made goes, unless there are files of the pattern `kept`, from which the same
-    command resumes. What was there before stays.
+    If the command fails, its unfinished output is removed, unless there are files that match `kept`, from which the
+    same command resumes. What was there before stays.
 
     Args:
-        session: How to compute.
-        settings: Settings of the command.
-        command: The command line, for `run.json`.
-        stage: Where a run's folder keeps the stage's output (`SingleFolder`).
-        pool: What it reads; None for nothing but validation sets.
-        validation: Validation sets by task.
-        identity: What it computes with, next to the settings: the command's name, fingerprints of models.
-        tests: Test sets by task, which the pool must not be.
-        read_by: Model whose tokenizer reads the validation sets, which are checked with it at once.
-        kept: Pattern of the files in the folder that a second start resumes from.
+        session: the session.
+        settings: settings of the command.
+        command: name of the command.
+        line: command line, for `run.json`.
+        stage: attribute of `RunFolder` for the stage's output (see `SingleFolder`).
+        pool: pool that is read; that of the settings if None.
+        tests: test sets by task, which must not share files with the pool.
+        identity: what the result depends on besides settings, data and models.
+        read_by: model whose tokenizer encodes the validation sets, to check them now.
+        kept: pattern of the files in the folder that a second start resumes from.
+        **models: models by their role; their fingerprints are part of the identity.
     """
     assert settings.output is not None
+    if pool is None and settings.data.pool:
+        pool = pool_of(settings.data.pool, settings)
+    validation = tasks_of(settings.data.validation, settings)
     check_output(settings.output)
     output = absolute(settings.output)
     folder = SingleFolder(output, stage)
@@ -130,6 +133,8 @@ def single_run(
         template = Path(template).read_text(encoding="utf-8")
     reading = settings.data.model_dump(exclude={"pool", "validation", "num_proc", "chat_template"})
     whole = {
+        "command": f"iprox {command}",
+        **{role: checkpoint_fingerprint(model) for role, model in models.items() if model is not None},
         **identity,
         "settings": key_of(settings.model_dump(exclude=_APART)),
         "reading": key_of([reading, template, str(session.dtype)]),
@@ -137,12 +142,12 @@ def single_run(
         "validation": {task: source.scan().fingerprint for task, source in validation.items()},
     }
     if read_by is not None:
-        encode_validation(session.encoder(read_by), dict(validation))
-        session.reporter.take_warnings()  # the stage makes an encoder of its own, whose warnings are recorded
+        encode_validation(session.encoder(read_by), validation)
+        session.reporter.take_warnings()  # the stage's own encoder repeats them
     try:
         earlier = folder.taken(whole)
-        record = new_record(session, command, whole)
-        run = Run(settings, folder, session, pool, dict(validation), record, template=template)
+        record = new_record(session, line, whole)
+        run = Run(settings, folder, session, pool, validation, record, template=template)
         run.earlier = {**earlier.get("earlier", {}), **earlier.get("stages", {})}
         run.keys["inputs"] = key_of(whole)
         try:

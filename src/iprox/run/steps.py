@@ -1,4 +1,4 @@
-"""The steps of a run, in order: each says what its stage depends on, where it is written, and what makes it."""
+"""The steps of a run, in order: what each stage depends on, where it writes, and how its output is made."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from iprox.settings import OF_GRADIENTS
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
 from iprox.stages.held_out import HeldOutRows
 
-# Of the rows that the report shows, how many are scored again, token by token, to be shaded.
+# Number of rows in the report whose scores are attributed to tokens.
 ATTRIBUTED = 120
 
 
 def warm_up(run: Run) -> None:
-    """Train the target on a small share of the pool, unless it is to be scored as it is."""
+    """Train the target on a small fraction of the pool, unless the warm-up is off."""
     settings = run.settings.warmup
     if not settings:
         run.targets = [(run.model, 1.0)]
@@ -44,7 +44,7 @@ def warm_up(run: Run) -> None:
     folder = run.folder.warmup
     adam = run.settings.influence.traits.optimizer
     kept = [folder / entry["path"] for entry in _checkpoints(run)]
-    # The optimizer's state changes no checkpoint, so it is in no key: a run without it lacks an output.
+    # The optimizer's state does not change checkpoints, so it is an output and not part of the key.
     states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []
     run.keys["warmup"] = run.stage(
         "warmup",
@@ -56,14 +56,14 @@ def warm_up(run: Run) -> None:
 
 
 def _checkpoints(run: Run) -> list[dict[str, Any]]:
-    """Return the checkpoints of the warm-up that influence is taken at; none before it is done."""
+    """Return the checkpoints of the warm-up that influence is computed at; [] before it is done."""
     listing = run.folder.warmup / CHECKPOINTS
     known = read_json(listing) if listing.is_file() else []
     return known if run.settings.influence.checkpoints == "all" else known[-1:]
 
 
 def compress(run: Run) -> None:
-    """Make a proxy of each checkpoint, if there are to be proxies."""
+    """Make a proxy of each checkpoint, unless proxies are off."""
     settings = run.settings.proxy
     if not settings:
         return
@@ -83,7 +83,7 @@ def compress(run: Run) -> None:
         return _replaced(run, run.folder.proxy, folders, "compression.json", made)
 
     chosen = settings.model_dump(exclude={"align", "model"})
-    if settings.model is not None:  # what it is, not where
+    if settings.model is not None:
         chosen["model"] = checkpoint_fingerprint(settings.model)
     key = [run.common_key(), run.keys["warmup"], len(run.targets), chosen]
     if by_fidelity:
@@ -93,7 +93,7 @@ def compress(run: Run) -> None:
 
 
 def align(run: Run) -> None:
-    """Tune the factors of each proxy to its target, unless that is off or there are none."""
+    """Tune the factors of each proxy to its target, unless alignment is off."""
     proxy = run.settings.proxy
     settings = proxy and proxy.factorized and proxy.align
     if not settings:
@@ -135,7 +135,7 @@ def align(run: Run) -> None:
 
 
 def _variants(base: Path, run: Run) -> list[Path]:
-    """Return one folder for one checkpoint; with several, one below it for each."""
+    """Return one folder per checkpoint: `base` itself, or a folder below it for each of several."""
     if len(run.targets) == 1:
         return [base]
     return [base / Path(path).name for path, _ in run.targets]
@@ -144,9 +144,9 @@ def _variants(base: Path, run: Run) -> list[Path]:
 def _replaced(
     run: Run, base: Path, folders: list[Path], description: str, records: Iterator[StageRecord]
 ) -> StageRecord:
-    """Make the variants of a proxy in an empty folder, with the last one's description where a single one's is.
+    """Write proxies into an empty folder, and return one record: the last one's, with the sums of tokens and FLOPs.
 
-    Their records become one: work adds up, the rest is the last one's.
+    With several checkpoints, the last description is copied to where that of a single proxy would be.
     """
     if base != run.folder.path:
         shutil.rmtree(base, ignore_errors=True)
@@ -161,7 +161,7 @@ def _replaced(
 
 
 def audit(run: Run) -> None:
-    """Score a sample on proxies and targets; and retrain on parts of it, if asked."""
+    """Score a sample on proxies and targets, and retrain on parts of it if asked for."""
     settings = run.settings.audit
     if not settings or not run.proxies:
         return
@@ -189,7 +189,7 @@ def audit(run: Run) -> None:
 
 
 def score(run: Run) -> None:
-    """Score the pool on the proxies, or on the targets where there are none."""
+    """Score the pool on the proxies, or on the targets if there are none."""
     influence = run.settings.influence
     models = run.scored = run.scored or _scored_models(run)
     identity = {"inputs": run.record["identity"], "stages": key_of([run.common_key(), run.keys])}
@@ -216,11 +216,11 @@ def _scored_models(run: Run) -> list[Checkpoint]:
 
 
 def cost_of_scoring(run: Run) -> None:
-    """Record what scoring cost on the proxy, and what it would have cost on the target, all construction counted."""
+    """Record the FLOPs of scoring on the proxy, of making it, and of scoring on the target instead."""
     entry = run.record["stages"]["score"]
     target = skeleton(run.model, trust_remote_code=run.settings.trust_remote_code)
     checkpoints = entry["checkpoints"]
-    # The contraction is charged to the target as it was to the proxy: the same low-rank gradients, and sketched norms.
+    # The target is charged the same contraction as the proxy, with low-rank gradients and sketched norms.
     supervised = entry["supervised"] * checkpoints
     estimator = estimator_of(run.settings.influence)
     on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
@@ -239,13 +239,13 @@ def cost_of_scoring(run: Run) -> None:
 
 
 def refine(run: Run) -> None:
-    """Have the target score the best rows again, if asked."""
+    """Score the best rows again on the target, if asked for."""
     settings, chosen = run.settings.refine, run.settings.select
     if not settings:
         return
-    assert run.scores is not None  # an earlier stage, or the command, has named them
+    assert run.scores is not None  # set by an earlier step or by the command
     scores, folder = run.scores, run.folder.refined
-    influence = run.settings.influence.model_copy(update={"query_norm": None})  # as a model itself is asked
+    influence = run.settings.influence.model_copy(update={"query_norm": None})  # the default for a model itself
     adam = influence.traits.optimizer
     models = [Checkpoint(path, rate, None, path if adam else None) for path, rate in run.targets]
 
@@ -276,15 +276,15 @@ def refine(run: Run) -> None:
 
 
 def _engine(run: Run) -> Engine | None:
-    """Return where windows are scored, which does not change the scores and is in no key; None: in this process."""
+    """Return the Ray engine, or None to score in this process. Scores do not depend on it, so it is in no key."""
     workers = run.settings.ray_workers
     return ray_engine(workers, run.session.device.type) if workers else None
 
 
 def select(run: Run) -> None:
-    """Choose rows by the scores."""
+    """Select rows by their scores."""
     settings, scores = run.settings.select, run.scores
-    assert scores is not None  # the stage before has written it
+    assert scores is not None  # set by an earlier step
     run.keys["select"] = run.stage(
         "select",
         [run.keys.get("refine", run.keys["score"]), settings.model_dump()],
@@ -296,7 +296,7 @@ def select(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """Train the original target on the chosen rows, if asked, and test it."""
+    """Fine-tune the original target on the selection and test it, if asked for."""
     settings = run.settings.finetune
     if not settings:
         return
@@ -322,7 +322,7 @@ def _selected(run: Run) -> list[Example]:
 
 
 def report(run: Run) -> None:
-    """Shade the tokens of the rows that are shown, where their scores are sums over tokens, and write the report."""
+    """Write the report. If scores are sums over tokens, those of the rows it shows are attributed to tokens first."""
     _attribute(run)
 
     def work() -> StageRecord:
@@ -338,7 +338,7 @@ def _attribute(run: Run) -> None:
     why = why_not_attributed(settings, on)
     if why is not None:
         run.record["unattributed"] = why
-        run.session.reporter.say(f"the report shades no tokens: {why}")
+        run.session.reporter.say(f"the report does not shade tokens: {why}")
         return
     rows = shown_rows(run.folder.path)[:ATTRIBUTED]
     run.stage(

@@ -1,4 +1,4 @@
-"""A whole run: the inputs are checked, the folder is claimed, and the steps are done in order.
+"""A whole run: check the inputs, claim the folder, and do the steps in order.
 
 data → warm-up → compress → align → audit → score → refine → select → fine-tune → report
 """
@@ -6,7 +6,7 @@ data → warm-up → compress → align → audit → score → refine → selec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -23,7 +23,6 @@ from iprox.progress import Reporter
 from iprox.recipe import parse_recipe, read_yaml, resolved, to_yaml
 from iprox.records import key_of
 from iprox.run import steps
-from iprox.run.changes import changed_settings
 from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.selection import check_feasible
@@ -32,6 +31,11 @@ from iprox.settings import STAGES, Recipe
 from iprox.stages import refinement
 from iprox.stages.compression import check_size
 from iprox.tracking import Tracker, check_tracking
+
+# Most characters of a value in the list of changed settings.
+_LONGEST = 40
+# Only their contents matter: other contents are refused elsewhere, and a new path to the same contents is no change.
+_PATHS = frozenset({"model", "output", "data.pool", "data.validation", "finetune.test", "proxy.model"})
 
 
 def run_recipe(
@@ -45,17 +49,14 @@ def run_recipe(
     """Run a recipe, or resume it where it stopped.
 
     Args:
-        recipe: Validated recipe.
-        reporter: Where progress goes.
-        fresh: Whether to forget what an earlier run left in the output folder.
-        stop_after: Last stage to do, one of `STAGES`.
-        command: How it was started, for `run.json`.
-
-    Returns:
-        The run; `run.record` is what `run.json` holds.
+        recipe: validated recipe.
+        reporter: reporter for progress and warnings.
+        fresh: whether to remove the results of an earlier run in the output folder.
+        stop_after: last stage to do, one of `STAGES`.
+        command: command line, for `run.json`.
 
     Raises:
-        InputError: Bad input, before any long work.
+        InputError: bad input, found before any long work.
     """
     recipe = resolved(recipe)
     run = open_run(recipe, reporter, fresh, command)
@@ -79,7 +80,7 @@ def _do(run: Run, stop_after: str | None) -> None:
 
 
 def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
-    """Check every input, claim the folder, write the resolved recipe."""
+    """Check all inputs, claim the folder, and write the resolved recipe."""
     check_output(recipe.output)
     session = Session.of(recipe, reporter)
     check_recipe(recipe, session)
@@ -98,7 +99,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         check_watched(recipe, summary.rows)
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)
-        encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails, fails now
+        encoder.encode(pool.take(range(min(32, summary.rows))))  # a template that fails should fail now
         encode_validation(encoder, tests)
         if summary.bad_rows:
             several = "s" if summary.bad_rows > 1 else ""
@@ -120,7 +121,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         "pool": summary.fingerprint,
         "validation": {task: entry["fingerprint"] for task, entry in inputs["validation"].items()},
     }
-    if recipe.data.columns:  # they are in the fingerprints too, which cannot say so
+    if recipe.data.columns:  # also part of the fingerprints, but named here for messages
         identity["data.columns"] = recipe.data.columns
     folder = RunFolder(recipe.output)
     earlier = folder.claim(identity, fresh)
@@ -147,10 +148,10 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
 
 
 def check_recipe(recipe: Recipe, session: Session) -> None:
-    """Refuse what can be known to fail from the recipe, the model's shapes and the machine, before the pool is read.
+    """Refuse a recipe that must fail, given its settings, the model's shapes and the machine, before reading the pool.
 
     Raises:
-        InputError: The model cannot be scored, its proxy's size is out of reach, or Ray cannot hold the workers.
+        InputError: the model cannot be scored, the proxy's size is out of reach, or Ray cannot start the workers.
     """
     target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
     flops.compressible_layers(target)
@@ -163,42 +164,62 @@ def check_recipe(recipe: Recipe, session: Session) -> None:
 
 
 def check_watched(recipe: Recipe, rows: int) -> None:
-    """Refuse a pool too small to watch a proxy's fidelity on, before any work.
-
-    Raises:
-        InputError: It is.
-    """
+    """Refuse a pool that is too small to measure a proxy's fidelity on."""
     proxy = recipe.proxy
     if not proxy or rows >= FEWEST:
         return
     if proxy.fidelity is not None:
-        raise InputError(f"proxy.fidelity is measured on {FEWEST} rows or more, and the pool has {rows}: give a size")
+        raise InputError(f"proxy.fidelity needs {FEWEST} rows or more, and the pool has {rows}; give a size instead")
     if proxy.align and proxy.align.held_out:
         raise InputError(
-            f"alignment is watched on {FEWEST} rows or more, and the pool has {rows}: set proxy.align.held_out to 0 or "
-            "proxy.align to false"
+            f"watching the alignment needs {FEWEST} rows or more, and the pool has {rows}; set proxy.align.held_out to "
+            "0 or proxy.align to false"
         )
 
 
 def say_changes(reporter: Reporter, folder: RunFolder, recipe: Recipe) -> None:
-    """Say which settings differ from the last start in the folder: stages that depend on them are done again."""
+    """Print which settings changed since the last start; stages that depend on them are done again."""
     try:
         before = read_yaml(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # a first start, or a file that someone overwrote; it is written again
+        return  # a first start, or a file that someone changed; it is written again
     if not isinstance(before, dict):
         return
-    with contextlib.suppress(InputError):  # another version, which knew other keys
-        before = yaml.safe_load(to_yaml(parse_recipe(before)))  # with the defaults that this version adds
-    changed = changed_settings(before, yaml.safe_load(to_yaml(recipe)))
+    with contextlib.suppress(InputError):  # another version of iprox may have had other keys
+        before = yaml.safe_load(to_yaml(parse_recipe(before)))  # adds the defaults of this version
+    changed = list(_changed(before, yaml.safe_load(to_yaml(recipe)), ""))
     if changed:
         reporter.say(f"settings changed since the last start: {', '.join(changed)}")
 
 
 def judging(validation: Mapping[str, Pool], tests: Mapping[str, Pool]) -> dict[str, Pool]:
-    """Return the sets that a selection is judged by, named for messages."""
+    """Return the validation and test sets under the names that messages use."""
     return {
         f"{kind} set of {task}": source
         for kind, sets in (("validation", validation), ("test", tests))
         for task, source in sets.items()
     }
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yield each changed setting as `proxy.sparsity 0.7 → 0.5`, in the order of the recipe."""
+    for key in dict.fromkeys([*after, *before]):
+        one, other = before.get(key), after.get(key)
+        name = f"{prefix}{key}"
+        if one == other or name in _PATHS:
+            continue
+        if isinstance(one, bool) or isinstance(other, bool):  # a section is off, or has settings
+            one, other = bool(one), bool(other)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _changed(one, other, f"{name}.")
+        else:
+            yield f"{name} {_shown(one)} → {_shown(other)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    text = ", ".join(f"{key} {each}" for key, each in value.items()) if isinstance(value, Mapping) else str(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"

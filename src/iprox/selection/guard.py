@@ -138,15 +138,10 @@ def _shares(column: pa.ChunkedArray) -> dict[str | None, float]:
 
 
 def duplicate_share(rows: Sequence[int], texts: Texts, seed: int = 0) -> tuple[float, int]:
-    """Return the share of rows that are near-duplicates of a better row, and the number of rows compared.
+    """Return the share of rows, given best first, that are near-duplicates of a better row, and the number compared.
 
     This is the share that `deduplicate` at `SIMILARITY` would pass over. Of more than `COMPARED` rows a random sample
     is compared. A row whose duplicate is not drawn does not count, so the share is then too low rather than too high.
-
-    Args:
-        rows: row numbers, best first, at least one.
-        texts: function that returns the texts of rows.
-        seed: seed of the sample.
     """
     drawn = list(rows)
     if len(rows) > COMPARED:

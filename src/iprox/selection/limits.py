@@ -56,7 +56,7 @@ def check_feasible(settings: SelectSection, rows: int, sources: Mapping[str | No
     """
     count = settings.rows_of(rows)
     if count is not None and count > rows:
-        raise InputError(f"{count:,} rows are to be selected, and the pool has only {rows:,}; ask for fewer")
+        raise InputError(f"{count:,} rows are to be selected, but the pool has only {rows:,}; ask for fewer")
     caps = settings.caps()
     for what, names in (("floor", settings.source_floor), ("cap", caps)):
         unknown = next((name for name in names if name is not None and name not in sources), None)
@@ -81,7 +81,7 @@ def check_feasible(settings: SelectSection, rows: int, sources: Mapping[str | No
     )
     if most < count and settings.threshold is None:
         raise InputError(
-            f"{count:,} rows are to be selected, and the caps of sources leave {most:,}; ask for fewer rows or raise "
+            f"{count:,} rows are to be selected, but the caps of sources leave {most:,}; ask for fewer rows or raise "
             "the caps"
         )
 
@@ -102,7 +102,7 @@ def take(
     tokens: np.ndarray,
     kept: NearDuplicates | None = None,
 ) -> Taken:
-    """Take rows in the order of a ranking, within limits.
+    """Take rows in the order of a ranking, within limits; fewer than `limits.count` if the limits leave fewer.
 
     One pass: a row is passed over if its source is at its cap, if the remaining places are owed to the floors of other
     sources, or if it is a near-duplicate of a row taken before. With a budget of tokens, taking ends before the first
@@ -114,10 +114,7 @@ def take(
         limits: limits of the selection.
         sources: source of each row [N].
         tokens: number of tokens of each row [N].
-        kept: near-duplicates of the rows taken; None lets near-duplicates in.
-
-    Returns:
-        The rows, fewer than `limits.count` where the limits leave fewer.
+        kept: near-duplicates of the rows taken; None allows near-duplicates.
 
     Raises:
         InputError: a floor asks for more rows than there are.

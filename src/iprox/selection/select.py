@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,25 +29,19 @@ from iprox.settings import SelectSection, rows_in_share
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The chosen rows of a scores table.
+    """The selected rows of a scores table.
 
     Attributes:
         rows: row numbers, best first, int64 [K].
-        strategy: strategy that ranked the rows.
-        task: the one task whose scores counted; None where those of all tasks did.
-        weights: weights of the tasks that were given one.
-        fraction: share of rows asked for, or None.
-        threshold: lowest score chosen, where the score alone decided; else None.
+        settings: settings of the selection.
+        threshold: lowest selected score, if the score alone decided; else None.
         tokens: number of tokens of all rows together.
         count_asked: number of rows asked for, or None; a threshold may leave fewer.
-        passed_over: number of rows that ranked high enough and were not chosen, by reason.
+        passed_over: number of rows that ranked high enough but were not selected, by reason.
     """
 
     rows: np.ndarray
-    strategy: str
-    task: str | None
-    weights: Mapping[str, float]
-    fraction: float | None
+    settings: SelectSection
     threshold: float | None
     tokens: int
     count_asked: int | None
@@ -56,11 +50,8 @@ class Selection:
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return {
-            "strategy": self.strategy,
-            "task": self.task,
-            "weights": dict(self.weights),
+            **self.settings.model_dump(include={"strategy", "task", "weights", "fraction"}),
             "count": len(self.rows),
-            "fraction": self.fraction,
             "threshold": self.threshold,
             "tokens": self.tokens,
             "passed_over": self.passed_over,
@@ -139,10 +130,7 @@ def select_rows(
     by_score = settings.strategy == "top" and not taken.passed_over
     return Selection(
         taken.rows,
-        settings.strategy,
-        settings.task,
-        settings.weights,
-        settings.fraction,
+        settings,
         float(influence[taken.rows[-1]]) if by_score else None,
         int(tokens[taken.rows].sum()),
         asked,
@@ -153,19 +141,9 @@ def select_rows(
 def best_rows(
     scores: pa.Table, share: float, settings: SelectSection, *, examples: ExampleScores | None = None
 ) -> np.ndarray:
-    """Return the rows that a selection ranks highest.
+    """Return the rows that a selection ranks highest, a `share` of all: row numbers in rising order, int64 [K].
 
-    Args:
-        scores: scores table.
-        share: share of the rows to return, in (0, 1).
-        settings: settings of the selection.
-        examples: scores by validation example, as for `select_rows`.
-
-    Returns:
-        Row numbers in rising order, int64 [K]; every row has a score.
-
-    Raises:
-        InputError: the settings name a task that the table does not have.
+    Every row returned has a score. `examples` are as for `select_rows`.
     """
     influence = _column(scores, settings)
     ranking = _ranking(settings, scores, influence, np.isfinite(influence), examples or ExampleScores.of(scores))

@@ -25,15 +25,7 @@ DEPTH = 3
 
 
 def top(influence: np.ndarray, limit: int) -> np.ndarray:
-    """Return the rows of the `limit` highest scores, best first. O(n + k log k).
-
-    Args:
-        influence: float64 [N], NaN where a row must not be chosen.
-        limit: number of rows to return, if there are as many.
-
-    Returns:
-        int64 [<= limit] row numbers.
-    """
+    """Return the row numbers of the `limit` highest scores [N], best first, skipping NaN. O(n + k log k)."""
     loss = np.where(np.isnan(influence), np.inf, -influence)
     limit = min(limit, int(np.isfinite(influence).sum()))
     if limit == 0:
@@ -83,12 +75,9 @@ class Turns:
 
 
 def leading(chunks: Chunks, allowed: np.ndarray, depth: int) -> list[np.ndarray]:
-    """Return the `depth` best rows of each column, best first; equal scores go to the earlier row.
+    """Return the `depth` best allowed rows of each column, best first; ties go to the earlier row.
 
-    Args:
-        chunks: scores, [rows, V] at a time.
-        allowed: whether each row may be chosen, bool [N].
-        depth: number of rows per column, if as many are allowed.
+    `chunks` yields the scores, [rows, V] at a time.
     """
     values: list[np.ndarray] = []
     rows: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""The stages, one function each: read what it needs, do it with progress, write what it made, say what it cost.
+"""The stages, one function each: they read inputs, do the work with progress, write the output and return its cost.
 
-Both `iprox run` (`iprox.run`) and the commands for single stages (`iprox.cli`) call these.
+Both `iprox run` and the commands for single stages call them through `iprox.run.steps`.
 """

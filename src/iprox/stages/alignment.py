@@ -1,4 +1,4 @@
-"""The stage that aligns a proxy with its target, watched by its fidelity on held-out rows."""
+"""The stage that aligns a proxy with its target and watches its fidelity on held-out rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iprox.proxy.align import AlignSettings, align
 from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
 from iprox.records import StageRecord, write_json
-from iprox.session import Session, pad_id_of, tokens_of
+from iprox.session import Session, tokens_of
 from iprox.settings import AlignSection
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
 
@@ -32,23 +32,21 @@ def align_proxy(
     settings: AlignSection,
     *,
     held_out: HeldOutRows | None = None,
-    max_steps: int | None = None,
     state: Path,
     identity: str,
 ) -> StageRecord:
     """Align a proxy with its target; writes a proxy folder with `alignment.json`.
 
     Args:
-        session: how to compute.
-        model: the target's folder.
-        proxy_path: the proxy's folder.
-        examples: to align on.
+        session: the session.
+        model: folder of the target.
+        proxy_path: folder of the proxy.
+        examples: examples to align on.
         output: folder to write.
         settings: how to align.
-        held_out: what fidelity is measured on; None keeps the last factors.
-        max_steps: in place of the number of epochs.
-        state: file that an interrupted alignment resumes from; the caller removes it when all is done.
-        identity: of the alignment that may go on from it.
+        held_out: rows to measure fidelity on; None keeps the factors of the last step.
+        state: file that an interrupted alignment resumes from; the caller removes it afterwards.
+        identity: key of everything the result depends on; a state with another key is not resumed.
     """
     encoder = session.encoder(model, proxy_path)
     tokenizer = encoder.tokenizer
@@ -56,10 +54,10 @@ def align_proxy(
     target = session.model(model)
     proxy = session.model(proxy_path)
     check_belongs(proxy, proxy_path, target, model)
-    # A second-order step keeps several times what a plain one does, so a step gets a quarter of the tokens of a batch.
-    steps_of = example_batches(encoded, settings.batch_size, pad_id_of(tokenizer), max(1, session.batch_tokens // 4))
-    batches = list(steps_of)
-    steps = max_steps or settings.epochs * math.ceil(len(batches) / settings.accumulate)
+    # A second-order step needs several times the memory of a plain one, so its batches have a quarter of the tokens.
+    batch_tokens = max(1, session.batch_tokens // 4)
+    batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
+    steps = settings.epochs * math.ceil(len(batches) / settings.accumulate)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
     objective = Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
     store = _store(settings, objective, target, proxy, batches, steps, state, identity)
@@ -129,7 +127,7 @@ def _store(
     state: Path,
     identity: str,
 ) -> SignalStore | None:
-    """Where what the target says of each batch is kept, if it is and pays."""
+    """Return where the target's signals for each batch are cached; None if caching is not possible or saves nothing."""
     if objective.hidden_weight or steps * settings.accumulate <= len(batches):
         return None
     layers = low_rank_layers(proxy)
@@ -139,6 +137,6 @@ def _store(
         return None
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
     for other in state.parent.glob(f"{state.stem}-*.signals"):
-        if other != folder:  # of an alignment that was interrupted and then set otherwise
+        if other != folder:  # left by an interrupted alignment with other settings
             SignalStore(other).discard()
     return SignalStore(folder)

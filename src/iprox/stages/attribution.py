@@ -1,4 +1,4 @@
-"""The stage that scores the rows that a report shows token by token, so that it can shade them."""
+"""The stage that attributes the scores of the rows in the report to their tokens, so that the report can shade them."""
 
 from __future__ import annotations
 
@@ -32,22 +32,13 @@ def attribute(
     output: Path,
     settings: InfluenceSection,
 ) -> StageRecord:
-    """Write which tokens the scores of some rows come from; a Parquet file with one row each.
+    """Write which tokens the scores of some rows come from: a Parquet file with one row per example.
 
-    Its columns: `row`, those of `attribution_table`, and `influence`, the terms of the aggregate.
-
-    Args:
-        session: how to compute.
-        models: what the pool was scored on, all checkpoints.
-        pool: where the rows are.
-        rows: their numbers.
-        validation: validation sets by task.
-        scores: `scores.parquet`, whose spread weighs tasks against each other.
-        output: the file.
-        settings: how influence was scored; `why_not_attributed` is None for it.
+    Its columns are `row`, those of `attribution_table`, and `influence` (the terms of the aggregate). `scores` is the
+    table whose spread weighs the tasks. The estimator's scores must be sums over tokens (see `why_not_attributed`).
     """
     encoder = session.encoder(*models[0].read_by)
-    encoded = encode_validation(encoder, dict(validation))
+    encoded = encode_validation(encoder, validation)
     job = job_of(session, settings, models, encoded, encoder, pool)
     examples = pool.take(rows)
     with session.reporter.bar("attribute", len(models) * len(examples), "rows") as progress:
@@ -71,7 +62,7 @@ def attribute(
 
 
 def _spread_of(scores: Path) -> TaskSpread:
-    """Return the spread of the tasks' scores over the pool, read in pieces: memory does not grow with the pool."""
+    """Return the spread of each task's scores over the pool, reading the scores in batches to limit memory."""
     spread, file = TaskSpread(), pq.ParquetFile(scores)
     columns = [name for name in file.schema_arrow.names if name.startswith(TASK_PREFIX)]
     for batch in file.iter_batches(columns=columns):

@@ -1,4 +1,4 @@
-"""The stage that scores a sample on proxy and target, to see how well they agree."""
+"""The stage that scores a sample on both proxy and target and compares the two."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from iprox.models.loading import check_belongs
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
-from iprox.stages.lds import measure_lds
-from iprox.stages.removal import measure_removal
+from iprox.stages.retraining import measure_lds, measure_removal
 from iprox.stages.scoring import job_of, say_what_fitted
 
-# What is measured by retraining on parts of the audited rows, in this order. NAME has the settings `audit.NAME`, is a
-# stage of its own in a run, and writes `NAME.json`.
+# Measurements by retraining, in order. NAME is switched on by `audit.NAME`, is its own stage, and writes `NAME.json`.
 MEASUREMENTS = {"lds": measure_lds, "removal": measure_removal}
 
 
@@ -40,19 +38,19 @@ def audit(
     output: Path,
     settings: InfluenceSection,
 ) -> tuple[StageRecord, AuditReport]:
-    """Score a sample on proxies and on their targets and compare; writes `audit.json` and `audit.parquet`.
+    """Score a sample on proxies and their targets and compare the scores; writes `audit.json` and `audit.parquet`.
 
     Args:
-        session: how to compute.
-        checkpoints: folders of proxies with their targets.
+        session: the session.
+        checkpoints: folders of the proxies, each with its target.
         examples: the sample.
-        pool: what curvature is measured on, and whose terms are counted.
+        pool: pool that curvature is measured on and term counts are taken from.
         validation: validation sets by task.
-        output: folder.
+        output: folder to write.
         settings: how influence is scored.
     """
     encoder = session.encoder(*checkpoints[0].read_by)
-    encoded = encode_validation(encoder, dict(validation))
+    encoded = encode_validation(encoder, validation)
     job = replace(job_of(session, settings, checkpoints, encoded, encoder, pool), compile=False)
     tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
     total, tokens = 0.0, 0
@@ -62,7 +60,7 @@ def audit(
             check_belongs(proxy, each.read_by[0], target, each.read_by[1])
             query = target if takes_target_query(proxy, settings) else None
             for kind, model, checkpoint, how in (
-                # The target's own scores are exact, so that the two have no error in common.
+                # The target's scores are exact, so that proxy and target share no approximation error.
                 ("target", target, replace(each, model=target, target=None), settings.exact),
                 ("proxy", proxy, replace(each, model=proxy, target=query), settings.of_tasks),
             ):
@@ -73,7 +71,7 @@ def audit(
                 tokens += stats.tokens
                 total += job.estimator.candidate_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
                 total += job.estimator.query_flops(model if checkpoint.target is None else target, job.read)
-    # Scores have their learning rates already.
+    # The scores are already multiplied by their learning rates.
     proxies, targets = (combine(tables[kind], [1.0] * len(checkpoints)) for kind in ("proxy", "target"))
     report = compare_scores(proxies, targets)
     output.mkdir(parents=True, exist_ok=True)
@@ -85,14 +83,13 @@ def audit(
         try:
             note_fidelity(card, report.sample, report.tasks)
         except OSError as error:
-            session.reporter.warn(f"{card}: the fidelity is not noted in its card ({one_line(error)})")
+            session.reporter.warn(f"{card}: the fidelity could not be added to the model card ({one_line(error)})")
     return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
 
 
 def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
-    """Return whether candidates on this model are contracted with validation gradients of its target.
+    """Return whether a model's candidates are contracted with validation gradients of its target.
 
-    Only the layers of a factorized proxy stand for the target's layers one by one; those of a shorter or another
-    model do not, and take their own.
+    This requires a factorized proxy: only its layers correspond to the target's layers one by one.
     """
     return settings.query == "target" and settings.traits.gradients and bool(low_rank_layers(proxy))

@@ -1,4 +1,4 @@
-"""The stage that derives a proxy from its target: of a given size, or of the size that a fidelity takes."""
+"""The stage that derives a proxy from its target: with a given size, or with the size that a given fidelity needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
 from iprox.records import StageRecord, write_json
-from iprox.session import Session, pad_id_of, tokens_of
+from iprox.session import Session, tokens_of
 from iprox.settings import ProxySection
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
 
@@ -35,18 +35,18 @@ def compress(
     """Derive a proxy from a model; writes a checkpoint folder with `compression.json`.
 
     Args:
-        session: how to compute.
-        model: the target's folder.
+        session: the session.
+        model: folder of the target.
         examples: the probe.
         output: folder to write.
-        settings: of the recipe.
-        held_out: what fidelity is measured on, where the size is given by it.
+        settings: how to make the proxy.
+        held_out: rows to measure fidelity on, if the size is given as a fidelity.
     """
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
     target = session.model(model)
-    batches = list(session.batches(encoded, pad_id_of(tokenizer)))
+    batches = list(session.batches(encoded))
     searched: StageRecord = {"flops": 0.0}
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
@@ -56,7 +56,7 @@ def compress(
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", {**report.as_dict(), **searched})
     tokens, supervised = tokens_of(encoded)
-    # Of the baselines that factorize nothing, there is nothing to count.
+    # Baselines that factorize no layer cost nothing here.
     made = flops.compression_flops(target, tokens, supervised, report.passes) if report.layers else 0.0
     return {
         **searched,
@@ -73,14 +73,10 @@ def compress(
 
 
 def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
-    """Refuse a size that no proxy of a model can have, before anything is trained or measured.
-
-    Args:
-        model: the target, with or without weights.
-        settings: of the recipe.
+    """Refuse a size that no proxy of a model can have, before any work. The model may be without weights.
 
     Raises:
-        InputError: it is out of reach; the message has the bound.
+        InputError: the size is out of reach; the message has the bound.
     """
     if settings.fidelity is not None or settings.method == "off-the-shelf":
         return
@@ -101,7 +97,7 @@ def _search(
     settings: ProxySection,
     held_out: HeldOutRows,
 ) -> tuple[PreTrainedModel, CompressionReport, StageRecord]:
-    """The smallest proxy that is as faithful as asked, its report, and what was tried."""
+    """Return the smallest proxy that reaches the fidelity asked for, its report, and the sizes that were tried."""
     assert settings.fidelity is not None
     how = factor_settings(session, settings)
     watched = held_out_fidelity(session, target, None, encoder, held_out)
@@ -123,7 +119,7 @@ def _search(
 
 
 def _found(tries: Sequence[Try], report: CompressionReport) -> str:
-    """What the search found, and what more fidelity would cost."""
+    """Return a sentence about the proxy that was found and the cost of a higher fidelity."""
     chosen = max((each for each in tries if each.relative_flops == report.relative_flops), key=lambda each: each.lower)
     said = (
         f"sparsity {report.achieved_sparsity:.2f} reaches a fidelity of {chosen.fidelity:.3f} (at least "
@@ -136,7 +132,7 @@ def _found(tries: Sequence[Try], report: CompressionReport) -> str:
 
 
 def factor_settings(session: Session, settings: ProxySection) -> FactorSettings:
-    """How a recipe has layers factorized."""
+    """Return the settings of factorization for a recipe's proxy section."""
     moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
     return FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)  # pyright: ignore[reportArgumentType]
 
@@ -144,22 +140,16 @@ def factor_settings(session: Session, settings: ProxySection) -> FactorSettings:
 def make_proxy(
     session: Session, target: PreTrainedModel, name: str, batches: Sequence[Batch], settings: ProxySection
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """A proxy of a loaded target by the method that a recipe names.
+    """Return a proxy of a loaded target, made by the method of the recipe, and its report.
 
-    Args:
-        session: how to compute.
-        target: the model.
-        name: where it was loaded from.
-        batches: the probe.
-        settings: of the recipe.
+    `name` is where the target was loaded from, and `batches` are the probe.
     """
     if settings.method == "off-the-shelf":
         assert settings.model is not None
         ours, theirs = (session.tokenizer(each).get_vocab() for each in (name, settings.model))
         if ours != theirs:
             raise InputError(
-                f"{settings.model}: its tokenizer is not the target's: tokens of one mean nothing to the other; "
-                "choose a model of the target's family"
+                f"{settings.model}: its tokenizer differs from the target's; choose a model of the target's family"
             )
         return adopt(target, session.model(settings.model), name)
     size = Size(settings.sparsity, settings.flops)

@@ -1,4 +1,4 @@
-"""Held-out rows of a pool, on which fidelity is measured while a proxy is sized or aligned."""
+"""Measure fidelity on held-out rows while a proxy is sized or aligned."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from iprox.stages.scoring import job_of
 
 @dataclass(frozen=True, slots=True)
 class HeldOutRows:
-    """What fidelity is measured on while a proxy is made.
+    """The rows that fidelity is measured on while a proxy is made.
 
     Attributes:
-        examples: examples that are not aligned on.
+        examples: examples that the proxy is not made from.
         validation: validation sets by task.
         influence: how candidates will be scored.
-        pool: what curvature is measured on.
+        pool: pool that curvature is measured on.
     """
 
     examples: Sequence[Example]
@@ -40,17 +40,12 @@ def held_out_fidelity(
     encoder: ChatEncoder,
     held_out: HeldOutRows,
 ) -> HeldOutFidelity:
-    """Return the fidelity on held-out rows, with the target's scores of them measured now.
+    """Score held-out rows on the target, and return what measures the fidelity of proxies on them.
 
-    Args:
-        session: how to compute.
-        target: the target.
-        proxy: the proxy, or None for low-rank ones that are yet to be made.
-        encoder: makes tokens and labels.
-        held_out: the rows.
+    `proxy` is the proxy to measure, or None if only low-rank proxies that do not exist yet will be measured.
     """
     settings = held_out.influence
-    encoded = encode_validation(encoder, dict(held_out.validation))
+    encoded = encode_validation(encoder, held_out.validation)
     return HeldOutFidelity(
         job_of(session, settings, [Checkpoint(target)], encoded, encoder, held_out.pool),
         encoder.encode(held_out.examples),
@@ -59,7 +54,7 @@ def held_out_fidelity(
 
 
 def watching_flops(target: PreTrainedModel, proxies: Sequence[PreTrainedModel], watched: HeldOutFidelity) -> float:
-    """Return the FLOPs of validation gradients and curvature, of the target's scores of the rows, and each proxy's."""
+    """Return the FLOPs of measuring fidelity: validation gradients, curvature, and scores on target and proxies."""
     tokens, supervised = tokens_of(watched.rows)
     estimator, read = watched.job.estimator, watched.job.read
     spent = estimator.query_flops(target, read)

@@ -1,4 +1,4 @@
-"""The stages of a gradient index: write one of a pool, score a pool with one, hand one to FAISS."""
+"""The stages of a gradient index: build one for a pool, score a pool with it, export it to FAISS."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def build_index(
     """Write the index of a pool.
 
     Args:
-        session: how to compute.
-        checkpoint: the folder of the model whose gradients are projected.
+        session: the session.
+        checkpoint: model whose gradients are projected, as a folder.
         pool: the candidates.
-        output: folder.
-        settings: `estimator` counts, `tracin` or `less`.
-        dimension: numbers per example.
+        output: folder to write.
+        settings: only the estimator matters, `tracin` or `less`.
+        dimension: numbers stored per example.
         fingerprint: fingerprint of the model's files.
     """
     sides(dimension)
@@ -64,7 +64,7 @@ def build_index(
         "seed": session.seed,
         "pool": summary.fingerprint,
         "labels": encoder.describe,
-        # As text, since a file may change or be out of reach; the tokenizer's own is in the model's fingerprint.
+        # The text, because a file may change; the tokenizer's own template is part of the model's fingerprint.
         "chat_template": session.chat_template and encoder.chat_template,
         "max_length": session.max_length,
         "dtype": str(session.dtype).removeprefix("torch."),
@@ -96,7 +96,7 @@ def _job(
     validation: Mapping[str, Sequence[Encoded]],
     encoder: ChatEncoder,
 ) -> Job:
-    """Make the job of an estimator that needs nothing of the pool."""
+    """Return a job for an estimator that reads nothing from the pool."""
     for path in (path for each in checkpoints for path in each.read_by):
         session.note_adapter(path)
     return Job(
@@ -111,7 +111,7 @@ def _job(
 
 
 def _first_with_loss(pool: Pool, encoder: ChatEncoder) -> list[Encoded]:
-    """Return an example to try a compiled model on; none where no example has a supervised token."""
+    """Return one example with a supervised token, to try a compiled model on; [] if there is none."""
     for examples in windows_of(pool, 64):
         if found := [row for row in encoder.encode(examples) if row.supervised]:
             return found[:1]
@@ -119,7 +119,7 @@ def _first_with_loss(pool: Pool, encoder: ChatEncoder) -> list[Encoded]:
 
 
 def _worker(job: Job, dimension: int, trial: Sequence[Encoded]) -> WindowWorker:
-    """Make what projects windows; also in another process."""
+    """Return a worker that projects the gradients of windows; also called in other processes."""
     assert job.encoder is not None
 
     def projector_of(inputs: Inputs) -> GradientProjector:
@@ -127,7 +127,7 @@ def _worker(job: Job, dimension: int, trial: Sequence[Encoded]) -> WindowWorker:
 
     projector, batch_tokens = job.made(projector_of)
     uncompiled = ""
-    for batch in iter_batches(trial, batch_tokens, 0):
+    for batch in iter_batches(trial, batch_tokens):
         uncompiled = compile_model(projector.model, projector, batch.to(projector.device))
     return WindowWorker(projector, job.encoder, batch_tokens, uncompiled)
 
@@ -141,28 +141,28 @@ def query_indexes(
     settings: InfluenceSection,
     identity: Mapping[str, Any],
 ) -> StageRecord:
-    """Score a pool by its index, or by those of several checkpoints of one model; writes `scores.parquet`.
+    """Score a pool with its index, or with the indexes of several checkpoints; writes `scores.parquet`.
 
     Args:
-        session: how to compute; `max_length` and the chat template are those of the index.
+        session: the session, with the index's `max_length` and chat template.
         indexes: indexes of the same pool.
-        checkpoints: the model that each is of, in a folder.
+        checkpoints: model of each index, as a folder.
         validation: validation sets by task.
-        output: the file to write.
+        output: file to write.
         settings: how influence is scored.
-        identity: fingerprints of everything the scores depend on, kept in the file.
+        identity: fingerprints of everything the scores depend on; kept in the file.
 
     Raises:
-        InputError: the indexes are of different pools.
+        InputError: the indexes are for different pools.
     """
     first = indexes[0]
     for other in indexes[1:]:
         if other.description["pool"] != first.description["pool"]:
             raise InputError(f"{other.folder}: is of another pool than {first.folder}")
     encoder = session.encoder(checkpoints[0].read_by[0])
-    encoded = encode_validation(encoder, dict(validation))
+    encoded = encode_validation(encoder, validation)
     say_what_counts_for_nothing(session, encoded)
-    # An index holds what it holds: validation gradients are projected whole.
+    # Low-rank validation gradients would save nothing here: they are projected once.
     whole = settings.model_copy(update={"query_norm": 1.0})
     job = _job(session, whole, checkpoints, encoded, encoder)
     shards = output.with_name(output.name + ".shards")
@@ -194,20 +194,18 @@ def query_indexes(
 
 
 def _gradients(inputs: Inputs) -> tuple[nn.Module, dict[str, TaskGradient]]:
-    """Return a checkpoint's model, and every task's validation gradients."""
+    """Return the model of a checkpoint and the validation gradients of each task."""
     estimator = estimator_of(inputs.settings)
     assert isinstance(estimator, GradientEstimator)
     return inputs.scored, estimator.validation_gradients(inputs)
 
 
 def export_faiss(index: GradientIndex, output: Path) -> int:
-    """Write a FAISS index of an index's normalized gradients in half precision, its metric the inner product.
+    """Write the normalized gradients of an index as a FAISS index, and return the number of rows.
 
-    FAISS's ids are row numbers of the pool; an example without a score is the zero vector. Like any flat FAISS index it
-    is in memory as a whole: 2D bytes per example.
-
-    Returns:
-        The number of rows.
+    The FAISS index is in half precision and uses the inner product. Its ids are the row numbers of the pool; an example
+    without a score has the zero vector. Like any flat FAISS index, it is held in memory as a whole: 2D bytes per
+    example.
 
     Raises:
         InputError: FAISS is not installed.

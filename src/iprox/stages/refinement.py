@@ -1,4 +1,4 @@
-"""The stage that has the target score a proxy's best rows again, so that the selection is among these."""
+"""The stage in which the target scores the proxy's best rows again, to select among them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from iprox.selection import best_rows
 from iprox.settings import SelectSection, rows_in_share
 from iprox.stages.selection import check_rows
 
-# Pool of candidates, file to write -> what scoring them on the target took.
+# Function that scores a pool of candidates on the target and writes the scores to a file.
 ScoreOnTarget = Callable[[Pool, Path], StageRecord]
 
 
@@ -40,22 +40,21 @@ def refine(
     chosen: SelectSection,
     score_on_target: ScoreOnTarget,
 ) -> StageRecord:
-    """Have the target score a proxy's best rows again; writes `scores.parquet` and `refine.json`.
+    """Score a proxy's best rows again on the target; writes `scores.parquet` and `refine.json`.
 
-    Only the candidates have scores then, those of the target, so that nothing else can be selected. Tasks are
-    standardized by the spread of the candidates' scores.
+    Only these candidates have scores afterwards, so nothing else can be selected. Tasks are standardized by the spread
+    of the candidates' scores.
 
     Args:
-        scores: the proxy's, a file or its folder.
-        pool: what was scored.
-        folder: where to write.
-        candidates: share of the pool to score again, in (0, 1): the best by the scores that `chosen` ranks by, of every
-            task where tasks take turns.
-        chosen: what will be selected.
-        score_on_target: scores the candidates.
+        scores: the proxy's scores, a file or its folder.
+        pool: the pool that was scored.
+        folder: folder to write.
+        candidates: fraction of the pool to score again: the rows that `chosen` ranks highest.
+        chosen: settings of the selection.
+        score_on_target: function that scores the candidates.
 
     Raises:
-        InputError: the pool is not what was scored, no row has a score, or the target was asked for other tasks.
+        InputError: no row has a score, or the scores are for another pool or for other tasks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = read_scores(scores)
@@ -63,7 +62,7 @@ def refine(
     tasks = task_names(table)
     rows = best_rows(table, candidates, chosen, examples=ExampleScores.in_file(scores))
     if not len(rows):
-        raise InputError(f"{scores}: no row has a score, so there is none to score again")
+        raise InputError(f"{scores}: no row has a score, so there is nothing to score again")
     again, scored = _score_again(table, tasks, rows, pool, folder, score_on_target)
     found = score_matrix(again.select([TASK_PREFIX + task for task in tasks]))
     matrix = np.full((table.num_rows, len(tasks)), np.nan)
@@ -82,26 +81,21 @@ def refine(
 
 
 def check_candidates(candidates: float, chosen: SelectSection, rows: int) -> None:
-    """Refuse to select more rows than will be scored again, before any work.
-
-    Args:
-        candidates: share of the pool that will be.
-        chosen: what will be selected.
-        rows: number of rows of the pool.
+    """Refuse a selection of more rows than are scored again, before any work.
 
     Raises:
-        InputError: the selection is of more rows, or of a number that is not known before the pool is scored.
+        InputError: too many rows are to be selected, or a number that depends on the scores.
     """
     asked, again = chosen.rows_of(rows), rows_in_share(candidates, rows)
     if asked is None:
         raise InputError(
-            "refine scores a share of the pool again, and select.tokens or select.threshold alone may ask for more of "
-            "it: give select.fraction or select.count"
+            "refine scores a fixed fraction of the pool again, but select.tokens or select.threshold alone may select "
+            "more rows; give select.fraction or select.count"
         )
     if asked > again:
         raise InputError(
-            f"{asked:,} rows are to be selected, and refine.candidates {candidates:g} scores {again:,} again: raise "
-            "it, or select fewer"
+            f"{asked:,} rows are to be selected, but refine.candidates {candidates:g} scores only {again:,} again; "
+            "raise it, or select fewer"
         )
 
 
@@ -113,11 +107,7 @@ def _score_again(
     folder: Path,
     score_on_target: ScoreOnTarget,
 ) -> tuple[pa.Table, StageRecord]:
-    """The target's scores of the candidates, by validation example too, and what they took.
-
-    Raises:
-        InputError: they are of other tasks.
-    """
+    """Return the target's scores of the candidates, and the record of scoring them."""
     file, scores = folder / "candidates.jsonl", folder / "candidates.parquet"
     ids = table["id"].take(pa.array(candidates)).to_pylist()
     pool.write_rows(candidates.tolist(), file, ids)
@@ -127,13 +117,13 @@ def _score_again(
     scores.unlink()
     if set(task_names(again)) != set(tasks):
         raise InputError(
-            f"--validation: the scores are of {', '.join(tasks)}; give the validation sets of these tasks, no others"
+            f"--validation: the scores are for {', '.join(tasks)}; give the validation sets of exactly these tasks"
         )
     return again, scored
 
 
 def _with_scores(table: pa.Table, tasks: Sequence[str], matrix: np.ndarray, influence: np.ndarray) -> pa.Table:
-    """The table with other scores; rows without one have null."""
+    """Return the table with other scores; NaN becomes null."""
     columns = {**{TASK_PREFIX + task: matrix[:, number] for number, task in enumerate(tasks)}, AGGREGATE: influence}
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.float64(), from_pandas=True))
@@ -141,7 +131,7 @@ def _with_scores(table: pa.Table, tasks: Sequence[str], matrix: np.ndarray, infl
 
 
 def _with_examples(table: pa.Table, rows: np.ndarray, again: pa.Table) -> Iterator[pa.Table]:
-    """The table with the candidates' scores by validation example, some rows at a time; the other rows have null."""
+    """Yield the table in parts, with the candidates' scores by validation example; other rows have null."""
     names = [name for name in again.column_names if name.startswith(EXAMPLES_PREFIX)]
     for start in range(0, table.num_rows, ROWS_AT_ONCE):
         part = table.slice(start, ROWS_AT_ONCE)

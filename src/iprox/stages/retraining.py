@@ -1,4 +1,8 @@
-"""Train on parts of the audited rows: what the measurements that retrain (`lds`, `removal`) have in common."""
+"""The stages that retrain the target on parts of the audited rows: linear datamodeling scores, and the removal test.
+
+Every validation loss is written to `retrained.json` as soon as it is known, under a key of all that it depends on. So a
+stopped measurement resumes, more repeats train only what is new, and the two measurements share trainings.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from iprox.audits.datamodels import datamodeling_score, draw_subsets
+from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.finetune import evaluate, train
@@ -19,42 +25,120 @@ from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
 from iprox.records import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-from iprox.settings import AuditSection
+from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
 
-# Validation losses by training; all measurements of an audit share them.
 LOSSES = "retrained.json"
+LDS, REMOVAL = "lds.json", "removal.json"
+
+
+def measure_lds(
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    validation: Mapping[str, Pool],
+    folder: Path,
+    settings: AuditSection,
+) -> StageRecord:
+    """Compute linear datamodeling scores of the proxy's and the target's scores (`audit.lds`); writes `lds.json`.
+
+    Args:
+        session: the session.
+        model: checkpoint that the scores were taken at; every training starts there.
+        examples: the audited rows, in the order of `audit.parquet`.
+        validation: validation sets by task.
+        folder: folder of the audit.
+        settings: number of subsets and how to train.
+
+    Raises:
+        InputError: fewer than two audited rows have scores.
+    """
+    retraining = Retraining(session, model, examples, validation, folder, settings, "lds")
+    scores, rows = retraining.scores, len(retraining.encoded)
+    members = draw_subsets(rows, settings.lds, SUBSET_FRACTION, session.seed)
+    losses, record = retraining.losses([Training(subset, session.seed) for subset in members])
+    found = {
+        task: {side: datamodeling_score(scores[side][:, column], members, losses[:, column]) for side in scores}
+        for column, task in enumerate(retraining.tasks)
+    }
+    result = {
+        **retraining.described,
+        "subsets": settings.lds,
+        "fraction": SUBSET_FRACTION,
+        "rows": rows,
+        "tasks": found,
+    }
+    result["mean"] = {side: float(np.mean([entry[side]["lds"] for entry in found.values()])) for side in scores}
+    write_json(folder / LDS, result)
+    return {**record, "lds": result["mean"]}
+
+
+def measure_removal(
+    session: Session,
+    model: str,
+    examples: Sequence[Example],
+    validation: Mapping[str, Pool],
+    folder: Path,
+    settings: AuditSection,
+) -> StageRecord:
+    """Compare training without a ranking's top rows and without random rows (`audit.removal`); writes `removal.json`.
+
+    Each repeat has its own order. It trains on all rows, and for each of T tasks and each side (proxy, target) without
+    the top rows and without random rows of similar length: 1 + 4T trainings, or fewer if some leave out the same rows.
+    Takes the arguments of `measure_lds`.
+    """
+    retraining = Retraining(session, model, examples, validation, folder, settings, "removal")
+    scores, rows, tasks = retraining.scores, len(retraining.encoded), retraining.tasks
+    count = removed_count(rows, REMOVED_FRACTION)
+    supervised = np.array([row.supervised for row in retraining.encoded])
+    strata = length_strata(supervised)
+    orders = [np.random.default_rng([session.seed, repeat]).permutation(rows) for repeat in range(settings.removal)]
+    rankings = [(side, column) for column in range(len(tasks)) for side in scores]
+    tops = {ranking: top_rows(scores[ranking[0]][:, ranking[1]], count) for ranking in rankings}
+    controls = {ranking: [random_rows(tops[ranking], strata, order) for order in orders] for ranking in rankings}
+    trainings = []
+    for repeat in range(settings.removal):
+        removed = [np.zeros(rows, bool)]
+        for ranking in rankings:
+            removed += [tops[ranking], controls[ranking][repeat]]
+        trainings += [Training(~left_out, session.seed + repeat) for left_out in removed]
+    losses, record = retraining.losses(trainings)
+    by_repeat = losses.reshape(settings.removal, 1 + 2 * len(rankings), len(tasks))
+    everything = by_repeat[:, 0]
+    found: dict[str, dict[str, Any]] = {task: {"loss": float(everything[:, i].mean())} for i, task in enumerate(tasks)}
+    measured = {side: np.zeros((3, settings.removal)) for side in scores}  # means over tasks
+    for place, (side, column) in enumerate(rankings):
+        compared = np.stack(
+            [everything[:, column], by_repeat[:, 1 + 2 * place, column], by_repeat[:, 2 + 2 * place, column]]
+        )
+        measured[side] += compared / len(tasks)
+        found[tasks[column]][side] = {
+            **removal_effect(*compared),
+            "supervised": {
+                "top": int(supervised[tops[side, column]].sum()),
+                "random": float(np.mean([supervised[control].sum() for control in controls[side, column]])),
+            },
+        }
+    mean = {side: removal_effect(*values) for side, values in measured.items()}
+    described = {**retraining.described, "repeats": settings.removal, "fraction": REMOVED_FRACTION}
+    write_json(folder / REMOVAL, {**described, "rows": rows, "removed": count, "tasks": found, "mean": mean})
+    return {**record, "removal": mean}
 
 
 class Training(NamedTuple):
-    """One training to do: which of the audited rows it is on (booleans [N]), and the seed of its order."""
+    """A training: which audited rows it uses (booleans [N]), and the seed of their order."""
 
     members: np.ndarray
     seed: int
 
 
 class Retraining:
-    """The audited rows that have scores, and what training on some of them does to the validation losses.
-
-    Losses are written to `retrained.json` as they become known, each under a key of all that it depends on. So a
-    stopped measurement resumes where it was, more trainings cost only those, and no training is done twice.
-
-    Args:
-        session: how to compute.
-        model: the target, or the warm-up's checkpoint that the scores were taken at; every training starts there.
-        examples: the audited rows, in the order of `audit.parquet`.
-        validation: validation sets by task.
-        folder: folder of the audit.
-        settings: how to train.
-        name: name of the measurement, for messages and progress.
+    """The audited rows that have scores, and the validation losses after training on some of them.
 
     Attributes:
         tasks: names of the T tasks.
-        scores: by side, `proxy` and `target`: scores of the N rows that have one on both [N, T].
+        scores: scores [N, T] of `proxy` and `target`, for the N rows that have both.
         encoded: these N rows.
-        described: how the target is trained, as plain data.
-
-    Raises:
-        InputError: fewer than two audited rows have scores.
+        described: the training settings as plain data.
     """
 
     def __init__(
@@ -74,14 +158,14 @@ class Retraining:
             raise InputError(f"audit.{name}: {len(kept)} audited rows have scores; give audit.sample more rows")
         encoder = session.encoder(model)
         self.encoded = encoder.encode([examples[row] for row in kept.tolist()])
-        self.held = encode_validation(encoder, dict(validation))
+        self.held = encode_validation(encoder, validation)
         self._digests = [_digest([row]) for row in self.encoded]
         held = [[task, _digest(rows)] for task, rows in self.held.items()]
         self.described = settings.model_dump(include={"epochs", "learning_rate", "batch_size"})
         self._common = [checkpoint_fingerprint(model), held, str(session.dtype), self.described]
 
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
-        """Return the validation losses after each training [len(trainings), T], and what the new ones cost."""
+        """Return the validation losses after each training [len(trainings), T], and the cost of new trainings."""
         known: dict[str, list[float]] = read_json(self.folder / LOSSES) if (self.folder / LOSSES).is_file() else {}
         counted = skeleton(self.model, trust_remote_code=self.session.trust_remote_code)
         record: StageRecord = {"tokens": 0, "flops": 0.0}
@@ -134,12 +218,12 @@ def validation_losses(
         # Losses of similar trainings differ by little, so they are measured in float32.
         trained = session.model(Path(folder) / result.checkpoints[-1].path, torch.float32)
     if result.uncompiled:
-        session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
+        session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")
     return [evaluate(trained, examples, session.batch_tokens, 0)["loss"] for examples in held.values()]
 
 
 def _finite_scores(file: Path, tasks: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Read the scores of the rows that have one for every task on both sides [N, T], and the places of these rows."""
+    """Return the scores [N, T] of the rows that have all of them on both sides, and the positions of these rows."""
     table = pq.read_table(file)
     scores = {
         side: np.stack([table[f"{side}/{task}"].to_numpy(zero_copy_only=False) for task in tasks], axis=1)
@@ -150,7 +234,7 @@ def _finite_scores(file: Path, tasks: Sequence[str]) -> tuple[dict[str, np.ndarr
 
 
 def _digest(encoded: Sequence[Encoded]) -> str:
-    """Digest the tokens and labels of some examples."""
+    """Return a hash of the tokens and labels of some examples."""
     digest = hashlib.sha256()
     for row in encoded:
         for part in (row.input_ids, row.labels):

@@ -1,4 +1,4 @@
-"""The stage that scores a pool at its checkpoints, and what every stage that scores has in common."""
+"""The stage that scores a pool, and helpers for all stages that score."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from iprox.records import StageRecord, key_of
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 
-# Rows from which compiling pays: it takes up to a minute, once, and every batch is faster after it.
+# Smallest pool that a model is compiled for: compiling takes up to a minute once, then every batch is faster.
 COMPILE_ROWS = 8192
 
 
@@ -35,14 +35,22 @@ def score(
     engine: Engine | None = None,
     part_of: Pool | None = None,
 ) -> StageRecord:
-    """Score a pool at one or more checkpoints; writes `scores.parquet`. Without an engine, in this process.
+    """Score a pool at one or more checkpoints; writes `scores.parquet`.
 
-    `part_of` is the pool that this one is chosen from, if it is: curvature is measured on it, so that a row has the
-    score that it would have there.
+    Args:
+        session: the session.
+        models: checkpoints to score at.
+        pool: the candidates.
+        validation: validation sets by task.
+        output: file to write.
+        settings: how influence is scored.
+        identity: key of everything else the scores depend on; kept in the file.
+        engine: where windows are scored; in this process if None.
+        part_of: pool that `pool` was taken from. Curvature is measured on it, so that rows score as they would there.
     """
     summary = pool.scan()
     encoder = session.encoder(*models[0].read_by)
-    encoded = encode_validation(encoder, dict(validation))
+    encoded = encode_validation(encoder, validation)
     say_what_counts_for_nothing(session, encoded)
     job = job_of(session, settings, models, encoded, encoder, part_of or pool, rows=summary.rows)
     model, source = (
@@ -74,7 +82,7 @@ def score(
             window=WINDOW,
             progress=progress,
             engine=engine or engine_of(session),
-            ranks=part_of is None,  # what is chosen already may be rows that are all alike
+            ranks=part_of is None,  # rows chosen from a pool may have equal scores
         )
     say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
@@ -106,16 +114,16 @@ def job_of(
     *,
     rows: int = 0,
 ) -> Job:
-    """Make the job of scoring in a session.
+    """Return a scoring job in a session.
 
     Args:
-        session: how to compute.
+        session: the session.
         settings: how influence is scored.
-        models: where.
+        models: checkpoints to score at.
         validation: encoded validation examples by task.
-        encoder: makes tokens and labels.
-        pool: what curvature is measured on, and whose terms are counted.
-        rows: number of rows to score, by which `compile: auto` is decided.
+        encoder: encoder of the model.
+        pool: pool that curvature is measured on and term counts are taken from.
+        rows: number of rows to score, which decides `compile: auto`.
     """
     for path in (path for each in models for path in each.read_by):
         session.note_adapter(path)
@@ -134,50 +142,52 @@ def job_of(
 
 
 def say_what_counts_for_nothing(session: Session, validation: Mapping[str, Sequence[Encoded]]) -> None:
-    """Warn of validation examples that have no loss."""
+    """Warn about validation examples without a supervised token."""
     for task, rows in validation.items():
         empty = sum(row.supervised == 0 for row in rows)
         if empty:
             refused = ", or the chat template refuses them" if session.skip_refused else ""
             session.reporter.warn(
-                f"validation task {task!r}: {empty} of {len(rows)} examples have no supervised token{refused}: they "
-                "count for nothing"
+                f"validation task {task!r}: {empty} of {len(rows)} examples have no supervised token{refused}, so they "
+                "are ignored"
             )
 
 
 def say_what_fitted(session: Session, stats: ScoringStats) -> None:
-    """Warn of batches that memory did not hold, and so were made smaller."""
+    """Warn if batches were made smaller to fit into memory."""
     if stats.batch_tokens < session.batch_tokens:
         session.reporter.warn(
-            f"memory did not hold {session.batch_tokens} tokens at once: batches of {stats.batch_tokens} were scored; "
-            f"--set batch_tokens={stats.batch_tokens} saves the tries"
+            f"not enough memory for batches of {session.batch_tokens} tokens, so {stats.batch_tokens} were used; set "
+            f"--set batch_tokens={stats.batch_tokens} to skip the retries"
         )
 
 
 def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncoder) -> None:
-    """Warn of what did not go as asked, and say which examples were cut."""
+    """Warn about what did not go as asked, and about examples that were cut."""
     say_what_fitted(session, stats)
     if stats.uncompiled:
-        session.reporter.warn(f"the model runs without being compiled, more slowly: {stats.uncompiled}")
+        session.reporter.warn(f"the model could not be compiled, so it runs more slowly: {stats.uncompiled}")
     if stats.unscored:
         refused = ", or the chat template refuses them" if session.skip_refused else ""
-        session.reporter.warn(f"{stats.unscored} examples have no supervised token{refused}: no score, never selected")
+        session.reporter.warn(
+            f"{stats.unscored} examples have no supervised token{refused}: they have no score and are never selected"
+        )
     if stats.truncated and encoder.lowered:
-        session.reporter.warn(encoder.lowered)  # which processes that tokenize ahead cannot
+        session.reporter.warn(encoder.lowered)  # worker processes cannot warn
     if stats.truncated:
         share = f"{stats.truncated / stats.rows:.1%} of the rows"
         session.reporter.warn(
-            f"{stats.truncated:,} examples ({share}) were longer than {encoder.max_length:,} tokens and were cut: the "
-            "answer is kept, the prompt loses its start"
+            f"{stats.truncated:,} examples ({share}) were longer than {encoder.max_length:,} tokens and were cut: "
+            "their answers are kept, their prompts lose the beginning"
         )
 
 
 def engine_of(session: Session) -> Engine:
-    """Return where windows are worked through by default: in this process, tokenized ahead if asked."""
+    """Return the default engine: this process, with tokenization in others if asked for."""
     return prefetching_engine(session.num_proc) if session.num_proc else local_engine
 
 
 def estimator_identity(session: Session, settings: InfluenceSection) -> dict[str, Any]:
-    """Return the settings of the estimator that scores depend on."""
+    """Return the settings that the estimator's scores depend on."""
     names = {"estimator", *(("damping", "curvature_examples") if settings.traits.curvature else ())}
     return {**settings.model_dump(include=names), **({"seed": session.seed} if settings.traits.seeded else {})}

@@ -1,4 +1,4 @@
-"""The stage that chooses rows by their scores."""
+"""The stage that selects rows by their scores."""
 
 from __future__ import annotations
 
@@ -19,24 +19,17 @@ from iprox.settings import SelectSection
 
 
 def check_rows(table: pa.Table, pool: Pool) -> None:
-    """Refuse a pool of another number of rows than was scored.
-
-    Raises:
-        InputError: it is.
-    """
+    """Refuse a pool with a different number of rows than the scores."""
     there = pool.scan().rows
     if there != table.num_rows:
         raise InputError(
-            f"--pool: the scores are of {table.num_rows:,} rows, and the pool has {there:,}; give what was scored"
+            f"--pool: the scores are for {table.num_rows:,} rows, but the pool has {there:,}; give the pool that was "
+            "scored"
         )
 
 
 def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
-    """Refuse a pool that has changed since it was scored, where rows are known by their place only.
-
-    Raises:
-        InputError: its files are others than those that were scored, and a chosen row has no id of its own.
-    """
+    """Refuse a pool that has changed since it was scored, if rows can only be found by their position."""
     made_by: Any = scores_metadata(table)
     scored = made_by.get("pool") or (made_by.get("inputs") or {}).get("pool")
     files = [Path(file) for file in pool.scan().files]
@@ -44,8 +37,8 @@ def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
     placed = next((name for name in ids if GENERATED_ID.sub("", name) in stems), None)
     if scored is not None and placed is not None and scored != pool.scan().fingerprint:
         raise InputError(
-            f"--pool: the files are not those that were scored (their names or bytes differ), and rows such as "
-            f"{placed!r} have no id of their own to be found by; give the files as they were, or score them again"
+            f"--pool: the files have changed since they were scored (their names or bytes differ), and rows such as "
+            f"{placed!r} have no id to find them by; give the original files, or score the pool again"
         )
 
 
@@ -58,10 +51,10 @@ def select(
     settings: SelectSection,
     spelling: Spelling,
 ) -> StageRecord:
-    """Choose rows of a scores table; writes the chosen pool rows, best first, and which they are as JSON.
+    """Select rows of a scores table; writes them, best first, and a description as JSON.
 
-    Warns where the selection is unlike what the validation sets ask for (`iprox.selection.guard`), naming settings as
-    `spelling` has it.
+    Warns if the selection looks unlike the validation sets (`iprox.selection.guard`); `spelling` says how these
+    warnings spell settings.
     """
     table = read_scores(scores)
     check_rows(table, pool)
@@ -72,8 +65,8 @@ def select(
     selection = select_rows(table, settings, texts=texts, examples=ExampleScores.in_file(scores))
     if selection.count_asked is not None and len(selection.rows) < selection.count_asked:
         session.reporter.warn(
-            f"{len(selection.rows)} rows chosen where {selection.count_asked} were asked for: no more have a score of "
-            f"{settings.threshold} or above"
+            f"{len(selection.rows)} rows selected instead of {selection.count_asked}: no others have a score of "
+            f"{settings.threshold} or more"
             + "".join(f", and {number} were passed over ({why})" for why, number in selection.passed_over.items())
         )
     rows = selection.rows.tolist()

@@ -1,4 +1,4 @@
-"""Where the validation gradients and the optimizer's state of a scored model come from."""
+"""Find the target of a scored proxy, and the optimizer state of a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from iprox.settings import InfluenceSection
 
 
 def query_target(model: str, given: str | None, settings: InfluenceSection, session: Session) -> str | None:
-    """Where the validation gradients of a scored model are taken: the target, given or named by a proxy; None: on it.
+    """Return the target that a model's validation gradients are taken on; None if they are taken on the model itself.
 
-    A proxy whose target is not to be found is scored with its own, and that is said.
+    If the target of a proxy cannot be found, its own gradients are used, with a warning.
 
     Raises:
-        InputError: --target with a model that is no factorized proxy, or the target is not the proxy's.
+        InputError: a target is given for a model that is not a factorized proxy, or it is another proxy's target.
     """
     proxy = proxy_description(load_config(model, trust_remote_code=session.trust_remote_code), model)
     if proxy is None or not proxy.ranks:
         if given:
-            raise InputError(f"--target {given}: goes with a low-rank proxy, which {model} is not")
+            raise InputError(f"--target {given}: {model} is not a low-rank proxy, so it has no target")
         return None
     if settings.query == "proxy" or not settings.traits.gradients:
         if given:
             without = f"--estimator {settings.estimator} takes no gradients"
             why = "influence.query proxy" if settings.traits.gradients else without
-            raise InputError(f"--target {given}: is not used with {why}; leave one of the two out")
+            raise InputError(f"--target {given}: has no effect with {why}; leave one of the two out")
         return None
     target = given or proxy.target
     try:
@@ -41,8 +41,8 @@ def query_target(model: str, given: str | None, settings: InfluenceSection, sess
         if given:
             raise
         session.reporter.warn(
-            f"the target of {model} cannot be read ({error}); validation gradients are taken on the proxy, which is "
-            "less faithful: give --target"
+            f"the target of {model} cannot be loaded ({error}), so validation gradients are taken on the proxy, which "
+            "is less faithful; give --target"
         )
         return None
     if proxy.target_fingerprint not in (None, model_fingerprint(loaded)):
@@ -54,13 +54,10 @@ def query_target(model: str, given: str | None, settings: InfluenceSection, sess
 
 
 def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedModel:
-    """The target of a proxy, loaded.
+    """Load the target of a proxy.
 
-    What only the proxy's config names is read if it is a folder here: whoever wrote the proxy does not choose what is
-    fetched from the hub.
-
-    Raises:
-        InputError: it is none, or cannot be loaded.
+    If only the proxy's config names it, it must be a local folder: the author of a proxy must not choose what is
+    downloaded.
     """
     if not named:
         printable = "".join(each if each.isprintable() else "?" for each in cut(target))
@@ -72,10 +69,10 @@ def _target_model(target: str, session: Session, *, named: bool) -> PreTrainedMo
 
 
 def warmed_folder(model: str, target: str | None, settings: InfluenceSection) -> str | None:
-    """The folder that holds the optimizer's state, for the estimator `less`.
+    """Return the folder with the optimizer's state, for the estimator `less`; None for other estimators.
 
     Raises:
-        InputError: it holds none.
+        InputError: the folder has no optimizer state.
     """
     if not settings.traits.optimizer:
         return None

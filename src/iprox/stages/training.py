@@ -1,4 +1,4 @@
-"""The stages that train the target: the warm-up before scoring, and SFT on what was selected, with its tests."""
+"""The stages that train the target: the warm-up before scoring, and fine-tuning on the selection."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def warm_up(
     *,
     optimizer_state: bool = False,
 ) -> StageRecord:
-    """Brief SFT of the target; writes `checkpoint-*`, `checkpoints.json` and `history.json`.
+    """Fine-tune the target briefly; writes `checkpoint-*`, `checkpoints.json` and `history.json`.
 
     `optimizer_state` keeps Adam's moments in each checkpoint, for the estimator `less`.
     """
@@ -46,9 +46,9 @@ def finetune(
     settings: FinetuneSection,
     tests: Mapping[str, Pool],
 ) -> StageRecord:
-    """SFT of a model; writes the last checkpoint to `output/model`, and `finetune.json` with what tests show."""
+    """Fine-tune a model; writes the last checkpoint to `output/model`, and test results to `finetune.json`."""
     encoder = session.encoder(model)
-    encoded = encode_validation(encoder, dict(tests))
+    encoded = encode_validation(encoder, tests)
     before = _tested(session, model, encoded)
     record = _sft(session, model, examples, output, settings, every_epoch=False)
     (last,) = read_json(output / CHECKPOINTS)
@@ -83,18 +83,18 @@ def _sft(
     every_epoch: bool,
     optimizer_state: bool = False,
 ) -> StageRecord:
-    """Train, and write the list of checkpoints and the history next to them."""
+    """Train a model, and write the list of checkpoints and the history."""
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
-    # Master weights in float32, and the checkpoints are stored as the model was; frozen weights are left as stored.
+    # Trained weights are float32 and are saved in the dtype of the model; frozen weights keep their dtype.
     lora = settings.lora
     stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
     target = session.model(model, stored if lora else torch.float32, fused=True)
     if proxy_config(target) is not None:
-        raise InputError(f"{model}: is an iprox proxy, which is for scoring; fine-tune its target")
+        raise InputError(f"{model}: is an iprox proxy, and proxies are for scoring; fine-tune its target")
     trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
-    empty_folder(output, keep=RUN)  # what an interrupted training left
+    empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
     rate = settings.peak(hidden_size(target.config))
@@ -114,17 +114,17 @@ def _sft(
             seed=session.seed,
             store_dtype=stored,
             optimizer_state=optimizer_state,
-            adapters_only=not every_epoch,  # what is scored must not hang on where the base model is
+            adapters_only=not every_epoch,  # a model to be scored must not depend on the path of its base model
             compile_model=session.compile,
             progress=progress,
             report_to=session.tracker.kind,
         )
     if result.uncompiled:
-        session.reporter.warn(f"the model trains without being compiled, more slowly: {result.uncompiled}")
+        session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")
     write_json(output / "history.json", result.history)
     write_json(output / CHECKPOINTS, [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)
-    counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # with its experts split, to be counted
+    counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # experts split, so that they are counted
     return {
         "tokens": result.tokens,
         "flops": flops.training_flops(

@@ -1,15 +1,11 @@
-"""The charts of iprox, drawn once: the report shows them in its page, notebooks as Plotly figures.
+"""The charts of the report; each function returns a `Chart`."""
 
-Each function returns a `Chart`. `Chart.spec` is what the page holds, `figures` makes a figure for a notebook.
-"""
-
-from iprox.report.charts.audit import FIDELITY_KEYS, calibration_chart, fidelity_chart, overlap_chart
-from iprox.report.charts.base import Chart, figures, safe_json
+from iprox.report.charts.audit import FIDELITY_KEYS, fidelity_chart
+from iprox.report.charts.base import Chart, safe_json
 from iprox.report.charts.proxy import rank_chart, tail_chart
 from iprox.report.charts.scores import (
     SHARE_KEYS,
     answer_length_chart,
-    row_length_chart,
     score_histogram,
     source_chart,
     source_counts,
@@ -23,13 +19,9 @@ __all__ = [
     "Chart",
     "alignment_chart",
     "answer_length_chart",
-    "calibration_chart",
     "fidelity_chart",
-    "figures",
     "held_out_chart",
-    "overlap_chart",
     "rank_chart",
-    "row_length_chart",
     "safe_json",
     "score_histogram",
     "source_chart",

@@ -1,15 +1,15 @@
 """Charts of an audit: how the proxy's scores of the sampled rows agree with the target's."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import plotly.graph_objects as go
 
+from iprox.audits.removal import top_rows
 from iprox.report import formats
-from iprox.report.charts.base import ACCENT, FAINT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
+from iprox.report.charts.base import ACCENT, INK, NEUTRAL, Chart, Key, axis, escape_label, make_chart
+from iprox.settings import NAMED_SHARE
 
-TOP_SHARE = 0.05
 # Keeps the page small and quick for a very large sample.
 MOST_DOTS = 2000
 
@@ -18,13 +18,6 @@ FIDELITY_KEYS = (
     Key("ink ring", "top 5 % by one model only"),
     Key("neutral dot", "the rest of the sample"),
 )
-
-
-def top_rows(values: np.ndarray, share: float) -> np.ndarray:
-    """Return whether each value is among the best share, at least one: booleans [S] for finite scores [S]."""
-    marked = np.zeros(len(values), dtype=bool)
-    marked[np.argsort(-values, kind="stable")[: max(1, round(share * len(values)))]] = True
-    return marked
 
 
 def fidelity_chart(
@@ -37,25 +30,15 @@ def fidelity_chart(
     spearman: float | None,
     id: str = "chart-fidelity",
 ) -> Chart | None:
-    """Draw one task's proxy scores against its target scores.
+    """Draw one task's proxy scores against its target scores [S]; return None if no row has both.
 
-    Args:
-        task: name of the task.
-        proxy: proxy scores [S], NaN where a row has none.
-        target: target scores [S].
-        ids: ids of the rows [S], for hovering.
-        sources: sources of the rows [S].
-        spearman: rank correlation, for the caption.
-        id: id of the chart.
-
-    Returns:
-        The chart, or None if no sampled row has both scores.
+    `ids` and `sources` are shown on hovering, and `spearman` in the caption.
     """
     both = np.flatnonzero(np.isfinite(proxy) & np.isfinite(target))
     if not len(both):
         return None
     x, y = target[both], proxy[both]
-    top_target, top_proxy = top_rows(x, TOP_SHARE), top_rows(y, TOP_SHARE)
+    top_target, top_proxy = (top_rows(scores, max(1, round(NAMED_SHARE * len(both)))) for scores in (x, y))
     agree, differ = top_target & top_proxy, top_target ^ top_proxy
     plain = np.flatnonzero(~(top_target | top_proxy))
     caption = f"Spearman {formats.decimal(spearman)}."
@@ -90,76 +73,4 @@ def fidelity_chart(
         hovermode="closest",
         xaxis=axis("target score", nticks=5, zeroline=True),
         yaxis=axis("proxy score", nticks=5, zeroline=True),
-    )
-
-
-def overlap_chart(mean: Mapping[str, Any]) -> Chart | None:
-    """Draw the share of the target's top rows that the proxy finds, by the size of the top.
-
-    Args:
-        mean: `mean` of audit.json.
-
-    Returns:
-        The chart, or None if fewer than two sizes were measured.
-    """
-    overlap, bounds = mean.get("overlap", {}), mean.get("intervals", {}).get("overlap", {})
-    shares = sorted((share for share, value in overlap.items() if value is not None), key=float)
-    if len(shares) < 2:
-        return None
-    x, y = [float(share) for share in shares], [overlap[share] for share in shares]
-    names = [formats.percent(share, 0) for share in x]
-    traces, keys = [], [Key("accent line", "proxy"), Key("neutral line", "chance")]
-    if all(share in bounds for share in shares):
-        low, high = ([bounds[share][side] for share in shares] for side in (0, 1))
-        around = {"x": [*x, *reversed(x)], "y": [*high, *reversed(low)]}
-        traces.append(go.Scatter(**around, mode="lines", fill="toself", line_width=0, meta=FAINT, hoverinfo="skip"))
-        keys.append(Key("faint", "95 % interval"))
-    traces.append(go.Scatter(x=x, y=x, mode="lines", line={"dash": "dash"}, meta=NEUTRAL, hoverinfo="skip"))
-    found = [f"top {name}<br>{formats.percent(value, 0)} found" for name, value in zip(names, y, strict=True)]
-    traces.append(go.Scatter(x=x, y=y, mode="lines+markers", meta=ACCENT, hoverinfo="text", hovertext=found))
-    at = ", ".join(f"{formats.percent(value, 0)} of the top {name}" for name, value in zip(names, y, strict=True))
-    return make_chart(
-        traces,
-        id="chart-overlap",
-        title="Top rows found",
-        caption="The share of the target's best rows that are also among the proxy's best; mean over tasks.",
-        label=f"Curve of the overlap of the top rows by their share of the sample: {at}.",
-        height=300,
-        keys=keys,
-        xaxis=axis("top share of the sample", type="log", tickvals=x, ticktext=names),
-        yaxis=axis("found", range=[0, 1.03], tickformat=".0%"),
-    )
-
-
-def calibration_chart(tasks: Mapping[str, Mapping[str, Any]]) -> Chart | None:
-    """Draw the target's mean score of each tenth of the rows in the proxy's order, averaged over tasks.
-
-    Args:
-        tasks: `tasks` of audit.json.
-
-    Returns:
-        The chart, or None if it was not measured.
-    """
-    tables = [entry["calibration"] for entry in tasks.values() if entry.get("calibration")]
-    if not tables or len({len(table) for table in tables}) > 1:
-        return None
-    means = np.mean([[part["target_score"] for part in table] for table in tables], axis=0)
-    found = np.mean([[part["of_target_top"] for part in table] for table in tables], axis=0)
-    tenths = [str(number + 1) for number in range(len(means))]
-    hover = [
-        f"tenth {tenth}<br>mean target score {formats.decimal(mean)} σ<br>"
-        f"{formats.percent(part, 0)} of the target's top 5 %"
-        for tenth, mean, part in zip(tenths, means, found, strict=True)
-    ]
-    values = ", ".join(formats.decimal(value) for value in means)
-    return make_chart(
-        [go.Bar(x=tenths, y=means, meta=ACCENT, hoverinfo="text", hovertext=hover)],
-        id="chart-calibration",
-        title="Target score by the proxy's ranking",
-        caption="The target's mean score of each tenth of the sample, the proxy's best tenth first. The first tenth "
-        f"holds {formats.percent(found[0], 0)} of the target's top 5 %.",
-        label=f"Bars of the target's mean score, in standard deviations, by tenth of the proxy's ranking: {values}.",
-        height=300,
-        xaxis=axis("tenth of the proxy's ranking", type="category"),
-        yaxis=axis("target score (σ)", nticks=6, zeroline=True),
     )

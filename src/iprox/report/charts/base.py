@@ -1,7 +1,7 @@
-"""The parts that all charts share: colors by name, axes, JSON that is safe inside HTML, and figures for notebooks.
+"""The parts that all charts share: colors by name, axes, and JSON that is safe inside HTML.
 
 A trace names its color in `meta`. report.js looks the color up in the page's style, so that charts follow the light and
-the dark theme; `figures` takes it from `COLORS`.
+the dark theme.
 """
 
 import html
@@ -11,11 +11,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 from markupsafe import Markup
-from plotly.subplots import make_subplots
 
-# The light theme of style.css.
-COLORS = {"accent": "#1565c0", "neutral": "#88909a", "faint": "#dde1e5", "ink": "#1a1e23"}
-ACCENT, NEUTRAL, FAINT, INK = ({"color": name} for name in COLORS)
+# Colors of style.css.
+ACCENT, NEUTRAL, FAINT, INK = ({"color": name} for name in ("accent", "neutral", "faint", "ink"))
 
 MARGIN = {"l": 8, "r": 12, "t": 10, "b": 8}
 
@@ -90,17 +88,9 @@ def make_chart(
     keys: Sequence[Key] = (),
     **layout: Any,
 ) -> Chart:
-    """Build a chart from Plotly traces.
+    """Build a chart from Plotly traces with the name of their color in `meta`.
 
-    Args:
-        traces: Plotly traces with the name of their color in `meta`.
-        id: id of the chart, unique in the page.
-        title: plain text above the chart.
-        caption: one or two sentences that say what the chart shows.
-        label: text alternative, which the caption is added to.
-        height: height in pixels.
-        keys: legend.
-        **layout: Plotly layout, e.g. `xaxis=axis("tokens")`.
+    The caption is added to `label`, the text alternative. `layout` is Plotly's, e.g. `xaxis=axis("tokens")`.
     """
     base = {
         # The default template has 6 kB per chart and would fix the colors.
@@ -113,52 +103,3 @@ def make_chart(
     }
     figure = go.Figure(list(traces), layout=go.Layout(**(base | layout)))
     return Chart(id, title, caption, f"{label} {caption}".strip(), figure, tuple(keys))
-
-
-def figures(charts: Sequence[Chart], columns: int = 3) -> go.Figure:
-    """Return charts as one Plotly figure for a notebook, side by side.
-
-    Args:
-        charts: charts with one pair of axes each, or a single chart of any kind.
-        columns: largest number of charts per line.
-    """
-    heads = [_head(chart) for chart in charts]
-    if len(charts) == 1:
-        figure = go.Figure(charts[0].figure)
-        figure.update_layout(title_text=heads[0], margin={"t": 130}, height=charts[0].height + 180)
-    else:
-        columns = min(columns, len(charts))
-        lines = -(-len(charts) // columns)
-        figure = make_subplots(lines, columns, subplot_titles=heads)
-        for number, chart in enumerate(charts):
-            place: dict[str, Any] = {"row": number // columns + 1, "col": number % columns + 1}
-            figure.add_traces(chart.figure.data, rows=place["row"], cols=place["col"])
-            layout = chart.figure.layout.to_plotly_json()
-            figure.update_xaxes(layout.get("xaxis"), **place)
-            figure.update_yaxes(layout.get("yaxis"), **place)
-            figure.update_layout(barmode=layout.get("barmode"))
-        figure.update_layout(height=max(chart.height for chart in charts) * lines + 80, showlegend=False)
-    figure.for_each_trace(_colored)
-    axes = {"fixedrange": False, "exponentformat": "power"}
-    return figure.update_layout(template="plotly_white").update_xaxes(axes).update_yaxes(axes)
-
-
-def _head(chart: Chart) -> str:
-    """Return the title of a chart with its caption and its legend."""
-    colors = [COLORS[key.swatch.split()[0]] for key in chart.keys]
-    legend = [f'<span style="color:{c}">■</span> {key.text}' for c, key in zip(colors, chart.keys, strict=True)]
-    lines = [escape_label(chart.caption), " ".join(legend)]
-    return "<br>".join([escape_label(chart.title), *(f"<sub>{line}</sub>" for line in lines if line)])
-
-
-def _colored(trace: Any) -> None:
-    """Color a trace as report.js does."""
-    color = COLORS[trace.meta["color"]]
-    if trace.type == "bar" or trace.mode == "markers":
-        trace.marker.color = color
-        if trace.type != "bar":
-            trace.marker.line.color = color
-    else:
-        trace.line.color = color
-        if trace.fill:
-            trace.fillcolor = color

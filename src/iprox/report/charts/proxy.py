@@ -18,14 +18,10 @@ Layers = Mapping[str, Mapping[str, Any]]
 
 
 def layers_by_kind(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group layers that play the same part in successive blocks.
+    """Group layers, given by name in model order, that play the same part in successive blocks.
 
-    Args:
-        names: module names in model order, e.g. `model.layers.0.self_attn.q_proj`.
-
-    Returns:
-        Layers in model order by the rest of the name after the block's number (`self_attn.q_proj`; numbers in it become
-        `*`), or one group `all layers` if there would be more than `MOST_KINDS`.
+    The key is the rest of the name after the block's number (`self_attn.q_proj`), with `*` for other numbers. More than
+    `MOST_KINDS` groups become a single one, `all layers`.
     """
     kinds: dict[str, list[str]] = {}
     for name in names:
@@ -50,11 +46,8 @@ def _rows_of_bars(
 ) -> Chart:
     """Draw one row of bars per kind of layer, all with the same vertical scale.
 
-    Args:
-        layers: layers in model order.
-        y_title: title of the vertical axis.
-        heights: color and height of a layer's bars; later bars are drawn over earlier ones.
-        **words: id, title, caption, label and keys of the chart.
+    `heights` has the color and the height of each layer's bars; later bars are drawn over earlier ones. `words` are the
+    id, title, caption, label and keys of the chart.
     """
     kinds = layers_by_kind(list(layers))
     figure = make_subplots(

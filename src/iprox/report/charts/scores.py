@@ -18,19 +18,11 @@ LINE, MARKED = 16, 4
 
 
 def bin_edges(values: np.ndarray, cut: float | None, bins: int) -> np.ndarray:
-    """Return histogram edges for scores, which have long tails.
+    """Return rising histogram edges for scores [N ≥ 1], which have long tails; about `bins` + 1 of them.
 
     The edges span the middle 99.6 % of the values, and at most five interquartile ranges beyond the quartiles, so that
     a few extreme rows do not squeeze all others into one bar; `count_into` puts these rows into the end bins. One edge
-    falls on the cut (without one, on 0), so that no bar mixes both sides of it.
-
-    Args:
-        values: finite scores [N], N >= 1.
-        cut: lowest selected score, or None.
-        bins: approximate number of bins.
-
-    Returns:
-        Rising edges, float64 [about bins + 1].
+    falls on the cut, or on 0 if there is none, so that no bar mixes both sides of it.
     """
     low, first, third, high = np.quantile(values, [0.002, 0.25, 0.75, 0.998])
     if third > first:
@@ -88,18 +80,10 @@ def score_histogram(
     caption: str = "",
     id: str = "chart-influence",
 ) -> Chart:
-    """Draw a histogram of scores, the selected rows in the accent color.
+    """Draw a histogram of scores [N], NaN where a row has none, with the selected rows in the accent color.
 
-    Args:
-        values: scores [N], NaN where a row has none; at least one is finite.
-        chosen: selected rows, indices into `values`.
-        cut: lowest selected score, to be marked, or None.
-        title: text above the chart.
-        caption: sentence below the title.
-        id: id of the chart.
-
-    Returns:
-        The chart; its size does not depend on N.
+    `chosen` are the selected rows, and `cut` is the lowest selected score, which is marked. The size of the chart does
+    not depend on N.
     """
     finite = values[np.isfinite(values)]
     edges = bin_edges(finite, cut, 60)
@@ -158,14 +142,7 @@ def _share_traces(edges: np.ndarray, spans: Sequence[str], everything: np.ndarra
 
 
 def task_histogram(task: str, values: np.ndarray, chosen: np.ndarray, *, id: str) -> Chart:
-    """Draw the distribution of one task's scores over all rows and over the selected rows.
-
-    Args:
-        task: name of the task.
-        values: scores [N], NaN where a row has none; at least one is finite.
-        chosen: selected rows.
-        id: id of the chart.
-    """
+    """Draw the distribution of one task's scores [N] over all rows and over the selected rows."""
     finite = values[np.isfinite(values)]
     picked = values[chosen]
     picked = picked[np.isfinite(picked)]
@@ -203,10 +180,7 @@ class SourceCount:
 def source_counts(codes: np.ndarray, names: Sequence[str | None], chosen: np.ndarray) -> list[SourceCount]:
     """Count rows by source, largest gain first.
 
-    Args:
-        codes: source of each pool row [N], index into `names`.
-        names: distinct sources; None for rows without a source.
-        chosen: selected rows, at least one.
+    `codes` [N] are indices into the distinct sources `names`; None names rows without a source.
     """
     pool = np.bincount(codes, minlength=len(names))
     selected = np.bincount(codes[chosen], minlength=len(names))
@@ -218,12 +192,7 @@ def source_counts(codes: np.ndarray, names: Sequence[str | None], chosen: np.nda
 
 
 def source_chart(counts: Sequence[SourceCount], most: int = 24) -> Chart:
-    """Draw the share of each source in pool and selection, largest gain on top.
-
-    Args:
-        counts: counts from `source_counts`.
-        most: largest number of sources shown; of more, those with the largest gains and losses.
-    """
+    """Draw the share of each source in pool and selection, largest gain on top; of more than `most`, the extremes."""
     shown = list(counts)
     left_out = len(shown) - most
     if left_out > 0:
@@ -270,13 +239,9 @@ def source_chart(counts: Sequence[SourceCount], most: int = 24) -> Chart:
 
 
 def answer_length_chart(supervised: np.ndarray, chosen: np.ndarray, validation: Mapping[str, float]) -> Chart:
-    """Draw the lengths of the answers in pool and selection, with the medians of pool, selection and validation sets.
+    """Draw the numbers of supervised tokens in pool and selection, and mark the medians of pool, selection and tasks.
 
-    Args:
-        supervised: supervised tokens of each pool row [N]; rows without any are left out.
-        chosen: selected rows, at least one.
-        validation: median of the validation examples, by task that was selected for. Of many tasks the shortest and the
-            longest are marked.
+    Of many tasks the shortest and the longest are marked.
     """
     pool, selected = supervised[supervised > 0], supervised[chosen]
     marked = dict(validation)
@@ -290,35 +255,14 @@ def answer_length_chart(supervised: np.ndarray, chosen: np.ndarray, validation: 
     caption = f"Number of tokens that each row is trained on. Median: {', '.join(medians)}"
     if len(marked) < len(validation):
         caption += f" (the shortest and the longest of {len(validation)} tasks)"
-    return _lengths(pool, selected, "Length of the answers", "supervised tokens", f"{caption}.", marks)
-
-
-def row_length_chart(tokens: np.ndarray, chosen: np.ndarray) -> Chart:
-    """Draw the lengths of the rows [N] in pool and selection, each as a share of its own rows."""
-    selected = tokens[chosen]
-    caption = (
-        f"Mean length: {tokens.mean():,.0f} tokens in the pool, {selected.mean():,.0f} in the selection; "
-        f"median {np.median(tokens):,.0f} and {np.median(selected):,.0f}."
-    )
-    return _lengths(tokens, selected, "Length of the rows", "tokens", caption, ())
-
-
-def _lengths(
-    pool: np.ndarray,
-    selected: np.ndarray,
-    title: str,
-    unit: str,
-    caption: str,
-    marks: Sequence[tuple[str, float, str]],
-) -> Chart:
-    """Draw the lengths of pool and selection over the same bins, and marks (name, tokens, dash) above them."""
+    caption += "."
     top = max(int(np.quantile(pool, 0.995)), int(pool.min()) + 1, *(int(tokens) + 1 for _, tokens, _ in marks))
     width = max(1, -(-top // 30))
     edges = np.arange(0, top + width, width)
     longest = int(pool.max())
-    spans = [f"{a:,} to {b - 1:,} {unit}" if width > 1 else f"{a:,} {unit}" for a, b in pairwise(edges)]
+    spans = [f"{a:,} to {b - 1:,} tokens" if width > 1 else f"{a:,} tokens" for a, b in pairwise(edges)]
     if longest >= edges[-1]:
-        spans[-1] = f"{edges[-2]:,} {unit} and more"
+        spans[-1] = f"{edges[-2]:,} tokens and more"
         caption += f" The last bar also holds longer rows (longest: {longest:,})."
     # The shortest on the highest line, so that texts that run to the right are clear of the marks that follow.
     drawn = [
@@ -328,15 +272,15 @@ def _lengths(
     return make_chart(
         _share_traces(edges, spans, pool, selected),
         id="chart-lengths",
-        title=title,
+        title="Length of the answers",
         caption=caption,
-        label=f"Histogram of lengths in {unit}, pool against selection.",
+        label="Histogram of supervised tokens per row, pool against selection.",
         height=300 + LINE * len(marks),
         keys=SHARE_KEYS,
         hovermode="x",
         margin=MARGIN | {"t": MARGIN["t"] + LINE * len(marks)},
         shapes=[shape for shape, _ in drawn],
         annotations=[text for _, text in drawn],
-        xaxis=axis(f"length ({unit})", tickformat=",", rangemode="tozero", range=[0, int(edges[-1])]),
+        xaxis=axis("length (supervised tokens)", tickformat=",", rangemode="tozero", range=[0, int(edges[-1])]),
         yaxis=axis("share of rows (%)", rangemode="tozero", nticks=6),
     )

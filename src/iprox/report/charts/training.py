@@ -67,15 +67,7 @@ def _chart(
 
 
 def warmup_chart(history: Sequence[Mapping[str, Any]], checkpoints: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Draw the warm-up loss and the checkpoints that rows are scored at.
-
-    Args:
-        history: history.json.
-        checkpoints: checkpoints.json.
-
-    Returns:
-        The chart, or None if no loss was logged.
-    """
+    """Draw the warm-up loss (history.json) and the checkpoints that are scored; return None if there is no loss."""
     curve = _curve(history, "loss", "loss", ACCENT, "solid")
     if curve is None:
         return None
@@ -102,14 +94,7 @@ def warmup_chart(history: Sequence[Mapping[str, Any]], checkpoints: Sequence[Map
 
 
 def alignment_chart(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
-    """Draw the alignment loss and its parts.
-
-    Args:
-        steps: `steps` of alignment.json.
-
-    Returns:
-        The chart, or None if no loss was logged.
-    """
+    """Draw the alignment loss and its parts (`steps` of alignment.json); return None if there is no loss."""
     drawn = [(curve, Key(s, n)) for k, n, c, d, s in PARTS if (curve := _curve(steps, k, n, c, d)) is not None]
     losses = [p["loss"] for p in steps if p.get("loss") is not None]
     if not losses:
@@ -127,15 +112,7 @@ def alignment_chart(steps: Sequence[Mapping[str, Any]]) -> Chart | None:
 
 
 def held_out_chart(points: Sequence[Mapping[str, Any]], best_step: int | None) -> Chart | None:
-    """Draw the fidelity on held-out rows during alignment and the step that was kept.
-
-    Args:
-        points: `held_out` of alignment.json.
-        best_step: step whose factors were kept.
-
-    Returns:
-        The chart, or None if fidelity was not measured.
-    """
+    """Draw the fidelity on held-out rows during alignment, and the step that was kept; return None if not measured."""
     curve = _curve(points, "fidelity", "Spearman", ACCENT, "solid")
     if curve is None:
         return None
