@@ -215,6 +215,7 @@ def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, mon
         "--pool",
         str(finished.pool),
         "--set=data.max_length=48",
+        "--estimator=tracin",
         "--quiet",
     ]
     options += ["--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
@@ -305,6 +306,7 @@ def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
         "--pool",
         str(finished.pool),
         "--set=data.max_length=48",
+        "--estimator=tracin",
         "--quiet",
     ]
     options += ["--set", f"data.chat_template={tmp_path / 'strict.jinja'}", "--set=data.on_bad_row=skip"]
