@@ -69,14 +69,14 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
-def test_cosines_on_a_proxy_are_planned_as_they_are_scored(tmp_path, make_place, capsys):
-    place = make_place(tmp_path / "place")
-    assert place.run("--set", "influence.estimator=tracin", "audit.sample=12") == 0
+def test_cosines_on_a_proxy_are_planned_as_they_are_scored(copied, capsys):
+    assert copied.run("--set", "influence.estimator=tracin", "audit.sample=12") == 0
+    assert copied.done()[:3] == ["align", "audit", "score"]
     capsys.readouterr()
-    assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
+    assert main(["plan", str(copied.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]
     for name in ("align", "score", "audit"):
-        assert planned[name]["flops"] == pytest.approx(place.record()["stages"][name]["flops"], rel=0.15), name
+        assert planned[name]["flops"] == pytest.approx(copied.record()["stages"][name]["flops"], rel=0.15), name
 
 
 def test_a_model_with_experts_is_charged_in_the_plan_as_in_the_run(tmp_path, make_place, tiny, capsys):
