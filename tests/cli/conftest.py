@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +26,8 @@ from iprox.run import steps
 BUNDLED = Path(str(resources.files("iprox.quickstart")))
 ROWS = 200
 LAYERS = 2
+# Curvature on all rows would take half of a run; tests/influence has what it is worth.
+CURVATURE_ROWS = 24
 
 
 def copy_start(source: Path, target: Path, rows: int) -> Path:
@@ -46,6 +48,8 @@ class Place:
     """A folder with a pool, validation sets and a recipe, and ways to run commands on them."""
 
     path: Path
+    # For commands without the recipe, which measure curvature on up to 256 rows.
+    few_curved: ClassVar[str] = f"--set=influence.curvature_examples={CURVATURE_ROWS}"
 
     @property
     def pool(self) -> Path:
@@ -73,6 +77,7 @@ class Place:
     def score(self, models: Sequence[Path], output: Path, *options: str) -> pa.Table:
         """Run `iprox score` on the pool and return the scores."""
         inputs = ["--pool", str(self.pool), "--validation", *self.tasks(), "--set=data.max_length=48", "--quiet"]
+        inputs.append(self.few_curved)
         assert main(["score", "--model", *map(str, models), *inputs, "--output", str(output), *options]) == 0
         return pq.read_table(output / "scores.parquet")
 
@@ -131,6 +136,7 @@ def _make_place(path: Path, model: Path) -> Place:
             "sparsity": 0.5,
             "align": {"epochs": 1, "batch_size": 16, "learning_rate": 1.0e-3, "held_out": 20},
         },
+        "influence": {"curvature_examples": CURVATURE_ROWS},
         "audit": {"sample": 30},
         "select": {"fraction": 0.1},
         "output": str(place.output),

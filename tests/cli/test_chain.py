@@ -26,7 +26,8 @@ class Chain:
         self.text = capfd_text
 
     def __call__(self, command, *arguments):
-        assert main([command, *map(str, arguments), "--set=data.max_length=48", "--quiet", "--json"]) == 0
+        curved = [self.place.few_curved] if command in ("align", "audit", "score") else []
+        assert main([command, *map(str, arguments), *curved, "--set=data.max_length=48", "--quiet", "--json"]) == 0
         (line,) = self.text().splitlines()
         return json.loads(line)
 
@@ -161,7 +162,8 @@ def test_select_without_near_duplicates(chain, tmp_path):
 def test_a_plain_model_scores_too(chain, tmp_path, capfd):
     output = tmp_path / "scores"
     arguments = ["--pool", str(chain.place.pool), "--validation", *chain.tasks, "--output", str(output)]
-    assert main(["score", "--model", chain.model, *arguments, "--set=data.max_length=48", "--quiet"]) == 0
+    options = ["--set=data.max_length=48", chain.place.few_curved, "--quiet"]
+    assert main(["score", "--model", chain.model, *arguments, *options]) == 0
     assert capfd.readouterr().out.startswith("score: ")
     assert pq.read_table(output / "scores.parquet").num_rows == 200
 
@@ -169,6 +171,7 @@ def test_a_plain_model_scores_too(chain, tmp_path, capfd):
 def test_checkpoints_take_their_learning_rates_from_the_warm_up(chain, tmp_path):
     common = ["--pool", str(chain.place.pool), "--validation", *chain.tasks, "--set=data.max_length=48", "--quiet"]
     models = [str(checkpoint) for checkpoint in chain.checkpoints]
+    common.append("--estimator=tracin")
     assert main(["score", "--model", *models, *common, "--output", str(tmp_path / "listed")]) == 0
     listed = json.loads((chain.path / "warm/checkpoints.json").read_text())
     rates = [str(entry["learning_rate"]) for entry in listed]

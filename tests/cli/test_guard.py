@@ -194,6 +194,7 @@ def collapsed(finished, tmp_path):
 def test_a_collapsed_proxy_has_no_fidelity(finished, collapsed, tmp_path, refused):
     (target,) = sorted((finished.output / "warmup").glob("checkpoint-*"))[-1:]
     validation = [f"spelling={finished.path / 'spelling.jsonl'}", "--set=data.max_length=48", "--quiet"]
+    validation.append(finished.few_curved)
     given = ["--pool", finished.pool, "--validation", *validation]
     said = refused("audit", "--model", target, "--proxy", collapsed, *given, "--sample=20", "--output", tmp_path / "a")
     assert said.startswith(

@@ -215,6 +215,7 @@ def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, mon
         "--pool",
         str(finished.pool),
         "--set=data.max_length=48",
+        "--estimator=tracin",
         "--quiet",
     ]
     options += ["--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
@@ -245,7 +246,7 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
     changed["messages"][0]["content"] += " forbidden"
     lines[row] = json.dumps(changed)
     place.pool.write_text("\n".join(lines) + "\n")
-    options = ["proxy=false", "audit=false", "warmup.fraction=0.06", f"data.chat_template={template}"]
+    options = ["proxy=false", "audit=false", "influence.estimator=tracin", f"data.chat_template={template}"]
     said = refused("run", place.recipe, "--quiet", "--set", *options)
     assert (
         f"pool.jsonl:{row + 1}: the chat template {template} refuses this row: not this one (--set data.on_bad_row=skip"
@@ -305,6 +306,7 @@ def test_validation_rows_that_the_template_refuses_are_said(finished, tmp_path):
         "--pool",
         str(finished.pool),
         "--set=data.max_length=48",
+        "--estimator=tracin",
         "--quiet",
     ]
     options += ["--set", f"data.chat_template={tmp_path / 'strict.jinja'}", "--set=data.on_bad_row=skip"]

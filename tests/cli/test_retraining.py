@@ -109,6 +109,7 @@ def test_the_command_retrains_without_the_top_rows(finished, tmp_path, capfd):
     files = ["--pool", str(finished.pool), "--validation", f"spelling={finished.path / 'spelling.jsonl'}"]
     models = ["--model", checkpoint(finished), "--proxy", str(finished.output / "aligned")]
     output = ["--output", str(tmp_path / "audit"), "--set=data.max_length=48", "--sample=20", "--quiet"]
+    output.append(finished.few_curved)
     assert main(["audit", *models, *files, *output, "--removal=3", "--set=audit.learning_rate=1e-3"]) == 0
     printed = capfd.readouterr().out
     assert "without top" in printed

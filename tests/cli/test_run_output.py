@@ -137,14 +137,11 @@ def test_score_tokens_are_those_of_the_scores_file(finished):
     assert finished.record()["stages"]["score"]["tokens"] == sum(tokens)
 
 
-def command_line(place, *options):
-    return [sys.executable, "-m", "iprox.cli", "run", str(place.recipe), *options]
-
-
 def test_json_is_one_line_on_standard_output(place):
-    done = subprocess.run(
-        command_line(place, "--json", "--quiet", *SMALL), capture_output=True, text=True, env=environment()
-    )
+    """In a process of its own, so that nothing else is said while packages are imported either."""
+    command = [sys.executable, "-m", "iprox.cli", "run", str(place.recipe), "--json", "--quiet", *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"warning: \d+ examples \(\d+\.\d% of the rows\) were longer than 48 tokens .*\n", done.stderr)
     (line,) = done.stdout.splitlines()
@@ -154,26 +151,22 @@ def test_json_is_one_line_on_standard_output(place):
     assert summary["report"] == str(place.output / "report.html")
 
 
-def test_progress_goes_to_standard_error_and_the_summary_to_standard_output(copied):
+def test_progress_goes_to_standard_error_and_the_summary_to_standard_output(copied, capfd):
     (copied.output / "scores.parquet").unlink()
-    done = subprocess.run(command_line(copied), capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    progress = done.stderr.splitlines()
+    assert main(["run", str(copied.recipe)]) == 0
+    done = capfd.readouterr()
+    progress = done.err.splitlines()
     assert progress[1].startswith("read: 200 rows, ")
     assert progress[2] == "✓ warmup: done already"
     assert "score: 200 rows" in progress
     assert any(line.startswith("score: 200/200 rows, ") and line.endswith("done") for line in progress)
-    assert "\x1b" not in done.stderr + done.stdout
-    said = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
+    assert "\x1b" not in done.err + done.out
+    said = {line.split()[0]: line for line in done.out.splitlines() if line.strip()}
     assert "20 of 200 rows" in said["selected"]
     assert str(copied.output / "selected.jsonl") in said["selected"]
     assert "Spearman" in said["fidelity"]
     assert "of the FLOPs of scoring on the target" in said["cost"]
     assert said["report"].endswith(str(copied.output / "report.html"))
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_quiet_says_nothing_on_standard_error_but_sums_up(copied, capfd):

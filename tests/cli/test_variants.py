@@ -19,6 +19,7 @@ from iprox.settings import AuditSection
 from iprox.stages import alignment, retraining
 
 NO_PROXY = ["--set", "warmup=false", "proxy=false", "audit=false"]
+BY_LENGTH = [*NO_PROXY, "influence.estimator=length"]  # where scores are beside the point
 
 
 def test_proxy_off_scores_on_the_target(place):
@@ -68,14 +69,14 @@ def test_several_checkpoints_are_the_sum_of_single_ones_by_learning_rate(several
     assert table == pytest.approx(total, rel=1e-9, abs=0)
 
 
-def test_cosines_on_a_proxy_are_planned_as_they_are_scored(tmp_path, make_place, capsys):
-    place = make_place(tmp_path / "place")
-    assert place.run("--set", "influence.estimator=tracin", "audit.sample=12") == 0
+def test_cosines_on_a_proxy_are_planned_as_they_are_scored(copied, capsys):
+    assert copied.run("--set", "influence.estimator=tracin", "audit.sample=12") == 0
+    assert copied.done()[:3] == ["align", "audit", "score"]
     capsys.readouterr()
-    assert main(["plan", str(place.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
+    assert main(["plan", str(copied.output / "recipe.yaml"), "--quiet", "--json", "--tflops", "1"]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]
     for name in ("align", "score", "audit"):
-        assert planned[name]["flops"] == pytest.approx(place.record()["stages"][name]["flops"], rel=0.15), name
+        assert planned[name]["flops"] == pytest.approx(copied.record()["stages"][name]["flops"], rel=0.15), name
 
 
 def test_a_model_with_experts_is_charged_in_the_plan_as_in_the_run(tmp_path, make_place, tiny, capsys):
@@ -96,18 +97,16 @@ def test_a_model_with_experts_is_charged_in_the_plan_as_in_the_run(tmp_path, mak
         assert planned[name]["flops"] == pytest.approx(place.record()["stages"][name]["flops"], rel=0.2), name
 
 
-def test_an_influence_function_through_the_whole_run(tmp_path, make_place):
-    place = make_place(tmp_path / "place")
-    options = ["--set", "influence.estimator=ekfac", "influence.curvature_examples=20", "audit.sample=12"]
-    assert place.run(*options) == 0
-    table = pq.read_table(place.output / "scores.parquet")
+def test_an_influence_function_through_the_whole_run(copied):
+    table = pq.read_table(copied.output / "scores.parquet")
     made_by = json.loads(table.schema.metadata[b"iprox"])
-    assert {"estimator": "ekfac", "curvature_examples": 20}.items() <= made_by.items()
-    stages = place.record()["stages"]
+    assert {"estimator": "ekfac", "curvature_examples": 24}.items() <= made_by.items()
+    stages = copied.record()["stages"]
     assert 0 < stages["score"]["query_flops"] < stages["score"]["flops"]
     influence = table["influence/spelling"].to_numpy()
-    assert place.run(*options, "influence.estimator=kfac") == 0
-    again = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+    assert copied.run("--set", "influence.estimator=kfac") == 0
+    assert "score" in copied.done()
+    again = pq.read_table(copied.output / "scores.parquet")["influence/spelling"].to_numpy()
     assert 0.3 < np.corrcoef(influence, again)[0, 1] < 0.99999
 
 
@@ -157,7 +156,10 @@ def test_scorers_without_gradients(place, estimator):
     stages = place.record()["stages"]
     assert (stages["score"]["flops"] > 0) == (estimator in ("perplexity", "rds"))
     assert stages["score"]["flops"] == place.record()["cost"]["target_score_flops"]  # it is the target that is scored
-    assert (place.output / "report.html").is_file()
+    # They are no sums over tokens, so none is shaded.
+    assert f"{estimator} takes no gradients" in place.record()["unattributed"]
+    assert "attribute" not in stages
+    assert "<summary>Token by token" not in (place.output / "report.html").read_text()
 
 
 def test_a_proxy_is_audited_by_the_perplexity_of_its_target(tmp_path, make_place):
@@ -206,9 +208,9 @@ def test_another_test_set_redoes_the_fine_tuning_only(place):
     place.set(
         finetune={"epochs": 1, "test": {"spelling": str(tests)}}, data={**data(place), "validation": arithmetic(place)}
     )
-    assert place.run(*NO_PROXY) == 0
+    assert place.run(*BY_LENGTH) == 0
     tests.write_bytes(tests.read_bytes().split(b"\n", 1)[1])
-    assert place.run(*NO_PROXY) == 0
+    assert place.run(*BY_LENGTH) == 0
     assert place.done() == ["finetune", "report"]
 
 
@@ -227,7 +229,7 @@ def test_a_task_of_several_files_and_a_pool_of_several_files(place):
     parts[1].write_bytes(b"".join(lines[30:60]))
     files = [str(place.path / f"{task}.jsonl") for task in ("arithmetic", "spelling")]
     place.set(data={"pool": [str(place.path / "[ab].jsonl")], "validation": {"both": files}, "max_length": 48})
-    assert place.run(*NO_PROXY) == 0
+    assert place.run(*BY_LENGTH) == 0
     inputs = place.record()["inputs"]
     assert inputs["pool"]["rows"] == 60
     assert [file.rsplit("/", 1)[1] for file in inputs["pool"]["files"]] == ["a.jsonl", "b.jsonl"]
@@ -279,7 +281,7 @@ def test_bad_rows_left_out_are_said_and_recorded(place):
     lines = place.pool.read_bytes().splitlines(keepends=True)[:50]
     place.pool.write_bytes(b"".join([*lines[:10], b"{broken\n", *lines[10:]]))
     place.set(data={**data(place), "validation": arithmetic(place), "on_bad_row": "skip"})
-    assert place.run(*NO_PROXY) == 0
+    assert place.run(*BY_LENGTH) == 0
     assert "1 bad row left out" in place.record()["stages"]["data"]["warnings"][0]
     selected = (place.output / "selected.jsonl").read_bytes().splitlines(keepends=True)
     assert set(selected) <= set(lines)
@@ -297,18 +299,17 @@ def test_validation_rows_in_the_pool_are_said_and_recorded(place):
     )
 
 
-def test_tasks_take_turns_and_the_report_draws_no_cut(place):
-    assert place.run(*NO_PROXY) == 0
-    chosen = json.loads((place.output / "selection.json").read_text())
+def test_tasks_take_turns_and_the_report_draws_no_cut(finished):
+    chosen = json.loads((finished.output / "selection.json").read_text())
     assert chosen["strategy"] == "round-robin"
     assert chosen["threshold"] is None
-    table = pq.read_table(place.output / "scores.parquet")
+    table = pq.read_table(finished.output / "scores.parquet")
     tasks = [name for name in table.column_names if name.startswith("examples/")]
     examples = np.hstack([np.stack(table[name].to_pylist()) for name in tasks])
     assert examples.shape[1] == 16
     for turn, best in enumerate(examples.argmax(axis=0)):  # each one's first choice, unless another took it before
         assert best in chosen["rows"][: turn + 1]
-    report = (place.output / "report.html").read_text()
+    report = (finished.output / "report.html").read_text()
     assert "round-robin" in report
     assert "cut at" not in report
 
@@ -325,101 +326,102 @@ def test_a_model_of_few_positions_reads_no_more_and_the_run_says_so(place):
         assert any("rows are cut to 20 tokens, not 48" in warning for warning in stages[name]["warnings"])
 
 
-def test_one_task_selects_and_the_report_shows_its_scores(place):
-    assert place.run("--set", "select.task=spelling", "select.strategy=top", *NO_PROXY[1:]) == 0
-    chosen = json.loads((place.output / "selection.json").read_text())
-    scores = pq.read_table(place.output / "scores.parquet")["influence/spelling"].to_numpy()
+def test_one_task_selects_and_the_report_shows_its_scores(copied):
+    assert copied.run("--set", "select.task=spelling", "select.strategy=top") == 0
+    chosen = json.loads((copied.output / "selection.json").read_text())
+    scores = pq.read_table(copied.output / "scores.parquet")["influence/spelling"].to_numpy()
     assert chosen["rows"] == np.argsort(-scores, kind="stable")[: len(chosen["rows"])].tolist()
     assert chosen["task"] == "spelling"
     assert chosen["settings"] == {"task": "spelling", "strategy": "top", "fraction": 0.1}
-    report = (place.output / "report.html").read_text()
+    report = (copied.output / "report.html").read_text()
     assert "Influence on spelling, by which rows are selected" in report
-    assert place.run("--set", "select.task=arithmetic", "select.strategy=top", *NO_PROXY[1:]) == 0
-    assert place.done() == ["select", "attribute", "report"]
-    selected = place.path / "for-spelling.jsonl"
-    again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--output", str(selected), "--quiet"]
+    assert copied.run("--set", "select.task=arithmetic", "select.strategy=top") == 0
+    assert copied.done() == ["select", "attribute", "report"]
+    selected = copied.path / "for-spelling.jsonl"
+    again = ["select", "--scores", str(copied.output), "--pool", str(copied.pool), "--output", str(selected), "--quiet"]
     assert main([*again, "--task", "spelling", "--strategy", "top"]) == 0
-    assert json.loads((place.path / "for-spelling.selection.json").read_text())["rows"] == chosen["rows"][:10]
+    assert json.loads((copied.path / "for-spelling.selection.json").read_text())["rows"] == chosen["rows"][:10]
 
 
-def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(place):
-    off = [*NO_PROXY[1:], "select.strategy=top"]
-    assert place.run("--set", *off) == 0
-    assert place.run("--set", *off, "select.weights={spelling: 3}") == 0
-    assert place.done() == ["select", "attribute", "report"]
-    table = pq.read_table(place.output / "scores.parquet")
+def test_tasks_count_by_their_weights_and_only_the_selection_is_done_again(copied):
+    top = "select.strategy=top"
+    assert copied.run("--set", top) == 0
+    assert copied.run("--set", top, "select.weights={spelling: 3}") == 0
+    assert copied.done() == ["select", "attribute", "report"]
+    table = pq.read_table(copied.output / "scores.parquet")
     each = {task: table[f"influence/{task}"].to_numpy() for task in ("arithmetic", "spelling")}
     wanted = each["arithmetic"] / each["arithmetic"].std() + 3 * each["spelling"] / each["spelling"].std()
-    chosen = json.loads((place.output / "selection.json").read_text())
+    chosen = json.loads((copied.output / "selection.json").read_text())
     assert chosen["rows"] == np.argsort(-wanted, kind="stable")[: len(chosen["rows"])].tolist()
-    assert chosen["weights"] == place.record()["stages"]["select"]["weights"] == {"spelling": 3.0}
-    report = (place.output / "report.html").read_text()
+    assert chosen["weights"] == copied.record()["stages"]["select"]["weights"] == {"spelling": 3.0}
+    report = (copied.output / "report.html").read_text()
     assert "Influence, all tasks together by weight (arithmetic 1, spelling 3)" in report
-    again = ["select", "--scores", str(place.output), "--pool", str(place.pool), "--quiet", "--count", "20"]
+    again = ["select", "--scores", str(copied.output), "--pool", str(copied.pool), "--quiet", "--count", "20"]
     again += ["--strategy", "top"]
-    output = place.path / "weighed.jsonl"
+    output = copied.path / "weighed.jsonl"
     assert main([*again, "--output", str(output), "--set", "select.weights={spelling: 3, arithmetic: 1}"]) == 0
-    assert output.read_bytes() == (place.output / "selected.jsonl").read_bytes()
+    assert output.read_bytes() == (copied.output / "selected.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("strategy", ["top", "round-robin"])
-def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(place, strategy, capsys):
-    options = ["refine.candidates=0.3", "proxy.sparsity=0.7", "proxy.align=false", "select.task=spelling"]
+def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(copied, strategy, capsys):
+    options = ["refine.candidates=0.3", "select.task=spelling"]
     options.append(f"select.strategy={strategy}")
-    assert place.run("--set", *options) == 0
-    refined, scores = (pq.read_table(place.output / name / "scores.parquet").to_pandas() for name in ("refined", "."))
+    assert copied.run("--set", *options) == 0
+    assert "score" not in copied.done()
+    refined, scores = (pq.read_table(copied.output / name / "scores.parquet").to_pandas() for name in ("refined", "."))
     best = set(scores["influence/spelling"].nlargest(60).index)
     if strategy == "round-robin":
         examples = np.stack(scores["examples/spelling"])
         best = set(Turns(lambda: iter([examples]), [1.0] * 8, np.ones(200, bool))(60).tolist())
     known = refined.index[np.isfinite(refined["influence"])]
     assert set(known) == best
-    record = place.record()["stages"]["refine"]
+    record = copied.record()["stages"]["refine"]
     assert (record["candidates"], record["candidate_share"]) == (len(best), len(best) / 200)
-    assert set(json.loads((place.output / "selection.json").read_text())["rows"]) <= best
+    assert set(json.loads((copied.output / "selection.json").read_text())["rows"]) <= best
     if strategy == "top":
         chosen = refined["influence/spelling"].nlargest(20).index
-        assert json.loads((place.output / "selection.json").read_text())["rows"] == list(chosen)
+        assert json.loads((copied.output / "selection.json").read_text())["rows"] == list(chosen)
     capsys.readouterr()
-    assert main(["plan", str(place.recipe), "--quiet", "--json", "--tflops=1", "--set", *options]) == 0
+    assert main(["plan", str(copied.recipe), "--quiet", "--json", "--tflops=1", "--set", *options]) == 0
     planned = json.loads(capsys.readouterr().out)["stages"]["refine"]["flops"]
     assert planned == pytest.approx(record["flops"], rel=0.35)
 
 
-def test_the_best_rows_are_scored_again_on_the_target(place):
-    options = ["refine={}", "proxy.sparsity=0.7", "proxy.align=false", "select.strategy=top"]
+def test_the_best_rows_are_scored_again_on_the_target(copied):
+    options = ["refine={}", "select.strategy=top"]
     options.append("influence.query_norm=0.8")  # of the proxy's scores alone
-    assert place.run("--set", *options) == 0
-    refined = pq.read_table(place.output / "refined/scores.parquet")
-    record = json.loads((place.output / "refined/refine.json").read_text())
+    assert copied.run("--set", *options) == 0
+    refined = pq.read_table(copied.output / "refined/scores.parquet")
+    record = json.loads((copied.output / "refined/refine.json").read_text())
     known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
     assert known.sum() == record["candidates"] == 40
-    (checkpoint,) = json.loads((place.output / "warmup/checkpoints.json").read_text())[-1:]
-    place.score([place.output / "warmup" / checkpoint["path"]], place.path / "own")
-    own = pq.read_table(place.path / "own/scores.parquet")
+    (checkpoint,) = json.loads((copied.output / "warmup/checkpoints.json").read_text())[-1:]
+    copied.score([copied.output / "warmup" / checkpoint["path"]], copied.path / "own")
+    own = pq.read_table(copied.path / "own/scores.parquet")
     np.testing.assert_allclose(
         refined["influence/arithmetic"].to_numpy(zero_copy_only=False)[known],
         own["influence/arithmetic"].to_numpy()[known] * checkpoint["learning_rate"],
         rtol=1e-3,
     )
-    chosen = json.loads((place.output / "selection.json").read_text())["rows"]
+    chosen = json.loads((copied.output / "selection.json").read_text())["rows"]
     assert known[chosen].all()
     best = set(np.argsort(-own["influence"].to_numpy())[: len(chosen)].tolist())
     assert len(best & set(chosen)) >= 0.6 * len(best)
-    assert not list((place.output / "refined").glob("candidates*"))
-    assert place.record()["cost"]["refine_flops"] > 0
-    page = (place.output / "report.html").read_text()
+    assert not list((copied.output / "refined").glob("candidates*"))
+    assert copied.record()["cost"]["refine_flops"] > 0
+    page = (copied.output / "report.html").read_text()
     assert "These are the proxy" in page
     assert "Scoring the best rows again took" in page
-    first = (place.output / "refined/scores.parquet").read_bytes()
-    assert place.run("--set", *options) == 0
-    assert "refine" not in place.done()
+    first = (copied.output / "refined/scores.parquet").read_bytes()
+    assert copied.run("--set", *options) == 0
+    assert "refine" not in copied.done()
     # An audit changes no scores, and another share of candidates is scored anew.
-    assert place.run("--set", *options, "audit=false", "--stop-after", "refine") == 0
-    assert place.done() == []
-    assert place.run("--set", *options, "refine.candidates=0.3", "--stop-after", "refine") == 0
-    assert place.done() == ["refine"]
-    assert (place.output / "refined/scores.parquet").read_bytes() != first
+    assert copied.run("--set", *options, "audit=false", "--stop-after", "refine") == 0
+    assert copied.done() == []
+    assert copied.run("--set", *options, "refine.candidates=0.3", "--stop-after", "refine") == 0
+    assert copied.done() == ["refine"]
+    assert (copied.output / "refined/scores.parquet").read_bytes() != first
 
 
 def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path):
@@ -440,9 +442,9 @@ def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path):
         np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3)
 
 
-def test_a_proxy_is_judged_by_exact_scores_whatever_its_own_leave_out(finished, place):
-    assert place.run("--set", "influence.query_norm=0.5", "--stop-after", "audit") == 0
-    exact, cut = (pq.read_table(each.output / "audit/audit.parquet") for each in (finished, place))
+def test_a_proxy_is_judged_by_exact_scores_whatever_its_own_leave_out(finished, copied):
+    assert copied.run("--set", "influence.query_norm=0.5", "--stop-after", "audit") == 0
+    exact, cut = (pq.read_table(each.output / "audit/audit.parquet") for each in (finished, copied))
     for task in ("arithmetic", "spelling"):
         assert cut[f"target/{task}"].equals(exact[f"target/{task}"])
         assert not cut[f"proxy/{task}"].equals(exact[f"proxy/{task}"])
@@ -484,6 +486,7 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     arguments = [
         "align", "--model", str(finished.output / "warmup" / target), "--proxy", str(finished.output / "proxy"),
         "--pool", str(finished.pool), "--epochs=1", "--set=data.max_length=48", "--set=proxy.align.batch_size=11",
+        finished.few_curved,
         "--set=proxy.align.held_out=60", "--quiet", "--validation", f"arithmetic={finished.path / 'arithmetic.jsonl'}",
     ]  # fmt: skip
     assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
@@ -531,8 +534,8 @@ def test_compress_alone_by_fidelity(finished, tmp_path, capfd):
     target = json.loads((finished.output / "warmup/checkpoints.json").read_text())[-1]["path"]
     arguments = [
         "compress", "--model", str(finished.output / "warmup" / target), "--pool", str(finished.pool),
-        "--set=proxy.held_out=60", "--set=data.max_length=48", "--quiet", "--fidelity=0.5", "--output",
-        str(tmp_path / "proxy"),
+        "--set=proxy.held_out=60", "--set=data.max_length=48", "--quiet", "--fidelity=0.5",
+        finished.few_curved, "--output", str(tmp_path / "proxy"),
     ]  # fmt: skip
     assert main(arguments) == 2
     assert "--fidelity and --validation go together" in capfd.readouterr().err
@@ -558,7 +561,7 @@ def test_refine_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd
     assert "give the validation sets of these tasks" in capfd.readouterr().err
 
 
-def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypatch):
+def test_a_changed_setting_starts_an_interrupted_alignment_anew(copied, monkeypatch):
     from iprox.proxy import align as module
 
     options = ["audit=false", "proxy.align.epochs=4", "proxy.align.held_out=0"]
@@ -572,11 +575,11 @@ def test_a_changed_setting_starts_an_interrupted_alignment_anew(place, monkeypat
         return step(*given)
 
     monkeypatch.setattr(module, "_step", stopped)
-    assert place.run("--set", *options, "--stop-after", "align") == 130
-    assert list((place.output / "align-state").iterdir())
-    assert place.run("--set", *options, "proxy.align.learning_rate=1e-4", "--stop-after", "align") == 0
+    assert copied.run("--set", *options, "--stop-after", "align") == 130
+    assert list((copied.output / "align-state").iterdir())
+    assert copied.run("--set", *options, "proxy.align.learning_rate=1e-4", "--stop-after", "align") == 0
     assert len(count) == 14 + 16
-    assert not (place.output / "align-state").exists()
+    assert not (copied.output / "align-state").exists()
 
 
 def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(copied, monkeypatch):
@@ -624,19 +627,6 @@ def test_the_terms_of_the_shown_rows_sum_to_their_scores_over_all_checkpoints(se
         assert len(tokens) == len(supervised) == len(row)
         assert any(supervised)
     assert "<summary>Token by token" in (several.output / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("setting", "why"),
-    [
-        ("influence.estimator=length", "length takes no gradients"),
-    ],
-)
-def test_scores_that_are_no_sum_over_tokens_are_not_shaded_and_that_is_recorded(place, setting, why):
-    assert place.run(*NO_PROXY, setting) == 0
-    assert why in place.record()["unattributed"]
-    assert "attribute" not in place.record()["stages"]
-    assert "<summary>Token by token" not in (place.output / "report.html").read_text()
 
 
 def test_the_target_is_asked_in_the_first_epoch_of_an_alignment_only(place, monkeypatch):
