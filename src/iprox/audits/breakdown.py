@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 # Fewest rows that a correlation is given for.
 FEWEST = 10
@@ -68,6 +67,8 @@ def disagreements(proxy: np.ndarray, target: np.ndarray) -> list[dict[str, Any]]
     Returns:
         For each its `position` in the sample and its places `proxy` and `target`, 0 the best and 1 the worst.
     """
+    from scipy import stats
+
     places = [(stats.rankdata(-scores) - 0.5) / len(scores) for scores in (proxy, target)]
     order = np.argsort(places[0] - places[1], kind="stable")
     too_high, too_low = order[:DISAGREEMENTS], order[::-1][:DISAGREEMENTS]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from iprox.aggregation import equal_scores
 from iprox.audits.breakdown import by_group, by_length, calibration, disagreements
@@ -171,6 +170,8 @@ def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:
 
 
 def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    from scipy import stats
+
     kendall: Any = stats.kendalltau(proxy, target)
     return {
         "spearman": spearman(proxy, target),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -12,5 +11,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     What scipy's `spearmanr` gives, without its checks: intervals ask for it a thousand times of a few hundred rows,
     for which those take longer than the figure.
     """
+    from scipy import stats
+
     with np.errstate(invalid="ignore", divide="ignore"):
         return float(np.corrcoef(stats.rankdata([x, y], axis=1))[0, 1])

@@ -105,12 +105,11 @@ def _console(file: Any) -> Any:
 
 def _quieten_libraries(quiet: bool) -> None:
     """Silence the libraries' own progress and warnings; their errors still come through. Imports them: seconds."""
-    import datasets
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets is imported only where it is needed
     transformers_logging.disable_progress_bar()
     if not quiet:
         enable_progress_bars()  # of the hub, which transformers switched off with its own: gigabytes are worth a bar
