@@ -6,8 +6,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy import stats
-
 from iprox.settings import NAMED_SHARE
 
 Key = TypeVar("Key", bound=Hashable)
@@ -29,8 +27,10 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
     Equals scipy's `spearmanr`, but skips its checks, which take longer than the computation on a few hundred rows.
     """
+    from scipy.stats import rankdata  # half a second
+
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(stats.rankdata([x, y], axis=1))[0, 1])
+        return float(np.corrcoef(rankdata([x, y], axis=1))[0, 1])
 
 
 def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
@@ -101,7 +101,9 @@ def disagreements(proxy: np.ndarray, target: np.ndarray) -> list[dict[str, Any]]
 
     Each entry has the row's `position` in the sample and its relative ranks `proxy` and `target`, from 0 (best) to 1.
     """
-    places = [(stats.rankdata(-scores) - 0.5) / len(scores) for scores in (proxy, target)]
+    from scipy.stats import rankdata  # half a second
+
+    places = [(rankdata(-scores) - 0.5) / len(scores) for scores in (proxy, target)]
     order = np.argsort(places[0] - places[1], kind="stable")
     too_high, too_low = order[:DISAGREEMENTS], order[::-1][:DISAGREEMENTS]
     return [

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.compute as pc
-from plotly.subplots import make_subplots
-from scipy import stats
 
 from iprox.data import GENERATED_ID
 from iprox.errors import InputError
 from iprox.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
 from iprox.settings import NAMED_SHARE
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 FEWEST = 10
 
@@ -99,6 +99,9 @@ class Comparison:
         Raises:
             InputError: there is no such task.
         """
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
+
         if task not in self.spearman:
             raise InputError(f"no task {task!r}; there are {', '.join(self.spearman)}")
         names = [escape(name) for name in self.names]
@@ -148,6 +151,8 @@ def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED_SHARE) -> Co
             f"only {kept.sum()} rows have all of the scores, and a comparison needs at least {FEWEST}; ids are such as "
             f"{one} in {names[0]} and {other} in {names[1]}"
         )
+    from scipy import stats
+
     spearman, overlap = {}, {}
     count = max(1, round(share * int(kept.sum())))
     for number, column in enumerate([*tasks, AGGREGATE]):

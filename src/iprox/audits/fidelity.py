@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy import stats
 
 from iprox.aggregation import equal_scores
 from iprox.audits.agreement import (
@@ -168,6 +167,8 @@ def fidelity_metrics(proxy: np.ndarray, target: np.ndarray) -> dict[str, Any]:
 
 
 def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    from scipy import stats
+
     kendall: Any = stats.kendalltau(proxy, target)
     return {
         "spearman": spearman(proxy, target),

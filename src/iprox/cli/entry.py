@@ -104,12 +104,11 @@ def _refuse(message: str) -> int:
 
 def _quieten_libraries(quiet: bool) -> None:
     """Silence progress bars and warnings of libraries, but not their errors. Importing them takes seconds."""
-    import datasets
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets is imported only where it is needed
     transformers_logging.disable_progress_bar()
     if not quiet:
         enable_progress_bars()  # of the hub, which transformers disabled too: downloads are long

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
-from trl.chat_template_utils import get_training_chat_template
 
 from iprox.data.messages import EARLIER, NO_MARK, REASONING, THOUGHT
 from iprox.data.template_limits import RENDERING_ERRORS, RenderingTimeError, limited
@@ -171,6 +170,8 @@ def _given(tokenizer: Any, chat_template: str | None) -> tuple[str | None, str]:
 
 
 def _training_template(tokenizer: Any, template: str) -> str | None:
+    from trl.chat_template_utils import get_training_chat_template
+
     if tokenizer.chat_template != template:
         tokenizer = copy.copy(tokenizer)  # TRL reads the template from the tokenizer; the caller's copy does not change
         tokenizer.chat_template = template

@@ -20,7 +20,6 @@ from iprox.audits.datamodels import datamodeling_score, draw_subsets
 from iprox.audits.removal import length_strata, random_rows, removal_effect, removed_count, top_rows
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
-from iprox.finetune import evaluate, train
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
 from iprox.records import StageRecord, key_of, read_json, write_json
@@ -200,6 +199,8 @@ def validation_losses(
     seed: int,
 ) -> list[float]:
     """Train a fresh copy of a model on some rows, and return each task's validation loss after it, in nats."""
+    from iprox.finetune import evaluate, train  # imports TRL: seconds
+
     fresh = session.model(model, torch.float32, fused=True)
     with tempfile.TemporaryDirectory(prefix="iprox-retrain-") as folder:
         result = train(

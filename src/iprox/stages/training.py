@@ -11,7 +11,6 @@ import torch
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.files import empty_folder
-from iprox.finetune import evaluate, steps_an_epoch, train
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
@@ -69,6 +68,8 @@ def finetune(
 
 
 def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, float]]:
+    from iprox.finetune import evaluate  # imports TRL: seconds
+
     loaded = session.model(model)
     return {task: evaluate(loaded, rows, session.batch_tokens, 0) for task, rows in encoded.items()}
 
@@ -84,6 +85,8 @@ def _sft(
     optimizer_state: bool = False,
 ) -> StageRecord:
     """Train a model, and write the list of checkpoints and the history."""
+    from iprox.finetune import steps_an_epoch, train  # imports TRL: seconds
+
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
     encoded = encoder.encode(examples)
