@@ -77,7 +77,7 @@ ROWS = (
 # the bases which they share keep.
 DAMPING, KEEP = 0.1, 0.9
 # Tasks whose queries are in memory at once.
-GROUP = 2
+GROUP = 4
 # Examples of the Gauss-Newton matrix that conjugate gradients solve with, and how many products.
 CG_SAMPLE, CG_ITERATIONS = 32, 10
 
@@ -144,6 +144,7 @@ def main() -> None:
     chosen = [name for name in ROWS if not arguments.only or name in arguments.only]
     tasks = [task for task in preset.tasks if not arguments.tasks or task in arguments.tasks]
     bench = Bench(arguments.preset, preset, arguments.work / arguments.preset, Cells(output))
+    bench.adam = preset.warmup > 0 and any("LESS" in name or "Adam" in name for name in chosen)
     for seed in arguments.seeds or range(preset.seeds):
         bench.scored(seed)
         if arguments.selected:
@@ -209,6 +210,7 @@ class Bench:
         self.encoded_tests = {task: encoder.encode(rows) for task, rows in self.tests.items()}
         self.tokens = np.array([example.supervised for example in self.encoded])
         self.source = np.array([example.source for example in self.pool])
+        self.adam = False  # whether scores by Adam's steps are wanted, which take as long as all others together
         self._scores: dict[int, dict[str, np.ndarray]] = {}
 
     def warmed(self, seed: int) -> str:
@@ -243,7 +245,7 @@ class Bench:
         rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
         bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
-        adam = load_adam_state(self.warmed(seed)) if self.preset.warmup else None
+        adam = load_adam_state(self.warmed(seed)) if self.adam else None
         part = self.work / f"scores-{seed}.part.npz"  # what an interrupted run has kept
         found = dict(np.load(part)) if part.is_file() else {}
         tasks = [task for task in self.encoded_validation if f"TracIn/{task}" not in found]

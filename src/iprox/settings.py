@@ -201,11 +201,25 @@ class AlignSection(Section):
 SIZES = ("sparsity", "flops", "fidelity")
 
 
+ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"]
+
+
 class ProxySection(Section):
     """How the proxy is made, and its size."""
 
-    method: Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"] = setting(
-        "ipsvd", "how layers become low-rank; all but ipsvd are baselines"
+    method: ProxyMethod = setting(
+        "ipsvd",
+        "how layers become low-rank; target leaves them as they are and saves by depth and gradients; the others are "
+        "baselines",
+    )
+    depth: float = setting(
+        1.0,
+        "fraction of the decoder layers, from the top, whose gradients are compared; the backward pass stops there",
+        gt=0,
+        le=1,
+    )
+    gradients: Literal["all", "answers"] = setting(
+        "all", "tokens that gradients pass through; answers runs the prompt without a backward pass"
     )
     sparsity: float | None = setting(
         None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
@@ -236,6 +250,12 @@ class ProxySection(Section):
             if self.align and "align" in self.model_fields_set:
                 raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
             object.__setattr__(self, "align", False)
+        if self.method == "target":
+            if given:
+                raise ValueError(f"the method target keeps all parameters, so leave {given[0]} out, or the method")
+            if self.depth == 1 and self.gradients == "all":
+                raise ValueError("the method target needs a depth below 1, or gradients: answers, to cost less")
+            return self
         if self.method == "off-the-shelf":
             if self.model is None or given:
                 raise ValueError("the method off-the-shelf takes `model`, and no size")
@@ -254,6 +274,11 @@ class ProxySection(Section):
     @property
     def factorized(self) -> bool:
         """Whether the proxy has low-rank factors, which alignment tunes."""
+        return self.method not in ("layers", "off-the-shelf", "target")
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the proxy's layers stand for the target's, so that validation gradients can be the target's."""
         return self.method not in ("layers", "off-the-shelf")
 
 

@@ -9,10 +9,12 @@ from torch import nn
 from iprox.engine.stream import compile_model
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
+from iprox.models.answers import answer_losses
+from iprox.models.checkpoint import limit_gradients
 from iprox.models.compiled import compile_layers, compiled, why_not_compiled, wire_of
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, low_rank_layers
-from iprox.proxy.compress import derive_proxy
+from iprox.proxy.compress import derive_proxy, keep_weights
 from iprox.proxy.size import Size
 
 COMPILE = nn.Module.compile
@@ -55,6 +57,21 @@ def test_scores_of_a_proxy_are_the_same(tiny, backend):
     backend("aot_eager")
     proxy, _ = derive_proxy(tiny.model("gpt-neox"), [tiny.batch([9, 7, 12], seed=3)], Size(0.4))
     check(tiny, proxy)
+
+
+def test_scores_of_upper_layers_are_the_same(tiny, backend):
+    backend("aot_eager")
+    proxy, _ = keep_weights(tiny.model("gpt-neox", num_hidden_layers=3))
+    limit_gradients(proxy, 0.67, "all")
+    check(tiny, proxy)
+
+
+def test_scores_of_answers_are_the_same(tiny, backend):
+    backend("aot_eager")
+    model = tiny.model("gpt-neox", num_hidden_layers=3)
+    proxy, _ = keep_weights(model)
+    limit_gradients(proxy, 0.67, "answers")
+    check(tiny, proxy, loss_fn=answer_losses)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler (g++) for torch.compile")

@@ -19,6 +19,7 @@ from iprox.errors import InputError
 from iprox.influence.job import Checkpoint, Job
 from iprox.kronecker.moments import MomentSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
+from iprox.models.checkpoint import limit_gradients
 from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
@@ -28,12 +29,12 @@ from iprox.proxy.align import AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_state import AlignmentHistory
-from iprox.proxy.compress import adopt, derive_proxy, extract_layers
+from iprox.proxy.compress import adopt, derive_proxy, extract_layers, keep_weights
 from iprox.proxy.factorize import PROBED, FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
-_OF_PROXY = ("method", "sparsity", "flops", "ranks", "ridge", "probe")
+_OF_PROXY = ("method", "depth", "gradients", "sparsity", "flops", "ranks", "ridge", "probe")
 _OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size", "accumulate")
 _OF_ALIGNMENT += ("gradient_weight", "kl_weight", "hidden_weight")
 
@@ -83,18 +84,23 @@ def compress(
     how = chosen(ProxySection, compress, settings, _OF_PROXY)
     if how.method == "off-the-shelf":
         raise InputError("compress: method='off-the-shelf' takes other=, the model to use as the proxy")
-    size = Size(how.sparsity, how.flops)
-    if how.method == "layers":
-        with experts_split(model):
-            return extract_layers(model, size)[0]
-    moments = MomentSettings(how.probe.labels, how.probe.tokens, seed=seed)
-    factors = FactorSettings(how.method, how.ranks, how.ridge, moments, seed=seed)
-    reader = Reader(model, tokenizer, max_length, batch_tokens)
-    batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
     with experts_split(model):
-        layers = len(compressible_layers(model))
-        with Reporter(quiet=not progress).bar("compress", layers, "layers") as advance:
-            return derive_proxy(model, batches, size, factors, loss_fn=loss_fn, progress=advance)[0]
+        if how.method == "target":
+            proxy, _ = keep_weights(model)
+        elif how.method == "layers":
+            proxy, _ = extract_layers(model, Size(how.sparsity, how.flops))
+        else:
+            moments = MomentSettings(how.probe.labels, how.probe.tokens, seed=seed)
+            factors = FactorSettings(how.method, how.ranks, how.ridge, moments, seed=seed)
+            reader = Reader(model, tokenizer, max_length, batch_tokens)
+            batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
+            with Reporter(quiet=not progress).bar("compress", len(compressible_layers(model)), "layers") as advance:
+                proxy, _ = derive_proxy(
+                    model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
+                )
+        if (how.depth, how.gradients) != (1.0, "all"):
+            limit_gradients(proxy, how.depth, how.gradients)
+    return proxy
 
 
 @takes(AlignSection, *_OF_ALIGNMENT)

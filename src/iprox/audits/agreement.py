@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+
 from iprox.settings import NAMED_SHARE
 
 Key = TypeVar("Key", bound=Hashable)

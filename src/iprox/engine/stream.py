@@ -42,6 +42,7 @@ class ScoringStats:
         tokens: tokens read.
         supervised: supervised tokens among them.
         truncated: over-long examples that were cut.
+        graded: tokens that gradients passed through.
         contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted, at
             all checkpoints.
         query_kept: share of the validation gradients' norm that was kept, of the task that lost most.
@@ -54,6 +55,7 @@ class ScoringStats:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    graded: int = 0
     contraction_flops: float = 0.0
     query_kept: float = 1.0
     uncompiled: str = ""
@@ -80,7 +82,7 @@ class ScoringStats:
 
     def add(self, other: ScoringStats) -> None:
         """Count other rows, and what was done with them, into this one."""
-        for name in ("rows", "unscored", "tokens", "supervised", "truncated"):
+        for name in ("rows", "unscored", "tokens", "supervised", "truncated", "graded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self._add_work(other)
 
@@ -102,10 +104,12 @@ class RowFunction(Protocol):
         dtype: NumPy dtype that they are collected in.
         columns: how many a row has.
         device: where batches are to be.
+        by_answer: whether batches are sorted by the lengths of answers, through which alone gradients pass.
     """
 
     noun: str
     dtype: Any
+    by_answer: bool
 
     @property
     def columns(self) -> int: ...  # noqa: D102
@@ -161,7 +165,9 @@ class WindowWorker:
                     f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
                 )
         stats = ScoringStats.of(encoded)
-        self.rows.count(stats, [len(example.input_ids) for example in encoded if example.supervised])
+        lengths = [len(row.input_ids) - (row.prompt if self.rows.by_answer else 0) for row in encoded if row.supervised]
+        stats.graded = sum(lengths)
+        self.rows.count(stats, lengths)
         stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
         return self.rows.table(window, encoded, numbers), stats
 
@@ -173,7 +179,7 @@ class WindowWorker:
             progress: called with the number of rows done.
         """
         out = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
-        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, 0)):
+        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, by_answer=self.rows.by_answer)):
             if number % RELEASE_EVERY == 0:
                 release_memory()
             waiting = [batch.to(self.rows.device)]

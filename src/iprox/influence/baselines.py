@@ -84,7 +84,9 @@ class Perplexity(Estimator):
         tasks = list(inputs.validation)
         return RowScorer(tasks, lambda batch: perplexity_scores(model, batch, inputs.loss_fn), model=model)
 
-    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+    def candidate_flops(
+        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
+    ) -> float:
         """Return the FLOPs of a forward pass."""
         return flops.forward_pass_flops(model, tokens, supervised)
 
@@ -116,7 +118,9 @@ class Rds(Estimator):
         """Return the FLOPs of a forward pass without the head."""
         return flops.forward_pass_flops(model, read.tokens, 0)
 
-    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+    def candidate_flops(
+        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
+    ) -> float:
         """Return the FLOPs of a forward pass without the head."""
         return flops.forward_pass_flops(model, tokens, 0)
 

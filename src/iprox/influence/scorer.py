@@ -29,6 +29,7 @@ from iprox.influence.gradients import (
 from iprox.influence.projection import signs
 from iprox.influence.query import LayerQuery, layer_query
 from iprox.influence.shared_basis import SharedQueries, SharedQuery
+from iprox.models.answers import answer_losses, placed
 from iprox.models.experts import expert_layers
 from iprox.models.flops import layer_shares
 from iprox.models.layers import has_bias, influence_layers, weight_shape
@@ -59,12 +60,14 @@ class Scorer(ABC):
         model: what is run, if anything.
         contraction_flops: FLOPs per token of contracting with all tasks, an expert's for the tokens that use it.
         example_flops: FLOPs per candidate of contracting with examples in shared bases.
+        by_answer: whether gradients pass through answers alone, so that batches are to be sorted by them.
         kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
             lost most).
     """
 
     noun = "score"
     dtype = np.float64
+    by_answer = False
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class BatchScorer(Scorer):
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.normalize, self.norm_sketch, self.loss_fn = normalize, norm_sketch, loss_fn
+        self.by_answer = loss_fn is answer_losses
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
         super().__init__(list(queries), widths, by_example=not _of_means(queries), model=model)
@@ -256,7 +260,12 @@ class BatchScorer(Scorer):
         assert model is not None
         with frozen(model):
             losses = watched_backward(model, self.layers, lambda: self.loss_fn(model, batch), sink)
-        return self._normalized(columns, norms, batch.input_ids.shape if by_token else losses.shape), losses
+        positions = losses.shape
+        if by_token:
+            if self.by_answer:
+                columns = {name: [placed(part, batch) for part in parts] for name, parts in columns.items()}
+            positions = batch.input_ids.shape
+        return self._normalized(columns, norms, positions), losses
 
     def _normalized(
         self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size

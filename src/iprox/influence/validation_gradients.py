@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,10 @@ from iprox.models.precision import accumulation_dtype
 
 
 def mean_gradient(
-    model: nn.Module, batches: Iterable[Any], loss_fn: LossFn = causal_lm_losses
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn = causal_lm_losses,
+    layers: Mapping[str, nn.Module] | None = None,
 ) -> tuple[ModelGradient, int]:
     """Return the mean per-example gradient over a set, in float32 or better: Ḡ(V).
 
@@ -32,7 +35,7 @@ def mean_gradient(
         FloatingPointError: a gradient is not finite (the layer is named).
         ValueError: no example.
     """
-    layers = influence_layers(model)
+    layers = influence_layers(model) if layers is None else layers
     total: ModelGradient = {}
     count = 0
 
@@ -79,6 +82,7 @@ def example_gradients(
     batches: Iterable[Any],
     keep: float = 1.0,
     loss_fn: LossFn = causal_lm_losses,
+    layers: Mapping[str, nn.Module] | None = None,
 ) -> list[ExampleGradient]:
     """Return the gradient of every example of a set by itself, low-rank, in the order of the set.
 
@@ -94,7 +98,7 @@ def example_gradients(
         FloatingPointError: a gradient is not finite (the layer is named).
         ValueError: no example.
     """
-    layers = influence_layers(model)
+    layers = influence_layers(model) if layers is None else layers
     found: dict[int, ExampleGradient] = {}
     current: list[ExampleGradient] = []
 

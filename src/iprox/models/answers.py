@@ -9,7 +9,7 @@ the backward pass, its activations, the contraction and the norms shrink to the 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -25,7 +25,25 @@ def answer_starts(batch: Batch) -> Tensor:
     return torch.where(supervised.any(1), supervised.int().argmax(1), batch.lengths - 1)
 
 
-def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+def has_cache(model: nn.Module) -> bool:
+    """Return whether a model is a transformer whose attention reads keys and values from a cache."""
+    stateful = getattr(model, "_is_stateful", False)  # as Mamba, whose state is no keys and values
+    return (
+        isinstance(model, PreTrainedModel) and not stateful and getattr(model.config, "is_encoder_decoder", 1) is False
+    )
+
+
+def placed(values: Tensor, batch: Batch) -> Tensor:
+    """Return values of the answers' tokens [B, A, ...] at their places in whole rows [B, L, ...], 0 elsewhere."""
+    starts = answer_starts(batch)
+    whole = values.new_zeros(*batch.labels.shape, *values.shape[2:])
+    for row, start in enumerate(starts.tolist()):
+        length = int(batch.lengths[row]) - start
+        whole[row, start : start + length] = values[row, :length]
+    return whole
+
+
+def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the losses of `causal_lm_losses`, with the gradient of the answers alone.
 
     Forward 2P per token, backward 2P per token of an answer. Prompts are padded on the left and answers on the right,
@@ -34,9 +52,9 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     Returns:
         Losses [B]; 0 for an example without a supervised token.
 
-    Raises:
-        TypeError: the model keeps no cache of keys and values.
+    The model is one that `has_cache`.
     """
+    assert isinstance(model, PreTrainedModel)
     starts = answer_starts(batch)
     longest = int(starts.max())
     if longest == 0:
@@ -51,8 +69,6 @@ def answer_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
             position_ids=columns.clamp(min=0),
             use_cache=True,
         ).past_key_values
-    if cache is None:
-        raise TypeError(f"{type(model).__name__} keeps no cache of keys and values")
     width = padded_width(int((batch.lengths - starts).max()))
     positions = torch.arange(width, device=starts.device) + starts[:, None]
     columns = positions.clamp(max=batch.labels.shape[1] - 1)

@@ -16,15 +16,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iprox.errors import InputError, cut, shown
+from iprox.models.answers import answer_losses, has_cache
 from iprox.models.experts import split_experts
 from iprox.models.layers import (
     LowRankLinear,
     compressible_layers,
+    decoder_layers,
     dense_weight,
     layer_bias,
     replace_module,
     weight_shape,
 )
+from iprox.models.loss import LossFn, causal_lm_losses
+
+# Types of the values of a description; the others are strings, or null.
+KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,), "gradients": (str,)}
+GRADIENTS = ("all", "answers")
 
 
 class IproxConfig(QuantizationConfigMixin):
@@ -36,6 +43,8 @@ class IproxConfig(QuantizationConfigMixin):
         sparsity: share of the compressible parameters that was removed.
         target: model that the proxy was derived from.
         target_fingerprint: fingerprint of that model's weights, by which another target is refused.
+        depth: fraction of the decoder layers, from the top, whose gradients are compared.
+        gradients: tokens that gradients pass through: `all` or `answers` (`iprox.models.answers`).
 
     Raises:
         InputError: a value has the wrong type, or a rank is below 1.
@@ -48,16 +57,20 @@ class IproxConfig(QuantizationConfigMixin):
         sparsity: float = 0.0,
         target: str | None = None,
         target_fingerprint: str | None = None,
+        depth: float = 1.0,
+        gradients: str = "all",
         **_: Any,
     ) -> None:
         self.quant_method = "iprox"  # pyright: ignore[reportAttributeAccessIssue]
         others = {"method": method, "sparsity": sparsity, "target": target, "target_fingerprint": target_fingerprint}
-        _check_description(ranks, others)
+        _check_description(ranks, {**others, "depth": depth, "gradients": gradients})
         self.ranks = dict(ranks)
         self.method = method
         self.sparsity = sparsity
         self.target = target
         self.target_fingerprint = target_fingerprint
+        self.depth = depth
+        self.gradients = gradients
 
 
 def _check_description(ranks: object, others: Mapping[str, object]) -> None:
@@ -70,9 +83,15 @@ def _check_description(ranks: object, others: Mapping[str, object]) -> None:
                 f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}; give a whole number above 0"
             )
     for key, value in others.items():
-        kinds = (int, float) if key == "sparsity" else (str,) if key == "method" else (str, type(None))
+        kinds = KINDS.get(key, (str, type(None)))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f"the proxy's config has the {key} {shown(value)}, of another type than iprox writes")
+    depth, gradients = others["depth"], others["gradients"]
+    if not 0 < depth <= 1 or gradients not in GRADIENTS:  # pyright: ignore[reportOperatorIssue]
+        raise InputError(
+            f"the proxy's config has the depth {shown(depth)} and the gradients {shown(gradients)}; give a depth above "
+            f"0 and up to 1, and one of {', '.join(GRADIENTS)}"
+        )
 
 
 def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:
@@ -141,7 +160,30 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
     setattr(model, "quantization_method", "iprox")  # noqa: B010
 
 
+def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> None:
+    """Note in a proxy's description which gradients are compared (see `IproxConfig`).
+
+    Raises:
+        InputError: the model has no list of decoder layers, or keeps no cache of keys and values.
+    """
+    description = proxy_config(proxy)
+    assert description is not None
+    if depth < 1:
+        decoder_layers(proxy)
+    if gradients == "answers" and not has_cache(proxy):
+        raise InputError(
+            f"{type(proxy).__name__} keeps no cache of keys and values, which gradients: answers needs; leave it out"
+        )
+    description.depth, description.gradients = depth, gradients
+
+
 def proxy_config(model: nn.Module) -> IproxConfig | None:
     """Return the description of a proxy, or None for another model."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if isinstance(config, IproxConfig) else None
+
+
+def candidate_losses(model: nn.Module, losses: LossFn = causal_lm_losses) -> LossFn:
+    """Return the losses whose gradients are candidates': those given, or of answers alone if a proxy says so."""
+    description = proxy_config(model)
+    return answer_losses if description is not None and description.gradients == "answers" else losses

@@ -26,6 +26,7 @@ from iprox.models.layers import (
     compressible_layers,
     decoder_layers,
     dense_weight,
+    first_graded,
     layer_bias,
     low_rank_layers,
     replace_module,
@@ -168,16 +169,34 @@ def compile_layers(model: PreTrainedModel) -> None:
         for part in (layer, *layer.children()):
             part.__dict__[ATTRIBUTE] = wire
         replace_module(model, name, Port(wire))
-    # With frozen weights, autograd starts at the embeddings.
-    model.enable_input_require_grads()
+    first = first_graded(model)
+    # With frozen weights, autograd starts at the embeddings, or at the lowest layer whose gradients are compared.
+    if first == 0:
+        model.enable_input_require_grads()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
     for block in blocks:
         block.compile(dynamic=True, fullgraph=True)
+    if first > 0:
+        run = blocks[first]._compiled_call_impl
+        assert run is not None
+        blocks[first]._compiled_call_impl = _starting(run)
+
+
+def _starting(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a compiled decoder layer whose hidden states start a graph."""
+
+    def call(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            hidden = hidden.detach().requires_grad_()
+        return run(hidden, *arguments, **options)
+
+    return call
 
 
 def uncompile_layers(model: PreTrainedModel) -> None:
     """Undo `compile_layers`."""
-    model.disable_input_require_grads()
+    if first_graded(model) == 0:
+        model.disable_input_require_grads()
     for block in decoder_layers(model)[1]:
         block._compiled_call_impl = None
     for name, port in list(model.named_modules()):

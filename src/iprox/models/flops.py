@@ -6,12 +6,13 @@ cent of a model of useful size. P below is the number of parameters of the layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from iprox.models.experts import SplitExperts
 from iprox.models.layers import (
+    LowRankLinear,
     compressible_layers,
     influence_layers,
     low_rank_layers,
@@ -22,13 +23,20 @@ from iprox.models.layers import (
 
 def forward_flops(model: nn.Module) -> float:
     """Return the FLOPs of one token through the compressible layers: 2P, of experts the share that a token uses."""
-    shares = active_shares(model)
-    total = 0.0
-    for name, layer in compressible_layers(model).items():
+    return _pass_flops(model, {**compressible_layers(model), **low_rank_layers(model)})
+
+
+def backward_flops(model: nn.Module) -> float:
+    """Return the FLOPs of one token's gradient back to the lowest layer whose gradients are compared: 2P of those."""
+    return _pass_flops(model, influence_layers(model))
+
+
+def _pass_flops(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
+    shares, total = active_shares(model), 0.0
+    for name, layer in layers.items():
         m, n = weight_shape(layer)
-        total += m * n * shares.get(name, 1.0)
-    for name, layer in low_rank_layers(model).items():
-        total += layer.rank * (layer.in_features + layer.out_features) * shares.get(name, 1.0)
+        parameters = layer.rank * (m + n) if isinstance(layer, LowRankLinear) else m * n
+        total += parameters * shares.get(name, 1.0)
     return 2.0 * total
 
 
@@ -68,7 +76,9 @@ def contraction_flops(model: nn.Module) -> float:
     return sum(2.0 * m * n * share for m, n, share in layers_of(model))
 
 
-def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+def scoring_flops(
+    model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
+) -> float:
     """Return the FLOPs of scoring: forward and backward to activations, head on supervised tokens, contraction.
 
     Args:
@@ -77,8 +87,10 @@ def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: f
         supervised: tokens among them.
         contraction: FLOPs of contracting with all tasks, over all tokens: measured, as queries are of low rank, or
             `tokens * tasks * contraction_flops(...)` where they are whole.
+        graded: tokens that gradients pass through; all of them if None.
     """
-    return tokens * 2 * forward_flops(model) + supervised * 2 * head_flops(model) + contraction
+    passes = tokens * forward_flops(model) + (tokens if graded is None else graded) * backward_flops(model)
+    return passes + supervised * 2 * head_flops(model) + contraction
 
 
 def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:

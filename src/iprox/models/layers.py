@@ -127,9 +127,30 @@ def influence_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose weight gradients make up influence, by name.
 
     Every dense compressible layer counts as itself, and a low-rank layer as one layer with the gradient that it would
-    have if it were dense.
+    have if it were dense. Of a proxy with a depth below 1, those in its upper decoder layers.
     """
-    return {**compressible_layers(model), **low_rank_layers(model)}
+    layers = {**compressible_layers(model), **low_rank_layers(model)}
+    first = first_graded(model)
+    if first == 0:
+        return layers
+    assert isinstance(model, PreTrainedModel)
+    blocks = f"{decoder_layers(model)[0]}."
+    lower = tuple(f"{blocks}{number}." for number in range(first))
+    return {name: layer for name, layer in layers.items() if not name.startswith(lower)}
+
+
+def first_graded(model: nn.Module) -> int:
+    """Return the number of the lowest decoder layer whose gradients are compared: 0 unless a proxy's depth is below 1.
+
+    At least the top layer is.
+    """
+    description = getattr(getattr(model, "config", None), "quantization_config", None)
+    depth = getattr(description, "depth", 1.0)
+    if depth == 1:
+        return 0
+    assert isinstance(model, PreTrainedModel)
+    count = model.config.get_text_config().num_hidden_layers
+    return count - max(1, round(depth * count))
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

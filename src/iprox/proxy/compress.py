@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from iprox.proxy.factorize import FactorMethod, FactorSettings, LayerReport, Spe
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Prices, Size
 
-Method = FactorMethod | Literal["layers", "off-the-shelf"]
+Method = FactorMethod | Literal["target", "layers", "off-the-shelf"]
 
 
 @dataclass(slots=True)
@@ -162,6 +163,17 @@ def extract_layers(
     _refuse_proxy(model)
     proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
     report = CompressionReport("layers", None, size.as_dict())
+    _describe(model, proxy, report, target)
+    report.seconds = time.perf_counter() - started
+    return proxy, report
+
+
+def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
+    """Return a proxy with the model's own weights (shared, not copied), for `limit_gradients` to make it cheaper."""
+    started = time.perf_counter()
+    _refuse_proxy(model)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    proxy, report = copy.deepcopy(model, memo=shared), CompressionReport("target", None, {})
     _describe(model, proxy, report, target)
     report.seconds = time.perf_counter() - started
     return proxy, report

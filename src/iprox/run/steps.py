@@ -207,7 +207,7 @@ def score(run: Run) -> None:
 
 def _scored_models(run: Run) -> list[Checkpoint]:
     proxy, influence = run.settings.proxy, run.settings.influence
-    from_target = proxy and proxy.factorized and influence.query == "target" and influence.traits.gradients
+    from_target = proxy and proxy.comparable and influence.query == "target" and influence.traits.gradients
     adam = influence.traits.optimizer
     return [
         Checkpoint(model, rate, path if from_target else None, path if adam else None)

@@ -12,9 +12,10 @@ from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings
 from iprox.models import flops
+from iprox.models.checkpoint import limit_gradients
 from iprox.models.saving import save_model
 from iprox.proxy import baselines
-from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, proxies_of
+from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
@@ -50,6 +51,7 @@ def compress(
     searched: StageRecord = {"flops": 0.0}
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
+        limit_gradients(proxy, settings.depth, settings.gradients)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
@@ -78,7 +80,7 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
     Raises:
         InputError: the size is out of reach; the message has the bound.
     """
-    if settings.fidelity is not None or settings.method == "off-the-shelf":
+    if settings.fidelity is not None or settings.method in ("off-the-shelf", "target"):
         return
     size = Size(settings.sparsity, settings.flops)
     prices = Prices.of(model, size)
@@ -107,7 +109,13 @@ def _search(
         proxies_of(target, batches, how, Size(sparsity=LEAST), target=name, progress=progress) as make,
         session.reporter.bar("size", most_tries(), "sizes") as tried,
     ):
-        proxy, report, tries = smallest_faithful(make, settings.fidelity, watched.with_bound, tried)
+
+        def limited(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
+            proxy, report = make(size)
+            limit_gradients(proxy, settings.depth, settings.gradients)
+            return proxy, report
+
+        proxy, report, tries = smallest_faithful(limited, settings.fidelity, watched.with_bound, tried)
     report.size = {"fidelity": settings.fidelity}
     session.reporter.say(_found(tries, report))
     record: StageRecord = {
@@ -152,6 +160,8 @@ def make_proxy(
                 f"{settings.model}: its tokenizer differs from the target's; choose a model of the target's family"
             )
         return adopt(target, session.model(settings.model), name)
+    if settings.method == "target":
+        return keep_weights(target, name)
     size = Size(settings.sparsity, settings.flops)
     if settings.method == "layers":
         return extract_layers(target, size, name)

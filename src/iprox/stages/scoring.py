@@ -87,7 +87,8 @@ def score(
     say_what_was_read(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     queries = len(models) * job.estimator.query_flops(source, job.read)
-    spent = job.estimator.candidate_flops(model, tokens, supervised, stats.contraction_flops)
+    graded = stats.graded * len(models)
+    spent = job.estimator.candidate_flops(model, tokens, supervised, stats.contraction_flops, graded)
     return {
         "flops": spent + queries,
         "query_flops": queries,

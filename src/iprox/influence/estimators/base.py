@@ -16,7 +16,7 @@ from iprox.influence.scorer import NORM_SKETCH, BatchScorer, Scorer, TaskQuery
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.models import flops
-from iprox.models.checkpoint import proxy_config
+from iprox.models.checkpoint import candidate_losses, proxy_config
 from iprox.models.layers import influence_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState
@@ -66,6 +66,12 @@ class Inputs:
     def source(self) -> nn.Module:
         """The model that validation gradients are taken on."""
         return self.scored if self.target is None else self.target
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The layers of `source` whose gradients candidates are contracted with: those that `scored` has too."""
+        layers = influence_layers(self.source)
+        return {name: layers[name] for name in influence_layers(self.scored) if name in layers}
 
     @property
     def kept_norm(self) -> float:
@@ -119,7 +125,9 @@ class Estimator(ABC):
         """Return the FLOPs of the validation side at one checkpoint, if it were taken on a model."""
         return 0.0
 
-    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+    def candidate_flops(
+        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
+    ) -> float:
         """Return the FLOPs of scoring candidates.
 
         Args:
@@ -127,6 +135,7 @@ class Estimator(ABC):
             tokens: their tokens.
             supervised: supervised tokens among them.
             contraction: FLOPs of contracting with validation gradients, norms included.
+            graded: tokens that gradients pass through; all of them if None.
         """
         return 0.0
 
@@ -144,15 +153,16 @@ class GradientEstimator(Estimator):
 
     def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
         """Return the preconditioned mean validation gradient of each task, or those of its examples as they are."""
-        source, keep = inputs.source, self.example_norm(inputs)
+        source, layers, loss_fn, keep = inputs.source, inputs.layers, inputs.loss_fn, self.example_norm(inputs)
         if inputs.settings.by_example:
-            found = {
-                task: [_of_layers(each, inputs) for each in example_gradients(source, batches, keep, inputs.loss_fn)]
+            return {
+                task: example_gradients(source, batches, keep, loss_fn, layers)
                 for task, batches in inputs.validation.items()
             }
-            return dict(found)
-        means = {task: mean_gradient(source, batches, inputs.loss_fn)[0] for task, batches in inputs.validation.items()}
-        return {task: _of_layers(mean, inputs) for task, mean in self.precondition(means, inputs).items()}
+        means = {
+            task: mean_gradient(source, batches, loss_fn, layers)[0] for task, batches in inputs.validation.items()
+        }
+        return dict(self.precondition(means, inputs))
 
     def example_norm(self, inputs: Inputs) -> float:
         """Return the share of each layer's norm that gradients of single validation examples keep as they are taken."""
@@ -177,20 +187,15 @@ class GradientEstimator(Estimator):
     def contracting(self, queries: Mapping[str, TaskQuery], inputs: Inputs) -> BatchScorer:
         """Return the scorer of candidates that are contracted with given validation gradients."""
         sketch = NORM_SKETCH if proxy_config(inputs.scored) is not None else 0
-        normalize = inputs.settings.normalize
-        return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=inputs.loss_fn)
+        normalize, losses = inputs.settings.normalize, candidate_losses(inputs.scored, inputs.loss_fn)
+        return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=losses)
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
         """Return the FLOPs of validation gradients: 6P per token, as training."""
         return flops.training_flops(model, read.tokens, read.supervised)
 
-    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
+    def candidate_flops(
+        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
+    ) -> float:
         """Return the FLOPs of a forward pass, a backward pass to the activations, and the contraction."""
-        return flops.scoring_flops(model, tokens, supervised, contraction)
-
-
-def _of_layers(gradient: dict[str, T], inputs: Inputs) -> dict[str, T]:
-    """Return a target's gradient without the layers that its proxy lacks, which no candidate reaches."""
-    if inputs.target is None:
-        return gradient
-    return {name: gradient[name] for name in influence_layers(inputs.scored)}
+        return flops.scoring_flops(model, tokens, supervised, contraction, graded)

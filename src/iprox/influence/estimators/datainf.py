@@ -15,7 +15,7 @@ from iprox.influence.estimators.ekfac import check_solved
 from iprox.influence.gradients import LayerGradient, ModelGradient, contract, squared_norms, summed_gradient
 from iprox.kronecker.sample import SampleSettings, read_sample
 from iprox.models import flops
-from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn
 
 
@@ -28,7 +28,7 @@ class DataInf(GradientEstimator):
         Raises:
             FloatingPointError: a result is not finite (the layer is named).
         """
-        layers = influence_layers(inputs.source)
+        layers = inputs.layers
         solved = datainf(inputs.source, layers, means, inputs.sample, inputs.settings.damping, inputs.loss_fn)
         check_solved(means, solved)
         return solved

@@ -17,7 +17,6 @@ from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryToke
 from iprox.influence.gradients import LayerGradient, ModelGradient
 from iprox.kronecker.eigen import EigenBasis, kronecker_curvature
 from iprox.models import flops
-from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 
 
@@ -35,7 +34,7 @@ class KroneckerInfluence(GradientEstimator):
         """
         return kronecker_curvature(
             inputs.source,
-            influence_layers(inputs.source),
+            inputs.layers,
             inputs.sample,
             corrected=self.corrected,
             labels="sampled" if inputs.loss_fn is causal_lm_losses else "data",
@@ -60,7 +59,7 @@ class KroneckerInfluence(GradientEstimator):
     def bases(self, inputs: Inputs) -> dict[str, EigenBasis]:
         """Return the curvature, which single examples are divided by on the way into their shared bases."""
         bases = self.curvature(inputs)
-        layers = influence_layers(inputs.source)
+        layers = inputs.layers
         warn_of_unmoved(sorted(name for name in layers if name not in bases or not bases[name].eigenvalues.any()))
         return bases
 

@@ -22,6 +22,7 @@ from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.gradients import LayerGradient
 from iprox.influence.query import LayerQuery
 from iprox.influence.scorer import BatchScorer, Normalize, TaskQuery
+from iprox.models.checkpoint import candidate_losses
 from iprox.models.flops import contraction_flops
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -159,5 +160,5 @@ class Less(GradientEstimator):
             self.validation_gradients(inputs),
             inputs.optimizer,
             normalize=inputs.settings.normalize,
-            loss_fn=inputs.loss_fn,
+            loss_fn=candidate_losses(inputs.scored, inputs.loss_fn),
         )
