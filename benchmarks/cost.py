@@ -1,0 +1,169 @@
+"""What do cheap ways of scoring cost in seconds, and how much of the target's own selection do they find?
+
+A sample of the pool is scored on the target and on each proxy, by the same engine in one process. The seconds of
+validation gradients (with curvature, where the estimator needs it) and of making the proxy are fixed; those of
+candidates grow with the pool. From both follows the cost of a pool of any size as a fraction of scoring it on the
+target, and the recall of the target's own top 5 % if the best rows are then scored again on the target:
+`recall@10%` costs 0.1 more.
+
+    python benchmarks/cost.py                                                        # target-17m
+    python benchmarks/cost.py --model ../models/smollm2-135m-instruct --examples 400  # benchmarks/models.py makes it
+
+Finished cells are kept. Recall is of each task's own scores, averaged over tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+import iprox
+from common import RESULTS, Results, agreement, as_rows, examples_of, parser, settings_of, timed
+from iprox.data import Pool
+from iprox.data.sampling import draw_rows
+from iprox.influence.job import Checkpoint, Job
+from iprox.models.checkpoint import candidate_losses
+from iprox.scores import score_matrix
+from iprox.session import Session
+from iprox.settings import InfluenceSection
+
+# name -> settings of `iprox.compress`, and the fraction of the pool that its proxy is aligned on
+WAYS: dict[str, dict[str, Any]] = {
+    "depth 0.67": {"method": "target", "depth": 0.67},
+    "depth 0.5": {"method": "target", "depth": 0.5},
+    "depth 0.33": {"method": "target", "depth": 0.33},
+    "answers": {"method": "target", "gradients": "answers"},
+    "answers, depth 0.67": {"method": "target", "gradients": "answers", "depth": 0.67},
+    "answers, depth 0.5": {"method": "target", "gradients": "answers", "depth": 0.5},
+    "answers, depth 0.33": {"method": "target", "gradients": "answers", "depth": 0.33},
+    "ipsvd 0.3": {"sparsity": 0.3},
+    "ipsvd 0.5": {"sparsity": 0.5},
+    "ipsvd 0.7": {"sparsity": 0.7},
+    "ipsvd 0.3, answers": {"sparsity": 0.3, "gradients": "answers"},
+    "ipsvd 0.5, answers": {"sparsity": 0.5, "gradients": "answers"},
+}
+POOLS = (2_000, 100_000, 1_000_000)
+# Fractions of the pool that are scored again on the target.
+AGAIN = (0.05, 0.1, 0.2)
+TOP = 0.05
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores [N, tasks] of a sample, and the seconds that validation gradients and candidates took."""
+
+    scores: np.ndarray
+    fixed: float
+    rows: float
+
+
+class Bench:
+    """One target, a sample of the pool, and tasks."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.session = Session.create(max_length=512, batch_tokens=arguments.batch_tokens)
+        self.target = self.session.model(arguments.model)
+        self.encoder = self.session.encoder(arguments.model)
+        self.pool = Pool(arguments.pool)
+        total = self.pool.scan().rows
+        drawn = draw_rows("cost", arguments.seed, total, arguments.examples + arguments.probe)
+        self.sample = self.pool.take(drawn[: arguments.examples])
+        self.probe = as_rows(self.pool.take(drawn[arguments.examples :]))
+        self.validation = {
+            task: self.encoder.encode(rows[: arguments.validation_rows])
+            for task, rows in examples_of(arguments).items()
+        }
+        self.settings = InfluenceSection(estimator=arguments.estimator, normalize="cosine", per_example=False)
+        self.truth: Scored | None = None
+
+    def scored(self, model: PreTrainedModel, target: PreTrainedModel | None = None) -> Scored:
+        """Score the sample. The first batch warms up what CPU libraries generate for new shapes, untimed."""
+        job = Job.of(
+            *(self.settings, [Checkpoint(model, 1.0, target)], self.validation, self.encoder, self.pool),
+            batch_tokens=self.session.batch_tokens,
+        )
+        fixed, worker = timed(job.worker)
+        worker(self.sample[:32])
+        rows, (table, _) = timed(lambda: worker(self.sample))
+        return Scored(score_matrix(table), fixed, rows)
+
+    def of_target(self) -> Scored:
+        """Scores of the target itself."""
+        if self.truth is None:
+            self.truth = self.scored(self.target)
+        return self.truth
+
+    def cell(self, way: str) -> dict[str, Any]:
+        """Measure one way."""
+        truth = self.of_target()
+        making, proxy = timed(
+            lambda: iprox.compress(
+                self.target, self.probe, tokenizer=self.encoder.tokenizer, max_length=512, progress=False, **WAYS[way]
+            )
+        )
+        assert candidate_losses(proxy) is not None
+        found = self.scored(proxy, self.target)
+        recall = {f"{share:g}": self.recall(found.scores, share) for share in AGAIN}
+        return {
+            **agreement(found.scores, truth.scores, list(self.validation)),
+            "recall": recall,
+            "seconds": {"making": making, "fixed": found.fixed, "rows": found.rows},
+            "of_target": {"fixed": truth.fixed, "rows": truth.rows},
+            "cost": {str(size): self.cost(found, making, size) for size in POOLS},
+        }
+
+    def recall(self, scores: np.ndarray, share: float) -> float:
+        """Return the fraction of the target's top 5 % that is among the best `share`, averaged over tasks."""
+        truth = self.of_target().scores
+        top, best = round(TOP * len(truth)), round(share * len(truth))
+        found = [
+            len(np.intersect1d(np.argsort(-own)[:top], np.argsort(-other)[:best])) / top
+            for own, other in zip(truth.T, scores.T, strict=True)
+        ]
+        return float(np.mean(found))
+
+    def cost(self, found: Scored, making: float, size: int) -> float:
+        """Return the seconds for a pool of some size as a fraction of the target's."""
+        truth, scale = self.of_target(), size / len(self.sample)
+        return (making + found.fixed + scale * found.rows) / (truth.fixed + scale * truth.rows)
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    options = parser(
+        *(__doc__, "model pool targets tasks examples batch-tokens seed output fresh"),
+        tasks=["gsm8k", "science", "code"],
+        output=None,
+    )
+    options.add_argument("--probe", type=int, default=64, help="rows that second moments are measured on")
+    options.add_argument("--validation-rows", type=int, default=32, help="of each task")
+    options.add_argument("--estimator", default="tracin", help="tracin, or ekfac (%(default)s)")
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    arguments = options.parse_args()
+    output = arguments.output or RESULTS / f"cost-{Path(arguments.model).name}-{arguments.estimator}.jsonl"
+    results = Results(output, settings_of(arguments, "ways"), fresh=arguments.fresh)
+    bench: Bench | None = None
+    for way in arguments.ways:
+        if f"{way}/{arguments.seed}" not in results.cells:
+            bench = bench or Bench(arguments)
+            found = results(way, lambda way=way, bench=bench: bench.cell(way), arguments.seed)
+            print(line(way, found), flush=True)
+    print(f"{'':<22} Spearman  recall@ 5%   10%   20%   cost of {POOLS[0]:,}, {POOLS[1]:,}, {POOLS[2]:,} rows")
+    for way in arguments.ways:
+        print(line(way, results.cells[f"{way}/{arguments.seed}"]))
+
+
+def line(way: str, cell: dict[str, Any]) -> str:
+    """Return one way's row of the table."""
+    recall = "  ".join(f"{value:.2f}" for value in cell["recall"].values())
+    cost = "  ".join(f"{value:.2f}" for value in cell["cost"].values())
+    return f"{way:<22} {cell['spearman']:.3f}        {recall}   {cost}"
+
+
+if __name__ == "__main__":
+    main()
