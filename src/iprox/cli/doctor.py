@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from iprox.metering import measured_gemm_rate
 from iprox.models.precision import DTYPES, resolve_device, resolve_dtype
-from iprox.planning.rate import measured_gemm_rate
 from iprox.run.folder import environment
 
 # Optional packages, and what each is for.

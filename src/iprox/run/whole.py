@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
@@ -146,8 +147,11 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     return run
 
 
-def check_recipe(recipe: Recipe, session: Session) -> None:
+def check_recipe(recipe: Recipe, session: Session) -> PreTrainedModel:
     """Refuse what can be known to fail from the recipe, the model's shapes and the machine, before the pool is read.
+
+    Returns:
+        The target, without weights.
 
     Raises:
         InputError: The model cannot be scored, its proxy's size is out of reach, or Ray cannot hold the workers.
@@ -160,6 +164,7 @@ def check_recipe(recipe: Recipe, session: Session) -> None:
         check_size(target, recipe.proxy)
     if recipe.ray_workers:
         check_ray(recipe.ray_workers, session.device.type)
+    return target
 
 
 def check_watched(recipe: Recipe, rows: int) -> None:
