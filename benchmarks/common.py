@@ -19,8 +19,8 @@ import torch
 from iprox.audits.fidelity import fidelity_metrics
 from iprox.data import Example, Pool
 from iprox.data.sampling import draw_rows
+from iprox.metering import measured_gemm_rate
 from iprox.models.precision import DTYPES, cast_parameters
-from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe
 from iprox.records import key_of, read_json, write_json

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import resources
 from importlib.metadata import version
 
 import pytest
@@ -23,9 +24,13 @@ HEAVY = {
 }
 
 
-def imported(code):
-    """The heavy packages that a new process has imported after some code, and what it printed before."""
-    code += f"\nimport sys\nprint(sorted({HEAVY!r} & {{name.split('.')[0] for name in sys.modules}}))"
+# What a plan needs none of: it reads rows, and builds a model without weights.
+NOT_FOR_A_PLAN = {"datasets", "trl", "pandas", "plotly", "ray", "peft", "scipy.stats", "transformers.trainer"}
+
+
+def imported(code, modules=HEAVY):
+    """Those of some modules that a new process has imported after some code, and what it printed before."""
+    code += f"\nimport sys\nprint(sorted({modules!r} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *said, modules = done.stdout.splitlines()
     return modules, "\n".join([*said, done.stderr])
@@ -57,6 +62,23 @@ def test_help_and_refusals_import_nothing_heavy(arguments, said, tmp_path):
     modules, output = imported(code)
     assert modules == "[]"
     assert said in output
+
+
+def test_a_plan_imports_nothing_that_trains_or_draws(tmp_path):
+    bundled = resources.files("iprox.quickstart")
+    recipe = {
+        "model": str(bundled / "model"),
+        "data": {
+            "pool": str(bundled / "data/pool.jsonl"),
+            "validation": {"t": str(bundled / "data/arithmetic.val.jsonl")},
+        },
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code = f"from iprox.cli import main\nmain(['plan', {str(tmp_path / 'recipe.yaml')!r}, '--quiet', '--tflops=1'])"
+    modules, output = imported(code, NOT_FOR_A_PLAN)
+    assert modules == "[]"
+    assert "2,000 rows" in output
 
 
 @pytest.mark.parametrize("first", ["import iprox, transformers", "import transformers, transformers.quantizers, iprox"])

@@ -1,4 +1,4 @@
-"""Measure wall time and peak memory of a stage."""
+"""Measure what a stage costs, wall time and peak memory, and how fast this machine multiplies matrices."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from iprox.models.cpu.shapes import release_memory
 
@@ -59,3 +60,26 @@ def _peak(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine."""
+    x = torch.randn(4096, 1024, device=device).to(dtype)
+    w = torch.randn(1024, 1024, device=device).to(dtype)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def repeat(seconds: float) -> tuple[int, float]:
+        """Products for about that long, one at least; how many, and the seconds they took."""
+        started, count, elapsed = time.perf_counter(), 0, 0.0
+        while not count or elapsed < seconds:
+            nn.functional.linear(x, w)
+            wait()
+            count, elapsed = count + 1, time.perf_counter() - started
+        return count, elapsed
+
+    repeat(seconds / 10)  # warms up: clocks, and the choice of a kernel
+    count, elapsed = repeat(seconds)
+    return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / elapsed

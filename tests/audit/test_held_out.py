@@ -62,7 +62,7 @@ def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_no
     assert 0.2 < wanted < 0.99  # a proxy that is neither useless nor perfect
     assert watched.of(proxy) == watched.watch(proxy)() == pytest.approx(wanted, abs=tolerance)
     assert watched.with_bound(proxy)[1] < watched.of(proxy)
-    cost = watched.contraction_flops
+    cost = watched.cost.contraction
     assert cost["proxy"] == cost["target"] if query_norm == 1 else cost["proxy"] < cost["target"]
 
 
@@ -106,7 +106,7 @@ def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch
         monkeypatch.setattr(base, "NORM_SKETCH", size)
         watched = HeldOutFidelity(job(model, normalize="cosine"), ROWS)
         found.append(watched.of(proxy))
-        spent.append(watched.contraction_flops)
+        spent.append(watched.cost.contraction)
     assert found[0] != found[1]
     assert spent[0]["target"] == spent[1]["target"]
     assert spent[0]["proxy"] > spent[1]["proxy"]

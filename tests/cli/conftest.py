@@ -19,7 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from iprox.audits import agreement
 from iprox.cli import main
-from iprox.planning import stages
 from iprox.proxy import align
 from iprox.run import steps
 
@@ -179,11 +178,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     if not item.path.is_relative_to(Path(__file__).parent):
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (align, stages):
-            patch.setattr(module, "EVALUATIONS", 1)
+        patch.setattr(align, "EVALUATIONS", 1)
         patch.setattr(agreement, "RESAMPLES", 50)
-        for module in (steps, stages):
-            patch.setattr(module, "ATTRIBUTED", 8)
+        patch.setattr(steps, "ATTRIBUTED", 8)
         return (yield)
 
 

@@ -341,7 +341,8 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     size = sum(file.stat().st_size for file in store.folder.iterdir())
     # Here everything is float64, and hidden states are kept too.
     layers = low_rank_layers(proxy)
-    assert size > 2 * stored_bytes(layers, objective, batches, 64)
+    supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+    assert size > 2 * stored_bytes(layers, objective, len(batches), supervised, 64)
     first = next(store.folder.iterdir())
     first.write_bytes(first.read_bytes()[:100])  # a file that was cut off is made again
     align(other, model, batches, AlignSettings(4, 1e-3), objective, store=SignalStore(store.folder))

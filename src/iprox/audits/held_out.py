@@ -5,30 +5,66 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
 from iprox.aggregation import equal_scores
 from iprox.audits.agreement import bootstrap_intervals, spearman
-from iprox.data import Encoded
-from iprox.engine.stream import WindowWorker
+from iprox.data import Encoded, iter_batches, on_device
+from iprox.engine.stream import fitting
 from iprox.errors import InputError
-from iprox.influence.estimators.base import GradientEstimator, Inputs
+from iprox.influence.estimators.base import Estimator, GradientEstimator, Inputs, QueryTokens
 from iprox.influence.gradients import TaskGradient
 from iprox.influence.job import Checkpoint, Job
 from iprox.influence.low_rank import low_rank_queries
 from iprox.influence.scorer import Scorer
+from iprox.settings import InfluenceSection
 
 # Fewest rows that a correlation is worth keeping factors by.
 FEWEST = 16
 
 
+def watched_by(settings: InfluenceSection) -> InfluenceSection:
+    """Return how held-out rows are scored: by TracIn, or an influence function, as a stand-in for the others."""
+    estimator = settings.estimator if settings.traits.curvature else "tracin"
+    return settings.model_copy(update={"estimator": estimator, "per_example": False})
+
+
+class Watching(NamedTuple):
+    """What the cost of watching fidelity depends on.
+
+    Attributes:
+        estimator: scores the held-out rows.
+        read: what is read before the first row.
+        tokens: tokens of the rows.
+        supervised: supervised ones among them.
+        contraction: FLOPs of contracting the rows with validation gradients, and of their norms where those are wanted:
+            on the `target`, and on a `proxy`.
+        query_on_target: whether validation gradients of proxies are taken on the target.
+    """
+
+    estimator: Estimator
+    read: QueryTokens
+    tokens: int
+    supervised: int
+    contraction: Mapping[str, float]
+    query_on_target: bool
+
+    def flops(self, target: nn.Module, proxies: Sequence[nn.Module]) -> float:
+        """Return the FLOPs of validation gradients and curvature, of the target's scores of the rows, and proxies'."""
+        sources = [target, *(() if self.query_on_target else proxies)]
+        spent = sum(self.estimator.query_flops(source, self.read) for source in sources)
+        for model, on in [(target, "target"), *((proxy, "proxy") for proxy in proxies)]:
+            spent += self.estimator.candidate_flops(model, self.tokens, self.supervised, self.contraction[on])
+        return spent
+
+
 class HeldOutFidelity:
     """The mean over tasks of the Spearman correlation of proxy and target scores; the target is scored once.
 
-    Uses TracIn, or an influence function if that is the estimator, as a stand-in for other estimators. The target's
-    scores use whole validation gradients.
+    Scores are those of `watched_by`. The target's use whole validation gradients.
 
     Args:
         job: how candidates will be scored; its one checkpoint is the loaded target.
@@ -37,20 +73,15 @@ class HeldOutFidelity:
 
     Raises:
         InputError: fewer than 16 rows have a supervised token, or all scores of the target for a task are equal.
-
-    Attributes:
-        contraction_flops: FLOPs of contractions and norms, for the `target` and for the last `proxy` measured.
     """
 
     def __init__(self, job: Job, rows: Sequence[Encoded], *, query_on_target: bool = True) -> None:
-        estimator = job.settings.estimator if job.settings.traits.curvature else "tracin"
-        settings = job.settings.model_copy(update={"estimator": estimator, "per_example": False})
-        self.job = replace(job, settings=settings)
+        self.job = replace(job, settings=watched_by(job.settings))
         self.query_on_target = query_on_target
         self.rows = [row for row in rows if row.supervised]
         if len(self.rows) < FEWEST:
             raise InputError(f"{len(self.rows)} held-out examples have a supervised token; give at least {FEWEST}")
-        self.contraction_flops = {"target": 0.0, "proxy": 0.0}
+        self._contraction = {"target": 0.0, "proxy": 0.0}
         scorer, self._gradients = self.job.made(self._on_target)[0]
         self._wanted = self._scores(scorer, "target")
         self._refuse_unranked(self._wanted, "target", "lower warmup.learning_rate")
@@ -128,9 +159,22 @@ class HeldOutFidelity:
 
     def _scores(self, scorer: Scorer, on: str) -> np.ndarray:
         """Return the scores of the held-out rows [rows, tasks]."""
-        self.contraction_flops[on] = scorer.spent_flops([len(row.input_ids) for row in self.rows])
-        assert self.job.encoder is not None
-        return WindowWorker(scorer, self.job.encoder, self.job.batch_tokens).numbers(self.rows)
+        self._contraction[on] = scorer.spent_flops([len(row.input_ids) for row in self.rows])
+
+        def scores(batch_tokens: int) -> np.ndarray:
+            found = np.empty((len(self.rows), scorer.columns))
+            for batch in on_device(iter_batches(self.rows, batch_tokens, 0), scorer.device):
+                found[batch.indices] = scorer(batch)[0].cpu().numpy()
+            return found
+
+        return fitting(scores, self.job.batch_tokens, max(len(row.input_ids) for row in self.rows))[0]
+
+    @property
+    def cost(self) -> Watching:
+        """What watching costs, as the last proxy looked at was scored."""
+        lengths, supervised = zip(*((len(row.input_ids), row.supervised) for row in self.rows), strict=True)
+        read = (self.job.estimator, self.job.read, sum(lengths), sum(supervised))
+        return Watching(*read, self._contraction, self.query_on_target)
 
     @staticmethod
     def _fidelity(scores: np.ndarray, wanted: np.ndarray) -> float:

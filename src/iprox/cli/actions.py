@@ -16,19 +16,18 @@ from iprox.errors import InputError
 from iprox.files import check_output, expanded
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.job import Checkpoint
+from iprox.metering import measured_gemm_rate
 from iprox.models.adapters import check_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
 from iprox.models.saving import CHECKPOINTS, save_model
-from iprox.planning import plan_recipe
-from iprox.planning.rate import measured_gemm_rate
 from iprox.progress import Reporter, say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import resolved, validated
 from iprox.records import read_json
-from iprox.report.page import build_report
 from iprox.run import steps
 from iprox.run.folder import RunFolder
+from iprox.run.plan import plan_recipe
 from iprox.run.runner import Run
 from iprox.run.single import single_run
 from iprox.run.whole import run_recipe
@@ -78,7 +77,7 @@ def plan(request: Request) -> dict[str, Any]:
     if tflops is not None and not 0 < tflops < math.inf:
         raise InputError(f"--tflops {tflops}: must be a positive number")
     session = Session.of(recipe, Reporter(request.quiet))
-    rate = tflops * 1e12 if tflops else measured_gemm_rate(session.device, session.dtype)
+    rate = tflops * 1e12 if tflops else measured_gemm_rate(session.device, session.dtype, seconds=0.1)
     planned = plan_recipe(recipe, session, rate)
     if not request.json:
         summary.print_plan(planned)
@@ -87,6 +86,8 @@ def plan(request: Request) -> dict[str, Any]:
 
 def report(request: Request) -> dict[str, Any]:
     """Write the report of a run again."""
+    from iprox.report.page import build_report
+
     path = build_report(expanded(request.inputs["run_dir"]))
     if not request.json:
         say_plainly(str(path))

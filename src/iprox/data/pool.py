@@ -9,7 +9,7 @@ import re
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,11 +158,19 @@ class Pool:
             line = json_line(record.data, example.origin) if record.line is None else record.line
             yield example, line if line.endswith(b"\n") else line + b"\n"
 
-    def _good_rows(self, on_bad: Callable[[str, str], None] | None) -> Iterator[tuple[Example, Record, Reader]]:
-        """Yield every good row with its raw record and its reader; call `on_bad(origin, reason)` for the others."""
+    def _good_rows(
+        self, on_bad: Callable[[str, str], None] | None, chosen: Container[int] | None = None
+    ) -> Iterator[tuple[Example, Record, Reader]]:
+        """Yield every good row with its raw record and its reader; call `on_bad(origin, reason)` for the others.
+
+        Of a pool without bad rows those that are not `chosen` can be passed over unread.
+        """
         row = 0
         for reader in self._readers:
             for record in reader.records():
+                if chosen is not None and row not in chosen:
+                    row += 1
+                    continue
                 origin = f"{reader.label}:{record.row}"
                 try:
                     if record.error is not None:
@@ -183,12 +191,15 @@ class Pool:
         chosen, last, seen = set(wanted), max(wanted), 0
         if min(chosen) < 0:
             raise InputError(f"{self.name}: rows are counted from 0; {min(chosen)} was asked for")
-        for example, record, reader in self._good_rows(self._refuse if self.on_bad_row == "stop" else None):
+        sound = self._summary is not None and not self._summary.bad_rows
+        refuse = self._refuse if self.on_bad_row == "stop" else None
+        for example, record, reader in self._good_rows(refuse, chosen if sound else None):
             seen = example.row + 1
             if example.row in chosen:
                 yield example, record, reader
             if example.row == last:
                 return
+        seen = min(last, self._summary.rows) if self._summary is not None else seen
         raise InputError(f"{self.name}: row {last} was asked for, but there are only {seen} good rows")
 
     def _refuse(self, origin: str, reason: str) -> None:

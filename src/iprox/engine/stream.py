@@ -157,28 +157,7 @@ class WindowWorker:
             FloatingPointError: a number is not finite (the example is named).
         """
         encoded = self.encoder.encode(window) if encoded is None else encoded
-        numbers = self.numbers(encoded, progress)
-        finite = np.asarray(np.isfinite(numbers).all(axis=1))
-        for example, row, good in zip(window, encoded, finite, strict=True):
-            if row.supervised and not good:
-                raise FloatingPointError(
-                    f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
-                )
-        stats = ScoringStats.of(encoded)
-        lengths = [len(row.input_ids) - (row.prompt if self.rows.by_answer else 0) for row in encoded if row.supervised]
-        stats.graded = sum(lengths)
-        self.rows.count(stats, lengths)
-        stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
-        return self.rows.table(window, encoded, numbers), stats
-
-    def numbers(self, encoded: Sequence[Encoded], progress: Callable[[int], None] | None = None) -> np.ndarray:
-        """Return the numbers [N, columns] of encoded examples, NaN for those without a supervised token.
-
-        Args:
-            encoded: examples.
-            progress: called with the number of rows done.
-        """
-        out = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
+        numbers = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
         for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, by_answer=self.rows.by_answer)):
             if number % RELEASE_EVERY == 0:
                 release_memory()
@@ -200,13 +179,28 @@ class WindowWorker:
                 if not fits:
                     waiting += reversed(part.halves())
                     continue
-                out[part.indices] = found
+                numbers[part.indices] = found
                 if progress is not None:
                     progress(len(part.indices))
         empty = sum(example.supervised == 0 for example in encoded)
         if progress is not None and empty:
             progress(empty)
-        return out
+        return self._described(window, encoded, numbers)
+
+    def _described(self, window: Window, encoded: Sequence[Encoded], numbers: np.ndarray) -> ScoredWindow:
+        """Return the table of a window's numbers [N, columns], NaN where no token is supervised, and what was read."""
+        finite = np.asarray(np.isfinite(numbers).all(axis=1))
+        for example, row, good in zip(window, encoded, finite, strict=True):
+            if row.supervised and not good:
+                raise FloatingPointError(
+                    f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
+                )
+        stats = ScoringStats.of(encoded)
+        lengths = [len(row.input_ids) - (row.prompt if self.rows.by_answer else 0) for row in encoded if row.supervised]
+        stats.graded = sum(lengths)
+        self.rows.count(stats, lengths)
+        stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
+        return self.rows.table(window, encoded, numbers), stats
 
 
 def filled_rows(rows: int, full: int) -> int:

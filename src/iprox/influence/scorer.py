@@ -221,15 +221,8 @@ class BatchScorer(Scorer):
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
-        if self.normalize == "none":
-            return 0.0
-        shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
-        for name, layer in self.layers.items():
-            sketch = self.norm_sketch if name in self._signs else 0
-            shapes.setdefault((sketch, self._shares[name]), []).append(weight_shape(layer))
-        return sum(
-            norm_flops(each, [length * share for length in lengths], sketch) for (sketch, share), each in shapes.items()
-        )
+        assert self.model is not None
+        return norms_flops(self.model, lengths, self.norm_sketch) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -286,6 +279,16 @@ class BatchScorer(Scorer):
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
         """Return the compute dtype, so that the contraction is plain GEMMs."""
         return next(layer.parameters()).dtype
+
+
+def norms_flops(model: nn.Module, lengths: Sequence[float], sketch: int) -> float:
+    """Return the FLOPs of norms of candidates of some lengths, from random signs where `BatchScorer` takes these."""
+    layers, exact = influence_layers(model), expert_layers(model)
+    shares = layer_shares(model, layers)
+    shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
+    for name, layer in layers.items():
+        shapes.setdefault((0 if name in exact else sketch, shares[name]), []).append(weight_shape(layer))
+    return sum(norm_flops(each, [length * part for length in lengths], k) for (k, part), each in shapes.items())
 
 
 def _width(query: TaskQuery) -> int:

@@ -98,6 +98,11 @@ def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
     return tokens * forward_flops(model) + supervised * head_flops(model)
 
 
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model, tied ones once."""
+    return sum(each.numel() for each in model.parameters())
+
+
 def linear_parameters(model: nn.Module) -> int:
     """Return the number of parameters of the compressible layers, dense or low-rank."""
     dense = sum(m * n for m, n in map(weight_shape, compressible_layers(model).values()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from iprox.data.batching import Batch
 from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
 from iprox.proxy.align_loss import Objective, Signals
@@ -68,20 +67,20 @@ class SignalStore:
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], objective: Objective, batches: Sequence[Batch], vocabulary: int
+    layers: Mapping[str, LowRankLinear], objective: Objective, batches: int, supervised: int, vocabulary: int
 ) -> int:
     """Return about how many bytes the signals of some batches take: gradients [m, n] and supervised logits, in float32.
 
     Args:
         layers: low-rank layers of the proxy.
         objective: objective, by whose weights gradients are stored or not.
-        batches: alignment batches.
+        batches: number of batches.
+        supervised: supervised tokens of all batches.
         vocabulary: number of logits per token.
     """
     matched = layers.values() if objective.gradient_weight else ()
     gradients = sum(layer.out_features * layer.in_features for layer in matched)
-    supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
-    return 4 * (len(batches) * gradients + supervised * vocabulary)
+    return 4 * (batches * gradients + supervised * vocabulary)
 
 
 def _read(file: Path) -> Signals:

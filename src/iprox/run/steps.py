@@ -22,7 +22,6 @@ from iprox.models.optimizer_state import OPTIMIZER_FILE
 from iprox.models.saving import CHECKPOINTS
 from iprox.proxy.align_state import discard_other_states
 from iprox.records import StageRecord, key_of, read_json
-from iprox.report.page import build_report, shown_rows
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
 from iprox.settings import OF_GRADIENTS
@@ -230,7 +229,7 @@ def cost_of_scoring(run: Run) -> None:
         "proxy_flops_per_token": entry["flops_per_token"],
         "target_flops_per_token": flops.forward_flops(target),
         "proxy_parameters": entry["parameters"],
-        "target_parameters": sum(p.numel() for p in target.parameters()),
+        "target_parameters": flops.parameters(target),
         "score_flops": entry["flops"],
         "construction_flops": construction,
         "target_score_flops": on_target,
@@ -326,6 +325,8 @@ def report(run: Run) -> None:
     _attribute(run)
 
     def work() -> StageRecord:
+        from iprox.report.page import build_report
+
         build_report(run.folder.path, run.pool)
         return {}
 
@@ -333,6 +334,8 @@ def report(run: Run) -> None:
 
 
 def _attribute(run: Run) -> None:
+    from iprox.report.page import shown_rows
+
     settings = run.settings.influence
     on = skeleton(run.scored[0].read_by[0], trust_remote_code=run.settings.trust_remote_code)
     why = why_not_attributed(settings, on)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
@@ -147,8 +148,11 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     return run
 
 
-def check_recipe(recipe: Recipe, session: Session) -> None:
+def check_recipe(recipe: Recipe, session: Session) -> PreTrainedModel:
     """Refuse a recipe that must fail, given its settings, the model's shapes and the machine, before reading the pool.
+
+    Returns:
+        The target, without weights.
 
     Raises:
         InputError: the model cannot be scored, the proxy's size is out of reach, or Ray cannot start the workers.
@@ -161,6 +165,7 @@ def check_recipe(recipe: Recipe, session: Session) -> None:
         check_size(target, recipe.proxy)
     if recipe.ray_workers:
         check_ray(recipe.ray_workers, session.device.type)
+    return target
 
 
 def check_watched(recipe: Recipe, rows: int) -> None:

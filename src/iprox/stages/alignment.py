@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from iprox.data import Batch, Example, example_batches
+from iprox.data import Example, example_batches
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
@@ -20,7 +20,7 @@ from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, tokens_of
 from iprox.settings import AlignSection
-from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
+from iprox.stages.held_out import HeldOutRows, held_out_fidelity
 
 
 def align_proxy(
@@ -59,8 +59,10 @@ def align_proxy(
     batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
     steps = settings.epochs * math.ceil(len(batches) / settings.accumulate)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
-    objective = Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
-    store = _store(settings, objective, target, proxy, batches, steps, state, identity)
+    objective = objective_of(settings)
+    tokens, supervised = tokens_of(encoded)
+    kept = keeps_signals(proxy, objective, len(batches), supervised, steps * settings.accumulate)
+    store = _store(state, identity) if kept else None
     if state.is_file():
         session.reporter.say(f"align: resumes from {state}")
     with session.reporter.bar("align", steps, "steps") as progress:
@@ -92,11 +94,10 @@ def align_proxy(
         shutil.copyfile(compression, output / "compression.json")
     session.tracker.curve("align", data["steps"])
     session.tracker.curve("align/held_out", data["held_out"])
-    tokens, supervised = tokens_of(encoded)
     read = history.tokens, round(supervised * history.tokens / tokens)
     spent = flops.alignment_flops(target, proxy, *read, gradients=settings.gradient_weight > 0, asked=asked)
     if watched is not None and held_out is not None:
-        spent += watching_flops(target, [proxy] * len(history.held_out), watched)
+        spent += watched.cost.flops(target, [proxy] * len(history.held_out))
     return {
         "tokens": history.tokens,
         "flops": spent,
@@ -117,24 +118,31 @@ def align_proxy(
     }
 
 
-def _store(
-    settings: AlignSection,
-    objective: Objective,
-    target: PreTrainedModel,
-    proxy: PreTrainedModel,
-    batches: Sequence[Batch],
-    steps: int,
-    state: Path,
-    identity: str,
-) -> SignalStore | None:
-    """Return where the target's signals for each batch are cached; None if caching is not possible or saves nothing."""
-    if objective.hidden_weight or steps * settings.accumulate <= len(batches):
-        return None
-    layers = low_rank_layers(proxy)
-    vocabulary = target.config.get_text_config().vocab_size
-    size = stored_bytes(layers, objective, batches, vocabulary)
-    if size > AUTO_BYTES:
-        return None
+def objective_of(settings: AlignSection) -> Objective:
+    """Return what a recipe has alignment minimize."""
+    return Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
+
+
+def keeps_signals(
+    proxy: PreTrainedModel, objective: Objective, batches: int, supervised: int, read_batches: int
+) -> bool:
+    """Return whether what the target says of each batch is kept: where batches are read again, and it is not too large.
+
+    Args:
+        proxy: proxy that is aligned, with or without weights.
+        objective: what alignment minimizes.
+        batches: number of batches.
+        supervised: supervised tokens of all batches.
+        read_batches: batches of all steps.
+    """
+    if objective.hidden_weight or read_batches <= batches:
+        return False
+    vocabulary = proxy.config.get_text_config().vocab_size
+    return stored_bytes(low_rank_layers(proxy), objective, batches, supervised, vocabulary) <= AUTO_BYTES
+
+
+def _store(state: Path, identity: str) -> SignalStore:
+    """Return where what the target says of each batch is kept."""
     folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
     for other in state.parent.glob(f"{state.stem}-*.signals"):
         if other != folder:  # left by an interrupted alignment with other settings

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings
 from iprox.models import flops
-from iprox.models.checkpoint import limit_gradients
+from iprox.models.checkpoint import IproxConfig, limit_gradients, make_low_rank, mark_as_proxy
+from iprox.models.layers import weight_shape
+from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
 from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
 from iprox.proxy.factorize import FactorSettings
+from iprox.proxy.ranks import ErrorCurve, uniform_ranks
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
 from iprox.proxy.size import Prices, Size
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, tokens_of
 from iprox.settings import ProxySection
-from iprox.stages.held_out import HeldOutRows, held_out_fidelity, watching_flops
+from iprox.stages.held_out import HeldOutRows, held_out_fidelity
+
+# What a search for the size of a fidelity is taken to find, before it has: a guess.
+SPARSITY_BY_FIDELITY = 0.5
 
 
 def compress(
@@ -69,8 +77,8 @@ def compress(
         "method": report.method,
         "sparsity": report.achieved_sparsity,
         "relative_flops": report.relative_flops,
-        "parameters": sum(p.numel() for p in proxy.parameters()),
-        "target_parameters": sum(p.numel() for p in target.parameters()),
+        "parameters": flops.parameters(proxy),
+        "target_parameters": flops.parameters(target),
     }
 
 
@@ -88,6 +96,32 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
         baselines.fitting_layers(model, size.budget(model, prices.dense))
     else:
         prices.budget(model, size)
+
+
+def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a proxy without weights of the size that a recipe's will have, its ranks uniform, to count costs.
+
+    Args:
+        model: the target without weights.
+        settings: of the recipe.
+        trust_remote_code: whether the code of an off-the-shelf proxy may run.
+    """
+    if settings.method == "off-the-shelf":
+        return skeleton(str(settings.model), trust_remote_code=trust_remote_code)
+    if settings.method == "target":
+        proxy = keep_weights(model)[0]
+        limit_gradients(proxy, settings.depth, settings.gradients)
+        return proxy
+    size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
+    prices = Prices.of(model, size)
+    if settings.method == "layers":
+        return baselines.first_layers(model, size.budget(model, prices.dense))[0]
+    layers = flops.compressible_layers(model)
+    curves = {name: ErrorCurve(weight_shape(layers[name]), np.empty(0), each) for name, each in prices.by_layer.items()}
+    proxy = copy.deepcopy(model)
+    make_low_rank(proxy, uniform_ranks(curves, prices.budget(model, size)))  # pyright: ignore[reportArgumentType]
+    mark_as_proxy(proxy, IproxConfig(depth=settings.depth, gradients=settings.gradients))
+    return proxy
 
 
 def _search(
@@ -121,7 +155,7 @@ def _search(
     record: StageRecord = {
         "tries": [asdict(each) for each in tries],
         "further": cost_of(FURTHER, tries),
-        "flops": watching_flops(target, [proxy] * len(tries), watched),
+        "flops": watched.cost.flops(target, [proxy] * len(tries)),
     }
     return proxy, report, record
 

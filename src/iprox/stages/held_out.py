@@ -11,7 +11,7 @@ from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
 from iprox.influence.job import Checkpoint
 from iprox.models.layers import low_rank_layers
-from iprox.session import Session, encode_validation, tokens_of
+from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.scoring import job_of
 
@@ -51,15 +51,3 @@ def held_out_fidelity(
         encoder.encode(held_out.examples),
         query_on_target=settings.query == "target" and (proxy is None or bool(low_rank_layers(proxy))),
     )
-
-
-def watching_flops(target: PreTrainedModel, proxies: Sequence[PreTrainedModel], watched: HeldOutFidelity) -> float:
-    """Return the FLOPs of measuring fidelity: validation gradients, curvature, and scores on target and proxies."""
-    tokens, supervised = tokens_of(watched.rows)
-    estimator, read = watched.job.estimator, watched.job.read
-    spent = estimator.query_flops(target, read)
-    if not watched.query_on_target:
-        spent += sum(estimator.query_flops(proxy, read) for proxy in proxies)
-    for model, contraction in [(target, "target"), *((proxy, "proxy") for proxy in proxies)]:
-        spent += estimator.candidate_flops(model, tokens, supervised, watched.contraction_flops[contraction])
-    return spent

@@ -100,7 +100,7 @@ def score(
         "checkpoints": len(models),
         "tasks": list(encoded),
         "labels": encoder.describe,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": flops.parameters(model),
         "flops_per_token": flops.forward_flops(model),
     }
 

@@ -1,0 +1,222 @@
+"""What a recipe would cost, before anything runs: tokens, FLOPs, memory and time of each stage.
+
+FLOPs are counted by the functions that the stages count theirs by, of models without weights. Only what is known once a
+stage has run is estimated: the ranks of validation gradients, the sparsity that a fidelity takes, how rows overlap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch.nn import Module
+from transformers import PreTrainedModel
+
+from iprox.audits.held_out import Watching, watched_by
+from iprox.audits.removal import removed_count, trainings_without
+from iprox.files import check_output
+from iprox.influence.attribution import why_not_attributed
+from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.registry import estimator_of
+from iprox.influence.scorer import NORM_SKETCH, norms_flops
+from iprox.models import flops
+from iprox.proxy import align
+from iprox.proxy.search import most_tries
+from iprox.run import steps
+from iprox.run.whole import check_recipe, judging
+from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
+from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, LoraSection, Recipe
+from iprox.stages.alignment import keeps_signals, objective_of
+from iprox.stages.compression import proxy_skeleton
+
+# Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
+# 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
+EFFICIENCY = 0.25
+# About how many rows are tokenized to know the mean length.
+SAMPLE = 512
+# What low-rank validation gradients that keep 0.9 of the norm cost next to whole ones, and an influence function's that
+# keep 0.98: estimates, as their ranks are known only once they are made.
+LOW_RANK_QUERY, CURVED_QUERY = 0.02, 0.3
+
+
+def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]:
+    """Plan a recipe.
+
+    The pool is read once (counted and checked); a sample of it is tokenized to know the mean length.
+
+    Args:
+        recipe: resolved.
+        session: for the tokenizer and dtype.
+        rate: FLOP/s of the machine's matrix products.
+
+    Returns:
+        `rows`, `tokens_per_row`, `supervised_per_row`, `gemm_rate`, `parameters` of target and proxy, `stages`: by
+        name `tokens`, `flops`, `seconds`, `memory_bytes`; and `total_seconds`, `relative_score_cost`: making and
+        scoring the proxy over scoring the target.
+
+    Raises:
+        InputError: bad input, or something that the run would refuse before its first stage.
+    """
+    check_output(recipe.output)
+    target = check_recipe(recipe, session)
+    pool, validation = pool_of(recipe.data.pool, recipe), tasks_of(recipe.data.validation, recipe)
+    tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
+    refuse_shared_files(pool, judging(validation, tests))
+    total = session.read(pool).rows
+    encoder = session.encoder(recipe.model)
+    validated = encode_validation(encoder, validation)
+    sample = encoder.encode(pool.take(range(0, total, max(1, total // SAMPLE))))
+    tokens, supervised = (count / len(sample) for count in tokens_of(sample))
+    graded = tokens
+    if recipe.proxy and recipe.proxy.gradients == "answers":
+        graded -= sum(row.prompt for row in sample) / len(sample)
+    curved = min(recipe.influence.curvature_examples, total) if recipe.influence.traits.curvature else 0
+    read = replace(
+        QueryTokens.of(validated),
+        curvature_tokens=round(curved * tokens),
+        curvature_supervised=round(curved * supervised),
+    )
+    proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
+    costs = Costs(recipe, target, proxy or target, total, tokens, supervised, graded, read, session.dtype.itemsize)
+    stages = {
+        name: {"tokens": rows * tokens, "flops": spent, "seconds": spent / (rate * EFFICIENCY), "memory_bytes": memory}
+        for name, rows, spent, memory in costs.stages()
+    }
+    spent = sum(stages[name]["flops"] for name in ("compress", "align", "score") if name in stages)
+    on_target = costs.scoring(target, total, recipe.influence.of_tasks, as_on=costs.scored)
+    return {
+        "rows": total,
+        "tokens_per_row": tokens,
+        "supervised_per_row": supervised,
+        "gemm_rate": rate,
+        "parameters": {"target": flops.parameters(target), "proxy": flops.parameters(costs.scored)},
+        "stages": stages,
+        "total_seconds": sum(stage["seconds"] for stage in stages.values()),
+        "relative_score_cost": spent / on_target if on_target else 1.0,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What the stages of a recipe cost.
+
+    Attributes:
+        recipe: what is planned.
+        target: the target, without weights.
+        scored: its proxy, without weights; or the target, where there is none.
+        total: rows of the pool.
+        tokens: mean tokens of a row.
+        supervised: supervised tokens among them.
+        graded: tokens that gradients pass through on the proxy.
+        read: what is read of the validation sets, and of the pool for curvature, at each checkpoint.
+        width: bytes of a number of the dtype that products are in.
+    """
+
+    recipe: Recipe
+    target: PreTrainedModel
+    scored: PreTrainedModel
+    total: int
+    tokens: float
+    supervised: float
+    graded: float
+    read: QueryTokens
+    width: int
+
+    def stages(self) -> Iterator[tuple[str, float, float, float]]:
+        """Yield of each stage, in order, its name, the rows it reads, its FLOPs, and the most bytes that it holds."""
+        recipe, target, scored, total = self.recipe, self.target, self.scored, self.total
+        proxy, audited, how = recipe.proxy, recipe.proxy and recipe.audit, recipe.influence.of_tasks
+        warmed, tuned, times = recipe.warmup, recipe.finetune, self.checkpoints
+        weights, activations = self.width * flops.parameters(target), self.activations
+        if warmed:
+            yield "warmup", *self.training(warmed.epochs * warmed.examples(total), warmed.lora)
+        if proxy:
+            rows = times * share(total, proxy.probe.fraction) if proxy.factorized else 0
+            spent = flops.compression_flops(target, *self.tokens_in(rows)) if proxy.factorized else 0.0
+            spent += self.watching(proxy.held_out, most_tries()) if proxy.fidelity is not None else 0.0
+            yield "compress", rows, spent, weights + 16 * flops.linear_parameters(target) + activations
+        if proxy and proxy.factorized and (settings := proxy.align):
+            examples = share(total, settings.fraction)
+            rows, batches = times * settings.epochs * examples, math.ceil(examples / settings.batch_size)
+            objective = objective_of(settings)
+            kept = keeps_signals(scored, objective, batches, self.tokens_in(examples)[1], batches * settings.epochs)
+            asked, gradients = 1 / settings.epochs if kept else 1.0, objective.gradient_weight > 0
+            spent = flops.alignment_flops(target, scored, *self.tokens_in(rows), gradients=gradients, asked=asked)
+            spent += self.watching(settings.held_out, 1 + align.EVALUATIONS) if settings.held_out else 0.0
+            yield "align", rows, spent, 2 * weights + 20 * flops.linear_parameters(scored) + 4 * activations
+        if audited:
+            rows = min(audited.sample, total)
+            spent = self.scoring(scored, rows, how) + self.scoring(target, rows, how.exact)
+            yield "audit", 2 * rows * times, spent, 2 * weights + activations
+            if audited.lds:
+                yield "lds", *self.training(audited.lds * audited.epochs * SUBSET_FRACTION * rows)
+            if audited.removal:
+                left = trainings_without(self.read.tasks) * (rows - removed_count(rows, REMOVED_FRACTION))
+                yield "removal", *self.training(audited.removal * audited.epochs * (rows + left))
+        gradients = self.read.tasks * flops.linear_parameters(scored)
+        held = self.width * (flops.parameters(scored) + gradients) + activations
+        yield "score", total * times, self.scoring(scored, total, how), held
+        if recipe.refine:
+            rows = recipe.refine.candidates * total
+            yield "refine", rows * times, self.scoring(target, rows, how.exact), held
+        if why_not_attributed(recipe.influence, target) is None:
+            rows = min(steps.ATTRIBUTED, total)
+            yield "attribute", rows * times, self.scoring(scored, rows, how), held
+        if tuned:
+            rows = recipe.select.rows_of(total) or round((recipe.select.tokens or 0) / self.tokens)
+            yield "finetune", *self.training(tuned.epochs * rows, tuned.lora)
+
+    def scoring(self, model: Module, rows: float, how: InfluenceSection, as_on: Module | None = None) -> float:
+        """Return the FLOPs of scoring rows at all checkpoints, the contraction as on another model if that is given."""
+        proxy, estimator, (tokens, supervised) = self.recipe.proxy, estimator_of(how), self.tokens_in(rows)
+        graded = round(rows * (self.tokens if model is self.target else self.graded))
+        contraction = graded * self.contraction(as_on or model, how)
+        spent = estimator.candidate_flops(model, tokens, supervised, contraction, graded)
+        proxied = proxy and proxy.comparable and how.query == "target" and how.traits.gradients
+        return self.checkpoints * (spent + estimator.query_flops(self.target if proxied else model, self.read))
+
+    def watching(self, held_out: int, proxies: int) -> float:
+        """Return the FLOPs of scoring held-out rows on the target and some proxies at each checkpoint."""
+        how, (tokens, supervised) = watched_by(self.recipe.influence), self.tokens_in(min(held_out, self.total))
+        sides = {"target": (self.target, how.exact), "proxy": (self.scored, how)}
+        contraction = {side: tokens * self.contraction(*each) for side, each in sides.items()}
+        watching = Watching(estimator_of(how), self.read, tokens, supervised, contraction, how.query == "target")
+        return self.checkpoints * watching.flops(self.target, [self.scored] * proxies)
+
+    def contraction(self, model: Module, how: InfluenceSection) -> float:
+        """Return the FLOPs of contracting a token with validation gradients, and of norms in rows of mean length."""
+        if not how.traits.gradients:
+            return 0.0
+        one, on_proxy = flops.contraction_flops(model), model is not self.target
+        if how.traits.optimizer:  # a gradient per candidate is formed whole, whatever the number of tasks
+            return one
+        cut = CURVED_QUERY if how.traits.curvature else LOW_RANK_QUERY
+        spent = self.read.tasks * one * (1 if how.kept_norm(on_proxy=on_proxy) == 1 else cut)
+        if how.normalize == "cosine":
+            spent += norms_flops(model, [self.tokens], NORM_SKETCH if on_proxy else 0) / self.tokens
+        return spent
+
+    def training(self, rows: float, lora: LoraSection | Literal[False] = False) -> tuple[float, float, float]:
+        """Return rows, FLOPs and bytes: weights, gradients and Adam's two in float32, of adapters if there are any."""
+        rank, weights, trained = None, 0, flops.parameters(self.target)
+        if lora:
+            rank, weights, trained = lora.rank, trained, flops.lora_parameters(self.target, lora.rank)
+        spent = flops.training_flops(self.target, *self.tokens_in(rows), rank)
+        return rows, spent, self.width * weights + 16 * trained + 2 * self.activations
+
+    def tokens_in(self, rows: float) -> tuple[int, int]:
+        """Return the tokens of that many rows, and the supervised ones among them."""
+        return round(rows * self.tokens), round(rows * self.supervised)
+
+    @property
+    def checkpoints(self) -> int:
+        """At how many the pool is scored."""
+        return self.recipe.warmup.epochs if self.recipe.warmup and self.recipe.influence.checkpoints == "all" else 1
+
+    @property
+    def activations(self) -> int:
+        """Bytes that a batch keeps for its backward pass: about 16 numbers of the hidden size per layer and token."""
+        config = self.target.config.get_text_config()
+        return 16 * self.width * self.recipe.batch_tokens * config.hidden_size * config.num_hidden_layers
