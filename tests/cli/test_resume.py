@@ -262,8 +262,9 @@ def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(pla
 @pytest.mark.parametrize("command", ["score", "index"])
 def test_a_template_file_changed_between_two_starts_is_another_template(place, tmp_path, monkeypatch, command):
     """What an interrupted start has left was read by the other one: all of it is made again."""
-    monkeypatch.setattr(scoring, "WINDOW", 100)
-    monkeypatch.setattr(indexing, "WINDOW", 100)
+    monkeypatch.setattr(scoring, "WINDOW", 25)
+    monkeypatch.setattr(indexing, "WINDOW", 25)
+    place.pool.write_bytes(b"".join(place.pool.read_bytes().splitlines(keepends=True)[:50]))
     model = yaml.safe_load(place.recipe.read_text())["model"]
     own = (Path(model) / "chat_template.jinja").read_text()
     template = tmp_path / "mine.jinja"
