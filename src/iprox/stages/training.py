@@ -11,7 +11,7 @@ import torch
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.files import empty_folder
-from iprox.finetune import evaluate, steps_an_epoch, train
+from iprox.finetune import evaluate, steps_per_epoch, train
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
@@ -96,7 +96,7 @@ def _sft(
     trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
-    steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
+    steps = settings.epochs * steps_per_epoch(kept, settings.batch_size, settings.accumulate)
     rate = settings.peak(hidden_size(target.config))
     name = "warm-up" if every_epoch else "finetune"
     with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
