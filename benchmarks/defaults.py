@@ -146,7 +146,6 @@ def main() -> None:
     bench = Bench(arguments.preset, preset, arguments.work / arguments.preset, Cells(output))
     bench.adam = preset.warmup > 0 and any("LESS" in name or "Adam" in name for name in chosen)
     for seed in arguments.seeds or range(preset.seeds):
-        bench.scored(seed)
         if arguments.selected:
             print_selected(bench, seed)
             continue
@@ -212,6 +211,9 @@ class Bench:
         self.source = np.array([example.source for example in self.pool])
         self.adam = False  # whether scores by Adam's steps are wanted, which take as long as all others together
         self._scores: dict[int, dict[str, np.ndarray]] = {}
+        # What was selected where scoring takes hours: rows of the pool by `ROW/TASK/SEED`.
+        chosen = RESULTS / f"defaults-{name}-selections.json"
+        self.chosen: dict[str, list[int]] = json.loads(chosen.read_text()) if chosen.is_file() else {}
 
     def warmed(self, seed: int) -> str:
         """The checkpoint that scores are taken at."""
@@ -317,6 +319,8 @@ class Bench:
     def selection(self, row: str, task: str, seed: int) -> list[int]:
         """The rows of the pool that a row of the table selects."""
         count = round(0.05 * len(self.pool))
+        if (chosen := self.chosen.get(f"{row}/{task}/{seed}")) is not None:
+            return chosen
         if row == "random":
             return draw_rows("random", seed, len(self.pool), count)
         if row == "own source":

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from iprox import finetune
 from iprox.data import Encoded, iter_batches
 from iprox.errors import InputError
-from iprox.finetune import evaluate, steps_an_epoch, train
+from iprox.finetune import evaluate, steps_per_epoch, train
 from iprox.models.adapters import with_lora
 from iprox.models.loading import load_model
 from iprox.models.loss import causal_lm_losses
@@ -173,7 +173,7 @@ def test_the_steps_are_as_many_as_foretold(tiny, tokenizer, encoded, tmp_path, b
         batch_size=batch_size,
         accumulate=accumulate,
     )
-    assert len(result.history) == 2 * steps_an_epoch(24, batch_size, accumulate)
+    assert len(result.history) == 2 * steps_per_epoch(24, batch_size, accumulate)
 
 
 @pytest.mark.parametrize("adapters_only", [False, True])

@@ -1,4 +1,4 @@
-"""What every command shares."""
+"""The session that every command shares."""
 
 import warnings
 from pathlib import Path

@@ -118,7 +118,7 @@ def train(
         }
     )
     output.mkdir(parents=True, exist_ok=True)
-    steps = epochs * steps_an_epoch(len(rows), batch_size, accumulate)
+    steps = epochs * steps_per_epoch(len(rows), batch_size, accumulate)
     # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns of the old name.
     names = {entry.name for entry in fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -180,7 +180,7 @@ def train(
     return result
 
 
-def steps_an_epoch(rows: int, batch_size: int, accumulate: int) -> int:
+def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
     """Return the number of optimizer steps per epoch; the last batch and the last step may be smaller."""
     return math.ceil(math.ceil(rows / batch_size) / accumulate)
 

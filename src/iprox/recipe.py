@@ -17,7 +17,7 @@ from iprox.files import absolute, check_path, expanded
 from iprox.settings import Recipe, Settings
 
 # Largest number of problems in one message.
-MOST_TOLD = 20
+MOST_PROBLEMS = 20
 
 # Largest number of nested levels, and of values after expanding aliases: a few hundred bytes of nested aliases can
 # expand to gigabytes. A recipe has five levels, and about as many values as files.
@@ -90,7 +90,7 @@ def validated(
     except ValidationError as error:
         # For `Section | False` pydantic reports both branches; the one about False says nothing.
         problems = [problem for problem in error.errors() if not _is_false_branch(problem)]
-        clauses = [_explain(problem, section, options) for problem in problems[:MOST_TOLD]]
+        clauses = [_explain(problem, section, options) for problem in problems[:MOST_PROBLEMS]]
         left = len(problems) - len(clauses)
         said = "; ".join(clauses) + (f"; and {left:,} more" if left else "")
         raise InputError(f"{name}: {said}" if name else said) from error

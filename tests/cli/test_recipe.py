@@ -71,9 +71,9 @@ def with_tasks(tasks):
         (with_section(influence={"over_examples": "max"}), "unknown key 'influence.over_examples'"),
         (with_section(influence={"norm_sketch": 16}), "unknown key 'influence.norm_sketch'"),
         (with_section(influence={"estimator": "rds", "normalize": "cosine"}), "normalize applies to gradients"),
-        (with_section(influence={"estimator": "rds", "checkpoints": "all"}), "checkpoints: all sums gradients"),
+        (with_section(influence={"estimator": "rds", "checkpoints": "all"}), "checkpoints: all is for gradients"),
         (with_section(influence={"estimator": "bm25"}), "runs no model; set proxy: false"),
-        (with_section(refine={}, proxy=False), "and proxy is off"),
+        (with_section(refine={}, proxy=False), "but proxy is off"),
         (with_section(refine={"candidates": 1}), "refine.candidates: "),
         (with_section(refine={"recall": 0.9}), "unknown key 'refine.recall'"),
         (with_section(influence={"damping": 0}), "influence.damping: "),
@@ -89,7 +89,7 @@ def with_tasks(tasks):
         (with_section(ray_workers=2, device="cuda:1"), "choose GPUs with CUDA_VISIBLE_DEVICES"),
         (
             with_section(ray_workers=2, data={**SMALLEST["data"], "num_proc": 2}),
-            "and ray_workers score in others",
+            "and ray_workers for others",
         ),
         ({"data": SMALLEST["data"], "output": "o"}, "the key 'model' is missing"),
         (

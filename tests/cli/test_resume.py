@@ -357,7 +357,7 @@ def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
 
 
 def warnings_of_drawing(place):
-    said = ("are also used by", "are left of the pool")
+    said = ("are also used by", "are left in the pool")
     stages = {name: [text for text in entry["warnings"] if any(each in text for each in said)]
               for name, entry in place.record()["stages"].items()}  # fmt: skip
     return {name: warnings for name, warnings in stages.items() if warnings}
@@ -426,7 +426,7 @@ def test_an_off_the_shelf_proxy_with_another_tokenizer_is_refused(place, model, 
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     proxy = f"proxy={{method: off-the-shelf, model: {other}}}"
     assert place.run("--set", "warmup=false", "audit=false", proxy) == 2
-    assert "its tokenizer is not the target's" in capfd.readouterr().err
+    assert "its tokenizer differs from the target's" in capfd.readouterr().err
 
 
 def test_a_report_of_scores_that_another_recipe_made_is_refused(copied, refused):

@@ -74,7 +74,7 @@ def test_an_edited_template_is_another_result(place, tmp_path, capfd):
     assert main(["compress", *files, *options]) == 0
     template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
     assert main(["compress", *files, *options]) == 2
-    assert "with another result" in capfd.readouterr().err
+    assert "has another result" in capfd.readouterr().err
 
 
 def test_a_section_that_the_command_is_about_cannot_be_off(place, refused):

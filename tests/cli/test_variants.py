@@ -558,7 +558,7 @@ def test_refine_takes_tasks_by_name_and_refuses_others(finished, tmp_path, capfd
         a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (one, other))
         np.testing.assert_allclose(a, b, rtol=1e-3)
     assert main([*common, "--validation", tasks[0], "--output", str(tmp_path / "third")]) == 2
-    assert "give the validation sets of these tasks" in capfd.readouterr().err
+    assert "give the validation sets of exactly these tasks" in capfd.readouterr().err
 
 
 def test_a_changed_setting_starts_an_interrupted_alignment_anew(copied, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from iprox.settings import DIMENSION, NAMED_SHARE, STAGES
 
-# Sections that every command reads that computes.
+# Sections and settings that every computing command reads.
 COMPUTING = ("data", "seed", "dtype", "device", "batch_tokens", "trust_remote_code")
 
 

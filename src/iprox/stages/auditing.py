@@ -23,7 +23,7 @@ from iprox.records import StageRecord, write_json
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.retraining import measure_lds, measure_removal
-from iprox.stages.scoring import job_of, say_what_fitted
+from iprox.stages.scoring import job_of, warn_about_smaller_batches
 
 # Measurements by retraining, in order. NAME is switched on by `audit.NAME`, is its own stage, and writes `NAME.json`.
 MEASUREMENTS = {"lds": measure_lds, "removal": measure_removal}
@@ -66,7 +66,7 @@ def audit(
             ):
                 one = replace(job, checkpoints=[checkpoint], settings=how)
                 table, (stats,) = one.score(examples, progress=progress)
-                say_what_fitted(session, stats)
+                warn_about_smaller_batches(session, stats)
                 tables[kind].append(table)
                 tokens += stats.tokens
                 total += job.estimator.candidate_flops(

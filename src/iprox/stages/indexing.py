@@ -27,7 +27,7 @@ from iprox.models.loading import skeleton
 from iprox.records import StageRecord
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
-from iprox.stages.scoring import COMPILE_ROWS, engine_of, say_what_counts_for_nothing, say_what_was_read
+from iprox.stages.scoring import COMPILE_ROWS, engine_of, warn_about_empty_validation, warn_about_rows
 
 
 def build_index(
@@ -78,7 +78,7 @@ def build_index(
         stats = write_index(
             make, pool, output, description, window=WINDOW, progress=progress, engine=engine_of(session)
         )
-    say_what_was_read(session, stats, encoder)
+    warn_about_rows(session, stats, encoder)
     counted = skeleton(path, trust_remote_code=session.trust_remote_code)
     return {
         "flops": flops.scoring_flops(counted, stats.tokens, stats.supervised, stats.contraction_flops),
@@ -161,7 +161,7 @@ def query_indexes(
             raise InputError(f"{other.folder}: is of another pool than {first.folder}")
     encoder = session.encoder(checkpoints[0].read_by[0])
     encoded = encode_validation(encoder, validation)
-    say_what_counts_for_nothing(session, encoded)
+    warn_about_empty_validation(session, encoded)
     # Low-rank validation gradients would save nothing here: they are projected once.
     whole = settings.model_copy(update={"query_norm": 1.0})
     job = _job(session, whole, checkpoints, encoded, encoder)

@@ -51,7 +51,7 @@ def score(
     summary = pool.scan()
     encoder = session.encoder(*models[0].read_by)
     encoded = encode_validation(encoder, validation)
-    say_what_counts_for_nothing(session, encoded)
+    warn_about_empty_validation(session, encoded)
     job = job_of(session, settings, models, encoded, encoder, part_of or pool, rows=summary.rows)
     model, source = (
         skeleton(path, trust_remote_code=session.trust_remote_code)
@@ -84,7 +84,7 @@ def score(
             engine=engine or engine_of(session),
             ranks=part_of is None,  # rows chosen from a pool may have equal scores
         )
-    say_what_was_read(session, stats, encoder)
+    warn_about_rows(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     queries = len(models) * job.estimator.query_flops(source, job.read)
     graded = stats.graded * len(models)
@@ -142,7 +142,7 @@ def job_of(
         )
 
 
-def say_what_counts_for_nothing(session: Session, validation: Mapping[str, Sequence[Encoded]]) -> None:
+def warn_about_empty_validation(session: Session, validation: Mapping[str, Sequence[Encoded]]) -> None:
     """Warn about validation examples without a supervised token."""
     for task, rows in validation.items():
         empty = sum(row.supervised == 0 for row in rows)
@@ -154,7 +154,7 @@ def say_what_counts_for_nothing(session: Session, validation: Mapping[str, Seque
             )
 
 
-def say_what_fitted(session: Session, stats: ScoringStats) -> None:
+def warn_about_smaller_batches(session: Session, stats: ScoringStats) -> None:
     """Warn if batches were made smaller to fit into memory."""
     if stats.batch_tokens < session.batch_tokens:
         session.reporter.warn(
@@ -163,9 +163,9 @@ def say_what_fitted(session: Session, stats: ScoringStats) -> None:
         )
 
 
-def say_what_was_read(session: Session, stats: ScoringStats, encoder: ChatEncoder) -> None:
+def warn_about_rows(session: Session, stats: ScoringStats, encoder: ChatEncoder) -> None:
     """Warn about what did not go as asked, and about examples that were cut."""
-    say_what_fitted(session, stats)
+    warn_about_smaller_batches(session, stats)
     if stats.uncompiled:
         session.reporter.warn(f"the model could not be compiled, so it runs more slowly: {stats.uncompiled}")
     if stats.unscored:

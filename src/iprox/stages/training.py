@@ -85,7 +85,7 @@ def _sft(
     optimizer_state: bool = False,
 ) -> StageRecord:
     """Train a model, and write the list of checkpoints and the history."""
-    from iprox.finetune import steps_an_epoch, train  # imports TRL: seconds
+    from iprox.finetune import steps_per_epoch, train  # imports TRL: seconds
 
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
@@ -99,7 +99,7 @@ def _sft(
     trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
-    steps = settings.epochs * steps_an_epoch(kept, settings.batch_size, settings.accumulate)
+    steps = settings.epochs * steps_per_epoch(kept, settings.batch_size, settings.accumulate)
     rate = settings.peak(hidden_size(target.config))
     name = "warm-up" if every_epoch else "finetune"
     with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
