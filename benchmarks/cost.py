@@ -9,30 +9,34 @@ target, and the recall of the target's own top 5 % if the best rows are then sco
     python benchmarks/cost.py                                                        # target-17m
     python benchmarks/cost.py --model ../models/smollm2-135m-instruct --examples 400  # benchmarks/models.py makes it
 
-Finished cells are kept. Recall is of each task's own scores, averaged over tasks.
+Seconds are of all threads of this process (CPU time), which other work on the machine disturbs least; set
+OMP_NUM_THREADS=1 for the time that one core takes. Finished cells are kept. Recall is of each task's own scores, averaged over tasks.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from transformers import PreTrainedModel
 
 import iprox
-from common import RESULTS, Results, agreement, as_rows, examples_of, parser, settings_of, timed
+from common import RESULTS, Results, agreement, as_rows, examples_of, parser, settings_of
 from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.influence.job import Checkpoint, Job
-from iprox.models.checkpoint import candidate_losses
 from iprox.scores import score_matrix
 from iprox.session import Session
 from iprox.settings import InfluenceSection
 
-# name -> settings of `iprox.compress`, and the fraction of the pool that its proxy is aligned on
+T = TypeVar("T")
+
+# name -> settings of `iprox.compress`
 WAYS: dict[str, dict[str, Any]] = {
     "depth 0.67": {"method": "target", "depth": 0.67},
     "depth 0.5": {"method": "target", "depth": 0.5},
@@ -106,7 +110,6 @@ class Bench:
                 self.target, self.probe, tokenizer=self.encoder.tokenizer, max_length=512, progress=False, **WAYS[way]
             )
         )
-        assert candidate_losses(proxy) is not None
         found = self.scored(proxy, self.target)
         recall = {f"{share:g}": self.recall(found.scores, share) for share in AGAIN}
         return {
@@ -131,6 +134,13 @@ class Bench:
         """Return the seconds for a pool of some size as a fraction of the target's."""
         truth, scale = self.of_target(), size / len(self.sample)
         return (making + found.fixed + scale * found.rows) / (truth.fixed + scale * truth.rows)
+
+
+def timed(action: Callable[[], T]) -> tuple[float, T]:
+    """Return the CPU seconds that a call takes, and its result."""
+    started = time.process_time()
+    result = action()
+    return time.process_time() - started, result
 
 
 def main() -> None:
