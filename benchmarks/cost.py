@@ -10,7 +10,8 @@ target, and the recall of the target's own top 5 % if the best rows are then sco
     python benchmarks/cost.py --model ../models/smollm2-135m-instruct --examples 400  # benchmarks/models.py makes it
 
 Seconds are of all threads of this process (CPU time), which other work on the machine disturbs least; set
-OMP_NUM_THREADS=1 for the time that one core takes. Finished cells are kept. Recall is of each task's own scores, averaged over tasks.
+OMP_NUM_THREADS=1 for the time that one core takes. Finished cells are kept. Recall is of each task's own scores,
+averaged over tasks.
 """
 
 from __future__ import annotations

@@ -207,19 +207,22 @@ ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "ran
 class ProxySection(Section):
     """How the proxy is made, and its size."""
 
-    method: ProxyMethod = setting(
-        "ipsvd",
-        "how layers become low-rank; target leaves them as they are and saves by depth and gradients; the others are "
-        "baselines",
+    method: ProxyMethod | None = setting(
+        None,
+        "target keeps all weights and saves by depth and gradients; ipsvd makes layers low-rank; others are baselines",
+        "ipsvd with a size or a setting of its factors, else target",
     )
-    depth: float = setting(
-        1.0,
+    depth: float | None = setting(
+        None,
         "fraction of the decoder layers, from the top, whose gradients are compared; the backward pass stops there",
+        "0.67 with target, else 1",
         gt=0,
         le=1,
     )
-    gradients: Literal["all", "answers"] = setting(
-        "all", "tokens that gradients pass through; answers runs the prompt without a backward pass"
+    gradients: Literal["all", "answers"] | None = setting(
+        None,
+        "tokens that gradients pass through; answers runs the prompt without a backward pass",
+        "answers with target, else all",
     )
     sparsity: float | None = setting(
         None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
@@ -246,6 +249,15 @@ class ProxySection(Section):
     @model_validator(mode="after")
     def _one_size(self) -> ProxySection:
         given = [name for name in SIZES if getattr(self, name) is not None]
+        if self.method is None:
+            factors = (
+                given
+                or self.model_fields_set & {"ranks", "ridge", "probe"}
+                or ("align" in self.model_fields_set and self.align)
+            )
+            self._default(method="ipsvd" if factors else "target")
+        cheap = self.method == "target"
+        self._default(depth=0.67 if cheap else 1.0, gradients="answers" if cheap else "all")
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
                 raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
@@ -267,14 +279,26 @@ class ProxySection(Section):
         if len(given) > 1:
             raise ValueError(f"give exactly one of {', '.join(SIZES)}, not {' and '.join(given)}")
         if not given:
-            # Bypasses validate_assignment, which would run this validator again.
-            object.__setattr__(self, "sparsity", 0.7)
+            self._default(sparsity=0.7)
         return self
+
+    def _default(self, **values: object) -> None:
+        """Set what was left out. Bypasses validate_assignment, which would run the validator again."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @property
     def factorized(self) -> bool:
         """Whether the proxy has low-rank factors, which alignment tunes."""
         return self.method not in ("layers", "off-the-shelf", "target")
+
+    @property
+    def limits(self) -> tuple[float, str]:
+        """The depth, and the tokens that gradients pass through."""
+        assert self.depth is not None
+        assert self.gradients is not None
+        return self.depth, self.gradients
 
     @property
     def comparable(self) -> bool:

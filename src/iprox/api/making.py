@@ -91,6 +91,7 @@ def compress(
             proxy, _ = extract_layers(model, Size(how.sparsity, how.flops))
         else:
             moments = MomentSettings(how.probe.labels, how.probe.tokens, seed=seed)
+            assert how.method is not None
             factors = FactorSettings(how.method, how.ranks, how.ridge, moments, seed=seed)
             reader = Reader(model, tokenizer, max_length, batch_tokens)
             batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
@@ -98,8 +99,8 @@ def compress(
                 proxy, _ = derive_proxy(
                     model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
                 )
-        if (how.depth, how.gradients) != (1.0, "all"):
-            limit_gradients(proxy, how.depth, how.gradients)
+        if how.limits != (1.0, "all"):
+            limit_gradients(proxy, *how.limits)
     return proxy
 
 

@@ -59,7 +59,7 @@ def compress(
     searched: StageRecord = {"flops": 0.0}
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
-        limit_gradients(proxy, settings.depth, settings.gradients)
+        limit_gradients(proxy, *settings.limits)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
@@ -108,19 +108,18 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
     """
     if settings.method == "off-the-shelf":
         return skeleton(str(settings.model), trust_remote_code=trust_remote_code)
-    if settings.method == "target":
-        proxy = keep_weights(model)[0]
-        limit_gradients(proxy, settings.depth, settings.gradients)
-        return proxy
-    size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
-    prices = Prices.of(model, size)
-    if settings.method == "layers":
-        return baselines.first_layers(model, size.budget(model, prices.dense))[0]
-    layers = flops.compressible_layers(model)
-    curves = {name: ErrorCurve(weight_shape(layers[name]), np.empty(0), each) for name, each in prices.by_layer.items()}
+    depth, gradients = settings.limits
     proxy = copy.deepcopy(model)
-    make_low_rank(proxy, uniform_ranks(curves, prices.budget(model, size)))  # pyright: ignore[reportArgumentType]
-    mark_as_proxy(proxy, IproxConfig(depth=settings.depth, gradients=settings.gradients))
+    if settings.method != "target":
+        size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
+        prices = Prices.of(model, size)
+        budget = prices.budget(model, size)
+        if settings.method == "layers":
+            return baselines.first_layers(model, budget)[0]
+        shapes = {name: weight_shape(layer) for name, layer in flops.compressible_layers(model).items()}
+        curves = {name: ErrorCurve(shapes[name], np.empty(0), price) for name, price in prices.by_layer.items()}
+        make_low_rank(proxy, uniform_ranks(curves, budget))  # pyright: ignore[reportArgumentType]
+    mark_as_proxy(proxy, IproxConfig(depth=depth, gradients=gradients))
     return proxy
 
 
@@ -146,7 +145,7 @@ def _search(
 
         def limited(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
             proxy, report = make(size)
-            limit_gradients(proxy, settings.depth, settings.gradients)
+            limit_gradients(proxy, *settings.limits)
             return proxy, report
 
         proxy, report, tries = smallest_faithful(limited, settings.fidelity, watched.with_bound, tried)
