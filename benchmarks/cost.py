@@ -17,6 +17,7 @@ averaged over tasks.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 import iprox
-from common import RESULTS, Results, agreement, as_rows, examples_of, parser, settings_of
+from common import RESULTS, Results, agreement, as_rows, examples_of, parser, read_results, settings_of
 from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.influence.job import Checkpoint, Job
@@ -155,9 +156,13 @@ def main() -> None:
     options.add_argument("--validation-rows", type=int, default=32, help="of each task")
     options.add_argument("--estimator", default="tracin", help="tracin, or ekfac (%(default)s)")
     options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    options.add_argument("--page", action="store_true", help="compute nothing; write docs/results/cost.md")
     arguments = options.parse_args()
+    if arguments.page:
+        write_page()
+        return
     output = arguments.output or RESULTS / f"cost-{Path(arguments.model).name}-{arguments.estimator}.jsonl"
-    results = Results(output, settings_of(arguments, "ways"), fresh=arguments.fresh)
+    results = Results(output, settings_of(arguments, "ways", "page"), fresh=arguments.fresh)
     bench: Bench | None = None
     for way in arguments.ways:
         if f"{way}/{arguments.seed}" not in results.cells:
@@ -167,6 +172,28 @@ def main() -> None:
     print(f"{'':<22} Spearman  recall@ 5%   10%   20%   cost of {POOLS[0]:,}, {POOLS[1]:,}, {POOLS[2]:,} rows")
     for way in arguments.ways:
         print(line(way, results.cells[f"{way}/{arguments.seed}"]))
+
+
+def write_page() -> None:
+    """Replace what stands between `<!-- cost -->` and `<!-- /cost -->` by a table for each results file."""
+    parts = []
+    for path in sorted(RESULTS.glob("cost-*.jsonl")):
+        known = read_results(path)
+        how = known["settings"]
+        heads = ["scored on", "Spearman", *(f"recall at {share:.0%}" for share in AGAIN)]
+        rows = [[*heads, *(f"cost, {size:,} rows" for size in POOLS)], ["---"] * (len(heads) + len(POOLS))]
+        for name, cell in known["cells"].items():
+            numbers = [cell["spearman"], *cell["recall"].values(), *cell["cost"].values()]
+            rows.append([name.rpartition("/")[0], *(f"{number:.2f}" for number in numbers)])
+        title = f"## {Path(how['model']).name}, {how['estimator']}"
+        said = f"{how['examples']} rows, {how['validation_rows']} validation rows of {', '.join(how['tasks'])}."
+        parts.append("\n\n".join([title, said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]))
+    page = RESULTS.parents[1] / "docs/results/cost.md"
+    block = re.compile(r"(<!-- cost -->\n).*?(<!-- /cost -->)", re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(
+        block.sub(lambda found: f"{found[1]}" + "\n\n".join(parts) + f"\n{found[2]}", text), encoding="utf-8"
+    )
 
 
 def line(way: str, cell: dict[str, Any]) -> str:

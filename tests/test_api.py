@@ -159,7 +159,7 @@ def test_misspelt_choices_of_a_compression_are_refused(model, given):
     value = value["labels"] if isinstance(value, dict) else value
     with pytest.raises(iprox.InputError, match=f"compress: {name}.*{value}"):
         iprox.compress(model, rows("pool.jsonl", 2), sparsity=0.5, **given)
-    with pytest.raises(iprox.InputError, match="no setting 'sparsty'; known here: method, sparsity"):
+    with pytest.raises(iprox.InputError, match="no setting 'sparsty'; known here: method, depth, gradients, sparsity"):
         iprox.compress(model, rows("pool.jsonl", 2), sparsty=0.5)
 
 

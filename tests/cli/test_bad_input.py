@@ -13,10 +13,11 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
-from iprox.cli import actions, main
+from iprox.cli import main
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.models import loading, weight_files
+from iprox.report import page
 from iprox.run import folder as run_folder
 
 OFF = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -143,9 +144,9 @@ def test_what_a_terminal_obeys_does_not_reach_it(monkeypatch, capsys, tmp_path, 
     )
     said = capsys.readouterr()
     assert r"\x1b[31mred\x9b.jsonl" in said.err
-    monkeypatch.setattr(actions, "build_report", lambda folder: folder / "\x1b[31m\x9b")
+    monkeypatch.setattr(page, "build_report", lambda folder: folder / "\x1b[31m\x9b")
     assert main(["report", "run", *(["--json"] if json_asked else [])]) == 0
-    monkeypatch.setattr(actions, "build_report", lambda _: {}["\x1b[31m" + "\x9b"])
+    monkeypatch.setattr(page, "build_report", lambda _: {}["\x1b[31m" + "\x9b"])
     assert main(["report", "run"]) == 1
     said = capsys.readouterr()
     assert not re.search("[\x1b\x9b]", said.out + said.err)

@@ -157,10 +157,9 @@ def test_scores_that_are_all_equal_stop_the_run(mixed, tmp_path, refused):
     given = [f"data.pool=[{pool}]", f"output={tmp_path / 'run'}", "influence={estimator: length}"]
     options = [part for each in given for part in ("--set", each)]
     said = refused("run", mixed.recipe, "--quiet", *options)
-    assert said == (
-        "iprox: the scores of all 20 rows are equal (5), so none ranks above another: by length the rows are all "
-        "alike; choose another influence.estimator"
-    )
+    assert "the scores of all 20 rows are equal (5)" in said
+    assert "length" in said
+    assert "influence.estimator" in said
     assert not (tmp_path / "run/scores.parquet").exists()
     assert "score" not in json.loads((tmp_path / "run/run.json").read_text())["stages"]
     # Started again it says so again, without scoring anything.

@@ -28,13 +28,52 @@ def with_section(**sections):
 
 def test_defaults_are_those_of_the_design():
     recipe = parse_recipe(SMALLEST)
-    assert recipe.proxy.sparsity == 0.7
-    assert recipe.proxy.align.kl_weight == 0.1
+    assert (recipe.proxy.method, recipe.proxy.sparsity) == ("target", None)
+    assert recipe.proxy.limits == (0.67, "answers")
+    assert recipe.proxy.align is False
+    assert parse_recipe(with_section(proxy={"sparsity": 0.5})).proxy.align.kl_weight == 0.1
     assert recipe.warmup.epochs == 2
     assert recipe.select.fraction == 0.05
     assert recipe.audit.sample == 500
     assert recipe.finetune is False
     assert recipe.data.pool == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({}, "target"),
+        ({"align": False}, "target"),
+        ({"depth": 0.5}, "target"),
+        ({"gradients": "answers", "depth": 1.0}, "target"),
+        ({"sparsity": 0.5}, "ipsvd"),
+        ({"fidelity": 0.9}, "ipsvd"),
+        ({"align": {"epochs": 2}}, "ipsvd"),
+        ({"probe": {"fraction": 0.01}}, "ipsvd"),
+        ({"method": "svd"}, "svd"),
+    ],
+)
+def test_the_method_follows_from_what_is_given(given, method):
+    proxy = parse_recipe(with_section(proxy=given)).proxy
+    assert proxy.method == method
+    depth, gradients = (0.67, "answers") if method == "target" else (1.0, "all")
+    assert proxy.limits == (given.get("depth", depth), given.get("gradients", gradients))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "target", "sparsity": 0.5},
+        {"method": "target", "depth": 1.0, "gradients": "all"},
+        {"method": "target", "align": {"epochs": 1}},
+        {"depth": 0.0},
+        {"depth": 1.5},
+        {"gradients": "prompts"},
+    ],
+)
+def test_gradients_that_cannot_be_left_out_so_are_refused(given):
+    with pytest.raises(InputError, match="proxy"):
+        parse_recipe(with_section(proxy=given))
 
 
 def with_tasks(tasks):

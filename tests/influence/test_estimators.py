@@ -80,6 +80,7 @@ def test_norms_of_experts_are_not_sketched(tiny):
         gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
         scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=2)
         shapes = {name: weight_shape(layer) for name, layer in layers.items()}
+    # The model is whole again; what the scorer was made for stays.
     exact = norm_flops([shapes[name] for name in experts], [4.5, 20])  # two experts of four see a token
     others = norm_flops([shape for name, shape in shapes.items() if name not in experts], [9, 40], 2)
     assert scorer.norm_flops([9, 40]) == exact + others

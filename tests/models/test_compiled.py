@@ -59,18 +59,10 @@ def test_scores_of_a_proxy_are_the_same(tiny, backend):
     check(tiny, proxy)
 
 
-def test_scores_of_upper_layers_are_the_same(tiny, backend):
+def test_scores_of_fewer_gradients_are_the_same(tiny, backend):
     backend("aot_eager")
-    proxy, _ = keep_weights(tiny.model("gpt-neox", num_hidden_layers=3))
-    limit_gradients(proxy, 0.67, "all")
-    check(tiny, proxy)
-
-
-def test_scores_of_answers_are_the_same(tiny, backend):
-    backend("aot_eager")
-    model = tiny.model("gpt-neox", num_hidden_layers=3)
-    proxy, _ = keep_weights(model)
-    limit_gradients(proxy, 0.67, "answers")
+    proxy, _ = keep_weights(tiny.model("gpt-neox"))
+    limit_gradients(proxy, 0.5, "answers")
     check(tiny, proxy, loss_fn=answer_losses)
 
 

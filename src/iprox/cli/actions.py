@@ -125,6 +125,8 @@ def compress(request: Request) -> dict[str, Any]:
 def align(request: Request) -> dict[str, Any]:
     """Tune a proxy's factors."""
     settings, proxy = _on(request, "proxy", ProxySection()), request.inputs["proxy"]
+    if "proxy" not in settings.model_fields_set:
+        settings.proxy = ProxySection(method="ipsvd")  # a proxy of the default method has no factors
     assert settings.proxy
     assert settings.model
     if not settings.proxy.align:

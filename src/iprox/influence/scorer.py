@@ -169,6 +169,7 @@ class BatchScorer(Scorer):
             if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
         }
         self._shares = layer_shares(model, self.layers)
+        self._norm_shapes = norm_shapes(model, norm_sketch)
         self._queries: dict[str, tuple[LayerQuery | SharedQuery, ...]] = {}
         shared = {task: query for task, query in queries.items() if isinstance(query, SharedQueries)}
         if shared:
@@ -222,7 +223,7 @@ class BatchScorer(Scorer):
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
         assert self.model is not None
-        return norms_flops(self.model, lengths, self.norm_sketch) if self.normalize == "cosine" else 0.0
+        return norms_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -281,13 +282,21 @@ class BatchScorer(Scorer):
         return next(layer.parameters()).dtype
 
 
-def norms_flops(model: nn.Module, lengths: Sequence[float], sketch: int) -> float:
-    """Return the FLOPs of norms of candidates of some lengths, from random signs where `BatchScorer` takes these."""
+# (m, n) of layers by the random signs that their norms are estimated from (0: exact) and their share of the tokens.
+NormShapes = dict[tuple[int, float], list[tuple[int, int]]]
+
+
+def norm_shapes(model: nn.Module, sketch: int) -> NormShapes:
+    """Return what norms of candidates are taken of, from random signs where `BatchScorer` takes these."""
     layers, exact = influence_layers(model), expert_layers(model)
-    shares = layer_shares(model, layers)
-    shapes: dict[tuple[int, float], list[tuple[int, int]]] = {}
+    shares, shapes = layer_shares(model, layers), NormShapes()
     for name, layer in layers.items():
         shapes.setdefault((0 if name in exact else sketch, shares[name]), []).append(weight_shape(layer))
+    return shapes
+
+
+def norms_flops(shapes: NormShapes, lengths: Sequence[float]) -> float:
+    """Return the FLOPs of norms of candidates of some lengths."""
     return sum(norm_flops(each, [length * part for length in lengths], k) for (k, part), each in shapes.items())
 
 

@@ -20,7 +20,7 @@ from iprox.files import check_output
 from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
 from iprox.influence.estimators.registry import estimator_of
-from iprox.influence.scorer import NORM_SKETCH, norms_flops
+from iprox.influence.scorer import NORM_SKETCH, norm_shapes, norms_flops
 from iprox.models import flops
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
@@ -195,7 +195,7 @@ class Costs:
         cut = CURVED_QUERY if how.traits.curvature else LOW_RANK_QUERY
         spent = self.read.tasks * one * (1 if how.kept_norm(on_proxy=on_proxy) == 1 else cut)
         if how.normalize == "cosine":
-            spent += norms_flops(model, [self.tokens], NORM_SKETCH if on_proxy else 0) / self.tokens
+            spent += norms_flops(norm_shapes(model, NORM_SKETCH if on_proxy else 0), [self.tokens]) / self.tokens
         return spent
 
     def training(self, rows: float, lora: LoraSection | Literal[False] = False) -> tuple[float, float, float]:
