@@ -40,13 +40,13 @@ T = TypeVar("T")
 
 # name -> settings of `iprox.compress`
 WAYS: dict[str, dict[str, Any]] = {
-    "depth 0.67": {"method": "target", "depth": 0.67},
-    "depth 0.5": {"method": "target", "depth": 0.5},
-    "depth 0.33": {"method": "target", "depth": 0.33},
-    "answers": {"method": "target", "gradients": "answers"},
-    "answers, depth 0.67": {"method": "target", "gradients": "answers", "depth": 0.67},
-    "answers, depth 0.5": {"method": "target", "gradients": "answers", "depth": 0.5},
-    "answers, depth 0.33": {"method": "target", "gradients": "answers", "depth": 0.33},
+    "depth 0.67": {"method": "target", "depth": 0.67, "gradients": "all"},
+    "depth 0.5": {"method": "target", "depth": 0.5, "gradients": "all"},
+    "depth 0.33": {"method": "target", "depth": 0.33, "gradients": "all"},
+    "answers": {"method": "target", "depth": 1.0, "gradients": "answers"},
+    "answers, depth 0.67": {"method": "target", "depth": 0.67, "gradients": "answers"},
+    "answers, depth 0.5": {"method": "target", "depth": 0.5, "gradients": "answers"},
+    "answers, depth 0.33": {"method": "target", "depth": 0.33, "gradients": "answers"},
     "ipsvd 0.3": {"sparsity": 0.3},
     "ipsvd 0.5": {"sparsity": 0.5},
     "ipsvd 0.7": {"sparsity": 0.7},
