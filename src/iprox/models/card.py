@@ -42,7 +42,7 @@ def proxy_card(model: PreTrainedModel) -> str:
 
 # Influence proxy of {target}
 
-A small stand-in for `{target}` that ranks training examples by their influence as that model would, made by
+A stand-in for `{target}` that ranks training examples by their influence as that model would, made by
 [iprox](https://arxiv.org/abs/2602.17835). It is for **selecting data**, not for generating text.
 
 | | |
@@ -51,6 +51,7 @@ A small stand-in for `{target}` that ranks training examples by their influence 
 | method | {config.method} |
 | sparsity | {config.sparsity:.3f} of the target's linear parameters removed |
 | parameters | {parameters:,} |
+| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {_through(config)} |
 | made with | iprox {version("iprox")}, transformers {version("transformers")}, torch {version("torch")} |
 
 ## Fidelity
@@ -75,6 +76,10 @@ iprox score --model path/or/id --target {target} --pool pool.jsonl --validation 
 {_ranks(model, config)}
 """
     return str(ModelCard(text))
+
+
+def _through(config: IproxConfig) -> str:
+    return "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
 
 
 def write_card(model: PreTrainedModel, folder: Path) -> None:
