@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+from iprox.errors import InputError
 from iprox.models.answers import answer_losses, answer_starts
+from iprox.models.checkpoint import check_gradients
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 
 FAMILIES = ("qwen3", "llama", "gpt2", "gpt-neox", "opt", "gemma3", "phi3", "olmo2", "mistral", "qwen3-moe")
+FAMILIES += ("qwen2", "qwen2-moe", "phimoe", "olmo", "smollm3")
 
 
 def prompted(tiny, lengths=(13, 6, 9, 4), starts=(7, 1, 5, 2), **options):
@@ -85,3 +88,10 @@ def test_rows_without_a_prompt_have_their_whole_gradient(tiny):
     _, whole = gradients(model, batch, causal_lm_losses)
     for name, gradient in whole.items():
         torch.testing.assert_close(found[name], gradient)
+
+
+@pytest.mark.parametrize("family", ["deepseek-v2", "deepseek-v3", "glm4-moe-lite"])
+def test_latent_attention_is_refused_with_what_to_set(tiny, family):
+    with pytest.raises(InputError, match=r"set proxy\.gradients: all"):
+        check_gradients(tiny.model(family), "answers")
+    check_gradients(tiny.model(family), "all")

@@ -8,6 +8,8 @@ the backward pass, its activations, the contraction and the norms shrink to the 
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -26,10 +28,16 @@ def answer_starts(batch: Batch) -> Tensor:
 
 
 def has_cache(model: nn.Module) -> bool:
-    """Return whether a model is a transformer whose attention reads keys and values from a cache."""
-    stateful = getattr(model, "_is_stateful", False)  # as Mamba, whose state is no keys and values
+    """Return whether a model is a decoder whose attention reads keys and values, at given positions, from a cache."""
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    stateful = getattr(model, "_is_stateful", False)  # such as Mamba, whose state is not keys and values
+    # Latent attention makes the prompt's keys and values from its cache again, by layers that have gradients.
+    latent = getattr(model.config.get_text_config(), "kv_lora_rank", None)
     return (
-        isinstance(model, PreTrainedModel) and not stateful and getattr(model.config, "is_encoder_decoder", 1) is False
+        not stateful
+        and not latent
+        and {"past_key_values", "position_ids"} <= set(inspect.signature(model.forward).parameters)
     )
 
 

@@ -160,6 +160,19 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
     setattr(model, "quantization_method", "iprox")  # noqa: B010
 
 
+def check_gradients(model: nn.Module, gradients: str) -> None:
+    """Refuse gradients of answers alone of a model without a cache of keys and values.
+
+    Raises:
+        InputError: it has none.
+    """
+    if gradients == "answers" and not has_cache(model):
+        raise InputError(
+            f"{type(model).__name__} has no cache of keys and values that proxy.gradients: answers (the default of a "
+            "proxy without a size) could use; set proxy.gradients: all"
+        )
+
+
 def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> None:
     """Note in a proxy's description which gradients are compared (see `IproxConfig`).
 
@@ -170,10 +183,7 @@ def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> Non
     assert description is not None
     if depth < 1:
         decoder_layers(proxy)
-    if gradients == "answers" and not has_cache(proxy):
-        raise InputError(
-            f"{type(proxy).__name__} keeps no cache of keys and values, which gradients: answers needs; leave it out"
-        )
+    check_gradients(proxy, gradients)
     description.depth, description.gradients = depth, gradients
 
 

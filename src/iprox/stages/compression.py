@@ -14,7 +14,7 @@ from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings
 from iprox.models import flops
-from iprox.models.checkpoint import IproxConfig, limit_gradients, make_low_rank, mark_as_proxy
+from iprox.models.checkpoint import IproxConfig, check_gradients, limit_gradients, make_low_rank, mark_as_proxy
 from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
@@ -88,6 +88,7 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
     Raises:
         InputError: the size is out of reach; the message has the bound.
     """
+    check_gradients(model, settings.limits[1])
     if settings.fidelity is not None or settings.method in ("off-the-shelf", "target"):
         return
     size = Size(settings.sparsity, settings.flops)
