@@ -5,6 +5,7 @@ import torch
 from jobs import scorer_of_batches
 from transformers import AutoModelForCausalLM
 
+import iprox
 from iprox.data import Batch, Encoded, iter_batches
 from iprox.errors import InputError
 from iprox.influence.scorer import BatchScorer
@@ -122,6 +123,11 @@ def test_a_model_without_a_cache_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(type(proxy), "_is_stateful", True, raising=False)
     with pytest.raises(InputError, match="answers"):
         limit_gradients(proxy, 1.0, "answers")
+
+
+def test_another_module_needs_a_size():
+    with pytest.raises(InputError, match="sparsity"):
+        iprox.compress(torch.nn.Sequential(torch.nn.Linear(4, 3)), progress=False)
 
 
 def test_flops_are_of_what_is_passed(tiny):

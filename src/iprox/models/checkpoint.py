@@ -177,10 +177,14 @@ def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> Non
     """Note in a proxy's description which gradients are compared (see `IproxConfig`).
 
     Raises:
-        InputError: the model has no list of decoder layers, or keeps no cache of keys and values.
+        InputError: the model is not of transformers, or has no list of decoder layers or no cache of keys and values.
     """
     description = proxy_config(proxy)
-    assert description is not None
+    if description is None:
+        raise InputError(
+            f"{type(proxy).__name__} is not a transformers model, so its proxy cannot leave out gradients; give a size "
+            "(sparsity=0.7)"
+        )
     if depth < 1:
         decoder_layers(proxy)
     check_gradients(proxy, gradients)
