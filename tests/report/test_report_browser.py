@@ -84,7 +84,7 @@ def test_report_in_a_browser(make_run: Callable[..., Path], browser: Any) -> Non
         " const s = c.querySelector('svg.main-svg').getBoundingClientRect();"
         " return [c.id, s.width, s.height, c.getBoundingClientRect().height]; })"
     )
-    assert len(drawn) == 14
+    assert len(drawn) == 12
     for name, width, height, kept in drawn:
         assert width > 200, name
         assert height == pytest.approx(kept, abs=1), name
