@@ -59,7 +59,9 @@ def summary(run: FinishedRun) -> dict[str, Any]:
     model = Path(str(record.get("model", "the target"))).name
     judged, figures = _judged(run), []
     scorer = f"{model} itself"
-    if run.compression is not None:
+    if run.compression is not None and run.compression.get("method") == "target":
+        scorer = f"a proxy of {model} that keeps its weights and compares fewer gradients"
+    elif run.compression is not None:
         removed = run.compression.get("achieved_sparsity")
         without = "" if removed is None else f" with {formats.percent(removed, 0)} of its linear parameters removed"
         scorer = f"a low-rank proxy of {model}{without}"
