@@ -147,7 +147,9 @@ def main() -> None:
     bench.adam = preset.warmup > 0 and any("LESS" in name or "Adam" in name for name in chosen)
     for seed in arguments.seeds or range(preset.seeds):
         if arguments.selected:
-            print_selected(bench, seed)
+            print_selected(
+                bench, seed, tasks, [name for name in chosen if name.startswith(ESTIMATORS) and "CG" not in name]
+            )
             continue
         for name in chosen:
             for task in tasks:
@@ -232,7 +234,7 @@ class Bench:
     def scored(self, seed: int) -> dict[str, np.ndarray]:
         """S by estimator and task [N, V], norms [N], and the baselines' scores by task [N, V]."""
         if seed not in self._scores:
-            file = self.work / f"scores-{seed}.npz"
+            file = self.work / f"scores-{seed}{self.adam * '-adam'}.npz"
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 np.savez(file, **self._score(seed))
@@ -248,7 +250,7 @@ class Bench:
         bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
         print(f"curvature: {time.time() - started:.0f} s", flush=True)
         adam = load_adam_state(self.warmed(seed)) if self.adam else None
-        part = self.work / f"scores-{seed}.part.npz"  # what an interrupted run has kept
+        part = self.work / f"scores-{seed}{self.adam * '-adam'}.part.npz"  # what an interrupted run has kept
         found = dict(np.load(part)) if part.is_file() else {}
         tasks = [task for task in self.encoded_validation if f"TracIn/{task}" not in found]
         for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
@@ -449,14 +451,14 @@ def spread(examples: list[Example], count: int) -> list[Example]:
     return [examples[int(i)] for i in np.linspace(0, len(examples) - 1, min(count, len(examples)))]
 
 
-def print_selected(bench: Bench, seed: int) -> None:
+def print_selected(bench: Bench, seed: int, tasks: list[str], names: list[str]) -> None:
     """Share of each selection that is of the task's own source, and its median of supervised tokens."""
     print(f"pool: median of {np.median(bench.tokens):.0f} supervised tokens")
     for task, rows in bench.encoded_validation.items():
         print(f"validation, {task}: {np.median([row.supervised for row in rows]):.0f}")
-    for row in ROWS:
+    for row in names:
         line = f"{row:<28}"
-        for task in bench.tests:
+        for task in tasks:
             own = OWN.get(task, task)
             if row == "own source" and own is None:
                 line += f"{'-':>15}"

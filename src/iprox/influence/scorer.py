@@ -222,7 +222,6 @@ class BatchScorer(Scorer):
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
-        assert self.model is not None
         return norms_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:

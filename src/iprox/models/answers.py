@@ -16,9 +16,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from iprox.data.batching import Batch, padded_width
+from iprox.data.tokens import IGNORE
 from iprox.models.loss import causal_lm_losses
-
-IGNORE = -100
 
 
 def answer_starts(batch: Batch) -> Tensor:

@@ -71,7 +71,7 @@ def causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients [B, H, L, d], [B, K, S, d] and [B, K, S, d] of the inputs of `causal_attention`.
 
-    Those of a prompt's keys and values are zero.
+    A prompt's keys and values are constants: what is returned for them is not to be used.
 
     Args:
         grad: gradient of the output [B, L, H, d].
