@@ -204,6 +204,10 @@ SIZES = ("sparsity", "flops", "fidelity")
 ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"]
 
 
+# Depth of a proxy with the target's weights unless asked otherwise (`benchmarks/cost.py`).
+DEPTH = 0.67
+
+
 class ProxySection(Section):
     """How the proxy is made, and its size."""
 
@@ -215,7 +219,7 @@ class ProxySection(Section):
     depth: float | None = setting(
         None,
         "fraction of the decoder layers, from the top, whose gradients are compared; the backward pass stops there",
-        "0.67 with target, else 1",
+        f"{DEPTH} with target, else 1",
         gt=0,
         le=1,
     )
@@ -257,7 +261,7 @@ class ProxySection(Section):
             )
             self._default(method="ipsvd" if factors else "target")
         cheap = self.method == "target"
-        self._default(depth=0.67 if cheap else 1.0, gradients="answers" if cheap else "all")
+        self._default(depth=DEPTH if cheap else 1.0, gradients="answers" if cheap else "all")
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
                 raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")

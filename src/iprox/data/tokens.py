@@ -54,6 +54,10 @@ class Encoded:
         places = np.flatnonzero(self.labels[1:] != IGNORE)
         return int(places[0]) if places.size else len(self.labels) - 1
 
+    def graded(self, by_answer: bool) -> int:
+        """Return the number of tokens that gradients pass through: all, or those of the answer alone."""
+        return len(self.input_ids) - (self.prompt if by_answer else 0)
+
 
 def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
     """Cut an example, given as token ids and labels [L], to `max_length` tokens, keeping the answer.

@@ -196,7 +196,7 @@ class WindowWorker:
                     f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
                 )
         stats = ScoringStats.of(encoded)
-        lengths = [len(row.input_ids) - (row.prompt if self.rows.by_answer else 0) for row in encoded if row.supervised]
+        lengths = [row.graded(self.rows.by_answer) for row in encoded if row.supervised]
         stats.graded = sum(lengths)
         self.rows.count(stats, lengths)
         stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens

@@ -53,7 +53,6 @@ def attribute(
     assert job.encoder is not None
     encoded = job.encoder.encode(examples)
     longest = max((len(row.input_ids) for row in encoded), default=1)
-    lengths = [len(row.input_ids) for row in encoded if row.supervised]
     total: Terms = [None] * len(examples)
     spent = 0.0
     for number, rate in enumerate(job.learning_rates):
@@ -64,7 +63,7 @@ def attribute(
             before = total[place]
             if terms is not None:
                 total[place] = rate * terms if before is None else before + rate * terms
-        spent += scorer.spent_flops(lengths)
+        spent += scorer.spent_flops([row.graded(scorer.by_answer) for row in encoded if row.supervised])
         if progress is not None:
             progress(len(examples))
     return total, spent
