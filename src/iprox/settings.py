@@ -15,7 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic.fields import FieldInfo
 
 # In order.
-STAGES = ("data", "warmup", "compress", "align", "audit", "score", "refine", "select", "finetune", "report")
+STAGES = (
+    "data",
+    "warmup",
+    "curvature",
+    "compress",
+    "align",
+    "audit",
+    "score",
+    "refine",
+    "select",
+    "finetune",
+    "report",
+)
 
 # Default fraction of a ranking that counts as its top.
 NAMED_SHARE = 0.05

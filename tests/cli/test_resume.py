@@ -14,6 +14,8 @@ from iprox.data.sampling import draw_rows
 from iprox.engine import shards
 from iprox.files import FolderLock
 from iprox.influence import index
+from iprox.influence.estimators import ekfac
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.stages import alignment, compression, indexing, scoring
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -116,7 +118,7 @@ def test_stop_after_an_early_stage_forgets_nothing(copied, finished):
 
 def test_stop_after_leaves_the_rest_undone(place):
     assert place.run("--set", "warmup=false", "proxy=false", "audit=false", "--stop-after", "score") == 0
-    assert list(place.record()["stages"]) == ["data", "score"]
+    assert list(place.record()["stages"]) == ["data", "curvature", "score"]
     assert not (place.output / "selected.jsonl").exists()
 
 
@@ -133,10 +135,29 @@ def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkey
         patch.setattr(alignment, "align_proxy", interrupt)
         assert place.run() == 130
     assert "interrupted" in capfd.readouterr().err
-    assert list(place.record()["stages"]) == ["data", "warmup", "compress"]
+    assert list(place.record()["stages"]) == ["data", "warmup", "curvature", "compress"]
     assert place.run() == 0
     assert place.done() == ["align", "audit", "score", "select", "attribute", "report"]
     assert place.result() == finished.result()
+
+
+def test_the_curvature_is_measured_once_and_its_files_go_with_the_end_of_the_run(copied, finished, monkeypatch):
+    assert not (copied.output / "curvature").exists()
+    measured = []
+
+    def counted(*arguments, **options):
+        measured.append(options["corrected"])
+        return kronecker_curvature(*arguments, **options)
+
+    monkeypatch.setattr(ekfac, "kronecker_curvature", counted)
+    shutil.rmtree(copied.output)
+    assert copied.run("--stop-after", "score") == 0
+    assert measured == [True]
+    assert (copied.output / "curvature/0/layers.json").is_file()
+    assert copied.run() == 0
+    assert measured == [True]
+    assert not (copied.output / "curvature").exists()
+    assert copied.result() == finished.result()
 
 
 def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, monkeypatch):

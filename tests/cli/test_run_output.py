@@ -16,7 +16,7 @@ from iprox.cli import main
 from iprox.cli.summary import run_summary
 from iprox.run.folder import RunFolder
 
-STAGES = ["data", "warmup", "compress", "align", "audit", "score", "select", "attribute", "report"]
+STAGES = ["data", "warmup", "curvature", "compress", "align", "audit", "score", "select", "attribute", "report"]
 SMALL = ["--set", "proxy=false", "warmup=false", "audit=false"]
 
 
@@ -111,7 +111,7 @@ def test_run_json_says_what_every_stage_cost(finished):
         assert [text for text in entry["warnings"] if not any(each in text for each in said)] == [], name
         assert isinstance(entry["tokens"], int), name
         assert isinstance(entry["flops"], float), name
-    for name in ("warmup", "compress", "align", "audit", "score"):
+    for name in ("warmup", "curvature", "compress", "align", "audit", "score"):
         assert record["stages"][name]["tokens"] > 0
         assert record["stages"][name]["flops"] > 0
     assert record["inputs"]["pool"]["rows"] == 200
@@ -124,11 +124,11 @@ def test_run_json_says_what_every_stage_cost(finished):
 def test_cost_counts_the_making_of_the_proxy(finished):
     record = finished.record()
     cost, done = record["cost"], record["stages"]
-    assert cost["score_flops"] == done["score"]["flops"]
+    assert cost["score_flops"] == done["curvature"]["flops"] + done["score"]["flops"]
     assert cost["construction_flops"] == done["compress"]["flops"] + done["align"]["flops"]
     assert cost["proxy_parameters"] < cost["target_parameters"]
     # Every linear layer is halved; the head and what candidates are contracted with are the same in both.
-    validation = done["score"]["query_flops"]
+    validation = done["curvature"]["flops"] + done["score"]["query_flops"]
     assert 0.4 < (cost["score_flops"] - validation) / (cost["target_score_flops"] - validation) < 0.9
 
 

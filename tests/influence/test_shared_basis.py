@@ -117,7 +117,7 @@ def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monk
     model, batch = tiny.model(), tiny.batch([6, 5])
     real = kronecker_curvature(model, influence_layers(model), [batch])
     silent = sorted(real)[0]
-    real[silent].eigenvalues.zero_()
+    del real[silent]
     monkeypatch.setattr("iprox.influence.estimators.ekfac.kronecker_curvature", lambda *_, **__: real)
     with pytest.warns(UserWarning, match=f"moved {silent}"):
         scorer_of_batches(model, {"t": [batch]}, estimator="ekfac", per_example=True, sample=[batch])

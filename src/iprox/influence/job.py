@@ -33,6 +33,7 @@ from iprox.influence.baselines import Corpus
 from iprox.influence.estimators.base import Estimator, Inputs, QueryTokens
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.scorer import Scorer
+from iprox.kronecker.kept import KeptCurvature, is_kept
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import load_adam_state
@@ -51,12 +52,20 @@ class Checkpoint:
         learning_rate: η, which weighs its scores.
         target: the target of a proxy that validation gradients are taken on; None takes them on `model`.
         optimizer: the folder of the warm-up's checkpoint that holds the optimizer's state, for the estimator `less`.
+        curvature: the folder in which a run keeps the curvature of the model that validation gradients are taken on;
+            if it is empty, the curvature is measured.
     """
 
     model: nn.Module | str
     learning_rate: float = 1.0
     target: nn.Module | str | None = None
     optimizer: str | Path | None = None
+    curvature: Path | None = None
+
+    @property
+    def kept(self) -> Path | None:
+        """The folder of the curvature, if it is there already."""
+        return self.curvature if self.curvature is not None and is_kept(self.curvature) else None
 
     @property
     def read_by(self) -> list[str]:
@@ -127,12 +136,13 @@ class Job:
         for task, rows in validation.items():
             if settings.traits.by_task and not any(row.supervised for row in rows):
                 raise InputError(f"validation task {task!r} has no example with a supervised token")
-        if not settings.traits.curvature:
+        measured = settings.traits.curvature and not all(each.kept for each in checkpoints)
+        if not measured:
             sample = ()
         elif sample is None:
             rows = draw_rows("curvature", seed, pool.scan().rows, settings.curvature_examples)
             sample = encoder.encode(pool.take(rows))
-        if settings.traits.curvature and not any(row.supervised for row in sample):
+        if measured and not any(row.supervised for row in sample):
             raise InputError(
                 f"{settings.estimator}: the sample for the curvature has no example with a supervised token"
             )
@@ -174,6 +184,7 @@ class Job:
         model = self._loaded(checkpoint.model) if traits.model else None
         device = torch.device("cpu") if model is None else next((target or model).parameters()).device
         optimizer = load_adam_state(checkpoint.optimizer, device) if checkpoint.optimizer is not None else None
+        kept = None if checkpoint.kept is None else KeptCurvature(checkpoint.kept, device)
 
         def from_batches(batch_tokens: int) -> T:
             def batches(rows: Any) -> Iterable[Any]:
@@ -185,6 +196,7 @@ class Job:
                 target=target,
                 validation={task: batches(rows) for task, rows in self.validation.items()},
                 sample=list(batches(self.sample)),
+                curvature=kept,
                 optimizer=optimizer,
                 corpus=self.corpus,
                 seed=self.seed,

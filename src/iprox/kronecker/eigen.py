@@ -107,7 +107,7 @@ def kronecker_curvature(
                 bases[name].eigenvalues += squares / read.examples
 
         read_sample(model, layers, batches, correct, loss_fn, settings)
-    return bases
+    return {name: basis for name, basis in bases.items() if basis.eigenvalues.any()}
 
 
 def _eigenbasis(moments: LayerMoments) -> EigenBasis:
@@ -124,4 +124,5 @@ def _eigh(moment: SecondMoment) -> tuple[Tensor, Tensor]:
     """
     assert isinstance(moment, ExactMoment)
     values, vectors = torch.linalg.eigh(moment.matrix)
-    return values.clamp(min=0), vectors
+    # Contiguous, as when it is read from a file: products with another layout are rounded differently.
+    return values.clamp(min=0), vectors.contiguous()

@@ -15,6 +15,7 @@ from iprox.report.finished_run import Audit, FinishedRun, Scores
 STAGES = {
     "data": "Data",
     "warmup": "Warm-up",
+    "curvature": "Curvature",
     "compress": "Compress",
     "align": "Align",
     "audit": "Audit",

@@ -26,6 +26,7 @@ class RunFolder:
     AGAIN = "--fresh repeats all stages"
     CONTENT = (
         "warmup",
+        "curvature",
         "proxy",
         "aligned",
         "align-state",
@@ -47,6 +48,7 @@ class RunFolder:
         self.path = Path(path)
         self._lock: FolderLock | None = None
         self.warmup = self.path / "warmup"
+        self.curvature = self.path / "curvature"
         self.proxy = self.path / "proxy"
         self.aligned = self.path / "aligned"
         self.align_state = self.path / "align-state"

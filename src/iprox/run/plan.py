@@ -19,6 +19,7 @@ from iprox.audits.removal import removed_count, trainings_without
 from iprox.files import check_output
 from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.scorer import NORM_SKETCH, norm_shapes, norms_flops
 from iprox.models import flops
@@ -73,6 +74,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     if recipe.proxy and recipe.proxy.gradients == "answers":
         graded -= sum(row.prompt for row in sample) / len(sample)
     curved = min(recipe.influence.curvature_examples, total) if recipe.influence.traits.curvature else 0
+    if isinstance(estimator_of(recipe.influence), KroneckerInfluence):
+        curved = 0  # measured once, in a stage of its own
     read = replace(
         QueryTokens.of(validated),
         curvature_tokens=round(curved * tokens),
@@ -84,8 +87,9 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         name: {"tokens": rows * tokens, "flops": spent, "seconds": spent / (rate * EFFICIENCY), "memory_bytes": memory}
         for name, rows, spent, memory in costs.stages()
     }
-    spent = sum(stages[name]["flops"] for name in ("compress", "align", "score") if name in stages)
+    spent = sum(stages[name]["flops"] for name in ("curvature", "compress", "align", "score") if name in stages)
     on_target = costs.scoring(target, total, recipe.influence.of_tasks, as_on=costs.scored)
+    on_target += stages.get("curvature", {"flops": 0.0})["flops"]
     return {
         "rows": total,
         "tokens_per_row": tokens,
@@ -132,6 +136,13 @@ class Costs:
         weights, activations = self.width * flops.parameters(target), self.activations
         if warmed:
             yield "warmup", *self.training(warmed.epochs * warmed.examples(total), warmed.lora)
+        estimator = estimator_of(how)
+        if isinstance(estimator, KroneckerInfluence):
+            rows, readings = min(how.curvature_examples, total), 2 if estimator.corrected else 1
+            curved, supervised = self.tokens_in(rows)
+            read = QueryTokens(0, 0, 0, curved, supervised)
+            spent, held = estimator.curvature_flops(target, read), 4 * estimator.curvature_numbers(target)
+            yield "curvature", times * readings * rows, times * spent, weights + activations + held
         if proxy:
             rows = times * share(total, proxy.probe.fraction) if proxy.factorized else 0
             spent = flops.compression_flops(target, *self.tokens_in(rows)) if proxy.factorized else 0.0

@@ -37,6 +37,7 @@ class Run:
         template: chat template, if it is not the tokenizer's own.
         rows: row numbers of the pool that each stage has drawn.
         targets: checkpoints of the target, with learning rates.
+        curvature: by checkpoint, the folder for its curvature, if the estimator needs one.
         proxies: proxies of these checkpoints, if there are any.
         scored: the models that the pool was scored on.
         scores: scores to select by.
@@ -55,6 +56,7 @@ class Run:
     template: str | None = None
     rows: dict[str, list[int]] = field(default_factory=dict)
     targets: list[tuple[str, float]] = field(default_factory=list)
+    curvature: list[Path] = field(default_factory=list)
     proxies: list[str] = field(default_factory=list)
     scored: list[Checkpoint] = field(default_factory=list)
     scores: Path | None = None

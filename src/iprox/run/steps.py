@@ -14,6 +14,7 @@ from iprox.engine.ray import ray_engine
 from iprox.engine.stream import Engine
 from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
+from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.job import Checkpoint
 from iprox.models import flops
@@ -26,6 +27,7 @@ from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
 from iprox.settings import OF_GRADIENTS
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
+from iprox.stages.curvature import measure_curvature
 from iprox.stages.held_out import HeldOutRows
 
 # Number of rows in the report whose scores are attributed to tokens.
@@ -61,6 +63,33 @@ def _checkpoints(run: Run) -> list[dict[str, Any]]:
     return known if run.settings.influence.checkpoints == "all" else known[-1:]
 
 
+def curvature(run: Run) -> None:
+    """Measure the curvature of each checkpoint once, for all stages that score.
+
+    Its files are large and are removed at the end of the run, so they are not outputs: a stage that is done again later
+    measures the curvature itself.
+    """
+    influence = run.settings.influence
+    if not isinstance(estimator_of(influence), KroneckerInfluence):
+        return
+    run.curvature = [run.folder.curvature / str(number) for number in range(len(run.targets))]
+    how = influence.model_dump(include={"estimator", "curvature_examples"})
+    run.keys["curvature"] = run.stage(
+        "curvature",
+        [run.common_key(), run.keys["warmup"], len(run.targets), how, run.settings.batch_tokens],
+        [],
+        lambda: measure_curvature(run.session, [path for path, _ in run.targets], run.pool, run.curvature, influence),
+    )
+
+
+def _held_out(run: Run, rows: list[int], number: int) -> HeldOutRows | None:
+    """Return the rows that the fidelity of a checkpoint's proxy is measured on, if there are any."""
+    if not rows:
+        return None
+    kept = run.curvature[number] if run.curvature else None
+    return HeldOutRows(run.pool.take(rows), run.validation, run.settings.influence, run.pool, kept)
+
+
 def compress(run: Run) -> None:
     """Make a proxy of each checkpoint, unless proxies are off."""
     settings = run.settings.proxy
@@ -74,10 +103,9 @@ def compress(run: Run) -> None:
 
     def work() -> StageRecord:
         examples = run.pool.take(rows)
-        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if by_fidelity else None
         made = (
-            compression.compress(run.session, path, examples, folder, settings, held_out)
-            for (path, _), folder in zip(run.targets, folders, strict=True)
+            compression.compress(run.session, path, examples, folder, settings, _held_out(run, watched, number))
+            for number, ((path, _), folder) in enumerate(zip(run.targets, folders, strict=True))
         )
         return _replaced(run, run.folder.proxy, folders, "compression.json", made)
 
@@ -110,7 +138,6 @@ def align(run: Run) -> None:
 
     def work() -> StageRecord:
         examples = run.pool.take(rows)
-        held_out = HeldOutRows(run.pool.take(watched), run.validation, influence, run.pool) if watched else None
         made = (
             alignment.align_proxy(
                 run.session,
@@ -119,11 +146,11 @@ def align(run: Run) -> None:
                 examples,
                 folder,
                 settings,
-                held_out=held_out,
+                held_out=_held_out(run, watched, number),
                 state=run.folder.align_state / f"{folder.name}.safetensors",
                 identity=identity,
             )
-            for (path, _), proxy, folder in zip(run.targets, proxies, folders, strict=True)
+            for number, ((path, _), proxy, folder) in enumerate(zip(run.targets, proxies, folders, strict=True))
         )
         record = _replaced(run, run.folder.aligned, folders, "alignment.json", made)
         shutil.rmtree(run.folder.align_state, ignore_errors=True)
@@ -208,9 +235,11 @@ def _scored_models(run: Run) -> list[Checkpoint]:
     proxy, influence = run.settings.proxy, run.settings.influence
     from_target = proxy and proxy.comparable and influence.query == "target" and influence.traits.gradients
     adam = influence.traits.optimizer
+    models = run.proxies or [path for path, _ in run.targets]
+    kept = run.curvature if from_target or not run.proxies else []
     return [
-        Checkpoint(model, rate, path if from_target else None, path if adam else None)
-        for model, (path, rate) in zip(run.proxies or [path for path, _ in run.targets], run.targets, strict=True)
+        Checkpoint(model, rate, path if from_target else None, path if adam else None, curvature)
+        for model, (path, rate), curvature in zip(models, run.targets, kept or [None] * len(models), strict=True)
     ]
 
 
@@ -224,15 +253,17 @@ def cost_of_scoring(run: Run) -> None:
     estimator = estimator_of(run.settings.influence)
     on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
     on_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
-    construction = sum(run.record["stages"].get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
+    stages = run.record["stages"]
+    construction = sum(stages.get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
+    measured = stages.get("curvature", {}).get("flops", 0.0)  # needed with and without a proxy
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],
         "target_flops_per_token": flops.forward_flops(target),
         "proxy_parameters": entry["parameters"],
         "target_parameters": flops.parameters(target),
-        "score_flops": entry["flops"],
+        "score_flops": measured + entry["flops"],
         "construction_flops": construction,
-        "target_score_flops": on_target,
+        "target_score_flops": measured + on_target,
     }
     run.save()
 
@@ -246,7 +277,10 @@ def refine(run: Run) -> None:
     scores, folder = run.scores, run.folder.refined
     influence = run.settings.influence.model_copy(update={"query_norm": None})  # the default for a model itself
     adam = influence.traits.optimizer
-    models = [Checkpoint(path, rate, None, path if adam else None) for path, rate in run.targets]
+    models = [
+        Checkpoint(path, rate, None, path if adam else None, kept)
+        for (path, rate), kept in zip(run.targets, run.curvature or [None] * len(run.targets), strict=True)
+    ]
 
     def on_target(candidates: Pool, file: Path) -> StageRecord:
         identity = {"candidates": candidates.scan().fingerprint, "stages": key_of([run.common_key(), run.keys])}

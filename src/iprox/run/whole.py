@@ -1,11 +1,12 @@
 """A whole run: check the inputs, claim the folder, and do the steps in order.
 
-data → warm-up → compress → align → audit → score → refine → select → fine-tune → report
+data → warm-up → curvature → compress → align → audit → score → refine → select → fine-tune → report
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,7 +78,8 @@ def _do(run: Run, stop_after: str | None) -> None:
         if name == "score":
             steps.cost_of_scoring(run)
         if name == stop_after:
-            break
+            return
+    shutil.rmtree(run.folder.curvature, ignore_errors=True)
 
 
 def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:

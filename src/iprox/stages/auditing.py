@@ -17,6 +17,7 @@ from iprox.errors import one_line
 from iprox.files import replacing
 from iprox.influence.job import Checkpoint
 from iprox.models.card import CARD, note_fidelity
+from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
 from iprox.records import StageRecord, write_json
@@ -92,6 +93,8 @@ def audit(
 def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
     """Return whether a model's candidates are contracted with validation gradients of its target.
 
-    This requires a factorized proxy: only its layers correspond to the target's layers one by one.
+    This requires a proxy whose layers correspond to the target's one by one: a factorized one, or one of its weights.
     """
-    return settings.query == "target" and settings.traits.gradients and bool(low_rank_layers(proxy))
+    described = proxy_config(proxy)
+    same = bool(low_rank_layers(proxy)) or (described is not None and described.method == "target")
+    return settings.query == "target" and settings.traits.gradients and same

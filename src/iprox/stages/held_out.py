@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -25,12 +26,14 @@ class HeldOutRows:
         validation: validation sets by task.
         influence: how candidates will be scored.
         pool: pool that curvature is measured on.
+        curvature: folder of the target's curvature, if an earlier stage has measured it.
     """
 
     examples: Sequence[Example]
     validation: Mapping[str, Pool]
     influence: InfluenceSection
     pool: Pool
+    curvature: Path | None = None
 
 
 def held_out_fidelity(
@@ -46,8 +49,10 @@ def held_out_fidelity(
     """
     settings = held_out.influence
     encoded = encode_validation(encoder, held_out.validation)
+    on_target = settings.query == "target" and (proxy is None or bool(low_rank_layers(proxy)))
+    checkpoint = Checkpoint(target, curvature=held_out.curvature if on_target else None)
     return HeldOutFidelity(
-        job_of(session, settings, [Checkpoint(target)], encoded, encoder, held_out.pool),
+        job_of(session, settings, [checkpoint], encoded, encoder, held_out.pool),
         encoder.encode(held_out.examples),
-        query_on_target=settings.query == "target" and (proxy is None or bool(low_rank_layers(proxy))),
+        query_on_target=on_target,
     )

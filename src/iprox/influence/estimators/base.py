@@ -40,6 +40,7 @@ class Inputs:
             next to nothing, and only the candidates' side of the dot product is approximate.
         validation: batches of each task's validation examples.
         sample: batches of the pool's examples that curvature is measured on.
+        curvature: the curvature by layer, where an earlier stage of the run has measured it.
         optimizer: state of the warm-up's optimizer at this checkpoint.
         corpus: term counts of the pool.
         seed: seed for drawn labels and numbers.
@@ -51,6 +52,7 @@ class Inputs:
     target: nn.Module | None = None
     validation: Mapping[str, Iterable[Any]]
     sample: Sequence[Any] = ()
+    curvature: Mapping[str, EigenBasis] | None = None
     optimizer: AdamState | None = None
     corpus: Corpus | None = None
     seed: int = 0

@@ -27,11 +27,13 @@ class KroneckerInfluence(GradientEstimator):
         super().__init__(name)
         self.corrected = corrected
 
-    def curvature(self, inputs: Inputs) -> dict[str, EigenBasis]:
+    def curvature(self, inputs: Inputs) -> Mapping[str, EigenBasis]:
         """Return the curvature of each layer: with labels sampled from the model (the true Fisher), as kronfluence.
 
         The labels of a model that is no language model cannot be sampled, so the data's are taken.
         """
+        if inputs.curvature is not None:
+            return inputs.curvature
         return kronecker_curvature(
             inputs.source,
             inputs.layers,
@@ -49,18 +51,18 @@ class KroneckerInfluence(GradientEstimator):
             FloatingPointError: a result is not finite (the layer is named).
         """
         bases, damping = self.curvature(inputs), inputs.settings.damping
-        solved = {
-            task: {name: divided(part, bases[name], damping) if name in bases else part for name, part in mean.items()}
-            for task, mean in means.items()
-        }
+        solved = {task: dict(mean) for task, mean in means.items()}
+        for name in inputs.layers:
+            if (basis := bases.get(name)) is not None:
+                for task, mean in means.items():
+                    solved[task][name] = divided(mean[name], basis, damping)
         check_solved(means, solved)
         return solved
 
-    def bases(self, inputs: Inputs) -> dict[str, EigenBasis]:
+    def bases(self, inputs: Inputs) -> Mapping[str, EigenBasis]:
         """Return the curvature, which single examples are divided by on the way into their shared bases."""
         bases = self.curvature(inputs)
-        layers = inputs.layers
-        warn_of_unmoved(sorted(name for name in layers if name not in bases or not bases[name].eigenvalues.any()))
+        warn_of_unmoved(sorted(name for name in inputs.layers if name not in bases))
         return bases
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
@@ -70,14 +72,24 @@ class KroneckerInfluence(GradientEstimator):
         eigendecompositions, 9m³ + 9n³, and 4mn(m+n) per task. EK-FAC: the same passes and products again, in the basis,
         and 2mn.
         """
-        layers, tokens = flops.layers_of(model), read.curvature_tokens
+        solves = read.tasks * sum(4.0 * m * n * (m + n) for m, n, _ in flops.layers_of(model))
+        return super().query_flops(model, read) + solves + self.curvature_flops(model, read)
+
+    def curvature_flops(self, model: nn.Module, read: QueryTokens) -> float:
+        """Return the FLOPs of measuring the curvature; 0 where an earlier stage has measured it."""
+        if not (tokens := read.curvature_tokens):
+            return 0.0
+        layers = flops.layers_of(model)
         drawing = flops.forward_pass_flops(model, tokens, read.curvature_supervised)
         squares = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers)
-        bases = sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
-        solves = read.tasks * sum(4.0 * m * n * (m + n) for m, n, _ in layers)
         once = 3 * drawing + tokens * squares
         measured = 2 * once + tokens * flops.contraction_flops(model) if self.corrected else once
-        return super().query_flops(model, read) + bases + solves + measured
+        return measured + sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
+
+    @staticmethod
+    def curvature_numbers(model: nn.Module) -> int:
+        """Return the most floats that measuring the curvature holds: two moments, their bases, and the eigenvalues."""
+        return sum(2 * (m**2 + n**2) + m * n for m, n, _ in flops.layers_of(model))
 
 
 def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> LayerGradient:

@@ -1,0 +1,72 @@
+"""The curvature of a checkpoint in files, so that all stages of a run measure it once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from iprox.errors import InputError, one_line
+from iprox.files import replacing
+from iprox.kronecker.eigen import EigenBasis
+
+# Maps the name of each layer to its file. It is written last, so a folder without it is not complete.
+LISTING = "layers.json"
+
+
+class KeptCurvature(Mapping[str, EigenBasis]):
+    """The curvature in a folder, by layer name. A layer is read each time it is asked for, so memory holds one.
+
+    Args:
+        folder: folder that `keep_curvature` wrote.
+        device: where tensors are put.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._folder, self._device = folder, str(device)
+        self._files: dict[str, str] = json.loads((folder / LISTING).read_text(encoding="utf-8"))
+
+    def __getitem__(self, name: str) -> EigenBasis:
+        """Read one layer.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        path = self._folder / self._files[name]
+        try:
+            with safe_open(path, "pt", device=self._device) as file:
+                # Copied, because products of tensors that are not aligned as torch aligns them are rounded differently.
+                return EigenBasis(*(file.get_tensor(part).clone() for part in EigenBasis.__slots__))
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({one_line(error)}); delete {self._folder} to measure the curvature again"
+            ) from error
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the layers' names."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._files)
+
+
+def is_kept(folder: Path) -> bool:
+    """Return whether a folder has a complete curvature."""
+    return (folder / LISTING).is_file()
+
+
+def keep_curvature(curvature: Mapping[str, EigenBasis], folder: Path) -> None:
+    """Write the curvature of each layer, [m, m], [n, n] and [m, n], to a file, and then the list of the layers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: f"{number:05}.safetensors" for number, name in enumerate(curvature)}
+    for name, file in files.items():
+        parts = {part: getattr(curvature[name], part).contiguous().cpu() for part in EigenBasis.__slots__}
+        with replacing(folder / file) as partial:
+            save_file(parts, partial)
+    with replacing(folder / LISTING) as partial:
+        partial.write_text(json.dumps(files), encoding="utf-8")

@@ -1,0 +1,69 @@
+"""The stage that measures the curvature of each checkpoint of the target, for all stages that score."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from iprox.data import Pool
+from iprox.influence.estimators.base import Inputs
+from iprox.influence.estimators.ekfac import KroneckerInfluence
+from iprox.influence.job import Checkpoint
+from iprox.kronecker.eigen import EigenBasis
+from iprox.kronecker.kept import keep_curvature
+from iprox.models.loading import skeleton
+from iprox.records import StageRecord
+from iprox.session import Session
+from iprox.settings import InfluenceSection
+from iprox.stages.scoring import job_of
+
+
+def measure_curvature(
+    session: Session, models: Sequence[str], pool: Pool, folders: Sequence[Path], settings: InfluenceSection
+) -> StageRecord:
+    """Measure the curvature of each model on the same rows of the pool, and keep it in the model's folder.
+
+    Args:
+        session: the session.
+        models: folders of the target's checkpoints.
+        pool: the pool that the rows are drawn from.
+        folders: folder for each model's curvature.
+        settings: how influence is scored; the estimator is `kfac` or `ekfac`.
+    """
+    job = job_of(session, settings, [Checkpoint(model) for model in models], {}, session.encoder(*models), pool)
+    estimator = job.estimator
+    assert isinstance(estimator, KroneckerInfluence)
+    readings = 2 if estimator.corrected else 1
+    with session.reporter.bar("curvature", readings * len(models) * len(job.sample), "rows") as progress:
+
+        def measured(inputs: Inputs) -> dict[str, EigenBasis]:
+            return dict(estimator.curvature(replace(inputs, sample=_Counted(inputs.sample, progress))))
+
+        for number, folder in enumerate(folders):
+            shutil.rmtree(folder, ignore_errors=True)
+            keep_curvature(job.made(measured, number)[0], folder)
+    target = skeleton(models[0], trust_remote_code=session.trust_remote_code)
+    spent = len(models) * estimator.curvature_flops(target, job.read)
+    tokens = readings * len(models) * job.read.curvature_tokens
+    return {"tokens": tokens, "flops": spent, "rows": len(job.sample), "read": asdict(job.read)}
+
+
+class _Counted(Sequence[Any]):
+    """Batches that report their rows as they are read."""
+
+    def __init__(self, batches: Sequence[Any], progress: Callable[[int], None]) -> None:
+        self._batches, self._progress = batches, progress
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._batches[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield batch
+            self._progress(len(batch.indices))
+
+    def __len__(self) -> int:
+        return len(self._batches)

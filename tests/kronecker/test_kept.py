@@ -1,0 +1,47 @@
+"""The curvature in files: equal to what was measured, and damage is named."""
+
+import pytest
+import torch
+
+from iprox.errors import InputError
+from iprox.kronecker.eigen import EigenBasis
+from iprox.kronecker.kept import LISTING, KeptCurvature, is_kept, keep_curvature
+
+
+@pytest.fixture
+def curvature():
+    return {
+        f"layers.{i}.proj": EigenBasis(torch.rand(3, 3), torch.rand(4 + i, 4 + i).T, torch.rand(3, 4 + i))
+        for i in range(2)
+    }
+
+
+def test_what_is_kept_is_what_was_measured(curvature, tmp_path):
+    assert not is_kept(tmp_path / "kept")
+    keep_curvature(curvature, tmp_path / "kept")
+    assert is_kept(tmp_path / "kept")
+    kept = KeptCurvature(tmp_path / "kept", torch.device("cpu"))
+    assert list(kept) == list(curvature)
+    assert "lm_head" not in kept
+    for name, basis in curvature.items():
+        for part in EigenBasis.__slots__:
+            assert torch.equal(getattr(kept[name], part), getattr(basis, part))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_file_is_named(curvature, tmp_path, damage):
+    keep_curvature(curvature, tmp_path)
+    file = tmp_path / "00001.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-8])
+    kept = KeptCurvature(tmp_path, torch.device("cpu"))
+    with pytest.raises(InputError, match=rf"{file}: cannot be read .* delete {tmp_path}"):
+        kept["layers.1.proj"]
+
+
+def test_a_folder_without_the_list_of_layers_is_not_complete(curvature, tmp_path):
+    keep_curvature(curvature, tmp_path)
+    (tmp_path / LISTING).unlink()
+    assert not is_kept(tmp_path)
