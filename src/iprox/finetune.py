@@ -21,7 +21,7 @@ from iprox.errors import InputError
 from iprox.models.adapters import is_adapted
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.cpu.training import COMPILE_STEPS, fast_training
-from iprox.models.loss import causal_lm_logits, causal_lm_losses
+from iprox.models.loss import causal_lm_logits, causal_lm_losses, logits_in_parts
 from iprox.models.saving import save_model
 
 if TYPE_CHECKING:
@@ -197,14 +197,16 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
     examples = tokens = exact = 0
     with torch.no_grad():
         for batch in iter_batches(encoded, batch_tokens, pad_id):
-            logits, targets, rows = causal_lm_logits(model, batch.to(model.device))
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
             count = batch.input_ids.shape[0]
-            numbers = torch.bincount(rows, minlength=count)
-            sums = losses.new_zeros(count).index_add(0, rows, losses)
+            sums = torch.zeros(count, dtype=torch.float64, device=model.device)
+            numbers, missed = (torch.zeros(count, dtype=torch.long, device=model.device) for _ in range(2))
+            for logits, targets, rows in logits_in_parts(model, batch.to(model.device)):
+                losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").double()
+                sums.index_add_(0, rows, losses)
+                numbers += torch.bincount(rows, minlength=count)
+                missed += torch.bincount(rows[logits.argmax(1) != targets], minlength=count)
             example_sum += float((sums / numbers).sum())
             token_sum += float(sums.sum())
-            missed = torch.bincount(rows[logits.argmax(1) != targets], minlength=count)
             exact += int(((missed == 0) & (numbers > 0)).sum())
             examples += count
             tokens += int(numbers.sum())

@@ -78,7 +78,7 @@ def test_the_backward_pass_stops_below_the_upper_layers(tiny):
     for number, block in enumerate(proxy.model.layers):
         block.register_forward_hook(lambda _m, _i, output, number=number: seen.append((number, output.requires_grad)))
     scorer(tiny.batch([9, 4]))
-    assert seen == [(0, False), (1, False), (2, True)]
+    assert seen[-3:] == [(0, False), (1, False), (2, True)]  # after one token, on which the head is tried
 
 
 def test_gradients_of_answers_give_other_scores_than_whole_ones(tiny):

@@ -4,7 +4,15 @@ import torch.nn.functional as F
 
 from iprox.data.batching import padded_width
 from iprox.models import loss as module
-from iprox.models.loss import TokenLosses, causal_lm_logits, causal_lm_losses, mean_by_row
+from iprox.models.loss import (
+    TokenLosses,
+    causal_lm_logits,
+    causal_lm_losses,
+    logits_in_parts,
+    mean_by_row,
+    plain_logits,
+)
+from iprox.models.observe import frozen
 
 
 def test_losses_are_the_mean_over_each_examples_supervised_tokens(tiny):
@@ -87,3 +95,76 @@ def test_token_losses_refuse_a_second_derivative():
     (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad"):
         gradient.square().sum().backward()
+
+
+def in_parts_of(monkeypatch, size):
+    """Make the head run on so many tokens at a time."""
+    monkeypatch.setattr(
+        module, "_parts", lambda hidden, _head: ((i, hidden[i : i + size]) for i in range(0, len(hidden), size))
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt-neox"])
+@pytest.mark.parametrize("size", [3, 100])
+def test_a_frozen_head_runs_on_a_few_tokens_at_a_time(tiny, monkeypatch, family, size):
+    model, batch = tiny.model(family), tiny.batch([9, 3, 7], padding=2)
+    batch.labels[1] = -100
+    weights = torch.tensor([1.0, 2.0, -0.5], dtype=torch.float64)
+    embeddings = model.get_input_embeddings()
+    found = {}
+    seen = []
+    for name in ("whole", "parts"):
+        hidden = []
+        handle = embeddings.register_forward_hook(lambda _m, _i, out, hidden=hidden: hidden.append(out) or out)
+        if name == "whole":
+            losses = causal_lm_losses(model, batch)
+            (losses * weights).sum().backward(inputs=hidden)
+        else:
+            handle.remove()
+            in_parts_of(monkeypatch, size)
+            head = model.get_output_embeddings()
+            watched = head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-2]))
+            with frozen(model):
+                handle = embeddings.register_forward_hook(
+                    lambda _m, _i, out, hidden=hidden: hidden.append(out.requires_grad_()) or hidden[-1]
+                )
+                with torch.no_grad():
+                    plain_logits(model)
+                hidden.clear()
+                seen.clear()
+                losses = causal_lm_losses(model, batch)
+                (losses * weights).sum().backward()
+            watched.remove()
+        handle.remove()
+        found[name] = losses.detach(), hidden[0].grad
+    torch.testing.assert_close(found["parts"][0], found["whole"][0])
+    torch.testing.assert_close(found["parts"][1], found["whole"][1])
+    assert max(seen) <= size
+
+
+def test_logits_in_parts_are_the_logits(tiny, monkeypatch):
+    model, batch = tiny.model("qwen3"), tiny.batch([9, 3, 7])
+    in_parts_of(monkeypatch, 4)
+    parts = list(logits_in_parts(model, batch))
+    assert len(parts) > 2
+    for part, whole in zip(zip(*parts, strict=True), causal_lm_logits(model, batch), strict=True):
+        torch.testing.assert_close(torch.cat(part), whole)
+
+
+def test_logits_that_the_model_scales_or_caps_are_not_taken_from_the_head(tiny, monkeypatch):
+    model, batch = tiny.model("gemma3"), tiny.batch([9, 3, 7])
+    plain = causal_lm_losses(model, batch)
+    assert plain_logits(model)
+    capped = tiny.model("gemma3")
+    capped.load_state_dict(model.state_dict())
+    capped.config.final_logit_softcapping = 0.5
+    in_parts_of(monkeypatch, 4)
+    with frozen(capped):
+        assert not plain_logits(capped)
+        losses = causal_lm_losses(capped, batch)
+    logits, targets, rows = causal_lm_logits(model, batch)
+    expected = F.cross_entropy(0.5 * torch.tanh(logits / 0.5), targets, reduction="none")
+    torch.testing.assert_close(losses, mean_by_row(expected, rows, 3))
+    assert not torch.allclose(losses, plain)
+    ((whole, _, _),) = logits_in_parts(capped, batch)
+    torch.testing.assert_close(whole, 0.5 * torch.tanh(logits / 0.5))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.data.batching import Batch
-from iprox.models.loss import LossFn, causal_lm_logits
+from iprox.models.loss import LossFn, logits_in_parts
 from iprox.models.observe import Sink, frozen, watched_backward
 
 Labels = Literal["data", "sampled"]
@@ -111,11 +111,13 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
     Raises:
         FloatingPointError: a prediction is not finite.
     """
-    logits, _, _ = causal_lm_logits(model, batch)
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite, so no label can be drawn; try --set dtype=float32")
-    probabilities = torch.softmax(logits.float(), dim=-1).cpu()
-    drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(batch.labels.device)
+    drawn: list[Tensor] = []
+    for logits, _, _ in logits_in_parts(model, batch):
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(
+                "the model's logits are not finite, so no label can be drawn; try --set dtype=float32"
+            )
+        drawn.append(torch.multinomial(torch.softmax(logits.float(), dim=-1).cpu(), 1, generator=generator)[:, 0])
     labels = batch.labels.clone()
-    labels[:, 1:][labels[:, 1:] != -100] = drawn
+    labels[:, 1:][labels[:, 1:] != -100] = torch.cat(drawn).to(labels.device)
     return replace(batch, labels=labels)

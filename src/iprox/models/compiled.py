@@ -32,6 +32,7 @@ from iprox.models.layers import (
     replace_module,
     weight_shape,
 )
+from iprox.models.loss import plain_logits
 
 # (inputs h [B, L, n], output gradients δ [B, L, m]) of one layer.
 Watcher = Callable[[Tensor, Tensor], None]
@@ -159,6 +160,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     Args:
         model: model for which `why_not_compiled` returns None; changed in place, until `uncompile_layers`.
     """
+    plain_logits(model)  # tried on one token, which would be compiled too
     blocks = decoder_layers(model)[1]
     for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
         wire = Wire(next(_numbers), layer)
