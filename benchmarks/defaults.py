@@ -8,6 +8,7 @@ task has of its own.
     python benchmarks/defaults.py                                  # target-17m, 8 tasks, 2 seeds
     python benchmarks/defaults.py --selected                       # what each row selects; trains nothing
     python benchmarks/defaults.py --preset smollm2                 # SmolLM2-135M-Instruct (benchmarks/models.py), LoRA
+    python benchmarks/defaults.py --preset gemma                   # Gemma 3 270M, a small pool
     python benchmarks/defaults.py --preset smollm2 --only random 'EK-FAC, cosine, turns'
 
 Finished cells are kept in `--output`, one line each, and are not computed again; a stopped benchmark continues.
@@ -122,6 +123,18 @@ PRESETS = {
         lora=16,
         warmup=0,  # it knows chat
         curvature=128,
+    ),
+    "gemma": Preset(
+        model=MODELS / "gemma3-270m",
+        tasks=("gsm8k", "science"),
+        rows=400,
+        validation=12,
+        tests=60,
+        seeds=1,
+        learning_rate=1 / 640,
+        lora=16,
+        warmup=100,  # a base model
+        curvature=64,
     ),
 }
 
