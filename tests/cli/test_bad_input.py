@@ -342,7 +342,7 @@ def test_exporting_a_model_that_is_no_proxy(model, tmp_path, refused):
 
 def test_compressing_a_proxy(finished, tmp_path, refused):
     options = ["--model", finished.output / "proxy", "--sparsity=0.5", "--output", tmp_path / "out"]
-    assert "is an iprox proxy already" in refused(*single(finished, "compress", *options))
+    assert "is already an iprox proxy" in refused(*single(finished, "compress", *options))
     assert not (tmp_path / "out").exists()
 
 

@@ -28,8 +28,8 @@ def both(place, refused):
 
 
 def test_a_size_out_of_reach(both):
-    assert "the most is 0.9" in both("proxy.sparsity=0.9999")
-    assert "the least is 0." in both("proxy.sparsity=null", "proxy.flops=1e-9")
+    assert "the largest is 0.9" in both("proxy.sparsity=0.9999")
+    assert "the smallest is 0." in both("proxy.sparsity=null", "proxy.flops=1e-9")
     assert "less than one decoder layer" in both("proxy.method=layers", "proxy.sparsity=0.99", "proxy.align=false")
 
 

@@ -244,7 +244,7 @@ def test_a_score_that_is_not_finite_names_the_example(setup):
 
 @pytest.mark.parametrize(
     ("validation", "sample", "said"),
-    [("nothing", "words", "'empty'"), ("words", "nothing", "sample for the curvature")],
+    [("nothing", "words", "'empty'"), ("words", "nothing", "curvature sample")],
 )
 def test_a_task_or_a_sample_without_supervised_tokens_is_refused(validation, sample, said):
     one, other = (Pool([{"text": text}]) for text in (validation, sample))
