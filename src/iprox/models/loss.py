@@ -32,24 +32,24 @@ def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
 
 
 def causal_lm_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits where a supervised token is predicted, and only there.
+    """Return the logits of the positions that predict a supervised token.
 
-    Prompts are often most of the tokens and the head a large share of a small model, so the hidden states are
-    gathered before the head rather than the logits after it. The gather is a hook on the head: whatever the
-    model does to its logits afterwards (scaling, soft-capping) still happens, whichever model it is.
+    Prompts are often most of the tokens, and the head a large share of a small model, so hidden states are gathered
+    before the head. This is done by a hook on the head, so that later operations on logits (scaling, soft-capping)
+    still apply, for any model.
 
-    No attention mask is passed: rows are right-padded and attention is causal, so no real token sees a pad,
-    and attention takes its faster unmasked kernel.
+    No attention mask is passed: rows are right-padded and attention is causal, so no real token sees padding, and
+    attention can use its faster unmasked kernel.
 
     Returns:
-        logits [N, V] in the model's dtype, targets [N] and example numbers [N], N supervised tokens in all.
+        logits [N, V] in the model's dtype, targets [N] and example numbers [N], for N supervised tokens.
     """
     logits, targets, rows = _filled_logits(model, batch)
     return logits[: len(targets)], targets, rows
 
 
 def _filled_logits(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `causal_lm_logits` with surplus rows after the N, so that the head's shapes repeat (`padded_width`)."""
+    """Return `causal_lm_logits` with the logits padded to repeated shapes (`padded_width`)."""
     head = output_head(model)
     if head is None:
         raise TypeError(f"{type(model).__name__} has no output head; pass loss_fn for such a model")
@@ -72,18 +72,18 @@ def _filled_logits(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Tenso
 def causal_lm_losses(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
     """Return the mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
 
-    It has a first derivative only (see `TokenLosses`). `inputs` go to the model as they are.
+    It has only a first derivative (see `TokenLosses`). `inputs` are passed to the model.
 
     Returns:
         Losses [B]; 0 for an example without a supervised token.
 
     Raises:
-        InputError: the batch is not an `iprox.data.Batch`, so its padding and labels are not known.
+        InputError: the batch is not an `iprox.data.Batch`, so its padding and labels are unknown.
     """
     if not isinstance(batch, Batch):
         raise InputError(
-            f"a DataLoader of a language model gives batches of the type iprox.data.Batch, not {type(batch).__name__}; "
-            "pass the examples themselves (a list of dicts or a Dataset), or a loss_fn for these batches"
+            f"a DataLoader for a language model must give batches of the type iprox.data.Batch, not "
+            f"{type(batch).__name__}; pass the examples (a list of dicts or a Dataset), or a loss_fn for these batches"
         )
     logits, targets, rows = _filled_logits(model, batch, **inputs)
     token_losses = TokenLosses.apply(logits, targets)
@@ -93,9 +93,9 @@ def causal_lm_losses(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
 class TokenLosses(torch.autograd.Function):
     """Cross-entropy of the first N rows of logits with targets [N], a few rows at a time.
 
-    Logits are the largest tensor of a batch. In float32, with their softmax and the gradient of each, they would take
-    six times what they do in bfloat16, and every pass over them goes to main memory; here float32 exists for a few
-    rows that fit in a cache.
+    Logits are the largest tensor of a batch. In float32, together with their softmax and gradients, they would take six
+    times as much memory as in bfloat16, and every pass over them would go to main memory; here only a few rows that fit
+    in the cache are in float32.
     """
 
     @staticmethod
@@ -110,7 +110,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Return softmax(logits) - onehot(targets), times each row's own gradient."""
+        """Return softmax(logits) - onehot(targets), times each row's gradient."""
         logits, targets, normalizers = ctx.saved_tensors
         (gradient,) = gradients
         result = torch.empty_like(logits)
@@ -126,13 +126,13 @@ class TokenLosses(torch.autograd.Function):
 
 
 def _few_rows(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split logits into rows whose float32 fits in a core's cache; an accelerator gets more rows, to keep it busy."""
+    """Split logits into groups of rows that fit in a core's cache in float32; an accelerator gets larger groups."""
     numbers = 1 << 18 if logits.device.type == "cpu" else 1 << 26
     return logits.split(max(1, numbers // logits.shape[1]))
 
 
 def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of values [N] over each of `count` rows [count]; 0 where a row has none."""
+    """Return the mean of values [N] per row [count]; 0 for a row without values."""
     sums = values.new_zeros(count).index_add(0, rows, values)
     numbers = torch.bincount(rows, minlength=count).clamp(min=1)
     return sums / numbers
