@@ -189,7 +189,7 @@ def test_nan_weights_are_named(broken, place, refused):
     for stage in ("warmup", "compress", "score"):
         off = [] if stage == "warmup" else ["--set", "warmup=false"] if stage == "compress" else OFF
         said = refused("run", place.recipe, "--quiet", "--fresh", *off)
-        assert "model.layers.1.mlp.up_proj.weight holds NaN or infinity" in said
+        assert "model.layers.1.mlp.up_proj.weight has NaN or infinity" in said
         assert len(said.splitlines()) == 1
         assert sorted(file.name for file in place.output.iterdir() if not file.is_dir()) == ["recipe.yaml", "run.json"]
 
