@@ -174,7 +174,7 @@ def sketched_norms(h: Tensor, delta: Tensor, bias: bool, signs: Tensor) -> Tenso
     The estimate is ‖G S‖²/k, or ‖GᵀS‖²/k where m > n, so that the k images lie on the narrower side. With
     G S = Σ_t δ_t (Sᵀh_t)ᵀ that is 2Lk(m+n) FLOPs per example; two Gram matrices cost 2L²(m+n). The relative standard
     deviation is at most √(2/k), reached by a gradient of rank 1; independent signs per layer reduce it further
-    (figures in docs/method.md).
+    (figures in docs/results/speed.md).
 
     Args:
         h: inputs [B, L, n].
