@@ -7,8 +7,8 @@ Layer ℓ has two matrices of random signs, L_ℓ [a, m] and R_ℓ [b, n], and a
 E⟨f(z), f(z′)⟩ = Σ_ℓ ⟨G_ℓ(z), G_ℓ(z′)⟩: the signs are independent with E[LᵀL] = aI, and the cross terms of different
 layers vanish in expectation. The projection is two-sided, as in LoGra (Choe et al., arXiv:2405.13954) and Bergson, so
 G is never formed and L and R are small. Those concatenate the features of layers; summing them lets every layer have
-all D numbers. The error for the same D is far smaller (figures in docs/results/speed.md): a layer's gradient is close to
-low-rank, so a and b matter, not their product.
+all D numbers. The error for the same D is then far smaller (figures in docs/results/speed.md), because a layer's
+gradient is close to low-rank, so that a and b matter rather than their product.
 
 A bias's gradient Σ_t δ_t is the gradient of one more column of W, whose input is always 1.
 """

@@ -159,7 +159,8 @@ class BatchScorer(Scorer):
         self.by_answer = loss_fn is answer_losses
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
-        super().__init__(list(queries), widths, by_example=not _of_means(queries), model=model)
+        by_example = not all(isinstance(query, dict) for query in queries.values())
+        super().__init__(list(queries), widths, by_example=by_example, model=model)
         sketched = norm_sketch > 0 and normalize == "cosine"
         exact = expert_layers(model) if sketched else ()
         self._signs = {
@@ -301,7 +302,3 @@ def _width(query: TaskQuery) -> int:
     if isinstance(query, SharedQueries):
         return len(query.norms)
     return 1 if isinstance(query, dict) else len(query)
-
-
-def _of_means(queries: Mapping[str, TaskQuery]) -> bool:
-    return all(isinstance(query, dict) for query in queries.values())

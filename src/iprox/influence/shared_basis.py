@@ -187,14 +187,10 @@ def shared_queries(
     for place, name in enumerate(names):
         (_, left), (_, right) = spectra[2 * place], spectra[2 * place + 1]
         r, s = ranks[2 * place], ranks[2 * place + 1]
+        query, part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
+        held, totals = held + part.cpu(), totals + total.cpu()
         if r and s:
-            queries[name], part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
-            held, totals = held + part.cpu(), totals + total.cpu()
-        else:
-            whole = layer(name)
-            totals = totals + torch.stack(
-                [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
-            )
+            queries[name] = query
     if not torch.isfinite(totals).all():
         raise FloatingPointError(
             "a validation gradient divided by the curvature is not finite; try --set dtype=float32"

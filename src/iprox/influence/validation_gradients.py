@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import ExampleGradient, LayerGradient, LowRankGradient, ModelGradient, summed_gradient
+from iprox.influence.gradients import ExampleGradient, LowRankGradient, ModelGradient, summed_gradient
 from iprox.influence.low_rank import truncated
 from iprox.models.experts import expert_layers
-from iprox.models.layers import dense_weight, has_bias, influence_layers, layer_bias, weight_shape
+from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
@@ -63,11 +63,8 @@ def mean_gradient(
         )
     for name, layer in layers.items():
         if name not in total:  # not called, or an expert without tokens
-            weight, bias = dense_weight(layer), layer_bias(layer)
-            dtype = accumulation_dtype(weight)
-            total[name] = LayerGradient(
-                torch.zeros_like(weight, dtype=dtype), None if bias is None else torch.zeros_like(bias, dtype=dtype)
-            )
+            (m, n), like = weight_shape(layer), next(layer.parameters())
+            total[name] = summed_gradient(like.new_zeros(1, n), like.new_zeros(1, m), has_bias(layer))
     for name, part in total.items():
         part.weight /= count
         if part.bias is not None:

@@ -36,6 +36,7 @@ def proxy_card(model: PreTrainedModel) -> str:
         tags=["iprox", "data-selection", "influence", "low-rank"],
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    through = "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -51,7 +52,7 @@ A cheaper stand-in for `{target}` that ranks training examples by their influenc
 | method | {config.method} |
 | sparsity | {config.sparsity:.3f} of the target's linear parameters removed |
 | parameters | {parameters:,} |
-| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {_through(config)} |
+| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {through} |
 | made with | iprox {version("iprox")}, transformers {version("transformers")}, torch {version("torch")} |
 
 ## Fidelity
@@ -76,10 +77,6 @@ iprox score --model path/or/id --target {target} --pool pool.jsonl --validation 
 {_ranks(model, config)}
 """
     return str(ModelCard(text))
-
-
-def _through(config: IproxConfig) -> str:
-    return "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
 
 
 def write_card(model: PreTrainedModel, folder: Path) -> None:

@@ -121,8 +121,7 @@ def _by_example(
     if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
         x = _unfolded(name, x, *positions)
     elif x.ndim == 2:
-        x = x.unsqueeze(1)  # no positions
-        return x
+        return x.unsqueeze(1)  # no positions
     if counted is None:
         return x
     if x.shape[:-1] != counted.shape:

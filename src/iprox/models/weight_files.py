@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,7 @@ def count_weights(folder: Path) -> tuple[int, int]:
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  not a mapping
-                    size = 1
-                    for width in stored.get_slice(key).get_shape():
-                        size *= width
-                    tensors, numbers = tensors + 1, numbers + size
+                    tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
         except SafetensorError as error:
             raise InputError(
                 f"{file}: cannot be loaded as a causal language model: incomplete safetensors: {one_line(error)}"

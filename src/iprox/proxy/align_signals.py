@@ -10,11 +10,9 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
@@ -84,22 +82,9 @@ def stored_bytes(
 
 
 def _read(file: Path) -> Signals:
-    gradients: dict[str, Tensor] = {}
-    hidden: dict[str, Tensor] = {}
     with safe_open(file, "pt") as saved:
-        for name in saved.keys():  # noqa: SIM118  (not a mapping)
-            kind, _, rest = name.partition("/")
-            if kind == "gradient":
-                gradients[rest] = _aligned(saved, name)
-            elif kind == "hidden":
-                hidden[rest] = _aligned(saved, name)
-        return Signals(gradients, _aligned(saved, "logits"), [hidden[place] for place in sorted(hidden)])
-
-
-def _aligned(saved: Any, name: str) -> Tensor:
-    """Return a copy of a tensor of an open file.
-
-    Tensors from safetensors are aligned as in the file, and on CPUs without AVX-512 the last bits of matrix products
-    depend on the alignment of their operands.
-    """
-    return saved.get_tensor(name).clone()
+        # Copies: tensors from safetensors are aligned as in the file, and on CPUs without AVX-512 the last bits of
+        # matrix products depend on the alignment of their operands.
+        found = {name: saved.get_tensor(name).clone() for name in sorted(saved.keys())}
+    gradients = {name.removeprefix("gradient/"): each for name, each in found.items() if name.startswith("gradient/")}
+    return Signals(gradients, found["logits"], [each for name, each in found.items() if name.startswith("hidden/")])

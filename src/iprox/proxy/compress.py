@@ -147,9 +147,7 @@ def proxies_of(
                 "compressed by the plain norm; use more probe examples",
                 stacklevel=2,
             )
-        _describe(model, proxy, report, target)
-        report.seconds = time.perf_counter() - started
-        return proxy, report
+        return _finished(model, proxy, report, target, started)
 
     with measured_spectra(model, layers, probe, prices.by_layer, settings, loss_fn, progress) as spectra:
         yield lambda size: make(spectra, size)
@@ -162,10 +160,7 @@ def extract_layers(
     started = time.perf_counter()
     _refuse_proxy(model)
     proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
-    report = CompressionReport("layers", None, size.as_dict())
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, proxy, CompressionReport("layers", None, size.as_dict()), target, started)
 
 
 def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
@@ -173,10 +168,7 @@ def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[Pre
     started = time.perf_counter()
     _refuse_proxy(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    proxy, report = copy.deepcopy(model, memo=shared), CompressionReport("target", None, {})
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target, started)
 
 
 def adopt(
@@ -189,10 +181,7 @@ def adopt(
     """
     started = time.perf_counter()
     proxy = baselines.off_the_shelf(model, other)
-    report = CompressionReport("off-the-shelf", None, {})
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, proxy, CompressionReport("off-the-shelf", None, {}), target, started)
 
 
 def _refuse_proxy(model: PreTrainedModel) -> None:
@@ -200,8 +189,10 @@ def _refuse_proxy(model: PreTrainedModel) -> None:
         raise InputError("the model is already an iprox proxy; compress its target instead")
 
 
-def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None) -> None:
-    """Fill in the report's sizes and mark the proxy as one."""
+def _finished(
+    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None, started: float
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Mark a model as a proxy, and return it with the sizes and the time in its report."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)
     head = flops.head_flops(model)
     report.relative_flops = (flops.forward_flops(proxy) + head) / (flops.forward_flops(model) + head)
@@ -216,3 +207,5 @@ def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: Compressio
                 target_fingerprint=model_fingerprint(model),
             ),
         )
+    report.seconds = time.perf_counter() - started
+    return proxy, report
