@@ -28,8 +28,8 @@ def both(place, refused):
 
 
 def test_a_size_out_of_reach(both):
-    assert "the most is 0.9" in both("proxy.sparsity=0.9999")
-    assert "the least is 0." in both("proxy.sparsity=null", "proxy.flops=1e-9")
+    assert "the largest is 0.9" in both("proxy.sparsity=0.9999")
+    assert "the smallest is 0." in both("proxy.sparsity=null", "proxy.flops=1e-9")
     assert "less than one decoder layer" in both("proxy.method=layers", "proxy.sparsity=0.99", "proxy.align=false")
 
 
@@ -46,7 +46,7 @@ def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_engine, "RUNNING_CLUSTER", tmp_path / "nothing")
     monkeypatch.setattr(ray_engine, "_is_running", lambda: False)
     monkeypatch.setattr(ray_engine, "find_spec", lambda _: object())
-    assert "ray_workers: 1000 workers asked for, but Ray has" in both("ray_workers=1000")
+    assert "ray_workers: 1000 workers requested, but Ray has" in both("ray_workers=1000")
     check_ray(1, "cpu")
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
     check_ray(1000, "cpu")  # a cluster may have them

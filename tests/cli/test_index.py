@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused(indexed, tmp_path, capfd):
     assert "power of two" in refusal(capfd)
     assert not (tmp_path / "index").exists()
     assert query(indexed, [tmp_path], tmp_path / "out") == 2
-    assert "is no index" in refusal(capfd)
+    assert "is not an index" in refusal(capfd)
     assert query(indexed, indexed.indexes[:1], tmp_path / "out", "--model", str(indexed.proxies[1])) == 2
     assert "is not the model of the index" in refusal(capfd)
     assert query(indexed, indexed.indexes, tmp_path / "out") == 2

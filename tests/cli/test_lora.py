@@ -92,7 +92,7 @@ def test_experts_are_refused_before_any_work(place, tiny, capsys, tmp_path):
     moe = tmp_path / "moe"
     shutil.copytree(yaml.safe_load(place.recipe.read_text())["model"], moe)
     tiny.model("qwen3-moe", vocab_size=2048).save_pretrained(moe)
-    said = "moe: has fused experts, which LoRA would leave as they are"
+    said = "moe: has fused experts, which LoRA would not adapt"
     for command in ("run", "plan"):
         assert main([command, str(place.recipe), "--set", f"model={moe}", "warmup.lora={}"]) == 2
         assert said in capsys.readouterr().err

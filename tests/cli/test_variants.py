@@ -157,7 +157,7 @@ def test_scorers_without_gradients(place, estimator):
     assert (stages["score"]["flops"] > 0) == (estimator in ("perplexity", "rds"))
     assert stages["score"]["flops"] == place.record()["cost"]["target_score_flops"]  # it is the target that is scored
     # They are no sums over tokens, so none is shaded.
-    assert f"{estimator} takes no gradients" in place.record()["unattributed"]
+    assert f"{estimator} uses no gradients" in place.record()["unattributed"]
     assert "attribute" not in stages
     assert "<summary>Token by token" not in (place.output / "report.html").read_text()
 

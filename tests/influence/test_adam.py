@@ -149,5 +149,5 @@ def test_what_less_needs_is_said(tiny):
     with pytest.raises(ValueError, match="query_norm saves nothing"):
         scorer_of_batches(model, {"t": [batch]}, estimator="less", query_norm=0.9)
     state = state_of(model, warmed_optimizer(model, tiny))
-    with pytest.raises(TypeError, match="no sum over its tokens"):
+    with pytest.raises(TypeError, match="not a sum over its tokens"):
         scorer_of_batches(model, {"t": [batch]}, estimator="less", optimizer=state)(batch, by_token=True)

@@ -161,7 +161,7 @@ def test_a_layer_that_no_example_moved_keeps_its_gradient_and_is_named(tiny, cur
     target = tiny.model("qwen3-moe")
     with experts_split(target):
         query, _ = mean_gradient(target, [tiny.batch([12, 12, 12], seed=1)])
-        with pytest.warns(UserWarning, match="experts.*take more curvature examples"):
+        with pytest.warns(UserWarning, match="experts.*use more curvature examples"):
             # One token reaches two of four experts.
             solved = preconditioned(target, {"t": query}, [tiny.batch([2], seed=3)], curvature)["t"]
     assert any(solved[name] is part for name, part in query.items())

@@ -174,7 +174,7 @@ def test_an_interrupted_index_goes_on_and_gives_the_same_bytes(made, tmp_path):
 
     with pytest.raises(StoppedError):
         write(projector, tmp_path / "index", engine=stopping)
-    with pytest.raises(InputError, match="not whole"):
+    with pytest.raises(InputError, match="incomplete"):
         GradientIndex.open(tmp_path / "index")
     before = (tmp_path / "index/000000.arrow").stat().st_mtime_ns
     stats = write(projector, tmp_path / "index")
@@ -196,5 +196,5 @@ def test_windows_of_another_description_are_not_kept(made, tmp_path):
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no index"):
+    with pytest.raises(InputError, match="not an index"):
         GradientIndex.open(tmp_path)

@@ -77,7 +77,7 @@ def test_whole_gradients_are_contracted_with_as_they_are():
     assert query.flops == 2 * 2 * 12 * 10
     h, delta = torch.randn(3, 4, 10, dtype=torch.float64), torch.randn(3, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(query.contract(h, delta)[:, 1], contract(h, delta, tasks[1]))
-    with pytest.raises(ValueError, match="low-rank all, or whole all"):
+    with pytest.raises(ValueError, match="all low-rank or all dense"):
         layer_query([tasks[0], low_rank(tasks[1].weight, None)], torch.float64)
 
 

@@ -89,5 +89,5 @@ def test_every_worker_has_its_cores_on_one_node(nodes, workers, share):
 
 
 def test_more_workers_than_there_is_room_for_are_refused():
-    with pytest.raises(InputError, match="64 workers asked for"):
+    with pytest.raises(InputError, match="64 workers requested"):
         list(ray_engine(64, "cpu")(make, windows_of(Pool([{"text": "a"}]), 4)))

@@ -244,7 +244,7 @@ def test_a_score_that_is_not_finite_names_the_example(setup):
 
 @pytest.mark.parametrize(
     ("validation", "sample", "said"),
-    [("nothing", "words", "'empty'"), ("words", "nothing", "sample for the curvature")],
+    [("nothing", "words", "'empty'"), ("words", "nothing", "curvature sample")],
 )
 def test_a_task_or_a_sample_without_supervised_tokens_is_refused(validation, sample, said):
     one, other = (Pool([{"text": text}]) for text in (validation, sample))
@@ -361,7 +361,7 @@ def test_a_shard_that_is_lost_or_damaged_is_made_again(setup, tiny, tmp_path, mo
     expected = run(whole, models, pool, validation, [0.3, 0.07])
     files = stopped_before_the_merge(path, models, pool, validation, monkeypatch)
     fault(files[place])
-    said = f"{files[place].name}: is (damaged|not there), so its rows are scored again"
+    said = f"{files[place].name}: is (damaged|missing); its rows are scored again"
     with pytest.warns(UserWarning, match=said):
         assert run(path, models, pool, validation, [0.3, 0.07]) == expected
     assert path.read_bytes() == whole.read_bytes()
@@ -374,6 +374,6 @@ def test_shards_that_are_whole_are_not_scored_again(setup, tmp_path, monkeypatch
     files[1].unlink()
     real, written = shards.write_parts, []
     monkeypatch.setattr(shards, "write_parts", lambda to, parts: (written.append(to), real(to, parts)))
-    with pytest.warns(UserWarning, match="is not there"):
+    with pytest.warns(UserWarning, match="is missing"):
         run(path, models, pool, validation, [0.3, 0.07])
     assert written == [files[1], path]

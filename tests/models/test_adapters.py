@@ -163,7 +163,7 @@ def described(**changes):
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (half, "adapter: is not whole: it lacks weights of some of the layers that it adapts"),
+        (half, "adapter: is incomplete: it lacks weights of some of the layers that it adapts"),
         (cut, "adapter: does not fit its base model"),
         (lambda folder: (folder / "adapter_config.json").write_text("[1"), "config.json: is not a JSON object"),
         (
@@ -171,7 +171,7 @@ def described(**changes):
             "config.json: is not a JSON object",
         ),
         (described(base_model_name_or_path="{}"), "names itself as base_model_name_or_path"),
-        (described(base_model_name_or_path="/moved/base"), "adapter: adapts /moved/base, which is not there; correct"),
+        (described(base_model_name_or_path="/moved/base"), "adapter: adapts /moved/base, which is missing; correct"),
     ],
 )
 def test_a_broken_adapter_is_refused(adapter, broken, said):
@@ -182,7 +182,7 @@ def test_a_broken_adapter_is_refused(adapter, broken, said):
 
 
 def test_fused_experts_and_a_missing_peft_are_refused(tiny, monkeypatch):
-    with pytest.raises(InputError, match="org/moe: has fused experts, which LoRA would leave as they are"):
+    with pytest.raises(InputError, match="org/moe: has fused experts, which LoRA would not adapt"):
         with_lora(tiny.model("qwen3-moe"), "org/moe", rank=2, alpha=4.0)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install 'iprox\\[lora\\]'"):

@@ -121,7 +121,7 @@ def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(tiny, monkeypatch, recw
     warn_of_slow_products(tiny.model(dtype=torch.float32))
     assert not recwarn.list
     warn_of_slow_products(tiny.model(dtype=torch.bfloat16))
-    assert ["no instructions for" in str(warning.message) for warning in recwarn.list] == ([] if native else [True])
+    assert ["no instructions" in str(warning.message) for warning in recwarn.list] == ([] if native else [True])
 
 
 def test_rounded_rotary_frequencies_are_warned_of(tiny, recwarn):
@@ -137,7 +137,7 @@ def test_rounded_rotary_frequencies_are_warned_of(tiny, recwarn):
 
 def test_a_device_without_float64_is_refused():
     assert resolve_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(InputError, match="no float64"):
+    with pytest.raises(InputError, match="float64"):
         resolve_device("mps")
 
 

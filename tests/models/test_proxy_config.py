@@ -86,5 +86,5 @@ def test_batches_of_one_row_or_token_are_told_apart_too(positions):
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 3, 5), (7,), (4, 5)])
 def test_rows_that_cannot_be_told_apart_are_refused(shape):
-    with pytest.raises(InputError, match="layer: is given rows of the shape"):
+    with pytest.raises(InputError, match="layer: gets rows of the shape"):
         _by_example("layer", torch.randn(*shape, 3), None, None, (2, 5))

@@ -77,7 +77,9 @@ def test_exactly_one_size_is_given(given):
         Size(**given)
 
 
-@pytest.mark.parametrize(("given", "known"), [({"flops": 0.1}, "the least is"), ({"sparsity": 0.99}, "the most is")])
+@pytest.mark.parametrize(
+    ("given", "known"), [({"flops": 0.1}, "the smallest is"), ({"sparsity": 0.99}, "the largest is")]
+)
 def test_a_size_out_of_reach_says_what_is_in_reach(tiny, given, known):
     with pytest.raises(InputError, match=known):
         derive_proxy(tiny.model(), [tiny.batch([6])], Size(**given))

@@ -1,4 +1,4 @@
-"""Score windows on Ray workers: each holds the model and the validation gradients, results come back in order."""
+"""An engine of Ray workers, each with the model and the validation gradients; results come back in order."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from iprox.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
 
-# Seconds after which workers that have not started are spoken of; other work may have their cores or GPUs.
+# Seconds after which to warn about workers that have not started; other work may hold their cores or GPUs.
 PATIENCE = 60
-# Where Ray notes the address of a cluster on this machine.
+# File in which Ray keeps the address of a cluster on this machine.
 RUNNING_CLUSTER = Path("/tmp/ray/ray_current_cluster")
 _NOT_INSTALLED = "ray_workers: Ray is not installed; pip install 'iprox[ray]', or leave ray_workers at 0"
 
 
 class _Worker:
-    """One Ray actor. Makes its own worker with its first window, so that an error then is told as what it is.
+    """One Ray actor. It makes its worker with the first window, so that an error is reported as from that window.
 
-    `make` comes as bytes, as Ray itself would send it, to be read only once it is known where its modules are.
+    `make` is pickled bytes, as Ray itself would send it, so that it is unpickled only after its modules can be found.
     """
 
     def __init__(self, make: bytes, threads: int) -> None:
@@ -39,32 +39,32 @@ class _Worker:
         self.make, self.work = make, None
 
     def started(self) -> None:
-        """Nothing: that it answers says that it has its place."""
+        """Do nothing: the answer shows that the actor has its resources."""
 
     def score(self, window: Window) -> tuple[ScoredWindow, list[str]]:
-        """A window's scores, and what iprox warned of."""
+        """Return a window's scores, and iprox's warnings."""
         from ray import cloudpickle
 
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("default")
             if self.work is None:
-                init_hf_modules()  # where the code of a model's own tokenizer is found, which is pickled by name
+                init_hf_modules()  # a tokenizer's own code is pickled by name, and found there
                 self.work = cloudpickle.loads(self.make)()
             scored = self.work(window)
         return scored, [str(each.message) for each in heard if Path(each.filename).is_relative_to(PACKAGE)]
 
 
 def check_ray(workers: int, device: str) -> None:
-    """Refuse Ray where it is not installed or cannot hold the workers, before any work and without starting it.
+    """Refuse Ray if it is not installed or cannot hold the workers, before any work and without starting it.
 
-    Of a cluster that is running, only Ray knows what it holds; `ray_engine` asks it.
+    The resources of a running cluster are left to `ray_engine`, as only Ray knows them.
 
     Args:
         workers: number of actors.
-        device: what each scores on, `cpu` or `cuda`.
+        device: device of each actor, `cpu` or `cuda`.
 
     Raises:
-        InputError: it is so.
+        InputError: Ray is missing or too small.
     """
     if find_spec("ray") is None:
         raise InputError(_NOT_INSTALLED)
@@ -83,18 +83,18 @@ def _is_running() -> bool:
 
 
 def _too_many(workers: int, there: float, need: str) -> str:
-    return f"ray_workers: {workers} workers asked for, but Ray has {there:.0f} {need}s; set ray_workers lower"
+    return f"ray_workers: {workers} workers requested, but Ray has {there:.0f} {need}s; set ray_workers lower"
 
 
 def ray_engine(workers: int, device: str) -> Engine:
-    """An engine of `workers` Ray actors, on the cluster that Ray finds or else on this machine.
+    """Return an engine of `workers` Ray actors, on the cluster that Ray finds or else on this machine.
 
-    Each actor asks for one GPU if the device is one, else for as many cores as every one of them can have. At most two
-    windows an actor are under way, so the pool is read no faster than it is scored.
+    Each actor requests one GPU on a GPU, else an equal share of the cores. At most two windows per actor are in
+    progress, so the pool is read no faster than it is scored.
 
     Args:
         workers: number of actors.
-        device: what each scores on, `cpu` or `cuda`.
+        device: device of each actor, `cpu` or `cuda`.
 
     Raises:
         InputError: Ray is not installed, or the cluster cannot hold that many actors.
@@ -109,7 +109,7 @@ def ray_engine(workers: int, device: str) -> Engine:
         try:
             scored, heard = ray.get(pending)
         except ray.exceptions.RayTaskError as error:  # pyright: ignore[reportAttributeAccessIssue]
-            raise error.cause from error  # in one line, as it would be raised here
+            raise error.cause from error  # the error itself, as in this process
         for message in heard:
             warnings.warn(message, stacklevel=2)
         if progress is not None:
@@ -135,9 +135,10 @@ def ray_engine(workers: int, device: str) -> Engine:
             late = ray.wait([each.started.remote() for each in actors], num_returns=workers, timeout=PATIENCE)[1]
             if late:
                 warnings.warn(
-                    f"engine ray: {len(late)} of {workers} workers wait for {need}s that other work has", stacklevel=2
+                    f"ray_workers: {len(late)} of {workers} workers are waiting for {need}s held by other work",
+                    stacklevel=2,
                 )
-            # Round robin keeps the order: the oldest window under way is always the next result.
+            # Round robin keeps the order: the oldest window in progress is always the next result.
             turn = itertools.cycle(actors)
             pending: deque[Any] = deque()
             for window in windows:
@@ -156,11 +157,11 @@ def ray_engine(workers: int, device: str) -> Engine:
 
 
 def share_of_each(nodes: Sequence[float], workers: int) -> int:
-    """The most cores (or GPUs) that every worker can have, each on one node; 0 if there are too few for one each.
+    """Return the most cores (or GPUs) that every worker can have on one node; 0 if there are too few for one each.
 
     Args:
-        nodes: cores of each node.
-        workers: how many are to be placed.
+        nodes: number of cores of each node.
+        workers: number of workers to place.
     """
     most = int(max(nodes, default=0))
     return next((share for share in range(most, 0, -1) if sum(int(n) // share for n in nodes) >= workers), 0)

@@ -1,4 +1,4 @@
-"""Scores on disk: one shard per window and checkpoint, so that a stopped run resumes and gives the same bytes."""
+"""Scores on disk, one shard per window and checkpoint, so that an interrupted run resumes and gives the same bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from iprox.records import RUN
 from iprox.scores import scores_metadata, write_parts
 
 IDENTITY = "identity.json"
-# Says of a checkpoint that all its windows are scored, and how many there are.
+# File with the number of windows of a checkpoint, written when all are scored.
 DONE = "done"
 
 
@@ -40,24 +40,24 @@ def score_to_file(
 ) -> ScoringStats:
     """Score a pool at every checkpoint and write `scores.parquet`.
 
-    Every window of every checkpoint is a shard, written atomically next to the result. Stopped at any point and
-    started again with the same `identity`, it scores the windows whose shards are missing or damaged, and writes the
+    Every window of every checkpoint is a shard, written atomically next to the result. A run that is interrupted and
+    started again with the same `identity` scores only the windows whose shards are missing or damaged, and writes the
     same bytes. One checkpoint is in memory at a time.
 
     Args:
-        workers: by checkpoint, what makes a worker.
+        workers: functions that make the worker of each checkpoint.
         learning_rates: η of each checkpoint.
         pool: examples; iterated once per checkpoint.
-        path: the file to write.
-        identity: fingerprints of everything the scores depend on; shards of another identity are thrown away.
-            Also kept in the file.
+        path: file to write.
+        identity: fingerprints of everything that the scores depend on, also kept in the file; shards of another
+            identity are removed.
         window: rows per shard.
         progress: called with the number of rows done at a checkpoint.
-        engine: where windows are scored.
-        ranks: whether the pool is to be ranked by the scores.
+        engine: engine that scores the windows.
+        ranks: whether the scores will rank the pool.
 
     Raises:
-        InputError: no row has a score, or all have the same.
+        InputError: no row has a score, or all scores are equal.
     """
     shards = path.with_name(path.name + ".shards")
     claim(shards, identity)
@@ -80,14 +80,14 @@ def score_to_file(
 
 
 def sound_shards(folder: Path, window: int) -> dict[int, int]:
-    """Return the rows of each shard that is whole, by the number of its window; a damaged one is deleted and warned of.
+    """Return the number of rows of each intact shard, by window number; delete damaged shards with a warning.
 
-    A shard is whole if its pages have the checksums they were written with, its own count of rows is right, and it
-    has as many as a window, unless it is the last. One that is missing is left out as well, so both are made again.
+    A shard is intact if its page checksums and its stored row count are right and, unless it is the last, it has a
+    full window of rows. Windows without an intact shard are scored again.
 
     Args:
-        folder: shards of one checkpoint.
-        window: rows of a window.
+        folder: folder with the shards of one checkpoint.
+        window: rows per window.
     """
     files = {int(file.stem): file for file in sorted(folder.glob("*.parquet")) if file.stem.isdecimal()}
     found: dict[int, int] = {}
@@ -99,25 +99,25 @@ def sound_shards(folder: Path, window: int) -> dict[int, int]:
             counted, table = None, None
         if table is None or counted != table.num_rows or (number < max(files) and table.num_rows != window):
             file.unlink()
-            warnings.warn(f"{file}: is damaged, so its rows are scored again", stacklevel=2)
+            warnings.warn(f"{file}: is damaged; its rows are scored again", stacklevel=2)
         else:
             found[number] = table.num_rows
     expected = max(_done(folder), max(files, default=-1) + 1)
     gone = next((number for number in range(expected) if number not in files), None)
     if gone is not None:
-        warnings.warn(f"{folder / f'{gone:06d}.parquet'}: is not there, so its rows are scored again", stacklevel=2)
+        warnings.warn(f"{folder / f'{gone:06d}.parquet'}: is missing; its rows are scored again", stacklevel=2)
     return found
 
 
 def _done(folder: Path) -> int:
-    """The number of windows of a checkpoint whose windows are all scored; 0 where they are not."""
+    """Return the number of windows of a checkpoint if all of them are scored, else 0."""
     said = (folder / DONE).read_text() if (folder / DONE).is_file() else ""
     return int(said) if said.isdecimal() else 0
 
 
 def write_shard(shards: Path, checkpoint: int, window: int, table: pa.Table, counted: ScoringStats) -> None:
     """Write the scores of one window at one checkpoint, atomically."""
-    # The shard carries its own counts, so that a resumed run reports the whole.
+    # The shard stores its counts, so that a resumed run reports the totals.
     shard = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
     write_parts(_checkpoint_folder(shards, checkpoint) / f"{window:06d}.parquet", [shard])
 
@@ -130,20 +130,20 @@ def merge_shards(
     *,
     ranks: bool = True,
 ) -> ScoringStats:
-    """Make one scores file of the shards of every checkpoint, and drop them.
+    """Merge the shards of all checkpoints into one scores file, and remove them.
 
     Args:
-        shards: their folder.
-        path: the file to write.
+        shards: folder of the shards.
+        path: file to write.
         rates: η of each checkpoint.
-        identity: kept in the file.
-        ranks: whether the pool is to be ranked by the scores, which equal ones cannot do.
+        identity: metadata of the file.
+        ranks: whether the scores will rank the pool, so that they must differ.
 
     Returns:
-        What was read, once, and what was done at all checkpoints.
+        The rows and tokens read at one checkpoint, and the work done at all of them.
 
     Raises:
-        InputError: no row has a score, or all have the same. The shards stay, and no file is written.
+        InputError: no row has a score, or all scores are equal. The shards are kept, and no file is written.
     """
     stats, spread, rows = ScoringStats(), TaskSpread(), 0
 
@@ -164,7 +164,7 @@ def merge_shards(
             yield combine(tables, rates, spread, identity)
 
     write_parts(path, parts())
-    # Without its identity a half-removed folder is nobody's; the next start drops it.
+    # A half-removed folder without its identity is not resumed.
     (shards / IDENTITY).unlink()
     shutil.rmtree(shards)
     return stats
@@ -177,14 +177,14 @@ def _checkpoint_folder(shards: Path, number: int) -> Path:
 
 
 def claim(shards: Path, identity: Mapping[str, object]) -> None:
-    """Make a folder of shards ours: keep shards of the same identity, drop those of another."""
+    """Prepare a folder for shards of an identity: keep those of the same identity, remove those of another."""
     written = json.dumps(identity, sort_keys=True)
     marker = shards / IDENTITY
     if marker.is_file() and marker.read_text(encoding="utf-8") == written:
         return
-    # First the marker: a half-removed folder must not be taken for whole by a later start of the other identity.
+    # The marker goes first, so that a half-removed folder is never resumed.
     marker.unlink(missing_ok=True)
-    if (shards / RUN).is_file():  # an index is a folder of shards itself, with the record of its command
+    if (shards / RUN).is_file():  # the folder of an index, which has the record of its command
         empty_folder(shards, keep=RUN)
     else:
         shutil.rmtree(shards, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Stream a pool through a scorer: window by window, so that memory does not grow with the pool."""
+"""Stream a pool through a scorer window by window, so that memory does not grow with the pool."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from iprox.models.compiled import compile_layers, uncompile_layers, why_not_comp
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.precision import out_of_memory
 
-# Rows tokenized and sorted by length together. Enough that length-sorted batches hold little padding, few enough
-# that a window's tokens are little next to a model; also the unit of resuming and of spreading over workers.
+# Rows that are tokenized and sorted by length together: enough for little padding, few enough that their tokens are
+# small next to a model. A window is also the unit of resuming and of work for Ray.
 WINDOW = 1024
 
 T = TypeVar("T")
@@ -34,20 +34,19 @@ Window = list[Example]
 
 @dataclass(slots=True)
 class ScoringStats:
-    """What was read and done.
+    """Counts of what was read, and the work done.
 
     Attributes:
-        rows: rows read.
-        unscored: rows without a score.
-        tokens: tokens read.
-        supervised: supervised tokens among them.
-        truncated: over-long examples that were cut.
-        graded: tokens that gradients passed through.
-        contraction_flops: spent on contracting with the validation gradients, and on norms where they are wanted, at
-            all checkpoints.
-        query_kept: share of the validation gradients' norm that was kept, of the task that lost most.
-        uncompiled: why the model did not run compiled although asked to; empty where it did or need not.
-        batch_tokens: largest batch that memory held, in tokens.
+        rows: number of rows read.
+        unscored: number of rows without a score.
+        tokens: number of tokens read.
+        supervised: number of supervised tokens among them.
+        truncated: number of examples that were truncated.
+        graded: number of tokens that gradients passed through.
+        contraction_flops: FLOPs of contracting with the validation gradients and of norms, at all checkpoints.
+        query_kept: share of the validation gradients' norm that was kept; the minimum over tasks.
+        uncompiled: why the model did not run compiled although the settings ask for it; otherwise empty.
+        batch_tokens: largest batch that fit in memory, in tokens.
     """
 
     rows: int = 0
@@ -74,14 +73,14 @@ class ScoringStats:
 
     @classmethod
     def over_checkpoints(cls, each: Sequence[ScoringStats]) -> ScoringStats:
-        """Return the counts of the same rows at several checkpoints: they were read once, what was done adds up."""
+        """Return the counts of the same rows at several checkpoints: rows count once, work adds up."""
         total = replace(each[0])
         for other in each[1:]:
             total._add_work(other)
         return total
 
     def add(self, other: ScoringStats) -> None:
-        """Count other rows, and what was done with them, into this one."""
+        """Add the counts and the work of other rows."""
         for name in ("rows", "unscored", "tokens", "supervised", "truncated", "graded"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self._add_work(other)
@@ -97,14 +96,14 @@ ScoredWindow = tuple[pa.Table, ScoringStats]
 
 
 class RowFunction(Protocol):
-    """Gives each row of a batch its numbers: a scorer, or what projects gradients for an index.
+    """A function from a batch to numbers per row: a scorer, or the projector of an index.
 
     Attributes:
         noun: name of the numbers in messages.
         dtype: NumPy dtype that they are collected in.
-        columns: how many a row has.
-        device: where batches are to be.
-        by_answer: whether batches are sorted by the lengths of answers, through which alone gradients pass.
+        columns: number of them per row.
+        device: device that batches must be on.
+        by_answer: whether gradients pass through the answers only, so that batches should be sorted by answer length.
     """
 
     noun: str
@@ -122,21 +121,21 @@ class RowFunction(Protocol):
         ...
 
     def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
-        """Note what was done for rows of some lengths."""
+        """Record the work done for rows of some lengths."""
         ...
 
     def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
-        """Return one row per example, from their numbers [N, columns], NaN for those without a supervised token."""
+        """Return a table of the examples from their numbers [N, columns], NaN without a supervised token."""
         ...
 
 
 class WindowWorker:
-    """Works through windows of examples: length-sorted batches, halved where memory does not hold one.
+    """Processes windows of examples in length-sorted batches.
 
     Args:
-        rows: gives each row its numbers.
-        encoder: makes tokens and labels.
-        batch_tokens: largest rows × longest row of a batch; halved whenever one does not fit in memory.
+        rows: function that gives each row its numbers.
+        encoder: encoder that makes tokens and labels.
+        batch_tokens: largest batch size, rows × longest row; halved whenever a batch does not fit in memory.
         uncompiled: why the model does not run compiled although the settings ask for it.
     """
 
@@ -146,15 +145,15 @@ class WindowWorker:
     def __call__(
         self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
     ) -> ScoredWindow:
-        """Return a table with one row per example, in order, and what was read.
+        """Return a table with one row per example, in order, and its statistics.
 
         Args:
             window: examples.
             progress: called with the number of rows done.
-            encoded: their tokens, where they are ready.
+            encoded: encoded examples, if they are ready.
 
         Raises:
-            FloatingPointError: a number is not finite (the example is named).
+            FloatingPointError: a number is not finite (the message names the example).
         """
         encoded = self.encoder.encode(window) if encoded is None else encoded
         numbers = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
@@ -173,7 +172,7 @@ class WindowWorker:
                         if not out_of_memory(error) or len(part.indices) == 1:
                             raise
                         fits = False
-                    if not fits:  # outside the handler: its traceback holds on to what did not fit
+                    if not fits:  # outside the handler, whose traceback keeps the tensors alive
                         release_memory()
                         self.batch_tokens = max(1, self.batch_tokens // 2)
                 if not fits:
@@ -188,7 +187,7 @@ class WindowWorker:
         return self._described(window, encoded, numbers)
 
     def _described(self, window: Window, encoded: Sequence[Encoded], numbers: np.ndarray) -> ScoredWindow:
-        """Return the table of a window's numbers [N, columns], NaN where no token is supervised, and what was read."""
+        """Return the table and the statistics of a window from its numbers [N, columns]."""
         finite = np.asarray(np.isfinite(numbers).all(axis=1))
         for example, row, good in zip(window, encoded, finite, strict=True):
             if row.supervised and not good:
@@ -204,25 +203,25 @@ class WindowWorker:
 
 
 def filled_rows(rows: int, full: int) -> int:
-    """Return the rows that a batch is filled up to: a quarter, half, three quarters or all of a full batch.
+    """Return the number of rows that a batch is padded to: a quarter, half, three quarters or all of a full batch.
 
-    Only the last batch of a window is not full. Without this it would be of a new shape in most windows, and what CPU
-    libraries generate and keep for new shapes (`iprox.models.cpu.shapes`) would let memory grow with the pool.
+    Only the last batch of a window is not full. Otherwise it would have a new shape in most windows, and memory would
+    grow with the code that CPU libraries cache per shape (`iprox.models.cpu.shapes`).
     """
     quarter = max(1, full // 4)
     return max(rows, min(full, -(-rows // quarter) * quarter))
 
 
 def fitting(make: Callable[[int], T], batch_tokens: int, least: int) -> tuple[T, int]:
-    """Make something from batches that are halved until it fits in memory.
+    """Call a function with a batch size that is halved until it does not run out of memory.
 
     Args:
-        make: takes the largest rows × longest row of a batch.
-        batch_tokens: largest rows × longest row to start with.
-        least: where halving ends: the longest row.
+        make: function of the largest batch size, rows × longest row.
+        batch_tokens: batch size to start with.
+        least: smallest batch size: the longest row.
 
     Returns:
-        What was made, and the `batch_tokens` that fitted.
+        The function's result, and the `batch_tokens` that fit.
     """
     while True:
         try:
@@ -230,8 +229,7 @@ def fitting(make: Callable[[int], T], batch_tokens: int, least: int) -> tuple[T,
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or batch_tokens <= least:
                 raise
-        # Outside the handler: its traceback holds on to what did not fit.
-        release_memory()
+        release_memory()  # outside the handler, whose traceback keeps the tensors alive
         batch_tokens = batch_tokens // 2
 
 
@@ -239,15 +237,15 @@ def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial
     """Compile a model in place.
 
     Args:
-        model: the model.
-        run: runs it.
-        trial: a batch that is run to see whether it works.
+        model: model to compile, if any.
+        run: function that runs the model on a batch.
+        trial: batch to test the compiled model with.
 
     Returns:
-        Why it cannot be compiled; empty where it can. The model is then as it was.
+        Why the model cannot be compiled, in which case it is left unchanged; otherwise an empty string.
     """
     if model is None:
-        return ""  # nothing runs that could be
+        return ""
     reason = why_not_compiled(model)
     if reason is not None:
         return reason
@@ -262,7 +260,7 @@ def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial
 
 
 def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = ()) -> Iterator[Window]:
-    """Cut a stream of examples into windows, and leave out those of some numbers, counted from 0."""
+    """Yield the windows of a stream of examples, without those whose numbers (from 0) are in `leave_out`."""
     rows = iter(pool)
     for number in itertools.count():
         window = list(itertools.islice(rows, size))
@@ -272,14 +270,14 @@ def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = (
             yield window
 
 
-# Works through windows, in order: (make a worker, windows, progress) -> tables.
+# Processes windows in order: (function that makes a worker, windows, progress) -> tables and statistics.
 Engine = Callable[[Callable[[], WindowWorker], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
 
 
 def local_engine(
     make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
 ) -> Iterator[ScoredWindow]:
-    """Work in this process, one window after the other."""
+    """Process windows in this process, one after the other."""
     return map(functools.partial(make(), progress=progress), windows)
 
 
@@ -287,9 +285,9 @@ _encoder: ChatEncoder | None = None
 
 
 def prefetching_engine(processes: int) -> Engine:
-    """Return an engine that works in this process, on windows that others tokenize: templates hold Python's lock.
+    """Return an engine that scores in this process while others tokenize; chat templates hold Python's GIL.
 
-    Results are those of `local_engine`. At most one window per process, and one more, is ahead of the model, so memory
+    The results are those of `local_engine`. At most one window per process and one more are tokenized ahead, so memory
     does not grow with the pool.
 
     Args:
@@ -300,7 +298,7 @@ def prefetching_engine(processes: int) -> Engine:
         make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
     ) -> Iterator[ScoredWindow]:
         work = make()
-        # Not forked: a fork of a process with threads, or with a GPU, may hang.
+        # Forking a process with threads or a GPU may hang.
         spawned = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, spawned, initializer=_hold, initargs=(work.encoder,)) as pool:
             ahead: deque[tuple[Window, Future[list[Encoded]]]] = deque()
@@ -324,7 +322,7 @@ def prefetching_engine(processes: int) -> Engine:
 
 
 def _hold(encoder: ChatEncoder) -> None:
-    """Keep a process's encoder, so that it is sent once."""
+    """Keep the encoder of a tokenizing process, so that it is sent only once."""
     global _encoder
     _encoder = encoder
 

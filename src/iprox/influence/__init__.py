@@ -1,1 +1,1 @@
-"""Influence: per-example gradients contracted with validation gradients, streamed over a pool."""
+"""Influence: per-example gradients of a pool contracted with validation gradients."""

@@ -1,8 +1,7 @@
-"""Which tokens of a candidate its score comes from.
+"""Attribute a candidate's score to its tokens.
 
-A score is a sum over tokens, I(z; V) = Σ_t Σ_ℓ δ_tᵀ Ḡ_ℓ h_t, so its terms say how much of it passes through each
-token's position: exactly, and for the cost of scoring once more. A prompt's tokens have terms too, as the answer
-depends on them.
+A score is a sum over tokens, I(z; V) = Σ_t Σ_ℓ δ_tᵀ Ḡ_ℓ h_t. Its terms give the exact contribution of each token's
+position, for the cost of scoring once more. Prompt tokens have terms too, because the answer depends on them.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from iprox.models.experts import SplitExperts
 from iprox.scores import TASK_PREFIX
 from iprox.settings import InfluenceSection
 
-# By example its terms [tokens, tasks]; None for one without a supervised token.
+# Terms of each example [tokens, tasks]; None for an example without a supervised token.
 Terms = list[np.ndarray | None]
 
 
 def why_not_attributed(settings: InfluenceSection, model: nn.Module) -> str | None:
-    """Return why scores of this kind, on this model, are no sums over tokens; None where they are."""
+    """Return why scores with these settings on this model are not sums over tokens; None if they are."""
     if not settings.traits.gradients:
-        return f"{settings.estimator} takes no gradients"
+        return f"{settings.estimator} uses no gradients"
     if not settings.traits.by_token:
-        return f"the step that {settings.estimator} scores is no sum over tokens"
+        return f"the step that {settings.estimator} scores is not a sum over tokens"
     if any(isinstance(module, SplitExperts) for module in model.modules()):
-        return "the layers of experts do not see every token"
+        return "expert layers do not see every token"
     return None
 
 
 def attribute(
     job: Job, examples: Sequence[Example], progress: Callable[[int], None] | None = None
 ) -> tuple[Terms, float]:
-    """Return the terms of the scores of some examples, summed over checkpoints, and the FLOPs of the contractions.
+    """Return the terms of the examples' scores, summed over checkpoints, and the FLOPs of the contractions.
 
     Args:
-        job: what the examples were scored with; `why_not_attributed` is None for its settings and models.
-        examples: few, as the terms are as many as their tokens.
+        job: job that scored the examples; `why_not_attributed` must be None for its settings and models.
+        examples: a few examples, as there is one term per token.
         progress: called with the number of examples done at a checkpoint.
 
     Raises:
-        TypeError: a model with experts, whose layers do not see every token.
+        TypeError: the model has experts, which do not see every token.
     """
     assert job.encoder is not None
     encoded = job.encoder.encode(examples)
@@ -73,9 +72,9 @@ def terms_of(scorer: BatchScorer, encoded: Sequence[Encoded], batch_tokens: int)
     """Return the terms [tokens, tasks] of each example's scores at one checkpoint.
 
     Args:
-        scorer: of candidates, by gradients.
-        encoded: examples.
-        batch_tokens: largest rows × longest row of a batch.
+        scorer: gradient-based scorer of the checkpoint.
+        encoded: encoded examples.
+        batch_tokens: largest batch size, rows × longest row.
     """
     terms: Terms = [None] * len(encoded)
     for batch in iter_batches(encoded, batch_tokens, 0):
@@ -90,8 +89,8 @@ def attribution_table(job: Job, examples: Sequence[Example], terms: Terms) -> pa
     """Return the terms as a table.
 
     Returns:
-        One row per example, in order: `id`, `tokens` (list of strings), `supervised` (list of bool), and a list of
-        float64 per task, `influence/<task>`, that sums to its score; nulls without a supervised token.
+        One row per example, in order: `id`, `tokens` (list of strings), `supervised` (list of bool), and per task a
+        list of float64, `influence/<task>`, that sums to the score; null if the example has no supervised token.
     """
     assert job.encoder is not None
     encoded, tokenizer = job.encoder.encode(examples), job.encoder.tokenizer
@@ -106,5 +105,5 @@ def attribution_table(job: Job, examples: Sequence[Example], terms: Terms) -> pa
 
 
 def lists(rows: Sequence[np.ndarray | None]) -> pa.Array:
-    """Return arrays of different lengths as a column."""
+    """Return arrays of different lengths as a column of lists."""
     return pa.array([None if row is None else row.tolist() for row in rows], pa.list_(pa.float64()))

@@ -1,8 +1,8 @@
-"""Baselines without gradients, to compare influence with.
+"""Gradient-free baselines to compare influence with.
 
-All of them say "higher is chosen first", as influence does. `random`, `length` and `perplexity` look at a candidate
-alone, so every task has the same column; `rds` and `bm25` compare it with a task's validation examples, by the mean
-over them or one by one. Only `perplexity` and `rds` run a model, forward only.
+As with influence, a higher score is selected first. `random`, `length` and `perplexity` depend on the candidate
+alone, so all tasks get the same scores; `rds` and `bm25` compare it with a task's validation examples, with their mean
+or one by one. Only `perplexity` and `rds` run a model, and only forward.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ K1, B = 1.5, 0.75
 
 
 class RowScorer(Scorer):
-    """Scores batches of candidates, each row by itself.
+    """A scorer that applies a function to each batch.
 
     Args:
         tasks: names of the tasks.
-        rows: batch -> scores [B], the same for all tasks, or [B, columns].
-        widths: columns of each task; None: one.
-        by_example: whether the columns are validation examples.
-        model: what is run, if anything.
+        rows: function from a batch to scores [B], the same for all tasks, or [B, columns].
+        widths: number of columns of each task; one each if None.
+        by_example: whether there is one column per validation example.
+        model: model that `rows` runs, if any.
     """
 
     def __init__(
@@ -54,32 +54,32 @@ class RowScorer(Scorer):
         self.rows = rows
 
     def __call__(self, batch: Any) -> tuple[Tensor, None]:
-        """Return scores [B, columns], in float32 or better; and no losses."""
+        """Return scores [B, columns], in float32 or better, and None for the losses."""
         scores = self.rows(batch)
         return (scores[:, None].expand(-1, len(self.tasks)) if scores.ndim == 1 else scores), None
 
 
 class Random(Estimator):
-    """A random order, drawn by the seed."""
+    """Random scores drawn from the seed."""
 
     def scorer(self, inputs: Inputs) -> RowScorer:
-        """Return what draws."""
+        """Return the scorer."""
         return RowScorer(list(inputs.validation), lambda batch: random_scores(batch, inputs.seed))
 
 
 class Length(Estimator):
-    """Supervised tokens: long answers first, a strong baseline (Zhao et al., arXiv:2402.04833)."""
+    """The number of supervised tokens: long answers first, a strong baseline (Zhao et al., arXiv:2402.04833)."""
 
     def scorer(self, inputs: Inputs) -> RowScorer:
-        """Return what counts."""
+        """Return the scorer."""
         return RowScorer(list(inputs.validation), length_scores)
 
 
 class Perplexity(Estimator):
-    """The perplexity of the answer: what the model finds hardest first."""
+    """The perplexity of the answer: the answers that surprise the model most come first."""
 
     def scorer(self, inputs: Inputs) -> RowScorer:
-        """Return what runs the model forward."""
+        """Return the scorer."""
         model = inputs.scored
         tasks = list(inputs.validation)
         return RowScorer(tasks, lambda batch: perplexity_scores(model, batch, inputs.loss_fn), model=model)
@@ -95,7 +95,7 @@ class Rds(Estimator):
     """RDS+: cosines of pooled hidden states (Ivison et al., arXiv:2503.01807)."""
 
     def scorer(self, inputs: Inputs) -> RowScorer:
-        """Return what compares hidden states with those of each task's validation examples, or with their mean."""
+        """Return the scorer, with the pooled states of each task's validation examples, or their mean, as queries."""
         model: Any = inputs.scored
         queries = []
         for batches in inputs.validation.values():
@@ -126,21 +126,21 @@ class Rds(Estimator):
 
 
 class Bm25(Estimator):
-    """BM25 of a candidate as the document and each validation example as a query; terms are the tokenizer's tokens.
+    """BM25 with the candidate as the document and each validation example as a query; terms are tokens.
 
-    Σ_t q(t) · idf(t) · f(t)·(k₁ + 1) / (f(t) + k₁ (1 − b + b·|D| / mean length)), f(t) and q(t) how often t is in the
+    Σ_t q(t) · idf(t) · f(t)·(k₁ + 1) / (f(t) + k₁ (1 − b + b·|D| / mean length)), where f(t) and q(t) count t in the
     candidate and, on average, in a validation example. It is linear in q, so the mean over queries costs one query.
     """
 
     def scorer(self, inputs: Inputs) -> RowScorer:
-        """Return what looks up terms."""
+        """Return the scorer."""
         assert inputs.corpus is not None
         read = {task: _terms(batches) for task, batches in inputs.validation.items()}
         return bm25_scorer(inputs.corpus, read, by_example=inputs.settings.by_example)
 
 
 def _terms(batches: Iterable[Batch]) -> list[np.ndarray]:
-    """Return the tokens of each example of a set, in order."""
+    """Return the tokens of each example, in order."""
     found = {
         index: tokens[:length].cpu().numpy()
         for batch in batches
@@ -150,9 +150,9 @@ def _terms(batches: Iterable[Batch]) -> list[np.ndarray]:
 
 
 def random_scores(batch: Batch, seed: int) -> Tensor:
-    """Return a number from [0, 1) for each example [B], drawn by a hash of the seed and its tokens.
+    """Return a number in [0, 1) per example [B], from a hash of the seed and the example's tokens.
 
-    So it depends neither on the batch nor on the order of the pool; rows of the same tokens draw the same number.
+    It depends neither on the batch nor on the order of the pool; rows with the same tokens get the same number.
     """
     drawn = []
     for tokens, length in zip(batch.input_ids, batch.lengths.tolist(), strict=True):
@@ -163,7 +163,7 @@ def random_scores(batch: Batch, seed: int) -> Tensor:
 
 
 def length_scores(batch: Batch) -> Tensor:
-    """Return the supervised tokens of each example [B]."""
+    """Return the number of supervised tokens of each example [B]."""
     return (batch.labels[:, 1:] != -100).sum(1).double()
 
 
@@ -174,9 +174,9 @@ def perplexity_scores(model: nn.Module, batch: Any, loss_fn: LossFn = causal_lm_
 
 
 def pooled_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Return each example's last hidden states, averaged by position and scaled to unit length [B, d].
+    """Return the position-weighted mean of each example's last hidden states, normalized to unit length [B, d].
 
-    State t of T weighs t / (1 + ... + T): of a causal model the later states have seen more. This is the
+    State t of T has weight t / (1 + ... + T), as later states of a causal model have seen more. This is the
     representation of RDS+ (Ivison et al., arXiv:2503.01807, section 3; weights of SGPT, arXiv:2202.08904, eq. 3).
     """
     with frozen(model), torch.no_grad():
@@ -184,18 +184,18 @@ def pooled_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     dtype = accumulation_dtype(states)
     positions = torch.arange(1, states.shape[1] + 1, device=states.device, dtype=dtype)
     weights = positions * (positions <= batch.lengths[:, None])
-    pooled = torch.einsum("bt,btd->bd", weights, states.to(dtype))  # a positive factor goes with the length
+    pooled = torch.einsum("bt,btd->bd", weights, states.to(dtype))  # normalizing removes the sum of the weights
     return nn.functional.normalize(pooled, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """What BM25 needs to know of the whole pool; its size does not grow with the pool's.
+    """Term statistics of the whole pool for BM25; their size does not grow with the pool.
 
     Attributes:
-        documents: examples.
-        frequencies: examples that hold each token id, int64 [largest id + 1].
-        mean_length: tokens an example.
+        documents: number of examples.
+        frequencies: number of examples that contain each token id, int64 [largest id + 1].
+        mean_length: mean number of tokens per example.
     """
 
     documents: int
@@ -204,7 +204,7 @@ class Corpus:
 
     @classmethod
     def of_pool(cls, pool: Pool, encoder: ChatEncoder, progress: Callable[[int], None] | None = None) -> Corpus:
-        """Count the terms of a whole pool, read as a stream."""
+        """Count the terms of a pool, read as a stream."""
 
         def encoded() -> Iterable[Encoded]:
             for window in windows_of(pool, WINDOW):
@@ -229,7 +229,7 @@ class Corpus:
         return cls(documents, frequencies, tokens / max(1, documents))
 
     def rarity(self, size: int) -> np.ndarray:
-        """Inverse document frequency of the first `size` token ids, ln(1 + (N − n + ½) / (n + ½)), float64."""
+        """Return the inverse document frequency of the first `size` token ids, ln(1 + (N − n + ½) / (n + ½))."""
         counts = np.zeros(size)
         known = min(size, len(self.frequencies))
         counts[:known] = self.frequencies[:known]
@@ -237,12 +237,12 @@ class Corpus:
 
 
 def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[np.ndarray]], *, by_example: bool) -> RowScorer:
-    """Return what scores candidates by BM25 (see `Bm25`).
+    """Return the BM25 scorer (see `Bm25`).
 
     Args:
-        corpus: term counts of the pool.
+        corpus: term statistics of the pool.
         validation: tokens of each task's validation examples.
-        by_example: keep the scores by validation example.
+        by_example: whether to keep one score per validation example.
     """
     size = max(int(tokens.max()) for examples in validation.values() for tokens in examples) + 1
     widths = [len(examples) if by_example else 1 for examples in validation.values()]
@@ -258,7 +258,7 @@ def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[np.ndarray]], 
         scores = np.zeros((len(batch.lengths), queries.shape[1]))
         for row, (tokens, length) in enumerate(zip(batch.input_ids, batch.lengths.tolist(), strict=True)):
             terms, counts = np.unique(tokens[:length].cpu().numpy(), return_counts=True)
-            known = terms < size  # a token that no query holds adds nothing
+            known = terms < size  # larger ids are in no query
             terms, counts = terms[known], counts[known]
             saturated = counts * (K1 + 1) / (counts + K1 * (1 - B + B * length / corpus.mean_length))
             scores[row] = saturated @ queries[terms]

@@ -1,12 +1,12 @@
-"""An index: the projected gradients of a pool on disk, written once and queried many times.
+"""The gradient index: the projected gradients of a pool on disk, written once and queried many times.
 
-A folder with `index.json` (what it is of) and one Arrow file per window, memory-mapped when read, with the columns
+An index is a folder with `index.json` (a description) and one Arrow file per window, memory-mapped when read, with
 
     id, source, tokens, supervised    as in a scores table
-    norm                              float32, ‖f(z)‖; null where an example has no supervised token
+    norm                              float32, ‖f(z)‖; null if an example has no supervised token
     gradient                          float16 [D], f(z)/‖f(z)‖ (a raw gradient would underflow in half precision)
 
-Stopped at any point and started again it resumes after the last window, and gives the same bytes.
+An interrupted index resumes after its last window and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ DESCRIPTION = "index.json"
 
 
 class GradientProjector:
-    """Projects gradients, or Adam's steps, of a model to D numbers (see `iprox.influence.projection`).
+    """Projects the per-example gradients (or Adam steps) of a model to D numbers (see `iprox.influence.projection`).
 
     Args:
-        model: a proxy or any model.
+        model: a proxy or any other model.
         dimension: D.
-        seed: seed of the signs. They follow from it and the layers' names, so that a proxy has its target's.
-        optimizer: state of the warm-up's optimizer: Adam's steps are projected then, as in LESS.
-        loss_fn: per-example losses of a model that is no language model.
+        seed: seed for the signs. They depend on it and the layer names only, so a proxy has the signs of its target.
+        optimizer: state of the warm-up's optimizer, to project Adam steps instead of gradients, as in LESS.
+        loss_fn: per-example losses, for a model that is not a language model.
 
     Raises:
-        InputError: the state is of another model, or a dimension that has no near divisors.
+        InputError: the state belongs to another model, or D is not a product of two similar numbers.
 
     Attributes:
         flops: FLOPs of projecting one token.
@@ -95,11 +95,11 @@ class GradientProjector:
 
     @property
     def device(self) -> torch.device:
-        """Where batches are to be."""
+        """Device that batches must be on."""
         return next(self.model.parameters()).device
 
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return features of a batch of candidates [B, D], in float32 or better, and losses [B]."""
+        """Return the features of a batch of candidates [B, D], in float32 or better, and losses [B]."""
         parts: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
@@ -108,18 +108,18 @@ class GradientProjector:
                 part = projection.of_tokens(h, delta, bias)
             else:
                 part = torch.cat([projection.of_gradient(s) for s in adam_steps(h, delta, name, bias, self.optimizer)])
-            parts[:] = [parts[0].add_(part)] if parts else [part]  # one layer's features at a time
+            parts[:] = [parts[0].add_(part)] if parts else [part]  # sum as layers arrive, to save memory
 
         with frozen(self.model):
             losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
         return parts[0].flatten(1), losses
 
     def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
-        """Note what was done for examples of some lengths."""
+        """Record the work done for examples of some lengths."""
         stats.contraction_flops = sum(lengths) * self.flops
 
     def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
-        """Return the rows of the index of some examples, from their features [N, D], NaN where there are none."""
+        """Return the index rows of some examples from their features [N, D], NaN if an example has none."""
         features = np.nan_to_num(numbers)
         norms = np.linalg.norm(features, axis=1)
         features /= np.where(norms > 0, norms, 1)[:, None]
@@ -138,10 +138,10 @@ class GradientProjector:
         )
 
     def project(self, query: TaskGradient) -> Tensor:
-        """Return features of a task's validation gradients: [1, D] of their mean, [V, D] of its examples one by one.
+        """Return the features of a task's validation gradients: [1, D] for their mean, [V, D] for single examples.
 
         Args:
-            query: from `GradientEstimator.validation_gradients`.
+            query: gradients from `GradientEstimator.validation_gradients`.
         """
         rows = [query] if isinstance(query, dict) else query
         return torch.stack([self._features(row).flatten() for row in rows])
@@ -172,13 +172,13 @@ def write_index(
     """Write the index of a pool.
 
     Args:
-        make: makes a worker's projector.
+        make: function that makes a worker's projector.
         pool: examples; iterated once.
-        folder: where to; windows of an interrupted writing with the same description are kept.
-        description: everything the rows depend on; kept in `index.json`, with the counts of what was read.
-        window: rows read and written together.
+        folder: folder of the index; windows of an interrupted run with the same description are kept.
+        description: everything that the rows depend on; written to `index.json`, with the number of rows.
+        window: rows per file.
         progress: called with the number of rows done.
-        engine: where windows are projected.
+        engine: engine that projects the windows.
     """
     claim(folder, description)
     ready = sorted(folder.glob("*.arrow"))
@@ -190,7 +190,7 @@ def write_index(
             progress(counted.rows, earlier=True)
     windows = windows_of(pool, window, leave_out=range(len(ready)))
     for number, (table, counted) in enumerate(engine(make, windows, progress), start=len(ready)):
-        # A window carries its own counts, so that a resumed run reports the whole.
+        # A window stores its counts, so that a resumed run reports the totals.
         table = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
         with (
             replacing(folder / f"{number:06d}.arrow") as partial,
@@ -209,8 +209,8 @@ class GradientIndex:
     """An index on disk.
 
     Attributes:
-        folder: where it is.
-        description: what it is of (`index.json`).
+        folder: folder of the index.
+        description: content of `index.json`.
     """
 
     folder: Path
@@ -221,28 +221,28 @@ class GradientIndex:
         """Open an index.
 
         Raises:
-            InputError: there is none, or it is not whole.
+            InputError: there is no index, or it is incomplete.
         """
         folder = Path(folder)
         file = folder / DESCRIPTION
         if not file.is_file():
             begun = (folder / IDENTITY).is_file()
-            what = "is not whole; the same `iprox index` command resumes it" if begun else "is no index"
+            what = "is incomplete; the same `iprox index` command resumes it" if begun else "is not an index"
             raise InputError(f"{folder}: {what}")
         return cls(folder, json.loads(file.read_text(encoding="utf-8")))
 
     @property
     def dimension(self) -> int:
-        """D, numbers an example."""
+        """D, the number of features per example."""
         return self.description["dimension"]
 
     @property
     def rows(self) -> int:
-        """Examples in it."""
+        """Number of examples."""
         return self.description["rows"]
 
     def windows(self) -> Iterator[pa.Table]:
-        """Its tables in pool order, memory-mapped."""
+        """Yield the windows in pool order, memory-mapped."""
         for file in sorted(self.folder.glob("*.arrow")):
             yield _mapped(file)
 
@@ -255,21 +255,21 @@ class GradientIndex:
         by_example: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[ScoredWindow]:
-        """Yield the scores of its examples, one scores table per window with what had been read for it.
+        """Yield one scores table per window, with the statistics of indexing it.
 
-        2D FLOPs and 2D bytes per example and query, so it runs at the speed of the disk or the memory.
+        2D FLOPs and 2D bytes per example and query, so the speed of the disk or memory is the limit.
 
         Args:
-            queries: by task, from `GradientEstimator.validation_gradients`.
-            projector: of the model, dimension and seed that the index is of.
-            normalize: `none`; `cosine` divides by the norms of the features.
-            by_example: keep the scores by validation example too.
+            queries: validation gradients by task, from `GradientEstimator.validation_gradients`.
+            projector: projector with the index's model, dimension and seed.
+            normalize: `none`, or `cosine` to divide by the norms of the features.
+            by_example: whether to keep one score per validation example too.
             progress: called with the number of rows done.
         """
         parts = [projector.project(query).float() for query in queries.values()]
         widths = [len(part) for part in parts]
         Q = torch.cat(parts)
-        # A task's own score is of its mean gradient; see `Scorer.weights`.
+        # A task's score uses its mean gradient; see `Scorer.weights`.
         weights = [np.full(width, 1 / width) for width in widths]
         if normalize == "cosine":
             weights = [_of_mean(part) for part in parts]
@@ -277,7 +277,7 @@ class GradientIndex:
         for table in self.windows():
             X = unit_gradients(table).to(Q.device, Q.dtype)
             scores = (X @ Q.mT).double().cpu().numpy()
-            norms = table["norm"].to_numpy().astype(np.float64)  # NaN where there is no score
+            norms = table["norm"].to_numpy().astype(np.float64)  # NaN if there is no score
             scores *= (norms if normalize == "none" else np.where(np.isnan(norms), norms, 1.0))[:, None]
             columns = np.split(scores, np.cumsum(widths)[:-1], axis=1)
             of_tasks = np.stack([(c * w).sum(axis=1) for c, w in zip(columns, weights, strict=True)], axis=1)
@@ -294,14 +294,14 @@ class GradientIndex:
 
 
 def _of_mean(features: Tensor) -> np.ndarray:
-    """Return the weights ‖f_v‖/V‖f̄‖ that combine cosines with features [V, D] into the cosine with their mean."""
+    """Return the weights ‖f_v‖/(V‖f̄‖) that combine the cosines with features [V, D] into the cosine with their mean."""
     mean = features.mean(0).norm()
     norms = features.norm(dim=1) / mean if mean > 0 else torch.ones(len(features))
     return norms.double().cpu().numpy() / len(features)
 
 
 def unit_gradients(table: pa.Table) -> Tensor:
-    """The normalized features of a window, float16 [N, D]; a copy, as torch has no read-only tensors."""
+    """Return the normalized features of a window, float16 [N, D]; a copy, as torch has no read-only tensors."""
     column = table["gradient"].chunk(0)
     return torch.from_numpy(column.flatten().to_numpy().reshape(len(column), -1).copy())
 

@@ -1,6 +1,6 @@
-"""A scoring job: settings, checkpoints and validation examples, from which it makes the scorer of each checkpoint.
+"""The scoring job, which makes the scorer of each checkpoint from settings, checkpoints and validation examples.
 
-Everything that scores goes through it: the score stage, `iprox.score`, audits, held-out fidelity and attribution.
+The score stage, `iprox.score`, audits, held-out fidelity and attribution all use it.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Checkpoint:
     """A model to score on, loaded or in a folder.
 
     Attributes:
-        model: what candidates are scored on.
-        learning_rate: η, which weighs its scores.
-        target: the target of a proxy that validation gradients are taken on; None takes them on `model`.
-        optimizer: the folder of the warm-up's checkpoint that holds the optimizer's state, for the estimator `less`.
-        curvature: the folder in which a run keeps the curvature of the model that validation gradients are taken on;
-            if it is empty, the curvature is measured.
+        model: model that candidates are scored on.
+        learning_rate: η, the weight of its scores.
+        target: target of a proxy, to take validation gradients on; None takes them on `model`.
+        optimizer: folder of the warm-up's checkpoint with the optimizer state, for the estimator `less`.
+        curvature: folder for the curvature of the model that validation gradients are taken on. If nothing is in it,
+            the curvature is measured.
     """
 
     model: nn.Module | str
@@ -69,26 +69,26 @@ class Checkpoint:
 
     @property
     def read_by(self) -> list[str]:
-        """The folders of all that read validation examples; the model is first."""
+        """Folders of the models that read validation examples; `model` is first."""
         return [each for each in (self.model, self.target) if isinstance(each, str)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is scored, and how (see `of`).
+    """The inputs of scoring (see `of`).
 
     Attributes:
-        settings: how influence is scored.
-        checkpoints: where.
-        validation: encoded validation examples by task; or batches, of models that are no language models.
-        encoder: makes tokens and labels; None where data are batches.
-        sample: encoded examples of the pool that curvature is measured on; or batches.
-        corpus: term counts of the pool.
-        seed: seed for drawn labels and numbers.
-        batch_tokens: largest rows × longest row of a batch.
-        compile: run the model compiled; pays for itself after some ten thousand rows.
-        load: loads a model from its folder.
-        loss_fn: per-example losses of a model that is no language model.
+        settings: influence settings.
+        checkpoints: checkpoints to score on.
+        validation: encoded validation examples by task, or batches for a model that is not a language model.
+        encoder: encoder that makes tokens and labels; None if the data are batches.
+        sample: encoded examples of the pool to measure curvature on, or batches.
+        corpus: term statistics of the pool.
+        seed: seed for sampled labels and random scores.
+        batch_tokens: largest batch size, rows × longest row.
+        compile: whether to compile the model, which pays off after some ten thousand rows.
+        load: function that loads a model from its folder.
+        loss_fn: per-example losses, for a model that is not a language model.
     """
 
     settings: InfluenceSection
@@ -117,16 +117,16 @@ class Job:
         counted: Callable[[int], None] | None = None,
         **how: Any,
     ) -> Job:
-        """Make the job of scoring examples, with what the estimator needs of the pool.
+        """Make a job, with the curvature sample or term statistics if the estimator needs them.
 
         Args:
-            settings: how influence is scored.
-            checkpoints: where.
+            settings: influence settings.
+            checkpoints: checkpoints to score on.
             validation: encoded validation examples by task.
-            encoder: makes tokens and labels.
-            pool: what curvature is measured on, and whose terms are counted.
-            seed: seed for the curvature sample, drawn labels and numbers.
-            sample: what curvature is measured on instead.
+            encoder: encoder that makes tokens and labels.
+            pool: pool for the curvature sample and the term statistics.
+            seed: seed for the curvature sample, sampled labels and random scores.
+            sample: curvature sample to use instead of one from the pool.
             counted: called with the number of rows whose terms are counted.
             **how: other attributes of the job.
 
@@ -143,9 +143,7 @@ class Job:
             rows = draw_rows("curvature", seed, pool.scan().rows, settings.curvature_examples)
             sample = encoder.encode(pool.take(rows))
         if measured and not any(row.supervised for row in sample):
-            raise InputError(
-                f"{settings.estimator}: the sample for the curvature has no example with a supervised token"
-            )
+            raise InputError(f"{settings.estimator}: the curvature sample has no example with a supervised token")
         corpus = Corpus.of_pool(pool, encoder, counted) if settings.traits.corpus else None
         return cls(
             settings=settings,
@@ -160,7 +158,7 @@ class Job:
 
     @property
     def estimator(self) -> Estimator:
-        """What makes the scorers."""
+        """Estimator that makes the scorers."""
         return estimator_of(self.settings)
 
     @property
@@ -170,14 +168,14 @@ class Job:
 
     @property
     def read(self) -> QueryTokens:
-        """What is read at each checkpoint before the first candidate is scored."""
+        """Token counts of what each checkpoint reads before it scores candidates."""
         return QueryTokens.of(self.validation, self.sample)
 
     def made(self, make: Callable[[Inputs], T], number: int = 0) -> tuple[T, int]:
-        """Make something from a checkpoint's inputs, in batches halved until its validation gradients fit in memory.
+        """Call a function with a checkpoint's inputs, halving the batches until it does not run out of memory.
 
         Returns:
-            What was made, and the `batch_tokens` that fitted.
+            Its result, and the `batch_tokens` that fit.
         """
         checkpoint, traits = self.checkpoints[number], self.settings.traits
         target = None if checkpoint.target is None else self._loaded(checkpoint.target)
@@ -210,11 +208,11 @@ class Job:
         return fitting(from_batches, self.batch_tokens, least)
 
     def scorer(self, number: int = 0) -> tuple[Scorer, int]:
-        """Make the scorer of a checkpoint. Returns it, and the `batch_tokens` that fitted."""
+        """Return the scorer of a checkpoint, and the `batch_tokens` that fit in memory."""
         return self.made(self.estimator.scorer, number)
 
     def worker(self, number: int = 0) -> WindowWorker:
-        """Make what scores windows at a checkpoint; also in another process."""
+        """Return the worker that scores windows at a checkpoint."""
         assert self.encoder is not None
         scorer, batch_tokens = self.scorer(number)
         uncompiled = ""
@@ -226,7 +224,7 @@ class Job:
 
     @property
     def workers(self) -> list[Callable[[], WindowWorker]]:
-        """By checkpoint, what makes its worker."""
+        """Functions that make the worker of each checkpoint; they can be pickled."""
         return [functools.partial(self.worker, number) for number in range(len(self.checkpoints))]
 
     def score(
@@ -241,12 +239,12 @@ class Job:
 
         Args:
             pool: examples; iterated once per checkpoint.
-            metadata: kept in the table.
+            metadata: metadata of the table.
             progress: called with the number of rows done at a checkpoint.
-            engine: where windows are scored.
+            engine: engine that scores the windows.
 
         Returns:
-            The scores table, one row per example in order; and by checkpoint what was read and done.
+            The scores table, one row per example in order, and the statistics of each checkpoint.
         """
         tables, stats = [], []
         for make in self.workers:

@@ -1,10 +1,9 @@
-"""Validation gradients made low-rank (pure maths): which directions of which layers to keep.
+"""Low-rank validation gradients (pure maths): which singular directions of which layers to keep.
 
-A low-rank gradient L Rᵀ is cheap to contract with (`queries.py`): k directions of a layer [m, n] cost 2k(m+n) FLOPs a
-token. So over all layers together directions are taken in the order of what they hold for what they cost, σ²/(m+n),
-until they hold the asked share of the gradient's norm. Cut each by itself, they would cost about twice as
-much for the same scores (`benchmarks/queries.py`): layers that hold little of the gradient are then kept as finely as
-the others.
+Contracting with k directions of a layer [m, n] costs 2k(m+n) FLOPs per token (`query.py`). The directions of all
+layers are therefore ranked together by squared norm per cost, σ²/(m+n), and kept until they hold the requested share
+of the gradient's norm. Truncating each layer by itself would cost about twice as much for the same scores
+(`benchmarks/queries.py`), because layers with a small share of the gradient would be kept just as precisely.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from iprox.influence.gradients import LayerGradient, LowRankGradient, ModelGradient, TruncatedGradient
 
-# Of each layer directions are found until what is left is this part of the share of its squared norm that may be lost;
-# the one threshold then chooses among them.
+# Directions of a layer are computed until the rest holds this fraction of the squared norm that may be lost; one
+# threshold for all layers then chooses among them.
 UNSEEN = 0.25
 
-# Up to this width a whole spectrum is cheap next to reading a pool; above it the leading directions are sketched.
+# Up to this width a full spectrum is cheap next to scoring a pool; above it the leading directions are sketched.
 WHOLE_GRAM = 1024
 FIRST_SKETCH = 64
 
@@ -33,9 +32,9 @@ class Directions:
 
     Attributes:
         left: [m, k].
-        right: [n, k]; the gradient is about left rightᵀ.
-        squares: what each holds of the squared norm [k], descending.
-        total: the whole squared norm.
+        right: [n, k]; left rightᵀ approximates the gradient.
+        squares: squared norm of each direction [k], descending.
+        total: squared norm of the whole gradient.
     """
 
     left: Tensor
@@ -45,30 +44,30 @@ class Directions:
 
     @classmethod
     def of(cls, weight: Tensor, keep: float) -> Directions:
-        """Those of a gradient [m, n]: more than it needs to keep the share by itself."""
+        """Return the directions of a gradient [m, n], more than `keep` requires of the layer by itself."""
         left, right, _ = truncated(weight, math.sqrt(1 - UNSEEN * (1 - keep**2)))
-        # One of the two is orthonormal, the other carries the singular values.
+        # One factor is orthonormal; the other includes the singular values.
         squares = left.square().sum(0) * right.square().sum(0)
         return cls(left, right, squares, weight.square().sum())
 
     def cut(self, gradient: LayerGradient, rank: int) -> LowRankGradient:
-        """The first `rank` directions in the place of the gradient."""
+        """Return the gradient truncated to its first `rank` directions."""
         lost = (self.total - self.squares[:rank].sum()).clamp(min=0)
         return LowRankGradient(self.left[:, :rank], self.right[:, :rank], gradient.bias, lost)
 
 
 def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
-    """Return each task's gradient with as cheap directions as hold a share of its norm; biases are kept whole.
+    """Return each task's gradient in the cheapest low-rank form that keeps a share of its norm; biases stay exact.
 
-    Layers where that would not be cheaper stay whole. Cost: 4mnk + 9k³ per layer and task, k = min(m, n); for wide
-    layers 10·m·n·r for each sketch of r directions, of which there are twice as many until they are enough.
+    Layers stay dense where low rank would not be cheaper. Cost: 4mnk + 9k³ per layer and task, k = min(m, n); for wide
+    layers 10·m·n·r per sketch of r directions, doubling r until they are enough.
 
     Args:
         queries: mean validation gradients by task, in float32 or better.
-        keep: share of the Frobenius norm, all layers together, that is kept at least, in (0, 1).
+        keep: smallest share of the Frobenius norm over all layers to keep, in (0, 1).
     """
     first, *others = queries.values()
-    names = [name for name in first if all(name in other for other in others)]  # what all tasks' candidates contract
+    names = [name for name in first if all(name in other for other in others)]  # layers that all tasks have
     found = {task: [Directions.of(query[name].weight, keep) for name in names] for task, query in queries.items()}
     ranks = {task: chosen_ranks(each, keep) for task, each in found.items()}
     result: dict[str, TruncatedGradient] = {task: {} for task in queries}
@@ -82,9 +81,9 @@ def low_rank_queries(queries: Mapping[str, ModelGradient], keep: float) -> dict[
 
 
 def chosen_ranks(layers: Sequence[Directions], keep: float) -> list[int]:
-    """How many directions of each layer to keep so that all together hold `keep`² of the squared norm.
+    """Return the number of directions to keep per layer so that together they hold `keep`² of the squared norm.
 
-    No other choice among those given that costs as little holds more.
+    No other choice of these directions holds more at the same cost.
     """
     squares = torch.cat([each.squares for each in layers])
     worth = torch.cat([each.squares / (len(each.left) + len(each.right)) for each in layers])
@@ -95,19 +94,19 @@ def chosen_ranks(layers: Sequence[Directions], keep: float) -> list[int]:
     count = int(enough[0]) + 1 if len(enough) else len(order)
     taken = torch.zeros_like(order, dtype=torch.bool)
     taken[order[:count]] = bool(total > 0)
-    # A layer's directions descend in worth, so those taken are its first ones.
+    # A layer's directions descend in worth, so the ones kept are its first.
     return [int(part.sum()) for part in taken.split([len(each.squares) for each in layers])]
 
 
 def truncated(weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular directions of a matrix that hold `keep` of its Frobenius norm.
+    """Return the leading singular directions of a matrix that hold `keep` of its Frobenius norm.
 
     Args:
         weight: [m, n].
         keep: in (0, 1).
 
     Returns:
-        left [m, k] and right [n, k] with left rightᵀ ≈ weight, and the squared norm that is lost. k ≥ 1.
+        left [m, k] and right [n, k] with left rightᵀ ≈ weight and k ≥ 1, and the squared norm that is lost.
     """
     if weight.shape[0] < weight.shape[1]:
         left, right, lost = truncated(weight.mT, keep)
@@ -127,15 +126,14 @@ def truncated(weight: Tensor, keep: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_directions(weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading `count` right singular directions of a matrix [m, n] in float64.
+    """Return the leading `count` right singular directions of a matrix [m, n] in float64.
 
-    All of them from the eigenvectors of WᵀW (2mn² FLOPs and about 9n³; half the digits of an SVD, of which there are
-    plenty in float64, at a fraction of its time); a few by a range finder with two power iterations (Halko,
-    Martinsson and Tropp 2011, algorithm 4.4), 10·m·n·count FLOPs, seeded, so that the same gradient always gives the
-    same query.
+    All of them come from the eigenvectors of WᵀW (2mn² FLOPs and about 9n³; half the digits of an SVD, which float64
+    can spare, in a fraction of the time). A few come from a range finder with two power iterations (Halko, Martinsson
+    and Tropp 2011, algorithm 4.4), 10·m·n·count FLOPs, seeded so that the same gradient gives the same query.
 
     Returns:
-        The squared norms that they hold [count], descending, and the directions [n, count].
+        Their squared singular values [count], descending, and the directions [n, count].
     """
     W = weight.double()
     if count >= weight.shape[1]:

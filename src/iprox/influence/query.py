@@ -1,8 +1,8 @@
-"""Validation gradients ready to contract with, low-rank or dense (pure maths).
+"""Validation gradients in the form that candidates are contracted with, low-rank or dense (pure maths).
 
-The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs a token
-where Ḡ costs 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. Which directions of a mean
-gradient are kept is chosen over all layers together, in `low_rank.py`.
+The mean validation gradient Ḡ [m, n] of a layer is close to low-rank. Ḡ ≈ L Rᵀ of rank k costs 2k(m+n) FLOPs per
+token, Ḡ itself 2mn, and all tasks share two GEMMs, so many tasks cost little more than one. `low_rank.py` chooses the
+directions to keep.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from iprox.models.precision import accumulation_dtype
 
 @dataclass(frozen=True, slots=True)
 class LayerQuery:
-    """All tasks' gradients of one layer, ready to contract with.
+    """All tasks' gradients of one layer, prepared for contraction.
 
     Attributes:
-        dense: one gradient a task, where low rank would not be cheaper; else None.
-        left: [m, K], the tasks' left factors side by side; K is Σ ranks rounded up, the rest is zero.
+        dense: one gradient per task, where low rank would not be cheaper; else None.
+        left: [m, K], the tasks' left factors concatenated; K is Σ ranks rounded up, padded with zeros.
         right: [n, K].
-        ranks: of each task.
+        ranks: rank of each task.
         biases: [T, m], or None for a layer without a bias; never truncated.
-        flops: of one token: 2(m+n) a direction of each task, the rounding up left out, or 2Tmn.
-        stacked: the weights of `dense`, which are views of it [T, m, n].
+        flops: FLOPs per token: 2(m+n) per direction, not counting the padding, or 2Tmn.
+        stacked: [T, m, n]; the weights of `dense` are views of it.
     """
 
     dense: list[LayerGradient] | None
@@ -41,12 +41,12 @@ class LayerQuery:
     stacked: Tensor | None = None
 
     def contract(self, h: Tensor, delta: Tensor, by_token: bool = False) -> Tensor:
-        """⟨G(z), Ḡ_task⟩ for every example z of a batch. Returns [B, T].
+        """Return ⟨G(z), Ḡ_task⟩ for every example z of a batch, [B, T].
 
         Args:
             h: inputs [B, L, n].
             delta: output gradients [B, L, m], zero on padding.
-            by_token: leave the sum over tokens to the caller, and return its terms [B, L, T].
+            by_token: return the terms of the sum over tokens, [B, L, T].
         """
         if self.dense is not None:
             return torch.stack([contract(h, delta, gradient, by_token) for gradient in self.dense], dim=-1)
@@ -62,7 +62,7 @@ class LayerQuery:
         return scores
 
     def inner(self, gradients: LayerGradient) -> Tensor:
-        """⟨G, Ḡ_task⟩ of whole gradients, weight [B, m, n] and bias [B, m]. Returns [B, T]."""
+        """Return ⟨G, Ḡ_task⟩ for dense gradients, weight [B, m, n] and bias [B, m], as [B, T]."""
         if self.dense is not None:
             assert self.stacked is not None
             scores = gradients.weight.flatten(1) @ self.stacked.flatten(1).mT
@@ -78,17 +78,17 @@ class LayerQuery:
         return scores
 
     def _by_task(self, products: Tensor) -> Tensor:
-        """Sums over each task's own ranks: [..., K] -> [..., T]."""
+        """Sum over each task's ranks: [..., K] -> [..., T]."""
         parts = products[..., : sum(self.ranks)].split(self.ranks, dim=-1)
         return torch.stack([part.sum(-1) for part in parts], dim=-1)
 
 
 def layer_query(gradients: Sequence[LayerGradient | LowRankGradient], dtype: torch.dtype) -> LayerQuery:
-    """The query of one layer for several tasks, or for several examples of one.
+    """Return the query of one layer for several tasks, or for several examples of one task.
 
     Args:
-        gradients: one a column of scores: all of them low-rank, or all whole.
-        dtype: of the products.
+        gradients: one gradient per column of scores, all low-rank or all dense.
+        dtype: dtype of the products.
     """
     low_rank = [gradient for gradient in gradients if isinstance(gradient, LowRankGradient)]
     if not low_rank:
@@ -98,7 +98,7 @@ def layer_query(gradients: Sequence[LayerGradient | LowRankGradient], dtype: tor
         _, m, n = stacked.shape
         return LayerQuery(views, None, None, (min(m, n),) * len(whole), None, 2.0 * stacked.numel(), stacked)
     if len(low_rank) < len(gradients):
-        raise ValueError("gradients of one layer are low-rank all, or whole all")
+        raise ValueError("the gradients of a layer must be all low-rank or all dense")
     ranks = tuple(gradient.left.shape[1] for gradient in low_rank)
     left = torch.cat([gradient.left for gradient in low_rank], dim=1)
     right = torch.cat([gradient.right for gradient in low_rank], dim=1)

@@ -1,8 +1,8 @@
-"""Scores of batches of candidates at one checkpoint: their gradients contracted with the validation gradients.
+"""Scorers of batches of candidates at one checkpoint, which contract their gradients with the validation gradients.
 
 TracIn (Pruthi et al., arXiv:2002.08484, eq. TracInCP): I(z; V) = Σ_c η_c Σ_ℓ ⟨G_ℓ,c(z), Ḡ_ℓ,c(V)⟩, c over checkpoints
-with learning rates η_c, Ḡ the mean gradient over the validation set. Positive: an SGD step on z lowers the
-validation loss, by I(z; V) to first order.
+with learning rates η_c, Ḡ the mean gradient over the validation set. To first order, an SGD step on z lowers the
+validation loss by I(z; V).
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ from iprox.scores import scores_table
 
 Normalize = Literal["none", "cosine"]
 
-# Random signs per layer that candidates' norms are estimated from on a proxy, for their cosine. Exact norms would cost
-# a proxy as much as they cost its target, up to half of its scoring. A model's own norms are exact, so that what a
-# proxy is compared with has no error in common with it.
+# Random signs per layer that estimate the norms of candidates on a proxy, for the cosine. Exact norms would cost a
+# proxy as much as its target, up to half of the scoring. The target's norms are exact, so that comparing a proxy with
+# it shows the error of the estimate.
 NORM_SKETCH = 32
 
-# What candidates of a task are contracted with: its mean gradient, whole or truncated, or the gradients of its
+# What candidates are contracted with for a task: its mean gradient, dense or truncated, or the gradients of its
 # examples, one by one or in shared bases.
 TaskQuery = TaskGradient | SharedQueries
 
 
 class Scorer(ABC):
-    """Gives every candidate of a batch a row of numbers, one or more columns per task.
+    """A scorer gives every candidate of a batch one or more columns of scores per task.
 
     Attributes:
         tasks: names of the tasks.
-        widths: columns of each task: 1, or one per validation example.
-        weights: by task, what its columns are weighted with to give its own score, float64 [width].
+        widths: number of columns of each task: 1, or one per validation example.
+        weights: weights of each task's columns in its score, float64 [width].
         by_example: whether the columns are kept as scores by validation example.
-        model: what is run, if anything.
-        contraction_flops: FLOPs per token of contracting with all tasks, an expert's for the tokens that use it.
+        model: model that is run, if any.
+        contraction_flops: FLOPs per token of contracting with all tasks; experts count for the tokens that use them.
         example_flops: FLOPs per candidate of contracting with examples in shared bases.
-        by_answer: whether gradients pass through answers alone, so that batches are to be sorted by them.
-        kept: share of each task's gradient norm that its low-rank form kept, over all layers (of the example that
-            lost most).
+        by_answer: whether gradients pass through the answers only, so that batches should be sorted by answer length.
+        kept: share of each task's gradient norm that its low-rank form kept, over all layers (the minimum over its
+            examples).
     """
 
     noun = "score"
@@ -85,38 +85,38 @@ class Scorer(ABC):
 
     @abstractmethod
     def __call__(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return scores [B, columns], the columns of a task next to each other, and losses [B] if there are any."""
+        """Return scores [B, columns], with a task's columns next to each other, and losses [B] if there are any."""
 
     @property
     def columns(self) -> int:
-        """Numbers per candidate."""
+        """Number of columns of all tasks."""
         return sum(self.widths)
 
     @property
     def device(self) -> torch.device:
-        """Where batches are to be."""
+        """Device that batches must be on."""
         return torch.device("cpu") if self.model is None else next(self.model.parameters()).device
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
-        """Return the FLOPs of the norms of candidates of some lengths; 0 where there are none."""
+        """Return the FLOPs of norms for candidates of some lengths; 0 if the scorer needs no norms."""
         return 0.0
 
     def spent_flops(self, lengths: Sequence[int]) -> float:
-        """Return the FLOPs of contracting candidates of some lengths, norms included."""
+        """Return the FLOPs of contracting candidates of some lengths, including norms."""
         whole = sum(lengths) * self.contraction_flops + len(lengths) * self.example_flops
         return whole + self.norm_flops(lengths)
 
     def of_tasks(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the scores by task [..., tasks] of numbers [..., columns]."""
+        """Return the scores by task [..., tasks] from columns [..., columns]."""
         parts = np.split(numbers, np.cumsum(self.widths)[:-1], axis=-1)
         return np.stack([part @ weights for part, weights in zip(parts, self.weights, strict=True)], axis=-1)
 
     def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
-        """Note what was done for candidates of some lengths."""
+        """Record the work done for candidates of some lengths."""
         stats.contraction_flops, stats.query_kept = self.spent_flops(lengths), min(self.kept.values())
 
     def table(self, window: Sequence[Example], encoded: Sequence[Encoded], numbers: np.ndarray) -> pa.Table:
-        """Return the scores table of some examples and their numbers [N, columns], NaN where there is no score."""
+        """Return the scores table of some examples from their columns [N, columns], NaN if there is no score."""
         return scores_table(
             [example.id for example in window],
             [example.source for example in window],
@@ -129,21 +129,21 @@ class Scorer(ABC):
 
 
 class BatchScorer(Scorer):
-    """Scores batches of candidates against the validation gradients of several tasks, at one checkpoint.
+    """A scorer that contracts candidates with the validation gradients of several tasks at one checkpoint.
 
-    Forward 2P, backward to the activations 2P, and the contraction (see `iprox.influence.query`). The memory is the
-    batch's activations and the tasks' gradients.
+    Forward 2P, backward to the activations 2P, and the contraction (see `iprox.influence.query`). Memory: the batch's
+    activations and the tasks' gradients.
 
     Args:
-        model: a proxy or any model.
-        queries: by task its mean validation gradient, from `mean_gradient`, low-rank or not; or the gradients of its
-            examples, from `example_gradients`, which are a column of scores each, one by one or (all tasks) in shared
-            bases. Layers that the model does not have are left out.
-        normalize: `none`, or `cosine`: divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers together. The columns of
-            validation examples are then weighted to the cosine with their mean, which is not the mean of their cosines.
-        norm_sketch: random signs per layer that ‖G(z)‖ is estimated from (`iprox.influence.gradients.sketched_norms`);
-            0 is exact. Layers too small to gain are exact, and experts, which an example sends few tokens.
-        loss_fn: per-example losses of a model that is no language model.
+        model: a proxy or any other model.
+        queries: validation gradients by task: the mean from `mean_gradient`, low-rank or not, or those of single
+            examples from `example_gradients`, one column each, one by one or (for all tasks) in shared bases. Layers
+            that the model does not have are left out.
+        normalize: `none`, or `cosine` to divide by ‖G(z)‖·‖Ḡ(V)‖, norms over all layers. The weights then combine the
+            columns of validation examples into the cosine with their mean, which is not the mean of their cosines.
+        norm_sketch: number of random signs per layer that estimate ‖G(z)‖ (`iprox.influence.gradients.sketched_norms`);
+            0 is exact. Norms of small layers and of experts, which see few tokens per example, are always exact.
+        loss_fn: per-example losses, for a model that is not a language model.
     """
 
     def __init__(
@@ -159,11 +159,12 @@ class BatchScorer(Scorer):
         self.by_answer = loss_fn is answer_losses
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
-        super().__init__(list(queries), widths, by_example=not _of_means(queries), model=model)
+        by_example = not all(isinstance(query, dict) for query in queries.values())
+        super().__init__(list(queries), widths, by_example=by_example, model=model)
         sketched = norm_sketch > 0 and normalize == "cosine"
         exact = expert_layers(model) if sketched else ()
         self._signs = {
-            # The same for a layer in every run, so that a score is too.
+            # The same in every run, so that scores are reproducible.
             name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(next(layer.parameters()))
             for name, layer in self.layers.items()
             if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
@@ -181,7 +182,7 @@ class BatchScorer(Scorer):
         )
 
     def _take(self, queries: Mapping[str, TaskGradient]) -> None:
-        """Prepare mean gradients, or those of examples one by one."""
+        """Prepare mean gradients, or gradients of single examples."""
         columns: list[Any] = []
         for query in queries.values():
             columns += [query] if isinstance(query, dict) else query
@@ -204,7 +205,7 @@ class BatchScorer(Scorer):
                 self._weigh(place, self._query_norms[own], mean.sum().sqrt().item())
 
     def _take_shared(self, queries: Mapping[str, SharedQueries]) -> None:
-        """Prepare the examples of each task in the bases that they share."""
+        """Prepare the gradients of each task's examples in shared bases."""
         for name in self.layers:
             parts = [query.of_layer(name, self.layers[name]) for query in queries.values()]
             if any(part.cores.numel() for part in parts):
@@ -216,28 +217,26 @@ class BatchScorer(Scorer):
             self._weigh(place, query.norms.cpu(), query.mean_norm())
 
     def _weigh(self, place: int, norms: Tensor, mean: float) -> None:
-        """Weigh a task's columns: ḡ·g/‖ḡ‖ = Σ_v (‖g_v‖/V‖ḡ‖) cos(g_v, g); without norms each column counts 1/V."""
+        """Set a task's weights for the cosine: ḡ·g/(‖ḡ‖‖g‖) = Σ_v (‖g_v‖/(V‖ḡ‖)) cos(g_v, g)."""
         if self.normalize == "cosine" and mean > 0:
             self.weights[place] = self.weights[place] * (norms / mean).double().cpu().numpy()
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
-        """Return the FLOPs of the norms of candidates of some lengths; 0 where they are not wanted."""
+        """Return the FLOPs of norms for candidates of some lengths; 0 without `cosine`."""
         return norms_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch.
 
         Args:
-            batch: on the model's device.
-            by_token: leave the sum over tokens to the caller: δ_tᵀ Ḡ h_t over all layers, what passes through each
-                token's position.
+            batch: batch on the model's device.
+            by_token: return the terms of the sum over tokens, Σ_ℓ δ_tᵀ Ḡ_ℓ h_t.
 
         Returns:
-            Scores [B, columns], or [B, L, columns] by token with 0 on padding, and losses [B], in float32 or better, on
-            the model's device.
+            Scores [B, columns], or [B, L, columns] by token with 0 on padding, and losses [B], in float32 or better.
 
         Raises:
-            TypeError: a layer does not see one row per example, or with `by_token` every position (an expert).
+            TypeError: a layer does not see one row per example, or, with `by_token`, every token (an expert).
         """
         columns: dict[str, list[Tensor]] = {}
         norms: list[Tensor] = []
@@ -263,30 +262,30 @@ class BatchScorer(Scorer):
     def _normalized(
         self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size
     ) -> Tensor:
-        """Sum the layers' parts of the scores, by task [*positions, columns of it], and divide them by the norms."""
+        """Sum the layers' scores, each [*positions, columns of a task], and divide the sum by the norms."""
         for name, parts in columns.items():
             if parts[0].shape[:-1] != positions:
                 seen = "every token" if len(positions) > 1 else "one row per example"
-                raise TypeError(f"{name} does not see {seen}, so its gradients cannot be told apart")
+                raise TypeError(f"{name} does not see {seen}, so its gradients cannot be separated")
         scores = torch.stack([torch.cat(list(parts), dim=-1) for parts in columns.values()]).sum(0)
         if self.normalize == "none":
             return scores
         length = torch.stack(list(norms)).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
         length = length[:, None] if len(positions) > 1 else length
-        # A zero gradient has no direction: its cosine is 0, not NaN.
+        # The cosine with a zero gradient is 0, not NaN.
         return torch.where(length > 0, scores / length, torch.zeros_like(scores))
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
-        """Return the compute dtype, so that the contraction is plain GEMMs."""
+        """Return the compute dtype, so that the contraction is a plain GEMM."""
         return next(layer.parameters()).dtype
 
 
-# (m, n) of layers by the random signs that their norms are estimated from (0: exact) and their share of the tokens.
+# Layer shapes (m, n), grouped by number of random signs for their norms (0: exact) and share of the tokens.
 NormShapes = dict[tuple[int, float], list[tuple[int, int]]]
 
 
 def norm_shapes(model: nn.Module, sketch: int) -> NormShapes:
-    """Return what norms of candidates are taken of, from random signs where `BatchScorer` takes these."""
+    """Return the layer shapes that `BatchScorer` computes norms for with `norm_sketch=sketch`."""
     layers, exact = influence_layers(model), expert_layers(model)
     shares, shapes = layer_shares(model, layers), NormShapes()
     for name, layer in layers.items():
@@ -295,7 +294,7 @@ def norm_shapes(model: nn.Module, sketch: int) -> NormShapes:
 
 
 def norms_flops(shapes: NormShapes, lengths: Sequence[float]) -> float:
-    """Return the FLOPs of norms of candidates of some lengths."""
+    """Return the FLOPs of norms for candidates of some lengths."""
     return sum(norm_flops(each, [length * part for length in lengths], k) for (k, part), each in shapes.items())
 
 
@@ -303,7 +302,3 @@ def _width(query: TaskQuery) -> int:
     if isinstance(query, SharedQueries):
         return len(query.norms)
     return 1 if isinstance(query, dict) else len(query)
-
-
-def _of_means(queries: Mapping[str, TaskQuery]) -> bool:
-    return all(isinstance(query, dict) for query in queries.values())

@@ -1,11 +1,11 @@
-"""Gradients of many validation examples in bases that they share (pure maths), for scores by validation example.
+"""Gradients of many validation examples in shared bases (pure maths), for scores by validation example.
 
-Contracting a candidate with V gradients one by one costs V times what their mean does. The examples of a task need much
-the same directions, so each layer gets one basis for outputs and one for inputs (a Tucker-2 decomposition,
+Contracting a candidate with V gradients one by one costs V times as much as with their mean. The examples of a task
+have similar directions, so each layer gets one basis for outputs and one for inputs (a Tucker-2 decomposition,
 De Lathauwer et al. 2000): G_v ≈ U C_v Wᵀ. A candidate is projected once, to Uᵀ G(z) W, whose inner product with the
 small C_v is its score for v.
 
-The inverse curvature of an influence function is applied on the way, in its own eigenbases, where it is a division.
+The inverse curvature of an influence function is applied in its eigenbases, where it is a division.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from iprox.kronecker.moments import append_ones
 from iprox.models.layers import weight_shape
 from iprox.models.precision import accumulation_dtype
 
-# Random columns that an example's gradient is multiplied with to find the bases; together they are to span a layer.
+# Smallest number of random columns that an example's gradient is multiplied by to find the bases.
 PROBES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SharedQuery:
-    """The gradients of V examples in one layer, ready to contract with.
+    """The gradients of V examples in one layer, prepared for contraction.
 
     Attributes:
         left: U [m, r].
-        right: W [n, s], n counting the bias.
+        right: W [n, s], where n includes the bias.
         cores: C_v, flattened [V, r·s].
-        bias: whether the layer has one.
+        bias: whether the layer has a bias.
     """
 
     left: Tensor
@@ -59,7 +59,7 @@ class SharedQuery:
         Args:
             h: inputs [B, L, n].
             delta: output gradients [B, L, m], zero on padding.
-            by_token: leave the sum over tokens to the caller, and return its terms [B, L, V]. 2Vrs FLOPs per token.
+            by_token: return the terms of the sum over tokens, [B, L, V]. 2Vrs FLOPs per token.
         """
         dtype = accumulation_dtype(h)
         inputs, outputs = append_ones(h, self.bias) @ self.right, delta @ self.left
@@ -71,12 +71,12 @@ class SharedQuery:
 
 @dataclass(frozen=True, slots=True)
 class SharedQueries:
-    """The gradients of V examples of one task in every layer.
+    """The gradients of V examples of one task.
 
     Attributes:
-        layers: by name; layers that hold next to nothing are left out.
-        norms: of each whole gradient, float64 [V].
-        kept: share of each norm that the bases hold [V].
+        layers: queries by layer name, without the layers that hold almost nothing.
+        norms: norm of each whole gradient, float64 [V].
+        kept: share of each norm that the bases keep [V].
     """
 
     layers: dict[str, SharedQuery]
@@ -84,7 +84,7 @@ class SharedQueries:
     kept: Tensor
 
     def of_layer(self, name: str, layer: nn.Module) -> SharedQuery:
-        """Return the examples' gradients in one layer, of rank 0 where it holds next to nothing."""
+        """Return the examples' gradients in one layer, with rank 0 if it was left out."""
         if name in self.layers:
             return self.layers[name]
         (m, n), weight = weight_shape(layer), next(layer.parameters())
@@ -92,13 +92,13 @@ class SharedQueries:
         return SharedQuery(weight.new_zeros(m, 0), weight.new_zeros(n, 0), cores, bias=False)
 
     def mean_norm(self) -> float:
-        """Return the norm of the mean gradient, without what the bases leave out. Vrs FLOPs per layer."""
+        """Return the norm of the mean gradient as the bases represent it. Vrs FLOPs per layer."""
         squares = [query.cores.mean(0).double().square().sum().item() for query in self.layers.values()]
         return sum(squares) ** 0.5
 
 
 class _Layer:
-    """One layer's gradients, in the eigenbases of its curvature if there is one."""
+    """One layer's gradients, in the eigenbases of its curvature if it has one."""
 
     def __init__(self, parts: Sequence[LowRankGradient], curvature: EigenBasis | None, damping: float) -> None:
         self.bias = parts[0].bias is not None
@@ -108,18 +108,18 @@ class _Layer:
             rotate = curvature.left.mT, curvature.right.mT
             self.parts = [(rotate[0] @ left, rotate[1] @ right) for left, right in self.parts]
             ridge = damping * curvature.eigenvalues.mean()
-            self.divisors = curvature.eigenvalues + ridge if ridge > 0 else None  # no example moved the layer
+            self.divisors = curvature.eigenvalues + ridge if ridge > 0 else None  # None: all gradients were zero
         else:
             self.divisors = None
 
     def gradient(self, index: int) -> Tensor:
-        """The whole gradient of one example, divided by the curvature, [m, n]. 2kmn FLOPs for k tokens."""
+        """Return the dense gradient of one example, divided by the curvature, [m, n]. 2kmn FLOPs for k tokens."""
         left, right = self.parts[index]
         whole = left @ right.mT
         return whole if self.divisors is None else whole / self.divisors
 
     def moments(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Σ_v w_v G_v G_vᵀ [m, m] and Σ_v w_v G_vᵀ G_v [n, n], estimated without bias from random columns."""
+        """Return unbiased estimates of Σ_v w_v G_v G_vᵀ [m, m] and Σ_v w_v G_vᵀ G_v [n, n] from random columns."""
         (m, _), (n, _) = (part.shape for part in self.parts[0])
         probes = max(PROBES, -(-2 * max(m, n) // len(self.parts)))
         outputs, inputs = self.parts[0][0].new_zeros(m, m), self.parts[0][0].new_zeros(n, n)
@@ -132,7 +132,7 @@ class _Layer:
         return outputs, inputs
 
     def query(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[SharedQuery, Tensor, Tensor]:
-        """The layer's query in these bases, and what it holds of each example's squared norm [V], and the norm [V]."""
+        """Return the layer's query in these bases, each example's squared norm in them [V], and in full [V]."""
         cores, norms = [], []
         for index in range(len(self.parts)):
             whole = self.gradient(index)
@@ -155,15 +155,15 @@ def shared_queries(
     """Return the examples' gradients, divided by the curvature if there is one, in shared bases.
 
     Reads each gradient twice, one layer at a time: 4V(k + PROBES)mn + 2V·mn·min(r, s) FLOPs per layer, and
-    memory for one whole gradient and the cores.
+    memory for one dense gradient and the cores.
 
     Args:
-        examples: whole gradients of a task's examples by layer (`iprox.influence.validation_gradients` with keep 1).
-        keep: share of the Frobenius norm that the bases hold, over all layers and examples together; each example
-            counts alike, whatever its norm. Directions are dropped in the order of what they hold per FLOP.
-        curvature: by layer, in whose eigenbasis (F + λI)⁻¹ is applied; layers it lacks are left as they are.
+        examples: exact gradients of a task's examples by layer (`iprox.influence.validation_gradients` with keep 1).
+        keep: share of the Frobenius norm that the bases keep, over all layers and examples; every example has the
+            same weight, whatever its norm. Directions with the least squared norm per FLOP are dropped first.
+        curvature: curvature by layer, for (F + λI)⁻¹; the gradients of other layers are used as they are.
         damping: λ as a share of the mean eigenvalue of each layer's curvature.
-        dtype: of the products with candidates.
+        dtype: dtype of the products with candidates.
 
     Raises:
         FloatingPointError: a gradient divided by the curvature is not finite.
@@ -187,14 +187,10 @@ def shared_queries(
     for place, name in enumerate(names):
         (_, left), (_, right) = spectra[2 * place], spectra[2 * place + 1]
         r, s = ranks[2 * place], ranks[2 * place + 1]
+        query, part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
+        held, totals = held + part.cpu(), totals + total.cpu()
         if r and s:
-            queries[name], part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
-            held, totals = held + part.cpu(), totals + total.cpu()
-        else:
-            whole = layer(name)
-            totals = totals + torch.stack(
-                [whole.gradient(i).square().sum(dtype=torch.float64).cpu() for i in range(len(examples))]
-            )
+            queries[name] = query
     if not torch.isfinite(totals).all():
         raise FloatingPointError(
             "a validation gradient divided by the curvature is not finite; try --set dtype=float32"
@@ -204,10 +200,10 @@ def shared_queries(
 
 
 def _ranks(spectra: Sequence[Tensor], keep: float) -> list[int]:
-    """How many leading directions of each basis to keep, so that what all others hold is at most (1 - keep²) of it all.
+    """Return how many leading directions of each basis to keep so that the rest hold at most 1 − keep² of the total.
 
     A direction of a basis of m costs 2m FLOPs per token. The error of a Tucker decomposition is at most the sum of
-    what its two bases leave out.
+    the squared norms that its two bases drop.
     """
     if keep >= 1:
         return [len(values) for values in spectra]
@@ -221,7 +217,7 @@ def _ranks(spectra: Sequence[Tensor], keep: float) -> list[int]:
 
 
 def _with_bias(gradient: LowRankGradient) -> tuple[Tensor, Tensor]:
-    """Factors [m, k] and [n, k] in float32 or better, the bias as the last column of the gradient."""
+    """Return the factors [m, k] and [n, k] in float32 or better, with the bias as the gradient's last column."""
     dtype = accumulation_dtype(gradient.left)
     left, right = gradient.left.to(dtype), gradient.right.to(dtype)
     if gradient.bias is None:

@@ -1,4 +1,4 @@
-"""Gradients of a validation set: their mean, and those of single examples in low-rank form."""
+"""Gradients of a validation set: their mean, or one low-rank gradient per example."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iprox.influence.gradients import ExampleGradient, LayerGradient, LowRankGradient, ModelGradient, summed_gradient
+from iprox.influence.gradients import ExampleGradient, LowRankGradient, ModelGradient, summed_gradient
 from iprox.influence.low_rank import truncated
 from iprox.models.experts import expert_layers
-from iprox.models.layers import dense_weight, has_bias, influence_layers, layer_bias, weight_shape
+from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
@@ -24,16 +24,16 @@ def mean_gradient(
     loss_fn: LossFn = causal_lm_losses,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> tuple[ModelGradient, int]:
-    """Return the mean per-example gradient over a set, in float32 or better: Ḡ(V).
+    """Return the mean per-example gradient over a set, Ḡ(V), in float32 or better.
 
     Forward, backward and one weight GEMM per layer: 6P FLOPs per token, P the parameters of the layers.
 
     Returns:
-        The gradient, and the number of examples it is the mean of.
+        The gradient, and the number of examples with a supervised token.
 
     Raises:
-        FloatingPointError: a gradient is not finite (the layer is named).
-        ValueError: no example.
+        FloatingPointError: a gradient is not finite (the message names the layer).
+        ValueError: no example has a supervised token.
     """
     layers = influence_layers(model) if layers is None else layers
     total: ModelGradient = {}
@@ -57,17 +57,14 @@ def mean_gradient(
     silent = [name for name in layers if name not in total and name not in expert_layers(model)]
     if silent:
         warnings.warn(
-            f"{silent[0]} ({len(silent)} layers in all) was never called as a module in the forward pass; its gradient "
-            "is missing from all scores",
+            f"{silent[0]} ({len(silent)} layers in all) was never called as a module in the forward pass, so scores "
+            "leave out its gradient",
             stacklevel=2,
         )
     for name, layer in layers.items():
-        if name not in total:  # not called, or an expert that no token was routed to
-            weight, bias = dense_weight(layer), layer_bias(layer)
-            dtype = accumulation_dtype(weight)
-            total[name] = LayerGradient(
-                torch.zeros_like(weight, dtype=dtype), None if bias is None else torch.zeros_like(bias, dtype=dtype)
-            )
+        if name not in total:  # not called, or an expert without tokens
+            (m, n), like = weight_shape(layer), next(layer.parameters())
+            total[name] = summed_gradient(like.new_zeros(1, n), like.new_zeros(1, m), has_bias(layer))
     for name, part in total.items():
         part.weight /= count
         if part.bias is not None:
@@ -84,19 +81,20 @@ def example_gradients(
     loss_fn: LossFn = causal_lm_losses,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> list[ExampleGradient]:
-    """Return the gradient of every example of a set by itself, low-rank, in the order of the set.
+    """Return the low-rank gradient of every example of a set, in the order of the set.
 
-    They are kept in the model's dtype: Σ k(m+n) numbers per example, k at most its tokens.
+    They are kept in the model's dtype: Σ k(m+n) numbers per example, k at most its number of tokens.
 
     Args:
-        model: where they are taken.
-        batches: whose `indices` say which examples of the set they hold; those without a supervised token are in none.
-        keep: share of the norm of each layer's gradient that is kept; 1 is exact.
-        loss_fn: per-example losses of a model that is no language model.
+        model: model to take the gradients on.
+        batches: batches of the set, with the positions of their examples in `indices`.
+        keep: share of the norm of each layer's gradient to keep; 1 is exact.
+        loss_fn: per-example losses, for a model that is not a language model.
+        layers: layers to take gradients of; all influence layers by default.
 
     Raises:
-        FloatingPointError: a gradient is not finite (the layer is named).
-        ValueError: no example.
+        FloatingPointError: a gradient is not finite (the message names the layer).
+        ValueError: no example has a supervised token.
     """
     layers = influence_layers(model) if layers is None else layers
     found: dict[int, ExampleGradient] = {}
@@ -117,7 +115,7 @@ def example_gradients(
         raise ValueError("no example with a supervised token")
     for name, layer in layers.items():
         for example in found.values():
-            if name not in example:  # an expert that none of the batch's tokens was routed to
+            if name not in example:  # an expert without tokens in the batch
                 m, n = weight_shape(layer)
                 weight = next(layer.parameters())
                 zeros = example_gradient(weight.new_zeros(1, n), weight.new_zeros(1, m), has_bias(layer), 1.0)
@@ -126,15 +124,15 @@ def example_gradients(
 
 
 def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRankGradient:
-    """Return the gradient of one example, whose rank is at most the number of its tokens, without forming it.
+    """Return the gradient of one example as a product, without forming it. Its rank is at most its number of tokens.
 
-    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ, and the left factor is no longer than the example: 2Ln² + 2L²m FLOPs.
+    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ: 2Ln² + 2L²m FLOPs.
 
     Args:
         h: inputs [L, n].
         delta: output gradients [L, m].
-        bias: whether the layer has one.
-        keep: share of the Frobenius norm that a truncation keeps at least, in (0, 1]; 1 keeps it whole.
+        bias: whether the layer has a bias.
+        keep: smallest share of the Frobenius norm to keep, in (0, 1]; 1 is exact.
     """
     dtype = accumulation_dtype(h)
     seen = (delta != 0).any(1)
@@ -152,5 +150,5 @@ def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRa
 
 
 def _stored(gradient: LowRankGradient, dtype: torch.dtype) -> LowRankGradient:
-    """The factors in the dtype that they will be multiplied in; the rest in float32 or better."""
+    """Return the gradient with its factors in the dtype of the products; the rest stays in float32 or better."""
     return LowRankGradient(gradient.left.to(dtype), gradient.right.to(dtype), gradient.bias, gradient.lost)

@@ -1,5 +1,6 @@
-"""The two Kronecker factors of a layer's Fisher, which both IPSVD and EK-FAC are made from.
+"""The Kronecker factors of a layer's Fisher matrix, which IPSVD and EK-FAC use.
 
-Tokens as independent samples, the Fisher of a layer y = W h is C_δ ⊗ C_h (K-FAC, Martens and Grosse, arXiv:1503.05671),
-C_h = E[h hᵀ] [n, n] its inputs' second moment, C_δ = E[δ δᵀ] [m, m] that of its output gradients.
+If tokens are independent samples, the Fisher of a layer y = W h is C_δ ⊗ C_h (K-FAC, Martens and Grosse,
+arXiv:1503.05671), with C_h = E[h hᵀ] [n, n] the second moment of its inputs and C_δ = E[δ δᵀ] [m, m] that of its output
+gradients.
 """

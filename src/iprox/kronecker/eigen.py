@@ -5,7 +5,7 @@ one more column of G (its input is 1). An influence function needs (F + λI)⁻�
 
 - K-FAC (Martens and Grosse, arXiv:1503.05671): F ≈ C_δ ⊗ C_h, inverted in the eigenbases U of C_δ and V of C_h:
   U ((Uᵀ Ḡ V) / (Λ + λ)) Vᵀ with Λ_ij = λ_δ,i · λ_h,j.
-- EK-FAC (George et al., arXiv:1806.03884): the same bases, Λ_ij = E[(Uᵀ G(z) V)²_ij], the best diagonal there is.
+- EK-FAC (George et al., arXiv:1806.03884): the same bases with Λ_ij = E[(Uᵀ G(z) V)²_ij], the optimal diagonal.
 
 Damping. λ is a share of the mean eigenvalue of the layer's F, which is E‖G(z)‖² / (mn) (Grosse et al.,
 arXiv:2308.03296).
@@ -33,7 +33,7 @@ class EigenBasis:
 
     Attributes:
         left: U [m, m].
-        right: V [n, n], n counting the bias.
+        right: V [n, n], where n includes the bias.
         eigenvalues: Λ [m, n].
     """
 
@@ -50,21 +50,21 @@ class EigenBasis:
         """
         h, delta = h.to(self.right.dtype) @ self.right, delta.to(self.left.dtype) @ self.left
         m, n = self.eigenvalues.shape
-        at_once = max(1, h.numel() // (m * n))  # no more numbers than the inputs themselves
+        at_once = max(1, h.numel() // (m * n))  # no more memory than the inputs
         total = torch.zeros_like(self.eigenvalues)
         for x, d in zip(h.split(at_once), delta.split(at_once), strict=True):
             total += (d.mT @ x).square().sum(0)
         return total
 
     def solve(self, gradient: Tensor, damping: float) -> Tensor | None:
-        """Return (F + λI)⁻¹ Ḡ [m, n], λ = damping · mean(Λ), or None where Λ is zero. 4mn(m + n) FLOPs.
+        """Return (F + λI)⁻¹ Ḡ [m, n], λ = damping · mean(Λ), or None if Λ is zero. 4mn(m + n) FLOPs.
 
         Args:
-            gradient: Ḡ [m, n], n counting the bias.
+            gradient: Ḡ [m, n], where n includes the bias.
             damping: share of the mean eigenvalue, above 0.
         """
         ridge = damping * self.eigenvalues.mean()
-        if ridge == 0:  # no example moved the layer: there is no curvature, nor a scale to damp by
+        if ridge == 0:  # all gradients were zero
             return None
         rotated = self.left.mT @ gradient.to(self.left.dtype) @ self.right
         return self.left @ (rotated / (self.eigenvalues + ridge)) @ self.right.mT
@@ -80,19 +80,19 @@ def kronecker_curvature(
     seed: int = 0,
     loss_fn: LossFn = causal_lm_losses,
 ) -> dict[str, EigenBasis]:
-    """Return the K-FAC curvature of each layer, or with `corrected` the EK-FAC curvature.
+    """Return the K-FAC curvature of each layer, or the EK-FAC curvature if `corrected`.
 
     Args:
-        model: model to run; left as it was.
+        model: model to run; unchanged afterwards.
         layers: layers to measure, by name.
         batches: batches of the sample; read twice for EK-FAC.
-        corrected: whether the eigenvalues are measured in the basis.
-        labels: `sampled` from the model (true Fisher) or the `data`'s (empirical Fisher).
-        seed: seed for sampled labels; both readings draw the same.
-        loss_fn: per-example losses of a model that is not a language model.
+        corrected: whether to measure the eigenvalues in the eigenbasis.
+        labels: `sampled` from the model (true Fisher) or from the `data` (empirical Fisher).
+        seed: seed for sampled labels; both passes draw the same.
+        loss_fn: per-example losses, for a model that is not a language model.
 
     Returns:
-        The curvature by layer name, without layers that no token moved.
+        The curvature by layer name, without layers whose gradients are all zero.
     """
     settings = MomentSettings(labels, balanced=False, seed=seed, kfac=True)
     moments, read = collect_moments(model, layers, batches, settings, loss_fn)
@@ -111,16 +111,16 @@ def kronecker_curvature(
 
 
 def _eigenbasis(moments: LayerMoments) -> EigenBasis:
-    """Return the basis of a layer, with the eigenvalues of K-FAC."""
+    """Return the eigenbasis of a layer, with K-FAC eigenvalues."""
     (squares_out, U), (squares_in, V) = _eigh(moments.gradients), _eigh(moments.inputs)
     return EigenBasis(U, V, squares_out[:, None] * squares_in)
 
 
 def _eigh(moment: SecondMoment) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues, none below 0, and eigenvectors, in the moment's own dtype.
+    """Return eigenvalues, clamped at 0, and eigenvectors, in the moment's dtype.
 
-    That is float32 or better: errors of 1e-7 of the largest eigenvalue are nothing next to the damping, and float64
-    would take twice the time (0.8 s at 1,536 on one core).
+    That is float32 or better: errors of 1e-7 of the largest eigenvalue are far below the damping, and float64 would
+    take twice as long (0.8 s at 1,536 on one core).
     """
     assert isinstance(moment, ExactMoment)
     values, vectors = torch.linalg.eigh(moment.matrix)

@@ -18,9 +18,9 @@ from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
 
-# Wider layers than this are sketched: at 4,096 an exact moment is 64 MiB.
+# Wider layers are sketched; an exact moment of this width takes 64 MiB.
 EXACT_WIDTH = 4096
-# Directions of a sketch. Moments of gradients are of much lower rank than this.
+# Directions of a sketch. Moments of gradients have a much lower rank.
 SKETCH_DIRECTIONS = 1024
 
 
@@ -29,9 +29,9 @@ class LayerMoments:
     """Second moments of one layer.
 
     Attributes:
-        inputs: C_h = E[h hᵀ] [n, n], over tokens, of an expert over those that reached it; the same object for layers
-            that read the same input. For K-FAC each layer has its own (`MomentSettings.kfac`).
-        gradients: C_δ = E[δ δᵀ] [m, m], δ the gradient of the example's own mean loss.
+        inputs: C_h = E[h hᵀ] [n, n] over tokens (for an expert, over those routed to it). Layers with the same input
+            share one object, except for K-FAC (`MomentSettings.kfac`).
+        gradients: C_δ = E[δ δᵀ] [m, m], where δ is the gradient of the example's mean loss.
     """
 
     inputs: SecondMoment
@@ -39,20 +39,20 @@ class LayerMoments:
 
     @property
     def reached(self) -> bool:
-        """Whether any token of the sample moved this layer."""
+        """Whether the sample has nonzero inputs and gradients for this layer."""
         return self.inputs.trace > 0 and self.gradients.trace > 0
 
 
 @dataclass(frozen=True, slots=True)
 class MomentSettings(SampleSettings):
-    """How moments are measured.
+    """Settings of measuring moments.
 
     Attributes:
-        exact_width: widest layer whose moments are exact; wider ones are sketched.
-        directions: directions of a sketch.
+        exact_width: width of the widest layer with exact moments; wider ones are sketched.
+        directions: number of directions of a sketch.
         kfac: whether the moments are those of K-FAC, so that C_δ ⊗ C_h is the Fisher of the layer. All are exact, the
             input of a layer with a bias has one more entry, which is 1, and C_δ is a mean over examples of the sum over
-            their tokens, not a mean over tokens. What only `SecondMoment.shrinkage` needs is left out.
+            their tokens, not a mean over tokens. The sums that only `SecondMoment.shrinkage` needs are skipped.
     """
 
     exact_width: int = EXACT_WIDTH
@@ -64,7 +64,7 @@ class MomentSettings(SampleSettings):
         return self.kfac or width <= self.exact_width
 
     def numbers(self, width: int) -> int:
-        """Return the number of floats that one moment of this width takes."""
+        """Return the number of floats in one moment of this width."""
         return width**2 if self.is_exact(width) else 2 * self.directions * width
 
     def moment(self, width: int, like: Tensor) -> SecondMoment:
@@ -84,30 +84,30 @@ def collect_moments(
 ) -> tuple[dict[str, LayerMoments], Counts]:
     """Measure the moments of some layers over a sample, in float32 or better.
 
-    Per token and layer 2n² + 2m² FLOPs on top of a backward pass without weight gradients, and about as much
-    again in Gram matrices of long examples; C_h is made once where layers share an input (q/k/v, gate/up). Memory:
-    n² + m² floats per layer (see `MomentSettings.numbers`).
+    2n² + 2m² FLOPs per token and layer, in addition to a backward pass without weight gradients, and about as much
+    again for Gram matrices of long examples; layers with the same input (q/k/v, gate/up) share C_h. Memory: n² + m²
+    floats per layer (see `MomentSettings.numbers`).
 
     Args:
-        model: model to run; left as it was.
+        model: model to run; unchanged afterwards.
         layers: layers to measure, by name.
         batches: batches of the sample; their labels should be the training labels.
         settings: settings of the measurement.
-        loss_fn: per-example losses of a model that is not a language model.
+        loss_fn: per-example losses, for a model that is not a language model.
 
     Returns:
         Moments by layer name, and the size of the sample.
 
     Raises:
-        FloatingPointError: a moment is not finite (the layer is named).
-        ValueError: no example, or settings that need a language model without one.
+        FloatingPointError: a moment is not finite (the message names the layer).
+        ValueError: there is no example, or the settings need a language model.
     """
     settings = settings or MomentSettings()
     if loss_fn is not causal_lm_losses and (settings.labels, settings.tokens) != ("data", "all"):
         raise ValueError("sampled labels and supervised tokens need a language model, not a loss_fn")
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
-    owner: dict[str, str] = {}  # layer -> the layer whose C_h it shares, itself if none
+    owner: dict[str, str] = {}  # layer -> the layer whose C_h it uses, which may be itself
     seen: dict[int, tuple[str, Tensor]] = {}
 
     def add(moments: dict[str, SecondMoment], name: str, x: Tensor) -> None:
@@ -121,23 +121,23 @@ def collect_moments(
         if owner.get(name, name) == name:
             add(inputs, name, append_ones(h, settings.kfac and has_bias(layers[name])))
 
-    # With the bias's input in it, a layer's moment is its own.
+    # With the bias's input in it, a moment cannot be shared.
     with nullcontext() if settings.kfac else _noting_owners(layers, owner, seen):
         read = read_sample(model, layers, batches, sink, loss_fn, settings)
     if read.tokens == 0:
-        raise ValueError("the probe set holds no supervised example")
+        raise ValueError("the probe set has no supervised example")
     result: dict[str, LayerMoments] = {}
     for name, layer in layers.items():
         m, n = weight_shape(layer)
         like = next(layer.parameters())
-        # A layer that no token reached (an expert that no token was routed to) has moments of zero.
+        # The moments of a layer without tokens (an unused expert) are zero.
         C_h = inputs.get(owner.get(name, name)) or settings.moment(n + (settings.kfac and has_bias(layer)), like)
         result[name] = LayerMoments(C_h, gradients.get(name) or settings.moment(m, like))
     routed = active_shares(model)
-    # Inputs first: an error of the forward pass shows at the layer after it, and spoils the gradients of all layers.
+    # Inputs first: an error in the forward pass shows in the next layer's input, but in the gradients of all layers.
     for name, moments in result.items():
-        # The squared change of the loss is a mean over all tokens. Of those that reach an expert, a share p, it is
-        # p · E[δ δᵀ] ⊗ E[h hᵀ]: C_δ is a mean over all tokens, C_h over the layer's own.
+        # The squared change of the loss is a mean over all tokens. For an expert with a share p of them it is
+        # p · E[δ δᵀ] ⊗ E[h hᵀ]: C_δ is a mean over all tokens, C_h over those of the expert.
         _finish(name, moments.inputs, moments.inputs.rows if settings.kfac or name in routed else read.tokens)
     for name, moments in result.items():
         _finish(name, moments.gradients, read.examples if settings.kfac else read.tokens)
@@ -145,14 +145,14 @@ def collect_moments(
 
 
 def _finish(name: str, moment: SecondMoment, count: int) -> None:
-    """Make a moment a mean, and refuse one that is not finite."""
+    """Turn a moment's sum into a mean, and refuse one that is not finite."""
     moment.finish(count)
     if not math.isfinite(moment.squared_norm()):
         raise FloatingPointError(f"the second moments of {name} are not finite; try --set dtype=float32")
 
 
 def append_ones(h: Tensor, bias: bool) -> Tensor:
-    """Return inputs [B, L, n] with the bias's own input as one more column if there is a bias: 1 at every token."""
+    """Return inputs [B, L, n], with a column of ones at tokens (the input of the bias) if there is a bias."""
     return torch.cat([h, (h != 0).any(-1, keepdim=True).to(h.dtype)], dim=-1) if bias else h
 
 
@@ -160,12 +160,12 @@ def append_ones(h: Tensor, bias: bool) -> Tensor:
 def _noting_owners(
     layers: Mapping[str, nn.Module], owner: dict[str, str], seen: dict[int, tuple[str, Tensor]]
 ) -> Iterator[None]:
-    """Note, in forward passes with gradients, which layers are given the very same tensor.
+    """Record which layers get the same input tensor, in forward passes with gradients.
 
     Args:
         layers: layers to watch, by name.
-        owner: filled in: the first of the layers with the same input owns its moment.
-        seen: inputs of one pass, held so that no other tensor takes the address of one; the caller clears it.
+        owner: mapping to fill in, from each layer to the first layer with the same input.
+        seen: inputs of one pass, kept so that their addresses are not reused; the caller clears it.
     """
 
     def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

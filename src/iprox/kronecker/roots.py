@@ -1,4 +1,4 @@
-"""Square roots of second moments (pure maths): R [d, d] with R Rᵀ = C, as matrices that can be applied and undone."""
+"""Square roots of second moments (pure maths): R [d, d] with R Rᵀ = C, and products with Rᵀ and its inverse."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Root(ABC):
 
     @abstractmethod
     def unweigh(self, X: Tensor) -> Tensor:
-        """Return R⁻ᵀ X, for X [d, k], which undoes `weigh`."""
+        """Return R⁻ᵀ X, for X [d, k], the inverse of `weigh`."""
 
 
 @dataclass(frozen=True, slots=True)
 class CholeskyRoot(Root):
-    """R lower triangular. Takes n³/3 FLOPs to make, where an eigendecomposition takes about 9n³."""
+    """R lower triangular. It costs n³/3 FLOPs; an eigendecomposition costs about 9n³."""
 
     factor: Tensor
 
@@ -45,7 +45,7 @@ class DiagonalRoot(Root):
 
     @classmethod
     def of_squares(cls, squares: Tensor) -> DiagonalRoot:
-        """Return diag(√squares), no entry of `squares` below a thousandth of their mean, so that it can be undone."""
+        """Return diag(√squares), with `squares` at least a thousandth of their mean, so that it can be inverted."""
         floor = float(squares.mean()) * 1e-3
         return cls(squares.clamp(min=floor or 1.0).sqrt())
 
@@ -65,7 +65,7 @@ class LowRankRoot(Root):
     Attributes:
         basis: V [d, k], orthonormal.
         spread: eigenvalues above `level` in that basis [k].
-        level: eigenvalue of everything else.
+        level: eigenvalue of all other directions.
     """
 
     basis: Tensor

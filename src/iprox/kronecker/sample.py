@@ -1,4 +1,4 @@
-"""One reading of a sample of examples: every layer's inputs and output gradients, batch by batch."""
+"""Read every layer's inputs and output gradients on a sample of examples, batch by batch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Tokens = Literal["all", "supervised"]
 
 @dataclass(frozen=True, slots=True)
 class SampleSettings:
-    """How a sample is read.
+    """Settings of reading a sample.
 
     Attributes:
-        labels: `data`, the labels that training uses (empirical Fisher), or `sampled` from the model's own predictions
+        labels: `data` for the labels that training uses (empirical Fisher), or `sampled` from the model's predictions
             at the same tokens (true Fisher).
-        tokens: `all`, or only those at which a supervised token is predicted.
-        balanced: whether each example's δ is scaled by the root of its number of supervised tokens. The gradient of a
-            mean over k tokens has a variance of about 1/k, so without this the few examples with one or two supervised
-            tokens make up nearly all of C_δ.
+        tokens: `all`, or `supervised` for those that predict a supervised token.
+        balanced: whether each example's δ is scaled by the square root of its number of supervised tokens. The gradient
+            of a mean over k tokens has a variance of about 1/k, so otherwise the few examples with one or two
+            supervised tokens dominate C_δ.
         seed: seed for sampled labels; the same seed draws the same labels.
     """
 
@@ -39,7 +39,7 @@ class SampleSettings:
 
 @dataclass(slots=True)
 class Counts:
-    """The size of a sample: its examples, and the tokens that count (examples again where the model has no tokens)."""
+    """The size of a sample: examples, and tokens that count (or examples, if the model has no tokens)."""
 
     examples: int = 0
     tokens: int = 0
@@ -53,18 +53,18 @@ def read_sample(
     loss_fn: LossFn,
     settings: SampleSettings,
 ) -> Counts:
-    """Hand each layer's inputs h [B, L, n] and output gradients δ [B, L, m] to a function, batch by batch.
+    """Call a function with each layer's inputs h [B, L, n] and output gradients δ [B, L, m], batch by batch.
 
-    A forward pass and a backward pass without weight gradients per batch, and with sampled labels one more forward
-    pass. Padding has δ = 0 and h ≠ 0, so h is set to zero there by the batch's lengths.
+    Each batch takes a forward pass and a backward pass without weight gradients, and one more forward pass for sampled
+    labels. Padding has δ = 0 but h ≠ 0, so h is set to zero there.
 
     Args:
-        model: model to run; left as it was.
+        model: model to run; unchanged afterwards.
         layers: layers to watch, by name.
         batches: batches of the sample.
-        sink: function called for each layer and batch.
-        loss_fn: per-example losses of a model that is not a language model.
-        settings: settings of the reading.
+        sink: function to call for each layer and batch.
+        loss_fn: per-example losses, for a model that is not a language model.
+        settings: settings of the sample.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     read = Counts()
@@ -86,7 +86,7 @@ def read_sample(
 
 
 def _scaled(sink: Sink, scale: Tensor) -> Sink:
-    """Return a sink that multiplies the output gradients of each example by a number [B] first."""
+    """Return a sink that first multiplies each example's output gradients by a number [B]."""
 
     def fed(name: str, h: Tensor, delta: Tensor) -> None:
         sink(name, h, delta * scale[:, None, None].to(delta.dtype))
@@ -106,7 +106,7 @@ def counted_tokens(batch: Batch, tokens: Tokens = "all") -> Tensor:
 
 @torch.no_grad()
 def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -> Batch:
-    """Draw every supervised label of a batch from the model's own prediction (Martens 2020: the true Fisher).
+    """Sample every supervised label of a batch from the model's prediction (Martens 2020: the true Fisher).
 
     Raises:
         FloatingPointError: a prediction is not finite.
@@ -115,7 +115,7 @@ def sampled_labels(model: nn.Module, batch: Batch, generator: torch.Generator) -
     for logits, _, _ in logits_in_parts(model, batch):
         if not torch.isfinite(logits).all():
             raise FloatingPointError(
-                "the model's logits are not finite, so no label can be drawn; try --set dtype=float32"
+                "the model's logits are not finite, so labels cannot be sampled; try --set dtype=float32"
             )
         drawn.append(torch.multinomial(torch.softmax(logits.float(), dim=-1).cpu(), 1, generator=generator)[:, 0])
     labels = batch.labels.clone()

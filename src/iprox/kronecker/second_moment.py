@@ -1,6 +1,6 @@
-"""Second moments C = E[x xᵀ] from rows that come batch by batch: exact, or as a sketch; and their ridge.
+"""Second moments C = E[x xᵀ], accumulated batch by batch, exactly or as a sketch, and their ridge.
 
-A root R of the ridged moment is all that compression needs: C + λ·mean(eigenvalue)·I = R Rᵀ.
+Compression only needs a root R of the ridged moment: C + λ·mean(eigenvalue)·I = R Rᵀ.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from torch import Tensor
 from iprox.kronecker.roots import CholeskyRoot, LowRankRoot, Root
 from iprox.kronecker.svd import thin_svd
 
-# Bounds of the ridge that `SecondMoment.shrinkage` chooses, as shares of the mean eigenvalue. The lower one keeps every
-# root invertible in float64; at the upper one the weighted norm is nearly the plain norm.
+# Bounds of the ridge from `SecondMoment.shrinkage`, as shares of the mean eigenvalue. The lower bound keeps every root
+# invertible in float64; at the upper bound the weighted norm is close to the plain norm.
 LEAST_RIDGE, LARGEST_RIDGE = 1e-4, 1e2
 
 
 class SecondMoment(ABC):
-    """A running Σ x xᵀ over tokens, in float32 or better, with what the ridge rule needs.
+    """A running sum Σ x xᵀ over tokens, in float32 or better, and the sums for the ridge rule.
 
     Attributes:
         width: d.
-        blocks: whether `block_squares` are summed, which only the ridge rule needs.
-        count: number that the sum is divided by; set by `finish`.
-        rows: rows counted that are not zero.
-        examples: examples counted.
+        blocks: whether to sum `block_squares`, which only the ridge rule needs.
+        count: divisor of the sum; set by `finish`.
+        rows: number of nonzero rows.
+        examples: number of examples.
         trace: Σ ‖x‖².
         block_squares: Σ_z ‖X_zᵀ X_z‖_F² over examples z with rows X_z.
     """
@@ -39,10 +39,10 @@ class SecondMoment(ABC):
         self.examples = 0
         self.trace = 0.0
         self.block_squares = 0.0
-        self._root: tuple[float, Root] | None = None  # layers that share an input ask for its root in turn
+        self._root: tuple[float, Root] | None = None  # cached for layers with the same input
 
     def add(self, x: Tensor) -> None:
-        """Add examples: x [B, L, d], rows that do not count (padding) zero.
+        """Add examples x [B, L, d]; rows that do not count (padding) must be zero.
 
         2·B·L·d² FLOPs for the sum (see `_accumulate`) and 2·B·L²·d for the blocks, by their Gram matrices
         (‖XᵀX‖_F = ‖XXᵀ‖_F).
@@ -63,7 +63,7 @@ class SecondMoment(ABC):
         """Add rows [T, d]."""
 
     def finish(self, count: int) -> None:
-        """Turn the sum into a mean over this many tokens, or examples."""
+        """Turn the sum into a mean over this many tokens or examples."""
         self.count = count
         self._root = None
 
@@ -81,7 +81,7 @@ class SecondMoment(ABC):
         """Return E[x_i²] [d]."""
 
     def root(self, ridge: float) -> Root:
-        """Return a root of C + ridge · mean(eigenvalue) · I, in float64, or of I where C is zero; the last is kept."""
+        """Return a root of C + ridge · mean(eigenvalue) · I in float64, or of I if C is zero; caches the last one."""
         if self._root is None or self._root[0] != ridge:
             self._root = (ridge, self._make_root(self.mean_eigenvalue * ridge if self.mean_eigenvalue > 0 else 1.0))
         return self._root[1]
@@ -94,15 +94,15 @@ class SecondMoment(ABC):
         """Return the ridge by the rule of Ledoit and Wolf, as a share of the mean eigenvalue μ.
 
         Source: Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices". The
-        estimate (1-s)·C + s·μI of least expected squared error has s = E‖Ĉ - C‖² / E‖Ĉ - μI‖²; up to a factor it is
-        C + s/(1-s)·μI. The error of Ĉ is estimated from its parts. Tokens of one example depend on each other, so
-        the parts are examples, not tokens: with Y_z = (N/T) X_zᵀ X_z, whose mean over N examples is Ĉ,
+        estimate (1-s)·Ĉ + s·μI with the least expected squared error has s = E‖Ĉ - C‖² / E‖Ĉ - μI‖²; up to a factor it
+        is Ĉ + s/(1-s)·μI. The error of Ĉ is estimated from examples rather than tokens, as the tokens of an example
+        depend on each other: with Y_z = (N/T) X_zᵀ X_z, whose mean over N examples is Ĉ,
         E‖Ĉ - C‖² ≈ (Σ_z ‖Y_z‖² - N‖Ĉ‖²) / (N(N-1)). Few or very unequal examples thus give a large ridge.
         """
         N, squares = self.examples, self.squared_norm()
         spread = squares - self.width * self.mean_eigenvalue**2
         if N < 2 or spread <= 0:
-            return LARGEST_RIDGE  # one example says nothing about the error of its own moment
+            return LARGEST_RIDGE  # one example does not show the error of its moment
         error = ((N / self.count) ** 2 * self.block_squares - N * squares) / (N * (N - 1))
         share = min(max(error / spread, 0.0), 1.0)
         return min(max(share / max(1 - share, 1 / LARGEST_RIDGE), LEAST_RIDGE), LARGEST_RIDGE)
@@ -139,12 +139,12 @@ class ExactMoment(SecondMoment):
 
 
 class SketchedMoment(SecondMoment):
-    """C by frequent directions: at most 2ℓ·d numbers, for widths whose d² would be too many.
+    """C by frequent directions: at most 2ℓ·d numbers, for widths whose d² would take too much memory.
 
-    Source: Ghashami, Liberty, Phillips and Woodruff 2016, "Frequent Directions". The sketch S [≤ 2ℓ, d] holds
+    Source: Ghashami, Liberty, Phillips and Woodruff 2016, "Frequent Directions". The sketch S [≤ 2ℓ, d] satisfies
     ‖Σ x xᵀ - SᵀS‖₂ ≤ ‖Σ x xᵀ - best rank k‖_F² / (ℓ - k) for every k < ℓ, deterministically and in one pass; with
-    d ≤ ℓ or no more than 2ℓ rows it is exact. The trace it loses is known and is spread evenly over all directions,
-    as the ridge is. About 25·T·ℓ·d FLOPs for T rows.
+    d ≤ ℓ or at most 2ℓ rows it is exact. The lost trace is known and is spread evenly over all directions, like the
+    ridge. About 25·T·ℓ·d FLOPs for T rows.
     """
 
     def __init__(self, width: int, directions: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -160,14 +160,14 @@ class SketchedMoment(SecondMoment):
                 self.sketch = self._shrunk()
 
     def _shrunk(self) -> Tensor:
-        """Return the sketch in ℓ rows: the (ℓ+1)-th squared singular value subtracted from all others."""
+        """Return the sketch in ℓ rows: the (ℓ+1)-th squared singular value is subtracted from all others."""
         squares, basis = self._eigen()
         cut = squares[self.directions] if len(squares) > self.directions else squares.new_zeros(())
         kept = (squares[: self.directions] - cut).clamp(min=0).sqrt()
         return (kept[:, None] * basis[:, : self.directions].mT).to(self.sketch.dtype)
 
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        """Return eigenvalues [k], descending, and eigenvectors [d, k] of SᵀS, without those that are only rounding."""
+        """Return eigenvalues [k], descending, and eigenvectors [d, k] of SᵀS, without those that are rounding error."""
         _, sigma, basis = thin_svd(self.sketch.double())
         kept = sigma > 1e-7 * sigma[:1]
         return sigma[kept].square(), basis[kept].mT
@@ -189,7 +189,7 @@ class SketchedMoment(SecondMoment):
         return max(self.trace - float(squares.sum()), 0.0) / self.width
 
     def _make_root(self, level: float) -> LowRankRoot:
-        """Return the symmetric root of the sketch over a flat complement."""
+        """Return the symmetric root of the sketch plus a multiple of the identity."""
         squares, basis = self._eigen()
         count = max(self.count, 1)
         return LowRankRoot(basis, squares / count, self._lost(squares) / count + level)

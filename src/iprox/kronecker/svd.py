@@ -9,10 +9,10 @@ from torch import Tensor
 def thin_svd(S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return U [m, k], σ [k] descending and Vᵀ [k, n] with S = U diag(σ) Vᵀ, for S [m, n] and k = min(m, n).
 
-    About 4mnk + 9k³ FLOPs, most of them GEMMs, where LAPACK's SVD spends about 14mnk, half of them bound by memory.
-    A Gram matrix squares the condition, so σ and U are taken from the images S V instead of its eigenvalues. Then
-    U diag(σ) Vᵀ = S V Vᵀ is as exact as V is orthogonal, whatever the condition; only the split among
-    directions with σ below about 1e-8 σ_max (float64) is inexact, and the U of those is not orthogonal.
+    About 4mnk + 9k³ FLOPs, most of them in GEMMs; LAPACK's SVD takes about 14mnk, half of them memory-bound.
+    A Gram matrix squares the condition number, so σ and U come from the images S V, not from its eigenvalues. Then
+    U diag(σ) Vᵀ = S V Vᵀ is as exact as V is orthogonal; only directions with σ below about 1e-8 σ_max (float64) are
+    not separated exactly, and their U is not orthogonal.
 
     Args:
         S: matrix in float64.

@@ -1,1 +1,1 @@
-"""Models seen as linear layers: finding them, replacing them, watching them, saving them, their loss."""
+"""Models as linear layers: find, replace and observe layers; load and save models; losses."""

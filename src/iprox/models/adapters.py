@@ -1,4 +1,4 @@
-"""PEFT adapters: adding them to a model for training, saving and finding them, and merging them into their model."""
+"""PEFT adapters: find them, merge them into their model, add them for training, and save them."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 
 ADAPTER = "adapter_config.json"
 
-
-# The types of PEFT adapters that are products added to weights, so that merging loses nothing.
+# Types of PEFT adapters that can be merged exactly, as they are products added to weights.
 MERGED_TYPES = ("LORA", "ADALORA", "LOHA", "LOKR")
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """Return the model that an adapter folder adapts; None where the folder holds no adapter.
+    """Return the base model of an adapter folder; None if the folder has no adapter.
 
     Raises:
-        InputError: the adapter names no model or a folder that is missing, its weights are pickled, its type cannot be
-            merged into weights, or adapters name each other.
+        InputError: the adapter names no model or a missing folder, its weights are pickled, its type cannot be merged,
+            or adapters name each other.
     """
     check_path(path)
     base = _named_base(Path(path))
@@ -45,14 +44,14 @@ def adapter_base(path: str | Path) -> str | None:
         if known:
             raise InputError(
                 f"{Path(path) / ADAPTER}: adapters name each other as base_model_name_or_path "
-                f"({' → '.join(map(str, chain))}); put there the model that it adapts"
+                f"({' → '.join(map(str, chain))}); set it to the model that was adapted"
             )
         follower = _named_base(Path(follower))
     return base
 
 
 def _named_base(folder: Path) -> str | None:
-    """Return the model that one adapter folder names."""
+    """Return the model that an adapter folder names."""
     file = folder / ADAPTER
     if not file.is_file():
         return None
@@ -62,18 +61,18 @@ def _named_base(folder: Path) -> str | None:
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: is not a JSON object; save the adapter again") from error
     if not base:
-        raise InputError(f"{file}: names no base_model_name_or_path; add the model that it adapts")
+        raise InputError(f"{file}: names no base_model_name_or_path; add the model that was adapted")
     if not isinstance(base, str):
-        raise InputError(f"{file}: base_model_name_or_path is {shown(base)}; put there the model that it adapts")
+        raise InputError(f"{file}: base_model_name_or_path is {shown(base)}; set it to the model that was adapted")
     check_path(base)
     if Path(base).exists() and Path(base).samefile(folder):
-        raise InputError(f"{file}: names itself as base_model_name_or_path; put there the model that it adapts")
+        raise InputError(f"{file}: names itself as base_model_name_or_path; set it to the model that was adapted")
     if not Path(base).exists() and not may_be_hub_id(base):
-        raise InputError(f"{folder}: adapts {base}, which is not there; correct base_model_name_or_path in {file}")
+        raise InputError(f"{folder}: adapts {base}, which is missing; correct base_model_name_or_path in {file}")
     if kind not in MERGED_TYPES:
         raise InputError(
             f"{folder}: is a PEFT adapter of the type {shown(kind)}, which iprox does not merge into a model; it reads "
-            f"{', '.join(MERGED_TYPES)}: give the model without it"
+            f"{', '.join(MERGED_TYPES)}; give the base model instead"
         )
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
@@ -81,12 +80,12 @@ def _named_base(folder: Path) -> str | None:
 
 
 def may_be_hub_id(path: str | Path) -> bool:
-    """Return whether a name without a folder may be a model on the hub: NAME or OWNER/NAME."""
+    """Return whether a name can be that of a model on the Hub: NAME or OWNER/NAME."""
     return str(path).count("/") <= 1 and not str(path).startswith((".", "/", "~"))
 
 
 def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """Return a model with an adapter multiplied into its weights, without any trace of PEFT.
+    """Return a model with an adapter merged into its weights, without PEFT's wrappers.
 
     Raises:
         InputError: PEFT is not installed, or the adapter does not fit the model.
@@ -94,21 +93,21 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     peft = _peft(f"{path}: is a PEFT adapter")
     try:
         with warnings.catch_warnings():
-            # PEFT would leave missing weights at zero, with only a warning.
+            # Otherwise PEFT only warns, and leaves missing weights at zero.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = peft.PeftModel.from_pretrained(model, str(path), torch_device=str(model.device))
         whole = adapted.merge_and_unload()
     except UserWarning as error:
-        raise InputError(f"{path}: is not whole: it lacks weights of some of the layers that it adapts") from error
-    except Exception as error:  # of any type: PEFT reads whatever the config and the weights contain
+        raise InputError(f"{path}: is incomplete: it lacks weights of some of the layers that it adapts") from error
+    except Exception as error:  # PEFT raises errors of any type for a broken config or weights
         if out_of_memory(error):
             raise
         raise InputError(f"{path}: does not fit its base model ({_misfit(error)})") from error
-    return whole.requires_grad_(True)  # PEFT leaves the base model frozen, and a warm-up would train nothing
+    return whole.requires_grad_(True)  # PEFT leaves the base model frozen
 
 
 def _misfit(error: Exception) -> str:
-    """Return why an adapter does not fit, from the error of PEFT or torch: for shapes, the first with both sizes."""
+    """Return why an adapter does not fit, from the error of PEFT or torch; for shapes, the first mismatch."""
     pattern = (
         r"size mismatch for (\S+): copying a param with shape (.+?) from checkpoint, "
         r"the shape in current model is (.+?)\.?$"
@@ -119,7 +118,7 @@ def _misfit(error: Exception) -> str:
     name, own, other = found.groups()
     name = name.removeprefix("base_model.model.")
     sizes = [re.sub(r"torch\.Size\((.*)\)", r"\1", each) for each in (own, other)]
-    advice = "; resize the base model's embeddings as the adapter's were, and save it" if "embed" in name else ""
+    advice = "; resize the base model's embeddings like the adapter's, and save it" if "embed" in name else ""
     return f"{name} is {sizes[0]} in the adapter and {sizes[1]} in the base model{advice}"
 
 
@@ -129,8 +128,8 @@ def with_lora(
     """Add LoRA adapters (arXiv:2106.09685) to every linear layer except the head; only they are trained.
 
     Args:
-        model: model, changed in place: its weights are frozen, its layers wrapped.
-        base: folder or hub id that it was loaded from, which the saved adapters will name.
+        model: model, changed in place: its weights are frozen and its layers wrapped.
+        base: folder or Hub id of the model, which the saved adapters will name.
         rank: rank of each adapter.
         alpha: numerator of the adapters' scale, alpha/rank.
         dropout: dropout of the adapters' inputs.
@@ -157,7 +156,7 @@ def with_lora(
 
 
 def check_lora(model: nn.Module, name: str) -> Any:
-    """Return PEFT, for a model that can be trained with adapters.
+    """Return the PEFT package, and refuse a model that cannot be trained with adapters.
 
     Args:
         model: model to train.
@@ -167,19 +166,19 @@ def check_lora(model: nn.Module, name: str) -> Any:
         InputError: PEFT is not installed, or the model has experts.
     """
     if has_experts(model):
-        raise InputError(f"{name}: has fused experts, which LoRA would leave as they are; train all its weights")
+        raise InputError(f"{name}: has fused experts, which LoRA would not adapt; train all weights instead")
     return _peft("lora trains PEFT adapters")
 
 
 def is_adapted(model: nn.Module) -> TypeIs[PeftModel]:
-    """Return whether a model has adapters that PEFT trains."""
+    """Return whether a model has PEFT adapters for training."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def merged_state(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the weights of a model with its adapters multiplied in, under their names without adapters.
+    """Return the weights of a model with its adapters merged, under their names without adapters.
 
-    They are summed in float32 and rounded once to the dtype. The model itself does not change, so training can resume.
+    Sums are in float32 and rounded once to `dtype`. The model does not change, so training can continue.
     """
     state: dict[str, Tensor] = {}
     modules = dict(model.get_base_model().named_modules())
@@ -195,20 +194,20 @@ def merged_state(model: PeftModel, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def save_adapters(model: PeftModel, folder: Path) -> None:
-    """Write a model's adapters, float32, without the model; the same adapters always give the same bytes."""
+    """Write a model's adapters in float32, without the model; equal adapters give equal bytes."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     file = folder / ADAPTER
     described = json.loads(file.read_text(encoding="utf-8"))
-    described["target_modules"] = sorted(described["target_modules"])  # PEFT keeps them in a set, in any order
+    described["target_modules"] = sorted(described["target_modules"])  # PEFT keeps them in a set
     file.write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _peft(reason: str) -> Any:
-    """Return PEFT, which is an extra.
+    """Return the PEFT package, an optional dependency.
 
     Raises:
-        InputError: PEFT is not installed; the message begins with the reason.
+        InputError: PEFT is not installed; the message starts with `reason`.
     """
     try:
         import peft
@@ -218,13 +217,13 @@ def _peft(reason: str) -> Any:
 
 
 def refuse_adapter(model: nn.Module) -> None:
-    """Refuse a model with a PEFT adapter: its layers are not those of the model that will be trained.
+    """Refuse a model with a PEFT adapter, whose layers are not those of the model that will be trained.
 
     Raises:
-        InputError: the model has one.
+        InputError: the model has an adapter.
     """
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
-        raise InputError("the model carries a PEFT adapter; merge it first: model = model.merge_and_unload()")
+        raise InputError("the model has a PEFT adapter; merge it first: model = model.merge_and_unload()")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
             "transformers has loaded a PEFT adapter into the model; load it with "

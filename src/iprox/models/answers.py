@@ -1,9 +1,9 @@
-"""Losses whose gradients pass through the answers alone: prompts are read without a graph.
+"""Losses whose gradients pass through the answers only; prompts are run without an autograd graph.
 
-A prompt's tokens act on the loss only through the keys and values that the answer attends to. Here these are constants:
-the prompt is run without gradients, and the answer, from the token that predicts its first one, in a second pass over
-the prompt's cache. The losses are the same. The gradient lacks what reaches the weights through the prompt's positions;
-the backward pass, its activations, the contraction and the norms shrink to the answer's share of the tokens.
+A prompt's tokens affect the loss only through the keys and values that the answer attends to. Here these are constants:
+the prompt is run without gradients, and then the answer (from the token that predicts its first one) with the prompt's
+cache. The losses are the same. The gradient lacks the part through the prompt's positions; the backward pass, its
+activations, the contraction and the norms shrink to the answer's share of the tokens.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from iprox.models.loss import causal_lm_losses
 
 
 def answer_starts(batch: Batch) -> Tensor:
-    """Return the position that predicts each row's first supervised token [B]; its last one where there is none."""
+    """Return the position that predicts each row's first supervised token [B], or its last position without one."""
     supervised = batch.labels[:, 1:] != IGNORE
     return torch.where(supervised.any(1), supervised.int().argmax(1), batch.lengths - 1)
 
 
 def has_cache(model: nn.Module) -> bool:
-    """Return whether a model is a decoder whose attention reads keys and values, at given positions, from a cache."""
+    """Return whether a model is a decoder with a key-value cache and position ids."""
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
         return False
     stateful = getattr(model, "_is_stateful", False)  # such as Mamba, whose state is not keys and values
-    # Latent attention makes the prompt's keys and values from its cache again, by layers that have gradients.
+    # Latent attention computes the prompt's keys and values from its cache again, with layers that have gradients.
     latent = getattr(model.config.get_text_config(), "kv_lora_rank", None)
     return (
         not stateful
@@ -41,7 +41,7 @@ def has_cache(model: nn.Module) -> bool:
 
 
 def placed(values: Tensor, batch: Batch) -> Tensor:
-    """Return values of the answers' tokens [B, A, ...] at their places in whole rows [B, L, ...], 0 elsewhere."""
+    """Return values of the answers' tokens [B, A, ...] at their positions in full rows [B, L, ...], 0 elsewhere."""
     starts = answer_starts(batch)
     whole = values.new_zeros(*batch.labels.shape, *values.shape[2:])
     for row, start in enumerate(starts.tolist()):
@@ -51,15 +51,17 @@ def placed(values: Tensor, batch: Batch) -> Tensor:
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the losses of `causal_lm_losses`, with the gradient of the answers alone.
+    """Return the losses of `causal_lm_losses`, with gradients through the answers only.
 
-    Forward 2P per token, backward 2P per token of an answer. Prompts are padded on the left and answers on the right,
-    so that they meet at one column, as attention windows need.
+    Forward 2P per token, backward 2P per answer token. Prompts are padded on the left and answers on the right, so that
+    all answers start at the same column, as attention windows require.
+
+    Args:
+        model: model for which `has_cache` is true.
+        batch: batch on the model's device.
 
     Returns:
         Losses [B]; 0 for an example without a supervised token.
-
-    The model is one that `has_cache`.
     """
     assert isinstance(model, PreTrainedModel)
     starts = answer_starts(batch)

@@ -1,4 +1,4 @@
-"""The model card of a proxy: what it is, how it was made, how faithful it is, how to use it."""
+"""The model card of a proxy: purpose, method, fidelity and use."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ def proxy_card(model: PreTrainedModel) -> str:
     config = proxy_config(model)
     if config is None:
         raise ValueError("the model is not a proxy")
-    target = config.target or "a model that was not named"
+    target = config.target or "an unnamed model"
     data = ModelCardData(
         base_model=config.target if config.target and not Path(config.target).exists() else None,
         library_name="transformers",
         tags=["iprox", "data-selection", "influence", "low-rank"],
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    through = "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
     text = f"""---
 {data.to_yaml()}
 ---
 
 # Influence proxy of {target}
 
-A stand-in for `{target}` that ranks training examples by their influence as that model would, made by
+A cheaper stand-in for `{target}` that ranks training examples by their influence on that model, made by
 [iprox](https://arxiv.org/abs/2602.17835). It is for **selecting data**, not for generating text.
 
 | | |
@@ -51,7 +52,7 @@ A stand-in for `{target}` that ranks training examples by their influence as tha
 | method | {config.method} |
 | sparsity | {config.sparsity:.3f} of the target's linear parameters removed |
 | parameters | {parameters:,} |
-| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {_through(config)} |
+| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {through} |
 | made with | iprox {version("iprox")}, transformers {version("transformers")}, torch {version("torch")} |
 
 ## Fidelity
@@ -78,22 +79,18 @@ iprox score --model path/or/id --target {target} --pool pool.jsonl --validation 
     return str(ModelCard(text))
 
 
-def _through(config: IproxConfig) -> str:
-    return "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
-
-
 def write_card(model: PreTrainedModel, folder: Path) -> None:
     """Write the card into a proxy's folder."""
     write_text(folder / CARD, proxy_card(model))
 
 
 def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, object]]) -> None:
-    """Write an audit's figures into the card of a proxy.
+    """Write the results of an audit into the card of a proxy.
 
     Args:
         folder: folder of the proxy.
         sample: number of examples that were compared.
-        tasks: by task `spearman` and `overlap` (by share of the top), as in `audit.json`.
+        tasks: `spearman` and `overlap` (by share of the top) per task, as in `audit.json`.
     """
     file = folder / CARD
     rows = [f"Agreement with the target's own scores on {sample} random examples:", ""]
@@ -108,7 +105,7 @@ def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, ob
 
 
 def _ranks(model: PreTrainedModel, config: IproxConfig) -> str:
-    """Return a table of ranks: one row per block of the model, one column per kind of layer; the others are dense."""
+    """Return a table of ranks, with one row per block of the model and one column per kind of layer."""
     if not config.ranks:
         return "No layer is factorized."
     blocks: dict[str, dict[str, int]] = {}

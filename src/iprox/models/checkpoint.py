@@ -1,7 +1,7 @@
-"""Proxies as transformers checkpoints: a `quantization_config` has the rank of each low-rank layer.
+"""Proxies as transformers checkpoints, whose `quantization_config` has the rank of each low-rank layer.
 
-In transformers a quantization method may replace modules before weights are loaded, which is what a proxy
-needs. So after `import iprox` a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
+In transformers, a quantization method may replace modules before weights are loaded, which is what a proxy needs. After
+`import iprox`, a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from iprox.models.layers import (
 )
 from iprox.models.loss import LossFn, causal_lm_losses
 
-# Types of the values of a description; the others are strings, or null.
+# Types of the values of a description; the other values are strings or null.
 KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,), "gradients": (str,)}
 GRADIENTS = ("all", "answers")
 
@@ -42,7 +42,7 @@ class IproxConfig(QuantizationConfigMixin):
         method: method that made the factors (`ipsvd`, `svd`, ...).
         sparsity: share of the compressible parameters that was removed.
         target: model that the proxy was derived from.
-        target_fingerprint: fingerprint of that model's weights, by which another target is refused.
+        target_fingerprint: fingerprint of that model's weights, to refuse another target.
         depth: fraction of the decoder layers, from the top, whose gradients are compared.
         gradients: tokens that gradients pass through: `all` or `answers` (`iprox.models.answers`).
 
@@ -74,31 +74,31 @@ class IproxConfig(QuantizationConfigMixin):
 
 
 def _check_description(ranks: object, others: Mapping[str, object]) -> None:
-    """Refuse values that iprox does not write, as of a config edited by hand."""
+    """Refuse values that iprox does not write, as in a config that was edited by hand."""
     if not isinstance(ranks, Mapping):
-        raise InputError(f"the proxy's config has the ranks {shown(ranks)}, and must have a rank by layer name")
+        raise InputError(f"the proxy's config has the ranks {shown(ranks)}; it must have a rank per layer name")
     for layer, rank in ranks.items():
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise InputError(
-                f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}; give a whole number above 0"
+                f"the proxy's config has the rank {shown(rank)} for {cut(str(layer))}; give a positive integer"
             )
     for key, value in others.items():
         kinds = KINDS.get(key, (str, type(None)))
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise InputError(f"the proxy's config has the {key} {shown(value)}, of another type than iprox writes")
+            raise InputError(f"the proxy's config has the {key} {shown(value)}, which has the wrong type")
     depth, gradients = others["depth"], others["gradients"]
     if not 0 < depth <= 1 or gradients not in GRADIENTS:  # pyright: ignore[reportOperatorIssue]
         raise InputError(
-            f"the proxy's config has the depth {shown(depth)} and the gradients {shown(gradients)}; give a depth above "
-            f"0 and up to 1, and one of {', '.join(GRADIENTS)}"
+            f"the proxy's config has the depth {shown(depth)} and the gradients {shown(gradients)}; give a depth in "
+            f"(0, 1] and one of {', '.join(GRADIENTS)}"
         )
 
 
 def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:
-    """Return the description of a proxy from a config, checked; None for the config of another model.
+    """Return the checked description of a proxy from its config; None for the config of another model.
 
     Raises:
-        InputError: the description is not valid; the message begins with the name.
+        InputError: the description is not valid; the message starts with `name`.
     """
     described = getattr(config, "quantization_config", None)
     if isinstance(described, IproxConfig):
@@ -112,7 +112,7 @@ def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None
 
 
 class IproxQuantizer(HfQuantizer):
-    """Puts `LowRankLinear` modules where the config has a rank, before the weights are read."""
+    """Replaces the layers that have a rank in the config by `LowRankLinear`, before the weights are read."""
 
     requires_calibration = True  # loads proxies only; iprox.compress makes them
     quantization_config: IproxConfig
@@ -128,7 +128,7 @@ class IproxQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Factors are ordinary parameters."""
+        """Whether proxies can be trained: factors are ordinary parameters."""
         return True
 
 
@@ -136,7 +136,7 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
     """Replace dense layers by empty low-rank layers of these ranks, by module name.
 
     Raises:
-        InputError: the model does not have a layer, or the layer is too small for its rank.
+        InputError: the model lacks a layer, or a layer is too small for its rank.
     """
     layers = compressible_layers(model)
     for name, rank in ranks.items():
@@ -161,29 +161,28 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
 
 
 def check_gradients(model: nn.Module, gradients: str) -> None:
-    """Refuse gradients of answers alone of a model without a cache of keys and values.
+    """Refuse gradients of answers only for a model without a key-value cache.
 
     Raises:
-        InputError: it has none.
+        InputError: the model has no cache.
     """
     if gradients == "answers" and not has_cache(model):
         raise InputError(
-            f"{type(model).__name__} has no cache of keys and values that proxy.gradients: answers (the default of a "
-            "proxy without a size) could use; set proxy.gradients: all"
+            f"{type(model).__name__} has no key-value cache, which proxy.gradients: answers (the default of a proxy "
+            "without a size) needs; set proxy.gradients: all"
         )
 
 
 def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> None:
-    """Note in a proxy's description which gradients are compared (see `IproxConfig`).
+    """Set in a proxy's description which gradients are compared (see `IproxConfig`).
 
     Raises:
-        InputError: the model is not of transformers, or has no list of decoder layers or no cache of keys and values.
+        InputError: it is not a transformers model, or has no list of decoder layers or no key-value cache.
     """
     description = proxy_config(proxy)
     if description is None:
         raise InputError(
-            f"{type(proxy).__name__} is not a transformers model, so its proxy cannot leave out gradients; give a size "
-            "(sparsity=0.7)"
+            f"{type(proxy).__name__} is not a transformers model, so its proxy needs a size (sparsity=0.7)"
         )
     if depth < 1:
         decoder_layers(proxy)
@@ -198,6 +197,6 @@ def proxy_config(model: nn.Module) -> IproxConfig | None:
 
 
 def candidate_losses(model: nn.Module, losses: LossFn = causal_lm_losses) -> LossFn:
-    """Return the losses whose gradients are candidates': those given, or of answers alone if a proxy says so."""
+    """Return the losses of candidates: those given, or `answer_losses` if the model is a proxy of that kind."""
     description = proxy_config(model)
     return answer_losses if description is not None and description.gradients == "answers" else losses

@@ -1,9 +1,9 @@
-"""Decoder layers compiled once for all of them: `torch.compile`, with linear layers that can still be watched.
+"""Compile decoder layers with `torch.compile`, once for all of them, so that their linear layers can be observed.
 
-Norms, rotations, activations and residual sums of a small model cost more than its GEMMs; compiled, they are fused.
-Hooks cannot reach into compiled code, so every linear layer is replaced by a port: one opaque operator that looks the
-layer up by a number. The code of all decoder layers is then the same whatever their ranks, so it is compiled once,
-and `observe` can watch a layer from inside the operator (`Wire.watchers`).
+In a small model, norms, rotary embeddings, activations and residual sums cost more than the GEMMs; compiling fuses
+them. Hooks do not work in compiled code, so every linear layer is replaced by a port: one opaque operator that looks
+the layer up by number. All decoder layers then have the same code, whatever their ranks, so it is compiled once, and
+`observe` can watch a layer from inside the operator (`Wire.watchers`).
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ Watcher = Callable[[Tensor, Tensor], None]
 
 @dataclass(eq=False)  # without slots: weakly referenced
 class Wire:
-    """One linear layer of a compiled model; it lives as long as the layer does.
+    """The link from a port's operator to its linear layer; it lives as long as the port.
 
     Attributes:
         number: number by which the operators find it.
-        module: layer.
-        watchers: functions called with inputs and output gradients of the layer itself, or of a low-rank layer's
-            factors, by module, as the backward pass reaches it.
-        factors: up [m, R] and down [R, n] of a low-rank layer, R its rank rounded up, padded with zeros so that layers
-            share shapes (see `round_columns`); None for another layer.
+        module: linear layer.
+        watchers: functions by module (the layer, or a factor of a low-rank layer) that are called with its inputs and
+            output gradients in the backward pass.
+        factors: up [m, R] and down [R, n] of a low-rank layer, with the rank padded to R so that layers share shapes
+            (see `round_columns`); None for a dense layer.
     """
 
     number: int
@@ -57,16 +57,16 @@ class Wire:
     factors: tuple[Tensor, Tensor] | None = None
 
     def tell(self, module: nn.Module, h: Tensor, delta: Tensor) -> None:
-        """Hand a layer's inputs and output gradients to its watcher, if there is one."""
+        """Call a layer's watcher, if it has one, with its inputs and output gradients."""
         if module in self.watchers:
             self.watchers[module](h, delta)
 
 
-# Operators take tensors and numbers only, so they find their layer here. A wire lives as long as its port.
+# Operators take only tensors and numbers, so they find their layer here.
 _wires: WeakValueDictionary[int, Wire] = WeakValueDictionary()
 _numbers = itertools.count()
 ATTRIBUTE = "_iprox_wire"
-# Pieces of code that one decoder layer may be compiled to: kinds of layers, times batches of one row or of one token.
+# Limit of compiled versions of a decoder layer: one per kind of layer, and for batches of one row or one token.
 PIECES = 64
 
 
@@ -76,7 +76,7 @@ def wire_of(module: nn.Module) -> Wire | None:
 
 
 class Port(nn.Module):
-    """Stands for a linear layer in compiled code; all ports have the same code."""
+    """A stand-in for a linear layer in compiled code; all ports have the same code."""
 
     def __init__(self, wire: Wire) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def why_not_compiled(model: nn.Module) -> str | None:
-    """Return why a model's decoder layers cannot be compiled; None where they can."""
+    """Return why a model's decoder layers cannot be compiled; None if they can."""
     if not isinstance(model, PreTrainedModel):
         return "it is not a transformers model"
     if any(type(layer) not in (nn.Linear, Conv1D) for layer in compressible_layers(model).values()):
@@ -151,14 +151,14 @@ def why_not_compiled(model: nn.Module) -> str | None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Run the decoder layers of a model compiled from now on; `observe` still sees the linear layers it had.
+    """Compile the decoder layers of a model, in place; `observe` still works with its linear layers.
 
-    The first batches compile: up to a minute for the first of a kind, then seconds, since torch keeps a cache on
-    disk. Shapes are dynamic, so that batches of any size run the same code. The model's linear layers are behind
-    ports meanwhile, so look them up by name before.
+    The first batches compile, for up to a minute the first time and then seconds, as torch keeps a cache on disk.
+    Shapes are dynamic, so batches of any size run the same code. Ports replace the linear layers until
+    `uncompile_layers`, so look layers up by name before.
 
     Args:
-        model: model for which `why_not_compiled` returns None; changed in place, until `uncompile_layers`.
+        model: model for which `why_not_compiled` returns None.
     """
     plain_logits(model)  # tried on one token, which would be compiled too
     blocks = decoder_layers(model)[1]
@@ -172,7 +172,7 @@ def compile_layers(model: PreTrainedModel) -> None:
             part.__dict__[ATTRIBUTE] = wire
         replace_module(model, name, Port(wire))
     first = first_graded(model)
-    # With frozen weights, autograd starts at the embeddings, or at the lowest layer whose gradients are compared.
+    # With frozen weights, the graph starts at the embeddings, or at the lowest layer whose gradients are compared.
     if first == 0:
         model.enable_input_require_grads()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
@@ -185,7 +185,7 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def _starting(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a compiled decoder layer whose hidden states start a graph."""
+    """Return a compiled decoder layer whose input starts the autograd graph."""
 
     def call(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         if torch.is_grad_enabled():
@@ -211,7 +211,7 @@ def uncompile_layers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def compiled(model: PreTrainedModel) -> Iterator[None]:
-    """Compile the decoder layers inside the block, and undo it afterwards."""
+    """Compile the decoder layers inside the block."""
     compile_layers(model)
     try:
         yield

@@ -1,9 +1,9 @@
-"""Mixture-of-experts models: fused expert tensors split into ordinary linear layers, one pair per expert.
+"""Split the fused expert tensors of mixture-of-experts models into ordinary linear layers, one pair per expert.
 
 transformers keeps all experts of a block in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], which
-code that compresses, watches or adapts linear layers does not see. `SplitExperts` takes the place of the fused module
-and computes the same, with the gating of its class; its layers are named `...experts.gate_up.3` and
-`...experts.down.3`. Blocks with another layout are refused, as most of such a model would be left out.
+code for linear layers does not see. `SplitExperts` replaces the fused module and computes the same, with the gating of
+its class; its layers are named `...experts.gate_up.3` and `...experts.down.3`. Blocks with another layout are refused,
+as most of such a model would be left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SplitExperts(nn.Module):
     Args:
         gate_up: first layer of each expert, H → 2I, gate first.
         down: second layer of each expert, I → H.
-        fused: module that is replaced: its gating is kept, and the layers can be fused to its class again.
+        fused: module to replace, which provides the gating and the class for fusing the layers again.
     """
 
     def __init__(self, gate_up: list[nn.Linear], down: list[nn.Linear], fused: nn.Module) -> None:
@@ -35,14 +35,14 @@ class SplitExperts(nn.Module):
         self.gate_up = nn.ModuleList(gate_up)
         self.down = nn.ModuleList(down)
         self.fused = type(fused)
-        # Holds the activation and limits only; not a submodule, so that no parameter is counted twice.
+        # Has the activation and limits, but no parameters; it is not registered as a submodule.
         shell = copy.copy(fused)
         shell._parameters = {}
         self.__dict__["shell"] = shell
         self.tokens_per_row = 0  # set by the block above, before it flattens [B, L, H]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Mix the chosen experts' outputs.
+        """Return the weighted sum of the chosen experts' outputs.
 
         Args:
             hidden_states: hidden states [T, H].
@@ -61,7 +61,7 @@ class SplitExperts(nn.Module):
         return mixed
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """Return the input of an expert's second layer, [T, 2I] to [T, I], gated as by the fused class."""
+        """Return the input of an expert's second layer, [T, 2I] to [T, I], with the gating of the fused class."""
         shell: Any = self.__dict__["shell"]
         if hasattr(shell, "_apply_gate"):
             return shell._apply_gate(gate_up)
@@ -70,7 +70,7 @@ class SplitExperts(nn.Module):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether a module is a block of fused experts in the layout that `split` knows."""
+    """Return whether a module is a block of fused experts in the layout that `split` supports."""
     tensors = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
     return (
         all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
@@ -83,7 +83,7 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _is_unknown(module: nn.Module) -> bool:
-    """Return whether a module keeps several experts in one tensor, in a layout that `split` does not know."""
+    """Return whether a module keeps several experts in one tensor, in a layout that `split` does not support."""
     stacked = {name for name, each in module.named_parameters(recurse=False) if each.ndim == 3}
     named = type(module).__name__.endswith("Experts") or stacked & {"gate_up_proj", "down_proj"}
     return bool(stacked and named) and not is_fused(module)
@@ -95,7 +95,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def split(fused: nn.Module) -> SplitExperts:
-    """Return fused experts as linear layers whose weights are views of the fused tensors: nothing is copied."""
+    """Return fused experts as linear layers whose weights are views of the fused tensors."""
 
     def linears(tensor: nn.Parameter) -> list[nn.Linear]:
         layers = []
@@ -115,7 +115,7 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Split every block of fused experts of a model, in place.
 
     Returns:
-        The fused modules that were replaced, by name: `restore_experts` puts them back.
+        The fused modules that were replaced, by name, for `restore_experts`.
 
     Raises:
         InputError: a block of experts has an unknown layout.
@@ -139,7 +139,7 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
-    """Undo `split_experts`; the weights are shared, so nothing is copied."""
+    """Undo `split_experts`; weights are shared, not copied."""
     for name, module in replaced.items():
         parent, _, child = name.rpartition(".")
         block = model.get_submodule(parent)
@@ -150,10 +150,7 @@ def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
 
 
 def expert_layers(model: nn.Module) -> set[str]:
-    """Return the names of the linear layers of split experts, which see only the tokens that are routed to them.
-
-    A low-rank layer has its own name and those of its factors.
-    """
+    """Return the names of the linear layers of split experts, including low-rank layers and their factors."""
     return {
         f"{name}.{inner}"
         for name, block in model.named_modules()
@@ -175,11 +172,11 @@ def experts_split(*models: nn.Module) -> Iterator[None]:
 
 
 def fuse_experts(model: nn.Module, config: object) -> None:
-    """Put fused tensors back in place of split experts that are all dense.
+    """Replace split experts that are all dense by fused tensors.
 
     Args:
         model: model, changed in place.
-        config: config of the model, from which the fused modules are made.
+        config: config to make the fused modules from.
 
     Raises:
         InputError: an expert is low-rank.
@@ -198,7 +195,7 @@ def fuse_experts(model: nn.Module, config: object) -> None:
 
 
 def _note_row_length(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Note the row length: a hook on the block above the experts, which sees [B, L, H] where they see [B·L, H]."""
+    """Record the row length: a hook on the parent of the experts, which gets [B, L, H]; they get [B·L, H]."""
     for child in block.children():
         if isinstance(child, SplitExperts):
             child.tokens_per_row = inputs[0].shape[1] if inputs[0].ndim == 3 else 1

@@ -1,7 +1,7 @@
-"""What each kind of work costs in FLOPs: 2 per multiply-add of the linear layers and the head.
+"""FLOPs of each kind of work: 2 per multiply-add of the linear layers and the head.
 
-Attention's own products, norms and activations are left out: at the lengths of chat examples they are a few per
-cent of a model of useful size. P below is the number of parameters of the layers touched per token.
+The products of attention, norms and activations are left out: at the length of chat examples they are a few percent of
+the total. P below is the number of parameters of the layers used per token.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from iprox.models.layers import (
 
 
 def forward_flops(model: nn.Module) -> float:
-    """Return the FLOPs of one token through the compressible layers: 2P, of experts the share that a token uses."""
+    """Return the FLOPs of one token through the compressible layers: 2P, counting the share of experts it uses."""
     return _pass_flops(model, {**compressible_layers(model), **low_rank_layers(model)})
 
 
 def backward_flops(model: nn.Module) -> float:
-    """Return the FLOPs of one token's gradient back to the lowest layer whose gradients are compared: 2P of those."""
+    """Return the FLOPs of one token's gradient back to the lowest layer whose gradients are compared: 2P."""
     return _pass_flops(model, influence_layers(model))
 
 
@@ -41,7 +41,7 @@ def _pass_flops(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
 
 
 def active_shares(model: nn.Module) -> dict[str, float]:
-    """Return by layer of an expert the share of tokens that use it if all experts are used alike: k/E."""
+    """Return the share of tokens that use each expert's layers if all experts are used equally: k/E."""
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitExperts):
@@ -53,13 +53,13 @@ def active_shares(model: nn.Module) -> dict[str, float]:
 
 
 def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Return by layer the share of tokens that pass through: 1, but of experts' k/E."""
+    """Return the share of tokens that use each layer: k/E for experts, otherwise 1."""
     shares = active_shares(model)
     return {name: shares.get(name, 1.0) for name in names}
 
 
 def layers_of(model: nn.Module) -> list[tuple[int, int, float]]:
-    """Return (m, n) of each layer whose gradients make up influence, and the share of tokens that pass through it."""
+    """Return (m, n) of each layer whose gradients make up influence, and the share of tokens that use it."""
     layers = influence_layers(model)
     shares = layer_shares(model, layers)
     return [(*weight_shape(layer), shares[name]) for name, layer in layers.items()]
@@ -72,7 +72,7 @@ def head_flops(model: nn.Module) -> float:
 
 
 def contraction_flops(model: nn.Module) -> float:
-    """Return the FLOPs of contracting one token's δ and h with one task's whole gradient: 2mn per layer."""
+    """Return the FLOPs of contracting one token's δ and h with one task's dense gradient: 2mn per layer."""
     return sum(2.0 * m * n * share for m, n, share in layers_of(model))
 
 
@@ -84,17 +84,17 @@ def scoring_flops(
     Args:
         model: model that candidates are scored on.
         tokens: number of tokens of the candidates.
-        supervised: tokens among them.
-        contraction: FLOPs of contracting with all tasks, over all tokens: measured, as queries are of low rank, or
-            `tokens * tasks * contraction_flops(...)` where they are whole.
-        graded: tokens that gradients pass through; all of them if None.
+        supervised: number of supervised tokens among them.
+        contraction: FLOPs of contracting all tokens with all tasks: measured for low-rank queries,
+            `tokens * tasks * contraction_flops(...)` for dense ones.
+        graded: number of tokens that gradients pass through; all if None.
     """
     passes = tokens * forward_flops(model) + (tokens if graded is None else graded) * backward_flops(model)
     return passes + supervised * 2 * head_flops(model) + contraction
 
 
 def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
-    """Return the FLOPs of one forward pass over some examples, the head on supervised tokens."""
+    """Return the FLOPs of one forward pass over some examples, with the head on supervised tokens."""
     return tokens * forward_flops(model) + supervised * head_flops(model)
 
 
@@ -110,7 +110,7 @@ def linear_parameters(model: nn.Module) -> int:
 
 
 def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: int | None = None) -> float:
-    """Return the FLOPs of training, the head on supervised tokens: 6P per token, or with adapters 4P + 6r(m+n)."""
+    """Return the FLOPs of training: 6P per token, or 4P + 6r(m+n) with adapters, with the head on supervised tokens."""
     forward = tokens * forward_flops(model) + supervised * head_flops(model)
     if lora_rank is None:
         return 3 * forward
@@ -125,9 +125,9 @@ def lora_parameters(model: nn.Module, rank: int) -> int:
 def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: int = 1) -> float:
     """Return the FLOPs of compression.
 
-    Each pass over the probe is a forward and a backward pass to activations, and 2n² + 2m² per token and layer; then
-    come Cholesky factorizations and a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods without moments read
-    the probe in 0 passes; for methods that need one side's only, and for sketches, this is an upper bound.
+    Each pass over the probe is a forward pass, a backward pass to activations, and 2n² + 2m² per token and layer; then
+    follow Cholesky factorizations and a thin SVD of W [m, n], 4mnk + 9k³ with k = min(m, n). Methods without moments
+    take 0 passes; for methods with the moments of one side only, and for sketches, this is an upper bound.
     """
     shapes = [weight_shape(layer) for layer in compressible_layers(model).values()]
     moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model))
@@ -147,10 +147,10 @@ def alignment_flops(
     Args:
         model: target.
         proxy: proxy that is aligned.
-        tokens: number of tokens of all steps.
-        supervised: tokens among them.
+        tokens: number of tokens in all steps.
+        supervised: number of supervised tokens among them.
         gradients: whether gradients are matched.
-        asked: share of the steps at which the target was run; at the others its signals were read from disk.
+        asked: share of the steps that ran the target; the others read its signals from disk.
     """
     on_target, on_proxy = (3, 8) if gradients else (1, 3)
     heads = (2 * asked + 6) if gradients else (asked + 3)

@@ -1,4 +1,4 @@
-"""Linear layers: which ones may be compressed, what replaces them, which ones carry influence."""
+"""Linear layers: those to compress, their low-rank replacement, and those whose gradients are compared."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from iprox.errors import InputError
 
 
 class LowRankLinear(nn.Module):
-    """y = up(down(x)) + bias: a linear layer of rank r in two ordinary `nn.Linear` children.
+    """y = up(down(x)) + bias: a linear layer of rank r as two ordinary `nn.Linear` children.
 
-    `down` maps n inputs to r, `up` maps r to m outputs and has the bias, so that any tool that hooks
-    `nn.Linear` (PEFT, kronfluence, bergson) works on a proxy unchanged. It costs r(m+n) multiplications per
-    token where the dense layer costs mn.
+    `down` maps n inputs to r, `up` maps r to m outputs and has the bias, so that tools that hook `nn.Linear` (PEFT,
+    kronfluence, bergson) work on a proxy. It costs r(m+n) multiplications per token; the dense layer costs mn.
 
     Args:
         in_features: n.
@@ -42,7 +41,7 @@ class LowRankLinear(nn.Module):
 
     @classmethod
     def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
-        """Build a layer from up [m, r], down [r, n] and an optional bias [m], stored as `dtype`."""
+        """Return a layer with up [m, r], down [r, n] and an optional bias [m], stored as `dtype`."""
         layer = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device=up.device, dtype=dtype)
         with torch.no_grad():
             layer.up.weight.copy_(up)
@@ -53,7 +52,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight [m, n] that the factors stand for (some model code reads `layer.weight`)."""
+        """The dense weight up·down [m, n] (some model code reads `layer.weight`)."""
         return self.up.weight @ self.down.weight
 
     @property
@@ -73,11 +72,11 @@ class LowRankLinear(nn.Module):
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the dense linear layers that may be compressed, in model order, by module name.
 
-    Without embeddings and the output head: the head decides the loss directly, and in small models it is tied to the
-    embedding. Also without routers to experts.
+    Excludes the output head, which determines the loss directly and is often tied to the embeddings, and routers of
+    experts.
 
     Raises:
-        InputError: the model has no such layer, one whose weights are packed, or two that share their weights.
+        InputError: the model has no such layer, one with quantized weights, or two that share their weights.
     """
     head = output_head(model)
     inside = {
@@ -96,18 +95,18 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
         first = owners.setdefault(id(module.weight), name)
         if first != name:
             raise InputError(
-                f"{name}: shares its weights with {first}, so that neither has a gradient of its own; iprox scores "
-                "models whose linear layers are their own"
+                f"{name}: shares its weights with {first}, so their gradients cannot be separated; iprox scores only "
+                "models whose linear layers share no weights"
             )
     if not layers and not low_rank_layers(model):
         raise InputError(
-            f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, the output head left out)"
+            f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, except the output head)"
         )
     return layers
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
-    """Return the layer if its weight has one number per entry; in some subclasses of nn.Linear it has not."""
+    """Return the layer, and refuse quantized weights, which some subclasses of nn.Linear have."""
     weight = layer.weight
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not readable or weight.ndim != 2:
@@ -124,10 +123,10 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
 
 
 def influence_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose weight gradients make up influence, by name.
+    """Return the layers whose weight gradients make up influence, by name.
 
-    Every dense compressible layer counts as itself, and a low-rank layer as one layer with the gradient that it would
-    have if it were dense. Of a proxy with a depth below 1, those in its upper decoder layers.
+    These are all dense compressible layers, and all low-rank layers, with the gradients that they would have if they
+    were dense. For a proxy with a depth below 1, only the layers in its upper decoder layers count.
     """
     layers = {**compressible_layers(model), **low_rank_layers(model)}
     first = first_graded(model)
@@ -142,7 +141,7 @@ def influence_layers(model: nn.Module) -> dict[str, nn.Module]:
 def first_graded(model: nn.Module) -> int:
     """Return the number of the lowest decoder layer whose gradients are compared: 0 unless a proxy's depth is below 1.
 
-    At least the top layer is.
+    The top layer is always compared.
     """
     description = getattr(getattr(model, "config", None), "quantization_config", None)
     depth = getattr(description, "depth", 1.0)
@@ -154,7 +153,7 @@ def first_graded(model: nn.Module) -> int:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module that maps hidden states to logits, or None where the model has none."""
+    """Return the module that maps hidden states to logits, or None if the model has none."""
     get_head = getattr(model, "get_output_embeddings", None)
     return get_head() if get_head is not None else None
 
@@ -169,11 +168,11 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and not name.endswith("experts"):
             return name, module
-    raise InputError(f"{type(model).__name__} has no list of {depth} decoder layers to take the first few of")
+    raise InputError(f"{type(model).__name__} has no list of {depth} decoder layers")
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:
-    """Return (m, n) of a layer's weight, as if dense."""
+    """Return the shape (m, n) of a layer's dense weight."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
     assert isinstance(layer, nn.Linear | LowRankLinear)
@@ -195,11 +194,11 @@ def layer_bias(layer: nn.Module) -> Tensor | None:
 
 
 def has_bias(layer: nn.Module) -> bool:
-    """Return whether a linear layer carries a bias."""
+    """Return whether a linear layer has a bias."""
     return getattr(layer, "bias", None) is not None
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` was."""
+    """Replace the module called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

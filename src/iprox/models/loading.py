@@ -1,4 +1,4 @@
-"""Load models and tokenizers from a folder or the hub, or refuse them."""
+"""Load models and tokenizers from a folder or the Hub, or refuse them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from iprox.models.suitability import (
 )
 from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
 
+INSTALL = "pip install what it asks for"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# The files that a model's scores depend on, apart from weights and templates; not iprox's own (`run.json`, ...).
+# Files that a model's scores depend on, in addition to weights, templates and code.
 MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
 
 
@@ -51,21 +52,21 @@ def load_model(
     trust_remote_code: bool = False,
     fused: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model, or a proxy of one, from a folder or the hub, in eval mode.
+    """Load a causal language model, or a proxy of one, from a folder or the Hub, in eval mode.
 
-    A folder with a PEFT adapter gives its base model with the adapter merged.
+    For the folder of a PEFT adapter, the base model is loaded and the adapter merged into it.
 
     Args:
-        path: folder or hub id.
+        path: folder or Hub id.
         dtype: dtype of the weights.
         device: device to load to.
         trust_remote_code: whether the model's own code may run.
-        fused: whether fused experts are left as they are stored, for training and saving; otherwise they are split
-            into linear layers (`iprox.models.experts`).
+        fused: whether to keep fused experts, for training and saving; otherwise they are split into linear layers
+            (`iprox.models.experts`).
 
     Raises:
-        InputError: there is no model or config, the model is not a causal language model, or its weights are quantized
-            or pickled, missing, of another shape or not finite (named).
+        InputError: there is no model or config, the model is not a causal language model, or its weights are quantized,
+            pickled, missing, of another shape or not finite (the message names them).
     """
     where = torch.device(device)
     model = _whole_model(path, dtype, where, trust_remote_code)
@@ -79,11 +80,11 @@ def load_model(
 def _whole_model(
     path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Load a model to the CPU, its adapter merged, its experts fused; it will run on `device`."""
+    """Load a model to the CPU, with its adapter merged and its experts fused; it will run on `device`."""
     base = adapter_base(path)
     if base is None:
         model = _stored_model(path, dtype, device, trust_remote_code)
-    else:  # which may itself be an adapter
+    else:  # the base may be an adapter too
         model = merged(_whole_model(base, dtype, device, trust_remote_code), path)
     check_finite(model, str(path))
     return model
@@ -92,21 +93,21 @@ def _whole_model(
 def _stored_model(
     path: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Load a model as it is stored in a folder or on the hub."""
+    """Load a model as stored in a folder or on the Hub."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     run_attention_here(config, dtype, device, str(path))
     if Path(path).exists():
-        skeleton(path, trust_remote_code=trust_remote_code)  # refuses a config that does not fit the weights
+        skeleton(path, trust_remote_code=trust_remote_code)  # refuses a config that does not match the weights
     else:
         check_hub_index(str(path))
-    with _telling(f"{path}: cannot be loaded as a causal language model", "pip install what it asks for"):
+    with _refusing(f"{path}: cannot be loaded as a causal language model", INSTALL):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # refused below, with names
+            ignore_mismatched_sizes=True,  # refused below
             output_loading_info=True,
         )
     model, found = loaded
@@ -115,17 +116,15 @@ def _stored_model(
 
 
 @contextmanager
-def _telling(refusal: str, remedy: str = "") -> Iterator[None]:
-    """Refuse in one line whatever a library raises for a model that it cannot read.
-
-    A broken checkpoint or config raises any type of error, from anywhere in transformers.
+def _refusing(refusal: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors inside the block into one-line refusals; a broken checkpoint can raise any type of error.
 
     Args:
-        refusal: beginning of the message.
-        remedy: advice to add where a package is missing.
+        refusal: start of the message.
+        remedy: advice to add if a package is missing.
 
     Raises:
-        InputError: a library raised something.
+        InputError: there was an error.
     """
     try:
         yield
@@ -136,37 +135,37 @@ def _telling(refusal: str, remedy: str = "") -> Iterator[None]:
         if out_of_memory(error):
             name = refusal.partition(":")[0]
             raise InputError(
-                f"{name}: not enough memory to load it ({one_line(error)}); take a smaller model, or see whether its "
-                "config.json fits its weights"
+                f"{name}: not enough memory to load it ({one_line(error)}); use a smaller model, or check whether its "
+                "config.json matches its weights"
             ) from error
         if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
-            raise  # an error of the machine, which names the file
+            raise  # a system error, which names the file
         kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
         also = f"; {remedy}" if remedy and isinstance(error, ImportError) else ""
         raise InputError(f"{refusal}: {kind}{one_line(error)}{also}") from error
 
 
 def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
-    """Refuse a model whose logits at a token depend on later tokens: its loss would see the answers.
+    """Refuse a model whose logits at a token depend on later tokens, as its loss would see the answers.
 
     Raises:
-        InputError: the logits do.
+        InputError: they do.
     """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    with _telling(f"{path}: cannot be run"):
+    with _refusing(f"{path}: cannot be run"):
         ordered = not isinstance(vocabulary, int) or follows_order(model, vocabulary)
     if not ordered:
         raise InputError(
-            f"{path}: {type(model).__name__} sees the tokens after each token (its attention is bidirectional), so "
-            "that every answer would be known before it is predicted; iprox scores causal language models"
+            f"{path}: {type(model).__name__} sees the tokens after each token (its attention is bidirectional), so it "
+            "would see every answer before predicting it; iprox scores causal language models"
         )
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that would leave tensors at random values in transformers.
+    """Refuse a checkpoint for which transformers would initialize tensors at random.
 
     Raises:
-        InputError: a tensor is missing, or has another shape (it is named).
+        InputError: a tensor is missing, or has another shape (the message names it).
     """
     wrong = sorted((each,) if isinstance(each, str) else tuple(each) for each in found["mismatched_keys"])
     if wrong:
@@ -177,46 +176,44 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
     if missing:
         others = f"; it has {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""
         raise InputError(
-            f"{path}: has no weights for {missing[0]} ({len(missing)} tensors in all){others}: it is not whole, or "
-            "saved from a wrapped model"
+            f"{path}: has no weights for {missing[0]} ({len(missing)} tensors in all){others}: it is incomplete, or "
+            "was saved from a wrapped model"
         )
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder or hub id.
+    """Load the tokenizer of a model folder or Hub id.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no tokenizer.
     """
     folder, base = Path(path), adapter_base(path)
     if base is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return load_tokenizer(base, trust_remote_code=trust_remote_code)
     if folder.exists() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(
-            f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the tokenizer files of the model there"
-        )
+        raise InputError(f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the model's tokenizer files there")
     if not folder.exists():
         _check_folder(path)
-    with _telling(f"{_found(path)}: no tokenizer can be loaded from it", "pip install what it asks for"):
+    with _refusing(f"{_found(path)}: no tokenizer can be loaded from it", INSTALL):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse NaN or infinite weights, naming the tensor.
+    """Refuse NaN or infinite weights.
 
     Raises:
-        InputError: a parameter is not finite.
+        InputError: a parameter is not finite (the message names it).
     """
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise InputError(f"{name}: the weight {parameter_name} holds NaN or infinity; the checkpoint is broken")
+            raise InputError(f"{name}: the weight {parameter_name} has NaN or infinity; the checkpoint is broken")
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Return a short fingerprint of a model's shape and weights, the same whatever dtype it was loaded in.
+    """Return a short fingerprint of a model's shapes and weights that does not depend on the dtype it is loaded in.
 
-    Each parameter counts as the sum of its bfloat16 bit patterns: an integer, so exact in any order, and enough
-    to tell checkpoints apart.
+    Each parameter counts as the sum of its bfloat16 bit patterns, which is exact in any order and distinguishes
+    checkpoints.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.named_parameters()):
@@ -226,7 +223,7 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def checkpoint_fingerprint(path: str | Path) -> str:
-    """Return a fingerprint of a model without loading it: of its files' bytes, or of a hub model's commit."""
+    """Return a fingerprint of a model without loading it, from its files or the commit of a Hub model."""
     base, folder = adapter_base(path), Path(path)
     digest = hashlib.blake2b(digest_size=8)
     if base is None:
@@ -246,25 +243,25 @@ def checkpoint_fingerprint(path: str | Path) -> str:
 
 
 def _commit_of(repo: str) -> str:
-    """Return the commit of a hub model, from its config's path in the cache; downloads the config if needed."""
-    with _telling(f"{_found(repo)}: no model config can be loaded from it"):
+    """Return the commit of a Hub model, from its config's path in the cache; download the config if needed."""
+    with _refusing(f"{_found(repo)}: no model config can be loaded from it"):
         commit = extract_commit_hash(cached_file(repo, CONFIG_NAME), None)
     if commit is None:
-        raise InputError(f"{repo}: the cache does not say which commit it is of; download it, and give the folder")
+        raise InputError(f"{repo}: the cache does not name the commit; download the model, and give its folder")
     return commit
 
 
 def load_config(path: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Load the config of a model folder or hub id.
+    """Load the config of a model folder or Hub id.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no config, or iprox cannot score the model.
     """
     base = adapter_base(path)
     if base is not None:
         return load_config(base, trust_remote_code=trust_remote_code)
     _check_folder(path)
-    with _telling(f"{_found(path)}: no model config can be loaded from it"):
+    with _refusing(f"{_found(path)}: no model config can be loaded from it"):
         written, _ = PretrainedConfig.get_config_dict(path)
         check_sizes(written, str(path))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -275,37 +272,34 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
 
 
 def _found(path: str | Path) -> str:
-    """Return a model's name for messages, with where it was looked for if there is no such folder."""
+    """Return a model's name for messages, which says if there is no such folder."""
     return str(path) if Path(path).exists() else f"{path}: no such folder here, and on the hub"
 
 
 def stored_dtype(path: str | Path, *, trust_remote_code: bool = False) -> torch.dtype:
-    """Return the dtype that a checkpoint is stored in, by its config; float32 where the config does not say."""
+    """Return the dtype that a checkpoint is stored in, from its config; float32 if the config has none."""
     dtype = load_config(path, trust_remote_code=trust_remote_code).dtype
     return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "float32")
 
 
 def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build a model or proxy without weights (on the meta device), to count costs."""
+    """Return a model or proxy without weights (on the meta device), to compute costs."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # it computes nothing
-    with (
-        torch.device("meta"),
-        _telling(f"{path}: cannot be loaded as a causal language model", "pip install what it asks for"),
-    ):
+    with torch.device("meta"), _refusing(f"{path}: cannot be loaded as a causal language model", INSTALL):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         proxy = proxy_description(config, str(path))
         split_experts(model)
         if proxy is not None:
             make_low_rank(model, proxy.ranks)
-            model.config.quantization_config = proxy  # a proxy, as a loaded one is
+            model.config.quantization_config = proxy
         if Path(path).exists() and (proxy is not None or quantization_of(config) is None):
             check_size_by_weights(model, count_weights(Path(path))[1], str(path))
     return model
 
 
 def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
-    """Refuse a proxy offered with another target.
+    """Refuse a proxy of another target.
 
     Raises:
         InputError: it is not a proxy, or a proxy of another model.
@@ -320,10 +314,10 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse a path that is neither a model folder nor a possible hub id, and a folder without safetensors.
+    """Refuse a path that is neither a model folder with safetensors nor a possible Hub id.
 
     Raises:
-        InputError: it is one of these, or the hub cannot be reached.
+        InputError: it is refused, or the Hub cannot be reached.
     """
     check_path(path)
     folder = Path(path)
@@ -340,5 +334,5 @@ def _check_folder(path: str | Path) -> None:
 
 
 def hidden_size(config: PretrainedConfig) -> int:
-    """Return the width of a model's hidden states, which its default learning rate depends on."""
+    """Return the width of a model's hidden states, which determines its default learning rate."""
     return int(config.get_text_config().hidden_size)

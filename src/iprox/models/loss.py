@@ -34,17 +34,17 @@ def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
 
 
 def causal_lm_logits(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits where a supervised token is predicted, and only there.
+    """Return the logits of the positions that predict a supervised token.
 
-    Prompts are often most of the tokens and the head a large share of a small model, so the hidden states are
-    gathered before the head rather than the logits after it. The gather is a hook on the head: whatever the
-    model does to its logits afterwards (scaling, soft-capping) still happens, whichever model it is.
+    Prompts are often most of the tokens, and the head a large share of a small model, so hidden states are gathered
+    before the head. This is done by a hook on the head, so that later operations on logits (scaling, soft-capping)
+    still apply, for any model.
 
-    No attention mask is passed: rows are right-padded and attention is causal, so no real token sees a pad,
-    and attention takes its faster unmasked kernel.
+    No attention mask is passed: rows are right-padded and attention is causal, so no real token sees padding, and
+    attention can use its faster unmasked kernel.
 
     Returns:
-        logits [N, V] in the model's dtype, targets [N] and example numbers [N], N supervised tokens in all.
+        logits [N, V] in the model's dtype, targets [N] and example numbers [N], for N supervised tokens.
     """
     rows, gathered, targets = _predicting(batch)
     with _on_inputs_of(_head_of(model), lambda hidden: hidden[gathered].unsqueeze(0)):
@@ -55,20 +55,19 @@ def causal_lm_logits(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Ten
 def causal_lm_losses(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
     """Return the mean cross-entropy in nats over each example's supervised tokens, in float32 or better.
 
-    It has a first derivative only. Where the head is frozen (see `iprox.models.observe.frozen`), it runs on a few
-    tokens at a time (`HeadLosses`), so that memory does not grow with tokens × vocabulary. `inputs` go to the model as
-    they are.
+    It has only a first derivative. Where the head is frozen (see `iprox.models.observe.frozen`), it runs on a few
+    tokens at a time (`HeadLosses`), so memory does not grow with tokens × vocabulary. `inputs` are passed to the model.
 
     Returns:
         Losses [B]; 0 for an example without a supervised token.
 
     Raises:
-        InputError: the batch is not an `iprox.data.Batch`, so its padding and labels are not known.
+        InputError: the batch is not an `iprox.data.Batch`, so its padding and labels are unknown.
     """
     if not isinstance(batch, Batch):
         raise InputError(
-            f"a DataLoader of a language model gives batches of the type iprox.data.Batch, not {type(batch).__name__}; "
-            "pass the examples themselves (a list of dicts or a Dataset), or a loss_fn for these batches"
+            f"a DataLoader for a language model must give batches of the type iprox.data.Batch, not "
+            f"{type(batch).__name__}; pass the examples (a list of dicts or a Dataset), or a loss_fn for these batches"
         )
     head = _head_of(model)
     if any(parameter.requires_grad for parameter in head.parameters()) or not plain_logits(model):
@@ -104,7 +103,7 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def plain_logits(model: nn.Module) -> bool:
     """Return whether a model's logits are what its head returns, not scaled or capped; tried once on one token."""
     if model not in _plain:
-        made: list[Tensor] = []
+        made: list[Any] = []
         handle = _head_of(model).register_forward_hook(lambda _module, _inputs, output: made.append(output))
         try:
             with torch.no_grad():
@@ -208,9 +207,9 @@ class HeadLosses(torch.autograd.Function):
 class TokenLosses(torch.autograd.Function):
     """Cross-entropy of the first N rows of logits with targets [N], a few rows at a time.
 
-    Logits are the largest tensor of a batch. In float32, with their softmax and the gradient of each, they would take
-    six times what they do in bfloat16, and every pass over them goes to main memory; here float32 exists for a few
-    rows that fit in a cache.
+    Logits are the largest tensor of a batch. In float32, together with their softmax and gradients, they would take six
+    times as much memory as in bfloat16, and every pass over them would go to main memory; here only a few rows that fit
+    in the cache are in float32.
     """
 
     @staticmethod
@@ -224,7 +223,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Return softmax(logits) - onehot(targets), times each row's own gradient."""
+        """Return softmax(logits) - onehot(targets), times each row's gradient."""
         logits, targets, normalizers = ctx.saved_tensors
         return _slopes(logits, targets, normalizers, *gradients), None
 
@@ -250,13 +249,13 @@ def _slopes(logits: Tensor, targets: Tensor, normalizers: Tensor, weights: Tenso
 
 
 def _few_rows(logits: Tensor) -> tuple[Tensor, ...]:
-    """Split logits into rows whose float32 fits in a core's cache; an accelerator gets more rows, to keep it busy."""
+    """Split logits into groups of rows that fit in a core's cache in float32; an accelerator gets larger groups."""
     numbers = 1 << 18 if logits.device.type == "cpu" else 1 << 26
     return logits.split(max(1, numbers // logits.shape[1]))
 
 
 def mean_by_row(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of values [N] over each of `count` rows [count]; 0 where a row has none."""
+    """Return the mean of values [N] per row [count]; 0 for a row without values."""
     sums = values.new_zeros(count).index_add(0, rows, values)
     numbers = torch.bincount(rows, minlength=count).clamp(min=1)
     return sums / numbers

@@ -1,4 +1,4 @@
-"""Watch linear layers: hand each layer's inputs and output gradients to a function, in one backward pass."""
+"""Observe linear layers: call a function with each layer's inputs and output gradients, in one backward pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from iprox.errors import InputError
 from iprox.models.compiled import wire_of
 from iprox.models.cpu.attention import fast_attention
 
-# (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that sees only some tokens (an
-# expert), L is the most that any one example sent it, and shorter examples are filled with zeros.
+# (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that gets only some tokens (an
+# expert), L is the largest number of them in any example, and other examples are padded with zeros.
 Sink = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Routing:
-    """The tokens that a layer is given.
+    """The tokens of a batch that are routed to a layer.
 
     Attributes:
-        tokens: their positions among all tokens of the batch, ascending [T].
-        total: tokens in the batch, B·L.
+        tokens: positions among all tokens of the batch, ascending [T].
+        total: number of tokens in the batch, B·L.
         tokens_per_row: L.
     """
 
@@ -41,7 +41,7 @@ _routing: ContextVar[_Routing | None] = ContextVar("iprox_routing", default=None
 
 @contextmanager
 def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[None]:
-    """Note that layers called inside the block see only these tokens of the batch (see `_Routing`)."""
+    """Declare that layers called inside the block get only these tokens of the batch (see `_Routing`)."""
     before = _routing.set(_Routing(tokens, total, tokens_per_row))
     try:
         yield
@@ -55,17 +55,17 @@ def observe(
 ) -> Iterator[None]:
     """Call `sink(name, h, delta)` for each layer as the backward pass reaches it.
 
-    The layer's input is kept alive until then and freed right after. No weight gradient is formed: with
-    frozen weights (see `frozen`) autograd itself skips every weight GEMM, a third of a backward pass.
+    The layer's input is kept until then and freed right after. No weight gradient is computed: with frozen weights (see
+    `frozen`) autograd skips the weight GEMMs, a third of a backward pass.
 
     Args:
         layers: layers to watch, by name.
         sink: function to call.
         counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
-        positions: B and L once they are known, by which layers that are given [B·L, n] are told apart.
+        positions: B and L, filled in during the forward pass, to reshape the inputs of layers that get [B·L, n].
 
     Raises:
-        InputError: in the backward pass: a layer is used twice, or its rows cannot be told apart by example.
+        InputError: in the backward pass, if a layer is used twice or its rows cannot be assigned to examples.
     """
 
     seen: set[str] = set()
@@ -79,7 +79,7 @@ def observe(
                 output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
             h, routing = inputs[0].detach(), _routing.get()
             output.register_hook(partial(told, name, h, routing=routing))
-            # What follows may be written in place, which a tensor that starts a graph does not allow.
+            # Later code may write in place, which is not allowed for a leaf of the graph.
             return output.clone() if starts else None
 
         return hook
@@ -87,8 +87,8 @@ def observe(
     def told(name: str, h: Tensor, delta: Tensor, routing: _Routing | None = None) -> None:
         if name in seen:
             raise InputError(
-                f"{name}: is used more than once in a pass, and its gradient is a sum over all uses, which iprox does "
-                "not form; it scores models that use each linear layer once"
+                f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
+                "support; it scores models that use each linear layer once"
             )
         seen.add(name)
         h, delta = (_by_example(name, x, routing, counted, positions) for x in (h, delta))
@@ -107,10 +107,9 @@ def observe(
 def _by_example(
     name: str, x: Tensor, routing: _Routing | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
-    """Return rows of a layer as [B, L, n], those that do not count zero.
+    """Return rows of a layer as [B, L, n], with zeros for those that do not count.
 
-    Some models flatten the input of a layer ([B·L, n]), others give it one head ([B, 1, L, n]): dimensions of size 1
-    next to B and L change nothing.
+    Some models flatten the input of a layer ([B·L, n]), others add dimensions of size 1 ([B, 1, L, n]).
 
     Raises:
         InputError: the layer has neither one row per example nor one per position.
@@ -122,22 +121,21 @@ def _by_example(
     if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
         x = _unfolded(name, x, *positions)
     elif x.ndim == 2:
-        x = x.unsqueeze(1)  # no positions
-        return x
+        return x.unsqueeze(1)  # no positions
     if counted is None:
         return x
     if x.shape[:-1] != counted.shape:
         raise InputError(
-            f"{name}: is given {x.shape[1]} rows, not one per token, of examples of {counted.shape[1]} tokens"
+            f"{name}: gets {x.shape[1]} rows per example, not one per token, for examples of {counted.shape[1]} tokens"
         )
     return x * counted[..., None]
 
 
 def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
-    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] where they are fewer or more.
+    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L.
 
     Raises:
-        InputError: it is not clear which example a row belongs to.
+        InputError: the rows cannot be assigned to examples.
     """
     seen, kept, flat = (
         [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
@@ -149,13 +147,13 @@ def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
     if x.ndim == 3 and len(x) == examples:
         return x
     raise InputError(
-        f"{name}: is given rows of the shape {list(x.shape)} for {examples} examples of {length} tokens, so that its "
-        "gradients cannot be told apart by example"
+        f"{name}: gets rows of the shape {list(x.shape)} for {examples} examples of {length} tokens, so its gradients "
+        "cannot be assigned to examples"
     )
 
 
 def _padded(x: Tensor, routing: _Routing) -> Tensor:
-    """Return rows [T, n] of some tokens as [B, most of one example, n], padded with zeros."""
+    """Return rows [T, n] of some tokens as [B, largest number per example, n], padded with zeros."""
     rows = routing.tokens // routing.tokens_per_row
     counts = torch.bincount(rows, minlength=routing.total // routing.tokens_per_row)
     starts = counts.cumsum(0) - counts
@@ -167,9 +165,9 @@ def _padded(x: Tensor, routing: _Routing) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Turn off gradients of parameters and dropout inside the block; attention has a first derivative only.
+    """Turn off gradients of parameters and dropout inside the block; attention has only a first derivative there.
 
-    Restores every `requires_grad` flag, the training mode and the attention afterwards.
+    Restores all `requires_grad` flags, the training mode and the attention afterwards.
     """
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -192,15 +190,15 @@ def watched_backward(
     sink: Sink,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Run `losses()` and the backward pass of its sum, feeding `sink`. Call inside `frozen(model)`.
+    """Run `losses()` and the backward pass of its sum, calling `sink`. Call this inside `frozen(model)`.
 
-    The examples of a batch do not mix, so the gradient of the sum holds each example's own δ.
+    The examples of a batch do not interact, so the gradient of the sum has each example's δ.
 
     Returns:
         The per-example losses [B], detached.
 
     Raises:
-        InputError: a layer is used twice, or its rows cannot be told apart by example.
+        InputError: a layer is used twice, or its rows cannot be assigned to examples.
     """
     positions: list[int] = []
 

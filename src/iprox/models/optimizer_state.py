@@ -1,4 +1,4 @@
-"""Adam's running moments of a model's linear layers, saved next to a checkpoint: safetensors, no pickle."""
+"""Save and load Adam's moments of a model's linear layers, as safetensors with a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Running moments of one parameter: a weight [m, n] as if the layer were nn.Linear, or a bias [m].
+    """Running moments of one parameter: a weight [m, n] (in the layout of nn.Linear) or a bias [m].
 
     Attributes:
         mean: exponential moving average of gradients.
@@ -40,10 +40,10 @@ class AdamState:
 
     Attributes:
         weights: moments of each layer's weight, by layer name.
-        biases: moments of each layer's bias, where it has one.
+        biases: moments of each layer's bias, if it has one.
         step: number of steps taken.
         betas: decay rates of the two averages.
-        eps: number added to the root of the second average.
+        eps: number added to the square root of the second average.
     """
 
     weights: Mapping[str, Moments]
@@ -57,8 +57,8 @@ def save_adam_state(model: nn.Module, optimizer: Any, folder: Path) -> None:
     """Write the moments of a model's compressible layers, float32: eight bytes per parameter.
 
     Args:
-        model: model that was trained, with fused experts; they are written one by one, as they are scored.
-        optimizer: torch's Adam or AdamW, or a wrapper with its `state` and `param_groups`.
+        model: model that was trained; the moments of fused experts are written per expert, as they are scored.
+        optimizer: torch's Adam or AdamW, or a wrapper with `state` and `param_groups`.
         folder: folder of the checkpoint.
     """
     tensors: dict[str, Tensor] = {}
@@ -82,8 +82,8 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
     file = Path(folder) / OPTIMIZER_FILE
     if not file.is_file():
         raise InputError(
-            f"{file}: the estimator less needs the optimizer's state of this checkpoint; `iprox warmup "
-            "--optimizer-state`, or a run with influence.estimator: less, keeps it"
+            f"{file}: the estimator less needs the optimizer state of this checkpoint; `iprox warmup "
+            "--optimizer-state`, or a run with influence.estimator: less, saves it"
         )
     found: dict[str, dict[str, Moments]] = {"weight": {}, "bias": {}}
     try:
@@ -104,7 +104,7 @@ def load_adam_state(folder: str | Path, device: torch.device | str = "cpu") -> A
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[Tensor], Tensor]]]:
-    """Yield for each linear layer's parameter its name, the trained parameter, and what takes its part of it."""
+    """Yield each linear layer's parameters: name, trained parameter, and the function that selects its part of it."""
     for name, layer in compressible_layers(model).items():
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, nn.Parameter)

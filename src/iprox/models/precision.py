@@ -1,4 +1,4 @@
-"""Devices: number formats, and memory that does not suffice."""
+"""Devices, dtypes and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Change the dtype of a model's parameters in place, and of nothing else.
+    """Change the dtype of a model's parameters in place, but not of its buffers.
 
-    `model.to(dtype)` would also round its buffers; rotary frequencies in bfloat16 are wrong by radians after a few
+    `model.to(dtype)` would also round rotary frequencies; in bfloat16 their angles are off by radians after a few
     hundred tokens.
     """
     for parameter in model.parameters():
@@ -28,7 +28,7 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def warn_of_rounded_frequencies(model: nn.Module) -> None:
-    """Warn of rotary frequencies that were rounded with the parameters (see `cast_parameters`)."""
+    """Warn about rotary frequencies that were rounded with the parameters (see `cast_parameters`)."""
     for name, buffer in model.named_buffers():
         if "inv_freq" in name and torch.finfo(buffer.dtype).bits < 32:
             warnings.warn(
@@ -40,13 +40,13 @@ def warn_of_rounded_frequencies(model: nn.Module) -> None:
 
 
 def warn_of_slow_products(model: nn.Module) -> None:
-    """Warn of a model in bfloat16 on a CPU that has to emulate it, several times slower than float32."""
+    """Warn about a bfloat16 model on a CPU that emulates bfloat16, which is several times slower than float32."""
     weight = next(model.parameters(), None)
     if weight is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return
     if resolve_dtype("auto", weight.device) != torch.bfloat16:
         warnings.warn(
-            "the model is in bfloat16, which this CPU has no instructions for: in float32 it is several times as fast. "
+            "the model is in bfloat16, for which this CPU has no instructions: float32 is several times as fast. "
             "Load it with iprox.load(path), or from_pretrained(path, dtype=torch.float32)",
             stacklevel=3,
         )
@@ -56,20 +56,20 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Return a device by name; `auto` is a CUDA device if there is one, else the CPU.
 
     Raises:
-        InputError: the device has no float64, in which moments, factors and validation gradients are computed.
+        InputError: the device does not support float64, which moments, factors and validation gradients need.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "mps":
-        raise InputError("device mps has no float64, which moments and factors are worked out in: use --set device=cpu")
+        raise InputError("device mps does not support float64, which moments and factors need; use --set device=cpu")
     return torch.device(device)
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return a dtype by name; `auto` is bfloat16 where the device multiplies it natively, else float32.
+    """Return a dtype by name; `auto` is bfloat16 if the device supports it natively, else float32.
 
-    Scores are accumulated in float32 either way; in bfloat16 they keep a rank correlation of 0.9995 or better
-    with float32.
+    Scores are accumulated in float32 either way; those in bfloat16 have a rank correlation of at least 0.9995 with
+    those in float32.
     """
     if dtype != "auto":
         return DTYPES[dtype]
@@ -83,7 +83,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory, of the device or of the machine, did not suffice."""
-    # torch's CPU allocator raises a plain RuntimeError, and so do CUDA's libraries of linear algebra.
+    """Return whether an error means that the device or the machine ran out of memory."""
+    # torch's CPU allocator and CUDA's linear algebra libraries raise a plain RuntimeError.
     plain = ("can't allocate memory", "STATUS_ALLOC_FAILED", "(os error 12)")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in plain)

@@ -22,7 +22,7 @@ from iprox.records import RUN
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# The list of the checkpoints of a training, with their learning rates.
+# File with the checkpoints of a training and their learning rates.
 CHECKPOINTS = "checkpoints.json"
 
 
@@ -38,14 +38,14 @@ def save_model(
     """Save a model and its tokenizer to a folder that appears only when it is complete.
 
     Args:
-        model: model to save; adapters are multiplied in.
-        tokenizer: tokenizer to save next to it.
-        folder: folder to write; an older one of that name is replaced.
-        dtype: dtype of floating weights in storage; None keeps theirs.
-        optimizer: Adam that trains the model, whose moments are saved; None saves none.
+        model: model to save; adapters are merged.
+        tokenizer: tokenizer to save with it.
+        folder: folder to write; an existing one is replaced.
+        dtype: dtype to store floating-point weights in; None keeps theirs.
+        optimizer: Adam optimizer of the model, to save its moments too.
         adapters_only: whether to save only the adapters, in float32, without the model.
     """
-    # A folder with the record of a command is held by it, so the files move into it; any other one is replaced whole.
+    # A folder with the record of a command is locked by it, so files are moved into it; others are replaced.
     held = (folder / RUN).is_file()
     partial = folder / "model.partial" if held else folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -63,7 +63,7 @@ def save_model(
     if optimizer is not None:
         save_adam_state(model, optimizer, partial)
     for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes weights that only their owner can read
+        file.chmod(0o644)  # safetensors makes files that only their owner can read
     if held:
         for file in partial.iterdir():
             os.replace(file, folder / file.name)
@@ -74,12 +74,12 @@ def save_model(
 
 
 def _save_whole(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
-    """Write a model's config, and the weights of `state`."""
+    """Write a model's config, and the weights in `state`."""
     if dtype is None:
         model.save_pretrained(folder)
         return
     cast = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
     model.save_pretrained(folder, state_dict=cast)
-    config = folder / "config.json"  # transformers writes the dtype of the module, not of the state given
+    config = folder / "config.json"  # transformers writes the module's dtype, not that of the state
     stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
     config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a config says about a model: whether iprox can score it, how long its inputs may be, how it runs here."""
+"""Check a model by its config: whether iprox can score it, its longest input, and whether its attention runs here."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import (
 
 from iprox.errors import InputError, cut, shown
 
-# Encoders that have a class for causal language modeling as well: causal only with `is_decoder`.
+# Encoders that also have a class for causal language modeling; they are causal only with `is_decoder`.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
-# Attention of every token to all others, whatever the config says, without permutation masks.
+# Models that are bidirectional whatever their config says (without permutation masks).
 _BIDIRECTIONAL = {"xlnet"}
 _OTHER_TASK = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|NextSentencePrediction|PreTraining"
@@ -29,7 +29,7 @@ _OTHER_TASK = re.compile(
 )
 _ADVICE = "iprox scores causal language models (each token sees those before it only), such as Qwen3ForCausalLM"
 
-# Keys of a config that are numbers of something, and the most that any of them can be.
+# Keys of a config that are counts, and the largest plausible values.
 _COUNTS = (
     *("hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "num_key_value_heads"),
     *("intermediate_size", "ffn_dim", "head_dim", "vocab_size", "max_position_embeddings"),
@@ -38,11 +38,11 @@ _COUNTS = (
 _LAYERS, _MOST_LAYERS = ("num_hidden_layers", "n_layer"), 10_000
 _EXPERTS, _MOST_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts"), 100_000
 _MOST = 2**40
-# The others are 0 where a model has no such thing.
+# Other counts may be 0.
 _NEVER_ZERO = {*_LAYERS, "hidden_size", "n_embd", "vocab_size"}
 
 _QUANTIZATION = ("quantization_config", "compression_config")
-# The modules that read each method of quantization, and how they are installed.
+# Modules that each quantization method needs, and the arguments of pip to install them.
 _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "bitsandbytes": (("bitsandbytes", "accelerate"), "bitsandbytes accelerate"),
     "gptq": (("optimum", "gptqmodel"), "optimum gptqmodel"),
@@ -70,19 +70,17 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "bitnet": ((), ""),
     "gguf": (("gguf",), "gguf"),
 }
-
-
-# The methods whose weights transformers can dequantize as it loads them; otherwise layers are refused by name.
+# Methods whose weights transformers can dequantize on loading; weights that stay quantized are refused later.
 _DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """The longest input and the largest token that a model reads, or several models that read the same input.
+    """The longest input and the vocabulary size of a model, or of several models that read the same input.
 
     Attributes:
-        positions: longest input in tokens; None where the config sets no limit.
-        vocabulary: number of embeddings; None where the config does not say.
+        positions: longest input in tokens; None if the config sets no limit.
+        vocabulary: number of embeddings; None if the config has none.
     """
 
     positions: int | None = None
@@ -90,7 +88,7 @@ class ModelLimits:
 
     @classmethod
     def of(cls, *configs: PretrainedConfig) -> ModelLimits:
-        """Return the limits of models by their configs: the least of each."""
+        """Return the smallest limits of some models, from their configs."""
         texts = [config.get_text_config() for config in configs]
         return cls(_least(texts, "max_position_embeddings"), _least(texts, "vocab_size"))
 
@@ -101,7 +99,7 @@ def _least(configs: list[PretrainedConfig], name: str) -> int | None:
 
 
 def check_config(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model that iprox cannot score, before any of its weights are read.
+    """Refuse a model that iprox cannot score, before its weights are read.
 
     Args:
         config: config of the model.
@@ -115,7 +113,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
 
 
 def _check_causal(config: PretrainedConfig, name: str) -> None:
-    """Refuse encoders, encoder-decoders, and models of another task, by the name of their architecture."""
+    """Refuse encoders, encoder-decoders, and models of another task."""
     kind = str(config.model_type)
     listed = config.architectures
     architectures = [str(each) for each in listed] if isinstance(listed, list | tuple) else []
@@ -143,7 +141,7 @@ def _check_causal(config: PretrainedConfig, name: str) -> None:
 
 
 def _causal_classes() -> set[str]:
-    """Return the names of transformers' classes of causal language models; not all end in `ForCausalLM`."""
+    """Return the names of transformers' causal language model classes; not all end in `ForCausalLM`."""
     names: set[str] = set()
     for each in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names.update([each] if isinstance(each, str) else each)
@@ -151,27 +149,27 @@ def _causal_classes() -> set[str]:
 
 
 def _registered(config: PretrainedConfig) -> bool:
-    """Return whether a class for the config was registered with `AutoModelForCausalLM.register`."""
+    """Return whether a model class was registered for the config with `AutoModelForCausalLM.register`."""
     from transformers import AutoModelForCausalLM
 
     return type(config) in AutoModelForCausalLM._model_mapping._extra_content
 
 
 def check_sizes(config: Mapping[str, Any], name: str) -> None:
-    """Refuse sizes of the wrong type, below 1, or beyond those of any model, before lists of that length are made.
+    """Refuse sizes of the wrong type or out of range, before lists of that length are made.
 
-    A quantization must be described by keys and values, or transformers cannot even read the config.
+    A quantization must be a mapping, or transformers cannot read the config.
 
     Args:
-        config: config as it is written, with the configs of its parts.
+        config: config as written, including the configs of its parts.
         name: name of the model, for messages.
 
     Raises:
-        InputError: there is such a size (it is named).
+        InputError: there is such a size (the message names it).
     """
     for key, value in config.items():
         if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
-            raise InputError(f"{name}: {key} in its config is {shown(value)}, and must have keys and values")
+            raise InputError(f"{name}: {key} in its config is {shown(value)}; it must have keys and values")
         if isinstance(value, dict) and key.endswith("_config") and key not in _QUANTIZATION:
             check_sizes(value, name)
         if key not in _COUNTS or value is None or (isinstance(value, list) and value):  # some have one per layer
@@ -180,43 +178,43 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
         least = 1 if key in _NEVER_ZERO else 0
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise InputError(
-                f"{name}: {key} in its config is {shown(value)}, and must be a whole number from {least} to {most:,}; "
+                f"{name}: {key} in its config is {shown(value)}; it must be an integer from {least} to {most:,}; "
                 "correct config.json"
             )
 
 
 def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -> None:
-    """Refuse a config with more layers than its checkpoint has tensors, before that many layers are made.
+    """Refuse a config with more layers than its checkpoint has tensors, before the layers are made.
 
     Raises:
         InputError: it has more.
     """
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
-        raise InputError(f"{name}: its config says {layers:,} layers, and its weights are {tensors:,} tensors in all")
+        raise InputError(f"{name}: its config has {layers:,} layers, but its weights only {tensors:,} tensors")
 
 
 def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> None:
-    """Refuse a model far larger than its checkpoint, which would fill the memory before anything else shows it.
+    """Refuse a model far larger than its checkpoint, which would exhaust the memory before other checks.
 
     Args:
         model: model without weights, made from its config.
-        numbers: count of numbers in its checkpoint.
+        numbers: number of elements in its checkpoint.
         name: name of the model, for messages.
 
     Raises:
-        InputError: the model has more than four times the numbers (embeddings tied in one of the two double them).
+        InputError: the model has more than four times as many parameters (tied embeddings may double them).
     """
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 4 * numbers:
         raise InputError(
-            f"{name}: its config describes {size:,} parameters, and its weights hold {numbers:,}: they do not belong "
-            "together; copy the model's files again"
+            f"{name}: its config describes {size:,} parameters, but its weights have {numbers:,}, so they do not "
+            "belong together; copy the model's files again"
         )
 
 
 def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return the quantization of a model by its config; None without one."""
+    """Return the quantization in a config; None if there is none."""
     for key in _QUANTIZATION:
         found = getattr(config, key, None)
         if found is not None:
@@ -225,7 +223,7 @@ def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def _check_quantization(config: PretrainedConfig, name: str) -> None:
-    """Refuse packed weights: iprox reads one number per weight. A proxy's weights are not packed."""
+    """Refuse quantized weights, unless transformers dequantizes them; the weights of a proxy are not quantized."""
     found = quantization_of(config)
     if found is None:
         return
@@ -242,13 +240,13 @@ def _check_quantization(config: PretrainedConfig, name: str) -> None:
     if method in _DEQUANTIZED:
         if absent:
             raise InputError(
-                f"{name}: its weights are quantized ({method}), which {absent[0]} reads, and it is not installed: "
-                f"pip install {packages}; or give the model that it was made from"
+                f"{name}: its weights are quantized ({method}); they need {absent[0]}: pip install {packages}, or "
+                "give the model that it was made from"
             )
         return
     how = f"first: pip install {packages}, then " if absent else ""
     raise InputError(
-        f"{name}: its weights are quantized ({cut(str(method), 40)}), and iprox reads weights of 16 or 32 bits; give "
+        f"{name}: its weights are quantized ({cut(str(method), 40)}); iprox reads weights of 16 or 32 bits; give "
         f"the model that it was made from, or convert this one ({how}"
         "AutoModelForCausalLM.from_pretrained(...).dequantize() and save_pretrained)"
     )
@@ -262,9 +260,9 @@ def _installed(module: str) -> bool:
 
 
 def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, name: str) -> None:
-    """Leave the choice of attention to transformers where the config asks for one that cannot run here, and warn.
+    """Use the default attention, with a warning, if the config requests one that cannot run here.
 
-    Kernels that would be downloaded from the hub are not used, as the user has not chosen their repository.
+    Kernels from the Hub are not used, as the user has not chosen their repository.
 
     Args:
         config: config of the model, changed in place.
@@ -286,8 +284,8 @@ def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: tor
     if text is not config:
         text._attn_implementation = None
     warnings.warn(
-        f"{name}: its config asks for the attention {cut(asked[0], 60)}, which is not installed or does not run on "
-        f"{device.type} in {str(dtype).removeprefix('torch.')}; sdpa is used",
+        f"{name}: its config requests the attention {cut(asked[0], 60)}, which is not installed or does not run on "
+        f"{device.type} in {str(dtype).removeprefix('torch.')}; sdpa is used instead",
         stacklevel=2,
     )
 
@@ -305,15 +303,15 @@ def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bool:
-    """Return whether a token's logits are the same whatever comes after it, tried on a few rows of random tokens.
+    """Return whether a token's logits do not depend on later tokens, tested on random tokens.
 
-    One of three draws must show it: rounding moves logits by far less than a tenth of their spread, but may route a
+    One successful try is enough: rounding changes logits by far less than a tenth of their spread, but may route a
     token to another expert.
 
     Args:
         model: model in eval mode; called with `input_ids` [2, 4].
-        vocabulary: number of tokens in the vocabulary.
-        tries: number of draws.
+        vocabulary: size of the vocabulary.
+        tries: number of tries.
     """
     device = next(model.parameters()).device
     for seed in range(tries):

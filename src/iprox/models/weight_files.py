@@ -1,8 +1,9 @@
-"""Where the weights of a model are: safetensors files in its own folder, or on the Hub."""
+"""Check the weight files of a model: safetensors files in its own folder, or on the Hub."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ INDEX = f"{SAFETENSORS}.index.json"
 
 
 def check_weight_files(folder: Path) -> None:
-    """Refuse a folder without safetensors, or whose index or config would have other files read.
+    """Refuse a folder without safetensors, or with an index or config that refers to other files.
 
-    An index may map a tensor to any path: to a pickle, or to a file that no fingerprint of the folder covers.
+    An index may map a tensor to any path, such as a pickle or a file that the folder's fingerprint does not cover.
 
     Raises:
-        InputError: the folder is one of these.
+        InputError: the folder is refused.
     """
     if not any(folder.glob(f"*{SAFETENSORS}")):
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -45,17 +46,17 @@ def check_weight_files(folder: Path) -> None:
         for name in _named_by(index):
             _check_name(name, index)
             if not (folder / name).is_file():
-                raise InputError(f"{index}: names {name}, which is not there; copy the model's files again")
+                raise InputError(f"{index}: names {name}, which is missing; copy the model's files again")
     explicit = _read(folder / CONFIG_NAME).get("transformers_weights")
     if explicit is not None and not (isinstance(explicit, str) and explicit.endswith(INDEX) and _is_plain(explicit)):
         _check_name(explicit, folder / CONFIG_NAME)
 
 
 def check_reachable(repo: str) -> None:
-    """Refuse a Hub model of which nothing is in the cache if the Hub cannot be reached.
+    """Refuse a Hub model that is not cached if the Hub cannot be reached.
 
-    huggingface_hub tries five more times, over 23 seconds, before it reports that: long for a folder's name with a
-    typo. Whatever the Hub answers (no such model, no access) is left to the function that loads the model.
+    huggingface_hub retries for 23 seconds before it reports that, which is long for a typo in a folder's name. Other
+    answers of the Hub (no such model, no access) are left to the function that loads the model.
 
     Raises:
         InputError: the Hub cannot be reached.
@@ -75,10 +76,10 @@ def check_reachable(repo: str) -> None:
 
 
 def check_hub_index(repo: str) -> None:
-    """Refuse a hub model whose index names other files than safetensors.
+    """Refuse a Hub model whose index refers to files other than safetensors.
 
     Raises:
-        InputError: the index does.
+        InputError: the index refers to one.
     """
     try:
         index = cached_file(repo, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
@@ -90,7 +91,7 @@ def check_hub_index(repo: str) -> None:
 
 
 def count_weights(folder: Path) -> tuple[int, int]:
-    """Return the number of tensors in a folder's weights, and of numbers in them, by the headers of its files.
+    """Return the number of tensors in a folder's weights and of their elements, from the headers of its files.
 
     Raises:
         InputError: a file is not a safetensors file.
@@ -100,10 +101,7 @@ def count_weights(folder: Path) -> tuple[int, int]:
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  not a mapping
-                    size = 1
-                    for width in stored.get_slice(key).get_shape():
-                        size *= width
-                    tensors, numbers = tensors + 1, numbers + size
+                    tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
         except SafetensorError as error:
             raise InputError(
                 f"{file}: cannot be loaded as a causal language model: incomplete safetensors: {one_line(error)}"
@@ -132,10 +130,10 @@ def _read(file: Path) -> dict[str, Any]:
 def _check_name(name: Any, where: Path) -> None:
     if not (isinstance(name, str) and name.endswith(SAFETENSORS) and _is_plain(name)):
         raise InputError(
-            f"{where}: names the weights {shown(name)}; iprox reads only safetensors files of the model's own folder"
+            f"{where}: names the weights {shown(name)}; iprox reads only safetensors files in the model's own folder"
         )
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether a name is that of a file in the folder, on every system."""
+    """Return whether a name is a plain file name on every system."""
     return not set(name) & set("/\\:\0") and name not in ("", ".", "..")

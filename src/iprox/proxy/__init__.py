@@ -1,1 +1,1 @@
-"""Proxies: the closed form (IPSVD) and its baselines, ranks and sizes, compression, alignment."""
+"""Proxies: IPSVD and its baselines, ranks and sizes, compression and alignment."""

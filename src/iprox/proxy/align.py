@@ -1,4 +1,4 @@
-"""Stage 2: tune the factors until the proxy matches its target (`iprox.proxy.align_loss` says in what)."""
+"""Stage 2: train the factors of a proxy to match its target (`iprox.proxy.align_loss` defines the loss)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_si
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import AlignmentHistory, AlignmentState, AlignmentStep
 
-# How often held-out fidelity is measured and the state saved, evenly over the steps; fidelity is also measured before.
+# Number of times that held-out fidelity is measured and the state saved, evenly over the steps, after a first time.
 EVALUATIONS = 4
 # Alignment stops after this many evaluations without a new best fidelity.
 PATIENCE = 2
@@ -31,13 +31,13 @@ PATIENCE = 2
 
 @dataclass(frozen=True, slots=True)
 class AlignSettings:
-    """How factors are tuned.
+    """Settings of the alignment.
 
     Attributes:
-        steps: number of optimizer steps; every pass over the batches has a new seeded order.
+        steps: number of optimizer steps; every pass over the batches has a new random order.
         learning_rate: peak learning rate of a factor of average scale.
-        accumulate: number of batches per optimizer step. With batches of one example each, every example's own gradient
-            is matched rather than a batch's mean.
+        accumulate: number of batches per optimizer step. With batches of one example, gradients are matched per
+            example, not per batch mean.
         seed: seed for the batch order.
     """
 
@@ -67,32 +67,31 @@ def align(
 ) -> AlignmentHistory:
     """Align a proxy with its target, in place.
 
-    AdamW without weight decay on float32 master copies of the factors, a tenth of the steps as warm-up, cosine
-    decay, gradient norm clipped to 1. Adam's steps have unit size whatever the factor's scale, so the learning
-    rate of each factor is `learning_rate` times its own root mean square over the mean root mean square of all:
-    every factor moves by the same share of itself. A bfloat16 proxy runs in bfloat16.
+    Uses AdamW without weight decay on float32 master copies of the factors, a tenth of the steps as warm-up, cosine
+    decay, and gradient norms clipped to 1. Adam's steps do not depend on a factor's scale, so the learning rate of each
+    factor is `learning_rate` times its root mean square over the mean of all root mean squares: relative to their
+    scale, all factors change by the same amount. A bfloat16 proxy runs in bfloat16.
 
-    With `held_out` the best factors are kept, those before alignment among them, so the fidelity that it measures never
-    gets lower.
+    With `held_out` the best factors are kept, including those before alignment, so this fidelity never decreases.
 
     Cost per token: target 6P (once per batch with a `store`), proxy about 16P′ FLOPs (forward, backward, and the
     backward of both); without the gradient part 2P and 6P′.
 
     Args:
         proxy: model to tune; its dtype is restored at the end.
-        target: model to match; left as it was. It may be on another device, or quantized.
+        target: model to match; unchanged. It may be on another device, or quantized.
         batches: alignment batches.
         settings: settings of the alignment.
         objective: weights of the parts of the loss.
-        held_out: fidelity of the proxy as it is, on examples that are not in `batches`.
-        store: cache of the target's signals, so that each batch runs through the target once; None runs it every time.
-        state: file that an interrupted alignment resumes from.
-        identity: identity of the alignment, which alone may resume from the file.
+        held_out: function that returns the proxy's fidelity on examples outside `batches`.
+        store: cache of the target's signals, so that the target runs once per batch; None runs it every time.
+        state: file to resume an interrupted alignment from.
+        identity: identity of the alignment; the file of another one is refused.
         progress: function called with the number of steps done.
 
     Raises:
         InputError: the proxy has no low-rank layer, or there is nothing to align on.
-        FloatingPointError: the loss is not finite (the step and the batch are named).
+        FloatingPointError: the loss is not finite (the message names the step and the batch).
     """
     objective = objective or Objective()
     started = time.perf_counter()
@@ -129,7 +128,7 @@ def align(
             if step % RELEASE_EVERY == 0:
                 release_memory()
             rate = settings.learning_rate * schedule(step, settings.steps)
-            # One batch's signals at a time: they are as large as the target.
+            # One batch's signals at a time, as they are as large as the target.
             pairs = ((batches[index].to(here), signals_of(index)) for index in indices)
             try:
                 parts = _step(proxy, layers, pairs, len(indices), objective, run.optimizer, rate, autocast)
@@ -172,7 +171,7 @@ def _step(
     """Take one optimizer step on `count` batches and their signals.
 
     Returns:
-        The mean losses of the batches: whole, gradient, KL, hidden.
+        The mean losses of the batches: total, gradient, KL, hidden.
     """
     optimizer.zero_grad(set_to_none=True)
     found = []
@@ -197,11 +196,11 @@ def _step(
 
 @contextmanager
 def _trainable(proxy: nn.Module, layers: Mapping[str, LowRankLinear]) -> Iterator[tuple[dict[str, nn.Parameter], bool]]:
-    """Let only the factors train, in float32 or better. Yields them by name, and whether the proxy runs in bfloat16."""
+    """Make only the factors trainable, in float32 or better; yield them by name, and whether to run in bfloat16."""
     dtype = next(iter(layers.values())).up.weight.dtype
     training = proxy.training
     flags = {id(parameter): parameter.requires_grad for parameter in proxy.parameters()}
-    proxy.eval()  # dropout would make the proxy's gradient noisy against the target's
+    proxy.eval()  # no dropout, which would add noise to the proxy's gradient
     proxy.requires_grad_(False)
     cast_parameters(proxy, torch.promote_types(dtype, torch.float32))
     factors = {
@@ -221,7 +220,7 @@ def _trainable(proxy: nn.Module, layers: Mapping[str, LowRankLinear]) -> Iterato
 
 
 def _optimizer(factors: Mapping[str, nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """Return AdamW with a learning rate for each factor in proportion to its scale (see `align`)."""
+    """Return AdamW with a learning rate per factor that is proportional to its scale (see `align`)."""
     scales = torch.stack([factor.detach().square().mean().sqrt() for factor in factors.values()])
     rates = (scales / scales.mean()).tolist()
     groups = [{"params": [factor], "scale": rate} for factor, rate in zip(factors.values(), rates, strict=True)]

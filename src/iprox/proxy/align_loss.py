@@ -1,6 +1,6 @@
-"""The alignment loss: what the proxy should match of its target on a batch, and its distance from it.
+"""The alignment loss: the distance of a proxy's gradients, logits and hidden states from its target's on a batch.
 
-Source: arXiv:2602.17835, section 4.2. By the chain rule a weight gradient ∇_W [m, n] is seen from the
+Source: arXiv:2602.17835, section 4.2. By the chain rule, a weight gradient ∇_W [m, n] gives the gradients of the
 factors of W = up·down as ∇_up = ∇_W downᵀ and ∇_down = upᵀ ∇_W. The loss of a batch is
 
     gradient_weight · mean over low-rank layers of
@@ -8,8 +8,8 @@ factors of W = up·down as ∇_up = ∇_W downᵀ and ∇_down = upᵀ ∇_W. Th
     + kl_weight · τ² · KL(target ‖ proxy) of the logits at temperature τ on supervised tokens
     + hidden_weight · mean over decoder layers of the relative squared distance of their outputs,
 
-d the cosine distance, ℓ the batch's mean per-example loss, sg the stop-gradient.
-The first part needs second derivatives; the other two do not.
+with d the cosine distance, ℓ the batch's mean per-example loss and sg the stop-gradient. Only the first part needs
+second derivatives.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TEMPERATURE = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What alignment minimizes.
+    """Weights of the alignment loss.
 
     Attributes:
-        gradient_weight: weight of the gradient part; 0 leaves it out, and the second derivatives with it.
-        kl_weight: λ_KL; its scale does not matter to Adam where nothing else has a weight.
+        gradient_weight: weight of the gradient part; 0 avoids the second derivatives.
+        kl_weight: λ_KL; its scale does not matter to Adam if it is the only weight.
         hidden_weight: weight of the hidden states.
     """
 
@@ -57,12 +57,12 @@ class Objective:
 
 @dataclass(frozen=True, slots=True)
 class Signals:
-    """What the proxy should match on a batch, without a graph.
+    """The target's gradients, logits and hidden states on a batch, without a graph.
 
     Attributes:
         gradients: ∇_W ℓ_target [m, n] by layer name.
-        logits: logits [N, V] where a supervised token is predicted.
-        hidden: output of each decoder layer [B, L, d]; empty where hidden states are not matched.
+        logits: logits [N, V] that predict supervised tokens.
+        hidden: output of each decoder layer [B, L, d]; empty if hidden states are not matched.
     """
 
     gradients: dict[str, Tensor]
@@ -70,7 +70,7 @@ class Signals:
     hidden: list[Tensor]
 
     def to(self, device: torch.device) -> Signals:
-        """Return the same signals on another device."""
+        """Return the signals on another device."""
         return Signals(
             {name: gradient.to(device) for name, gradient in self.gradients.items()},
             self.logits.to(device),
@@ -80,7 +80,7 @@ class Signals:
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """The whole loss of a batch and its parts, scalars with their graph; a part without weight is None."""
+    """The total loss of a batch and its parts, scalars with their graph; a part without weight is None."""
 
     whole: Tensor
     gradient: Tensor | None
@@ -89,12 +89,12 @@ class Losses:
 
 
 def cosine_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return 1 - cos of two matrices seen as vectors, a scalar."""
+    """Return 1 - cos of two matrices as vectors, a scalar."""
     return 1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0)
 
 
 def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return ‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine it also depends on lengths."""
+    """Return ‖x - y‖² / ‖y‖² of two matrices, a scalar; unlike the cosine, it depends on their norms."""
     return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
 
 
@@ -119,17 +119,17 @@ def gradient_distance(layers: Mapping[str, LowRankLinear], loss: Tensor, target:
     with torch.autocast(loss.device.type, enabled=False):  # products of float32 factors and gradients stay in float32
         for name, (grad_up, grad_down) in seen.items():
             if name not in target:
-                continue  # an expert that no token of the batch was routed to on the target
+                continue  # an expert without tokens of this batch on the target
             up, down = layers[name].up.weight, layers[name].down.weight
             G = target[name].to(up.dtype)
             distances.append(cosine_distance(grad_up, G @ down.mT) + cosine_distance(grad_down, up.mT @ G))
     if not distances:
-        return loss * 0  # no low-rank layer saw a token of this batch
+        return loss * 0  # no low-rank layer has a gradient on this batch
     return torch.stack(distances).mean()
 
 
 def factor_gradients(layers: Mapping[str, LowRankLinear], loss: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return ∇_up [m, r] and ∇_down [r, n] of a loss by layer name, with their graph; without unused layers."""
+    """Return ∇_up [m, r] and ∇_down [r, n] of a loss by layer name, with their graph, without unused layers."""
     factors = [weight for layer in layers.values() for weight in (layer.up.weight, layer.down.weight)]
     gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
     pairs = zip(layers, gradients[::2], gradients[1::2], strict=True)
@@ -153,13 +153,13 @@ def alignment_loss(
 ) -> Losses:
     """Return the loss of one batch.
 
-    For the gradient part the proxy runs with the `math` attention kernel, which alone has a second derivative.
+    The gradient part needs the `math` attention kernel, the only one with a second derivative.
 
     Args:
-        proxy: model in evaluation mode.
-        layers: its low-rank layers.
-        batch: batch on its device.
-        signals: signals that it should match, on its device.
+        proxy: proxy in evaluation mode.
+        layers: low-rank layers of the proxy.
+        batch: batch on the proxy's device.
+        signals: signals to match, on the proxy's device.
         objective: weights of the parts.
     """
     kernel = sdpa_kernel(SDPBackend.MATH) if objective.gradient_weight else nullcontext()
@@ -185,7 +185,7 @@ def target_signals(
     batch: Batch,
     objective: Objective,
 ) -> Signals:
-    """Return what the proxy should match on a batch. Without a weight of gradients there is no backward pass."""
+    """Return the signals to match on a batch; without a gradient weight there is no backward pass."""
     with layer_outputs(target, objective.hidden_weight > 0) as hidden:
         if not objective.gradient_weight:
             with frozen(target), torch.no_grad():
@@ -212,7 +212,7 @@ def target_signals(
 
 @contextmanager
 def layer_outputs(model: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
-    """Collect the output of each decoder layer while the model runs, or nothing where it is not wanted."""
+    """Collect the output of each decoder layer while the model runs, or nothing if not wanted."""
     states: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""An alignment in progress: what happened in each step, the best factors so far, and the file that it resumes from."""
+"""The state of an alignment: the history of its steps, the best factors so far, and the file to resume from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.files import replacing
 
-# What AdamW keeps of a parameter: its two running averages, and the number of steps that they cover.
+# AdamW's state of a parameter: its number of steps and its two running averages.
 KEPT = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
 class AlignmentStep:
-    """One optimizer step: the whole loss, its parts (KL per token, nats), the learning rate.
+    """One optimizer step: the total loss, its parts (KL per token, in nats) and the learning rate.
 
-    Parts without weight are None, and were not computed. With several batches per step they are means.
+    Parts without weight are not computed and are None. With several batches per step, losses are means.
     """
 
     step: int
@@ -46,13 +46,13 @@ class HeldOut:
 
 @dataclass(slots=True)
 class AlignmentHistory:
-    """What alignment did; written next to the proxy as `alignment.json`.
+    """History of an alignment, written next to the proxy as `alignment.json`.
 
     Attributes:
         steps: all optimizer steps.
-        held_out: fidelity where it was measured.
-        best_step: step whose factors were kept; the last one where fidelity was not measured.
-        stopped_early: whether fidelity had stopped rising before all steps were done.
+        held_out: measurements of the held-out fidelity.
+        best_step: step whose factors were kept; the last one if fidelity was not measured.
+        stopped_early: whether it stopped early because fidelity no longer increased.
         tokens: number of tokens read.
         seconds: wall time.
     """
@@ -81,7 +81,7 @@ class AlignmentState:
     Args:
         factors: factors by parameter name.
         optimizer: optimizer of the factors.
-        held_out: fidelity of the proxy as it is; None where it is not measured.
+        held_out: function that returns the proxy's current fidelity; None if it is not measured.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class AlignmentState:
         fidelity = self.held_out()
         if not math.isfinite(fidelity):
             raise FloatingPointError(
-                f"the held-out fidelity is {fidelity} at step {step}: scores of a task are all alike, so they have no "
-                "ranking; give other held-out examples, or none"
+                f"the held-out fidelity is {fidelity} at step {step}: the scores of a task are all equal, so they have "
+                "no ranking; give other held-out examples, or none"
             )
         highest = max((point.fidelity for point in self.history.held_out), default=-math.inf)
         self.history.held_out.append(HeldOut(step, fidelity))
@@ -112,7 +112,7 @@ class AlignmentState:
         return sum(point.step > self.history.best_step for point in self.history.held_out)
 
     def finish(self) -> None:
-        """Leave the proxy with the best factors."""
+        """Restore the best factors."""
         if self.held_out is None:
             self.history.best_step = len(self.history.steps)
             return
@@ -121,16 +121,16 @@ class AlignmentState:
                 factor.copy_(self.best[name])
 
     def save(self, file: Path, identity: str) -> None:
-        """Write all that resuming needs; the file appears only when it is complete.
+        """Write everything that resuming needs; the file appears only when it is complete.
 
         Args:
             file: file to write.
-            identity: identity of the alignment, which alone may resume from the file.
+            identity: identity of the alignment.
         """
         tensors = {f"factor/{name}": factor.detach() for name, factor in self.factors.items()}
         tensors |= {f"best/{name}": factor for name, factor in self.best.items()}
         for name, factor in self.factors.items():
-            # A factor without a gradient so far (of an expert that no token was routed to) has no state.
+            # A factor without a gradient so far (of an unused expert) has no state.
             tensors |= {f"{kept}/{name}": value for kept, value in self.optimizer.state.get(factor, {}).items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
@@ -141,7 +141,7 @@ class AlignmentState:
             )
 
     def load(self, file: Path, identity: str) -> None:
-        """Put back what `save` wrote.
+        """Restore what `save` wrote.
 
         Raises:
             InputError: the file was written by another alignment, or cannot be read.
@@ -167,7 +167,7 @@ class AlignmentState:
 
 
 def discard_other_states(folder: Path, identity: str) -> None:
-    """Remove the saved states of other alignments from a folder, so that a changed setting starts again."""
+    """Remove the saved states of other alignments from a folder, such as those with other settings."""
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, "pt") as saved:

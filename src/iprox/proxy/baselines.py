@@ -1,6 +1,6 @@
-"""The proxies that IPSVD is compared with: other factorizations, the first layers of the target, another model.
+"""Baselines of IPSVD: other factorizations, the first layers of the target, another model.
 
-The factorizing methods all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r; they differ in the roots only.
+The factorizations all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r and differ only in the roots.
 
 | method | R_out | R_in | source |
 | --- | --- | --- | --- |
@@ -9,7 +9,7 @@ The factorizing methods all minimize ‖R_outᵀ (W - up·down) R_in‖_F over r
 | svd-llm | I | C_h^{1/2} | arXiv:2403.07378 |
 | asvd | I | diag(rms(h))^{1/2} | arXiv:2312.05821 (α = 0.5; root mean square for mean absolute value) |
 | fwsvd | diag(rms(δ)) | I | arXiv:2207.00112 (Fisher of a row, by K-FAC: C_δ,ii · tr C_h) |
-| random | – | – | the span of random directions, W projected on it |
+| random | – | – | W projected on the span of random directions |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WEIGHTED = ("svd-llm", "asvd", "fwsvd")
 def baseline_spectrum(
     method: FactorBaseline, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
-    """Return the spectrum of one layer by a factorizing baseline, computed in float64.
+    """Return the spectrum of one layer by a baseline, computed in float64.
 
     Args:
         method: name of the baseline.
@@ -62,7 +62,7 @@ def baseline_spectrum(
 
 
 def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:
-    """Return W projected on random orthonormal input directions, in the order of what each carries."""
+    """Return W projected on random orthonormal input directions, sorted by the norms of their images."""
     m, n = weight.shape
     noise = torch.randn(n, min(m, n), generator=generator, dtype=weight.dtype).to(weight.device)
     directions, _ = torch.linalg.qr(noise)
@@ -88,32 +88,32 @@ def fitting_layers(model: PreTrainedModel, budget: float) -> int:
         spent += cost
         count += 1
     if count == 0:
-        raise InputError("the size asked for leaves less than one decoder layer")
+        raise InputError("the requested size leaves less than one decoder layer")
     return count
 
 
 def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
-    """Return a copy of the model with its first k decoder layers, then its final norm and head (layer extraction).
+    """Return a copy of the model with its first k decoder layers, its final norm and its head (layer extraction).
 
     Args:
-        model: target; left as it was.
-        budget: largest number of parameters that the compressible layers may have.
+        model: target; unchanged.
+        budget: largest number of parameters of the compressible layers.
 
     Returns:
-        The copy, and k: the number of layers that fit.
+        The copy, and k, the number of layers that fit.
 
     Raises:
         InputError: not even one layer fits.
     """
     name, blocks = decoder_layers(model)
     count = fitting_layers(model, budget)
-    # deepcopy takes what the memo already holds, so layers that are left out are never copied.
+    # deepcopy uses the memo's objects, so the omitted layers are never copied.
     shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")
     kept = nn.ModuleList(list(shorter.get_submodule(name).children())[:count])
     setattr(shorter.get_submodule(parent), attribute, kept)
     config = shorter.config.get_text_config()
-    # Configs keep one entry per layer in lists such as `layer_types`.
+    # Configs have lists with one entry per layer, such as `layer_types`.
     for key, value in vars(config).items():
         if isinstance(value, list) and len(value) == len(blocks):
             setattr(config, key, value[:count])
@@ -129,7 +129,7 @@ def off_the_shelf(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedM
     """Return a copy of another model, to be used as the proxy.
 
     Raises:
-        InputError: the vocabularies differ by more than padding, so the models do not share their tokens.
+        InputError: the vocabularies differ by more than padding, so the models do not share tokens.
     """
     sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
     if abs(sizes[0] - sizes[1]) > PADDING:

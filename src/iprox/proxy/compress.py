@@ -28,20 +28,20 @@ Method = FactorMethod | Literal["target", "layers", "off-the-shelf"]
 
 @dataclass(slots=True)
 class CompressionReport:
-    """What compression did; written next to the proxy as `compression.json`.
+    """Report on a compression, written next to the proxy as `compression.json`.
 
     Attributes:
         method: method that made the proxy.
-        ranks_rule: `global` or `uniform`; None where nothing was factorized.
-        size: size that was asked for, e.g. {"sparsity": 0.7}.
+        ranks_rule: `global` or `uniform`; None if nothing was factorized.
+        size: requested size, e.g. {"sparsity": 0.7}.
         achieved_sparsity: share of the compressible parameters that was removed.
-        relative_flops: FLOPs of a token's forward pass, linear layers and head, over the target's.
+        relative_flops: FLOPs of a token's forward pass (linear layers and head), as a fraction of the target's.
         probe_tokens: number of tokens that moments were measured on.
-        passes: number of times that the probe was read.
-        unreached: layers that no probe token moved, so that they were weighted by the plain norm.
+        passes: number of passes over the probe.
+        unreached: layers with zero moments on the probe, which were compressed by the plain norm.
         norm_scales: factor of each norm of the proxy, by module name (`iprox.proxy.norms`).
         seconds: wall time.
-        layers: report of each layer by module name; empty where nothing was factorized.
+        layers: report of each layer by module name; empty if nothing was factorized.
     """
 
     method: str
@@ -71,25 +71,25 @@ def derive_proxy(
     target: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Derive a low-rank proxy from a model; the model itself is left as it was.
+    """Derive a low-rank proxy from a model; the model is unchanged.
 
     Layers that are not compressed (embeddings, norms, the head, layers left dense) are copied.
 
     Args:
         model: target.
-        probe: batches over which second moments are measured; not read by methods that need none.
+        probe: batches to measure second moments on; not read by methods without moments.
         size: size of the proxy.
         settings: settings of the factorization.
-        loss_fn: per-example losses of a model that is not a language model.
+        loss_fn: per-example losses, for a model that is not a language model.
         target: name of the target in the proxy's config.
-        progress: function called with 1 as each layer is done.
+        progress: function called with 1 after each layer.
 
     Returns:
         The proxy, in the model's dtype and on its device, and a report.
 
     Raises:
-        InputError: the size is out of reach, or the model is a proxy already.
-        FloatingPointError: a moment is not finite (the layer is named).
+        InputError: the size is out of reach, or the model is already a proxy.
+        FloatingPointError: a moment is not finite (the message names the layer).
     """
     started = time.perf_counter()
     settings = settings or FactorSettings()
@@ -114,16 +114,16 @@ def proxies_of(
     target: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[MakeProxy]:
-    """Yield a function that makes proxies of any size from moments and spectra measured once (see `derive_proxy`).
+    """Yield a function that makes proxies of any size; moments and spectra are measured once (see `derive_proxy`).
 
     Args:
         model: target.
-        probe: batches over which second moments are measured.
+        probe: batches to measure second moments on.
         settings: settings of the factorization.
-        largest: largest size, refused now if it is out of reach; later sizes are given in the same unit.
+        largest: largest size, refused here if it is out of reach; later sizes must be in the same unit.
         loss_fn: per-example losses.
         target: name of the target in the proxy's config.
-        progress: function called with 1 as each layer is done.
+        progress: function called with 1 after each layer.
     """
     _refuse_proxy(model)
     layers = compressible_layers(model)
@@ -131,7 +131,7 @@ def proxies_of(
     prices.budget(model, largest)  # refuses a size out of reach
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
-        probe = list(probe)  # read once more
+        probe = list(probe)  # read again for the norms
 
     def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
         started = time.perf_counter()
@@ -144,12 +144,10 @@ def proxies_of(
         if report.unreached:
             warnings.warn(
                 f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
-                "compressed by the plain norm; give more probe examples",
+                "compressed by the plain norm; use more probe examples",
                 stacklevel=2,
             )
-        _describe(model, proxy, report, target)
-        report.seconds = time.perf_counter() - started
-        return proxy, report
+        return _finished(model, proxy, report, target, started)
 
     with measured_spectra(model, layers, probe, prices.by_layer, settings, loss_fn, progress) as spectra:
         yield lambda size: make(spectra, size)
@@ -162,46 +160,39 @@ def extract_layers(
     started = time.perf_counter()
     _refuse_proxy(model)
     proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
-    report = CompressionReport("layers", None, size.as_dict())
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, proxy, CompressionReport("layers", None, size.as_dict()), target, started)
 
 
 def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
-    """Return a proxy with the model's own weights (shared, not copied), for `limit_gradients` to make it cheaper."""
+    """Return a proxy that shares the model's weights, which `limit_gradients` then makes cheaper."""
     started = time.perf_counter()
     _refuse_proxy(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    proxy, report = copy.deepcopy(model, memo=shared), CompressionReport("target", None, {})
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target, started)
 
 
 def adopt(
     model: PreTrainedModel, other: PreTrainedModel, target: str | None = None
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Return the baseline `off-the-shelf`: another model, as it is, as a proxy of this one.
+    """Return the baseline `off-the-shelf`: another model, unchanged, as a proxy of this one.
 
     Raises:
         InputError: the vocabularies differ.
     """
     started = time.perf_counter()
     proxy = baselines.off_the_shelf(model, other)
-    report = CompressionReport("off-the-shelf", None, {})
-    _describe(model, proxy, report, target)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+    return _finished(model, proxy, CompressionReport("off-the-shelf", None, {}), target, started)
 
 
 def _refuse_proxy(model: PreTrainedModel) -> None:
     if proxy_config(model) is not None:
-        raise InputError("the model is an iprox proxy already; compress its target instead")
+        raise InputError("the model is already an iprox proxy; compress its target instead")
 
 
-def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None) -> None:
-    """Fill in the report's sizes and mark the proxy as one."""
+def _finished(
+    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None, started: float
+) -> tuple[PreTrainedModel, CompressionReport]:
+    """Mark a model as a proxy, and return it with the sizes and the time in its report."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)
     head = flops.head_flops(model)
     report.relative_flops = (flops.forward_flops(proxy) + head) / (flops.forward_flops(model) + head)
@@ -216,3 +207,5 @@ def _describe(model: PreTrainedModel, proxy: PreTrainedModel, report: Compressio
                 target_fingerprint=model_fingerprint(model),
             ),
         )
+    report.seconds = time.perf_counter() - started
+    return proxy, report

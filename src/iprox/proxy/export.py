@@ -1,4 +1,4 @@
-"""A proxy as a plain dense model: factors multiplied out, so that it loads without iprox."""
+"""Export a proxy as a plain dense model, with its factors multiplied out, so that it loads without iprox."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from iprox.models.precision import accumulation_dtype
 
 
 def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a proxy with every low-rank layer as one dense layer of the weight up·down.
+    """Return a copy of a proxy in which every low-rank layer is a dense layer with the weight up·down.
 
-    The product is taken in float32 or better and stored in the proxy's dtype.
+    The product is computed in float32 or better and stored in the proxy's dtype.
 
     Raises:
         InputError: the model has no low-rank layer.
@@ -27,7 +27,7 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
         raise InputError("the model has no low-rank layer: it is not a proxy")
     dense = copy.deepcopy(proxy)
     with torch.device("meta"):
-        bare = type(proxy)(proxy.config)  # says what each layer was before it was factorized
+        bare = type(proxy)(proxy.config)  # has the original kind of each layer
     split_experts(bare)
     originals = compressible_layers(bare)
     for name, layer in low_rank_layers(dense).items():

@@ -1,7 +1,7 @@
-"""From a model and its probe to factors: spectra layer by layer, ranks under a budget, the layers replaced.
+"""Factorize the layers of a model: measure spectra on a probe, choose ranks under a budget, replace the layers.
 
-Memory beyond the model is bounded whatever its size: moments are measured for as many layers at a time as fit, and
-spectra that do not fit are kept on disk.
+Memory beyond the model is bounded: moments are measured for as many layers at a time as fit, and spectra that do not
+fit are kept on disk.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ RankRule = Literal["global", "uniform"]
 # The methods that need a probe.
 PROBED: tuple[str, ...] = ("ipsvd", *WEIGHTED)
 
-# Bytes that moments may take at once, and spectra before they are kept on disk.
+# Bytes that moments may take at once, and that spectra may take before they are kept on disk.
 MEMORY = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class FactorSettings:
-    """How layers are factorized.
+    """Settings of the factorization.
 
     Attributes:
         method: `ipsvd` or a baseline (`iprox.proxy.baselines`).
         ranks: `global` or `uniform` (`iprox.proxy.ranks`).
         ridge: share of the mean eigenvalue added to every direction of a moment, or `auto` (Ledoit and Wolf).
         moments: settings of the moments.
-        memory: bytes that moments may take at once. Where they would take more, the probe is read several times, once
-            per group of layers; spectra that would take more are kept on disk.
-        refit_norms: whether the norms of an `ipsvd` proxy are rescaled after truncation (`iprox.proxy.norms`);
-            baselines are left as published.
+        memory: bytes that moments may take at once. If they would take more, the probe is read once per group of
+            layers; spectra that would take more are kept on disk.
+        refit_norms: whether to rescale the norms of an `ipsvd` proxy after truncation (`iprox.proxy.norms`); baselines
+            stay as published.
         seed: seed for random factors.
     """
 
@@ -63,14 +63,14 @@ class FactorSettings:
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """How one layer was compressed.
+    """Report on the compression of one layer.
 
     Attributes:
         shape: (m, n).
-        rank: None if it was left dense.
-        tail: share of its weighted squared norm that was lost.
-        ridge_in: ridge of its input moment, as a share of the mean eigenvalue; None where none was used.
-        ridge_out: ridge of its gradient moment, likewise.
+        rank: rank; None if the layer was left dense.
+        tail: share of the weighted squared norm that was lost.
+        ridge_in: ridge of the input moment, as a share of the mean eigenvalue; None if the method uses none.
+        ridge_out: ridge of the gradient moment, likewise.
     """
 
     shape: tuple[int, int]
@@ -82,18 +82,18 @@ class LayerReport:
 
 @dataclass(slots=True)
 class Spectra:
-    """The spectra of all layers of a model, from which proxies of any size are cut.
+    """The spectra of all layers of a model, from which proxies of any size are made.
 
     Attributes:
-        model: target; left as it was.
-        layers: its compressible layers by name.
-        by_layer: spectrum of each layer, cut to its largest rank; in memory or on disk.
+        model: target; unchanged.
+        layers: compressible layers by name.
+        by_layer: spectrum of each layer, truncated to its largest rank; in memory or on disk.
         rule: name of the rank rule.
         curves: error of each layer by rank, and its cost.
-        ridges: ridges of each layer's moments, of inputs and of gradients.
+        ridges: ridges of each layer's input and gradient moments.
         probe_tokens: number of tokens that moments were measured on.
-        passes: number of times that the probe was read.
-        unreached: layers that no probe token moved, so that their moments are zero: weighted by the plain norm.
+        passes: number of passes over the probe.
+        unreached: layers with zero moments on the probe, which are compressed by the plain norm.
     """
 
     model: PreTrainedModel
@@ -107,10 +107,10 @@ class Spectra:
     unreached: list[str] = field(default_factory=list)
 
     def cut(self, budget: float) -> tuple[PreTrainedModel, dict[str, LayerReport]]:
-        """Return a copy of the model with its layers as factors of ranks that cost no more than a budget together.
+        """Return a copy of the model with low-rank layers that together cost at most a budget, and a report per layer.
 
         Args:
-            budget: cost, at least that of rank 1 in every layer.
+            budget: largest cost, at least that of rank 1 in every layer.
         """
         ranks = RULES[self.rule](self.curves, budget)
         reports = {
@@ -159,13 +159,13 @@ def measured_spectra(
     """Measure the spectrum of every layer of a model once.
 
     Args:
-        model: target; left as it was.
-        layers: its compressible layers.
-        probe: batches over which second moments are measured.
+        model: target; unchanged afterwards.
+        layers: compressible layers by name.
+        probe: batches to measure second moments on.
         prices: cost of one parameter of each layer.
         settings: settings of the factorization.
         loss_fn: per-example losses.
-        progress: function called with 1 as each layer is done.
+        progress: function called with 1 after each layer.
     """
     shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     with _kept(shapes, settings.memory) as by_layer:
@@ -182,7 +182,7 @@ def measured_spectra(
 def _measured(
     spectra: Spectra, probe: Iterable[Any], settings: FactorSettings, loss_fn: LossFn
 ) -> Iterator[tuple[str, Spectrum]]:
-    """Yield each layer's spectrum, a group of layers at a time; fills in what `spectra` says about the probe."""
+    """Yield each layer's spectrum, a group of layers at a time, and fill in the probe's counts of `spectra`."""
     layers = spectra.layers
     generator = torch.Generator().manual_seed(settings.seed)
     probed = settings.method in PROBED
@@ -199,14 +199,14 @@ def _measured(
             spectra.unreached += [name for name in group if not moments[name].reached]
         for name in group:
             weight = dense_weight(layers[name]).detach()
-            # Each layer's moments are freed as soon as they are used.
+            # pop frees each layer's moments after use.
             yield name, layer_spectrum(settings.method, weight, moments.pop(name, None), settings.ridge, generator)
 
 
 def layer_spectrum(
     method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
-    """Return the spectrum of one layer in the space of a method, computed in float64.
+    """Return the spectrum of one layer by a method, computed in float64.
 
     Args:
         method: `ipsvd` or a baseline.
@@ -227,7 +227,7 @@ def layer_spectrum(
 
 
 def layer_groups(layers: Mapping[str, nn.Module], settings: FactorSettings) -> list[list[str]]:
-    """Return layers in model order, in groups whose moments fit in memory together; a group holds at least one."""
+    """Return layers in model order, in groups of at least one layer whose moments fit in memory together."""
     groups: list[list[str]] = []
     room = 0
     for name, layer in layers.items():
@@ -244,7 +244,7 @@ def layer_groups(layers: Mapping[str, nn.Module], settings: FactorSettings) -> l
 def _kept(
     shapes: Mapping[str, tuple[int, int]], memory: int
 ) -> Iterator[MutableMapping[str, Spectrum] | _SpectraOnDisk]:
-    """Yield where spectra are kept until ranks are chosen: factors of the largest rank are as large as the layers."""
+    """Yield a mapping for spectra, on disk if they could be too large: at the largest rank they are like the layers."""
     if 4 * sum(m * n for m, n in shapes.values()) <= memory:
         yield {}
     else:
@@ -255,7 +255,7 @@ def _kept(
 def with_factors(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], spectra: SpectrumByName, ranks: Mapping[str, int | None]
 ) -> PreTrainedModel:
-    """Return a copy of the model with each layer cut to its rank; None leaves a layer dense."""
+    """Return a copy of the model with each layer truncated to its rank; None leaves a layer dense."""
     replaced: dict[int, Any] = {}
     for name, layer in layers.items():
         rank = ranks[name]
@@ -265,5 +265,5 @@ def with_factors(
             replaced[id(layer)] = LowRankLinear.from_factors(
                 up, down, None if bias is None else bias.detach(), dense_weight(layer).dtype
             )
-    # deepcopy takes what the memo already holds, so dense weights that are replaced are never copied.
+    # deepcopy uses the memo's objects, so the replaced dense weights are never copied.
     return copy.deepcopy(model, memo=replaced)

@@ -1,10 +1,10 @@
 """Refit the norms of a compressed model: one scalar each, in closed form, from the probe.
 
-A truncated proxy's hidden state is the target's plus noise of about the same length, and a norm scales the sum to the
-length that the target's alone would have. The layers that read it, the head most of all, then give outputs that are
-too large: the logits are too steep, and p - y, where the backward pass starts, is wrong. The scalar g that minimizes
-Σ_t ‖g·x_t - y_t‖², x the proxy's and y the target's outputs of the same norm, is Σ x·y / Σ x·x (Wiener's gain). It is
-multiplied into the norm's weight, so the proxy has no more parameters than before.
+A proxy's hidden state is the target's plus noise of about the same length, and a norm scales the sum to the length that
+the target's state alone would have. The outputs of the next layers are then too large, above all those of the head: the
+logits are too confident, and p - y, where the backward pass starts, is wrong. The scalar g that minimizes
+Σ_t ‖g·x_t - y_t‖², with x the proxy's and y the target's outputs of the norm, is Σ x·y / Σ x·x (the Wiener gain). It is
+multiplied into the norm's weight, so the proxy gets no more parameters.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from iprox.models.loss import LossFn
 from iprox.models.observe import frozen
 from iprox.models.precision import accumulation_dtype
 
-# Each sweep fits every norm with all others as the sweep before left them.
+# Each sweep fits every norm with the others as the previous sweep left them.
 SWEEPS = 2
-# Tokens at a time: the outputs of all norms are held for them.
+# Tokens per batch; the outputs of all norms are kept for them.
 AT_ONCE = 1024
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layer and RMS norms of a model that have a weight, by name.
+    """Return the layer norms and RMS norms of a model that have a weight, by name.
 
-    Each family of transformers has an RMS norm of its own, so they are found by the name of their class. Norms over a
-    batch or a group of channels are left alone: their outputs do not depend on one token only.
+    Every family in transformers has its own RMS norm, so they are found by class name. Batch and group norms are left
+    out, as their outputs do not depend on one token only.
     """
     return {
         name: module
@@ -47,22 +47,22 @@ def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
 def refit_norms(
     proxy: nn.Module, target: nn.Module, batches: Iterable[Any], loss_fn: LossFn, sweeps: int = SWEEPS
 ) -> dict[str, float]:
-    """Scale every norm of a proxy, in place, so that its outputs come closest to the target's.
+    """Scale every norm of a proxy, in place, to bring its outputs closest to the target's.
 
-    Forward passes of both models over the probe, twice: 2·2(P + P′) FLOPs per token.
+    Each sweep takes a forward pass of both models over the probe: 2(P + P′) FLOPs per token.
 
     Args:
-        proxy: proxy, whose norms have the target's names.
-        target: target; left as it was.
+        proxy: proxy; its norms have the same names as the target's.
+        target: target; unchanged.
         batches: probe; read `sweeps` times.
-        loss_fn: per-example losses, which run a model on a batch.
-        sweeps: number of times that every norm is fitted.
+        loss_fn: per-example losses, used to run a model on a batch.
+        sweeps: number of times to fit every norm.
 
     Returns:
         The factor of each norm.
 
     Raises:
-        FloatingPointError: an output is not finite (the norm is named).
+        FloatingPointError: an output is not finite (the message names the norm).
     """
     batches = [part for batch in batches for part in _parts(batch)]
     norms, wanted = norm_layers(proxy), norm_layers(target)
@@ -70,7 +70,7 @@ def refit_norms(
     for _ in range(sweeps):
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in norms}
         for batch in batches:
-            with frozen(target), frozen(proxy):  # dropout off
+            with frozen(target), frozen(proxy):
                 theirs = _outputs(target, wanted, batch, loss_fn)
                 ours = _outputs(proxy, norms, batch, loss_fn)
             for name, output in ours.items():
@@ -79,7 +79,7 @@ def refit_norms(
         for name, (cross, square) in ((name, pair.tolist()) for name, pair in sums.items()):
             if not 0 <= square < float("inf"):
                 raise FloatingPointError(f"the outputs of {name} are not finite; try --set dtype=float32")
-            # A norm that no token reached stays as it is, and so does one whose outputs point away from the target's.
+            # A norm is unchanged if no token reached it, or if its outputs point away from the target's.
             if cross > 0 and square > 0:
                 scale_norm(norms[name], cross / square)
                 scales[name] *= cross / square
@@ -88,7 +88,7 @@ def refit_norms(
 
 @torch.no_grad()
 def scale_norm(norm: nn.Module, factor: float) -> None:
-    """Multiply the outputs of a norm. Most norms multiply by their weight, some (Gemma) by one plus their weight."""
+    """Scale the outputs of a norm. Most norms multiply by their weight, some (Gemma) by one plus their weight."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, Tensor)
     saved = weight.clone()
@@ -120,7 +120,7 @@ def _outputs(model: nn.Module, norms: Mapping[str, nn.Module], batch: Any, loss_
 
 
 def _of_positions(output: Tensor, counted: Tensor) -> Tensor:
-    """Return the outputs at some positions [B, L]; norms inside attention have the heads before or after them."""
+    """Return the outputs at some positions [B, L]; norms in attention have the dimension of heads before or after L."""
     if output.shape[:2] == counted.shape:
         return output[counted]
     if output.ndim == 4 and (output.shape[0], output.shape[2]) == counted.shape:
@@ -129,7 +129,7 @@ def _of_positions(output: Tensor, counted: Tensor) -> Tensor:
 
 
 def _parts(batch: Any) -> list[Any]:
-    """Return a batch of token rows in parts of at most `AT_ONCE` tokens; any other as it is."""
+    """Return a batch of token rows in parts of at most `AT_ONCE` tokens, and any other batch unchanged."""
     if not isinstance(batch, Batch):
         return [batch]
     rows = max(1, AT_ONCE // batch.input_ids.shape[1])

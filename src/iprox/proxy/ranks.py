@@ -1,7 +1,7 @@
-"""The ranks of the layers under a budget (pure maths): how many singular values each layer keeps.
+"""Choose the ranks of the layers under a budget (pure maths).
 
-A budget is a cost: parameters, or FLOPs per token (twice the parameters that a token uses). The two differ where a
-token uses only some of the parameters (experts), for which `ErrorCurve.price` is.
+A budget is a cost: parameters, or FLOPs per token (twice the parameters that a token uses). The two differ for experts,
+of which a token uses only some; `ErrorCurve.price` accounts for this.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class ErrorCurve:
-    """The error of one layer by its rank, and what ranks cost.
+    """The error of one layer by rank, and the cost of its ranks.
 
     Attributes:
         shape: (m, n).
-        singular_values: σ [min(m, n)], descending; σ² is the error that keeping a direction saves.
+        singular_values: σ [min(m, n)], descending; keeping a direction saves an error of σ².
         price: cost of one parameter.
     """
 
@@ -52,7 +52,7 @@ Ranks = dict[str, int | None]
 
 
 def total_cost(layers: Mapping[str, ErrorCurve]) -> float:
-    """Return the cost of all layers, dense."""
+    """Return the cost of all layers when dense."""
     return sum(layer.dense_cost for layer in layers.values())
 
 
@@ -62,7 +62,7 @@ def least_cost(layers: Mapping[str, ErrorCurve]) -> float:
 
 
 def kept_cost(layers: Mapping[str, ErrorCurve], ranks: Mapping[str, int | None]) -> float:
-    """Return the cost of the layers at these ranks; None is a layer left dense."""
+    """Return the cost of the layers at these ranks; None stands for a dense layer."""
     return sum(
         layer.dense_cost if (rank := ranks[name]) is None else rank * layer.rank_cost for name, layer in layers.items()
     )
@@ -71,9 +71,9 @@ def kept_cost(layers: Mapping[str, ErrorCurve], ranks: Mapping[str, int | None])
 def uniform_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
     """Return ranks at which every layer keeps the same share of its parameters: r = share · mn/(m+n), at least 1.
 
-    This is the paper's rule. Layers whose share is less than one rank get rank 1, and the others share the rest. Each
-    rank is rounded down, and the rest of the budget goes to the layers that lost most by rounding. The result costs
-    at most `budget`, if that is at least `least_cost`, and less than one rank of the largest layer below it, unless
+    This is the paper's rule. Layers whose share is less than one rank get rank 1, and the others share the rest. Ranks
+    are rounded down, and the rest of the budget goes to the layers that lost most by rounding. The result costs at most
+    `budget`, if that is at least `least_cost`, and falls short of it by less than one rank of the largest layer, unless
     every layer is at its largest rank.
     """
     exact: dict[str, float] = {}
@@ -100,11 +100,11 @@ def uniform_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
 def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
     """Return ranks that spend the budget where it saves the most error per cost, over all layers at once.
 
-    The weighted squares σ² of every layer estimate the same quantity, a squared change of the loss, so they compare
-    across layers. A layer's error falls by σ²_{r+1} with each rank, and to zero at the cost of the dense layer, which
-    a square layer reaches at half its ranks. Steps along the lower convex hull of that curve (single ranks, then one
-    jump to dense) are taken by error saved per cost, largest first; a step that no longer fits is skipped for smaller
-    ones. Every layer keeps at least rank 1. O(K log K) for K singular values.
+    The weighted squares σ² of all layers estimate the same quantity, a squared change of the loss, so they are
+    comparable. A layer's error falls by σ²_{r+1} with each rank, and to zero at the cost of the dense layer, which a
+    square layer reaches at half its ranks. Steps along the lower convex hull of that curve (single ranks, then one
+    jump to dense) are taken by error saved per cost, largest first; a step that does not fit is skipped in favor of
+    smaller ones. Every layer keeps at least rank 1. O(K log K) for K singular values.
     """
     names = list(layers)
     ranks: list[int | None] = [1] * len(names)
@@ -112,7 +112,7 @@ def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
     hulls = [_hull(layers[name]) for name in names]
     for worth, past_hull in ((_hull_worth, False), (_rank_worth, True)):
         steps = [(-value, i, grown) for i, name in enumerate(names) for value, grown in worth(layers[name], hulls[i])]
-        # Ties go to the earlier layer, so the result is the same on every machine.
+        # Ties go to the earlier layer, so that the result is the same on every machine.
         for _, i, grown in sorted(steps, key=lambda step: step[:2]):
             layer, rank = layers[names[i]], ranks[i]
             if rank is None or (past_hull and grown != rank + 1):
@@ -125,7 +125,7 @@ def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
 
 
 def _hull(layer: ErrorCurve) -> int:
-    """Return the rank from which the jump to dense saves more error per cost than one more rank does."""
+    """Return the rank from which the jump to dense saves more error per cost than one more rank."""
     squares = layer.singular_values.astype(np.float64) ** 2
     ranks = np.arange(1, layer.largest_rank + 1)
     tails = np.cumsum(squares[::-1])[::-1]
@@ -137,14 +137,14 @@ def _hull(layer: ErrorCurve) -> int:
 
 
 def _hull_worth(layer: ErrorCurve, hull: int) -> list[tuple[float, int | None]]:
-    """Return the steps along the hull: (error saved per cost, rank reached; None is dense)."""
+    """Return the steps along the hull: (error saved per cost, rank reached or None for dense)."""
     squares = layer.singular_values.astype(np.float64) ** 2
     steps: list[tuple[float, int | None]] = [(squares[r] / layer.rank_cost, r + 1) for r in range(1, hull)]
     return [*steps, (squares[hull:].sum() / (layer.dense_cost - hull * layer.rank_cost), None)]
 
 
 def _rank_worth(layer: ErrorCurve, hull: int) -> list[tuple[float, int | None]]:
-    """Return single ranks past the hull, for a layer whose jump to dense did not fit."""
+    """Return the single ranks past the hull, for a layer whose jump to dense did not fit."""
     squares = layer.singular_values.astype(np.float64) ** 2
     return [(squares[r] / layer.rank_cost, r + 1) for r in range(hull, layer.largest_rank)]
 

@@ -1,4 +1,4 @@
-"""A proxy sized by the fidelity that it must reach: the smallest whose lower confidence bound does."""
+"""Find the smallest proxy whose lower confidence bound reaches a given fidelity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from iprox.errors import InputError
 from iprox.proxy.compress import CompressionReport, MakeProxy
 from iprox.proxy.size import OutOfReachError, Size
 
-# Least and largest sparsity that is tried, and the precision of the one found.
+# Smallest and largest sparsity to try, and the precision of the result.
 LEAST, MOST, CLOSENESS = 0.05, 0.95, 0.02
-# The cost of this fidelity is reported too.
+# Fidelity whose cost is reported too.
 FURTHER = 0.95
 
 
@@ -26,7 +26,7 @@ class Try:
 
     Attributes:
         sparsity: share of the compressible parameters removed.
-        relative_flops: FLOPs of a token's forward pass over the target's.
+        relative_flops: FLOPs of a token's forward pass, as a fraction of the target's.
         fidelity: fidelity on held-out rows.
         lower: lower confidence bound of the fidelity.
     """
@@ -46,13 +46,13 @@ def smallest_faithful(
 ) -> tuple[PreTrainedModel, CompressionReport, list[Try]]:
     """Bisect the sparsity for the smallest proxy whose lower confidence bound reaches a fidelity.
 
-    Fidelity falls as sparsity grows, except for noise that the bound allows for. Moments and spectra are measured once;
-    each try cuts the ranks, refits the norms and scores the held-out rows.
+    Fidelity falls as sparsity grows, up to noise, which the bound covers. Moments and spectra are measured once; each
+    try chooses ranks, refits the norms and scores the held-out rows.
 
     Args:
-        make: function that makes a proxy of a size, from `proxies_of`.
+        make: function from `proxies_of` that makes a proxy of a size.
         asked: fidelity to reach, in (0, 1).
-        measure: function that measures the fidelity of a proxy.
+        measure: function that measures a proxy's fidelity and its lower confidence bound.
         progress: function called with 1 after each try.
 
     Returns:
@@ -76,14 +76,14 @@ def smallest_faithful(
         (found,) = tries
         raise InputError(
             f"the most faithful proxy, of sparsity {LEAST}, reaches a fidelity of {found.fidelity:.3f} (at least "
-            f"{found.lower:.3f}), not {asked}: ask for less, or give more held-out examples, which narrows the bound"
+            f"{found.lower:.3f}), not {asked}: lower the fidelity, or give more held-out examples for a tighter bound"
         )
     low, high = LEAST, MOST
     while high - low > CLOSENESS:
         middle = (low + high) / 2
         try:
             found = look(middle)
-        except OutOfReachError:  # less than one rank per layer: smaller than any proxy
+        except OutOfReachError:  # less than one rank per layer
             found = None
         if found is None:
             high = middle
@@ -93,12 +93,12 @@ def smallest_faithful(
 
 
 def most_tries() -> int:
-    """Return the largest number of sizes that a search tries."""
+    """Return the largest number of tries of a search."""
     return 1 + math.ceil(math.log2((MOST - LEAST) / CLOSENESS))
 
 
 def cost_of(fidelity: float, tries: list[Try]) -> dict[str, Any] | None:
-    """Return the cost of a fidelity, interpolated between the tries on either side; None where there are not two."""
+    """Return the cost of a fidelity, interpolated between the tries on either side; None if there are not two."""
     for smaller, larger in zip(tries[1:], tries, strict=False):
         if smaller.lower <= fidelity <= larger.lower:
             at = [smaller.lower, larger.lower]

@@ -1,4 +1,4 @@
-"""The size of a proxy: as a user gives it, and as the cost that it leaves for the layers."""
+"""The size of a proxy, and the budget that it leaves for the layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OutOfReachError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large the proxy may be; exactly one is given.
+    """The size of a proxy; exactly one of these is given.
 
     Attributes:
         sparsity: share of the compressible parameters to remove, in (0, 1).
@@ -37,11 +37,11 @@ class Size:
                 raise InputError(f"{name} is {value}; it must lie between 0 and 1, both excluded")
 
     def as_dict(self) -> dict[str, float]:
-        """Return the size by the name that it was given as."""
+        """Return the given size by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def budget(self, model: nn.Module, dense: float) -> float:
-        """Return the cost that the compressible layers may have, in the unit of `Prices`.
+        """Return the largest cost of the compressible layers, in the unit of `Prices`.
 
         Args:
             model: target, with or without weights.
@@ -56,11 +56,11 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What the compressible layers of a model cost in the unit of a size, by their shapes alone.
+    """Costs of a model's compressible layers in the unit of a size, by their shapes.
 
     Attributes:
-        by_layer: price of one parameter of each layer: 1, or for FLOPs the share of tokens that pass through the layer.
-        dense: cost of all layers as they are.
+        by_layer: price of one parameter of each layer: 1, or for FLOPs the share of tokens that use the layer.
+        dense: cost of all layers when dense.
         least: cost of all layers at rank 1.
     """
 
@@ -72,7 +72,6 @@ class Prices:
     def of(cls, model: nn.Module, size: Size) -> Prices:
         """Return the prices for a model, with or without weights."""
         shapes = {name: weight_shape(layer) for name, layer in compressible_layers(model).items()}
-        # FLOPs charge a parameter for the share of tokens that use it; sparsity for being stored.
         shares = flops.active_shares(model) if size.flops is not None else {}
         by_layer = {name: shares.get(name, 1.0) for name in shapes}
         dense = sum(m * n * by_layer[name] for name, (m, n) in shapes.items())
@@ -80,17 +79,17 @@ class Prices:
         return cls(by_layer, dense, least)
 
     def budget(self, model: nn.Module, size: Size) -> float:
-        """Return the cost that the layers may have.
+        """Return the largest cost of the layers.
 
         Raises:
-            OutOfReachError: rank 1 in every layer costs more; the message has the bound.
+            OutOfReachError: rank 1 in every layer costs more; the message gives the bound.
         """
         budget = size.budget(model, self.dense)
         if self.least <= budget:
             return budget
         if size.sparsity is not None:
-            bound = f"sparsity {size.sparsity} leaves less than one rank per layer; the most is"
+            bound = f"sparsity {size.sparsity} leaves less than one rank per layer; the largest is"
             raise OutOfReachError(f"{bound} {1 - self.least / self.dense:.4f}")
         head = flops.head_flops(model) / 2
         least = (self.least + head) / (self.dense + head)
-        raise OutOfReachError(f"flops {size.flops} leaves less than one rank per layer; the least is {least:.4f}")
+        raise OutOfReachError(f"flops {size.flops} leaves less than one rank per layer; the smallest is {least:.4f}")

@@ -1,1 +1,1 @@
-"""Estimators of influence: one file per method (`registry` has them by name)."""
+"""Estimators of influence, one file per method (`registry` lists them by name)."""

@@ -1,4 +1,4 @@
-"""What every estimator of influence is: it takes validation gradients and makes a scorer of candidates from them."""
+"""Base classes of estimators, which make a scorer of candidates from validation examples."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What an estimator makes the scorer of one checkpoint from.
+    """The inputs from which an estimator makes the scorer of one checkpoint.
 
     Attributes:
-        settings: how influence is scored.
-        model: what candidates are scored on; None where the estimator runs no model.
-        target: the target of a proxy `model`: validation gradients are then taken on it. They are few, so that costs
-            next to nothing, and only the candidates' side of the dot product is approximate.
+        settings: influence settings.
+        model: model that candidates are scored on; None if the estimator runs no model.
+        target: target of a proxy `model`, to take validation gradients on. They are few, so this costs little, and
+            only the candidates' side of the dot product is approximate.
         validation: batches of each task's validation examples.
-        sample: batches of the pool's examples that curvature is measured on.
-        curvature: the curvature by layer, where an earlier stage of the run has measured it.
+        sample: batches of the pool's examples to measure curvature on.
+        curvature: curvature by layer, if an earlier stage of the run has measured it.
         optimizer: state of the warm-up's optimizer at this checkpoint.
-        corpus: term counts of the pool.
-        seed: seed for drawn labels and numbers.
-        loss_fn: per-example losses of a model that is no language model.
+        corpus: term statistics of the pool.
+        seed: seed for sampled labels and random scores.
+        loss_fn: per-example losses, for a model that is not a language model.
     """
 
     settings: InfluenceSection
@@ -60,37 +60,37 @@ class Inputs:
 
     @property
     def scored(self) -> nn.Module:
-        """The model that candidates are scored on, where the estimator runs one."""
+        """Model that candidates are scored on, for estimators that run one."""
         assert self.model is not None
         return self.model
 
     @property
     def source(self) -> nn.Module:
-        """The model that validation gradients are taken on."""
+        """Model that validation gradients are taken on."""
         return self.scored if self.target is None else self.target
 
     @property
     def layers(self) -> dict[str, nn.Module]:
-        """The layers of `source` whose gradients candidates are contracted with: those that `scored` has too."""
+        """Layers of `source` that `scored` has too, by name."""
         layers = influence_layers(self.source)
         return {name: layers[name] for name in influence_layers(self.scored) if name in layers}
 
     @property
     def kept_norm(self) -> float:
-        """The share of the validation gradients' norm to keep."""
+        """Share of the validation gradients' norm to keep."""
         return self.settings.kept_norm(on_proxy=proxy_config(self.scored) is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class QueryTokens:
-    """What is read at each checkpoint before the first candidate is scored; kept in `run.json`.
+    """Token counts of what each checkpoint reads before it scores candidates; kept in `run.json`.
 
     Attributes:
         tasks: number of validation tasks.
-        tokens: tokens of their examples.
-        supervised: supervised tokens among them.
-        curvature_tokens: tokens of the sample that curvature is measured on; 0 for estimators without.
-        curvature_supervised: supervised tokens among them.
+        tokens: number of tokens in their examples.
+        supervised: number of supervised tokens among them.
+        curvature_tokens: number of tokens in the curvature sample; 0 for estimators without curvature.
+        curvature_supervised: number of supervised tokens among them.
     """
 
     tasks: int
@@ -110,10 +110,10 @@ class QueryTokens:
 
 
 class Estimator(ABC):
-    """A kind of score. `traits` declares what it needs and gives (`iprox.settings.ESTIMATORS`).
+    """A kind of score. `traits` declares its needs and properties (`iprox.settings.ESTIMATORS`).
 
     Args:
-        name: its name in the settings.
+        name: name in the settings.
     """
 
     def __init__(self, name: str) -> None:
@@ -121,10 +121,10 @@ class Estimator(ABC):
 
     @abstractmethod
     def scorer(self, inputs: Inputs) -> Scorer:
-        """Return what scores batches of candidates at one checkpoint."""
+        """Return the scorer of batches of candidates at one checkpoint."""
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
-        """Return the FLOPs of the validation side at one checkpoint, if it were taken on a model."""
+        """Return the FLOPs of reading `read` on a model at one checkpoint."""
         return 0.0
 
     def candidate_flops(
@@ -133,28 +133,28 @@ class Estimator(ABC):
         """Return the FLOPs of scoring candidates.
 
         Args:
-            model: what they are scored on.
-            tokens: their tokens.
-            supervised: supervised tokens among them.
-            contraction: FLOPs of contracting with validation gradients, norms included.
-            graded: tokens that gradients pass through; all of them if None.
+            model: model that they are scored on.
+            tokens: number of tokens.
+            supervised: number of supervised tokens.
+            contraction: FLOPs of contracting with validation gradients, including norms.
+            graded: number of tokens that gradients pass through; all if None.
         """
         return 0.0
 
 
 class GradientEstimator(Estimator):
-    """An estimator that contracts candidates with validation gradients; by itself, with the gradients as they are."""
+    """An estimator that contracts candidates with validation gradients, which subclasses may precondition."""
 
     def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
-        """Return the mean validation gradients of each task as candidates are contracted with them."""
+        """Return the preconditioned mean validation gradient of each task."""
         return means
 
     def bases(self, inputs: Inputs) -> Mapping[str, EigenBasis] | None:
-        """Return the curvature that the gradients of single validation examples are divided by, by layer, if any."""
+        """Return the curvature by layer that gradients of single validation examples are divided by, if any."""
         return None
 
     def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
-        """Return the preconditioned mean validation gradient of each task, or those of its examples as they are."""
+        """Return the preconditioned mean gradient of each task, or the unpreconditioned gradients of its examples."""
         source, layers, loss_fn, keep = inputs.source, inputs.layers, inputs.loss_fn, self.example_norm(inputs)
         if inputs.settings.by_example:
             return {
@@ -167,11 +167,11 @@ class GradientEstimator(Estimator):
         return dict(self.precondition(means, inputs))
 
     def example_norm(self, inputs: Inputs) -> float:
-        """Return the share of each layer's norm that gradients of single validation examples keep as they are taken."""
+        """Return the share of each layer's norm to keep when taking gradients of single validation examples."""
         return 1.0
 
     def scorer(self, inputs: Inputs) -> BatchScorer:
-        """Return the scorer, with low-rank validation gradients where they are not to be kept whole."""
+        """Return the scorer, with low-rank validation gradients unless the settings keep all of their norm."""
         settings, keep = inputs.settings, inputs.kept_norm
         gradients = self.validation_gradients(inputs)
         queries: Mapping[str, TaskQuery] = gradients
@@ -187,13 +187,13 @@ class GradientEstimator(Estimator):
         return self.contracting(queries, inputs)
 
     def contracting(self, queries: Mapping[str, TaskQuery], inputs: Inputs) -> BatchScorer:
-        """Return the scorer of candidates that are contracted with given validation gradients."""
+        """Return the scorer that contracts candidates with given validation gradients."""
         sketch = NORM_SKETCH if proxy_config(inputs.scored) is not None else 0
         normalize, losses = inputs.settings.normalize, candidate_losses(inputs.scored, inputs.loss_fn)
         return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=losses)
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
-        """Return the FLOPs of validation gradients: 6P per token, as training."""
+        """Return the FLOPs of validation gradients: 6P per token, as in training."""
         return flops.training_flops(model, read.tokens, read.supervised)
 
     def candidate_flops(

@@ -1,6 +1,6 @@
-"""DataInf: an influence function that takes the mean of inverses for the inverse of the mean (arXiv:2310.00902).
+"""DataInf: influence functions with the mean of inverses in place of the inverse of the mean (arXiv:2310.00902).
 
-Each example's curvature g gᵀ has rank one, so that its damped inverse has a closed form (`datainf_weights`).
+Each example's curvature g gᵀ has rank one, so its damped inverse has a closed form (`datainf_weights`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from iprox.models.loss import LossFn
 
 
 class DataInf(GradientEstimator):
-    """DataInf, whose inverse is taken of a task's mean gradient, so that there are no scores by validation example."""
+    """DataInf. Its inverse is applied to a task's mean gradient, so it has no scores by validation example."""
 
     def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
         """Return the mean of (λI + g gᵀ)⁻¹ Ḡ over the sample, for every task.
 
         Raises:
-            FloatingPointError: a result is not finite (the layer is named).
+            FloatingPointError: a result is not finite (the message names the layer).
         """
         layers = inputs.layers
         solved = datainf(inputs.source, layers, means, inputs.sample, inputs.settings.damping, inputs.loss_fn)
@@ -34,9 +34,9 @@ class DataInf(GradientEstimator):
         return solved
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
-        """Return the FLOPs of validation gradients and two readings of the sample.
+        """Return the FLOPs of validation gradients and two passes over the sample.
 
-        With norms in each (2mn per token at most), and 4mn per token and task in the second.
+        Each pass computes norms (at most 2mn per token); the second adds 4mn per token and task.
         """
         reading = 2 * flops.forward_pass_flops(model, read.curvature_tokens, read.curvature_supervised)
         weights = read.curvature_tokens * flops.contraction_flops(model)
@@ -54,12 +54,12 @@ def datainf(
     """Return the mean over examples of (λI + g gᵀ)⁻¹ Ḡ, layer by layer. Memory: mn floats per layer and task.
 
     Args:
-        model: where the gradients were taken.
+        model: model that the gradients were taken on.
         layers: its layers, by name.
         queries: mean validation gradients Ḡ by task.
-        batches: the sample g is taken from, with the data's labels; read twice.
+        batches: batches of the sample that g comes from, with the data's labels; read twice.
         damping: λ as a share of the mean eigenvalue of each layer's curvature.
-        loss_fn: per-example losses of a model that is no language model.
+        loss_fn: per-example losses, for a model that is not a language model.
     """
     squares: dict[str, float] = {}
 
@@ -102,11 +102,10 @@ def datainf(
 
 
 def datainf_weights(products: Tensor, squared_norms: Tensor, ridge: float) -> Tensor:
-    """Return how much of each example's gradient DataInf takes out of Ḡ: ⟨G(z), Ḡ⟩ / (λ + ‖G(z)‖²), any equal shapes.
+    """Return the multiple of each example's gradient that DataInf subtracts from Ḡ: ⟨G(z), Ḡ⟩ / (λ + ‖G(z)‖²).
 
-    DataInf (Kwon et al., arXiv:2310.00902) takes the mean of inverses for the inverse of the mean. By Sherman and
-    Morrison (λI + g gᵀ)⁻¹ v = (v - g · ⟨g, v⟩ / (λ + ‖g‖²)) / λ, and DataInf is its mean over examples, λ a share of
-    the mean eigenvalue E‖G(z)‖² / (mn).
+    By Sherman and Morrison, (λI + g gᵀ)⁻¹ v = (v - g · ⟨g, v⟩ / (λ + ‖g‖²)) / λ, and DataInf (Kwon et al.,
+    arXiv:2310.00902) takes its mean over examples, with λ a share of the mean eigenvalue E‖G(z)‖² / (mn).
     """
     return products / (ridge + squared_norms)
 

@@ -1,8 +1,8 @@
 """Influence functions: I(z; V) = ⟨G(z), (F + λI)⁻¹ Ḡ(V)⟩, block-diagonal over layers (Koh and Liang, arXiv:1703.04730).
 
-The inverse is taken of the few validation gradients, once; candidates are then contracted with the result as with Ḡ
-itself in TracIn, so a pool costs not one FLOP more. The curvature is measured on a sample of the pool: K-FAC, or EK-FAC
-with its corrected eigenvalues.
+The inverse is applied once, to the few validation gradients; candidates are contracted with the result as with Ḡ in
+TracIn, so scoring a pool costs no more than TracIn. The curvature is measured on a sample of the pool: K-FAC, or EK-FAC
+with corrected eigenvalues.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from iprox.models.loss import causal_lm_losses
 
 
 class KroneckerInfluence(GradientEstimator):
-    """Influence functions with the K-FAC curvature, or with `corrected` the EK-FAC one."""
+    """Influence functions with K-FAC curvature, or with EK-FAC curvature if `corrected`."""
 
     def __init__(self, name: str, *, corrected: bool) -> None:
         super().__init__(name)
         self.corrected = corrected
 
     def curvature(self, inputs: Inputs) -> Mapping[str, EigenBasis]:
-        """Return the curvature of each layer: with labels sampled from the model (the true Fisher), as kronfluence.
+        """Return the curvature of each layer, with labels sampled from the model (true Fisher), as in kronfluence.
 
-        The labels of a model that is no language model cannot be sampled, so the data's are taken.
+        A model that is not a language model uses the labels of the data, as its labels cannot be sampled.
         """
         if inputs.curvature is not None:
             return inputs.curvature
@@ -45,10 +45,10 @@ class KroneckerInfluence(GradientEstimator):
         )
 
     def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
-        """Return (F + λI)⁻¹ Ḡ of every task. Memory, floats per layer: m² + n², and mn more for EK-FAC.
+        """Return (F + λI)⁻¹ Ḡ of every task. Memory: m² + n² floats per layer, and mn more for EK-FAC.
 
         Raises:
-            FloatingPointError: a result is not finite (the layer is named).
+            FloatingPointError: a result is not finite (the message names the layer).
         """
         bases, damping = self.curvature(inputs), inputs.settings.damping
         solved = {task: dict(mean) for task, mean in means.items()}
@@ -60,17 +60,17 @@ class KroneckerInfluence(GradientEstimator):
         return solved
 
     def bases(self, inputs: Inputs) -> Mapping[str, EigenBasis]:
-        """Return the curvature, which single examples are divided by on the way into their shared bases."""
+        """Return the curvature, by which single examples are divided when they are put in shared bases."""
         bases = self.curvature(inputs)
         warn_of_unmoved(sorted(name for name in inputs.layers if name not in bases))
         return bases
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
-        """Return the FLOPs of validation gradients, and of the curvature and its division.
+        """Return the FLOPs of validation gradients, of the curvature and of applying its inverse.
 
-        K-FAC: a forward pass to draw labels, a forward and a backward pass, 2m² + 2n² per layer and token; then two
-        eigendecompositions, 9m³ + 9n³, and 4mn(m+n) per task. EK-FAC: the same passes and products again, in the basis,
-        and 2mn.
+        K-FAC: a forward pass to sample labels, a forward and a backward pass, and 2m² + 2n² per layer and token; then
+        two eigendecompositions, 9m³ + 9n³, and 4mn(m+n) per task. EK-FAC: the same passes and products again, in the
+        eigenbasis, and 2mn per token.
         """
         solves = read.tasks * sum(4.0 * m * n * (m + n) for m, n, _ in flops.layers_of(model))
         return super().query_flops(model, read) + solves + self.curvature_flops(model, read)
@@ -93,7 +93,7 @@ class KroneckerInfluence(GradientEstimator):
 
 
 def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> LayerGradient:
-    """Return (F + λI)⁻¹ Ḡ of one layer, or Ḡ itself where the curvature is zero."""
+    """Return (F + λI)⁻¹ Ḡ of one layer, or Ḡ itself if the curvature is zero."""
     solved = basis.solve(as_matrix(gradient), damping)
     if solved is None:
         return gradient
@@ -102,17 +102,17 @@ def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> Layer
 
 
 def as_matrix(gradient: LayerGradient) -> Tensor:
-    """Return a layer's gradient with that of the bias as its last column."""
+    """Return a layer's gradient with the bias gradient as its last column."""
     if gradient.bias is None:
         return gradient.weight
     return torch.cat([gradient.weight, gradient.bias[:, None]], dim=1)
 
 
 def check_solved(means: Mapping[str, ModelGradient], solved: Mapping[str, ModelGradient]) -> None:
-    """Warn of layers without curvature, and refuse results that are not finite.
+    """Warn about layers without curvature, and refuse results that are not finite.
 
     Raises:
-        FloatingPointError: a result is not finite (the layer is named).
+        FloatingPointError: a result is not finite (the message names the layer).
     """
     warn_of_unmoved(sorted({name for task, mean in means.items() for name in mean if solved[task][name] is mean[name]}))
     for mean in solved.values():
@@ -124,10 +124,10 @@ def check_solved(means: Mapping[str, ModelGradient], solved: Mapping[str, ModelG
 
 
 def warn_of_unmoved(layers: Sequence[str]) -> None:
-    """Warn of layers that no example of the curvature sample moved, so that there is nothing to divide by."""
+    """Warn about layers whose gradients are zero on the whole curvature sample, so that they have no curvature."""
     if layers:
         warnings.warn(
-            f"no example of the curvature sample moved {layers[0]} ({len(layers)} layers in all): their validation "
-            "gradients are used as they are; take more curvature examples",
+            f"the curvature sample has no gradient for {layers[0]} ({len(layers)} layers in all): their validation "
+            "gradients are used as they are; use more curvature examples",
             stacklevel=3,
         )

@@ -1,12 +1,12 @@
-"""LESS: influence of a step that Adam would take (Xia et al., arXiv:2402.04333, section 3.1).
+"""LESS: the influence of an Adam step (Xia et al., arXiv:2402.04333, section 3.1).
 
-Fine-tuning takes Adam's steps, not SGD's, so the candidate's gradient is replaced by the direction Γ(z) in which Adam
-would move with it, from the moments that the warm-up left: I(z; V) = ⟨Γ(z), Ḡ(V)⟩. To first order a step of learning
-rate η on z alone lowers the validation loss by η·I(z; V).
+Fine-tuning takes Adam steps, not SGD steps, so LESS replaces the candidate's gradient with the direction Γ(z) of the
+Adam step on it, given the moments at the end of the warm-up: I(z; V) = ⟨Γ(z), Ḡ(V)⟩. To first order, a step of
+learning rate η on z alone lowers the validation loss by η·I(z; V).
 
-Γ divides element by element, so no contraction gives it: a candidate's gradient is formed, layer by layer and a few
-candidates at a time. That is 2mn FLOPs per token as a contraction with a whole gradient costs, and about ten passes
-over mn numbers per candidate and layer, which memory bounds.
+Γ divides elementwise, so it cannot be contracted without being formed. It is formed layer by layer, for a few
+candidates at a time: 2mn FLOPs per token, as for a contraction with a dense gradient, and about ten memory-bound passes
+over mn numbers per candidate and layer.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from iprox.models.precision import accumulation_dtype
 
 
 def adam_direction(gradient: Tensor, moments: Moments, state: AdamState) -> Tensor:
-    """Return Γ of gradients [B, ...] of one parameter: the step that Adam takes next with each alone, for a rate of 1.
+    """Return Γ of gradients [B, ...] of one parameter: the next Adam step on each alone, for a learning rate of 1.
 
-    m̂ / (√v̂ + ε), m̂ and v̂ the averages with the gradient counted in, bias-corrected; without the decay of
-    weights, which all candidates share. Overwrites `gradient`.
+    Γ = m̂ / (√v̂ + ε), with m̂ and v̂ the bias-corrected moments including the gradient. Weight decay is left out, as it
+    is the same for all candidates. Overwrites `gradient`.
     """
     beta1, beta2 = state.betas
     step = state.step + 1
@@ -52,11 +52,11 @@ def adam_steps(h: Tensor, delta: Tensor, name: str, bias: bool, state: AdamState
         h: inputs [B, L, n].
         delta: output gradients [B, L, m], zero on padding.
         name: the layer's name.
-        bias: whether it has one.
+        bias: whether the layer has a bias.
         state: state of the warm-up's optimizer.
     """
     dtype = accumulation_dtype(h)
-    at_once = max(1, h.numel() // (h.shape[2] * delta.shape[2]))  # no more numbers than the inputs themselves
+    at_once = max(1, h.numel() // (h.shape[2] * delta.shape[2]))  # no more memory than the inputs
     for x, d in zip(h.split(at_once), delta.split(at_once), strict=True):
         step = LayerGradient(adam_direction((d.mT @ x).to(dtype), state.weights[name], state), None)
         if bias:
@@ -65,29 +65,29 @@ def adam_steps(h: Tensor, delta: Tensor, name: str, bias: bool, state: AdamState
 
 
 def check_state(state: AdamState, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse the state of another model.
+    """Refuse the optimizer state of another model.
 
     Raises:
-        InputError: it has no moments of a layer (which is named).
+        InputError: the state has no moments for a layer (the message names it).
     """
     for name, layer in layers.items():
         known = state.weights.get(name)
         if known is None or tuple(known.mean.shape) != weight_shape(layer):
-            raise InputError(f"the optimizer's state has no moments for {name}: it belongs to another model")
+            raise InputError(f"the optimizer state has no moments for {name}: it belongs to another model")
 
 
 class LessScorer(BatchScorer):
-    """A `BatchScorer` of Adam's directions instead of gradients.
+    """A `BatchScorer` that contracts Adam steps instead of gradients.
 
     Args:
-        model: a model, or a proxy of one, whose layers stand for the target's.
-        queries: as for `BatchScorer`; single examples one by one.
+        model: a model or a proxy of it.
+        queries: validation gradients as for `BatchScorer`, not in shared bases.
         state: state of the warm-up's optimizer at this checkpoint.
-        normalize: `none`, or `cosine` as in LESS: divide by ‖Γ(z)‖·‖Ḡ(V)‖.
-        loss_fn: as for `BatchScorer`.
+        normalize: `none`, or `cosine` as in LESS to divide by ‖Γ(z)‖·‖Ḡ(V)‖.
+        loss_fn: per-example losses, as for `BatchScorer`.
 
     Raises:
-        InputError: the state belongs to another model (the layer is named).
+        InputError: the state belongs to another model (the message names the layer).
     """
 
     def __init__(
@@ -105,23 +105,23 @@ class LessScorer(BatchScorer):
         self.contraction_flops = contraction_flops(model)
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
-        """Return 0: directions are formed whole, so that their norms cost next to nothing."""
+        """Return 0: the steps are formed, so their norms cost almost nothing."""
         return 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch, as `BatchScorer` does.
 
         Raises:
-            TypeError: scores by token are asked for.
+            TypeError: `by_token` is set.
         """
         if by_token:
-            raise TypeError("Adam's direction of a candidate is no sum over its tokens")
+            raise TypeError("a candidate's Adam step is not a sum over its tokens")
         columns: dict[str, list[Tensor]] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             (query,) = self._queries[name]
-            assert isinstance(query, LayerQuery)  # examples in shared bases are of gradients
+            assert isinstance(query, LayerQuery)  # shared bases are for gradients only
             parts, squares = [], []
             for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
                 parts.append(query.inner(step))
@@ -141,17 +141,17 @@ class LessScorer(BatchScorer):
 
 
 class Less(GradientEstimator):
-    """LESS, whose candidates are whole steps, so that low-rank mean gradients would save nothing."""
+    """LESS. Its steps are formed anyway, so low-rank mean gradients would save nothing."""
 
     def example_norm(self, inputs: Inputs) -> float:
-        """Return the share of the norm that single examples keep: they are contracted with one by one."""
+        """Return the share of the norm to keep of single examples, which candidates are contracted with one by one."""
         return inputs.kept_norm
 
     def scorer(self, inputs: Inputs) -> BatchScorer:
         """Return the scorer.
 
         Raises:
-            InputError: there is no state of the optimizer, or it belongs to another model.
+            InputError: there is no optimizer state, or it belongs to another model.
         """
         if inputs.optimizer is None:
             raise InputError(f"the estimator {self.name} needs the state of the warm-up's optimizer")

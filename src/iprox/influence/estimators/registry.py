@@ -1,4 +1,4 @@
-"""Every estimator by the name that the settings use; what each needs and gives is in `iprox.settings.ESTIMATORS`."""
+"""All estimators by their names in the settings; `iprox.settings.ESTIMATORS` declares their traits."""
 
 from iprox.influence.baselines import Bm25, Length, Perplexity, Random, Rds
 from iprox.influence.estimators.base import Estimator
@@ -23,5 +23,5 @@ REGISTRY: dict[str, Estimator] = {
 
 
 def estimator_of(settings: InfluenceSection) -> Estimator:
-    """Return the estimator that some settings name."""
+    """Return the estimator that the settings name."""
     return REGISTRY[settings.estimator]

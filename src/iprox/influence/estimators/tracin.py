@@ -1,10 +1,7 @@
-"""TracIn: ⟨G(z), Ḡ(V)⟩, summed over checkpoints with their learning rates (Pruthi et al., arXiv:2002.08484).
-
-The plain dot product: validation gradients are taken as they are.
-"""
+"""TracIn: ⟨G(z), Ḡ(V)⟩, weighted by learning rate and summed over checkpoints (Pruthi et al., arXiv:2002.08484)."""
 
 from iprox.influence.estimators.base import GradientEstimator
 
 
 class TracIn(GradientEstimator):
-    """TracIn, which preconditions nothing."""
+    """TracIn: validation gradients are not preconditioned."""

@@ -1,8 +1,8 @@
-"""Causal attention on the CPU with a backward pass as fast as its forward pass.
+"""Causal attention for CPUs with a backward pass as fast as its forward pass.
 
-torch's CPU kernel for the backward pass of attention costs more than all linear layers of a small model together on
-short rows. Here the probabilities of a few rows at a time are recomputed and multiplied as batched GEMMs that stay in
-the cache. That is faster for short rows and slower for long ones, for which torch's kernel is used (`LONGEST`).
+On short rows, torch's CPU kernel for the backward pass of attention costs more than all linear layers of a small model.
+Here the probabilities of a few rows at a time are recomputed, and the products are batched GEMMs that stay in the
+cache. This is faster for short rows and slower for long ones, for which torch's kernel is used (`LONGEST`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "iprox_causal"
 
-# Rows up to this length take the GEMMs below.
+# Longest rows that use the GEMMs below.
 LONGEST = 512
-# Queries at a time: the keys after a block are not read, which halves the work of long rows.
+# Number of queries at a time: the keys after a block are not read, which halves the work of long rows.
 BLOCK = 128
 # Bytes of probabilities at a time: about the cache of one core.
 CACHE = 1 << 21
@@ -35,11 +35,11 @@ def causal_attention(
 
     Args:
         query: queries [B, H, L, d].
-        key: keys [B, K, S, d]: S - L of a prompt, which are constants, before those of the queries.
+        key: keys [B, K, S, d]: S - L constant ones of a prompt, then those of the queries.
         value: values [B, K, S, d].
         scale: factor of the products of queries and keys.
-        mask: added to the products, -inf for what a query does not see, [B, 1, L, S]. None: all up to its own key,
-            with L = S.
+        mask: mask [B, 1, L, S] that is added to the products, -inf for keys that a query does not see. None is the
+            causal mask, with L = S.
 
     Returns:
         The output [B, L, H, d] and the logarithm of the softmax's denominator [B, H, L], for the backward pass.
@@ -71,17 +71,17 @@ def causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients [B, H, L, d], [B, K, S, d] and [B, K, S, d] of the inputs of `causal_attention`.
 
-    A prompt's keys and values are constants: what is returned for them is not to be used.
+    The gradients of a prompt's keys and values, which are constants, must not be used.
 
     Args:
         grad: gradient of the output [B, L, H, d].
-        query: queries that `causal_attention` was given.
-        key: its keys.
-        value: its values.
-        out: its output.
-        logsumexp: its second output.
-        scale: its scale.
-        mask: its mask.
+        query: queries, as for `causal_attention`.
+        key: keys.
+        value: values.
+        out: output of `causal_attention`.
+        logsumexp: second output of `causal_attention`.
+        scale: scale.
+        mask: mask.
     """
     grad = grad.transpose(1, 2)
     if query.shape[2] <= LONGEST:
@@ -122,12 +122,12 @@ def _(
 def _backward_by_gemm(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients as batched GEMMs.
+    """Return the gradients, computed with batched GEMMs.
 
     With P = softmax(S), S = scale·Q Kᵀ: dV = Pᵀ dO, dS = P ∘ (dO Vᵀ − rowsum(P ∘ dO Vᵀ)), dQ = scale·dS K.
 
-    The query heads that share a key-value head are stacked into one tall matrix, so that nothing is repeated and
-    the sum over them is part of the GEMM.
+    The query heads that share a key-value head are stacked into one tall matrix, so nothing is repeated and the sum
+    over them is part of the GEMM.
     """
     batch, heads, length, width = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -184,7 +184,7 @@ def _repeated(x: Tensor, groups: int) -> Tensor:
 def _forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Run attention for transformers: by this kernel if it is plain causal attention, else by its own `sdpa`."""
+    """Run attention for transformers, with this kernel if it is plain causal attention, else with its `sdpa`."""
     causal = options.get("is_causal")
     plain = (
         (query.shape[2] == key.shape[2] if attention_mask is None else _is_causal(attention_mask, query, key))
@@ -195,7 +195,7 @@ def _forward(
     )
     if not plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    if torch.is_autocast_enabled("cpu"):  # which casts for torch's kernel, but not for this one
+    if torch.is_autocast_enabled("cpu"):  # autocast does not cast for this kernel
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     scaling = options.get("scaling")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
@@ -206,7 +206,7 @@ def _forward(
 
 
 def _is_causal(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Return whether a mask is of queries that follow a prompt's keys, as `answer_losses` makes it."""
+    """Return whether a mask is for queries that follow a prompt's keys, as in `answer_losses`."""
     return (
         mask.dtype == torch.bool
         and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
@@ -220,15 +220,15 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 @contextmanager
 def fast_attention(model: nn.Module) -> Iterator[None]:
-    """Let a transformers model on the CPU that uses `sdpa` attention use this module's inside the block.
+    """Use this attention inside the block, if it is a transformers model with `sdpa` attention on the CPU.
 
-    It has a first derivative only, so the gradient part of alignment must not run inside.
+    It has only a first derivative, so the gradient part of alignment must not run inside.
     """
     if (
         not isinstance(model, PreTrainedModel)
         or model.device.type != "cpu"
         or model.config._attn_implementation != "sdpa"
-        or model.config.sub_configs  # several models in one may each have their own
+        or model.config.sub_configs  # the parts may have different attention
     ):
         yield
         return

@@ -1,6 +1,6 @@
-"""Faster training on a CPU: attention's own backward pass (`attention.py`), and decoder layers compiled.
+"""Faster training on a CPU with this package's attention (`attention.py`) and compiled decoder layers.
 
-In a small model norms, casts and activations cost more than the GEMMs; compiled, they are fused.
+In a small model, norms, casts and activations cost more than the GEMMs; compiling fuses them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from iprox.models.compiled import PIECES, why_not_compiled
 from iprox.models.cpu.attention import fast_attention
 from iprox.models.layers import decoder_layers
 
-# Optimizer steps from which compiling saves time: it takes up to a minute once per machine, seconds after that.
+# Number of optimizer steps from which compiling saves time: it takes up to a minute once per machine, then seconds.
 COMPILE_STEPS = 128
 
 
 @contextmanager
 def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Tensor]) -> Iterator[str]:
-    """Let a model on a CPU train faster inside the block; on other devices it is left as it is.
+    """Make a model on a CPU train faster inside the block; other devices are not affected.
 
     Args:
-        model: model to train; as before after the block.
-        compiled: whether to run the decoder layers compiled, where possible.
-        trial: function that returns a training loss; its gradient shows whether the compiled layers work.
+        model: model to train; restored after the block.
+        compiled: whether to compile the decoder layers, if possible.
+        trial: function that returns a training loss, to test the compiled layers with its gradient.
 
     Yields:
-        Why the model does not run compiled although asked to, else an empty string.
+        Why the model does not run compiled although `compiled` is true, else an empty string.
     """
     if model.device.type != "cpu":
         yield ""
@@ -49,10 +49,10 @@ def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Te
 
 
 def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], Tensor]) -> str:
-    """Compile the decoder layers. Returns why they cannot be compiled, or an empty string."""
+    """Compile the decoder layers; return why they cannot be compiled, or an empty string."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
     for block in blocks:
-        block.compile(dynamic=True, fullgraph=True)  # a part that cannot be compiled is an error
+        block.compile(dynamic=True, fullgraph=True)
     try:
         with torch.random.fork_rng(devices=()):  # the trial must not advance the generator
             trial().backward()
