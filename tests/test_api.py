@@ -123,7 +123,7 @@ def test_attribution_splits_a_score_by_token(model):
 
 
 def test_attribution_refuses_experts_before_any_work(tiny):
-    with pytest.raises(iprox.InputError, match="experts"):
+    with pytest.raises(iprox.InputError, match="expert layers"):
         iprox.attribute(tiny.model("qwen3-moe"), [], {"t": [{"text": "a"}]})
 
 

@@ -9,7 +9,7 @@ from iprox.data.formats import Columns
 from iprox.errors import InputError
 from iprox.scores import ExampleScores, read_scores, score_matrix, scores_table
 from iprox.selection import best_rows, select_rows
-from iprox.settings import SelectSection
+from iprox.settings import RefineSection, SelectSection
 from iprox.stages.refinement import check_candidates, refine
 
 ROWS, TASKS = 1000, ["a", "b"]
@@ -155,9 +155,16 @@ def test_scores_of_other_tasks_are_refused(tmp_path, scores):
 
 
 def test_a_selection_of_more_rows_than_are_scored_again_is_refused():
-    check_candidates(0.2, SelectSection(fraction=0.2), 1001)
-    check_candidates(0.2, SelectSection(count=200), 1000)
+    check_candidates(RefineSection(candidates=0.2), SelectSection(fraction=0.2), 1001)
+    check_candidates(RefineSection(candidates=0.2), SelectSection(count=200), 1000)
     with pytest.raises(InputError, match=r"but refine.candidates 0.2 scores only 200 again"):
-        check_candidates(0.2, SelectSection(count=201), 1000)
+        check_candidates(RefineSection(candidates=0.2), SelectSection(count=201), 1000)
     with pytest.raises(InputError, match=r"give select.fraction or select.count"):
-        check_candidates(0.2, SelectSection(tokens=100), 1000)
+        check_candidates(RefineSection(candidates=0.2), SelectSection(tokens=100), 1000)
+
+
+def test_twice_the_selected_rows_are_scored_again_by_default():
+    assert RefineSection().share(SelectSection(fraction=0.05).rows_of(1000), 1000) == 0.1
+    assert RefineSection().share(SelectSection(count=300).rows_of(1000), 1000) == 0.6
+    assert RefineSection().share(SelectSection(count=800).rows_of(1000), 1000) == 1
+    check_candidates(RefineSection(), SelectSection(count=800), 1000)

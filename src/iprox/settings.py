@@ -401,17 +401,15 @@ class InfluenceSection(Section):
     query_norm: float | None = setting(
         None,
         "fraction of the validation gradients' norm that their low-rank form keeps; 1 is exact",
-        "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
+        "0.9 on a proxy (0.98 with curvature), 1 on a model itself; 0.9 with per_example",
         gt=0,
         le=1,
     )
     normalize: Literal["none", "cosine"] = setting(
         "cosine", "cosine, or none: raw scores, which favor answers of one or two tokens"
     )
-    per_example: bool | None = setting(
-        None,
-        "also keep the scores per validation example, so that these examples can take turns to choose",
-        "true where the estimator has them",
+    per_example: bool = setting(
+        False, "also keep the scores per validation example, so that these take turns to choose, not only the tasks"
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
 
@@ -430,11 +428,6 @@ class InfluenceSection(Section):
         return ESTIMATORS[self.estimator]
 
     @property
-    def by_example(self) -> bool:
-        """Whether scores by validation example are kept."""
-        return self.traits.by_example if self.per_example is None else self.per_example
-
-    @property
     def exact(self) -> InfluenceSection:
         """The same settings with whole mean validation gradients, for the target's scores in a comparison."""
         return self.of_tasks.model_copy(update={"query_norm": 1.0})
@@ -448,7 +441,7 @@ class InfluenceSection(Section):
         """Return the fraction of the validation gradients' norm to keep when scoring on a proxy, or not on one."""
         if self.query_norm is not None:
             return self.query_norm
-        if self.by_example and not self.traits.optimizer:
+        if self.per_example and not self.traits.optimizer:
             return EXAMPLES_NORM
         return self.traits.query_norm if on_proxy else 1.0
 
@@ -468,7 +461,7 @@ class InfluenceSection(Section):
     def _by_example(self) -> InfluenceSection:
         if self.per_example and not self.traits.by_example:
             raise ValueError(f"per_example: {self.estimator} has no scores by validation example")
-        if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.by_example:
+        if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.per_example:
             raise ValueError(f"{self.estimator} forms whole gradients, so query_norm saves nothing; leave it out")
         return self
 
@@ -489,8 +482,8 @@ class SelectSection(Section):
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
     strategy: Strategy = setting(
         "round-robin",
-        "round-robin: validation examples take turns, each choosing the row that is best for it; top: the rows "
-        "with the highest influence on all of them together",
+        "round-robin: the tasks take turns, or with influence.per_example their validation examples, each choosing the "
+        "row that is best for it; top: the rows with the highest influence on all of them together",
     )
     task: str | None = setting(None, "select by the scores of this task alone", "all tasks")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = setting(
@@ -528,6 +521,12 @@ class SelectSection(Section):
     def rows_of(self, total: int) -> int | None:
         """Return the number of rows to select from a pool of `total` rows; None if another limit decides."""
         return self.count if self.fraction is None else rows_in_share(self.fraction, total)
+
+    @property
+    def few(self) -> bool:
+        """Whether twice the selected rows are a part of the pool, and no limit may pass over more rows than that."""
+        limits = self.threshold is not None or self.source_floor or self.source_cap is not None or self.deduplicate
+        return not limits and (self.count is not None or (self.fraction or 1.0) < 0.5)
 
     def caps(self) -> dict[str | None, float]:
         """Return the largest fraction of each source; the key None stands for sources that are not named."""
@@ -578,9 +577,20 @@ REMOVED_FRACTION = 0.05
 class RefineSection(Section):
     """Scoring of the proxy's best rows again on the target; the selection is then made among these."""
 
-    candidates: float = setting(
-        0.2, "fraction of the pool that the target scores again: the rows that select ranks highest", gt=0, lt=1
+    candidates: float | None = setting(
+        None,
+        "fraction of the pool that the target scores again: the rows that select ranks highest",
+        "twice what is selected; 0.1 in iprox refine",
+        gt=0,
+        lt=1,
     )
+
+    def share(self, asked: int | None, rows: int) -> float:
+        """Return the fraction of the pool to score again, where `asked` of its rows are to be selected."""
+        if self.candidates is not None:
+            return self.candidates
+        assert asked is not None  # refused before (`iprox.stages.refinement.check_candidates`)
+        return min(1.0, 2 * asked / rows)
 
 
 class FinetuneSection(TrainingSection):
@@ -601,7 +611,11 @@ class Settings(Section):
     )
     influence: InfluenceSection = setting(InfluenceSection(), "how candidates are scored")
     audit: AuditSection | Literal[False] = setting(AuditSection(), "how faithful the proxy is, or false")
-    refine: RefineSection | Literal[False] = setting(False, "scoring of the best rows again on the target, or false")
+    refine: RefineSection | Literal[False] = setting(
+        False,
+        "scoring of the best rows again on the target, or false",
+        "{} with a proxy, where select gives a count or a fraction below 0.5 and no limits",
+    )
     select: SelectSection = setting(SelectSection(), "how rows are selected")
     finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
     seed: int = setting(0, "seed of all random draws and orders", ge=0, lt=2**32)
@@ -635,6 +649,9 @@ class Recipe(Settings):
     def _refined_from_a_proxy(self) -> Recipe:
         if self.refine and not self.proxy:
             raise ValueError("refine scores a proxy's best rows again on the target, but proxy is off; leave it out")
+        pays = self.proxy and self.influence.traits.gradients and self.select.few
+        if "refine" not in self.model_fields_set and pays:
+            object.__setattr__(self, "refine", RefineSection())
         return self
 
     @model_validator(mode="after")

@@ -137,6 +137,7 @@ def _make_place(path: Path, model: Path) -> Place:
         },
         "influence": {"curvature_examples": CURVATURE_ROWS},
         "audit": {"sample": 30},
+        "refine": False,
         "select": {"fraction": 0.1},
         "output": str(place.output),
     }

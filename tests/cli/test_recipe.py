@@ -15,6 +15,7 @@ from iprox.settings import (
     InfluenceSection,
     LoraSection,
     Recipe,
+    RefineSection,
     SelectSection,
     WarmupSection,
 )
@@ -24,6 +25,25 @@ SMALLEST = {"model": "m", "data": {"pool": "p.jsonl", "validation": {"t": "v.jso
 
 def with_section(**sections):
     return {**SMALLEST, **sections}
+
+
+@pytest.mark.parametrize(
+    ("sections", "on"),
+    [
+        ({}, True),
+        ({"proxy": {"sparsity": 0.5}, "select": {"count": 10}}, True),
+        ({"refine": False}, False),
+        ({"proxy": False}, False),
+        ({"influence": {"estimator": "perplexity"}}, False),
+        ({"select": {"fraction": 0.5}}, False),
+        ({"select": {"tokens": 1000}}, False),
+        ({"select": {"threshold": 0.0}}, False),
+        ({"select": {"source_cap": 0.3}}, False),
+        ({"select": {"deduplicate": 0.8}}, False),
+    ],
+)
+def test_the_best_rows_of_a_proxy_are_scored_again_by_default(sections, on):
+    assert parse_recipe(with_section(**sections)).refine == (RefineSection() if on else False)
 
 
 def test_defaults_are_those_of_the_design():

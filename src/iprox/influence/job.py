@@ -136,7 +136,8 @@ class Job:
         for task, rows in validation.items():
             if settings.traits.by_task and not any(row.supervised for row in rows):
                 raise InputError(f"validation task {task!r} has no example with a supervised token")
-        measured = settings.traits.curvature and not all(each.kept for each in checkpoints)
+        kept = bool(checkpoints) and all(each.kept for each in checkpoints)
+        measured = settings.traits.curvature and not kept
         if not measured:
             sample = ()
         elif sample is None:

@@ -170,7 +170,7 @@ class Costs:
         held = self.width * (flops.parameters(scored) + gradients) + activations
         yield "score", total * times, self.scoring(scored, total, how), held
         if recipe.refine:
-            rows = recipe.refine.candidates * total
+            rows = recipe.refine.share(recipe.select.rows_of(total), total) * total
             yield "refine", rows * times, self.scoring(target, rows, how.exact), held
         if why_not_attributed(recipe.influence, target) is None:
             rows = min(steps.ATTRIBUTED, total)

@@ -297,7 +297,7 @@ def refine(run: Run) -> None:
             folder=folder,
             scores=scores,
             pool=run.pool,
-            candidates=settings.candidates,
+            candidates=settings.share(chosen.rows_of(run.total), run.total),
             chosen=chosen,
             score_on_target=on_target,
         ),

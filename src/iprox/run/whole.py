@@ -98,7 +98,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         unnamed = summary.rows - sum(summary.sources.values())
         check_feasible(chosen, summary.rows, {**summary.sources, **({None: unnamed} if unnamed else {})})
         if recipe.refine:
-            refinement.check_candidates(recipe.refine.candidates, chosen, summary.rows)
+            refinement.check_candidates(recipe.refine, chosen, summary.rows)
         check_watched(recipe, summary.rows)
         encoder = session.encoder(recipe.model)
         encode_validation(encoder, validation)

@@ -24,7 +24,7 @@ from iprox.scores import (
     write_parts,
 )
 from iprox.selection import best_rows
-from iprox.settings import SelectSection, rows_in_share
+from iprox.settings import RefineSection, SelectSection, rows_in_share
 from iprox.stages.selection import check_rows
 
 # Function that scores a pool of candidates on the target and writes the scores to a file.
@@ -80,21 +80,23 @@ def refine(
     return record
 
 
-def check_candidates(candidates: float, chosen: SelectSection, rows: int) -> None:
+def check_candidates(settings: RefineSection, chosen: SelectSection, rows: int) -> None:
     """Refuse a selection of more rows than are scored again, before any work.
 
     Raises:
         InputError: too many rows are to be selected, or a number that depends on the scores.
     """
-    asked, again = chosen.rows_of(rows), rows_in_share(candidates, rows)
+    asked = chosen.rows_of(rows)
     if asked is None:
         raise InputError(
             "refine scores a fixed fraction of the pool again, but select.tokens or select.threshold alone may select "
             "more rows; give select.fraction or select.count"
         )
+    share = settings.share(asked, rows)
+    again = rows_in_share(share, rows)
     if asked > again:
         raise InputError(
-            f"{asked:,} rows are to be selected, but refine.candidates {candidates:g} scores only {again:,} again; "
+            f"{asked:,} rows are to be selected, but refine.candidates {share:g} scores only {again:,} again; "
             "raise it, or select fewer"
         )
 
