@@ -399,7 +399,7 @@ class InfluenceSection(Section):
     )
     per_example: bool | None = setting(
         None,
-        "also keep scores per validation example, which round-robin selection needs",
+        "also keep scores per validation example, so that examples rather than tasks take turns in round-robin",
         "true if the estimator has them",
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up to sum scores over")
