@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: options, data, warm-ups, pipeline runs, agreement of scores, and results files."""
+"""Shared parts of the benchmarks: options, data, warm-ups, pipeline runs, agreement of scores, and results files."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from iprox.stages.training import warm_up
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# Options that several scripts have. `parser` takes them by name, with other defaults where given.
+# Options of several scripts, for `parser`.
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"default": str(SHARED / "models/target-17m"), "help": "model folder or hub id"},
     "sibling": {"default": str(SHARED / "models/sibling-7m"), "help": "off-the-shelf proxy"},
     "pool": {"nargs": "+", "default": [str(SHARED / "data/pool.jsonl")]},
     "targets": {"type": Path, "default": SHARED / "data/targets", "help": "folder of TASK.val.jsonl"},
     "tasks": {"nargs": "+", "default": ["gsm8k", "code", "summarization", "science", "bbh"]},
-    "examples": {"type": int, "default": 1000, "help": "rows of the pool to score (%(default)s)"},
+    "examples": {"type": int, "default": 1000, "help": "number of pool rows to score (%(default)s)"},
     "validation": {"default": str(SHARED / "data/targets/gsm8k.val.jsonl")},
     "learning-rate": {"type": float, "default": 3e-4, "help": "learning rate of the warm-up (%(default)s)"},
     "batch-tokens": {"type": int, "default": 4096},
@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "seeds": {"type": int, "default": 3, "help": "number of seeds (%(default)s)"},
     "work": {"type": Path, "help": "folder for models and runs (%(default)s)"},
     "output": {"type": Path, "help": "results file (%(default)s)"},
-    "fresh": {"action": "store_true", "help": "forget earlier results"},
+    "fresh": {"action": "store_true", "help": "discard earlier results"},
 }
 # Options that do not change the results.
 UNRECORDED = ("work", "output", "fresh", "seeds")
@@ -78,19 +78,19 @@ def settings_of(arguments: argparse.Namespace, *unrecorded: str) -> dict[str, An
 
 
 class Results:
-    """Cells in a file with one JSON object per line, so that a stopped benchmark continues where it was.
+    """Cells in a file with one JSON object per line, so that an interrupted benchmark resumes.
 
-    The first line holds the settings. Every other line is a cell: its name and seed, the git revision and machine that
+    The first line has the settings. Every other line is a cell: its name and seed, the git revision and machine that
     made it, and its metrics. A cell that was computed again has several lines, of which the last one counts.
 
     Args:
         path: file of the results.
         settings: settings that the cells depend on.
-        fresh: whether to forget what the file holds.
+        fresh: whether to discard earlier results.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, fresh: bool = False) -> None:
-        # Neither the place of the checkout nor that of the package matters.
+        # The location of the checkout or the package does not matter.
         text = json.dumps(dict(settings)).replace(str(SHARED), "../shared")
         settings = json.loads(text.replace(str(resources.files("iprox.quickstart")), "quickstart"))
         self.path, here = path, environment()
@@ -106,7 +106,7 @@ class Results:
             path.write_text(json.dumps({"settings": settings}) + "\n")
 
     def __call__(self, cell: str, work: Callable[[], Any], seed: int = 0, of: str = "") -> Any:
-        """Return the metrics of a cell; compute and write them if they are not there, or belong to another `of`."""
+        """Return the metrics of a cell; compute and write them if they are missing, or belong to another `of`."""
         name = f"{cell}/{seed}"
         known = self.cells.get(name)
         if known is None or (of and known.get("of") != of):
@@ -164,12 +164,12 @@ def warmed(
 
 
 def run(recipe: dict[str, Any], warmed: Path | None = None, stop_after: str = "score") -> dict[str, Any]:
-    """Do or resume a pipeline run, and return its `run.json`.
+    """Start or resume a pipeline run, and return its `run.json`.
 
     Args:
         recipe: recipe with its `output`.
         warmed: folder of a run with the same data and warm-up, whose checkpoints are copied.
-        stop_after: last stage to do.
+        stop_after: last stage to run.
     """
     folder = Path(recipe["output"])
     if warmed is not None and not folder.exists():
@@ -187,7 +187,7 @@ def scores_in(folder: Path) -> np.ndarray:
 
 
 def agreement(scores: np.ndarray, truth: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return how scores [N, tasks] agree with the truth: Spearman by task, mean and least, and mean top-5 % overlap."""
+    """Return the agreement of scores [N, tasks] with the truth: Spearman (by task, mean, minimum) and mean overlap."""
     found = [fidelity_metrics(x, y) for x, y in zip(scores.T, truth.T, strict=True)]
     spearman = [entry["spearman"] for entry in found]
     return {

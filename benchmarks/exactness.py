@@ -1,7 +1,7 @@
-"""Are the scores what they claim to be? `iprox score` against float64 autograd, one example at a time.
+"""Errors of `iprox score` compared with float64 autograd, one example at a time.
 
-Scores some pool examples on the model itself (no proxy) in float32 and bfloat16, and compares them with dot products
-of per-example gradients that autograd computes in float64.
+Some pool examples are scored on the model itself (no proxy) in float32 and bfloat16, and compared with dot products of
+per-example gradients from autograd in float64.
 
     python benchmarks/exactness.py
 """

@@ -1,8 +1,8 @@
-"""How faithfully does each kind of proxy rank data? Spearman and top-5 % overlap with the target's scores, by size.
+"""Fidelity of each kind of proxy by size: Spearman correlation and top-5 % overlap with the target's scores.
 
-Every method gets the same warmed target, probe, pool examples (none of them used for warm-up, probe or alignment) and
-size. Proxies are made with `iprox.compress` and `iprox.align`, and scored with `iprox.score`. Finished cells are kept,
-so a stopped benchmark continues where it was.
+Every method gets the same warmed target, probe, size and pool examples (which warm-up, probe and alignment do not use).
+Proxies are made with `iprox.compress` and `iprox.align`, and scored with `iprox.score`. Finished cells are kept, so an
+interrupted benchmark resumes.
 
     python benchmarks/fidelity.py                                             # the whole table: hours on two cores
     python benchmarks/fidelity.py --examples 400 --seeds 1 --sparsities 0.7   # quicker
@@ -10,8 +10,8 @@ so a stopped benchmark continues where it was.
     python benchmarks/fidelity.py --queries target --seeds 1 --sparsities 0.7 --estimator ekfac \
         --methods ipsvd 'ipsvd, aligned by gradients'
 
-Scores are taken at the warm-up's last checkpoint, raw unless `--normalize cosine` is given. `query` says where
-validation gradients are taken: on the target (iprox's default), or on the proxy (as in the paper, and the only way for
+Scores are those at the warm-up's last checkpoint, raw unless `--normalize cosine` is given. `query` is the model that
+validation gradients are taken on: the target (iprox's default), or the proxy (as in the paper, and the only way for
 proxies that are not factorized).
 """
 
@@ -56,7 +56,7 @@ METHODS = (*FACTORIZED, *ALIGNED, "layers", "off-the-shelf")
 
 
 class Setting:
-    """What all cells of one seed share: the warmed target, its scores, and the rows for each purpose."""
+    """The warmed target, its scores and the rows for each purpose, for all cells of one seed."""
 
     def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
         self.arguments, self.seed, self.pool = arguments, seed, Pool(arguments.pool)
@@ -115,7 +115,7 @@ class Setting:
         return score_matrix(table)
 
     def proxy(self, method: str, sparsity: float | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Return a proxy, and the seconds that making it took."""
+        """Return a proxy, and the seconds to make it."""
         probe = self.rows["probe"]
         if method == "off-the-shelf":
             return self.warmed(self.arguments.sibling), {}
@@ -156,7 +156,7 @@ def main() -> None:
     made.add_argument("--align-epochs", type=int, default=5)
     made.add_argument("--estimator", choices=("tracin", "ekfac"), default="tracin")
     made.add_argument("--normalize", choices=("none", "cosine"), default="none")
-    made.add_argument("--curvature-examples", type=int, default=256, help="pool rows for an influence function")
+    made.add_argument("--curvature-examples", type=int, default=256, help="pool rows to measure curvature on")
     arguments = made.parse_args()
     name = "fidelity" if arguments.estimator == "tracin" else f"fidelity-{arguments.estimator}"
     settings = settings_of(arguments, "methods", "queries", "sparsities")

@@ -1,10 +1,10 @@
-"""How many Python frames are there from the command to the dot product, and in how many files of iprox?
+"""Number of Python frames from the command to the dot product, and of files of iprox that they are in.
 
     python benchmarks/frames.py                          # `iprox score` on the bundled quickstart
     python benchmarks/frames.py --estimator tracin --set influence.per_example=false
 
-A few rows of the bundled quickstart are scored with the command; when the first candidate is contracted with the
-validation gradients, the frames that are in iprox are counted. Frames of torch and others do not count.
+A few rows of the bundled quickstart are scored with the command, and the frames in iprox at the first contraction of a
+candidate with the validation gradients are counted. Frames of torch and other packages do not count.
 """
 
 from __future__ import annotations

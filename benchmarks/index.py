@@ -1,8 +1,8 @@
-"""How faithful is a gradient index, and how fast? Scores by projected gradients next to exact scores of the same model.
+"""Fidelity and speed of a gradient index, compared with exact scores of the same model.
 
-For several dimensions D: Spearman's correlation of scores from D numbers per example with the exact scores, mean and
-least over the tasks, and tokens per second of projecting next to those of scoring. With `summed`, as in iprox, layers
-share the D numbers. With `by layer`, each layer has D/layers numbers.
+For several dimensions D: Spearman correlation of scores from D numbers per example with exact scores (mean and minimum
+over tasks), and tokens per second of projecting and of scoring. With `summed`, as in iprox, all layers share the D
+numbers; with `by layer`, each layer has D / number of layers.
 
     python benchmarks/index.py
     python benchmarks/index.py --examples 2000 --dimensions 8192 65536 --output index-2000.jsonl
@@ -37,7 +37,7 @@ from iprox.scores import score_matrix
 
 
 class ByLayer:
-    """The alternative: each layer has separate numbers."""
+    """A projector with separate numbers for each layer."""
 
     def __init__(self, model: torch.nn.Module, dimension: int) -> None:
         self.model, self.layers = model, influence_layers(model)
@@ -107,7 +107,7 @@ def main() -> None:
         seconds, found = timed(lambda: over_pool(run, encoded, arguments.batch_tokens, device))
         return found, tokens / seconds
 
-    # The time of scoring is taken without the norms, which only the cosine needs.
+    # Scoring is timed without the norms, which only the cosine needs.
     exact, rates = {}, {}
     for normalize in ("none", "cosine"):
         scorer = BatchScorer(model, queries, normalize=normalize)

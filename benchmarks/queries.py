@@ -1,11 +1,11 @@
-"""What do low-rank validation gradients cost, and what do they lose? Cut over all layers together, and each by itself.
+"""Cost and error of low-rank validation gradients, truncated over all layers together or layer by layer.
 
     python benchmarks/queries.py                                        # the shared target, 5 tasks, 300 pool rows
     python benchmarks/queries.py --model runs/mine/warmup/checkpoint-44
     python benchmarks/queries.py --estimator ekfac                      # gradients divided by the curvature (EK-FAC)
 
-Costs are FLOPs of contracting with all tasks, over those of a forward pass of the linear layers. Agreement is with the
-scores of whole gradients on the same model, raw and cosine, as means over tasks.
+Costs are FLOPs of contracting with all tasks, divided by those of a forward pass of the linear layers. Scores are
+compared with those of exact gradients on the same model, raw and cosine; figures are means over tasks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEPT = {
 
 
 def each_by_itself(gradients: dict[str, ModelGradient], keep: float) -> dict[str, TruncatedGradient]:
-    """Return gradients of which every layer is cut to the rank that keeps the share of its own norm."""
+    """Return gradients in which every layer is truncated to the rank that keeps the share of its norm."""
     found: dict[str, TruncatedGradient] = {task: {} for task in gradients}
     for name in next(iter(gradients.values())):
         cut = low_rank_queries({task: {name: gradient[name]} for task, gradient in gradients.items()}, keep)
@@ -57,7 +57,7 @@ def main() -> None:
     """Measure, print and keep the table."""
     made = parser(__doc__, "model pool targets tasks examples dtype output fresh", examples=300)
     made.add_argument("--estimator", choices=sorted(KEPT), default="tracin")
-    made.add_argument("--curvature-examples", type=int, default=256, help="pool rows for an influence function")
+    made.add_argument("--curvature-examples", type=int, default=256, help="pool rows to measure curvature on")
     arguments = made.parse_args()
     name = "queries" if arguments.estimator == "tracin" else f"queries-{arguments.estimator}"
     output = arguments.output or RESULTS / f"{name}.jsonl"

@@ -1,11 +1,11 @@
-"""What are the rankings of proxy and target worth? Retraining without their top rows, on the bundled model and pool.
+"""Value of the rankings of proxy and target: retraining without their top rows, on the bundled model and pool.
 
     python benchmarks/removal.py                      # 500 rows, without the top 25, three repeats
     python benchmarks/removal.py --repeats 5 --output results/removal-five.json
 
 The bundled model is warmed up, 500 rows are scored on it and on its proxy (sparsity 0.5, TracIn), and it is trained on
-all of them, without the top rows of each ranking, and without random rows of like length (`iprox.audits.removal`). A
-stopped benchmark resumes where it was.
+all of them, without the top rows of each ranking, and without random rows of similar length (`iprox.audits.removal`).
+An interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TASKS = ("arithmetic", "spelling")
 
 
 def main() -> None:
-    """Measure, print and write what `--output` names."""
+    """Measure, print, and write the results to `--output`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=500, help="rows scored and trained on")
     parser.add_argument("--repeats", type=int, default=3)

@@ -1,17 +1,16 @@
-"""How fast is scoring? Tokens per second, share of the machine's GEMM rate and peak memory, next to the peers.
+"""Speed of scoring: tokens per second, share of the machine's GEMM rate and peak memory, compared with peers.
 
 Every engine scores the same pool rows against the same validation rows in the same dtype, in a separate process, one
-after the other. Seconds start with the model loaded and the rows tokenized; they include validation gradients, but not
-the code generation of `torch.compile`.
+after the other. Seconds include validation gradients, but not loading, tokenizing and the code generation of
+`torch.compile`.
 
     python benchmarks/scoring.py                                  # the shared 17 M-parameter target
     python benchmarks/scoring.py --model random:qwen3-0.6b --examples 200 --validation-examples 8
     python benchmarks/scoring.py --engines target kronfluence bergson --bergson /path/to/venv/bin/bergson
 
-For kronfluence: pip install 'iprox[peers]'. bergson's pins conflict with many environments: name its own with
---bergson.
-`random:qwen3-0.6b` is a model of Qwen3-0.6B's dimensions (vocabulary 8,192) with random weights: speed does not
-depend on training.
+kronfluence needs pip install 'iprox[peers]'. bergson's pinned dependencies conflict with many environments: set the
+command of a separate one with --bergson. `random:qwen3-0.6b` is a model with Qwen3-0.6B's dimensions (vocabulary 8,192)
+and random weights: speed does not depend on training.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ QWEN3_600M = {
 
 
 class Work:
-    """What one process needs: the model and the tokenized rows."""
+    """The model and the tokenized rows of one process."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -127,7 +126,7 @@ def proxy(work: Work) -> dict[str, Any]:
 
 
 def autograd(work: Work) -> dict[str, Any]:
-    """Time the obvious way: the gradient of every example by autograd, multiplied with the validation gradient."""
+    """Time the naive method: the gradient of every example by autograd, multiplied with the validation gradient."""
     layers = influence_layers(work.model)
     gradient = mean_gradient(work.model, work.batches(work.validation))[0]
     parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
@@ -210,7 +209,7 @@ def kronfluence(work: Work) -> dict[str, Any]:
 
 
 def bergson(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Time bergson's two commands; start-up, which is subtracted, is what `--help` takes."""
+    """Time bergson's two commands, minus start-up, measured with `--help`."""
     precision = {"float32": "fp32", "bfloat16": "bf16"}[arguments.dtype]
 
     def run(*command: str) -> float:

@@ -1,11 +1,11 @@
-"""Recall of the target's own best rows against the cost of finding them: proxies, best rows scored again, baselines.
+"""Recall of the target's best rows against cost, for proxies (with and without scoring again) and baselines.
 
     python benchmarks/selection.py                               # the whole shared pool
     python benchmarks/selection.py --examples 2500 --work runs/selection-2500
 
-Every method is a run of the pipeline (proxy, scores), all with the warm-up of the truth, which is a run without a
-proxy. Runs are kept in the work folder, so a stopped benchmark continues where it was. Costs are FLOPs over those of
-scoring the pool on the target; they include making the proxy, and the rows that the target scores again.
+Every method is a run of the pipeline (proxy, scores) with the same warm-up as the reference, a run without a proxy.
+Runs are kept in the work folder, so an interrupted benchmark resumes. Costs are FLOPs divided by those of scoring the
+pool on the target; they include making the proxy, and scoring rows again on the target.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from iprox.selection.strategies import top
 from iprox.settings import ESTIMATORS
 
 CANDIDATES = (0.05, 0.075, 0.1, 0.15, 0.2, 0.3)
-# The target as the engine scores it at its cheapest, with low-rank validation gradients as on a proxy. Costs are
-# relative to it. (The truth uses whole gradients, which with several tasks cost several times as much.)
+# The cheapest scoring on the target, with low-rank validation gradients as on a proxy. Costs are relative to it. (The
+# reference uses exact gradients, which with several tasks cost several times as much.)
 CHARGED = "target, low-rank"
 RAW = {"estimator": "tracin", "normalize": "none", "per_example": False}
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Do the runs that are missing, and print the tables."""
+    """Run what is missing, and print the tables."""
     options = "model sibling pool targets tasks examples work output fresh"
     defaults = {"examples": None, "work": Path("runs/selection"), "output": RESULTS / "selection.jsonl"}
     made = parser(__doc__, options, **defaults)
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def subset(arguments: argparse.Namespace) -> Path:
-    """Return the file with the pool's rows that are used."""
+    """Return the file with the rows of the pool to use."""
     if arguments.examples is None and len(arguments.pool) == 1:
         return Path(arguments.pool[0])
     file = arguments.work / f"pool-{arguments.examples}.jsonl"
@@ -70,7 +70,7 @@ def subset(arguments: argparse.Namespace) -> Path:
 
 
 def scores_of(arguments: argparse.Namespace, pool: Path, name: str, sections: dict[str, Any]) -> np.ndarray:
-    """Return the scores [N, tasks] of a run, done now if it is not finished."""
+    """Return the scores [N, tasks] of a run, and finish the run first if needed."""
     sections = {**sections}
     if name == "sibling":
         sections["proxy"] = {**sections["proxy"], "model": arguments.sibling}
@@ -95,7 +95,7 @@ def folder_of(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def figures(arguments: argparse.Namespace, method: str, scores: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
-    """Return the recall by task and the cost of a method, alone and with its best rows scored again on the target."""
+    """Return recall by task and cost of a method, alone and with its best rows scored again on the target."""
     record = read_json(folder_of(arguments, method) / "run.json")
     stages, cost = record["stages"], record["cost"]
     charged = read_json(folder_of(arguments, CHARGED) / "run.json")["stages"]["score"]
@@ -115,7 +115,7 @@ def figures(arguments: argparse.Namespace, method: str, scores: np.ndarray, trut
 
 
 def recalls(arguments: argparse.Namespace, scores: np.ndarray, truth: np.ndarray, share: float) -> dict[str, float]:
-    """Return, by task and as a mean, the share of the target's best rows that are among the best by these scores."""
+    """Return the share of the target's best rows that are among the best by these scores, by task and on average."""
     found = {}
     for number, task in enumerate(arguments.tasks):
         wanted, best = (

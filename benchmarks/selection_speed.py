@@ -1,9 +1,9 @@
-"""How many seconds does choosing 5 % of many random scores take, by strategy and constraint?
+"""Seconds to select 5 % of many random scores, by strategy and constraint.
 
     python benchmarks/selection_speed.py                 # 10 million rows, 4 tasks
     python benchmarks/selection_speed.py --rows 1000000
 
-Near-duplicates are not measured: their cost depends on the texts and on what is chosen.
+Near-duplicates are not measured, as their cost depends on the texts.
 """
 
 from __future__ import annotations

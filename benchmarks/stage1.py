@@ -1,10 +1,10 @@
-"""How long does stage 1 take, and how much memory beyond the model? Moments, spectra, budget, factors and norms.
+"""Time of stage 1 and its memory beyond the model: moments, spectra, ranks, factors and norms.
 
     python benchmarks/stage1.py                                       # the shared 17 M-parameter target
     python benchmarks/stage1.py --model random:qwen2-7b --layers 2    # layers of Qwen2-7B's dimensions, random weights
 
-Each model runs in a separate process, so that its peak memory is its own. Memory beyond the model is the peak of the
-process minus what it held once the model was made: an upper bound of what stage 1 needs, including the proxy.
+Each model runs in a separate process. Memory beyond the model is the peak of the process minus its memory after the
+model was made: an upper bound of what stage 1 needs, including the proxy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ QWEN2_7B = {
 
 
 def resident_gib() -> float:
-    """Return the memory that this process holds now."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**30
 

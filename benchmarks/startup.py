@@ -3,8 +3,8 @@
     python benchmarks/startup.py
     python benchmarks/startup.py --repeats 1 --output /tmp/startup.jsonl
 
-The plan is of the bundled quickstart model. CPU seconds, user and system time together, depend less on other load of
-the machine than wall time. `tests/test_startup.py` tests which modules these commands import.
+The plan uses the bundled quickstart model. CPU seconds (user and system time) depend less on other load of the machine
+than wall time. `tests/test_startup.py` tests which modules these commands import.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def commands(folder: Path) -> dict[str, tuple[list[str], int]]:
 
 
 def measured(arguments: list[str], expected: int, repeats: int) -> dict[str, float]:
-    """Return the least CPU and wall seconds of several processes."""
+    """Return the smallest CPU and wall seconds over several processes."""
     taken = []
     for _ in range(repeats + 1):  # the first one reads files from disk and writes byte code
         started = time.perf_counter()

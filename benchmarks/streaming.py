@@ -1,10 +1,10 @@
-"""Does memory grow with the pool? Peak memory of whole commands on synthetic pools of growing length.
+"""Peak memory of commands on synthetic pools of growing length.
 
 A pool of N short rows is written to a file; `iprox score`, `iprox index` and `iprox query` run on it in separate
-processes, with a random model so small that its memory does not matter. Two things grow by design: eight bytes per row
-while ids are checked for duplicates, and the counts of the windows.
+processes, with a random model so small that its memory does not matter. Only two things grow with the pool: eight bytes
+per row to check ids for duplicates, and the counts of the windows.
 
-    python benchmarks/streaming.py                        # 100 thousand and 1 million rows: a while on one core
+    python benchmarks/streaming.py                        # 100 thousand and 1 million rows
     python benchmarks/streaming.py --rows 10000 40000     # quicker
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     """Measure and print."""
     made = parser(__doc__, "output fresh", output=RESULTS / "streaming.jsonl")
     made.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
-    made.add_argument("--dimension", type=int, default=64, help="dimension of the index: small, so that disks hold it")
+    made.add_argument("--dimension", type=int, default=64, help="dimension of the index, small to save disk space")
     arguments = made.parse_args()
     results = Results(arguments.output, settings_of(arguments, "rows"), fresh=arguments.fresh)
     print("command       rows    seconds     rows/s   peak MB")

@@ -1,11 +1,11 @@
-"""How large is the package, and how is it layered? One table, counted from the checkout.
+"""Size and layers of the package, counted from the checkout.
 
     python benchmarks/structure.py
 
-Lines are all lines of Python files below `src/iprox`. Imports are those at the top level of a module, without those for
-type checking only; an import cycle is a set of modules that import each other (that a package's `__init__` runs before
-its modules does not count). An upward import is one from a layer of `LAYERS` to a later one, or from a layer below
-`cli` to a package of `APART`.
+Lines are all lines of Python files in `src/iprox`. Imports are those at the top level of a module, except those for
+type checking; an import cycle is a set of modules that import each other (a module's import of its package's `__init__`
+does not count). An upward import is one from a layer of `LAYERS` to a later one, or from a layer below `cli` to a
+package of `APART`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from iprox.cli.parser import build_app
 from iprox.settings import Recipe, fields_of
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
-# Packages from the lowest layer to the highest. Modules that are not named, such as `iprox.files`, are below them all.
+# Packages from the lowest layer to the highest. Other modules, such as `iprox.files`, are below all of them.
 LAYERS = (
     ("data", "models", "kronecker"),
     ("engine",),
@@ -31,7 +31,7 @@ LAYERS = (
     ("run",),
     ("cli",),
 )
-# Packages that stand apart from the layers, which no layer below `cli` needs.
+# Packages outside the layers, which no layer below `cli` may import.
 APART = ("api",)
 
 
@@ -71,7 +71,7 @@ def module_of(path: Path) -> str:
 
 
 def imported(name: str, path: Path, known: set[str]) -> Iterator[str]:
-    """Yield the modules of the package that a module imports when it is imported itself."""
+    """Yield the modules of the package that a module imports at its top level."""
     for node in top_level(ast.parse(path.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
@@ -84,7 +84,7 @@ def imported(name: str, path: Path, known: set[str]) -> Iterator[str]:
 
 
 def top_level(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that run with a module: not those in functions, nor under `if TYPE_CHECKING`."""
+    """Yield the imports that run with a module, not those in functions or under `if TYPE_CHECKING`."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -126,7 +126,7 @@ def layer(name: str) -> int:
 
 
 def is_upward(one: str, other: str) -> bool:
-    """Return whether an import leads from a layer to a higher one, or from below `cli` to a package that is apart."""
+    """Return whether an import goes from a layer to a higher one, or from below `cli` to a package of `APART`."""
     if layer(one) == -1:
         return False
     if other.split(".")[1:2] and other.split(".")[1] in APART:
@@ -135,13 +135,13 @@ def is_upward(one: str, other: str) -> bool:
 
 
 def options_of(command: Command) -> int:
-    """Return the number of options that the parser gives a command, positional arguments and `--help` left out."""
+    """Return the number of options of a command, without positional arguments and `--help`."""
     arguments = build_app()[command.name].assemble_argument_collection()
     return sum(1 for argument in arguments if argument.name.startswith("--"))
 
 
 def by_package(lines: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Return name, lines and files of each package, largest first; modules outside packages are together."""
+    """Return name, lines and files of each package, largest first; modules outside packages count as one."""
     packages = {name.split(".")[1] for name in lines if name.count(".") > 1}
     found: dict[str, list[int]] = {}
     for name, count in lines.items():

@@ -30,8 +30,8 @@ def recipe_table() -> str:
     for key, field in fields_of(Recipe):
         meaning = str(field.description).replace("|", "\\|")
         if is_section(field.annotation):
-            off = " | false" if field.default is False else " | "
-            lines.append(f"| **{key}**{off} | {meaning} |")
+            stated = isinstance(field.json_schema_extra, dict) or field.default is False
+            lines.append(f"| **{key}** | {default_of(field) if stated else ''} | {meaning} |")
         else:
             lines.append(f"| `{key}` | {default_of(field)} | {meaning}{choices_of(field.annotation)} |")
     return "\n".join(lines) + "\n"

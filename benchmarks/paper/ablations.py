@@ -1,11 +1,11 @@
-"""Ablations: the effect of each choice on fidelity, Spearman and top-5 % overlap with the warmed target's own scores.
+"""Ablations: the effect of each choice on fidelity (Spearman and top-5 % overlap with the warmed target's scores).
 
     python benchmarks/paper/ablations.py                             # all of them, 1,000 pool rows, seed 0
     python benchmarks/paper/ablations.py --only probe ridge --rows 300
 
-One proxy setting at a time is changed from the base: IPSVD at sparsity 0.7 on 139 random rows (1 % of the pool), global
-ranks, raw TracIn at the last checkpoint with the target's validation gradients, not aligned. None of the scored rows is
-in a probe, in the warm-up or in the alignment. Cells are kept in the results file.
+Each variant changes one setting of the base: IPSVD at sparsity 0.7 with 139 random probe rows (1 % of the pool), global
+ranks, not aligned, raw TracIn at the last checkpoint with the target's validation gradients. Probes, warm-up and
+alignment use none of the scored rows. Cells are kept in the results file.
 """
 
 from __future__ import annotations

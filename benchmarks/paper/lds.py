@@ -1,4 +1,4 @@
-"""Do the scores predict what training does? Linear datamodeling scores of proxy and target, on the bundled model.
+"""Linear datamodeling scores of proxy and target, on the bundled model.
 
     python benchmarks/paper/lds.py                    # 400 subsets, TracIn and K-FAC influence functions
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measured(arguments: argparse.Namespace, estimator: str) -> dict[str, Any]:
-    """Return the linear datamodeling scores of one estimator; both share a run folder, and so the retrainings."""
+    """Return the linear datamodeling scores of one estimator; the shared run folder has the retrainings of both."""
     folder = arguments.work
     recipe = {
         "model": arguments.model,

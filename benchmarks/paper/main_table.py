@@ -6,8 +6,8 @@
 
 For each seed, the target is warmed up on 5 % of the pool, the pool is scored on the target and on every proxy, the
 *original* target is fine-tuned on the best 5 % for each task, and loss and exact matches are measured on the task's
-test set. Scores are cosine-normalized, as raw ones pick the shortest answers. Every cell is kept in the results file,
-so a stopped benchmark continues where it was; run folders and selected rows are in `--work`.
+test set. Scores are cosine-normalized, as raw ones select the shortest answers. Every cell is kept in the results file,
+so an interrupted benchmark resumes; run folders and selected rows are in `--work`.
 
 With hub ids the same command runs on a GPU, see benchmarks/paper/README.md.
 """
@@ -40,8 +40,8 @@ from iprox.stages.training import finetune
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import RESULTS, Results, parser, run, scores_in, settings_of, standard_error, warmed
 
-# Row -> the proxy section of its recipe. SVD and SVD-LLM take the same share of every layer, as published; and also get
-# ranks that compete across layers, as in IPSVD, though their singular values do not estimate changes of the loss.
+# Row -> the proxy section of its recipe. SVD and SVD-LLM keep the same share of every layer, as published, and are also
+# run with global ranks, as in IPSVD, though their singular values do not estimate changes of the loss.
 PROXIES: dict[str, Any] = {
     "target": False,
     **{f"ipsvd {size}, aligned": {"sparsity": size} for size in (0.3, 0.5, 0.7)},
@@ -51,16 +51,16 @@ PROXIES: dict[str, Any] = {
     "svd 0.7": {"method": "svd", "sparsity": 0.7, "ranks": "uniform", "align": False},
     "svd 0.7, global ranks": {"method": "svd", "sparsity": 0.7, "align": False},
     "first layers 0.7": {"method": "layers", "sparsity": 0.7},
-    "sibling": {"method": "off-the-shelf"},  # warmed up as the target is
+    "sibling": {"method": "off-the-shelf"},  # warmed up like the target
     "sibling, not warmed": {"method": "off-the-shelf"},
 }
-# Rows without gradients, which influence has to beat; those that run a model run the target.
+# Rows without gradients; those that run a model run the target.
 WITHOUT_GRADIENTS = ("rds", "bm25", "length")
 # Rows made by scripts in this folder: the published code's proxies, and a model that predicts influence from text.
 OWN = ("reference code 0.7", "influence scorer")
-# Rows that select without scores and the same for all tasks, so that one fine-tuning is enough.
+# Rows with the same selection for all tasks, so that one fine-tuning is enough.
 FOR_ALL_TASKS = ("random", "full pool")
-# Random rows of the task's own source, for tasks that have one: the gain from knowing the sources alone.
+# Random rows of the task's own source, for tasks that have one: the gain from knowing the sources.
 OWN_SOURCE = "own source"
 WITHOUT_SCORES = (*FOR_ALL_TASKS, OWN_SOURCE)
 METHODS = ("random", OWN_SOURCE, *PROXIES, *OWN, *WITHOUT_GRADIENTS, "full pool")

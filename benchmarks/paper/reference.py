@@ -2,9 +2,9 @@
 
 Differences from `iprox.proxy`: moments of 14 examples (a tenth of 1 % of the pool), 73 random tokens of each, with the
 loss on all tokens, including prompts; factors in the span of those columns only, with a ridge of 0.001 for moments of
-any size; one rank rule for all layers, with ranks rounded up to multiples of 128; a layer whose rank reaches its
-smaller side is not changed, and one whose rank exceeds the number of columns keeps random values. Written from the
-behavior of that code, without copying any of it.
+any size; the same rank rule for all layers, with ranks rounded up to multiples of 128; a layer whose rank reaches its
+smaller side is not changed, and one whose rank exceeds the number of columns keeps random values. This reproduces the
+behavior of that code without copying it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ RIDGE = 1e-3
 
 
 def score(recipe: dict[str, Any], warmed: Path, folder: Path) -> dict[str, Any]:
-    """Make the proxy of a run's warmed target, score the pool with the proxy's own validation
-    gradients, and return what it cost."""
+    """Make the proxy of a run's warmed target, score the pool with its validation gradients, and return the cost."""
     settings = parse_recipe(recipe, "reference.py")
     session = Session.of(settings, Reporter(quiet=True))
     checkpoint = warmed / "warmup" / read_json(warmed / "warmup/checkpoints.json")[-1]["path"]

@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, DOCS = ROOT / "benchmarks/results", ROOT / "docs"
-# The same file for the same numbers: no date, and ids that do not change.
+# Reproducible files: fixed ids (and no date).
 mpl.rcParams.update({"svg.hashsalt": "iprox", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
 
@@ -70,7 +70,7 @@ def with_error(values: list[float]) -> str:
     return f"{np.mean(values):.3f}{error}" if values else "–"
 
 
-# The rows of the table on the front page: method and how the page names it.
+# The rows of the table on the front page: method -> name on the page.
 FRONT = {
     "random": "random rows",
     "sibling": "a trained sibling with 40 % of the parameters",
@@ -99,7 +99,7 @@ def found_of_top(scored: list[Any]) -> float:
     return float(np.mean([[task["overlap"]["0.05"] for task in cell["fidelity"].values()] for cell in scored]))
 
 
-# The points of the plot on the front page: method, name, and where its text stands.
+# The points of the plot on the front page: method -> name and offset of its label.
 POINTS = {
     "ipsvd 0.3": ("IPSVD, sparsity 0.3", (-6, 4)),
     "ipsvd 0.5": ("IPSVD 0.5", (6, -3)),

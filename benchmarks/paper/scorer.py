@@ -1,7 +1,7 @@
 """An influence scorer, a row of the main table: the sibling trained to predict the target's scores from the text.
 
 A regression head on the small off-the-shelf model is trained on the target's scores of a random 5 % of the pool, then
-predicts scores for the whole pool. The idea is that of MATES (arXiv:2406.06046), with influence computed on the target.
+predicts scores for the whole pool, as in MATES (arXiv:2406.06046), but with influence computed on the target.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARE, EPOCHS, LEARNING_RATE = 0.05, 4, 3e-4
 
 
 def score(recipe: dict[str, Any], sibling: str, warmed: Path, folder: Path) -> dict[str, Any]:
-    """Train the scorer, write its scores of the pool to `folder`, and return what it cost."""
+    """Train the scorer, write its scores of the pool to `folder`, and return the cost."""
     settings = parse_recipe(recipe, "scorer.py")
     pool = Pool(settings.data.pool)
     truth = read_scores(warmed / "scores.parquet")

@@ -1,12 +1,12 @@
-"""Why it works, where it does: what is selected, seen from the target, and what a smaller proxy still knows.
+"""Why it works: affinity and diversity of selections, and influence and loss kept by smaller proxies.
 
     python benchmarks/paper/why.py --selections runs/paper-tracin-KEY/seed-0      # made by main_table.py, in its --work
 
-1. By row of the main table and task: the affinity of the selection to the task, ‖Uᵀ V‖_F² / k, U and V the leading k
-   directions of the selected rows' and of the validation examples' gradients (unit length, projected to 4,096
-   dimensions), 0 to 1; and its diversity, the mean cosine distance of a selected row to its nearest neighbor.
-2. By sparsity, for SVD and IPSVD: Spearman with the target's influence, and the loss on the validation sets over the
-   target's.
+1. By row of the main table and task: the affinity of the selection to the task, ‖Uᵀ V‖_F² / k from 0 to 1, with U and V
+   the leading k directions of the gradients of the selected rows and of the validation examples (unit length, projected
+   to 4,096 dimensions); and its diversity, the mean cosine distance of a selected row to its nearest neighbor.
+2. By sparsity, for SVD and IPSVD: the Spearman correlation with the target's influence, and the loss on the validation
+   sets divided by the target's.
 
 Gradients are the original target's. Cells are kept in the results file.
 """
@@ -120,7 +120,7 @@ def main() -> None:
         output=RESULTS / "paper-why.jsonl",
     )
     made.add_argument("--selections", type=Path, required=True, help="folder of a seed in main_table.py's --work")
-    made.add_argument("--top", type=int, default=150, help="number of selected rows to look at, the best of each")
+    made.add_argument("--top", type=int, default=150, help="number of best selected rows to analyze")
     made.add_argument("--rows", type=int, default=300, help="pool rows whose influence is compared")
     arguments = made.parse_args()
     results = Results(arguments.output, settings_of(arguments, "selections"), fresh=arguments.fresh)

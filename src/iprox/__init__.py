@@ -1,7 +1,7 @@
 """iprox: select the training data that helps your task, with influence scored on a low-rank proxy of your model.
 
-Importing it teaches transformers to load proxies: `AutoModelForCausalLM.from_pretrained(proxy_folder)`. It imports
-nothing heavy itself; torch and transformers are imported with the first name that needs them.
+Importing it lets transformers load proxies: `AutoModelForCausalLM.from_pretrained(proxy_folder)`. torch and
+transformers are imported with the first name that needs them.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ __all__ = [
     "select",
 ]
 
-# Where each public name is.
+# Module of each public name.
 _HOMES = {
     **dict.fromkeys(("align", "attribute", "audit", "compress", "load", "score", "select"), "iprox.api"),
     "compare": "iprox.audits.comparison",

@@ -159,7 +159,7 @@ class FolderLock:
 
 
 def empty_folder(folder: Path, keep: str) -> None:
-    """Remove all that a folder holds but one file; do nothing where there is no folder."""
+    """Remove everything in a folder except one file; do nothing if there is no folder."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name != keep:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

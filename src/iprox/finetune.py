@@ -47,7 +47,7 @@ class TrainingResult:
         checkpoints: saved models.
         history: one entry per optimizer step: step, epoch, loss, learning_rate.
         tokens: number of tokens read.
-        uncompiled: why the model could not be compiled although asked for; "" otherwise.
+        uncompiled: why the model could not be compiled although it was requested; "" otherwise.
     """
 
     checkpoints: list[Checkpoint] = field(default_factory=list)
@@ -119,7 +119,7 @@ def train(
     )
     output.mkdir(parents=True, exist_ok=True)
     steps = epochs * steps_per_epoch(len(rows), batch_size, accumulate)
-    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns of the old name.
+    # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns about the old name.
     names = {entry.name for entry in fields(SFTConfig)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     arguments = SFTConfig(

@@ -1,4 +1,4 @@
-"""Measure what a stage costs, wall time and peak memory, and how fast this machine multiplies matrices."""
+"""Measure the wall time and peak memory of a stage, and the GEMM rate of this machine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _peak(device: torch.device) -> int:
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine."""
+    """Return the FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine."""
     x = torch.randn(4096, 1024, device=device).to(dtype)
     w = torch.randn(1024, 1024, device=device).to(dtype)
 
@@ -72,7 +72,7 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float 
             torch.cuda.synchronize(device)
 
     def repeat(seconds: float) -> tuple[int, float]:
-        """Products for about that long, one at least; how many, and the seconds they took."""
+        """Run products for about that long; return their number (at least one) and the seconds."""
         started, count, elapsed = time.perf_counter(), 0, 0.0
         while not count or elapsed < seconds:
             nn.functional.linear(x, w)
@@ -80,6 +80,6 @@ def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float 
             count, elapsed = count + 1, time.perf_counter() - started
         return count, elapsed
 
-    repeat(seconds / 10)  # warms up: clocks, and the choice of a kernel
+    repeat(seconds / 10)  # warm-up of clocks and kernel selection
     count, elapsed = repeat(seconds)
     return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / elapsed

@@ -19,7 +19,7 @@ TABLES = "transformers.quantizers.auto"
 
 
 def teach_transformers() -> None:
-    """Register proxies in the tables of transformers: now if these are imported, else when they are."""
+    """Register proxies in the tables of transformers, now if they are imported, else when they are imported."""
     loaded = sys.modules.get(TABLES)
     if loaded is not None and hasattr(loaded, "AUTO_QUANTIZER_MAPPING"):
         _register(loaded)

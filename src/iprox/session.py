@@ -223,7 +223,7 @@ def refuse_shared_files(pool: Pool, judged_by: Mapping[str, Pool]) -> None:
         if file is not None:
             raise InputError(
                 f"{file}: is part of both the {pool.name} and the {name}, so rows would be judged by themselves; move "
-                "the rows of that set to a file of their own"
+                "the rows of that set to a separate file"
             )
 
 

@@ -216,7 +216,7 @@ SIZES = ("sparsity", "flops", "fidelity")
 ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"]
 
 
-# Depth of a proxy with the target's weights unless asked otherwise (`benchmarks/cost.py`).
+# Default depth of a proxy with the target's weights (`benchmarks/cost.py`).
 DEPTH = 0.67
 
 
@@ -225,7 +225,8 @@ class ProxySection(Section):
 
     method: ProxyMethod | None = setting(
         None,
-        "target keeps all weights and saves by depth and gradients; ipsvd makes layers low-rank; others are baselines",
+        "target keeps all weights, and depth and gradients lower its cost; ipsvd makes layers low-rank; the others are "
+        "baselines",
         "ipsvd with a size or a setting of its factors, else target",
     )
     depth: float | None = setting(
@@ -248,13 +249,13 @@ class ProxySection(Section):
     )
     fidelity: float | None = setting(
         None,
-        "take the smallest proxy whose Spearman correlation with the target's scores is at least this, judged by the "
-        "lower bound of a 95 % interval",
+        "use the smallest proxy whose Spearman correlation with the target's scores is at least this, at the lower "
+        "bound of a 95 % interval",
         gt=0,
         lt=1,
     )
     held_out: int = setting(256, "examples of the pool that fidelity is measured on", ge=16)
-    model: str | None = setting(None, "the proxy itself, for the method off-the-shelf, which takes no size")
+    model: str | None = setting(None, "hub id or folder of the proxy, for the method off-the-shelf, which has no size")
     ranks: Literal["global", "uniform"] = setting("global", "how ranks are distributed over layers")
     ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = setting(
         "auto", "fraction of the mean eigenvalue added to the second moments; auto chooses it (Ledoit and Wolf)"
@@ -339,13 +340,13 @@ class Traits:
         gradients: whether it uses gradients; the others are baselines (`iprox.influence.baselines`).
         model: whether it runs the model.
         curvature: whether it measures curvature on a sample of the pool.
-        optimizer: whether it reads the optimizer's state of the warm-up.
+        optimizer: whether it reads the optimizer state of the warm-up.
         corpus: whether it counts the terms of the whole pool.
         by_task: whether it depends on the validation examples; otherwise all tasks have the same scores.
         by_example: whether it can score each validation example separately.
         seeded: whether its scores depend on the seed.
         query_norm: default fraction of the validation gradients' norm that is kept on a proxy
-            (`benchmarks/queries.py`). What is lost is small next to the error of the proxy. Gradients divided by a
+            (`benchmarks/queries.py`). The loss is small compared with the error of the proxy. Gradients divided by a
             curvature are less low-rank.
     """
 
@@ -396,7 +397,7 @@ class InfluenceSection(Section):
     curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)
     damping: float = setting(0.1, "damping of the curvature, as a fraction of the mean eigenvalue of each layer", gt=0)
     query: Literal["target", "proxy"] = setting(
-        "target", "where validation gradients are taken when candidates are scored on a proxy"
+        "target", "model that validation gradients are taken on when candidates are scored on a proxy"
     )
     query_norm: float | None = setting(
         None,
@@ -409,9 +410,9 @@ class InfluenceSection(Section):
         "cosine", "cosine, or none: raw scores, which favor answers of one or two tokens"
     )
     per_example: bool = setting(
-        False, "also keep the scores per validation example, so that these take turns to choose, not only the tasks"
+        False, "also keep scores per validation example, so that examples rather than tasks take turns in round-robin"
     )
-    checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up that scores are summed over")
+    checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up to sum scores over")
 
     @field_validator("estimator", mode="before")
     @classmethod
@@ -596,7 +597,7 @@ class RefineSection(Section):
 class FinetuneSection(TrainingSection):
     """Fine-tuning of the original target on the selection."""
 
-    test: dict[str, Files] = setting({}, "file or files per task: loss and exact matches before and after")
+    test: dict[str, Files] = setting({}, "test file or files per task, for losses and exact matches before and after")
 
 
 class Settings(Section):
@@ -607,14 +608,14 @@ class Settings(Section):
     data: ReadingSection = setting(ReadingSection(), "which examples are read, and how")
     warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
     proxy: ProxySection | Literal[False] = setting(
-        ProxySection(), "the model that candidates are scored on, or false to score on the target"
+        ProxySection(), "the proxy that candidates are scored on, or false to score on the target"
     )
     influence: InfluenceSection = setting(InfluenceSection(), "how candidates are scored")
-    audit: AuditSection | Literal[False] = setting(AuditSection(), "how faithful the proxy is, or false")
+    audit: AuditSection | Literal[False] = setting(AuditSection(), "measuring the proxy's fidelity, or false")
     refine: RefineSection | Literal[False] = setting(
         False,
-        "scoring of the best rows again on the target, or false",
-        "{} with a proxy, where select gives a count or a fraction below 0.5 and no limits",
+        "scoring the best rows again on the target, or false",
+        "{} with a proxy, if select gives a count or a fraction below 0.5 and no limits",
     )
     select: SelectSection = setting(SelectSection(), "how rows are selected")
     finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
@@ -628,7 +629,7 @@ class Settings(Section):
         "auto", "compile models with torch.compile; auto does so where it saves time"
     )
     ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
-    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "where training curves go")
+    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "tracker to log training curves to")
     trust_remote_code: bool = setting(False, "allow models to run their own code")
 
 
@@ -682,7 +683,7 @@ class Recipe(Settings):
             return self
         name = f"influence.estimator {self.influence.estimator}"
         if not self.warmup:
-            raise ValueError(f"{name} needs the optimizer's state of the warm-up, which is off")
+            raise ValueError(f"{name} needs the optimizer state of the warm-up, which is off")
         if self.warmup.lora:
             raise ValueError(f"{name} needs Adam's moments of the weights, which warmup.lora does not train")
         if self.proxy and not self.proxy.factorized:

@@ -147,7 +147,7 @@ def check_tracking(kind: Tracking) -> None:
 
 
 def numbers(entry: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:
-    """Yield the numbers in nested plain data as (path, number); lists and texts are left out."""
+    """Yield the numbers in nested plain data as (path, number), without lists and strings."""
     for key, value in entry.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{name}/{key}")

@@ -124,7 +124,7 @@ class Estimator(ABC):
         """Return the scorer of batches of candidates at one checkpoint."""
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
-        """Return the FLOPs of reading `read` on a model at one checkpoint."""
+        """Return the FLOPs of the validation side (gradients and curvature) at one checkpoint, on this model."""
         return 0.0
 
     def candidate_flops(
