@@ -159,9 +159,9 @@ def rows_of(batch: Batch) -> list[Batch]:
     ]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _what_is_imported_stays():
-    """Each stage of a run collects garbage; what was imported is left out of that, which saves time."""
+    """Each stage of a run collects garbage; what was imported by now is left out of that, which saves time."""
     gc.collect()
     gc.freeze()
 

@@ -145,7 +145,7 @@ def test_plan_for_people(place, capsys):
 
 
 def test_a_signal_in_training_exits_with_130_and_the_run_goes_on(place):
-    place.set(warmup={"fraction": 0.5, "epochs": 200, "batch_size": 8})
+    place.set(warmup={"fraction": 0.5, "epochs": 200, "batch_size": 8}, compile=False)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "iprox.cli", "run", str(place.recipe)],

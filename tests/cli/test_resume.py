@@ -117,8 +117,8 @@ def test_stop_after_an_early_stage_forgets_nothing(copied, finished):
 
 
 def test_stop_after_leaves_the_rest_undone(place):
-    assert place.run("--set", "warmup=false", "proxy=false", "audit=false", "--stop-after", "score") == 0
-    assert list(place.record()["stages"]) == ["data", "curvature", "score"]
+    assert place.run(*CHEAP, "influence.estimator=length", "--stop-after", "score") == 0
+    assert list(place.record()["stages"]) == ["data", "score"]
     assert not (place.output / "selected.jsonl").exists()
 
 
@@ -127,16 +127,20 @@ def test_stop_after_data_only_reads(place):
     assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "run.json"]
 
 
-def test_interrupted_between_stages_gives_the_same_bytes(place, finished, monkeypatch, capfd):
+def test_the_resolved_recipe_interrupted_between_stages_gives_the_same_bytes_from_anywhere(
+    place, finished, tmp_path, monkeypatch, capfd
+):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
+    monkeypatch.chdir(tmp_path)
+    command = ["run", str(finished.output / "recipe.yaml"), "--quiet", "--set", f"output={place.output}"]
     with monkeypatch.context() as patch:
         patch.setattr(alignment, "align_proxy", interrupt)
-        assert place.run() == 130
+        assert main(command) == 130
     assert "interrupted" in capfd.readouterr().err
     assert list(place.record()["stages"]) == ["data", "warmup", "curvature", "compress"]
-    assert place.run() == 0
+    assert main(command) == 0
     assert place.done() == ["align", "audit", "score", "select", "attribute", "report"]
     assert place.result() == finished.result()
 
@@ -183,10 +187,10 @@ def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_parts", write_rest)
-        assert copied.run() == 0
+        assert copied.run("--stop-after", "select") == 0
     resumed = copied.result()
     (copied.output / "scores.parquet").unlink()
-    assert copied.run() == 0
+    assert copied.run("--stop-after", "select") == 0
     assert copied.result() == resumed
     assert not (copied.output / "scores.parquet.shards").exists()
 
@@ -227,8 +231,7 @@ def test_refine_killed_while_scoring_goes_on_after_the_last_shard_to_the_same_by
     ]
 
 
-@pytest.mark.parametrize("left", ["scores.parquet.partial", "scores.parquet"])
-def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, monkeypatch, left):
+def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, monkeypatch):
     """Killed outright, so that nothing is tidied away: the merged file is half written, or whole beside its shards."""
     options = [
         "--model",
@@ -247,12 +250,13 @@ def test_a_command_killed_while_it_merges_shards_goes_on(finished, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "merge_shards", stop)
-        assert main(["score", *options, "--output", str(tmp_path / "scores")]) == 130
-    (tmp_path / "scores" / left).write_bytes(b"half")
-    assert main(["score", *options, "--output", str(tmp_path / "scores")]) == 0
-    whole, resumed = (tmp_path / name / "scores.parquet" for name in ("whole", "scores"))
-    assert resumed.read_bytes() == whole.read_bytes()
-    assert sorted(file.name for file in resumed.parent.iterdir()) == ["run.json", "scores.parquet"]
+        assert main(["score", *options, "--output", str(tmp_path / "killed")]) == 130
+    for left in ("scores.parquet.partial", "scores.parquet"):
+        folder = shutil.copytree(tmp_path / "killed", tmp_path / f"{left}-left")
+        (folder / left).write_bytes(b"half")
+        assert main(["score", *options, "--output", str(folder)]) == 0
+        assert (folder / "scores.parquet").read_bytes() == (tmp_path / "whole/scores.parquet").read_bytes()
+        assert sorted(file.name for file in folder.iterdir()) == ["run.json", "scores.parquet"]
 
 
 def test_a_row_that_the_template_refuses_stops_a_run_that_goes_on_without_it(place, refused):
@@ -361,14 +365,6 @@ def test_fresh_starts_anew(copied, finished):
     assert sorted(file.name for file in copied.output.iterdir()) == ["recipe.yaml", "run.json"]
 
 
-def test_the_resolved_recipe_gives_the_same_selection_from_anywhere(finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    recipe = finished.output / "recipe.yaml"
-    assert main(["run", str(recipe), "--quiet", "--set", f"output={tmp_path / 'again'}"]) == 0
-    assert (tmp_path / "again/selected.jsonl").read_bytes() == finished.result()["selected.jsonl"]
-    assert (tmp_path / "again/scores.parquet").read_bytes() == finished.result()["scores.parquet"]
-
-
 def test_the_resolved_recipe_is_absolute_and_whole(finished, monkeypatch):
     resolved = yaml.safe_load((finished.output / "recipe.yaml").read_text())
     assert resolved["data"]["pool"] == [str(finished.pool)]
@@ -402,10 +398,10 @@ def test_seed_changes_every_draw(place):
 def test_an_off_the_shelf_proxy_is_known_by_what_it_is_not_by_where(place, model, tmp_path):
     first, moved = tmp_path / "small", tmp_path / "moved"
     shutil.copytree(model, first)
-    options = ["warmup=false", "audit=false"]
+    options = ["warmup=false", "audit=false", "influence.estimator=tracin", "--stop-after", "select"]
 
     def run(proxy):
-        return place.run("--set", *options, f"proxy={{method: off-the-shelf, model: {proxy}}}")
+        return place.run("--set", f"proxy={{method: off-the-shelf, model: {proxy}}}", *options)
 
     assert run(first) == 0
     before = place.result()

@@ -16,7 +16,7 @@ from iprox.cli.summary import run_summary
 from iprox.run.folder import RunFolder
 
 STAGES = ["data", "warmup", "curvature", "compress", "align", "audit", "score", "select", "attribute", "report"]
-SMALL = ["--set", "proxy=false", "warmup=false", "audit=false"]
+SMALL = ["--set", "proxy=false", "warmup=false", "audit=false", "influence.estimator=tracin"]
 
 
 def test_files_of_the_run_folder(finished):
