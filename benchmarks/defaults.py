@@ -38,11 +38,11 @@ from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate, train
 from iprox.influence.baselines import Corpus
 from iprox.influence.estimators.base import Inputs
-from iprox.influence.estimators.ekfac import kronecker_curvature
 from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -387,9 +387,7 @@ class Bench:
         """Test metrics of the original target after fine-tuning on some rows."""
         preset, folder = self.preset, self.work / f"model-{seed}"
         target = self.session.model(str(preset.model), torch.float32, fused=True)
-        model = (
-            with_lora(target, str(preset.model), preset.lora, 2.0 * preset.lora, 0.0, seed) if preset.lora else target
-        )
+        model = with_lora(target, str(preset.model), preset.lora, seed) if preset.lora else target
         settings = {"epochs": preset.epochs, "learning_rate": preset.learning_rate, "batch_size": preset.batch_size}
         train(
             model,

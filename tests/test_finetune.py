@@ -127,7 +127,7 @@ def test_a_compiled_training_takes_the_same_steps(tiny, tokenizer, encoded, tmp_
     for compiled in (False, True):
         model = tiny.model(dtype=torch.float32)
         result = train(
-            *(with_lora(model, "org/name", 4, 8.0) if lora else model, tokenizer, encoded, tmp_path),
+            *(with_lora(model, "org/name", 4) if lora else model, tokenizer, encoded, tmp_path),
             epochs=2,
             learning_rate=1e-3,
             batch_size=8,
@@ -152,7 +152,7 @@ def test_accumulated_batches_are_one_large_one(tiny, tokenizer, tmp_path, lora):
     for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
         model = tiny.model(dtype=torch.float32)
         result = train(
-            *(with_lora(model, "org/name", 4, 8.0) if lora else model, tokenizer, rows, tmp_path),
+            *(with_lora(model, "org/name", 4) if lora else model, tokenizer, rows, tmp_path),
             epochs=2,
             learning_rate=1e-2,
             batch_size=batch_size,
@@ -183,7 +183,7 @@ def test_adapters_are_trained_and_saved_alone_or_multiplied_in(tiny, tokenizer, 
     whole = load_model(base)
     before = evaluate(whole, encoded, 256, 0)["loss"]
     frozen = {name: weight.clone() for name, weight in whole.state_dict().items()}
-    adapted = with_lora(whole, str(base), rank=4, alpha=8.0)
+    adapted = with_lora(whole, str(base), rank=4)
     result = train(
         *(adapted, tokenizer, encoded, tmp_path / "lora"),
         epochs=3,

@@ -1,7 +1,7 @@
 """Ablations: the effect of each choice on fidelity (Spearman and top-5 % overlap with the warmed target's scores).
 
     python benchmarks/paper/ablations.py                             # all of them, 1,000 pool rows, seed 0
-    python benchmarks/paper/ablations.py --only probe ridge --rows 300
+    python benchmarks/paper/ablations.py --only probe ranks --rows 300
 
 Each variant changes one setting of the base: IPSVD at sparsity 0.7 with 139 random probe rows (1 % of the pool), global
 ranks, not aligned, raw TracIn at the last checkpoint with the target's validation gradients. Probes, warm-up and
@@ -137,10 +137,6 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
             },
             "a tenth of that": lambda: measure(make(probe=ablation.probe_rows[: PROBE // 10])),
             "of one source": lambda: measure(make(probe=ablation.of_one_source())),
-        },
-        "ridge": {
-            "auto": lambda: ablation.base,
-            **{f"{ridge}": lambda ridge=ridge: measure(make(ridge=ridge)) for ridge in (1e-3, 1e-2, 1e-1, 1.0)},
         },
         "ranks": {"global": lambda: ablation.base, "uniform": lambda: measure(make(ranks="uniform"))},
         "validation gradients": {

@@ -105,19 +105,6 @@ class DataSection(ReadingSection):
     validation: dict[str, Files] = setting(..., "file or files per task", min_length=1)
 
 
-class LoraSection(Section):
-    """Low-rank adapters on all linear layers but the head, trained instead of the weights (arXiv:2106.09685)."""
-
-    rank: int = setting(16, "rank of the adapters", ge=1)
-    alpha: float | None = setting(None, "adapters are scaled by alpha / rank", "twice the rank", gt=0)
-    dropout: float = setting(0.05, "dropout of the adapters' inputs", ge=0, lt=1)
-
-    @property
-    def scale(self) -> float:
-        """`alpha`, or its default."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
-
-
 _RATE = "0.1 / hidden size (2.4e-5 for a model 4,096 wide); with lora ten times that"
 
 
@@ -130,14 +117,18 @@ class TrainingSection(Section):
     accumulate: int = setting(
         1, "batches per optimizer step: 4 batches of 4 train like one of 16, with less memory", ge=1
     )
-    lora: LoraSection | Literal[False] = setting(
-        False, "train LoRA adapters instead of all weights; {} for their defaults; needs pip install 'iprox[lora]'"
+    lora: Annotated[int, Field(ge=1, strict=True)] | Literal[False] = setting(
+        False,
+        "rank of LoRA adapters (arXiv:2106.09685) to train instead of all weights, e.g. 16, or false; needs "
+        "pip install 'iprox[lora]'",
     )
 
     @field_validator("lora", mode="before")
     @classmethod
-    def _rank_alone(cls, value: Any) -> Any:
-        return {"rank": value} if isinstance(value, int) and not isinstance(value, bool) else value
+    def _rank(cls, value: Any) -> Any:
+        if value is not False and value == 0:  # which would pass for false
+            raise ValueError("give a rank of 1 or more, or false")
+        return value
 
     def peak(self, hidden_size: int) -> float:
         """Return `learning_rate`, or its default for a hidden size."""
@@ -159,20 +150,6 @@ class WarmupSection(TrainingSection):
         if self.fraction is not None:
             return max(1, round(total * self.fraction))
         return min(total, max(FEWEST_WARMUP, min(MOST_WARMUP, round(total * WARMUP_FRACTION))))
-
-
-class ProbeSection(Section):
-    """What the second moments of IPSVD are measured on."""
-
-    fraction: float = setting(
-        0.001, "fraction of the pool that second moments are measured on, at least 64 examples", gt=0, le=1
-    )
-    labels: Literal["data", "sampled"] = setting(
-        "data", "labels of the gradients: the data's, or sampled from the model (true Fisher)"
-    )
-    tokens: Literal["all", "supervised"] = setting(
-        "all", "tokens that count: all, or those that predict a supervised token"
-    )
 
 
 class AlignSection(Section):
@@ -257,10 +234,9 @@ class ProxySection(Section):
     held_out: int = setting(256, "examples of the pool that fidelity is measured on", ge=16)
     model: str | None = setting(None, "hub id or folder of the proxy, for the method off-the-shelf, which has no size")
     ranks: Literal["global", "uniform"] = setting("global", "how ranks are distributed over layers")
-    ridge: Literal["auto"] | Annotated[float, Field(gt=0)] = setting(
-        "auto", "fraction of the mean eigenvalue added to the second moments; auto chooses it (Ledoit and Wolf)"
+    probe: float = setting(
+        0.001, "fraction of the pool that second moments are measured on, at least 64 examples", gt=0, le=1
     )
-    probe: ProbeSection = setting(ProbeSection(), "the examples that second moments are measured on")
     align: AlignSection | Literal[False] = setting(AlignSection(), "how the proxy is aligned, or false")
 
     @model_validator(mode="after")
@@ -268,9 +244,7 @@ class ProxySection(Section):
         given = [name for name in SIZES if getattr(self, name) is not None]
         if self.method is None:
             factors = (
-                given
-                or self.model_fields_set & {"ranks", "ridge", "probe"}
-                or ("align" in self.model_fields_set and self.align)
+                given or self.model_fields_set & {"ranks", "probe"} or ("align" in self.model_fields_set and self.align)
             )
             self._default(method="ipsvd" if factors else "target")
         cheap = self.method == "target"

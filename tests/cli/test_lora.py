@@ -16,7 +16,7 @@ from iprox.models.loading import load_model
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, make_place):
     place = make_place(tmp_path_factory.mktemp("lora") / "place")
-    arguments = ["warmup.lora.rank=4", "finetune={lora: {rank: 2, alpha: 8}, epochs: 1, batch_size: 4, accumulate: 2}"]
+    arguments = ["warmup.lora=4", "finetune={lora: 2, epochs: 1, batch_size: 4, accumulate: 2}"]
     assert place.run("--set", *arguments, "influence.checkpoints=all") == 0
     return place
 
@@ -38,7 +38,7 @@ def test_a_run_scores_on_checkpoints_with_the_adapters_multiplied_in(tuned):
 def test_what_was_fine_tuned_is_an_adapter_that_peft_loads(tuned, model):
     folder = tuned.output / "finetune/model"
     assert adapter_base(folder) == str(model)
-    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 8
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 4
     AutoPeftModelForCausalLM.from_pretrained(folder)
 
 
@@ -71,7 +71,7 @@ def test_the_commands_train_adapters(place, model, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--lora=0"], "warmup.lora"),
+        (["--lora=0"], "--lora: give a rank of 1 or more"),
         (["--lora=4", "--optimizer-state"], "--optimizer-state keeps Adam's moments of the weights"),
     ],
 )
@@ -83,7 +83,7 @@ def test_options_that_do_not_go_together_are_refused(place, model, capsys, optio
 
 def test_a_run_that_cannot_train_adapters_at_its_end_does_not_begin(place, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert place.run("--set", "finetune={lora: {rank: 2}}") == 2
+    assert place.run("--set", "finetune={lora: 2}") == 2
     assert "pip install 'iprox[lora]'" in capsys.readouterr().err
     assert not place.output.exists()
 
@@ -94,7 +94,7 @@ def test_experts_are_refused_before_any_work(place, tiny, capsys, tmp_path):
     tiny.model("qwen3-moe", vocab_size=2048).save_pretrained(moe)
     said = "moe: has fused experts, which LoRA would not adapt"
     for command in ("run", "plan"):
-        assert main([command, str(place.recipe), "--set", f"model={moe}", "warmup.lora={}"]) == 2
+        assert main([command, str(place.recipe), "--set", f"model={moe}", "warmup.lora=4"]) == 2
         assert said in capsys.readouterr().err
     options = ["--model", str(moe), "--pool", str(place.pool), "--output", str(place.path / "warm"), "--lora=4"]
     assert main(["warmup", *options]) == 2
@@ -104,7 +104,7 @@ def test_experts_are_refused_before_any_work(place, tiny, capsys, tmp_path):
 
 def test_plan_foretells_less_work_and_memory_of_adapters(place, capsys):
     planned = {}
-    for lora in ("false", "{rank: 4}"):
+    for lora in ("false", "4"):
         assert main(["plan", str(place.recipe), "--json", "--set", f"warmup.lora={lora}"]) == 0
         planned[lora] = json.loads(capsys.readouterr().out)["stages"]["warmup"]
     whole, adapters = planned.values()

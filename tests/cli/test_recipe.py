@@ -13,7 +13,6 @@ from iprox.settings import (
     STAGES,
     FinetuneSection,
     InfluenceSection,
-    LoraSection,
     Recipe,
     RefineSection,
     SelectSection,
@@ -69,7 +68,7 @@ def test_defaults_are_those_of_the_design():
         ({"sparsity": 0.5}, "ipsvd"),
         ({"fidelity": 0.9}, "ipsvd"),
         ({"align": {"epochs": 2}}, "ipsvd"),
-        ({"probe": {"fraction": 0.01}}, "ipsvd"),
+        ({"probe": 0.01}, "ipsvd"),
         ({"method": "svd"}, "svd"),
     ],
 )
@@ -108,10 +107,10 @@ def with_tasks(tasks):
         (with_section(proxy={"align": {"step": 3}}), "unknown key 'proxy.align.step'"),
         (with_section(warmup={"zzzzzz": 1}), "known here: epochs, learning_rate, batch_size, accumulate, lora"),
         (
-            with_section(influence={"estimator": "less"}, warmup={"lora": {"rank": 4}}),
+            with_section(influence={"estimator": "less"}, warmup={"lora": 4}),
             "influence.estimator less needs Adam's moments of the weights, which warmup.lora does not train",
         ),
-        (with_section(warmup={"lora": {"rank": 0}}), "(given: 0)"),
+        (with_section(warmup={"lora": 0}), "(given: 0)"),
         (with_section(proxy={"sparsity": 1.0}), "proxy.sparsity: "),
         (with_section(proxy={"sparsity": 0}), "(given: 0)"),
         (
@@ -311,7 +310,7 @@ def test_less_takes_no_query_norm_unless_examples_are_scored_one_by_one():
 
 @pytest.mark.parametrize(
     ("given", "rate"),
-    [({}, 1e-4), ({"lora": False}, 1e-4), ({"lora": {}}, 1e-3), ({"lora": {"rank": 4}, "learning_rate": 3e-4}, 3e-4)],
+    [({}, 1e-4), ({"lora": False}, 1e-4), ({"lora": 4}, 1e-3), ({"lora": 4, "learning_rate": 3e-4}, 3e-4)],
 )
 @pytest.mark.parametrize("section", [WarmupSection, FinetuneSection])
 def test_a_learning_rate_left_out_is_that_of_what_is_trained(section, given, rate):
@@ -324,8 +323,3 @@ def test_a_learning_rate_left_out_is_that_of_what_is_trained(section, given, rat
 )
 def test_a_warm_up_takes_enough_examples_and_no_more(given, total, examples):
     assert WarmupSection.model_validate(given).examples(total) == examples
-
-
-def test_the_scale_of_adapters_left_out_is_twice_the_rank():
-    assert LoraSection(rank=4).scale == 8
-    assert LoraSection(rank=4, alpha=3).scale == 3

@@ -9,7 +9,7 @@ from jobs import preconditioned
 from iprox.influence.estimators.ekfac import as_matrix
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature
+from iprox.kronecker.eigen import EigenBasis, kronecker_curvature, measured_curvature
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -67,6 +67,17 @@ def test_kfac_is_the_dense_kronecker_inverse(setting):
         fisher = torch.kron(delta.mT @ delta / len(tokens), h.mT @ h / len(h))
         got = bases[name].solve(as_matrix(query[name]), DAMPING)
         torch.testing.assert_close(got, dense_solve(fisher, query[name]), rtol=1e-7, atol=1e-10)
+
+
+def test_groups_of_layers_give_the_same_curvature(setting):
+    model, layers, sample, _, _ = setting
+    whole = kronecker_curvature(model, layers, [sample])
+    parts = list(measured_curvature(model, layers, [sample], memory=1))
+    assert [len(part) for part in parts] == [1] * len(layers)
+    for part in parts:
+        for name, basis in part.items():
+            for each in EigenBasis.__slots__:
+                torch.testing.assert_close(getattr(basis, each), getattr(whole[name], each))
 
 
 def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronecker_basis(setting):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from jobs import preconditioned, scorer_of_batches, settings_of
 
-from iprox.influence.estimators.ekfac import kronecker_curvature
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.models.layers import influence_layers
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -118,6 +118,6 @@ def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monk
     real = kronecker_curvature(model, influence_layers(model), [batch])
     silent = sorted(real)[0]
     del real[silent]
-    monkeypatch.setattr("iprox.influence.estimators.ekfac.kronecker_curvature", lambda *_, **__: real)
+    monkeypatch.setattr("iprox.influence.estimators.ekfac.measured_curvature", lambda *_, **__: iter([real]))
     with pytest.warns(UserWarning, match=f"no gradient for {silent}"):
         scorer_of_batches(model, {"t": [batch]}, estimator="ekfac", per_example=True, sample=[batch])

@@ -18,7 +18,7 @@ def curvature():
 
 def test_what_is_kept_is_what_was_measured(curvature, tmp_path):
     assert not is_kept(tmp_path / "kept")
-    keep_curvature(curvature, tmp_path / "kept")
+    keep_curvature([{name: basis} for name, basis in curvature.items()], tmp_path / "kept")
     assert is_kept(tmp_path / "kept")
     kept = KeptCurvature(tmp_path / "kept", torch.device("cpu"))
     assert list(kept) == list(curvature)
@@ -30,7 +30,7 @@ def test_what_is_kept_is_what_was_measured(curvature, tmp_path):
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_damaged_file_is_named(curvature, tmp_path, damage):
-    keep_curvature(curvature, tmp_path)
+    keep_curvature([{name: basis} for name, basis in curvature.items()], tmp_path)
     file = tmp_path / "00001.safetensors"
     if damage == "missing":
         file.unlink()
@@ -42,6 +42,6 @@ def test_a_damaged_file_is_named(curvature, tmp_path, damage):
 
 
 def test_a_folder_without_the_list_of_layers_is_not_complete(curvature, tmp_path):
-    keep_curvature(curvature, tmp_path)
+    keep_curvature([{name: basis} for name, basis in curvature.items()], tmp_path)
     (tmp_path / LISTING).unlink()
     assert not is_kept(tmp_path)

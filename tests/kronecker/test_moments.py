@@ -86,22 +86,6 @@ def test_a_moment_that_is_not_finite_names_its_layer(tiny):
         collect_moments(model, compressible_layers(model), [tiny.batch([6])])
 
 
-def test_supervised_tokens_only(tiny):
-    """The moments of the positions whose next token is supervised, and of no other."""
-    model, batch = tiny.model(), tiny.batch([9, 5, 7], padding=2)
-    layers = compressible_layers(model)
-    moments, tokens = collect_moments(model, layers, [batch], MomentSettings(tokens="supervised"))
-    assert tokens.tokens == int((batch.labels[:, 1:] != -100).sum())
-    name = "model.layers.1.mlp.up_proj"
-    kept = {}
-    handle = layers[name].register_forward_hook(lambda module, inputs, output: kept.update(h=inputs[0]))
-    with torch.no_grad():
-        model(input_ids=batch.input_ids)
-    handle.remove()
-    rows = kept["h"][:, :-1][batch.labels[:, 1:] != -100]
-    torch.testing.assert_close(moments[name].inputs.matrix, rows.mT @ rows / len(rows))
-
-
 def test_sampled_labels_are_the_models_own(tiny):
     """At the supervised positions only, seeded, and as likely as the model says: its mean loss is its entropy."""
     model, batch = tiny.model(), tiny.batch([40] * 30)

@@ -95,19 +95,19 @@ def test_lora_is_on_every_linear_layer_but_the_head_and_changes_nothing_yet(tiny
     layers = compressible_layers(model)
     with torch.no_grad():
         before = model(input_ids=batch.input_ids).logits
-        adapted = with_lora(model, "org/name", rank=3, alpha=6.0, seed=1)
+        adapted = with_lora(model, "org/name", rank=3, seed=1)
         torch.testing.assert_close(adapted(input_ids=batch.input_ids).logits, before)
     trained = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained} == set(layers)
     assert sum(each.numel() for each in trained.values()) == lora_parameters(tiny.model(), 3)
-    again = with_lora(tiny.model(dtype=torch.float32), "org/name", rank=3, alpha=6.0, seed=1)
+    again = with_lora(tiny.model(dtype=torch.float32), "org/name", rank=3, seed=1)
     assert all(torch.equal(each, trained[name]) for name, each in again.named_parameters() if each.requires_grad)
 
 
 def test_saved_adapters_name_their_base_and_load_merged_on_an_adapter_too(adapter, tiny, tmp_path):
     base, folder, _ = adapter
     over = tmp_path / "over"
-    adapted = moved(with_lora(load_model(folder, fused=True), str(folder), rank=2, alpha=4.0)).eval()
+    adapted = moved(with_lora(load_model(folder, fused=True), str(folder), rank=2)).eval()
     for _ in range(2):  # the second writes over the first
         save_adapters(adapted, over)
     assert {file.name for file in over.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -128,7 +128,7 @@ def test_a_model_saved_with_its_adapters_multiplied_in_is_whole(tiny, tokenizer,
     batch = tiny.batch([9, 7])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT's, of layers stored the other way round
-        adapted = moved(with_lora(tiny.model(kind, dtype=dtype), "org/name", rank=2, alpha=4.0)).eval()
+        adapted = moved(with_lora(tiny.model(kind, dtype=dtype), "org/name", rank=2)).eval()
     save_model(adapted, tokenizer, tmp_path / "whole", torch.float32)
     model = load_model(tmp_path / "whole")
     assert json.loads((tmp_path / "whole/config.json").read_text())["dtype"] == "float32"
@@ -183,10 +183,10 @@ def test_a_broken_adapter_is_refused(adapter, broken, said):
 
 def test_fused_experts_and_a_missing_peft_are_refused(tiny, monkeypatch):
     with pytest.raises(InputError, match="org/moe: has fused experts, which LoRA would not adapt"):
-        with_lora(tiny.model("qwen3-moe"), "org/moe", rank=2, alpha=4.0)
+        with_lora(tiny.model("qwen3-moe"), "org/moe", rank=2)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install 'iprox\\[lora\\]'"):
-        with_lora(tiny.model(), "org/name", rank=2, alpha=4.0)
+        with_lora(tiny.model(), "org/name", rank=2)
 
 
 def rewritten(folder, **changes):

@@ -58,7 +58,7 @@ def test_training_adapters_is_charged_what_torch_counts(tiny):
     model, batch = tiny.model(dtype=torch.float32), tiny.batch([12, 9])
     supervised = padded_width(int((batch.labels[:, 1:] != -100).sum()))  # so many the head is run on
     charged = flops.training_flops(model, batch.input_ids.numel(), supervised, lora_rank=3)
-    adapted = with_lora(model, "org/name", rank=3, alpha=6.0)
+    adapted = with_lora(model, "org/name", rank=3)
     adapted.enable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
         causal_lm_losses(adapted, batch).sum().backward()

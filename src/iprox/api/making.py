@@ -17,7 +17,6 @@ from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.job import Checkpoint, Job
-from iprox.kronecker.moments import MomentSettings
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
 from iprox.models.checkpoint import limit_gradients
 from iprox.models.experts import experts_split
@@ -34,7 +33,7 @@ from iprox.proxy.factorize import PROBED, FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
-_OF_PROXY = ("method", "depth", "gradients", "sparsity", "flops", "ranks", "ridge", "probe")
+_OF_PROXY = ("method", "depth", "gradients", "sparsity", "flops", "ranks")
 _OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size", "accumulate")
 _OF_ALIGNMENT += ("gradient_weight", "kl_weight", "hidden_weight")
 
@@ -90,9 +89,8 @@ def compress(
         elif how.method == "layers":
             proxy, _ = extract_layers(model, Size(how.sparsity, how.flops))
         else:
-            moments = MomentSettings(how.probe.labels, how.probe.tokens, seed=seed)
             assert how.method is not None
-            factors = FactorSettings(how.method, how.ranks, how.ridge, moments, seed=seed)
+            factors = FactorSettings(how.method, how.ranks, seed=seed)
             reader = Reader(model, tokenizer, max_length, batch_tokens)
             batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
             with Reporter(quiet=not progress).bar("compress", len(compressible_layers(model)), "layers") as advance:

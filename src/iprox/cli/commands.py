@@ -72,7 +72,6 @@ class Command:
         return dict(self.renamed).get(key, key.rpartition(".")[2]).replace("_", "-")
 
 
-_LORA = "rank of LoRA adapters to train instead of all weights, e.g. 16; needs pip install 'iprox[lora]'"
 _OF_A_PROXY = "the target: the model that the proxy was made from, hub id or folder"
 _RECIPE = Input("recipe", "recipe file (YAML)", default=..., positional=True)
 _SCORES = Input("scores", "scores.parquet or its folder", default=...)
@@ -125,7 +124,6 @@ COMMANDS = (
         ),
         reads=(*COMPUTING, "warmup", "compile"),
         unread=("data.validation",),
-        meanings=(("warmup.lora", _LORA),),
     ),
     Command(
         "compress",
@@ -264,7 +262,6 @@ COMMANDS = (
         meanings=(
             ("data.pool", "files of the examples to train on"),
             ("output", "folder; the model is in its subfolder model"),
-            ("finetune.lora", _LORA),
         ),
     ),
     Command(

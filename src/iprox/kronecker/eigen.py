@@ -13,17 +13,24 @@ arXiv:2308.03296).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iprox.kronecker.moments import LayerMoments, MomentSettings, append_ones, collect_moments
+from iprox.kronecker.moments import (
+    MEMORY,
+    LayerMoments,
+    MomentSettings,
+    append_ones,
+    collect_moments,
+    layer_groups,
+)
 from iprox.kronecker.sample import Labels, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment
-from iprox.models.layers import has_bias
+from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 
 
@@ -70,7 +77,24 @@ class EigenBasis:
         return self.left @ (rotated / (self.eigenvalues + ridge)) @ self.right.mT
 
 
+def curvature_groups(layers: Mapping[str, nn.Module], memory: int = MEMORY) -> list[list[str]]:
+    """Return the layers in groups that are measured together: two moments, their bases and the eigenvalues each."""
+
+    def numbers(layer: nn.Module) -> int:
+        m, n = weight_shape(layer)
+        return 2 * (m**2 + n**2) + m * n
+
+    return layer_groups({name: numbers(layer) for name, layer in layers.items()}, memory)
+
+
 def kronecker_curvature(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], **how: Any
+) -> dict[str, EigenBasis]:
+    """Return the curvature of all layers; arguments as of `measured_curvature`."""
+    return {name: basis for group in measured_curvature(model, layers, batches, **how) for name, basis in group.items()}
+
+
+def measured_curvature(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Any],
@@ -79,8 +103,9 @@ def kronecker_curvature(
     labels: Labels = "sampled",
     seed: int = 0,
     loss_fn: LossFn = causal_lm_losses,
-) -> dict[str, EigenBasis]:
-    """Return the K-FAC curvature of each layer, or the EK-FAC curvature if `corrected`.
+    memory: int = MEMORY,
+) -> Iterator[dict[str, EigenBasis]]:
+    """Yield the K-FAC curvature of each layer, or the EK-FAC curvature if `corrected`, a group of layers at a time.
 
     Args:
         model: model to run; unchanged afterwards.
@@ -90,11 +115,25 @@ def kronecker_curvature(
         labels: `sampled` from the model (true Fisher) or from the `data` (empirical Fisher).
         seed: seed for sampled labels; both passes draw the same.
         loss_fn: per-example losses, for a model that is not a language model.
+        memory: bytes per group; the sample is read once, or twice, per group.
 
-    Returns:
+    Yields:
         The curvature by layer name, without layers whose gradients are all zero.
     """
     settings = MomentSettings(labels, balanced=False, seed=seed, kfac=True)
+    for group in curvature_groups(layers, memory):
+        yield _of_group(model, {name: layers[name] for name in group}, batches, corrected, settings, loss_fn)
+
+
+def _of_group(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    corrected: bool,
+    settings: MomentSettings,
+    loss_fn: LossFn,
+) -> dict[str, EigenBasis]:
+    """Return the curvature of layers that are measured together."""
     moments, read = collect_moments(model, layers, batches, settings, loss_fn)
     bases = {name: _eigenbasis(each) for name, each in moments.items() if each.reached}
     if corrected:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,13 +60,15 @@ def is_kept(folder: Path) -> bool:
     return (folder / LISTING).is_file()
 
 
-def keep_curvature(curvature: Mapping[str, EigenBasis], folder: Path) -> None:
-    """Write the curvature of each layer, [m, m], [n, n] and [m, n], to a file, and then the list of the layers."""
+def keep_curvature(groups: Iterable[Mapping[str, EigenBasis]], folder: Path) -> None:
+    """Write each layer's curvature, [m, m], [n, n] and [m, n], to a file as it is measured, then the list of layers."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: f"{number:05}.safetensors" for number, name in enumerate(curvature)}
-    for name, file in files.items():
-        parts = {part: getattr(curvature[name], part).contiguous().cpu() for part in EigenBasis.__slots__}
-        with replacing(folder / file) as partial:
-            save_file(parts, partial)
+    files: dict[str, str] = {}
+    for group in groups:
+        for name, basis in group.items():
+            files[name] = f"{len(files):05}.safetensors"
+            parts = {part: getattr(basis, part).contiguous().cpu() for part in EigenBasis.__slots__}
+            with replacing(folder / files[name]) as partial:
+                save_file(parts, partial)
     with replacing(folder / LISTING) as partial:
         partial.write_text(json.dumps(files), encoding="utf-8")

@@ -18,6 +18,8 @@ from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
 
+# Bytes that moments may take at once. If they would take more, the sample is read once per group of layers.
+MEMORY = 4 << 30
 # Wider layers are sketched; an exact moment of this width takes 64 MiB.
 EXACT_WIDTH = 4096
 # Directions of a sketch. Moments of gradients have a much lower rank.
@@ -103,8 +105,8 @@ def collect_moments(
         ValueError: there is no example, or the settings need a language model.
     """
     settings = settings or MomentSettings()
-    if loss_fn is not causal_lm_losses and (settings.labels, settings.tokens) != ("data", "all"):
-        raise ValueError("sampled labels and supervised tokens need a language model, not a loss_fn")
+    if loss_fn is not causal_lm_losses and settings.labels != "data":
+        raise ValueError("sampled labels need a language model, not a loss_fn")
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
     owner: dict[str, str] = {}  # layer -> the layer whose C_h it uses, which may be itself
@@ -149,6 +151,24 @@ def _finish(name: str, moment: SecondMoment, count: int) -> None:
     moment.finish(count)
     if not math.isfinite(moment.squared_norm()):
         raise FloatingPointError(f"the second moments of {name} are not finite; try --set dtype=float32")
+
+
+def layer_groups(numbers: Mapping[str, int], memory: int) -> list[list[str]]:
+    """Return layers in order, in groups of at least one layer whose float32 numbers fit in memory together.
+
+    Args:
+        numbers: numbers per layer.
+        memory: bytes per group.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, count in numbers.items():
+        if not groups or 4 * count > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= 4 * count
+    return groups
 
 
 def append_ones(h: Tensor, bias: bool) -> Tensor:

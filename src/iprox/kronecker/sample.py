@@ -14,7 +14,6 @@ from iprox.models.loss import LossFn, logits_in_parts
 from iprox.models.observe import Sink, frozen, watched_backward
 
 Labels = Literal["data", "sampled"]
-Tokens = Literal["all", "supervised"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,6 @@ class SampleSettings:
     Attributes:
         labels: `data` for the labels that training uses (empirical Fisher), or `sampled` from the model's predictions
             at the same tokens (true Fisher).
-        tokens: `all`, or `supervised` for those that predict a supervised token.
         balanced: whether each example's δ is scaled by the square root of its number of supervised tokens. The gradient
             of a mean over k tokens has a variance of about 1/k, so otherwise the few examples with one or two
             supervised tokens dominate C_δ.
@@ -32,7 +30,6 @@ class SampleSettings:
     """
 
     labels: Labels = "data"
-    tokens: Tokens = "all"
     balanced: bool = True
     seed: int = 0
 
@@ -74,7 +71,7 @@ def read_sample(
             if isinstance(batch, Batch):
                 if settings.labels == "sampled":
                     batch = sampled_labels(model, batch, generator)
-                counted = counted_tokens(batch, settings.tokens)
+                counted = counted_tokens(batch)
                 read.tokens += int(counted.sum())
                 if settings.balanced:
                     fed = _scaled(sink, (batch.labels[:, 1:] != -100).sum(1).sqrt())
@@ -94,12 +91,8 @@ def _scaled(sink: Sink, scale: Tensor) -> Sink:
     return fed
 
 
-def counted_tokens(batch: Batch, tokens: Tokens = "all") -> Tensor:
-    """Return which positions count, bool [B, L]: all but padding, or those that predict a supervised token."""
-    if tokens == "supervised":
-        following = torch.roll(batch.labels, -1, dims=1) != -100
-        following[:, -1] = False
-        return following
+def counted_tokens(batch: Batch) -> Tensor:
+    """Return which positions count, bool [B, L]: all but padding."""
     positions = torch.arange(batch.input_ids.shape[1], device=batch.lengths.device)
     return positions[None, :] < batch.lengths[:, None]
 

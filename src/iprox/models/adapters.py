@@ -122,17 +122,13 @@ def _misfit(error: Exception) -> str:
     return f"{name} is {sizes[0]} in the adapter and {sizes[1]} in the base model{advice}"
 
 
-def with_lora(
-    model: PreTrainedModel, base: str, rank: int, alpha: float, dropout: float = 0.0, seed: int = 0
-) -> PeftModel:
+def with_lora(model: PreTrainedModel, base: str, rank: int, seed: int = 0) -> PeftModel:
     """Add LoRA adapters (arXiv:2106.09685) to every linear layer except the head; only they are trained.
 
     Args:
         model: model, changed in place: its weights are frozen and its layers wrapped.
         base: folder or Hub id of the model, which the saved adapters will name.
-        rank: rank of each adapter.
-        alpha: numerator of the adapters' scale, alpha/rank.
-        dropout: dropout of the adapters' inputs.
+        rank: rank of each adapter; their scale is 2 (alpha is twice the rank), without dropout.
         seed: seed for the initial values; the second factors start at 0, so the model's outputs do not change.
 
     Raises:
@@ -141,8 +137,7 @@ def with_lora(
     peft = check_lora(model, base)
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        lora_alpha=2 * rank,
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",

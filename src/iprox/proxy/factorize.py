@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iprox.kronecker.moments import LayerMoments, MomentSettings, collect_moments
+from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
 from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_shape
 from iprox.models.loss import LossFn
 from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
@@ -31,9 +31,6 @@ RankRule = Literal["global", "uniform"]
 
 # The methods that need a probe.
 PROBED: tuple[str, ...] = ("ipsvd", *WEIGHTED)
-
-# Bytes that moments may take at once, and that spectra may take before they are kept on disk.
-MEMORY = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +183,8 @@ def _measured(
     layers = spectra.layers
     generator = torch.Generator().manual_seed(settings.seed)
     probed = settings.method in PROBED
-    groups = layer_groups(layers, settings) if probed else [list(layers)]
+    numbers = {name: sum(map(settings.moments.numbers, weight_shape(layer))) for name, layer in layers.items()}
+    groups = layer_groups(numbers, settings.memory) if probed else [list(layers)]
     if len(groups) > 1:
         probe = list(probe)  # read once per group
     for group in groups:
@@ -224,20 +222,6 @@ def layer_spectrum(
     if moments is None:
         raise ValueError("ipsvd needs moments")
     return ipsvd(weight, moments, ridge)
-
-
-def layer_groups(layers: Mapping[str, nn.Module], settings: FactorSettings) -> list[list[str]]:
-    """Return layers in model order, in groups of at least one layer whose moments fit in memory together."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, layer in layers.items():
-        needed = 4 * sum(settings.moments.numbers(width) for width in weight_shape(layer))
-        if not groups or needed > room:
-            groups.append([])
-            room = settings.memory
-        groups[-1].append(name)
-        room -= needed
-    return groups
 
 
 @contextmanager

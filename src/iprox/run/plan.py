@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch.nn import Module
 from transformers import PreTrainedModel
@@ -22,13 +22,14 @@ from iprox.influence.estimators.base import QueryTokens
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.scorer import NORM_SKETCH, norm_shapes, norms_flops
+from iprox.kronecker.moments import MEMORY
 from iprox.models import flops
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
 from iprox.run import steps
 from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
-from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, LoraSection, Recipe
+from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, Recipe
 from iprox.stages.alignment import keeps_signals, objective_of
 from iprox.stages.compression import proxy_skeleton
 
@@ -141,10 +142,11 @@ class Costs:
             rows, readings = min(how.curvature_examples, total), 2 if estimator.corrected else 1
             curved, supervised = self.tokens_in(rows)
             read = QueryTokens(0, 0, 0, curved, supervised)
-            spent, held = estimator.curvature_flops(target, read), 4 * estimator.curvature_numbers(target)
+            spent = estimator.curvature_flops(target, read)
+            held = min(MEMORY, 4 * sum(2 * (m**2 + n**2) + m * n for m, n, _ in flops.layers_of(target)))
             yield "curvature", times * readings * rows, times * spent, weights + activations + held
         if proxy:
-            rows = times * share(total, proxy.probe.fraction) if proxy.factorized else 0
+            rows = times * share(total, proxy.probe) if proxy.factorized else 0
             spent = flops.compression_flops(target, *self.tokens_in(rows)) if proxy.factorized else 0.0
             spent += self.watching(proxy.held_out, most_tries()) if proxy.fidelity is not None else 0.0
             yield "compress", rows, spent, weights + 16 * flops.linear_parameters(target) + activations
@@ -209,11 +211,11 @@ class Costs:
             spent += norms_flops(norm_shapes(model, NORM_SKETCH if on_proxy else 0), [self.tokens]) / self.tokens
         return spent
 
-    def training(self, rows: float, lora: LoraSection | Literal[False] = False) -> tuple[float, float, float]:
+    def training(self, rows: float, lora: int = 0) -> tuple[float, float, float]:
         """Return rows, FLOPs and bytes: weights, gradients and Adam's two in float32, of adapters if there are any."""
         rank, weights, trained = None, 0, flops.parameters(self.target)
         if lora:
-            rank, weights, trained = lora.rank, trained, flops.lora_parameters(self.target, lora.rank)
+            rank, weights, trained = lora, trained, flops.lora_parameters(self.target, lora)
         spent = flops.training_flops(self.target, *self.tokens_in(rows), rank)
         return rows, spent, self.width * weights + 16 * trained + 2 * self.activations
 

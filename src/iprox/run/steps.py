@@ -95,7 +95,7 @@ def compress(run: Run) -> None:
     settings = run.settings.proxy
     if not settings:
         return
-    rows = run.draw("probe", share(run.total, settings.probe.fraction))
+    rows = run.draw("probe", share(run.total, settings.probe))
     by_fidelity = settings.fidelity is not None
     watched = run.draw("size", settings.held_out) if by_fidelity else []
     influence = run.settings.influence

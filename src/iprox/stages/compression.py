@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
-from iprox.kronecker.moments import MomentSettings
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, check_gradients, limit_gradients, make_low_rank, mark_as_proxy
 from iprox.models.layers import weight_shape
@@ -175,8 +174,7 @@ def _found(tries: Sequence[Try], report: CompressionReport) -> str:
 
 def factor_settings(session: Session, settings: ProxySection) -> FactorSettings:
     """Return the settings of factorization for a recipe's proxy section."""
-    moments = MomentSettings(settings.probe.labels, settings.probe.tokens, seed=session.seed)
-    return FactorSettings(settings.method, settings.ranks, settings.ridge, moments, seed=session.seed)  # pyright: ignore[reportArgumentType]
+    return FactorSettings(settings.method, settings.ranks, seed=session.seed)  # pyright: ignore[reportArgumentType]
 
 
 def make_proxy(

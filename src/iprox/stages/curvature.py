@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from iprox.data import Pool
 from iprox.influence.estimators.base import Inputs
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.job import Checkpoint
-from iprox.kronecker.eigen import EigenBasis
+from iprox.kronecker.eigen import curvature_groups
 from iprox.kronecker.kept import keep_curvature
+from iprox.models.layers import influence_layers
 from iprox.models.loading import skeleton
 from iprox.records import StageRecord
 from iprox.session import Session
@@ -37,17 +39,18 @@ def measure_curvature(
     estimator = job.estimator
     assert isinstance(estimator, KroneckerInfluence)
     readings = 2 if estimator.corrected else 1
-    with session.reporter.bar("curvature", readings * len(models) * len(job.sample), "rows") as progress:
+    target = skeleton(models[0], trust_remote_code=session.trust_remote_code)
+    readings *= len(models) * len(curvature_groups(influence_layers(target)))
+    with session.reporter.bar("curvature", readings * len(job.sample), "rows") as progress:
 
-        def measured(inputs: Inputs) -> dict[str, EigenBasis]:
-            return dict(estimator.curvature(replace(inputs, sample=_Counted(inputs.sample, progress))))
+        def keep(inputs: Inputs, folder: Path) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            keep_curvature(estimator.measured(replace(inputs, sample=_Counted(inputs.sample, progress))), folder)
 
         for number, folder in enumerate(folders):
-            shutil.rmtree(folder, ignore_errors=True)
-            keep_curvature(job.made(measured, number)[0], folder)
-    target = skeleton(models[0], trust_remote_code=session.trust_remote_code)
+            job.made(partial(keep, folder=folder), number)
     spent = len(models) * estimator.curvature_flops(target, job.read)
-    tokens = readings * len(models) * job.read.curvature_tokens
+    tokens = readings * job.read.curvature_tokens
     return {"tokens": tokens, "flops": spent, "rows": len(job.sample), "read": asdict(job.read)}
 
 

@@ -96,7 +96,7 @@ def _sft(
     target = session.model(model, stored if lora else torch.float32, fused=True)
     if proxy_config(target) is not None:
         raise InputError(f"{model}: is an iprox proxy, and proxies are for scoring; fine-tune its target")
-    trained = with_lora(target, model, lora.rank, lora.scale, lora.dropout, session.seed) if lora else target
+    trained = with_lora(target, model, lora, session.seed) if lora else target
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_per_epoch(kept, settings.batch_size, settings.accumulate)
@@ -130,9 +130,7 @@ def _sft(
     counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # experts split, so that they are counted
     return {
         "tokens": result.tokens,
-        "flops": flops.training_flops(
-            counted, result.tokens, supervised * settings.epochs, lora.rank if lora else None
-        ),
+        "flops": flops.training_flops(counted, result.tokens, supervised * settings.epochs, lora or None),
         "trained_parameters": sum(each.numel() for each in trained.parameters() if each.requires_grad),
         "examples": kept,
         "learning_rate": rate,

@@ -8,15 +8,16 @@ with corrected eigenvalues.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
 from iprox.influence.gradients import LayerGradient, ModelGradient
-from iprox.kronecker.eigen import EigenBasis, kronecker_curvature
+from iprox.kronecker.eigen import EigenBasis, curvature_groups, measured_curvature
 from iprox.models import flops
+from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 
 
@@ -34,7 +35,11 @@ class KroneckerInfluence(GradientEstimator):
         """
         if inputs.curvature is not None:
             return inputs.curvature
-        return kronecker_curvature(
+        return {name: basis for group in self.measured(inputs) for name, basis in group.items()}
+
+    def measured(self, inputs: Inputs) -> Iterator[dict[str, EigenBasis]]:
+        """Measure the curvature, and yield it a group of layers at a time."""
+        return measured_curvature(
             inputs.source,
             inputs.layers,
             inputs.sample,
@@ -80,16 +85,12 @@ class KroneckerInfluence(GradientEstimator):
         if not (tokens := read.curvature_tokens):
             return 0.0
         layers = flops.layers_of(model)
-        drawing = flops.forward_pass_flops(model, tokens, read.curvature_supervised)
+        groups = len(curvature_groups(influence_layers(model)))
+        drawing = groups * flops.forward_pass_flops(model, tokens, read.curvature_supervised)
         squares = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers)
         once = 3 * drawing + tokens * squares
         measured = 2 * once + tokens * flops.contraction_flops(model) if self.corrected else once
         return measured + sum(9.0 * (m**3 + n**3) for m, n, _ in layers)
-
-    @staticmethod
-    def curvature_numbers(model: nn.Module) -> int:
-        """Return the most floats that measuring the curvature holds: two moments, their bases, and the eigenvalues."""
-        return sum(2 * (m**2 + n**2) + m * n for m, n, _ in flops.layers_of(model))
 
 
 def divided(gradient: LayerGradient, basis: EigenBasis, damping: float) -> LayerGradient:
