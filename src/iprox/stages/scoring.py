@@ -75,7 +75,7 @@ def score(
         **({"columns": pool.columns.named} if pool.columns.named else {}),
         **ValidationLengths.of(encoded).as_metadata(),
     }
-    with session.reporter.bar("score", summary.rows * len(models), "rows") as progress:
+    with session.reporter.bar("score" if part_of is None else "refine", summary.rows * len(models), "rows") as progress:
         stats = score_to_file(
             *(job.workers, job.learning_rates, pool, output),
             identity=made_by,
