@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-all lint format clean
 
 # The stamp is newer than what it was installed from, so a changed pyproject reinstalls.
 $(VENV)/.installed: pyproject.toml constraints-dev.txt
@@ -17,9 +17,15 @@ $(VENV)/.installed: pyproject.toml constraints-dev.txt
 quickstart: $(VENV)/.installed
 	$(BIN)/iprox quickstart --output runs/quickstart
 
-# Two workers of one thread each: threads of two workers would fight for two cores.
+# Two workers of one thread each: threads of two workers would fight for two cores. A worker keeps to its files, whose
+# fixtures are made once, until it has none left and steals.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

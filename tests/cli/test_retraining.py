@@ -30,7 +30,7 @@ def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_pa
     scores = np.arange(len(examples), dtype=float)
     table = {"id": [example.id for example in examples], "proxy/arithmetic": -scores, "target/arithmetic": scores}
     pq.write_table(pa.table(table), tmp_path / "audit.parquet")
-    settings = AuditSection(removal=3, epochs=2, learning_rate=1e-3, batch_size=8)
+    settings = AuditSection(removal=3, epochs=2, learning_rate=1e-2, batch_size=4)
     validation = {"arithmetic": Pool([str(finished.path / "arithmetic.jsonl")])}
     session = Session.create(max_length=48)
     record = retraining.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
