@@ -259,13 +259,15 @@ class Bench:
         started = time.time()
         model = self.session.model(self.warmed(seed))
         layers = influence_layers(model)
-        rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-        bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
-        print(f"curvature: {time.time() - started:.0f} s", flush=True)
         adam = load_adam_state(self.warmed(seed)) if self.adam else None
         part = self.work / f"scores-{seed}{self.adam * '-adam'}.part.npz"  # what an interrupted run has kept
         found = dict(np.load(part)) if part.is_file() else {}
         tasks = [task for task in self.encoded_validation if f"TracIn/{task}" not in found]
+        bases = None
+        if tasks:
+            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
+            bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
+            print(f"curvature: {time.time() - started:.0f} s", flush=True)
         for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
             queries = {}
             for task in some:
