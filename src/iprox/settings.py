@@ -376,15 +376,17 @@ class InfluenceSection(Section):
     query_norm: float | None = setting(
         None,
         "fraction of the validation gradients' norm that their low-rank form keeps; 1 is exact",
-        "0.9 on a proxy (0.98 with curvature), 1 on a model itself; 0.9 with per_example",
+        "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
         gt=0,
         le=1,
     )
     normalize: Literal["none", "cosine"] = setting(
         "cosine", "cosine, or none: raw scores, which favor answers of one or two tokens"
     )
-    per_example: bool = setting(
-        False, "also keep scores per validation example, so that examples rather than tasks take turns in round-robin"
+    per_example: bool | None = setting(
+        None,
+        "also keep scores per validation example, so that examples rather than tasks take turns in round-robin",
+        "true if the estimator has them",
     )
     checkpoints: Literal["last", "all"] = setting("last", "checkpoints of the warm-up to sum scores over")
 
@@ -403,6 +405,11 @@ class InfluenceSection(Section):
         return ESTIMATORS[self.estimator]
 
     @property
+    def by_example(self) -> bool:
+        """Whether scores by validation example are kept."""
+        return self.traits.by_example if self.per_example is None else self.per_example
+
+    @property
     def exact(self) -> InfluenceSection:
         """The same settings with whole mean validation gradients, for the target's scores in a comparison."""
         return self.of_tasks.model_copy(update={"query_norm": 1.0})
@@ -416,7 +423,7 @@ class InfluenceSection(Section):
         """Return the fraction of the validation gradients' norm to keep when scoring on a proxy, or not on one."""
         if self.query_norm is not None:
             return self.query_norm
-        if self.per_example and not self.traits.optimizer:
+        if self.by_example and not self.traits.optimizer:
             return EXAMPLES_NORM
         return self.traits.query_norm if on_proxy else 1.0
 
@@ -436,7 +443,7 @@ class InfluenceSection(Section):
     def _by_example(self) -> InfluenceSection:
         if self.per_example and not self.traits.by_example:
             raise ValueError(f"per_example: {self.estimator} has no scores by validation example")
-        if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.per_example:
+        if self.traits.optimizer and (self.query_norm or 1) < 1 and not self.by_example:
             raise ValueError(f"{self.estimator} forms whole gradients, so query_norm saves nothing; leave it out")
         return self
 
@@ -457,8 +464,8 @@ class SelectSection(Section):
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
     strategy: Strategy = setting(
         "round-robin",
-        "round-robin: the tasks take turns, or with influence.per_example their validation examples, each choosing the "
-        "row that is best for it; top: the rows with the highest influence on all of them together",
+        "round-robin: validation examples take turns, each choosing the row that is best for it; top: the rows "
+        "with the highest influence on all of them together",
     )
     task: str | None = setting(None, "select by the scores of this task alone", "all tasks")
     weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = setting(

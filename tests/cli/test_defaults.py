@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 
 def test_nearly_all_rows_are_of_the_skills_asked_for(run):
-    """The tasks take turns, so each skill gets about half of the selection, as far as it has rows."""
+    """Each validation set has 32 examples, so each skill gets about half of the selection, as far as it has rows."""
     rows = [json.loads(line) for line in (run / "selected.jsonl").read_text().splitlines()]
     sources = Counter(row["source"] for row in rows)
     assert len(rows) == 50
@@ -67,5 +67,5 @@ def test_what_was_done_is_in_the_record(run):
     assert stages["warmup"]["examples"] == 500
     assert stages["warmup"]["learning_rate"] == pytest.approx(0.1 / 128)
     names = pq.read_schema(run / "scores.parquet").names
-    assert [f"examples/{task}" in names for task in TASKS] == [False, False]
+    assert [f"examples/{task}" in names for task in TASKS] == [True, True]
     assert json.loads(pq.read_schema(run / "scores.parquet").metadata[b"iprox"])["normalize"] == "cosine"

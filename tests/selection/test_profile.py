@@ -134,9 +134,7 @@ def test_only_the_tasks_selected_for_are_compared_with():
         ({}, {}, 1, "influence.normalize: cosine"),
         ({"estimator": "length"}, {}, 1, "influence.estimator: ekfac"),
         ({"normalize": "cosine"}, {"strategy": "top"}, 2, "select.strategy: round-robin"),
-        ({"normalize": "cosine", "estimator": "ekfac"}, {}, 1, "influence.per_example: true"),
-        ({"normalize": "cosine", "estimator": "ekfac", "per_example": True}, {}, 1, None),
-        ({"normalize": "cosine", "estimator": "datainf"}, {}, 1, None),
+        ({"normalize": "cosine"}, {}, 1, None),
     ],
 )
 def test_the_setting_to_try_is_one_that_is_not_set(made_by, settings, tasks, tried):

@@ -54,7 +54,7 @@ def score_batches(
     """
     if not settings.traits.gradients:
         raise InputError(f"{settings.estimator} reads tokens: give examples, not a DataLoader")
-    if settings.per_example:
+    if settings.by_example:
         raise InputError("scores by validation example need examples, not a DataLoader's batches")
     sample = list(sample or ())
     if settings.traits.curvature and not sample:

@@ -76,6 +76,7 @@ def audit(
     check_model("model", model)
     check_model("proxy", proxy)
     validated(InfluenceSection, {"query": query}, "audit")
+    settings = {"per_example": False, **settings}
     target = model if query == "target" and low_rank_layers(proxy) else None
     on_proxy = score(proxy, sample, validation, target=target, **settings)
     # The target's scores are exact, so that proxy and target share no approximation error.

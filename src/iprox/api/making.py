@@ -155,7 +155,7 @@ def align(
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
-            scoring = InfluenceSection(estimator="tracin")
+            scoring = InfluenceSection(estimator="tracin", per_example=False)
             job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
             watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
         steps = how.epochs * math.ceil(len(batches) / how.accumulate)

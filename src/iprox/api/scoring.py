@@ -67,7 +67,7 @@ def score(
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
         progress: whether to show progress on standard error.
         **settings: settings of `influence` in a recipe. For DataLoaders the estimator is `tracin` unless there is a
-            `curvature_sample`.
+            `curvature_sample`, and there are no scores per validation example.
 
     Returns:
         The scores table (docs/files.md), one row per example in pool order.
@@ -78,6 +78,7 @@ def score(
     loader = isinstance(pool, DataLoader)
     if loader:
         settings.setdefault("estimator", "tracin" if curvature_sample is None else InfluenceSection().estimator)
+        settings.setdefault("per_example", False)
     how = chosen(InfluenceSection, score, settings, _OF_INFLUENCE)
     if curvature_sample is not None and not how.traits.curvature:
         raise InputError(f"curvature_sample= is for influence functions, but {how.estimator} measures no curvature")

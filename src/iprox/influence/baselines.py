@@ -104,13 +104,13 @@ class Rds(Estimator):
                 states.append(pooled_states(model, batch))
                 order += batch.indices
             of_task = torch.cat(states)[np.argsort(order)]
-            queries.append(of_task if inputs.settings.per_example else of_task.mean(0, keepdim=True))
+            queries.append(of_task if inputs.settings.by_example else of_task.mean(0, keepdim=True))
         rows, widths = torch.cat(queries), [len(of_task) for of_task in queries]
         return RowScorer(
             list(inputs.validation),
             lambda batch: pooled_states(model, batch) @ rows.mT,
             widths,
-            by_example=inputs.settings.per_example,
+            by_example=inputs.settings.by_example,
             model=model,
         )
 
@@ -136,7 +136,7 @@ class Bm25(Estimator):
         """Return the scorer."""
         assert inputs.corpus is not None
         read = {task: _terms(batches) for task, batches in inputs.validation.items()}
-        return bm25_scorer(inputs.corpus, read, by_example=inputs.settings.per_example)
+        return bm25_scorer(inputs.corpus, read, by_example=inputs.settings.by_example)
 
 
 def _terms(batches: Iterable[Batch]) -> list[np.ndarray]:

@@ -213,13 +213,12 @@ class Setting:
 
     def spelled(self, how: Spelling) -> str:
         """Return the setting as a user would write it."""
-        value = "true" if self.value is True else self.value
         if how == "recipe":
-            return f"{self.section}.{self.name}: {value}"
+            return f"{self.section}.{self.name}: {self.value}"
         scoring = self.section == "influence"
         if how == "python":
             return f"{self.name}={self.value!r}{' in iprox.score' if scoring else ''}"
-        return f"--set {self.section}.{self.name}={value}{' when scoring' if scoring else ''}"
+        return f"--set {self.section}.{self.name}={self.value}{' when scoring' if scoring else ''}"
 
 
 def _length_setting(settings: SelectSection, made_by: Mapping[str, Any]) -> Setting | None:
@@ -231,6 +230,4 @@ def _length_setting(settings: SelectSection, made_by: Mapping[str, Any]) -> Sett
         return Setting("influence", "normalize", "cosine")
     if settings.strategy != "round-robin":
         return Setting("select", "strategy", "round-robin")
-    if not made_by.get("per_example") and traits is not None and traits.by_example:
-        return Setting("influence", "per_example", True)
     return None

@@ -175,7 +175,7 @@ def query_indexes(
             columns = sum(1 if isinstance(each, dict) else len(each) for each in gradients.values())
             projector = GradientProjector(model, index.dimension, seed=index.description["seed"])
             scored = index.scores(
-                gradients, projector, settings.normalize, by_example=settings.per_example, progress=progress
+                gradients, projector, settings.normalize, by_example=settings.by_example, progress=progress
             )
             for window, (table, counted) in enumerate(scored):
                 write_shard(shards, number, window, table, counted)

@@ -62,7 +62,7 @@ def score(
         **identity,
         **estimator_identity(session, settings),
         "normalize": settings.normalize,
-        "per_example": settings.per_example,
+        "per_example": settings.by_example,
         "query": query,
         "query_norm": settings.kept_norm(on_proxy=proxy_config(model) is not None),
         "learning_rates": job.learning_rates,

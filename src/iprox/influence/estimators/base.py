@@ -156,7 +156,7 @@ class GradientEstimator(Estimator):
     def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
         """Return the preconditioned mean gradient of each task, or the unpreconditioned gradients of its examples."""
         source, layers, loss_fn, keep = inputs.source, inputs.layers, inputs.loss_fn, self.example_norm(inputs)
-        if inputs.settings.per_example:
+        if inputs.settings.by_example:
             return {
                 task: example_gradients(source, batches, keep, loss_fn, layers)
                 for task, batches in inputs.validation.items()
@@ -175,7 +175,7 @@ class GradientEstimator(Estimator):
         settings, keep = inputs.settings, inputs.kept_norm
         gradients = self.validation_gradients(inputs)
         queries: Mapping[str, TaskQuery] = gradients
-        if settings.per_example:
+        if settings.by_example:
             dtype = next(inputs.scored.parameters()).dtype
             bases = self.bases(inputs)
             queries = {
