@@ -42,7 +42,7 @@ from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature
+from iprox.kronecker.eigen import kronecker_curvature, together
 from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -266,7 +266,9 @@ class Bench:
         bases = None
         if tasks:
             rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-            bases = kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
+            bases = together(
+                kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
+            )
             print(f"curvature: {time.time() - started:.0f} s", flush=True)
         for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
             queries = {}
@@ -318,7 +320,7 @@ class Bench:
             layers = influence_layers(model)
             rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
             batches = self.batches([self.encoded[row] for row in rows])
-            bases = kronecker_curvature(model, layers, batches, seed=seed)
+            bases = together(kronecker_curvature(model, layers, batches, seed=seed))
             sample = self.batches([self.encoded[row] for row in rows[:CG_SAMPLE]])
             mean, _ = mean_gradient(model, self.batches(self.encoded_validation[task]))
             gradient = {name: part.weight for name, part in mean.items()}

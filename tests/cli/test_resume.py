@@ -15,7 +15,7 @@ from iprox.engine import shards
 from iprox.files import FolderLock
 from iprox.influence import index
 from iprox.influence.estimators import ekfac
-from iprox.kronecker.eigen import measured_curvature
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.stages import alignment, compression, indexing, scoring
 
 CHEAP = ["--set", "warmup=false", "proxy=false", "audit=false"]
@@ -151,9 +151,9 @@ def test_the_curvature_is_measured_once_and_its_files_go_with_the_end_of_the_run
 
     def counted(*arguments, **options):
         measured.append(options["corrected"])
-        return measured_curvature(*arguments, **options)
+        return kronecker_curvature(*arguments, **options)
 
-    monkeypatch.setattr(ekfac, "measured_curvature", counted)
+    monkeypatch.setattr(ekfac, "kronecker_curvature", counted)
     shutil.rmtree(copied.output)
     assert copied.run("--stop-after", "score") == 0
     assert measured == [True]

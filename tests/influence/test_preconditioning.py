@@ -9,7 +9,7 @@ from jobs import preconditioned
 from iprox.influence.estimators.ekfac import as_matrix
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
-from iprox.kronecker.eigen import EigenBasis, kronecker_curvature, measured_curvature
+from iprox.kronecker.eigen import EigenBasis, kronecker_curvature, together
 from iprox.models.experts import experts_split
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -61,7 +61,7 @@ def dense_solve(fisher, gradient):
 
 def test_kfac_is_the_dense_kronecker_inverse(setting):
     model, layers, sample, query, seen = setting
-    bases = kronecker_curvature(model, layers, [sample], corrected=False, labels="data")
+    bases = together(kronecker_curvature(model, layers, [sample], corrected=False, labels="data"))
     for name, tokens in seen.items():
         h, delta = (torch.cat(part) for part in zip(*tokens, strict=True))
         fisher = torch.kron(delta.mT @ delta / len(tokens), h.mT @ h / len(h))
@@ -71,8 +71,8 @@ def test_kfac_is_the_dense_kronecker_inverse(setting):
 
 def test_groups_of_layers_give_the_same_curvature(setting):
     model, layers, sample, _, _ = setting
-    whole = kronecker_curvature(model, layers, [sample])
-    parts = list(measured_curvature(model, layers, [sample], memory=1))
+    whole = together(kronecker_curvature(model, layers, [sample]))
+    parts = list(kronecker_curvature(model, layers, [sample], memory=1))
     assert [len(part) for part in parts] == [1] * len(layers)
     for part in parts:
         for name, basis in part.items():
@@ -82,7 +82,7 @@ def test_groups_of_layers_give_the_same_curvature(setting):
 
 def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronecker_basis(setting):
     model, layers, sample, query, seen = setting
-    bases = kronecker_curvature(model, layers, [sample], labels="data")
+    bases = together(kronecker_curvature(model, layers, [sample], labels="data"))
     for name, tokens in seen.items():
         gradients = torch.stack([(delta.mT @ h).flatten() for h, delta in tokens])
         fisher = gradients.mT @ gradients / len(tokens)
@@ -93,7 +93,9 @@ def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronec
         got = bases[name].solve(as_matrix(query[name]), DAMPING)
         torch.testing.assert_close(got, dense_solve(corrected, query[name]), rtol=1e-7, atol=1e-10)
         # No diagonal in this basis is closer to the Fisher: K-FAC's, for one.
-        kfac = kronecker_curvature(model, {name: layers[name]}, [sample], corrected=False, labels="data")[name]
+        kfac = together(kronecker_curvature(model, {name: layers[name]}, [sample], corrected=False, labels="data"))[
+            name
+        ]
         plain = Q @ torch.diag(kfac.eigenvalues.flatten()) @ Q.mT
         assert (corrected - fisher).norm() <= (plain - fisher).norm() * (1 + 1e-9)
         break  # one layer: the others differ in nothing but their shapes, and dense Fishers are large

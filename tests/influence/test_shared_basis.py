@@ -7,7 +7,7 @@ from jobs import preconditioned, scorer_of_batches, settings_of
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature
+from iprox.kronecker.eigen import kronecker_curvature, together
 from iprox.models.layers import influence_layers
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -32,7 +32,7 @@ def test_whole_bases_give_the_score_of_every_example(tiny, family, curved):
     model = tiny.model(family)
     pool, validation = tiny.batch([9, 3, 7, 12], padding=3), tiny.batch([8, 5, 6], seed=1)
     sample = [tiny.batch([6, 10, 7, 4], seed=2)]
-    bases = kronecker_curvature(model, influence_layers(model), sample) if curved else None
+    bases = together(kronecker_curvature(model, influence_layers(model), sample)) if curved else None
     queries = shared_queries(example_gradients(model, [validation]), 1.0, bases, 0.2, torch.float64)
     expected = brute_force(model, pool, tiny.rows(validation), *((0.2, sample) if curved else ()))
     scorer = BatchScorer(model, {"t": queries})
@@ -115,9 +115,9 @@ def test_a_layer_that_no_example_moves_costs_nothing(tiny):
 
 def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monkeypatch):
     model, batch = tiny.model(), tiny.batch([6, 5])
-    real = kronecker_curvature(model, influence_layers(model), [batch])
+    real = together(kronecker_curvature(model, influence_layers(model), [batch]))
     silent = sorted(real)[0]
     del real[silent]
-    monkeypatch.setattr("iprox.influence.estimators.ekfac.measured_curvature", lambda *_, **__: iter([real]))
+    monkeypatch.setattr("iprox.influence.estimators.ekfac.kronecker_curvature", lambda *_, **__: iter([real]))
     with pytest.warns(UserWarning, match=f"no gradient for {silent}"):
         scorer_of_batches(model, {"t": [batch]}, estimator="ekfac", per_example=True, sample=[batch])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from iprox.influence.estimators.ekfac import divided
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature
+from iprox.kronecker.eigen import kronecker_curvature, together
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.proxy.compress import derive_proxy
@@ -72,7 +72,7 @@ def test_influence_functions_equal_ours(tiny, tmp_path, strategy):
     pool, validation = tiny.batch([12] * 10, seed=1), tiny.batch([12] * 3, seed=2)
     layers = influence_layers(model)
     query, _ = mean_gradient(model, [validation])
-    bases = kronecker_curvature(model, layers, [pool], corrected=strategy == "ekfac", labels="data")
+    bases = together(kronecker_curvature(model, layers, [pool], corrected=strategy == "ekfac", labels="data"))
     # kronfluence's own rule of damping is ours.
     solved = {name: divided(part, bases[name], 0.1) for name, part in query.items()}
     scores, _ = BatchScorer(model, {"task": solved})(pool)

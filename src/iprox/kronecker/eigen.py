@@ -13,7 +13,7 @@ arXiv:2308.03296).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +88,6 @@ def curvature_groups(layers: Mapping[str, nn.Module], memory: int = MEMORY) -> l
 
 
 def kronecker_curvature(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], **how: Any
-) -> dict[str, EigenBasis]:
-    """Return the curvature of all layers; arguments as of `measured_curvature`."""
-    return {name: basis for group in measured_curvature(model, layers, batches, **how) for name, basis in group.items()}
-
-
-def measured_curvature(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Sequence[Any],
@@ -123,6 +116,11 @@ def measured_curvature(
     settings = MomentSettings(labels, balanced=False, seed=seed, kfac=True)
     for group in curvature_groups(layers, memory):
         yield _of_group(model, {name: layers[name] for name in group}, batches, corrected, settings, loss_fn)
+
+
+def together(groups: Iterable[Mapping[str, EigenBasis]]) -> dict[str, EigenBasis]:
+    """Return the curvature of all groups of layers, by layer name."""
+    return {name: basis for group in groups for name, basis in group.items()}
 
 
 def _of_group(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
 from iprox.influence.gradients import LayerGradient, ModelGradient
-from iprox.kronecker.eigen import EigenBasis, curvature_groups, measured_curvature
+from iprox.kronecker.eigen import EigenBasis, curvature_groups, kronecker_curvature, together
 from iprox.models import flops
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -33,13 +33,11 @@ class KroneckerInfluence(GradientEstimator):
 
         A model that is not a language model uses the labels of the data, as its labels cannot be sampled.
         """
-        if inputs.curvature is not None:
-            return inputs.curvature
-        return {name: basis for group in self.measured(inputs) for name, basis in group.items()}
+        return together(self.measured(inputs)) if inputs.curvature is None else inputs.curvature
 
     def measured(self, inputs: Inputs) -> Iterator[dict[str, EigenBasis]]:
         """Measure the curvature, and yield it a group of layers at a time."""
-        return measured_curvature(
+        return kronecker_curvature(
             inputs.source,
             inputs.layers,
             inputs.sample,
