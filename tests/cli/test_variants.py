@@ -449,7 +449,7 @@ def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path, capfd):
     for task in ("arithmetic", "spelling"):
         a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (own, whole))
         known = np.isfinite(b)
-        assert known.sum() == 40
+        assert known.sum() == 20
         np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3)
     assert main([*command[:-1], "--output", str(tmp_path / "third")]) == 2
     assert "give the validation sets of exactly these tasks" in capfd.readouterr().err
