@@ -405,6 +405,11 @@ class InfluenceSection(Section):
         return ESTIMATORS[self.estimator]
 
     @property
+    def score(self) -> str:
+        """The kind of score, in a few words, for reports: `ekfac cosine`."""
+        return self.estimator if self.normalize == "none" else f"{self.estimator} {self.normalize}"
+
+    @property
     def by_example(self) -> bool:
         """Whether scores by validation example are kept."""
         return self.traits.by_example if self.per_example is None else self.per_example

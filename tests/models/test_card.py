@@ -18,12 +18,13 @@ def test_the_card_says_what_the_proxy_is_and_how_faithful(tiny, tmp_path):
         assert f" {rank} |" in card.text
     assert UNMEASURED in card.text
     write_card(proxy, tmp_path)
-    note_fidelity(tmp_path, 300, {r"ma\1th": {"spearman": 0.9123, "overlap": {"0.05": 0.8}}})
+    note_fidelity(tmp_path, 300, {r"ma\1th": {"spearman": 0.9123, "overlap": {"0.05": 0.8}}}, "ekfac cosine")
     noted = ModelCard.load(tmp_path / "README.md")
     assert UNMEASURED not in noted.text
+    assert "the target's own scores (ekfac cosine) on 300 random examples" in noted.text
     assert r"| ma\1th | 0.912 | 0.80 |" in noted.text
     assert "## Ranks" in noted.text
-    note_fidelity(tmp_path, 300, {"code": {"spearman": 0.5, "overlap": {"0.05": 0.4}}})
+    note_fidelity(tmp_path, 300, {"code": {"spearman": 0.5, "overlap": {"0.05": 0.4}}}, "tracin")
     assert r"ma\1th" not in (tmp_path / "README.md").read_text()
 
 

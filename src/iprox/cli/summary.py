@@ -76,10 +76,11 @@ def print_run(folder: RunFolder) -> None:
     if "fidelity" in summary:
         fidelity, audited = summary["fidelity"], done["audit"]["examples"]
         share = telling_share(audited)
+        kind = f" ({done['audit']['score']})" if "score" in done["audit"] else ""  # runs of earlier versions lack it
         lines.append(
             (
                 "fidelity",
-                f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores, "
+                f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores{kind}, "
                 f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found ({audited} rows audited)",
             )
         )

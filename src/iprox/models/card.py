@@ -84,16 +84,17 @@ def write_card(model: PreTrainedModel, folder: Path) -> None:
     write_text(folder / CARD, proxy_card(model))
 
 
-def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, object]]) -> None:
+def note_fidelity(folder: Path, sample: int, tasks: Mapping[str, Mapping[str, object]], score: str) -> None:
     """Write the results of an audit into the card of a proxy.
 
     Args:
         folder: folder of the proxy.
         sample: number of examples that were compared.
         tasks: `spearman` and `overlap` (by share of the top) per task, as in `audit.json`.
+        score: kind of score that was compared, e.g. `ekfac cosine`.
     """
     file = folder / CARD
-    rows = [f"Agreement with the target's own scores on {sample} random examples:", ""]
+    rows = [f"Agreement with the target's own scores ({score}) on {sample} random examples:", ""]
     rows += ["| task | Spearman | top-5 % overlap |", "| --- | --- | --- |"]
     for task, entry in tasks.items():
         overlap = entry["overlap"]

@@ -84,10 +84,16 @@ def audit(
     card = Path(checkpoints[0].read_by[0])
     if len(checkpoints) == 1 and (card / CARD).is_file():
         try:
-            note_fidelity(card, report.sample, report.tasks)
+            note_fidelity(card, report.sample, report.tasks, settings.score)
         except OSError as error:
             session.reporter.warn(f"{card}: the fidelity could not be added to the model card ({one_line(error)})")
-    return {"tokens": tokens, "flops": total, "examples": len(examples), "fidelity": report.mean}, report
+    return {
+        "tokens": tokens,
+        "flops": total,
+        "examples": len(examples),
+        "score": settings.score,
+        "fidelity": report.mean,
+    }, report
 
 
 def takes_target_query(proxy: PreTrainedModel, settings: InfluenceSection) -> bool:
