@@ -116,7 +116,7 @@ def test_completion_knows_every_command(shell):
 def test_plan_runs_nothing(place, capsys):
     assert main(["plan", str(place.recipe), "--quiet", "--json", "--tflops", "0.05"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert list(planned["stages"]) == ["warmup", "compress", "align", "audit", "score", "attribute"]
+    assert list(planned["stages"]) == ["warmup", "curvature", "compress", "align", "audit", "score", "attribute"]
     assert planned["rows"] == 200
     for stage in planned["stages"].values():
         assert stage["flops"] > 0
