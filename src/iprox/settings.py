@@ -511,7 +511,7 @@ class SelectSection(Section):
 
     @property
     def few(self) -> bool:
-        """Whether twice the selected rows are a part of the pool, and no limit may pass over more rows than that."""
+        """Whether the selection is a number or a small fraction of rows, and no limit may pass over some of them."""
         limits = self.threshold is not None or self.source_floor or self.source_cap is not None or self.deduplicate
         return not limits and (self.count is not None or (self.fraction or 1.0) < 0.5)
 
@@ -635,7 +635,11 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _refined_from_a_proxy(self) -> Recipe:
         if self.refine and not self.proxy:
-            raise ValueError("refine scores a proxy's best rows again on the target, but proxy is off; leave it out")
+            if self.refine.candidates is not None:
+                raise ValueError(
+                    "refine scores a proxy's best rows again on the target, but proxy is off; leave it out"
+                )
+            object.__setattr__(self, "refine", False)  # the default, as a resolved recipe has it
         pays = self.proxy and self.influence.traits.gradients and self.select.few
         if "refine" not in self.model_fields_set and pays:
             object.__setattr__(self, "refine", RefineSection())

@@ -162,6 +162,11 @@ def test_the_curvature_is_measured_once_and_its_files_go_with_the_end_of_the_run
     assert measured == [True]
     assert not (copied.output / "curvature").exists()
     assert copied.result() == finished.result()
+    # What is done again after the end measures it once more, for all stages.
+    assert copied.run("--set", "influence.damping=0.2") == 0
+    assert {"audit", "score"} <= set(copied.done())
+    assert measured == [True, True]
+    assert not (copied.output / "curvature").exists()
 
 
 def test_killed_while_scoring_goes_on_after_the_last_shard(copied, finished, monkeypatch):

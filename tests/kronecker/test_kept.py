@@ -41,6 +41,25 @@ def test_a_damaged_file_is_named(curvature, tmp_path, damage):
         kept["layers.1.proj"]
 
 
+def test_asking_for_a_layer_reads_none(curvature, tmp_path):
+    keep_curvature([curvature], tmp_path / "kept")
+    for file in (tmp_path / "kept").glob("*.safetensors"):
+        file.unlink()
+    kept = KeptCurvature(tmp_path / "kept", torch.device("cpu"))
+    assert next(iter(curvature)) in kept
+    assert "lm_head" not in kept
+
+
+def test_nothing_is_left_of_what_fails_half_way(curvature, tmp_path):
+    def groups():
+        yield curvature
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        keep_curvature(groups(), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_a_folder_without_the_list_of_layers_is_not_complete(curvature, tmp_path):
     keep_curvature([{name: basis} for name, basis in curvature.items()], tmp_path)
     (tmp_path / LISTING).unlink()

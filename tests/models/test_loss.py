@@ -151,6 +151,25 @@ def test_logits_in_parts_are_the_logits(tiny, monkeypatch):
         torch.testing.assert_close(torch.cat(part), whole)
 
 
+@pytest.mark.parametrize("size", range(1, 9))
+def test_parts_that_begin_in_the_padding_are_empty(tiny, monkeypatch, size):
+    model, batch = tiny.model("qwen3"), tiny.batch([9, 3, 7])
+    count = int((batch.labels[:, 1:] != -100).sum())
+    assert padded_width(count) - count > 1
+    in_parts_of(monkeypatch, size)
+    parts = list(logits_in_parts(model, batch))
+    assert [len(each) for part in parts for each in part] == [len(part[1]) for part in parts for _ in part]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts]), causal_lm_logits(model, batch)[0])
+
+
+def test_logits_are_not_taken_for_the_heads_because_a_pad_token_has_none(tiny):
+    model = tiny.model("gemma3")
+    model.config.final_logit_softcapping = 0.5
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    assert not plain_logits(model)
+
+
 def test_logits_that_the_model_scales_or_caps_are_not_taken_from_the_head(tiny, monkeypatch):
     model, batch = tiny.model("gemma3"), tiny.batch([9, 3, 7])
     plain = causal_lm_losses(model, batch)

@@ -18,7 +18,7 @@ from iprox.report import formats
 from iprox.scores import read_scores
 
 # Stages that count as the cost of scores: making the proxy, and scoring. For scores of `iprox refine`, also that.
-COUNTED = ("compress", "align", "index", "query", "score")
+COUNTED = ("curvature", "compress", "align", "index", "query", "score")
 
 
 def compare(request: Request) -> dict[str, Any]:

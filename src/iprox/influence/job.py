@@ -33,7 +33,7 @@ from iprox.influence.baselines import Corpus
 from iprox.influence.estimators.base import Estimator, Inputs, QueryTokens
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.scorer import Scorer
-from iprox.kronecker.kept import KeptCurvature, is_kept
+from iprox.kronecker.kept import is_kept
 from iprox.models.loading import load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import load_adam_state
@@ -52,8 +52,8 @@ class Checkpoint:
         learning_rate: η, the weight of its scores.
         target: target of a proxy, to take validation gradients on; None takes them on `model`.
         optimizer: folder of the warm-up's checkpoint with the optimizer state, for the estimator `less`.
-        curvature: folder for the curvature of the model that validation gradients are taken on. If nothing is in it,
-            the curvature is measured.
+        curvature: folder for the curvature of the model that validation gradients are taken on. If it is not there, it
+            is measured and kept there.
     """
 
     model: nn.Module | str
@@ -183,7 +183,8 @@ class Job:
         model = self._loaded(checkpoint.model) if traits.model else None
         device = torch.device("cpu") if model is None else next((target or model).parameters()).device
         optimizer = load_adam_state(checkpoint.optimizer, device) if checkpoint.optimizer is not None else None
-        kept = None if checkpoint.kept is None else KeptCurvature(checkpoint.kept, device)
+        if traits.curvature and not len(self.sample) and checkpoint.kept is None:
+            raise InputError(f"{checkpoint.curvature}: has no curvature; all machines of a run need its folder")
 
         def from_batches(batch_tokens: int) -> T:
             def batches(rows: Any) -> Iterable[Any]:
@@ -195,7 +196,7 @@ class Job:
                 target=target,
                 validation={task: batches(rows) for task, rows in self.validation.items()},
                 sample=list(batches(self.sample)),
-                curvature=kept,
+                curvature=checkpoint.curvature,
                 optimizer=optimizer,
                 corpus=self.corpus,
                 seed=self.seed,

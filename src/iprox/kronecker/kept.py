@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -46,6 +47,10 @@ class KeptCurvature(Mapping[str, EigenBasis]):
                 f"{path}: cannot be read ({one_line(error)}); delete {self._folder} to measure the curvature again"
             ) from error
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether a layer is there, without reading it."""
+        return name in self._files
+
     def __iter__(self) -> Iterator[str]:
         """Yield the layers' names."""
         return iter(self._files)
@@ -60,15 +65,26 @@ def is_kept(folder: Path) -> bool:
     return (folder / LISTING).is_file()
 
 
+def discard_curvature(folder: Path) -> None:
+    """Remove a kept curvature; first its list of layers, so that what is left of a stopped removal is not used."""
+    (folder / LISTING).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def keep_curvature(groups: Iterable[Mapping[str, EigenBasis]], folder: Path) -> None:
     """Write each layer's curvature, [m, m], [n, n] and [m, n], to a file as it is measured, then the list of layers."""
-    folder.mkdir(parents=True, exist_ok=True)
+    discard_curvature(folder)
+    folder.mkdir(parents=True)
     files: dict[str, str] = {}
-    for group in groups:
-        for name, basis in group.items():
-            files[name] = f"{len(files):05}.safetensors"
-            parts = {part: getattr(basis, part).contiguous().cpu() for part in EigenBasis.__slots__}
-            with replacing(folder / files[name]) as partial:
-                save_file(parts, partial)
-    with replacing(folder / LISTING) as partial:
-        partial.write_text(json.dumps(files), encoding="utf-8")
+    try:
+        for group in groups:
+            for name, basis in group.items():
+                files[name] = f"{len(files):05}.safetensors"
+                parts = {part: getattr(basis, part).contiguous().cpu() for part in EigenBasis.__slots__}
+                with replacing(folder / files[name]) as partial:
+                    save_file(parts, partial)
+        with replacing(folder / LISTING) as partial:
+            partial.write_text(json.dumps(files), encoding="utf-8")
+    except BaseException:
+        discard_curvature(folder)  # it is large, and useless in part
+        raise

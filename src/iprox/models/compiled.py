@@ -160,7 +160,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     Args:
         model: model for which `why_not_compiled` returns None.
     """
-    plain_logits(model)  # tried on one token, which would be compiled too
+    plain_logits(model)  # tried on a few tokens, which would be compiled too
     blocks = decoder_layers(model)[1]
     for name, layer in {**compressible_layers(model), **low_rank_layers(model)}.items():
         wire = Wire(next(_numbers), layer)

@@ -85,7 +85,7 @@ def logits_in_parts(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Te
         if plain_logits(model):
             head = _head_of(model)
             hidden, targets, rows = _head_inputs(model, batch)
-            parts = (head(part)[: len(targets) - start] for start, part in _parts(hidden, head))
+            parts = (head(part)[: max(0, len(targets) - start)] for start, part in _parts(hidden, head))
         else:
             logits, targets, rows = causal_lm_logits(model, batch)
             parts = iter((logits,))
@@ -101,17 +101,18 @@ _plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def plain_logits(model: nn.Module) -> bool:
-    """Return whether a model's logits are what its head returns, not scaled or capped; tried once on one token."""
+    """Return whether a model's logits are what its head returns, not scaled or capped; tried once on a few tokens."""
     if model not in _plain:
         made: list[Any] = []
         handle = _head_of(model).register_forward_hook(lambda _module, _inputs, output: made.append(output))
         try:
             with torch.no_grad():
-                token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-                logits = model(input_ids=token, use_cache=False).logits
+                # Several tokens, because the embedding of a pad token is zero, and so are then its logits.
+                tokens = torch.linspace(0, len(model.get_input_embeddings().weight) - 1, 8).long()[None]  # pyright: ignore
+                logits = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
         finally:
             handle.remove()
-        _plain[model] = len(made) == 1 and torch.equal(made[0].float(), logits.float())
+        _plain[model] = len(made) == 1 and bool(made[0].any()) and torch.equal(made[0].float(), logits.float())
     return _plain[model]
 
 
@@ -161,9 +162,12 @@ def _on_inputs_of(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterat
 def _parts(hidden: Tensor, head: nn.Module) -> Iterator[tuple[int, Tensor]]:
     """Yield hidden states [N, d] in parts whose logits take 64 MiB in float32, with the place that each starts at.
 
+    On an accelerator they take 512 MiB, to keep it busy.
+
     A part has 64 tokens or more, so that the head's product reuses what it reads of the weights.
     """
-    at_once = max(64, (1 << 24) // next(head.parameters()).shape[0])
+    numbers = 1 << 24 if hidden.device.type == "cpu" else 1 << 27
+    at_once = max(64, numbers // next(head.parameters()).shape[0])
     for start in range(0, len(hidden), at_once):
         yield start, hidden[start : start + at_once]
 

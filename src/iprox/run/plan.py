@@ -32,6 +32,7 @@ from iprox.session import Session, encode_validation, pool_of, refuse_shared_fil
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, Recipe
 from iprox.stages.alignment import keeps_signals, objective_of
 from iprox.stages.compression import proxy_skeleton
+from iprox.stages.refinement import check_candidates
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
@@ -67,6 +68,8 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}
     refuse_shared_files(pool, judging(validation, tests))
     total = session.read(pool).rows
+    if recipe.refine:
+        check_candidates(recipe.refine, recipe.select, total)
     encoder = session.encoder(recipe.model)
     validated = encode_validation(encoder, validation)
     sample = encoder.encode(pool.take(range(0, total, max(1, total // SAMPLE))))
@@ -75,7 +78,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     if recipe.proxy and recipe.proxy.gradients == "answers":
         graded -= sum(row.prompt for row in sample) / len(sample)
     curved = min(recipe.influence.curvature_examples, total) if recipe.influence.traits.curvature else 0
-    if isinstance(estimator_of(recipe.influence), KroneckerInfluence):
+    if isinstance(estimator_of(recipe.influence), KroneckerInfluence) and steps.on_target(recipe):
         curved = 0  # measured once, in a stage of its own
     read = replace(
         QueryTokens.of(validated),
@@ -138,7 +141,7 @@ class Costs:
         if warmed:
             yield "warmup", *self.training(warmed.epochs * warmed.examples(total), warmed.lora)
         estimator = estimator_of(how)
-        if isinstance(estimator, KroneckerInfluence):
+        if isinstance(estimator, KroneckerInfluence) and steps.on_target(recipe):
             rows, readings = min(how.curvature_examples, total), 2 if estimator.corrected else 1
             curved, supervised = self.tokens_in(rows)
             read = QueryTokens(0, 0, 0, curved, supervised)
@@ -171,8 +174,8 @@ class Costs:
         gradients = self.read.tasks * flops.linear_parameters(scored)
         held = self.width * (flops.parameters(scored) + gradients) + activations
         yield "score", total * times, self.scoring(scored, total, how), held
-        if recipe.refine:
-            rows = recipe.refine.share(recipe.select.rows_of(total), total) * total
+        if recipe.refine and (again := recipe.refine.share(recipe.select.rows_of(total), total)) < 1:
+            rows = again * total
             yield "refine", rows * times, self.scoring(target, rows, how.exact), held
         if why_not_attributed(recipe.influence, target) is None:
             rows = min(steps.ATTRIBUTED, total)

@@ -25,7 +25,7 @@ from iprox.proxy.align_state import discard_other_states
 from iprox.records import StageRecord, key_of, read_json
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
-from iprox.settings import OF_GRADIENTS
+from iprox.settings import OF_GRADIENTS, Settings
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
 from iprox.stages.curvature import measure_curvature
 from iprox.stages.held_out import HeldOutRows
@@ -66,11 +66,11 @@ def _checkpoints(run: Run) -> list[dict[str, Any]]:
 def curvature(run: Run) -> None:
     """Measure the curvature of each checkpoint once, for all stages that score.
 
-    Its files are large and are removed at the end of the run, so they are not outputs: a stage that is done again later
-    measures the curvature itself.
+    Its files are large and are removed at the end of the run, so they are not outputs: the first stage that is done
+    again later measures the curvature again. A proxy that gives its own validation gradients has its own curvature.
     """
     influence = run.settings.influence
-    if not isinstance(estimator_of(influence), KroneckerInfluence):
+    if not isinstance(estimator_of(influence), KroneckerInfluence) or not on_target(run.settings):
         return
     run.curvature = [run.folder.curvature / str(number) for number in range(len(run.targets))]
     how = influence.model_dump(include={"estimator", "curvature_examples"})
@@ -231,15 +231,20 @@ def score(run: Run) -> None:
     run.scores = run.folder.scores
 
 
+def on_target(settings: Settings) -> bool:
+    """Return whether validation gradients are taken on the target: by the settings, or because there is no proxy."""
+    proxy, influence = settings.proxy, settings.influence
+    return not proxy or (proxy.comparable and influence.query == "target" and influence.traits.gradients)
+
+
 def _scored_models(run: Run) -> list[Checkpoint]:
-    proxy, influence = run.settings.proxy, run.settings.influence
-    from_target = proxy and proxy.comparable and influence.query == "target" and influence.traits.gradients
-    adam = influence.traits.optimizer
+    from_target, adam = bool(run.proxies) and on_target(run.settings), run.settings.influence.traits.optimizer
     models = run.proxies or [path for path, _ in run.targets]
-    kept = run.curvature if from_target or not run.proxies else []
     return [
         Checkpoint(model, rate, path if from_target else None, path if adam else None, curvature)
-        for model, (path, rate), curvature in zip(models, run.targets, kept or [None] * len(models), strict=True)
+        for model, (path, rate), curvature in zip(
+            models, run.targets, run.curvature or [None] * len(models), strict=True
+        )
     ]
 
 
@@ -251,11 +256,13 @@ def cost_of_scoring(run: Run) -> None:
     # The target is charged the same contraction as the proxy, with low-rank gradients and sketched norms.
     supervised = entry["supervised"] * checkpoints
     estimator = estimator_of(run.settings.influence)
-    on_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
-    on_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
+    of_target = estimator.candidate_flops(target, entry["tokens"], supervised, entry["contraction_flops"])
+    of_target += checkpoints * estimator.query_flops(target, QueryTokens(**entry["query_tokens"]))
     stages = run.record["stages"]
     construction = sum(stages.get(name, {}).get("flops", 0.0) for name in ("compress", "align"))
-    measured = stages.get("curvature", {}).get("flops", 0.0)  # needed with and without a proxy
+    # Needed with and without a proxy; after a finished run it is measured again, as a part of the stage.
+    apart = entry["query_tokens"]["curvature_tokens"] == 0
+    measured = stages.get("curvature", {}).get("flops", 0.0) if apart else 0.0
     run.record["cost"] = {
         "proxy_flops_per_token": entry["flops_per_token"],
         "target_flops_per_token": flops.forward_flops(target),
@@ -263,7 +270,7 @@ def cost_of_scoring(run: Run) -> None:
         "target_parameters": flops.parameters(target),
         "score_flops": measured + entry["flops"],
         "construction_flops": construction,
-        "target_score_flops": measured + on_target,
+        "target_score_flops": measured + of_target,
     }
     run.save()
 
@@ -274,7 +281,10 @@ def refine(run: Run) -> None:
     if not settings:
         return
     assert run.scores is not None  # set by an earlier step or by the command
-    scores, folder = run.scores, run.folder.refined
+    scores, folder, again = run.scores, run.folder.refined, settings.share(chosen.rows_of(run.total), run.total)
+    if settings.candidates is None and again == 1:
+        run.session.reporter.say("refine: left out, because it would score the whole pool again on the target")
+        return
     influence = run.settings.influence.model_copy(update={"query_norm": None})  # the default for a model itself
     adam = influence.traits.optimizer
     models = [
@@ -291,13 +301,13 @@ def refine(run: Run) -> None:
 
     run.keys["refine"] = run.stage(
         "refine",
-        [run.keys, settings.model_dump(), chosen.strategy, chosen.task, chosen.weights, run.settings.batch_tokens],
+        [run.keys, again, chosen.strategy, chosen.task, chosen.weights, run.settings.batch_tokens],
         [folder / "scores.parquet", folder / "refine.json"],
         lambda: refinement.refine(
             folder=folder,
             scores=scores,
             pool=run.pool,
-            candidates=settings.share(chosen.rows_of(run.total), run.total),
+            candidates=again,
             chosen=chosen,
             score_on_target=on_target,
         ),

@@ -18,6 +18,7 @@ from iprox.data import Pool
 from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, write_text
+from iprox.kronecker.kept import discard_curvature
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
@@ -77,8 +78,10 @@ def _do(run: Run, stop_after: str | None) -> None:
         getattr(steps, {"warmup": "warm_up"}.get(name, name))(run)
         if name == "score":
             steps.cost_of_scoring(run)
-        if name == stop_after:
+        if name == stop_after != STAGES[-1]:
             return
+    for folder in run.curvature:
+        discard_curvature(folder)
     shutil.rmtree(run.folder.curvature, ignore_errors=True)
 
 

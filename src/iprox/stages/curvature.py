@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from iprox.data import Pool
+from iprox.errors import InputError
 from iprox.influence.estimators.base import Inputs
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.job import Checkpoint
 from iprox.kronecker.eigen import curvature_groups
 from iprox.kronecker.kept import keep_curvature
+from iprox.models import flops
 from iprox.models.layers import influence_layers
 from iprox.models.loading import skeleton
 from iprox.records import StageRecord
@@ -41,17 +43,34 @@ def measure_curvature(
     readings = 2 if estimator.corrected else 1
     target = skeleton(models[0], trust_remote_code=session.trust_remote_code)
     readings *= len(models) * len(curvature_groups(influence_layers(target)))
+    check_room(
+        folders[0].parent.parent, 4 * len(models) * sum(m**2 + n**2 + m * n for m, n, _ in flops.layers_of(target))
+    )
     with session.reporter.bar("curvature", readings * len(job.sample), "rows") as progress:
 
         def keep(inputs: Inputs, folder: Path) -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            keep_curvature(estimator.measured(replace(inputs, sample=_Counted(inputs.sample, progress))), folder)
+            counted = replace(inputs, sample=_Counted(inputs.sample, progress))
+            keep_curvature(estimator.measured(counted, influence_layers(inputs.source)), folder)
 
         for number, folder in enumerate(folders):
             job.made(partial(keep, folder=folder), number)
     spent = len(models) * estimator.curvature_flops(target, job.read)
     tokens = readings * job.read.curvature_tokens
     return {"tokens": tokens, "flops": spent, "rows": len(job.sample), "read": asdict(job.read)}
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse a curvature that the disk has no room for.
+
+    Raises:
+        InputError: there are fewer bytes left than are needed.
+    """
+    left = shutil.disk_usage(folder).free
+    if needed > left:
+        raise InputError(
+            f"{folder}: the curvature takes {needed / 1e9:,.0f} GB while the run lasts, and the disk has "
+            f"{left / 1e9:,.0f} GB left; choose an output on another disk, or set influence.estimator to tracin"
+        )
 
 
 class _Counted(Sequence[Any]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -40,7 +41,7 @@ class Inputs:
             only the candidates' side of the dot product is approximate.
         validation: batches of each task's validation examples.
         sample: batches of the pool's examples to measure curvature on.
-        curvature: curvature by layer, if an earlier stage of the run has measured it.
+        curvature: folder that the curvature is kept in; it is measured if it is not there yet.
         optimizer: state of the warm-up's optimizer at this checkpoint.
         corpus: term statistics of the pool.
         seed: seed for sampled labels and random scores.
@@ -52,7 +53,7 @@ class Inputs:
     target: nn.Module | None = None
     validation: Mapping[str, Iterable[Any]]
     sample: Sequence[Any] = ()
-    curvature: Mapping[str, EigenBasis] | None = None
+    curvature: Path | None = None
     optimizer: AdamState | None = None
     corpus: Corpus | None = None
     seed: int = 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
 from iprox.influence.gradients import LayerGradient, ModelGradient
 from iprox.kronecker.eigen import EigenBasis, curvature_groups, kronecker_curvature, together
+from iprox.kronecker.kept import KeptCurvature, is_kept, keep_curvature
 from iprox.models import flops
 from iprox.models.layers import influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -33,13 +34,18 @@ class KroneckerInfluence(GradientEstimator):
 
         A model that is not a language model uses the labels of the data, as its labels cannot be sampled.
         """
-        return together(self.measured(inputs)) if inputs.curvature is None else inputs.curvature
+        folder = inputs.curvature
+        if folder is None:
+            return together(self.measured(inputs, inputs.layers))
+        if not is_kept(folder):
+            keep_curvature(self.measured(inputs, influence_layers(inputs.source)), folder)
+        return KeptCurvature(folder, next(inputs.source.parameters()).device)
 
-    def measured(self, inputs: Inputs) -> Iterator[dict[str, EigenBasis]]:
-        """Measure the curvature, and yield it a group of layers at a time."""
+    def measured(self, inputs: Inputs, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, EigenBasis]]:
+        """Measure the curvature of some layers, and yield it a group at a time."""
         return kronecker_curvature(
             inputs.source,
-            inputs.layers,
+            layers,
             inputs.sample,
             corrected=self.corrected,
             labels="sampled" if inputs.loss_fn is causal_lm_losses else "data",
