@@ -205,7 +205,7 @@ def test_sparsity_out_of_range(run, sparsity):
 
 
 def test_unknown_stage(run):
-    assert 'Choose from: "data", "warmup", "compress"' in run("--stop-after", "scoring")
+    assert 'Choose from: "data", "warmup", "curvature", "compress"' in run("--stop-after", "scoring")
 
 
 def test_unknown_device(run):

@@ -35,7 +35,7 @@ def test_a_table_for_people_and_every_pair_for_machines(finished, other, capsys)
     head, first, second = said.splitlines()[1:]
     assert head.split() == ["arithmetic", "spelling", "influence", "top", "5", "%", "shared", "FLOPs"]
     done = finished.record()["stages"]
-    cost = sum(done[name]["flops"] for name in ("compress", "align", "score"))
+    cost = sum(done[name]["flops"] for name in ("curvature", "compress", "align", "score"))
     assert first.split() == ["run", *formats.flops(cost).split()]
     assert second.endswith(formats.flops(0.0))
     tables = [pq.read_table(folder / "scores.parquet") for folder in (finished.output, other)]

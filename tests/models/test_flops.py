@@ -11,7 +11,7 @@ from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, weight_shape
-from iprox.models.loss import causal_lm_losses
+from iprox.models.loss import causal_lm_losses, plain_logits
 from iprox.models.observe import frozen, watched_backward
 from iprox.settings import InfluenceSection
 
@@ -60,6 +60,7 @@ def test_training_adapters_is_charged_what_torch_counts(tiny):
     charged = flops.training_flops(model, batch.input_ids.numel(), supervised, lora_rank=3)
     adapted = with_lora(model, "org/name", rank=3)
     adapted.enable_input_require_grads()
+    plain_logits(adapted)  # tried once, not counted
     with FlopCounterMode(display=False) as counter:
         causal_lm_losses(adapted, batch).sum().backward()
     kinds = counter.get_flop_counts()["Global"]
