@@ -87,7 +87,9 @@ def summary(run: FinishedRun) -> dict[str, Any]:
     score_flops, target_flops = cost.get("score_flops"), cost.get("target_score_flops")
     if run.compression is not None and score_flops is not None and target_flops:
         note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}; "
-        note += f"{formats.ratio(score_flops + _making_flops(record), target_flops)} including making the proxy"
+        again = cost.get("refine_flops", 0.0)
+        whole = formats.ratio(score_flops + _making_flops(record) + again, target_flops)
+        note += f"{whole} including making the proxy{' and scoring its best rows again' if again else ''}"
         figures.append(Figure(formats.ratio(score_flops, target_flops), "scoring cost", note))
     total = sum(stage.get("seconds") or 0.0 for stage in stages.values())
     figures.append(Figure(formats.duration(total), "total time", f"all stages, on {record.get('device', 'unknown')}"))
