@@ -6,13 +6,13 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from iprox.errors import InputError, one_line
-from iprox.files import replacing
 from iprox.kronecker.eigen import EigenBasis
 
 # Maps the name of each layer to its file. It is written last, so a folder without it is not complete.
@@ -72,19 +72,25 @@ def discard_curvature(folder: Path) -> None:
 
 
 def keep_curvature(groups: Iterable[Mapping[str, EigenBasis]], folder: Path) -> None:
-    """Write each layer's curvature, [m, m], [n, n] and [m, n], to a file as it is measured, then the list of layers."""
-    discard_curvature(folder)
-    folder.mkdir(parents=True)
+    """Write each layer's curvature, [m, m], [n, n] and [m, n], to a file as it is measured, then the list of layers.
+
+    The folder appears when it is complete. If another process was faster, as Ray's workers may be, its folder stays.
+    """
+    made = folder.with_name(f"{folder.name}.{uuid4().hex}")
+    made.mkdir(parents=True)
     files: dict[str, str] = {}
     try:
         for group in groups:
             for name, basis in group.items():
                 files[name] = f"{len(files):05}.safetensors"
                 parts = {part: getattr(basis, part).contiguous().cpu() for part in EigenBasis.__slots__}
-                with replacing(folder / files[name]) as partial:
-                    save_file(parts, partial)
-        with replacing(folder / LISTING) as partial:
-            partial.write_text(json.dumps(files), encoding="utf-8")
-    except BaseException:
-        discard_curvature(folder)  # it is large, and useless in part
-        raise
+                save_file(parts, made / files[name])
+        (made / LISTING).write_text(json.dumps(files), encoding="utf-8")
+        if not is_kept(folder):
+            discard_curvature(folder)
+            made.rename(folder)
+    except OSError:
+        if not is_kept(folder):
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -79,21 +79,21 @@ def causal_lm_losses(model: nn.Module, batch: Batch, **inputs: Any) -> Tensor:
     return mean_by_row(token_losses, rows, batch.input_ids.shape[0])  # pyright: ignore[reportArgumentType]
 
 
+@torch.no_grad()
 def logits_in_parts(model: nn.Module, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield what `causal_lm_logits` returns, without gradients, for a few tokens at a time."""
-    with torch.no_grad():
-        if plain_logits(model):
-            head = _head_of(model)
-            hidden, targets, rows = _head_inputs(model, batch)
-            parts = (head(part)[: max(0, len(targets) - start)] for start, part in _parts(hidden, head))
-        else:
-            logits, targets, rows = causal_lm_logits(model, batch)
-            parts = iter((logits,))
-        start = 0
-        for logits in parts:
-            some = slice(start, start + len(logits))
-            yield logits, targets[some], rows[some]
-            start += len(logits)
+    if plain_logits(model):
+        head = _head_of(model)
+        hidden, targets, rows = _head_inputs(model, batch)
+        parts = (head(part)[: max(0, len(targets) - start)] for start, part in _parts(hidden, head))
+    else:
+        logits, targets, rows = causal_lm_logits(model, batch)
+        parts = iter((logits,))
+    start = 0
+    for logits in parts:
+        some = slice(start, start + len(logits))
+        yield logits, targets[some], rows[some]
+        start += len(logits)
 
 
 # Whether a model's logits are what its head returns, by model; see `plain_logits`.
@@ -107,7 +107,7 @@ def plain_logits(model: nn.Module) -> bool:
         handle = _head_of(model).register_forward_hook(lambda _module, _inputs, output: made.append(output))
         try:
             with torch.no_grad():
-                # Several tokens, because the embedding of a pad token is zero, and so are then its logits.
+                # Several tokens, because the embedding of a pad token may be zero, and then its logits are too.
                 tokens = torch.linspace(0, len(model.get_input_embeddings().weight) - 1, 8).long()[None]  # pyright: ignore
                 logits = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
         finally:

@@ -283,7 +283,7 @@ def refine(run: Run) -> None:
     assert run.scores is not None  # set by an earlier step or by the command
     scores, folder, again = run.scores, run.folder.refined, settings.share(chosen.rows_of(run.total), run.total)
     if settings.candidates is None and again == 1:
-        run.session.reporter.say("refine: left out, because it would score the whole pool again on the target")
+        run.session.reporter.warn("refine: left out, because it would score the whole pool again on the target")
         return
     influence = run.settings.influence.model_copy(update={"query_norm": None})  # the default for a model itself
     adam = influence.traits.optimizer

@@ -15,7 +15,7 @@ from iprox.influence.estimators.base import Inputs
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.job import Checkpoint
 from iprox.kronecker.eigen import curvature_groups
-from iprox.kronecker.kept import keep_curvature
+from iprox.kronecker.kept import discard_curvature, keep_curvature
 from iprox.models import flops
 from iprox.models.layers import influence_layers
 from iprox.models.loading import skeleton
@@ -46,6 +46,9 @@ def measure_curvature(
     check_room(
         folders[0].parent.parent, 4 * len(models) * sum(m**2 + n**2 + m * n for m, n, _ in flops.layers_of(target))
     )
+    for folder in folders:
+        discard_curvature(folder)
+    shutil.rmtree(folders[0].parent, ignore_errors=True)  # what a killed start left
     with session.reporter.bar("curvature", readings * len(job.sample), "rows") as progress:
 
         def keep(inputs: Inputs, folder: Path) -> None:
