@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches
-from iprox.models.compiled import compile_layers, uncompile_layers, why_not_compiled
+from iprox.models.compiled import compile_layers, uncompile_layers, why_compiling_failed, why_not_compiled
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.precision import out_of_memory
 
@@ -251,12 +250,9 @@ def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial
         return reason
     assert isinstance(model, PreTrainedModel)
     compile_layers(model)
-    try:
-        run(trial)
-    except TorchDynamoException as error:  # no compiler, or code it cannot follow
+    if failed := why_compiling_failed(lambda: run(trial)):
         uncompile_layers(model)
-        return " ".join(str(error).split())[:300]
-    return ""
+    return failed
 
 
 def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = ()) -> Iterator[Window]:

@@ -150,6 +150,17 @@ def why_not_compiled(model: nn.Module) -> str | None:
     return None
 
 
+def why_compiling_failed(trial: Callable[[], object]) -> str:
+    """Run what compiles when it is first called; return why it could not be compiled, or an empty string."""
+    from torch._dynamo.exc import TorchDynamoException  # 1.5 s of CPU, and only compiling needs it
+
+    try:
+        trial()
+    except TorchDynamoException as error:  # no compiler, or code it cannot follow
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile the decoder layers of a model, in place; `observe` still works with its linear layers.
 

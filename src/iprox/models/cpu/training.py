@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from iprox.models.compiled import PIECES, why_not_compiled
+from iprox.models.compiled import PIECES, why_compiling_failed, why_not_compiled
 from iprox.models.cpu.attention import fast_attention
 from iprox.models.layers import decoder_layers
 
@@ -55,13 +54,12 @@ def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], 
         block.compile(dynamic=True, fullgraph=True)
     try:
         with torch.random.fork_rng(devices=()):  # the trial must not advance the generator
-            trial().backward()
-    except TorchDynamoException as error:  # no compiler, or code it cannot follow
-        _uncompile(blocks)
-        return " ".join(str(error).split())[:300]
+            failed = why_compiling_failed(lambda: trial().backward())
     finally:
         model.zero_grad(set_to_none=True)
-    return ""
+    if failed:
+        _uncompile(blocks)
+    return failed
 
 
 def _uncompile(blocks: nn.ModuleList) -> None:
