@@ -40,17 +40,15 @@ from iprox.scores import score_matrix
 FACTORIZED: dict[str, dict[str, Any]] = {
     "ipsvd": {},
     "ipsvd, uniform ranks": {"ranks": "uniform"},
-    "ipsvd, ridge 0.01": {"ridge": 1e-2},
-    "ipsvd, ridge 1": {"ridge": 1.0},
     **{name: {"method": name} for name in ("svd-llm", "asvd", "fwsvd", "svd")},
     "random": {"method": "random", "ranks": "uniform"},
 }
 # name -> arguments of `iprox.align`, applied to the proxy of ipsvd
 ALIGNED: dict[str, dict[str, float]] = {
-    "ipsvd, aligned": {},
-    "ipsvd, aligned by gradients": {"kl_weight": 0.0},
-    "ipsvd, aligned by logits": {"gradient_weight": 0.0, "kl_weight": 1.0},
-    "ipsvd, aligned by logits and hidden states": {"gradient_weight": 0.0, "kl_weight": 1.0, "hidden_weight": 1.0},
+    "ipsvd, aligned": {"gradient_weight": 1.0},
+    "ipsvd, aligned by gradients": {"gradient_weight": 1.0, "kl_weight": 0.0},
+    "ipsvd, aligned by logits": {"kl_weight": 1.0},
+    "ipsvd, aligned by logits and hidden states": {"kl_weight": 1.0, "hidden_weight": 1.0},
 }
 METHODS = (*FACTORIZED, *ALIGNED, "layers", "off-the-shelf")
 

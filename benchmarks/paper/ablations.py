@@ -114,7 +114,7 @@ class Ablation:
 def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
     """Return the functions that compute each variant, by ablation."""
     make, measure = ablation.proxy, ablation.fidelity
-    logits = {"gradient_weight": 0.0, "kl_weight": 1.0}
+    logits = {"kl_weight": 1.0}
     return {
         "sparsity": {
             f"{size}": lambda size=size: ablation.base if size == 0.7 else measure(make(sparsity=size))
@@ -123,8 +123,8 @@ def variants(ablation: Ablation) -> dict[str, dict[str, Callable[[], Cell]]]:
         "alignment": {
             "stage 1 only": lambda: ablation.base,
             "KL only": lambda: ablation.aligned(**logits),
-            "gradient only": lambda: ablation.aligned(kl_weight=0.0),
-            "both": lambda: ablation.aligned(),
+            "gradient only": lambda: ablation.aligned(gradient_weight=1.0, kl_weight=0.0),
+            "both": lambda: ablation.aligned(gradient_weight=1.0),
             "KL only, 3 × the rate": lambda: ablation.aligned(learning_rate=3e-4, **logits),
             "KL only, 5 × the rows, one epoch": lambda: ablation.aligned(5 * PROBE, epochs=1, **logits),
             "KL only, 5 × the rows": lambda: ablation.aligned(5 * PROBE, **logits),

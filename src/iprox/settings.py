@@ -153,17 +153,14 @@ class WarmupSection(TrainingSection):
 
 
 class AlignSection(Section):
-    """Tuning of the proxy's factors until its gradients or logits match the target's."""
+    """Tuning of the proxy's factors until its logits, and gradients if asked, match the target's."""
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
     epochs: int = setting(5, "passes over these examples", ge=1)
     batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
-    accumulate: int = setting(
-        1, "batches per optimizer step; with batch_size 1 examples are matched one by one, not by their mean", ge=1
-    )
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
-        1.0, "weight of the gradients' distance; 0 matches only the logits, at a third of the cost", ge=0
+        0.0, "weight of the gradients' distance; 1 as in the paper, which takes three times as long", ge=0
     )
     kl_weight: float = setting(0.1, "weight of the KL divergence of the logits (temperature 2)", ge=0)
     hidden_weight: float = setting(0.0, "weight of the hidden states' relative squared distance", ge=0)
@@ -538,9 +535,7 @@ class AuditSection(Section):
         "validation losses; 0 for none",
         ge=0,
     )
-    epochs: int = setting(1, "epochs of each retraining, from the checkpoint that was scored", ge=1)
     learning_rate: float | None = setting(None, "peak learning rate of each retraining", "0.1 / hidden size", gt=0)
-    batch_size: int = setting(16, "examples per batch of each retraining", ge=1)
 
     @model_validator(mode="after")
     def _enough(self) -> AuditSection:

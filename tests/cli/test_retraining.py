@@ -1,6 +1,7 @@
 """Retraining without the top rows, through the stage, a recipe and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +24,21 @@ def checkpoint(place):
 
 def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_path, monkeypatch):
     """The proxy ranks the rows of arithmetic first, for arithmetic; the target ranks them last."""
-    monkeypatch.setattr(retraining, "REMOVED_FRACTION", 0.2)
+    monkeypatch.setattr(retraining, "REMOVED_FRACTION", 3 / 7)
+    monkeypatch.setattr(retraining, "RETRAINING_BATCH", 4)
     pool = list(Pool([str(finished.pool)]))
-    teaching = [example for example in pool if example.source == "arithmetic"][:15]
+    few = [example for example in pool if example.source == "arithmetic"][:15]
+    teaching = [replace(each, id=f"{each.id}, {again}") for again in range(3) for each in few]
     examples = teaching + [example for example in pool if example.source != "arithmetic"][:60]
     scores = np.arange(len(examples), dtype=float)
     table = {"id": [example.id for example in examples], "proxy/arithmetic": -scores, "target/arithmetic": scores}
     pq.write_table(pa.table(table), tmp_path / "audit.parquet")
-    settings = AuditSection(removal=3, epochs=2, learning_rate=1e-2, batch_size=4)
+    settings = AuditSection(removal=3, learning_rate=1e-2)
     validation = {"arithmetic": Pool([str(finished.path / "arithmetic.jsonl")])}
     session = Session.create(max_length=48)
     record = retraining.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
     found = json.loads((tmp_path / "removal.json").read_text())
-    assert (found["rows"], found["removed"]) == (75, 15)
+    assert (found["rows"], found["removed"]) == (105, 45)
     proxy, target = (found["tasks"]["arithmetic"][side] for side in SIDES)
     assert proxy["difference"] > 4 * proxy["standard_error"]
     assert proxy["top"] > 0
@@ -90,7 +93,7 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
 
 
 def test_a_recipe_retrains_without_the_top_rows(copied, capfd):
-    options = ["audit.removal=2", "audit.learning_rate=1e-3", "audit.batch_size=8"]
+    options = ["audit.removal=2", "audit.learning_rate=1e-3"]
     assert main(["plan", str(copied.recipe), "--quiet", "--json", "--tflops", "1", "--set", *options]) == 0
     planned = json.loads(capfd.readouterr().out)["stages"]["removal"]
     assert copied.run("--set", *options) == 0

@@ -560,7 +560,7 @@ def test_a_changed_setting_starts_an_interrupted_alignment_anew(copied, monkeypa
 
 
 def test_retraining_says_whether_the_scores_foretell_and_goes_on_where_it_was(copied, monkeypatch):
-    settings = ["audit.lds=10", "audit.learning_rate=1e-3", "audit.batch_size=4", "audit.sample=60"]
+    settings = ["audit.lds=10", "audit.learning_rate=1e-3", "audit.sample=60"]
     trained = []
 
     def stopping(*arguments, **options):

@@ -207,18 +207,6 @@ def test_padding_does_not_change_the_loss(pair):
     torch.testing.assert_close(*losses)
 
 
-def test_accumulated_batches_are_one_step_on_their_mean_loss(pair):
-    """Of two batches with a step each, and of both in one step."""
-    import copy
-
-    model, proxy, batches = pair
-    other = copy.deepcopy(proxy)
-    history = align(proxy, model, batches, AlignSettings(1, 1e-3, accumulate=2), BOTH)
-    losses = [loss_of(other, model, batch).whole.item() for batch in batches]
-    assert history.steps[0].loss == pytest.approx(sum(losses) / 2)
-    assert history.tokens == sum(int(batch.lengths.sum()) for batch in batches)
-
-
 def test_nothing_to_align_by_is_refused():
     with pytest.raises(InputError, match="all 0"):
         Objective(gradient_weight=0, kl_weight=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
 _OF_PROXY = ("method", "depth", "gradients", "sparsity", "flops", "ranks")
-_OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size", "accumulate")
+_OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size")
 _OF_ALIGNMENT += ("gradient_weight", "kl_weight", "hidden_weight")
 
 
@@ -158,8 +157,8 @@ def align(
             scoring = InfluenceSection(estimator="tracin", per_example=False)
             job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
             watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
-        steps = how.epochs * math.ceil(len(batches) / how.accumulate)
-        tuning = AlignSettings(steps, how.learning_rate, how.accumulate, seed)
+        steps = how.epochs * len(batches)
+        tuning = AlignSettings(steps, how.learning_rate, seed)
         with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:
             return align_factors(proxy, model, batches, tuning, objective, held_out=watched, progress=advance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +36,11 @@ class AlignSettings:
     Attributes:
         steps: number of optimizer steps; every pass over the batches has a new random order.
         learning_rate: peak learning rate of a factor of average scale.
-        accumulate: number of batches per optimizer step. With batches of one example, gradients are matched per
-            example, not per batch mean.
         seed: seed for the batch order.
     """
 
     steps: int
     learning_rate: float = 1e-4
-    accumulate: int = 1
     seed: int = 0
 
     @property
@@ -119,7 +116,7 @@ def align(
         done = len(run.history.steps)
         if progress is not None and done:
             progress(done, earlier=True)
-        for step, indices in enumerate(_order(len(batches), settings), start=1):
+        for step, index in enumerate(_order(len(batches), settings), start=1):
             if step <= done:
                 continue
             if run.evaluations_since_best() >= PATIENCE:
@@ -128,14 +125,13 @@ def align(
             if step % RELEASE_EVERY == 0:
                 release_memory()
             rate = settings.learning_rate * schedule(step, settings.steps)
-            # One batch's signals at a time, as they are as large as the target.
-            pairs = ((batches[index].to(here), signals_of(index)) for index in indices)
+            batch = batches[index].to(here)
             try:
-                parts = _step(proxy, layers, pairs, len(indices), objective, run.optimizer, rate, autocast)
+                parts = _step(proxy, layers, batch, signals_of(index), objective, run.optimizer, rate, autocast)
             except FloatingPointError as error:
-                raise FloatingPointError(f"{error} at step {step} (batch {', '.join(map(str, indices))})") from None
+                raise FloatingPointError(f"{error} at step {step} (batch {index})") from None
             run.history.steps.append(AlignmentStep(step, *parts, rate))
-            run.history.tokens += sum(int(batches[index].lengths.sum()) for index in indices)
+            run.history.tokens += int(batches[index].lengths.sum())
             if progress is not None:
                 progress(1)
             if step % settings.every == 0 or step == settings.steps:
@@ -149,49 +145,36 @@ def align(
     return run.history
 
 
-def _order(count: int, settings: AlignSettings) -> Iterator[list[int]]:
-    """Yield the numbers of the batches of each optimizer step."""
+def _order(count: int, settings: AlignSettings) -> Iterator[int]:
+    """Yield the number of the batch of each optimizer step."""
     generator = torch.Generator().manual_seed(settings.seed)
     rounds = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
-    order = itertools.chain.from_iterable(rounds)
-    for _ in range(settings.steps):
-        yield list(itertools.islice(order, settings.accumulate))
+    yield from itertools.islice(itertools.chain.from_iterable(rounds), settings.steps)
 
 
 def _step(
     proxy: nn.Module,
     layers: Mapping[str, LowRankLinear],
-    pairs: Iterable[tuple[Batch, Signals]],
-    count: int,
+    batch: Batch,
+    signals: Signals,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     rate: float,
     autocast: bool,
 ) -> tuple[float, float | None, float, float | None]:
-    """Take one optimizer step on `count` batches and their signals.
-
-    Returns:
-        The mean losses of the batches: total, gradient, KL, hidden.
-    """
+    """Take one optimizer step on a batch and its signals; return the losses: total, gradient, KL, hidden."""
     optimizer.zero_grad(set_to_none=True)
-    found = []
-    for batch, signals in pairs:
-        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-            losses = alignment_loss(proxy, layers, batch, signals, objective)
-        if not torch.isfinite(losses.whole):
-            raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
-        (losses.whole / count).backward()
-        parts = (losses.whole, losses.gradient, losses.kl, losses.hidden)
-        found.append([None if part is None else part.item() for part in parts])
+    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
+        losses = alignment_loss(proxy, layers, batch, signals, objective)
+    if not torch.isfinite(losses.whole):
+        raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
+    losses.whole.backward()
     torch.nn.utils.clip_grad_norm_([factor for group in optimizer.param_groups for factor in group["params"]], 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     optimizer.step()
-    whole, gradient, kl, hidden = (
-        None if column[0] is None else math.fsum(column) / len(column) for column in zip(*found, strict=True)
-    )
-    assert whole is not None and kl is not None  # noqa: PT018
-    return whole, gradient, kl, hidden
+    gradient, hidden = (None if part is None else part.item() for part in (losses.gradient, losses.hidden))
+    return losses.whole.item(), gradient, losses.kl.item(), hidden
 
 
 @contextmanager

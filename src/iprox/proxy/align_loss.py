@@ -45,7 +45,7 @@ class Objective:
         hidden_weight: weight of the hidden states.
     """
 
-    gradient_weight: float = 1.0
+    gradient_weight: float = 0.0
     kl_weight: float = 0.1
     hidden_weight: float = 0.0
 

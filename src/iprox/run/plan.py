@@ -167,10 +167,10 @@ class Costs:
             spent = self.scoring(scored, rows, how) + self.scoring(target, rows, how.exact)
             yield "audit", 2 * rows * times, spent, 2 * weights + activations
             if audited.lds:
-                yield "lds", *self.training(audited.lds * audited.epochs * SUBSET_FRACTION * rows)
+                yield "lds", *self.training(audited.lds * SUBSET_FRACTION * rows)
             if audited.removal:
                 left = trainings_without(self.read.tasks) * (rows - removed_count(rows, REMOVED_FRACTION))
-                yield "removal", *self.training(audited.removal * audited.epochs * (rows + left))
+                yield "removal", *self.training(audited.removal * (rows + left))
         gradients = self.read.tasks * flops.linear_parameters(scored)
         held = self.width * (flops.parameters(scored) + gradients) + activations
         yield "score", total * times, self.scoring(scored, total, how), held

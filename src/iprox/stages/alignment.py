@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,11 +56,11 @@ def align_proxy(
     # A second-order step needs several times the memory of a plain one, so its batches have a quarter of the tokens.
     batch_tokens = max(1, session.batch_tokens // 4)
     batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
-    steps = settings.epochs * math.ceil(len(batches) / settings.accumulate)
+    steps = settings.epochs * len(batches)
     watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
     objective = objective_of(settings)
     tokens, supervised = tokens_of(encoded)
-    kept = keeps_signals(proxy, objective, len(batches), supervised, steps * settings.accumulate)
+    kept = keeps_signals(proxy, objective, len(batches), supervised, steps)
     store = _store(state, identity) if kept else None
     if state.is_file():
         session.reporter.say(f"align: resumes from {state}")
@@ -70,7 +69,7 @@ def align_proxy(
             proxy,
             target,
             batches,
-            AlignSettings(steps, settings.learning_rate, settings.accumulate, session.seed),
+            AlignSettings(steps, settings.learning_rate, session.seed),
             objective,
             held_out=None if watched is None else watched.watch(proxy),
             store=store,
@@ -82,8 +81,7 @@ def align_proxy(
         session.reporter.warn(
             "alignment did not raise the fidelity on held-out examples, so the proxy is left as it was compressed"
         )
-    read_batches = len(history.steps) * settings.accumulate
-    asked = 1.0 if store is None else min(len(batches), read_batches) / max(1, read_batches)
+    asked = 1.0 if store is None else min(len(batches), len(history.steps)) / max(1, len(history.steps))
     if store is not None:
         store.discard()
     data = history.as_dict()

@@ -27,6 +27,8 @@ from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
 
 LOSSES = "retrained.json"
+# Examples per batch of a retraining, which reads its rows once: as a warm-up's batches.
+RETRAINING_BATCH = 16
 LDS, REMOVAL = "lds.json", "removal.json"
 
 
@@ -160,7 +162,7 @@ class Retraining:
         self.held = encode_validation(encoder, validation)
         self._digests = [_digest([row]) for row in self.encoded]
         held = [[task, _digest(rows)] for task, rows in self.held.items()]
-        self.described = settings.model_dump(include={"epochs", "learning_rate", "batch_size"})
+        self.described = settings.model_dump(include={"learning_rate"})
         self._common = [checkpoint_fingerprint(model), held, str(session.dtype), self.described]
 
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
@@ -179,7 +181,7 @@ class Retraining:
                         self.session, self.model, rows, self.held, self.settings, training.seed
                     )
                     write_json(self.folder / LOSSES, known)
-                    tokens, supervised = (self.settings.epochs * count for count in tokens_of(rows))
+                    tokens, supervised = tokens_of(rows)
                     record["tokens"] += tokens
                     record["flops"] += flops.training_flops(counted, tokens, supervised)
                 progress(1, earlier=earlier)
@@ -208,9 +210,9 @@ def validation_losses(
             session.tokenizer(model),
             rows,
             Path(folder),
-            epochs=settings.epochs,
+            epochs=1,
             learning_rate=settings.peak(hidden_size(fresh.config)),
-            batch_size=settings.batch_size,
+            batch_size=RETRAINING_BATCH,
             bf16=session.dtype == torch.bfloat16,
             every_epoch=False,
             seed=seed,
