@@ -6,9 +6,10 @@ from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings, collect_moments, layer_groups
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
+from iprox.proxy.baselines import layer_spectrum
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
 from iprox.proxy.export import to_dense
-from iprox.proxy.factorize import FactorSettings, layer_spectrum, with_factors
+from iprox.proxy.factorize import FactorSettings, with_factors
 from iprox.proxy.size import Size
 
 

@@ -28,8 +28,9 @@ from iprox.proxy.align import AlignSettings
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_state import AlignmentHistory
+from iprox.proxy.baselines import PROBED
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers, keep_weights
-from iprox.proxy.factorize import PROBED, FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 

@@ -1,4 +1,4 @@
-"""Baselines of IPSVD: other factorizations, the first layers of the target, another model.
+"""IPSVD and its baselines: other factorizations, the first layers of the target, another model.
 
 The factorizations all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r and differ only in the roots.
 
@@ -25,28 +25,39 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import DiagonalRoot
+from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import along
 from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
-from iprox.proxy.ipsvd import Ridge, Spectrum, ridge_of, weighted_svd
+from iprox.proxy.ipsvd import Ridge, Spectrum, weighted_svd
 
-FactorBaseline = Literal["svd", "svd-llm", "asvd", "fwsvd", "random"]
+FactorMethod = Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random"]
 
-# The baselines whose roots are made from moments.
-WEIGHTED = ("svd-llm", "asvd", "fwsvd")
+# The methods whose roots are made from moments, which need a probe.
+PROBED = ("ipsvd", "svd-llm", "asvd", "fwsvd")
 
 
-def baseline_spectrum(
-    method: FactorBaseline, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
+def layer_spectrum(
+    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
-    """Return the spectrum of one layer by a baseline, computed in float64.
+    """Return the spectrum of one layer by a method, computed in float64.
+
+    Cost: a Cholesky factorization of each moment (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
 
     Args:
-        method: name of the baseline.
-        weight: W [m, n], in float64.
+        method: name of the method.
+        weight: W [m, n].
         moments: second moments of the layer; not read by `svd` and `random`.
-        ridge: ridge of the input moment of `svd-llm`.
+        ridge: ridge of the moments of `ipsvd` and `svd-llm`, or `auto` for one each.
         generator: generator of random directions.
+
+    Raises:
+        ValueError: a method that needs moments, without them.
     """
+
+    def ridge_of(moment: SecondMoment) -> float:
+        return moment.shrinkage() if ridge == "auto" else ridge
+
+    weight = weight.double()
     if method == "svd":
         return weighted_svd(weight, None, None)
     if method == "random":
@@ -57,8 +68,13 @@ def baseline_spectrum(
         return weighted_svd(weight, None, DiagonalRoot.of_squares(moments.inputs.diagonal().double().sqrt()))
     if method == "fwsvd":
         return weighted_svd(weight, DiagonalRoot.of_squares(moments.gradients.diagonal().double()), None)
-    ridge_in = ridge_of(moments.inputs, ridge)
-    return replace(weighted_svd(weight, None, moments.inputs.root(ridge_in)), ridge_in=ridge_in)
+    ridge_in = ridge_of(moments.inputs)
+    root_in = moments.inputs.root(ridge_in)
+    if method == "svd-llm":
+        return replace(weighted_svd(weight, None, root_in), ridge_in=ridge_in)
+    ridge_out = ridge_of(moments.gradients)
+    spectrum = weighted_svd(weight, moments.gradients.root(ridge_out), root_in)
+    return replace(spectrum, ridge_in=ridge_in, ridge_out=ridge_out)
 
 
 def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:

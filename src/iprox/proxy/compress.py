@@ -19,7 +19,8 @@ from iprox.models.layers import compressible_layers
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
-from iprox.proxy.factorize import FactorMethod, FactorSettings, LayerReport, Spectra, measured_spectra
+from iprox.proxy.baselines import FactorMethod
+from iprox.proxy.factorize import FactorSettings, LayerReport, Spectra, measured_spectra
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Prices, Size
 

@@ -16,21 +16,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
 from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_shape
 from iprox.models.loss import LossFn
-from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
-from iprox.proxy.ipsvd import Ridge, Spectrum, ipsvd
+from iprox.proxy.baselines import PROBED, FactorMethod, layer_spectrum
+from iprox.proxy.ipsvd import Ridge, Spectrum
 from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
 
-FactorMethod = Literal["ipsvd", FactorBaseline]
 RankRule = Literal["global", "uniform"]
-
-# The methods that need a probe.
-PROBED: tuple[str, ...] = ("ipsvd", *WEIGHTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,29 +195,6 @@ def _measured(
             weight = dense_weight(layers[name]).detach()
             # pop frees each layer's moments after use.
             yield name, layer_spectrum(settings.method, weight, moments.pop(name, None), settings.ridge, generator)
-
-
-def layer_spectrum(
-    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
-) -> Spectrum:
-    """Return the spectrum of one layer by a method, computed in float64.
-
-    Args:
-        method: `ipsvd` or a baseline.
-        weight: W [m, n].
-        moments: second moments of the layer; not read by `svd` and `random`.
-        ridge: share of the mean eigenvalue added to every direction of a moment, or `auto`.
-        generator: generator of random directions.
-
-    Raises:
-        ValueError: a method that needs moments, without them.
-    """
-    weight = weight.double()
-    if method != "ipsvd":
-        return baseline_spectrum(method, weight, moments, ridge, generator)
-    if moments is None:
-        raise ValueError("ipsvd needs moments")
-    return ipsvd(weight, moments, ridge)
 
 
 @contextmanager
