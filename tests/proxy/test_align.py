@@ -86,7 +86,7 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     layers = compressible_layers(model)
     full = {name: min(layer.weight.shape) for name, layer in layers.items()}
     spectra = {name: weighted_svd(layer.weight.detach(), None, None) for name, layer in layers.items()}
-    proxy = with_factors(model, layers, spectra, full)
+    proxy = with_factors(model, spectra, full)
     losses = loss_of(proxy, model, batch, Objective(1.0, 0.3, hidden_weight=1.0))
     assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
     assert losses.gradient.item() >= -1e-12

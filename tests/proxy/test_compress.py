@@ -35,7 +35,7 @@ def test_at_full_rank_the_proxy_is_the_target(tiny, family):
         name: layer_spectrum("ipsvd", dense_weight(layer), moments[name], 1e-2, torch.Generator())
         for name, layer in layers.items()
     }
-    proxy = with_factors(model, layers, spectra, {name: min(layer.weight.shape) for name, layer in layers.items()})
+    proxy = with_factors(model, spectra, {name: min(layer.weight.shape) for name, layer in layers.items()})
     assert len(low_rank_layers(proxy)) == len(layers)
     torch.testing.assert_close(logits(proxy, batch), logits(model, batch), rtol=0, atol=1e-5)
 

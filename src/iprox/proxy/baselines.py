@@ -27,8 +27,10 @@ from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import DiagonalRoot
 from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import along
+from iprox.models import flops
 from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
 from iprox.proxy.ipsvd import Ridge, Spectrum, weighted_svd
+from iprox.proxy.size import Size
 
 FactorMethod = Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random"]
 
@@ -85,12 +87,13 @@ def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:
     return Spectrum(*along(weight, directions))
 
 
-def fitting_layers(model: PreTrainedModel, budget: float) -> int:
-    """Return how many of a model's first decoder layers fit in a budget of parameters; the model needs no weights.
+def fitting_layers(model: PreTrainedModel, size: Size) -> int:
+    """Return how many of a model's first decoder layers fit in a size; the model needs no weights.
 
     Raises:
         InputError: not even one layer fits.
     """
+    budget = size.budget(model, flops.linear_parameters(model))
     name, blocks = decoder_layers(model)
     spent, count = 0.0, 0
     costs = [0] * len(blocks)
@@ -108,21 +111,14 @@ def fitting_layers(model: PreTrainedModel, budget: float) -> int:
     return count
 
 
-def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
-    """Return a copy of the model with its first k decoder layers, its final norm and its head (layer extraction).
-
-    Args:
-        model: target; unchanged.
-        budget: largest number of parameters of the compressible layers.
-
-    Returns:
-        The copy, and k, the number of layers that fit.
+def first_layers(model: PreTrainedModel, size: Size) -> PreTrainedModel:
+    """Return a copy of the model with its first decoder layers, its final norm and its head (layer extraction).
 
     Raises:
         InputError: not even one layer fits.
     """
     name, blocks = decoder_layers(model)
-    count = fitting_layers(model, budget)
+    count = fitting_layers(model, size)
     # deepcopy uses the memo's objects, so the omitted layers are never copied.
     shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")
@@ -134,7 +130,7 @@ def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel
         if isinstance(value, list) and len(value) == len(blocks):
             setattr(config, key, value[:count])
     config.num_hidden_layers = count
-    return shorter, count
+    return shorter
 
 
 # Models of one family pad their vocabularies to different multiples (Qwen2, Gemma 3).

@@ -15,14 +15,13 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
-from iprox.models.layers import compressible_layers
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy import baselines
 from iprox.proxy.baselines import FactorMethod
 from iprox.proxy.factorize import FactorSettings, LayerReport, Spectra, measured_spectra
 from iprox.proxy.norms import refit_norms
-from iprox.proxy.size import Prices, Size
+from iprox.proxy.size import Size, layer_costs, reachable_budget
 
 Method = FactorMethod | Literal["target", "layers", "off-the-shelf"]
 
@@ -127,16 +126,15 @@ def proxies_of(
         progress: function called with 1 after each layer.
     """
     _refuse_proxy(model)
-    layers = compressible_layers(model)
-    prices = Prices.of(model, largest)
-    prices.budget(model, largest)  # refuses a size out of reach
+    costs = layer_costs(model, largest)
+    reachable_budget(model, largest, costs)  # refuses a size out of reach
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read again for the norms
 
     def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
         started = time.perf_counter()
-        proxy, layers = spectra.cut(prices.budget(model, size))
+        proxy, layers = spectra.cut(reachable_budget(model, size, costs))
         report = CompressionReport(settings.method, settings.ranks, size.as_dict(), layers=layers)
         if refit:
             report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
@@ -150,7 +148,7 @@ def proxies_of(
             )
         return _finished(model, proxy, report, target, started)
 
-    with measured_spectra(model, layers, probe, prices.by_layer, settings, loss_fn, progress) as spectra:
+    with measured_spectra(model, costs, probe, settings, loss_fn, progress) as spectra:
         yield lambda size: make(spectra, size)
 
 
@@ -160,7 +158,7 @@ def extract_layers(
     """Return the baseline `layers`: the first decoder layers of the model, as many as the size allows."""
     started = time.perf_counter()
     _refuse_proxy(model)
-    proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
+    proxy = baselines.first_layers(model, size)
     return _finished(model, proxy, CompressionReport("layers", None, size.as_dict()), target, started)
 
 
