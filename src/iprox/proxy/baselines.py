@@ -1,4 +1,4 @@
-"""IPSVD and its baselines: other factorizations, the first layers of the target, another model.
+"""IPSVD and its baselines: other factorizations, and the first layers of the target.
 
 The factorizations all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r and differ only in the roots.
 
@@ -28,7 +28,7 @@ from iprox.kronecker.roots import DiagonalRoot
 from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import along
 from iprox.models import flops
-from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
+from iprox.models.layers import compressible_layers, decoder_layers, weight_shape
 from iprox.proxy.ipsvd import Ridge, Spectrum, weighted_svd
 from iprox.proxy.size import Size
 
@@ -131,22 +131,3 @@ def first_layers(model: PreTrainedModel, size: Size) -> PreTrainedModel:
             setattr(config, key, value[:count])
     config.num_hidden_layers = count
     return shorter
-
-
-# Models of one family pad their vocabularies to different multiples (Qwen2, Gemma 3).
-PADDING = 256
-
-
-def off_the_shelf(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of another model, to be used as the proxy.
-
-    Raises:
-        InputError: the vocabularies differ by more than padding, so the models do not share tokens.
-    """
-    sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
-    if abs(sizes[0] - sizes[1]) > PADDING:
-        raise InputError(
-            f"the off-the-shelf model has a vocabulary of {sizes[1]:,}, the target one of {sizes[0]:,}: "
-            "choose a model of the target's family"
-        )
-    return copy.deepcopy(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,12 +55,14 @@ def compress(
     target = session.model(model)
     batches = list(session.batches(encoded))
     searched: StageRecord = {"flops": 0.0}
+    started = time.perf_counter()
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
         limit_gradients(proxy, *settings.limits)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
+    report.seconds = time.perf_counter() - started
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", {**report.as_dict(), **searched})
     tokens, supervised = tokens_of(encoded)
