@@ -19,7 +19,7 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, Pool
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
-from iprox.models.loading import load_config, load_model, load_tokenizer
+from iprox.models.loading import load_config, load_model, load_tokenizer, skeleton
 from iprox.models.precision import out_of_memory, resolve_device, resolve_dtype
 from iprox.models.saving import CHECKPOINTS
 from iprox.models.suitability import ModelLimits
@@ -182,6 +182,10 @@ class Session:
         return functools.partial(
             load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
+
+    def skeleton(self, path: str) -> PreTrainedModel:
+        """Return a model without weights, to count costs; experts are split, so that they are counted."""
+        return skeleton(path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer of a model; without a pad token it pads with the EOS token."""

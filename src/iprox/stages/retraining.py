@@ -21,7 +21,7 @@ from iprox.audits.removal import length_strata, random_rows, removal_effect, rem
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
+from iprox.models.loading import checkpoint_fingerprint, hidden_size
 from iprox.records import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
@@ -166,7 +166,7 @@ class Retraining:
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
         """Return the validation losses after each training [len(trainings), T], and the cost of new trainings."""
         known: dict[str, list[float]] = read_json(self.folder / LOSSES) if (self.folder / LOSSES).is_file() else {}
-        counted = skeleton(self.model, trust_remote_code=self.session.trust_remote_code)
+        counted = self.session.skeleton(self.model)
         record: StageRecord = {"tokens": 0, "flops": 0.0}
         keys = [self._key(training) for training in trainings]
         to_do = dict(zip(keys, trainings, strict=True))
