@@ -56,7 +56,7 @@ def align_proxy(
     batch_tokens = max(1, session.batch_tokens // 4)
     batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
     steps = steps_of(settings, len(batches))
-    watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
+    watched = None if held_out is None else held_out_fidelity(session, target, encoder, held_out)
     tokens, supervised = tokens_of(encoded)
     kept = keeps_signals(proxy, settings, len(batches), supervised)
     store = _store(state, identity) if kept else None

@@ -132,7 +132,7 @@ def _search(
     """Return the smallest proxy that reaches the fidelity asked for, its report, and the sizes that were tried."""
     assert settings.fidelity is not None
     how = factor_settings(session, settings)
-    watched = held_out_fidelity(session, target, None, encoder, held_out)
+    watched = held_out_fidelity(session, target, encoder, held_out)
     layers = len(flops.compressible_layers(target))
     with (
         session.reporter.bar("compress", layers, "layers") as progress,
