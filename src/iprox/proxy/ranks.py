@@ -111,12 +111,12 @@ def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> dict[str, i
     ranks: list[int | None] = [1] * len(names)
     spent = least_cost(layers)
     hulls = [_hull(layers[name]) for name in names]
-    for worth, past_hull in ((_hull_worth, False), (_rank_worth, True)):
+    for worth in (_hull_worth, _rank_worth):
         steps = [(-value, i, grown) for i, name in enumerate(names) for value, grown in worth(layers[name], hulls[i])]
         # Ties go to the earlier layer, so that the result is the same on every machine.
         for _, i, grown in sorted(steps, key=lambda step: step[:2]):
             layer, rank = layers[names[i]], ranks[i]
-            if rank is None or (past_hull and grown != rank + 1):
+            if rank is None:
                 continue
             price = layer.dense_cost - rank * layer.rank_cost if grown is None else layer.rank_cost
             if spent + price <= budget and (grown is None or grown == rank + 1):
