@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,13 +162,7 @@ class Session:
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
         """Load a model or proxy on the session's device, in the session's dtype by default (see `load_model`)."""
         self.note_adapter(path)
-        return load_model(
-            path,
-            dtype=dtype or self.dtype,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-            fused=fused,
-        )
+        return self.load(path, dtype=dtype or self.dtype, fused=fused)
 
     def note_adapter(self, path: str | Path) -> None:
         """Warn that a model is a PEFT adapter, which is merged into its base model, unless iprox trained it."""
@@ -177,7 +171,7 @@ class Session:
             self.reporter.warn(f"{path} is a PEFT adapter; it is merged into {base} first")
 
     @property
-    def load(self) -> Callable[[str], PreTrainedModel]:
+    def load(self) -> functools.partial[PreTrainedModel]:
         """A function that loads models and can be sent to other processes; it does not call `note_adapter`."""
         return functools.partial(
             load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
