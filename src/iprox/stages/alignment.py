@@ -36,7 +36,6 @@ def align_proxy(
     """Align a proxy with its target; writes a proxy folder with `alignment.json`.
 
     Args:
-        session: the session.
         model: folder of the target.
         proxy_path: folder of the proxy.
         examples: examples to align on.

@@ -42,7 +42,6 @@ def compress(
     """Derive a proxy from a model; writes a checkpoint folder with `compression.json`.
 
     Args:
-        session: the session.
         model: folder of the target.
         examples: the probe.
         output: folder to write.

@@ -30,7 +30,6 @@ def measure_curvature(
     """Measure the curvature of each model on the same rows of the pool, and keep it in the model's folder.
 
     Args:
-        session: the session.
         models: folders of the target's checkpoints.
         pool: the pool that the rows are drawn from.
         folders: folder for each model's curvature.

@@ -41,7 +41,6 @@ def build_index(
     """Write the index of a pool.
 
     Args:
-        session: the session.
         checkpoint: model whose gradients are projected, as a folder.
         pool: the candidates.
         output: folder to write.

@@ -37,7 +37,6 @@ def score(
     """Score a pool at one or more checkpoints; writes `scores.parquet`.
 
     Args:
-        session: the session.
         models: checkpoints to score at.
         pool: the candidates.
         validation: validation sets by task.
@@ -114,7 +113,6 @@ def job_of(
     """Return a scoring job in a session.
 
     Args:
-        session: the session.
         settings: how influence is scored.
         models: checkpoints to score at.
         validation: encoded validation examples by task.
