@@ -14,6 +14,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model = make_model(arguments)
     cast_parameters(model, DTYPES[arguments.dtype])
     before = resident_gib()
+    started = time.perf_counter()
     _, report = derive_proxy(model, probe, Size(arguments.sparsity), FactorSettings())
+    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "model": str(arguments.model),
@@ -77,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "probe_tokens": report.probe_tokens,
         "passes": report.passes,
-        "seconds": report.seconds,
+        "seconds": seconds,
         "model_gib": before,
         "beyond_gib": peak - before,
         "sparsity": report.achieved_sparsity,

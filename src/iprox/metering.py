@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from iprox.models.cpu.shapes import release_memory
 
@@ -63,23 +62,11 @@ def _peak(device: torch.device) -> int:
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """Return the FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine."""
+    """Return the FLOP/s of a matrix product [4096, 1024] × [1024, 1024] on this machine, measured for some seconds."""
+    from torch.utils.benchmark import Timer  # a quarter of a second
+
     x = torch.randn(4096, 1024, device=device).to(dtype)
     w = torch.randn(1024, 1024, device=device).to(dtype)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    def repeat(seconds: float) -> tuple[int, float]:
-        """Run products for about that long; return their number (at least one) and the seconds."""
-        started, count, elapsed = time.perf_counter(), 0, 0.0
-        while not count or elapsed < seconds:
-            nn.functional.linear(x, w)
-            wait()
-            count, elapsed = count + 1, time.perf_counter() - started
-        return count, elapsed
-
-    repeat(seconds / 10)  # warm-up of clocks and kernel selection
-    count, elapsed = repeat(seconds)
-    return 2 * x.shape[0] * x.shape[1] * w.shape[0] * count / elapsed
+    product = Timer("x @ w.mT", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+    seconds_each = product.blocked_autorange(min_run_time=seconds).mean  # after a warm-up
+    return 2 * x.shape[0] * x.shape[1] * w.shape[0] / seconds_each

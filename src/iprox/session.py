@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, Pool
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
-from iprox.models.loading import load_config, load_model, load_tokenizer
+from iprox.models.loading import load_config, load_model, load_tokenizer, skeleton
 from iprox.models.precision import out_of_memory, resolve_device, resolve_dtype
 from iprox.models.saving import CHECKPOINTS
 from iprox.models.suitability import ModelLimits
@@ -162,13 +162,7 @@ class Session:
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
         """Load a model or proxy on the session's device, in the session's dtype by default (see `load_model`)."""
         self.note_adapter(path)
-        return load_model(
-            path,
-            dtype=dtype or self.dtype,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-            fused=fused,
-        )
+        return self.load(path, dtype=dtype or self.dtype, fused=fused)
 
     def note_adapter(self, path: str | Path) -> None:
         """Warn that a model is a PEFT adapter, which is merged into its base model, unless iprox trained it."""
@@ -177,11 +171,15 @@ class Session:
             self.reporter.warn(f"{path} is a PEFT adapter; it is merged into {base} first")
 
     @property
-    def load(self) -> Callable[[str], PreTrainedModel]:
+    def load(self) -> functools.partial[PreTrainedModel]:
         """A function that loads models and can be sent to other processes; it does not call `note_adapter`."""
         return functools.partial(
             load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
+
+    def skeleton(self, path: str) -> PreTrainedModel:
+        """Return a model without weights, to count costs; experts are split, so that they are counted."""
+        return skeleton(path, trust_remote_code=self.trust_remote_code)
 
     def tokenizer(self, path: str | Path) -> PreTrainedTokenizerBase:
         """Load the tokenizer of a model; without a pad token it pads with the EOS token."""

@@ -36,7 +36,8 @@ def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_pa
     settings = AuditSection(removal=3, learning_rate=1e-2)
     validation = {"arithmetic": Pool([str(finished.path / "arithmetic.jsonl")])}
     session = Session.create(max_length=48)
-    record = retraining.measure_removal(session, checkpoint(finished), examples, validation, tmp_path, settings)
+    trained = retraining.Retraining(session, checkpoint(finished), examples, validation, tmp_path, settings, "removal")
+    record = retraining.measure_removal(trained)
     found = json.loads((tmp_path / "removal.json").read_text())
     assert (found["rows"], found["removed"]) == (105, 45)
     proxy, target = (found["tasks"]["arithmetic"][side] for side in SIDES)
@@ -70,8 +71,12 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     columns["proxy/spelling"] = np.where(np.arange(40) == 7, np.nan, worth[::-1, 1])
     pq.write_table(pa.table({"id": [example.id for example in examples], **columns}), tmp_path / "audit.parquet")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
-    settings = AuditSection(removal=4)
-    retraining.measure_removal(session, model, examples, validation, tmp_path, settings)
+
+    def measure(repeats):
+        given = (session, model, examples, validation, tmp_path, AuditSection(removal=repeats))
+        retraining.measure_removal(retraining.Retraining(*given, "removal"))
+
+    measure(4)
     found = json.loads((tmp_path / "removal.json").read_text())
     assert (found["rows"], found["removed"]) == (39, 4)  # one has no score
     kept = np.delete(np.arange(40), 7)
@@ -88,7 +93,7 @@ def test_each_repeat_compares_the_same_order_with_and_without_the_rows(finished,
     assert len(seeds) < 4 * 9  # both sides rank arithmetic alike, which is trained once
     # More repeats cost only those.
     before = len(seeds)
-    retraining.measure_removal(session, model, examples, validation, tmp_path, AuditSection(removal=5))
+    measure(5)
     assert set(seeds[before:]) == {4}
 
 

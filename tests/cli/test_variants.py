@@ -644,8 +644,12 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     shutil.copytree(finished.output / "audit", tmp_path / "audit")
     validation = {task: Pool([str(finished.path / f"{task}.jsonl")]) for task in tasks}
     by_place = sorted(examples, key=lambda example: ids.index(example.id))
-    settings = AuditSection(lds=30)
-    retraining.measure_lds(session, checkpoint, by_place, validation, tmp_path / "audit", settings)
+
+    def measure(validation):
+        given = (session, checkpoint, by_place, validation, tmp_path / "audit", AuditSection(lds=30))
+        retraining.measure_lds(retraining.Retraining(*given, "lds"))
+
+    measure(validation)
     found = json.loads((tmp_path / "audit/lds.json").read_text())
     for task in tasks:
         assert found["tasks"][task]["target"]["lds"] == pytest.approx(1)
@@ -653,7 +657,7 @@ def test_scores_that_foretell_what_training_does_have_a_high_lds(finished, tmp_p
     # Another validation set is another measurement.
     before = json.loads((tmp_path / "audit/retrained.json").read_text())
     other = {task: Pool([str(finished.path / "spelling.jsonl")]) for task in tasks}
-    retraining.measure_lds(session, checkpoint, by_place, other, tmp_path / "audit", settings)
+    measure(other)
     assert len(json.loads((tmp_path / "audit/retrained.json").read_text())) == len(before) + 30
 
 

@@ -68,7 +68,7 @@ def test_at_full_rank_the_proxy_is_the_target(family, tmp_path):
     layers = compressible_layers(model)
     spectra = {name: weighted_svd(dense_weight(layer).detach(), None, None) for name, layer in layers.items()}
     full = {name: min(dense_weight(layer).shape) for name, layer in layers.items()}
-    proxy = with_factors(model, layers, spectra, full)
+    proxy = with_factors(model, spectra, full)
     assert len(low_rank_layers(proxy)) == len(layers)
     torch.testing.assert_close(logits(proxy, batch), logits(model, batch), rtol=0, atol=1e-5)
 

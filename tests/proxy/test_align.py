@@ -5,9 +5,8 @@ from iprox.data import Batch
 from iprox.errors import InputError
 from iprox.models.layers import low_rank_layers
 from iprox.models.loss import causal_lm_losses
-from iprox.proxy.align import AlignSettings, align, schedule
+from iprox.proxy.align import align, schedule
 from iprox.proxy.align_loss import (
-    Objective,
     alignment_loss,
     cosine_distance,
     frobenius_distance,
@@ -17,6 +16,7 @@ from iprox.proxy.align_loss import (
 from iprox.proxy.align_signals import SignalStore, stored_bytes
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
+from iprox.settings import AlignSection
 
 
 @pytest.fixture
@@ -28,7 +28,11 @@ def pair(tiny):
     return model, proxy, batches
 
 
-BOTH = Objective(gradient_weight=1.0, kl_weight=0.3)
+BOTH = AlignSection(kl_weight=0.3)
+
+
+def both(epochs, learning_rate, **others):
+    return AlignSection(kl_weight=0.3, epochs=epochs, learning_rate=learning_rate, **others)
 
 
 def loss_of(proxy, model, batch, objective=BOTH):
@@ -40,7 +44,7 @@ def loss_of(proxy, model, batch, objective=BOTH):
     "objective",
     [
         BOTH,
-        Objective(gradient_weight=0, hidden_weight=0.7),
+        AlignSection(gradient_weight=0, hidden_weight=0.7),
     ],
 )
 def test_the_gradient_equals_finite_differences(pair, objective):
@@ -86,8 +90,8 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     layers = compressible_layers(model)
     full = {name: min(layer.weight.shape) for name, layer in layers.items()}
     spectra = {name: weighted_svd(layer.weight.detach(), None, None) for name, layer in layers.items()}
-    proxy = with_factors(model, layers, spectra, full)
-    losses = loss_of(proxy, model, batch, Objective(1.0, 0.3, hidden_weight=1.0))
+    proxy = with_factors(model, spectra, full)
+    losses = loss_of(proxy, model, batch, AlignSection(kl_weight=0.3, hidden_weight=1.0))
     assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
     assert losses.gradient.item() >= -1e-12
     assert losses.kl.item() >= 0
@@ -104,7 +108,7 @@ def test_alignment_lowers_the_loss_and_moves_only_factors(pair):
     before = {name: parameter.clone() for name, parameter in proxy.named_parameters()}
     target_before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     start = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
-    history = align(proxy, model, batches, AlignSettings(30, 5e-3), BOTH)
+    history = align(proxy, model, batches, both(15, 5e-3))
     end = sum(loss_of(proxy, model, batch).whole.item() for batch in batches)
     assert end < 0.9 * start
     assert [step.step for step in history.steps] == list(range(1, 31))
@@ -122,7 +126,7 @@ def test_the_same_seed_gives_the_same_factors(pair, tiny):
     model, proxy, batches = pair
     other = copy.deepcopy(proxy)
     for candidate in (proxy, other):
-        align(candidate, model, batches, AlignSettings(4, 1e-3, seed=7))
+        align(candidate, model, batches, AlignSection(epochs=2, learning_rate=1e-3), seed=7)
     for one, two in zip(proxy.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -132,7 +136,7 @@ def test_a_bfloat16_proxy_stays_bfloat16_and_keeps_its_rotary_frequencies(tiny):
     batch = tiny.batch([9, 6])
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     buffers = {name: buffer.clone() for name, buffer in proxy.named_buffers()}
-    align(proxy, model, [batch], AlignSettings(2))
+    align(proxy, model, [batch], AlignSection(epochs=2))
     assert {parameter.dtype for parameter in proxy.parameters()} == {torch.bfloat16}
     assert all(factor.isfinite().all() for factor in proxy.parameters())
     for name, buffer in proxy.named_buffers():
@@ -144,7 +148,9 @@ def test_without_gradients_only_logits_are_matched(pair, monkeypatch):
 
     model, proxy, batches = pair
     monkeypatch.setattr(module, "gradient_distance", None)  # is not called
-    history = align(proxy, model, batches, AlignSettings(30, 5e-3), Objective(gradient_weight=0, kl_weight=1.0))
+    history = align(
+        proxy, model, batches, AlignSection(epochs=15, learning_rate=5e-3, gradient_weight=0, kl_weight=1.0)
+    )
     first, last = history.steps[0], history.steps[-1]
     assert first.gradient is None
     assert first.loss == pytest.approx(first.kl)
@@ -155,10 +161,10 @@ def test_the_weights_weigh(pair):
     model, proxy, (batch, _) = pair
     layers = low_rank_layers(proxy)
     proxy.requires_grad_(True)
-    objective = Objective(gradient_weight=0.5, kl_weight=0.25, hidden_weight=2.0)
+    objective = AlignSection(gradient_weight=0.5, kl_weight=0.25, hidden_weight=2.0)
     losses = loss_of(proxy, model, batch, objective)
     torch.testing.assert_close(losses.whole, 0.5 * losses.gradient + 0.25 * losses.kl + 2 * losses.hidden)
-    without = target_signals(model, layers, batch, Objective(gradient_weight=0))
+    without = target_signals(model, layers, batch, AlignSection(gradient_weight=0))
     torch.testing.assert_close(without.logits, target_signals(model, layers, batch, objective).logits)
     assert (without.gradients, without.hidden) == ({}, [])
 
@@ -187,7 +193,7 @@ def test_the_gradient_part_is_the_mean_over_layers_of_both_distances(pair):
 def test_hidden_states_are_those_that_transformers_gives(pair):
     """The last layer's, before the final norm, are not among `hidden_states`; the others are."""
     model, proxy, (batch, _) = pair
-    objective = Objective(gradient_weight=0, hidden_weight=1.0)
+    objective = AlignSection(gradient_weight=0, hidden_weight=1.0)
     found = target_signals(model, low_rank_layers(proxy), batch, objective).hidden
     with torch.no_grad():
         expected = model(input_ids=batch.input_ids, output_hidden_states=True).hidden_states[1:]
@@ -203,13 +209,13 @@ def test_padding_does_not_change_the_loss(pair):
     padded = Batch(
         pad(batch.input_ids, (0, 5), value=3), pad(batch.labels, (0, 5), value=-100), batch.lengths, batch.indices
     )
-    losses = [loss_of(proxy, model, each, Objective(1.0, hidden_weight=1.0)).whole for each in (batch, padded)]
+    losses = [loss_of(proxy, model, each, AlignSection(hidden_weight=1.0)).whole for each in (batch, padded)]
     torch.testing.assert_close(*losses)
 
 
 def test_nothing_to_align_by_is_refused():
-    with pytest.raises(InputError, match="all 0"):
-        Objective(gradient_weight=0, kl_weight=0)
+    with pytest.raises(ValueError, match="all 0"):
+        AlignSection(gradient_weight=0, kl_weight=0)
 
 
 def factors_of(proxy):
@@ -227,7 +233,7 @@ def test_the_best_factors_are_kept_and_training_stops_when_fidelity_falls(pair):
         seen.append(factors_of(proxy))
         return next(fidelities)
 
-    history = align(proxy, model, batches, AlignSettings(8, 1e-3), BOTH, held_out=held_out)
+    history = align(proxy, model, batches, both(4, 1e-3), held_out=held_out)
     assert [(point.step, point.fidelity) for point in history.held_out] == [(0, 0.5), (2, 0.7), (4, 0.6), (6, 0.65)]
     assert (history.best_step, history.stopped_early, len(history.steps)) == (2, True, 6)
     for name, factor in factors_of(proxy).items():
@@ -238,7 +244,7 @@ def test_a_proxy_that_alignment_makes_worse_is_left_as_it_was(pair):
     model, proxy, batches = pair
     before = factors_of(proxy)
     fidelities = iter([0.5, 0.4, 0.3])
-    history = align(proxy, model, batches, AlignSettings(8, 1.0), BOTH, held_out=lambda: next(fidelities))
+    history = align(proxy, model, batches, both(4, 1.0), held_out=lambda: next(fidelities))
     assert history.best_step == 0
     for name, factor in factors_of(proxy).items():
         assert torch.equal(factor, before[name])
@@ -253,13 +259,13 @@ def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_p
     import copy
 
     model, proxy, batches = pair
-    settings = AlignSettings(8, 1e-3)
+    settings = both(4, 1e-3)
     copies = [copy.deepcopy(proxy) for _ in range(2)]
 
     def fidelity_of(one):
         return (lambda: -loss_of(one, model, batches[0]).whole.item()) if watched else None
 
-    whole = align(copies[0], model, batches, settings, BOTH, held_out=fidelity_of(copies[0]))
+    whole = align(copies[0], model, batches, settings, held_out=fidelity_of(copies[0]))
     state = tmp_path / "state.safetensors"
     interrupted = copy.deepcopy(proxy)
     steps = []
@@ -271,16 +277,16 @@ def test_an_interrupted_alignment_goes_on_and_gives_the_same_factors(pair, tmp_p
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        align(interrupted, model, batches, settings, BOTH, held_out=fidelity_of(interrupted), state=state,
+        align(interrupted, model, batches, settings, held_out=fidelity_of(interrupted), state=state,
               identity="a", progress=progress)  # fmt: skip
     with pytest.raises(InputError, match="another alignment"):
-        align(copy.deepcopy(proxy), model, batches, settings, BOTH, state=state, identity="b")
+        align(copy.deepcopy(proxy), model, batches, settings, state=state, identity="b")
     done = []
 
     def progress_again(count, *, earlier=False):
         done.append((count, earlier))
 
-    resumed = align(copies[1], model, batches, settings, BOTH, held_out=fidelity_of(copies[1]), state=state,
+    resumed = align(copies[1], model, batches, settings, held_out=fidelity_of(copies[1]), state=state,
                     identity="a", progress=progress_again)  # fmt: skip
     assert done == [(4, True), *[(1, False)] * 4]
     assert resumed.steps == whole.steps
@@ -294,13 +300,13 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(pair):
     with torch.no_grad():
         next(iter(low_rank_layers(proxy).values())).up.weight[0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match="step 1"):
-        align(proxy, model, batches, AlignSettings(2))
+        align(proxy, model, batches, AlignSection(epochs=1))
 
 
 def test_a_dense_model_is_refused(tiny):
     model, batch = tiny.model(), tiny.batch([6])
     with pytest.raises(InputError, match="nothing to align"):
-        align(model, model, [batch], AlignSettings(1))
+        align(model, model, [batch], AlignSection(epochs=1))
 
 
 def test_the_schedule_rises_and_falls():
@@ -317,12 +323,12 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     model, proxy, batches = pair
     asked = []
     monkeypatch.setattr(module, "target_signals", lambda *given: (asked.append(given), target_signals(*given))[1])
-    objective = Objective(1.0, 0.3, hidden_weight=0.1)
+    settings = both(4, 1e-3, hidden_weight=0.1)
     other, _ = derive_proxy(model, batches, Size(0.4))
-    align(other, model, batches, AlignSettings(8, 1e-3), objective)
+    align(other, model, batches, settings)
     assert len(asked) == 8
     store = SignalStore(tmp_path / "signals")
-    align(proxy, model, batches, AlignSettings(8, 1e-3), objective, store=store)
+    align(proxy, model, batches, settings, store=store)
     assert len(asked) == 8 + 2
     for one, two in zip(proxy.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -330,10 +336,10 @@ def test_what_the_target_says_is_asked_once_and_gives_the_same_factors(pair, tin
     # Here everything is float64, and hidden states are kept too.
     layers = low_rank_layers(proxy)
     supervised = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
-    assert size > 2 * stored_bytes(layers, objective, len(batches), supervised, 64)
+    assert size > 2 * stored_bytes(layers, settings, len(batches), supervised, 64)
     first = next(store.folder.iterdir())
     first.write_bytes(first.read_bytes()[:100])  # a file that was cut off is made again
-    align(other, model, batches, AlignSettings(4, 1e-3), objective, store=SignalStore(store.folder))
+    align(other, model, batches, both(2, 1e-3, hidden_weight=0.1), store=SignalStore(store.folder))
     assert len(asked) == 8 + 2 + 1
     store.discard()
     assert not store.folder.exists()
@@ -348,5 +354,5 @@ def test_a_full_disk_spares_the_alignment(pair, tmp_path, monkeypatch):
     model, proxy, batches = pair
     monkeypatch.setattr(align_signals, "save_file", full)
     with pytest.warns(UserWarning, match="runs at every step"):
-        align(proxy, model, batches, AlignSettings(4, 1e-3), BOTH, store=SignalStore(tmp_path / "may"))
+        align(proxy, model, batches, both(2, 1e-3), store=SignalStore(tmp_path / "may"))
     assert not (tmp_path / "may").exists()

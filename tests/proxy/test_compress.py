@@ -6,9 +6,10 @@ from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings, collect_moments, layer_groups
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
+from iprox.proxy.baselines import layer_spectrum
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
 from iprox.proxy.export import to_dense
-from iprox.proxy.factorize import FactorSettings, layer_spectrum, with_factors
+from iprox.proxy.factorize import FactorSettings, with_factors
 from iprox.proxy.size import Size
 
 
@@ -34,7 +35,7 @@ def test_at_full_rank_the_proxy_is_the_target(tiny, family):
         name: layer_spectrum("ipsvd", dense_weight(layer), moments[name], 1e-2, torch.Generator())
         for name, layer in layers.items()
     }
-    proxy = with_factors(model, layers, spectra, {name: min(layer.weight.shape) for name, layer in layers.items()})
+    proxy = with_factors(model, spectra, {name: min(layer.weight.shape) for name, layer in layers.items()})
     assert len(low_rank_layers(proxy)) == len(layers)
     torch.testing.assert_close(logits(proxy, batch), logits(model, batch), rtol=0, atol=1e-5)
 

@@ -13,7 +13,7 @@ def random_layers(seed: int, count: int = 5, low: int = 8, high: int = 64) -> di
     for number in range(count):
         m, n = rng.integers(low, high, 2)
         values = np.sort(rng.exponential(size=min(m, n)) * 10 ** rng.uniform(-2, 2))[::-1]
-        layers[f"layer{number}"] = ErrorCurve((int(m), int(n)), values)
+        layers[f"layer{number}"] = ErrorCurve((int(m), int(n)), 1.0, values)
     return layers
 
 
@@ -74,8 +74,8 @@ def test_global_beats_uniform_on_the_error_it_is_about():
 def test_a_layer_whose_factors_cost_too_much_stays_dense():
     """One layer holds nearly all the error, so its every direction is worth keeping: then dense is cheaper."""
     layers = {
-        "heavy": ErrorCurve((16, 16), np.full(16, 100.0)),
-        "light": ErrorCurve((16, 16), np.full(16, 0.01)),
+        "heavy": ErrorCurve((16, 16), 1.0, np.full(16, 100.0)),
+        "light": ErrorCurve((16, 16), 1.0, np.full(16, 0.01)),
     }
     ranks = global_ranks(layers, 0.6 * total_cost(layers))
     assert ranks["heavy"] is None
@@ -114,8 +114,8 @@ def test_uniform_ranks_keep_a_budget_that_leaves_some_layers_less_than_a_rank(se
 def test_a_jump_to_dense_is_taken_where_its_tail_is_worth_it():
     """A square layer with a flat spectrum: at half its ranks, factors cost what it does and save half the error."""
     layers = {
-        "flat": ErrorCurve((16, 16), np.full(16, 1.0)),
-        "steep": ErrorCurve((16, 16), np.logspace(0.3, -3, 16)),
+        "flat": ErrorCurve((16, 16), 1.0, np.full(16, 1.0)),
+        "steep": ErrorCurve((16, 16), 1.0, np.logspace(0.3, -3, 16)),
     }
     # 256 for the flat layer dense and 3 ranks of the steep one; single ranks by σ² would not get there.
     ranks = global_ranks(layers, 256 + 3 * 32)
@@ -125,7 +125,7 @@ def test_a_jump_to_dense_is_taken_where_its_tail_is_worth_it():
 def test_what_a_token_pays_counts_not_what_is_stored():
     """Two layers alike, one of them an expert that a quarter of the tokens use: its ranks cost a quarter."""
     values = np.logspace(0, -1, 16)
-    layers = {"all": ErrorCurve((16, 16), values), "expert": ErrorCurve((16, 16), values, 0.25)}
+    layers = {"all": ErrorCurve((16, 16), 1.0, values), "expert": ErrorCurve((16, 16), 0.25, values)}
     ranks = global_ranks(layers, 0.5 * total_cost(layers))
     assert kept_cost(layers, ranks) <= 0.5 * total_cost(layers)
     assert (ranks["expert"] or 16) > (ranks["all"] or 16)

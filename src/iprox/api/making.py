@@ -23,12 +23,11 @@ from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
-from iprox.proxy.align import AlignSettings
 from iprox.proxy.align import align as align_factors
-from iprox.proxy.align_loss import Objective
 from iprox.proxy.align_state import AlignmentHistory
+from iprox.proxy.baselines import PROBED
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers, keep_weights
-from iprox.proxy.factorize import PROBED, FactorSettings
+from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
@@ -143,7 +142,6 @@ def align(
     how = chosen(AlignSection, align, settings, _OF_ALIGNMENT)
     if validation is not None:
         check_tasks(validation)
-    objective = Objective(how.gradient_weight, how.kl_weight, how.hidden_weight)
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
     if isinstance(data, DataLoader):
         batches = list(data)
@@ -157,10 +155,8 @@ def align(
             scoring = InfluenceSection(estimator="tracin", per_example=False)
             job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
             watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
-        steps = how.epochs * len(batches)
-        tuning = AlignSettings(steps, how.learning_rate, seed)
-        with Reporter(quiet=not progress).bar("align", steps, "steps") as advance:
-            return align_factors(proxy, model, batches, tuning, objective, held_out=watched, progress=advance)
+        with Reporter(quiet=not progress).bar("align", how.epochs * len(batches), "steps") as advance:
+            return align_factors(proxy, model, batches, how, seed=seed, held_out=watched, progress=advance)
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

@@ -162,19 +162,8 @@ class WindowWorker:
             waiting = [batch.to(self.rows.device)]
             while waiting:
                 part = waiting.pop()
-                fits = len(part.indices) == 1 or part.input_ids.numel() <= self.batch_tokens
-                if fits:
-                    filled = part.filled(filled_rows(len(part.indices), self.batch_tokens // part.input_ids.shape[1]))
-                    try:
-                        found = self.rows(filled)[0][: len(part.indices)].cpu().numpy()
-                    except (MemoryError, RuntimeError) as error:
-                        if not out_of_memory(error) or len(part.indices) == 1:
-                            raise
-                        fits = False
-                    if not fits:  # outside the handler, whose traceback keeps the tensors alive
-                        release_memory()
-                        self.batch_tokens = max(1, self.batch_tokens // 2)
-                if not fits:
+                found = self._numbers(part)
+                if found is None:
                     waiting += reversed(part.halves())
                     continue
                 numbers[part.indices] = found
@@ -184,6 +173,21 @@ class WindowWorker:
         if progress is not None and empty:
             progress(empty)
         return self._described(window, encoded, numbers)
+
+    def _numbers(self, batch: Batch) -> np.ndarray | None:
+        """Return the numbers of a batch [B, columns]; None if it is too large, and has two rows or more."""
+        rows = len(batch.indices)
+        if rows > 1 and batch.input_ids.numel() > self.batch_tokens:
+            return None
+        filled = batch.filled(filled_rows(rows, self.batch_tokens // batch.input_ids.shape[1]))
+        try:
+            return self.rows(filled)[0][:rows].cpu().numpy()
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error) or rows == 1:
+                raise
+        release_memory()  # outside the handler, whose traceback keeps the tensors alive
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        return None
 
     def _described(self, window: Window, encoded: Sequence[Encoded], numbers: np.ndarray) -> ScoredWindow:
         """Return the table and the statistics of a window from its numbers [N, columns]."""

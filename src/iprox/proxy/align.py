@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +18,10 @@ from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.layers import LowRankLinear, low_rank_layers
 from iprox.models.precision import cast_parameters
 from iprox.progress import Advance
-from iprox.proxy.align_loss import Objective, Signals, alignment_loss, target_signals
+from iprox.proxy.align_loss import Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import AlignmentHistory, AlignmentState, AlignmentStep
+from iprox.settings import AlignSection
 
 # Number of times that held-out fidelity is measured and the state saved, evenly over the steps, after a first time.
 EVALUATIONS = 4
@@ -29,33 +29,13 @@ EVALUATIONS = 4
 PATIENCE = 2
 
 
-@dataclass(frozen=True, slots=True)
-class AlignSettings:
-    """Settings of the alignment.
-
-    Attributes:
-        steps: number of optimizer steps; every pass over the batches has a new random order.
-        learning_rate: peak learning rate of a factor of average scale.
-        seed: seed for the batch order.
-    """
-
-    steps: int
-    learning_rate: float = 1e-4
-    seed: int = 0
-
-    @property
-    def every(self) -> int:
-        """Steps between evaluations."""
-        return max(1, math.ceil(self.steps / EVALUATIONS))
-
-
 def align(
     proxy: nn.Module,
     target: nn.Module,
     batches: Sequence[Batch],
-    settings: AlignSettings,
-    objective: Objective | None = None,
+    settings: AlignSection,
     *,
+    seed: int = 0,
     held_out: Callable[[], float] | None = None,
     store: SignalStore | None = None,
     state: Path | None = None,
@@ -78,8 +58,8 @@ def align(
         proxy: model to tune; its dtype is restored at the end.
         target: model to match; unchanged. It may be on another device, or quantized.
         batches: alignment batches.
-        settings: settings of the alignment.
-        objective: weights of the parts of the loss.
+        settings: how to align; `batches` have been made by its `batch_size`.
+        seed: seed for the order of the batches, which is new in every epoch.
         held_out: function that returns the proxy's fidelity on examples outside `batches`.
         store: cache of the target's signals, so that the target runs once per batch; None runs it every time.
         state: file to resume an interrupted alignment from.
@@ -90,7 +70,6 @@ def align(
         InputError: the proxy has no low-rank layer, or there is nothing to align on.
         FloatingPointError: the loss is not finite (the message names the step and the batch).
     """
-    objective = objective or Objective()
     started = time.perf_counter()
     layers = low_rank_layers(proxy)
     if not layers:
@@ -103,10 +82,12 @@ def align(
 
     def signals_of(index: int) -> Signals:
         def make() -> Signals:
-            return target_signals(target, layers, batches[index].to(there), objective)
+            return target_signals(target, layers, batches[index].to(there), settings)
 
         return (make() if store is None else store(index, make)).to(here)
 
+    steps = settings.epochs * len(batches)
+    every = max(1, math.ceil(steps / EVALUATIONS))
     with _trainable(proxy, layers) as (factors, autocast):
         run = AlignmentState(factors, _optimizer(factors, settings.learning_rate), held_out)
         if state is not None and state.is_file():
@@ -116,7 +97,7 @@ def align(
         done = len(run.history.steps)
         if progress is not None and done:
             progress(done, earlier=True)
-        for step, index in enumerate(_order(len(batches), settings), start=1):
+        for step, index in enumerate(_order(len(batches), steps, seed), start=1):
             if step <= done:
                 continue
             if run.evaluations_since_best() >= PATIENCE:
@@ -124,19 +105,19 @@ def align(
                 break
             if step % RELEASE_EVERY == 0:
                 release_memory()
-            rate = settings.learning_rate * schedule(step, settings.steps)
+            rate = settings.learning_rate * schedule(step, steps)
             batch = batches[index].to(here)
             try:
-                parts = _step(proxy, layers, batch, signals_of(index), objective, run.optimizer, rate, autocast)
+                parts = _step(proxy, layers, batch, signals_of(index), settings, run.optimizer, rate, autocast)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step} (batch {index})") from None
             run.history.steps.append(AlignmentStep(step, *parts, rate))
             run.history.tokens += int(batches[index].lengths.sum())
             if progress is not None:
                 progress(1)
-            if step % settings.every == 0 or step == settings.steps:
+            if step % every == 0 or step == steps:
                 run.evaluate(step)
-                if state is not None and step < settings.steps:
+                if state is not None and step < steps:
                     run.history.seconds += time.perf_counter() - started
                     started = time.perf_counter()
                     run.save(state, identity)
@@ -145,11 +126,11 @@ def align(
     return run.history
 
 
-def _order(count: int, settings: AlignSettings) -> Iterator[int]:
-    """Yield the number of the batch of each optimizer step."""
-    generator = torch.Generator().manual_seed(settings.seed)
+def _order(count: int, steps: int, seed: int) -> Iterator[int]:
+    """Yield the number of the batch of each optimizer step; every pass has a new random order."""
+    generator = torch.Generator().manual_seed(seed)
     rounds = (torch.randperm(count, generator=generator).tolist() for _ in itertools.count())
-    yield from itertools.islice(itertools.chain.from_iterable(rounds), settings.steps)
+    yield from itertools.islice(itertools.chain.from_iterable(rounds), steps)
 
 
 def _step(
@@ -157,7 +138,7 @@ def _step(
     layers: Mapping[str, LowRankLinear],
     batch: Batch,
     signals: Signals,
-    objective: Objective,
+    settings: AlignSection,
     optimizer: torch.optim.Optimizer,
     rate: float,
     autocast: bool,
@@ -165,7 +146,7 @@ def _step(
     """Take one optimizer step on a batch and its signals; return the losses: total, gradient, KL, hidden."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-        losses = alignment_loss(proxy, layers, batch, signals, objective)
+        losses = alignment_loss(proxy, layers, batch, signals, settings)
     if not torch.isfinite(losses.whole):
         raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
     losses.whole.backward()

@@ -25,34 +25,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iprox.data.batching import Batch
-from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, decoder_layers
 from iprox.models.loss import causal_lm_logits, mean_by_row
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
+from iprox.settings import AlignSection
 
 # τ of the KL of the logits.
 TEMPERATURE = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """Weights of the alignment loss.
-
-    Attributes:
-        gradient_weight: weight of the gradient part; 0 avoids the second derivatives.
-        kl_weight: λ_KL; its scale does not matter to Adam if it is the only weight.
-        hidden_weight: weight of the hidden states.
-    """
-
-    gradient_weight: float = 0.0
-    kl_weight: float = 0.1
-    hidden_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse an objective without any weight."""
-        if not (self.gradient_weight or self.kl_weight or self.hidden_weight):
-            raise InputError("gradient_weight, kl_weight and hidden_weight are all 0, so there is nothing to align by")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +129,7 @@ def alignment_loss(
     layers: Mapping[str, LowRankLinear],
     batch: Batch,
     signals: Signals,
-    objective: Objective,
+    weights: AlignSection,
 ) -> Losses:
     """Return the loss of one batch.
 
@@ -160,22 +140,22 @@ def alignment_loss(
         layers: low-rank layers of the proxy.
         batch: batch on the proxy's device.
         signals: signals to match, on the proxy's device.
-        objective: weights of the parts.
+        weights: weights of the parts.
     """
-    kernel = sdpa_kernel(SDPBackend.MATH) if objective.gradient_weight else nullcontext()
+    kernel = sdpa_kernel(SDPBackend.MATH) if weights.gradient_weight else nullcontext()
     with kernel, layer_outputs(proxy, bool(signals.hidden)) as hidden:
         logits, targets, rows = causal_lm_logits(proxy, batch)
         logits = logits.to(accumulation_dtype(logits))
         kl = kl_divergence(signals.logits, logits, TEMPERATURE).mean()
-        whole = objective.kl_weight * kl
+        whole = weights.kl_weight * kl
         apart = hidden_distance(hidden, signals.hidden, batch.lengths) if signals.hidden else None
         if apart is not None:
-            whole = whole + objective.hidden_weight * apart
+            whole = whole + weights.hidden_weight * apart
         gradient = None
-        if objective.gradient_weight:
+        if weights.gradient_weight:
             losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
             gradient = gradient_distance(layers, losses.mean(), signals.gradients)
-            whole = whole + objective.gradient_weight * gradient
+            whole = whole + weights.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
 
 
@@ -183,11 +163,11 @@ def target_signals(
     target: nn.Module,
     layers: Mapping[str, LowRankLinear],
     batch: Batch,
-    objective: Objective,
+    weights: AlignSection,
 ) -> Signals:
     """Return the signals to match on a batch; without a gradient weight there is no backward pass."""
-    with layer_outputs(target, objective.hidden_weight > 0) as hidden:
-        if not objective.gradient_weight:
+    with layer_outputs(target, weights.hidden_weight > 0) as hidden:
+        if not weights.gradient_weight:
             with frozen(target), torch.no_grad():
                 return Signals({}, causal_lm_logits(target, batch)[0], [state.detach() for state in hidden])
         watched = {name: target.get_submodule(name) for name in layers}

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from iprox.files import replacing
 from iprox.models.layers import LowRankLinear
-from iprox.proxy.align_loss import Objective, Signals
+from iprox.proxy.align_loss import Signals
+from iprox.settings import AlignSection
 
 # Signals that take more bytes are not kept.
 AUTO_BYTES = 4 << 30
@@ -28,7 +29,7 @@ class SignalStore:
     If the disk is full, signals are computed every time, with a warning.
 
     Args:
-        folder: folder for one target, list of batches and objective; created if missing.
+        folder: folder for one target, list of batches and weights of the loss; created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,18 +66,18 @@ class SignalStore:
 
 
 def stored_bytes(
-    layers: Mapping[str, LowRankLinear], objective: Objective, batches: int, supervised: int, vocabulary: int
+    layers: Mapping[str, LowRankLinear], settings: AlignSection, batches: int, supervised: int, vocabulary: int
 ) -> int:
     """Return roughly the size in bytes of the signals of some batches: gradients and supervised logits, in float32.
 
     Args:
         layers: low-rank layers of the proxy.
-        objective: objective; without a gradient weight, gradients are not stored.
+        settings: weights of the loss; without a gradient weight, gradients are not stored.
         batches: number of batches.
         supervised: number of supervised tokens in all batches.
         vocabulary: number of logits per token.
     """
-    matched = layers.values() if objective.gradient_weight else ()
+    matched = layers.values() if settings.gradient_weight else ()
     gradients = sum(layer.out_features * layer.in_features for layer in matched)
     return 4 * (batches * gradients + supervised * vocabulary)
 

@@ -1,4 +1,4 @@
-"""Baselines of IPSVD: other factorizations, the first layers of the target, another model.
+"""IPSVD and its baselines: other factorizations, and the first layers of the target.
 
 The factorizations all minimize ‖R_outᵀ (W - up·down) R_in‖_F over rank r and differ only in the roots.
 
@@ -25,28 +25,41 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import DiagonalRoot
+from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import along
-from iprox.models.layers import compressible_layers, decoder_layers, output_head, weight_shape
-from iprox.proxy.ipsvd import Ridge, Spectrum, ridge_of, weighted_svd
+from iprox.models import flops
+from iprox.models.layers import compressible_layers, decoder_layers, weight_shape
+from iprox.proxy.ipsvd import Ridge, Spectrum, weighted_svd
+from iprox.proxy.size import Size
 
-FactorBaseline = Literal["svd", "svd-llm", "asvd", "fwsvd", "random"]
+FactorMethod = Literal["ipsvd", "svd", "svd-llm", "asvd", "fwsvd", "random"]
 
-# The baselines whose roots are made from moments.
-WEIGHTED = ("svd-llm", "asvd", "fwsvd")
+# The methods whose roots are made from moments, which need a probe.
+PROBED = ("ipsvd", "svd-llm", "asvd", "fwsvd")
 
 
-def baseline_spectrum(
-    method: FactorBaseline, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
+def layer_spectrum(
+    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
 ) -> Spectrum:
-    """Return the spectrum of one layer by a baseline, computed in float64.
+    """Return the spectrum of one layer by a method, computed in float64.
+
+    Cost: a Cholesky factorization of each moment (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
 
     Args:
-        method: name of the baseline.
-        weight: W [m, n], in float64.
+        method: name of the method.
+        weight: W [m, n].
         moments: second moments of the layer; not read by `svd` and `random`.
-        ridge: ridge of the input moment of `svd-llm`.
+        ridge: ridge of the moments of `ipsvd` and `svd-llm`, or `auto` for one each.
         generator: generator of random directions.
+
+    Raises:
+        ValueError: a method that needs moments, without them.
     """
+
+    def ridge_of(moment: SecondMoment) -> float:
+        return moment.shrinkage() if ridge == "auto" else ridge
+
+    weight = weight.double()
     if method == "svd":
         return weighted_svd(weight, None, None)
     if method == "random":
@@ -57,8 +70,13 @@ def baseline_spectrum(
         return weighted_svd(weight, None, DiagonalRoot.of_squares(moments.inputs.diagonal().double().sqrt()))
     if method == "fwsvd":
         return weighted_svd(weight, DiagonalRoot.of_squares(moments.gradients.diagonal().double()), None)
-    ridge_in = ridge_of(moments.inputs, ridge)
-    return replace(weighted_svd(weight, None, moments.inputs.root(ridge_in)), ridge_in=ridge_in)
+    ridge_in = ridge_of(moments.inputs)
+    root_in = moments.inputs.root(ridge_in)
+    if method == "svd-llm":
+        return replace(weighted_svd(weight, None, root_in), ridge_in=ridge_in)
+    ridge_out = ridge_of(moments.gradients)
+    spectrum = weighted_svd(weight, moments.gradients.root(ridge_out), root_in)
+    return replace(spectrum, ridge_in=ridge_in, ridge_out=ridge_out)
 
 
 def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:
@@ -69,12 +87,13 @@ def random_spectrum(weight: Tensor, generator: torch.Generator) -> Spectrum:
     return Spectrum(*along(weight, directions))
 
 
-def fitting_layers(model: PreTrainedModel, budget: float) -> int:
-    """Return how many of a model's first decoder layers fit in a budget of parameters; the model needs no weights.
+def fitting_layers(model: PreTrainedModel, size: Size) -> int:
+    """Return how many of a model's first decoder layers fit in a size; the model needs no weights.
 
     Raises:
         InputError: not even one layer fits.
     """
+    budget = size.budget(model, flops.linear_parameters(model))
     name, blocks = decoder_layers(model)
     spent, count = 0.0, 0
     costs = [0] * len(blocks)
@@ -92,21 +111,14 @@ def fitting_layers(model: PreTrainedModel, budget: float) -> int:
     return count
 
 
-def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel, int]:
-    """Return a copy of the model with its first k decoder layers, its final norm and its head (layer extraction).
-
-    Args:
-        model: target; unchanged.
-        budget: largest number of parameters of the compressible layers.
-
-    Returns:
-        The copy, and k, the number of layers that fit.
+def first_layers(model: PreTrainedModel, size: Size) -> PreTrainedModel:
+    """Return a copy of the model with its first decoder layers, its final norm and its head (layer extraction).
 
     Raises:
         InputError: not even one layer fits.
     """
     name, blocks = decoder_layers(model)
-    count = fitting_layers(model, budget)
+    count = fitting_layers(model, size)
     # deepcopy uses the memo's objects, so the omitted layers are never copied.
     shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")
@@ -118,23 +130,4 @@ def first_layers(model: PreTrainedModel, budget: float) -> tuple[PreTrainedModel
         if isinstance(value, list) and len(value) == len(blocks):
             setattr(config, key, value[:count])
     config.num_hidden_layers = count
-    return shorter, count
-
-
-# Models of one family pad their vocabularies to different multiples (Qwen2, Gemma 3).
-PADDING = 256
-
-
-def off_the_shelf(model: PreTrainedModel, other: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of another model, to be used as the proxy.
-
-    Raises:
-        InputError: the vocabularies differ by more than padding, so the models do not share tokens.
-    """
-    sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
-    if abs(sizes[0] - sizes[1]) > PADDING:
-        raise InputError(
-            f"the off-the-shelf model has a vocabulary of {sizes[1]:,}, the target one of {sizes[0]:,}: "
-            "choose a model of the target's family"
-        )
-    return copy.deepcopy(other)
+    return shorter

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
-from iprox.models.layers import compressible_layers
+from iprox.models.layers import output_head
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.proxy import baselines
-from iprox.proxy.factorize import FactorMethod, FactorSettings, LayerReport, Spectra, measured_spectra
+from iprox.proxy.baselines import first_layers
+from iprox.proxy.factorize import FactorSettings, LayerReport, measured_spectra
 from iprox.proxy.norms import refit_norms
-from iprox.proxy.size import Prices, Size
+from iprox.proxy.size import Size, layer_costs, reachable_budget
 
-Method = FactorMethod | Literal["target", "layers", "off-the-shelf"]
+# Models of one family pad their vocabularies to different multiples (Qwen2, Gemma 3).
+PADDING = 256
 
 
 @dataclass(slots=True)
@@ -40,7 +41,7 @@ class CompressionReport:
         passes: number of passes over the probe.
         unreached: layers with zero moments on the probe, which were compressed by the plain norm.
         norm_scales: factor of each norm of the proxy, by module name (`iprox.proxy.norms`).
-        seconds: wall time.
+        seconds: wall time, set by the stage.
         layers: report of each layer by module name; empty if nothing was factorized.
     """
 
@@ -91,12 +92,9 @@ def derive_proxy(
         InputError: the size is out of reach, or the model is already a proxy.
         FloatingPointError: a moment is not finite (the message names the layer).
     """
-    started = time.perf_counter()
     settings = settings or FactorSettings()
     with proxies_of(model, probe, settings, size, loss_fn=loss_fn, target=target, progress=progress) as make:
-        proxy, report = make(size)
-    report.seconds = time.perf_counter() - started
-    return proxy, report
+        return make(size)
 
 
 # A size -> the proxy of that size, and a report.
@@ -126,62 +124,63 @@ def proxies_of(
         progress: function called with 1 after each layer.
     """
     _refuse_proxy(model)
-    layers = compressible_layers(model)
-    prices = Prices.of(model, largest)
-    prices.budget(model, largest)  # refuses a size out of reach
+    costs = layer_costs(model, largest)
+    reachable_budget(model, largest, costs)  # refuses a size out of reach
     refit = settings.method == "ipsvd" and settings.refit_norms
     if refit:
         probe = list(probe)  # read again for the norms
 
-    def make(spectra: Spectra, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
-        started = time.perf_counter()
-        proxy, layers = spectra.cut(prices.budget(model, size))
-        report = CompressionReport(settings.method, settings.ranks, size.as_dict(), layers=layers)
-        if refit:
-            report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
-        report.probe_tokens, report.passes = spectra.probe_tokens, spectra.passes
-        report.unreached = spectra.unreached
-        if report.unreached:
-            warnings.warn(
-                f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they are "
-                "compressed by the plain norm; use more probe examples",
-                stacklevel=2,
-            )
-        return _finished(model, proxy, report, target, started)
+    with measured_spectra(model, costs, probe, settings, loss_fn, progress) as spectra:
 
-    with measured_spectra(model, layers, probe, prices.by_layer, settings, loss_fn, progress) as spectra:
-        yield lambda size: make(spectra, size)
+        def make(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
+            proxy, layers = spectra.cut(reachable_budget(model, size, costs))
+            report = CompressionReport(settings.method, settings.ranks, size.as_dict(), layers=layers)
+            if refit:
+                report.norm_scales = refit_norms(proxy, model, probe, loss_fn)
+            report.probe_tokens, report.passes = spectra.probe_tokens, spectra.passes
+            report.unreached = spectra.unreached
+            if report.unreached:
+                warnings.warn(
+                    f"no probe token reached {len(report.unreached)} layers (first: {report.unreached[0]}), so they "
+                    "are compressed by the plain norm; use more probe examples",
+                    stacklevel=2,
+                )
+            return _finished(model, proxy, report, target)
+
+        yield make
 
 
 def extract_layers(
     model: PreTrainedModel, size: Size, target: str | None = None
 ) -> tuple[PreTrainedModel, CompressionReport]:
     """Return the baseline `layers`: the first decoder layers of the model, as many as the size allows."""
-    started = time.perf_counter()
     _refuse_proxy(model)
-    proxy, _ = baselines.first_layers(model, size.budget(model, flops.linear_parameters(model)))
-    return _finished(model, proxy, CompressionReport("layers", None, size.as_dict()), target, started)
+    proxy = first_layers(model, size)
+    return _finished(model, proxy, CompressionReport("layers", None, size.as_dict()), target)
 
 
 def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
     """Return a proxy that shares the model's weights, which `limit_gradients` then makes cheaper."""
-    started = time.perf_counter()
     _refuse_proxy(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target, started)
+    return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target)
 
 
 def adopt(
     model: PreTrainedModel, other: PreTrainedModel, target: str | None = None
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Return the baseline `off-the-shelf`: another model, unchanged, as a proxy of this one.
+    """Return the baseline `off-the-shelf`: a copy of another model as a proxy of this one.
 
     Raises:
-        InputError: the vocabularies differ.
+        InputError: the vocabularies differ by more than padding, so the models do not share tokens.
     """
-    started = time.perf_counter()
-    proxy = baselines.off_the_shelf(model, other)
-    return _finished(model, proxy, CompressionReport("off-the-shelf", None, {}), target, started)
+    sizes = [getattr(output_head(each), "weight", torch.empty(0)).shape[0] for each in (model, other)]
+    if abs(sizes[0] - sizes[1]) > PADDING:
+        raise InputError(
+            f"the off-the-shelf model has a vocabulary of {sizes[1]:,}, the target one of {sizes[0]:,}: "
+            "choose a model of the target's family"
+        )
+    return _finished(model, copy.deepcopy(other), CompressionReport("off-the-shelf", None, {}), target)
 
 
 def _refuse_proxy(model: PreTrainedModel) -> None:
@@ -190,9 +189,9 @@ def _refuse_proxy(model: PreTrainedModel) -> None:
 
 
 def _finished(
-    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None, started: float
+    model: PreTrainedModel, proxy: PreTrainedModel, report: CompressionReport, target: str | None
 ) -> tuple[PreTrainedModel, CompressionReport]:
-    """Mark a model as a proxy, and return it with the sizes and the time in its report."""
+    """Mark a model as a proxy, and return it with the sizes in its report."""
     report.achieved_sparsity = 1 - flops.linear_parameters(proxy) / flops.linear_parameters(model)
     head = flops.head_flops(model)
     report.relative_flops = (flops.forward_flops(proxy) + head) / (flops.forward_flops(model) + head)
@@ -207,5 +206,4 @@ def _finished(
                 target_fingerprint=model_fingerprint(model),
             ),
         )
-    report.seconds = time.perf_counter() - started
     return proxy, report

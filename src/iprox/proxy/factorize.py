@@ -8,29 +8,23 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
-from iprox.models.layers import LowRankLinear, dense_weight, layer_bias, weight_shape
+from iprox.models.layers import LowRankLinear, compressible_layers, dense_weight, layer_bias
 from iprox.models.loss import LossFn
-from iprox.proxy.baselines import WEIGHTED, FactorBaseline, baseline_spectrum
-from iprox.proxy.ipsvd import Ridge, Spectrum, ipsvd
-from iprox.proxy.ranks import RULES, ErrorCurve, largest_rank
+from iprox.proxy.baselines import PROBED, FactorMethod, layer_spectrum
+from iprox.proxy.ipsvd import Ridge, Spectrum
+from iprox.proxy.ranks import RULES, ErrorCurve, LayerCost
 
-FactorMethod = Literal["ipsvd", FactorBaseline]
 RankRule = Literal["global", "uniform"]
-
-# The methods that need a probe.
-PROBED: tuple[str, ...] = ("ipsvd", *WEIGHTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +77,18 @@ class Spectra:
 
     Attributes:
         model: target; unchanged.
-        layers: compressible layers by name.
         by_layer: spectrum of each layer, truncated to its largest rank; in memory or on disk.
         rule: name of the rank rule.
         curves: error of each layer by rank, and its cost.
-        ridges: ridges of each layer's input and gradient moments.
         probe_tokens: number of tokens that moments were measured on.
         passes: number of passes over the probe.
         unreached: layers with zero moments on the probe, which are compressed by the plain norm.
     """
 
     model: PreTrainedModel
-    layers: Mapping[str, nn.Module]
-    by_layer: SpectrumByName
+    by_layer: dict[str, Spectrum] | _SpectraOnDisk
     rule: RankRule
     curves: dict[str, ErrorCurve] = field(default_factory=dict)
-    ridges: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
     probe_tokens: int = 0
     passes: int = 0
     unreached: list[str] = field(default_factory=list)
@@ -110,138 +100,83 @@ class Spectra:
             budget: largest cost, at least that of rank 1 in every layer.
         """
         ranks = RULES[self.rule](self.curves, budget)
-        reports = {
-            name: LayerReport(
-                self.curves[name].shape,
-                rank,
-                0.0 if rank is None else self.by_layer[name].tail(rank),
-                *self.ridges[name],
-            )
-            for name, rank in ranks.items()
-        }
-        return with_factors(self.model, self.layers, self.by_layer, ranks), reports
-
-
-class SpectrumByName(Protocol):
-    """Spectra by layer name."""
-
-    def __getitem__(self, name: str, /) -> Spectrum: ...
+        reports = {}
+        for name, rank in ranks.items():
+            spectrum = self.by_layer[name]
+            tail = 0.0 if rank is None else spectrum.tail(rank)
+            reports[name] = LayerReport(self.curves[name].shape, rank, tail, spectrum.ridge_in, spectrum.ridge_out)
+        return with_factors(self.model, self.by_layer, ranks), reports
 
 
 class _SpectraOnDisk:
-    """Spectra by layer name, one safetensors file each, without their ridges."""
+    """Spectra by layer name, one file each."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
 
     def __setitem__(self, name: str, spectrum: Spectrum) -> None:
-        parts = {part: getattr(spectrum, part).contiguous() for part in ("left", "singular_values", "right")}
-        save_file(parts, self._folder / f"{name}.safetensors")
+        torch.save(spectrum, self._folder / name)
 
     def __getitem__(self, name: str) -> Spectrum:
-        parts = load_file(self._folder / f"{name}.safetensors")
-        return Spectrum(parts["left"], parts["singular_values"], parts["right"])
+        return torch.load(self._folder / name, weights_only=False)
 
 
 @contextmanager
 def measured_spectra(
     model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
+    costs: Mapping[str, LayerCost],
     probe: Iterable[Any],
-    prices: Mapping[str, float],
     settings: FactorSettings,
     loss_fn: LossFn,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Spectra]:
-    """Measure the spectrum of every layer of a model once.
+    """Measure the spectrum of every compressible layer of a model once.
 
     Args:
         model: target; unchanged afterwards.
-        layers: compressible layers by name.
+        costs: cost of each layer.
         probe: batches to measure second moments on.
-        prices: cost of one parameter of each layer.
         settings: settings of the factorization.
         loss_fn: per-example losses.
         progress: function called with 1 after each layer.
     """
-    shapes = {name: weight_shape(layer) for name, layer in layers.items()}
-    with _kept(shapes, settings.memory) as by_layer:
-        spectra = Spectra(model, layers, by_layer, settings.ranks)
-        for name, spectrum in _measured(spectra, probe, settings, loss_fn):
-            spectra.curves[name] = ErrorCurve(shapes[name], spectrum.comparable.cpu().numpy(), prices[name])
-            spectra.ridges[name] = (spectrum.ridge_in, spectrum.ridge_out)
-            by_layer[name] = spectrum.cut(largest_rank(shapes[name]))
-            if progress is not None:
-                progress(1)
+    layers = compressible_layers(model)
+    generator = torch.Generator().manual_seed(settings.seed)
+    groups = [list(layers)]
+    if settings.method in PROBED:
+        numbers = {name: sum(map(settings.moments.numbers, cost.shape)) for name, cost in costs.items()}
+        groups = layer_groups(numbers, settings.memory)
+    if len(groups) > 1:
+        probe = list(probe)  # read once per group
+    # At the largest rank, spectra are about as large as the layers.
+    in_memory = 4 * sum(m * n for m, n in (cost.shape for cost in costs.values())) <= settings.memory
+    with nullcontext() if in_memory else tempfile.TemporaryDirectory(prefix="iprox-spectra-") as folder:
+        spectra = Spectra(model, {} if folder is None else _SpectraOnDisk(folder), settings.ranks)
+        for group in groups:
+            moments: dict[str, LayerMoments] = {}
+            if settings.method in PROBED:
+                chosen = {name: layers[name] for name in group}
+                moments, read = collect_moments(model, chosen, probe, settings.moments, loss_fn)
+                spectra.probe_tokens = read.tokens
+                spectra.passes += 1
+                spectra.unreached += [name for name in group if not moments[name].reached]
+            for name in group:
+                cost, weight = costs[name], dense_weight(layers[name]).detach()
+                # pop frees each layer's moments after use.
+                spectrum = layer_spectrum(settings.method, weight, moments.pop(name, None), settings.ridge, generator)
+                spectra.curves[name] = ErrorCurve(cost.shape, cost.price, spectrum.comparable.cpu().numpy())
+                spectra.by_layer[name] = spectrum.cut(cost.largest_rank)
+                if progress is not None:
+                    progress(1)
         yield spectra
 
 
-def _measured(
-    spectra: Spectra, probe: Iterable[Any], settings: FactorSettings, loss_fn: LossFn
-) -> Iterator[tuple[str, Spectrum]]:
-    """Yield each layer's spectrum, a group of layers at a time, and fill in the probe's counts of `spectra`."""
-    layers = spectra.layers
-    generator = torch.Generator().manual_seed(settings.seed)
-    probed = settings.method in PROBED
-    numbers = {name: sum(map(settings.moments.numbers, weight_shape(layer))) for name, layer in layers.items()}
-    groups = layer_groups(numbers, settings.memory) if probed else [list(layers)]
-    if len(groups) > 1:
-        probe = list(probe)  # read once per group
-    for group in groups:
-        moments: dict[str, LayerMoments] = {}
-        if probed:
-            chosen = {name: layers[name] for name in group}
-            moments, read = collect_moments(spectra.model, chosen, probe, settings.moments, loss_fn)
-            spectra.probe_tokens = read.tokens
-            spectra.passes += 1
-            spectra.unreached += [name for name in group if not moments[name].reached]
-        for name in group:
-            weight = dense_weight(layers[name]).detach()
-            # pop frees each layer's moments after use.
-            yield name, layer_spectrum(settings.method, weight, moments.pop(name, None), settings.ridge, generator)
-
-
-def layer_spectrum(
-    method: FactorMethod, weight: Tensor, moments: LayerMoments | None, ridge: Ridge, generator: torch.Generator
-) -> Spectrum:
-    """Return the spectrum of one layer by a method, computed in float64.
-
-    Args:
-        method: `ipsvd` or a baseline.
-        weight: W [m, n].
-        moments: second moments of the layer; not read by `svd` and `random`.
-        ridge: share of the mean eigenvalue added to every direction of a moment, or `auto`.
-        generator: generator of random directions.
-
-    Raises:
-        ValueError: a method that needs moments, without them.
-    """
-    weight = weight.double()
-    if method != "ipsvd":
-        return baseline_spectrum(method, weight, moments, ridge, generator)
-    if moments is None:
-        raise ValueError("ipsvd needs moments")
-    return ipsvd(weight, moments, ridge)
-
-
-@contextmanager
-def _kept(
-    shapes: Mapping[str, tuple[int, int]], memory: int
-) -> Iterator[MutableMapping[str, Spectrum] | _SpectraOnDisk]:
-    """Yield a mapping for spectra, on disk if they could be too large: at the largest rank they are like the layers."""
-    if 4 * sum(m * n for m, n in shapes.values()) <= memory:
-        yield {}
-    else:
-        with tempfile.TemporaryDirectory(prefix="iprox-spectra-") as folder:
-            yield _SpectraOnDisk(Path(folder))
-
-
 def with_factors(
-    model: PreTrainedModel, layers: Mapping[str, nn.Module], spectra: SpectrumByName, ranks: Mapping[str, int | None]
+    model: PreTrainedModel, spectra: Mapping[str, Spectrum] | _SpectraOnDisk, ranks: Mapping[str, int | None]
 ) -> PreTrainedModel:
     """Return a copy of the model with each layer truncated to its rank; None leaves a layer dense."""
     replaced: dict[int, Any] = {}
-    for name, layer in layers.items():
+    for name, layer in compressible_layers(model).items():
         rank = ranks[name]
         if rank is not None:
             up, down = spectra[name].factors(rank)

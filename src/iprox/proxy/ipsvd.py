@@ -20,9 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from iprox.kronecker.moments import LayerMoments
 from iprox.kronecker.roots import Root
-from iprox.kronecker.second_moment import SecondMoment
 from iprox.kronecker.svd import thin_svd
 
 # Share of the mean eigenvalue that is added to every direction of a moment; `auto` is `SecondMoment.shrinkage`.
@@ -81,26 +79,6 @@ class Spectrum:
             scale = (norm_down / norm_up).sqrt()
             up, down = up * scale, down / scale
         return up, down
-
-
-def ipsvd(weight: Tensor, moments: LayerMoments, ridge: Ridge) -> Spectrum:
-    """Return the spectrum of one layer by IPSVD, computed in float64.
-
-    Cost: a Cholesky factorization of each moment (n³/3, m³/3) and one SVD (4·m·n·k + 9k³, k = min(m, n)).
-
-    Args:
-        weight: W [m, n], in float64.
-        moments: second moments of the layer's inputs and output gradients.
-        ridge: ridge of both moments, or `auto` for one each.
-    """
-    ridge_in, ridge_out = ridge_of(moments.inputs, ridge), ridge_of(moments.gradients, ridge)
-    spectrum = weighted_svd(weight, moments.gradients.root(ridge_out), moments.inputs.root(ridge_in))
-    return replace(spectrum, ridge_in=ridge_in, ridge_out=ridge_out)
-
-
-def ridge_of(moment: SecondMoment, ridge: Ridge) -> float:
-    """Return the ridge of a moment, by the rule of Ledoit and Wolf if it is `auto`."""
-    return moment.shrinkage() if ridge == "auto" else ridge
 
 
 def weighted_svd(weight: Tensor, root_out: Root | None, root_in: Root | None) -> Spectrum:

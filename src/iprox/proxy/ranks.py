@@ -1,7 +1,7 @@
 """Choose the ranks of the layers under a budget (pure maths).
 
 A budget is a cost: parameters, or FLOPs per token (twice the parameters that a token uses). The two differ for experts,
-of which a token uses only some; `ErrorCurve.price` accounts for this.
+of which a token uses only some; `LayerCost.price` accounts for this.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorCurve:
-    """The error of one layer by rank, and the cost of its ranks.
+class LayerCost:
+    """The cost of one layer and of its ranks.
 
     Attributes:
         shape: (m, n).
-        singular_values: σ [min(m, n)], descending; keeping a direction saves an error of σ².
         price: cost of one parameter.
     """
 
     shape: tuple[int, int]
-    singular_values: np.ndarray
-    price: float = 1.0
+    price: float
 
     @property
     def dense_cost(self) -> float:
@@ -39,36 +37,39 @@ class ErrorCurve:
     @property
     def largest_rank(self) -> int:
         """Largest rank whose factors cost less than the dense layer; at least 1."""
-        return largest_rank(self.shape)
+        m, n = self.shape
+        return max(1, min(m, n, (m * n - 1) // (m + n)))
 
 
-def largest_rank(shape: tuple[int, int]) -> int:
-    """Return the largest rank whose factors have fewer parameters than the dense layer; at least 1."""
-    m, n = shape
-    return max(1, min(m, n, (m * n - 1) // (m + n)))
+@dataclass(frozen=True, slots=True)
+class ErrorCurve(LayerCost):
+    """The error of one layer by rank, and the cost of its ranks.
+
+    Attributes:
+        singular_values: σ [min(m, n)], descending; keeping a direction saves an error of σ².
+    """
+
+    singular_values: np.ndarray
 
 
-Ranks = dict[str, int | None]
-
-
-def total_cost(layers: Mapping[str, ErrorCurve]) -> float:
+def total_cost(layers: Mapping[str, LayerCost]) -> float:
     """Return the cost of all layers when dense."""
     return sum(layer.dense_cost for layer in layers.values())
 
 
-def least_cost(layers: Mapping[str, ErrorCurve]) -> float:
+def least_cost(layers: Mapping[str, LayerCost]) -> float:
     """Return the cost of all layers at rank 1."""
     return sum(layer.rank_cost for layer in layers.values())
 
 
-def kept_cost(layers: Mapping[str, ErrorCurve], ranks: Mapping[str, int | None]) -> float:
+def kept_cost(layers: Mapping[str, LayerCost], ranks: Mapping[str, int | None]) -> float:
     """Return the cost of the layers at these ranks; None stands for a dense layer."""
     return sum(
         layer.dense_cost if (rank := ranks[name]) is None else rank * layer.rank_cost for name, layer in layers.items()
     )
 
 
-def uniform_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
+def uniform_ranks(layers: Mapping[str, LayerCost], budget: float) -> dict[str, int]:
     """Return ranks at which every layer keeps the same share of its parameters: r = share · mn/(m+n), at least 1.
 
     This is the paper's rule. Layers whose share is less than one rank get rank 1, and the others share the rest. Ranks
@@ -94,10 +95,10 @@ def uniform_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
         if ranks[name] < layer.largest_rank and layer.rank_cost <= left:
             ranks[name] += 1
             left -= layer.rank_cost
-    return dict(ranks)
+    return ranks
 
 
-def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
+def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> dict[str, int | None]:
     """Return ranks that spend the budget where it saves the most error per cost, over all layers at once.
 
     The weighted squares σ² of all layers estimate the same quantity, a squared change of the loss, so they are
@@ -110,12 +111,12 @@ def global_ranks(layers: Mapping[str, ErrorCurve], budget: float) -> Ranks:
     ranks: list[int | None] = [1] * len(names)
     spent = least_cost(layers)
     hulls = [_hull(layers[name]) for name in names]
-    for worth, past_hull in ((_hull_worth, False), (_rank_worth, True)):
+    for worth in (_hull_worth, _rank_worth):
         steps = [(-value, i, grown) for i, name in enumerate(names) for value, grown in worth(layers[name], hulls[i])]
         # Ties go to the earlier layer, so that the result is the same on every machine.
         for _, i, grown in sorted(steps, key=lambda step: step[:2]):
             layer, rank = layers[names[i]], ranks[i]
-            if rank is None or (past_hull and grown != rank + 1):
+            if rank is None:
                 continue
             price = layer.dense_cost - rank * layer.rank_cost if grown is None else layer.rank_cost
             if spent + price <= budget and (grown is None or grown == rank + 1):

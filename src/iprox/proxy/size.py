@@ -10,6 +10,7 @@ from torch import nn
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.layers import compressible_layers, weight_shape
+from iprox.proxy.ranks import LayerCost, least_cost, total_cost
 
 
 class OutOfReachError(InputError):
@@ -41,7 +42,7 @@ class Size:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def budget(self, model: nn.Module, dense: float) -> float:
-        """Return the largest cost of the compressible layers, in the unit of `Prices`.
+        """Return the largest cost of the compressible layers, in the unit of `layer_costs`.
 
         Args:
             model: target, with or without weights.
@@ -54,42 +55,29 @@ class Size:
         return self.flops * (dense + head) - head
 
 
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Costs of a model's compressible layers in the unit of a size, by their shapes.
+def layer_costs(model: nn.Module, size: Size) -> dict[str, LayerCost]:
+    """Return the costs of a model's compressible layers in the unit of a size; the model may be without weights.
 
-    Attributes:
-        by_layer: price of one parameter of each layer: 1, or for FLOPs the share of tokens that use the layer.
-        dense: cost of all layers when dense.
-        least: cost of all layers at rank 1.
+    The price of a parameter is 1, or for FLOPs the share of tokens that use the layer.
     """
+    shares = flops.active_shares(model) if size.flops is not None else {}
+    layers = compressible_layers(model)
+    return {name: LayerCost(weight_shape(layer), shares.get(name, 1.0)) for name, layer in layers.items()}
 
-    by_layer: Mapping[str, float]
-    dense: float
-    least: float
 
-    @classmethod
-    def of(cls, model: nn.Module, size: Size) -> Prices:
-        """Return the prices for a model, with or without weights."""
-        shapes = {name: weight_shape(layer) for name, layer in compressible_layers(model).items()}
-        shares = flops.active_shares(model) if size.flops is not None else {}
-        by_layer = {name: shares.get(name, 1.0) for name in shapes}
-        dense = sum(m * n * by_layer[name] for name, (m, n) in shapes.items())
-        least = sum((m + n) * by_layer[name] for name, (m, n) in shapes.items())
-        return cls(by_layer, dense, least)
+def reachable_budget(model: nn.Module, size: Size, costs: Mapping[str, LayerCost]) -> float:
+    """Return the largest cost of the layers.
 
-    def budget(self, model: nn.Module, size: Size) -> float:
-        """Return the largest cost of the layers.
-
-        Raises:
-            OutOfReachError: rank 1 in every layer costs more; the message gives the bound.
-        """
-        budget = size.budget(model, self.dense)
-        if self.least <= budget:
-            return budget
-        if size.sparsity is not None:
-            bound = f"sparsity {size.sparsity} leaves less than one rank per layer; the largest is"
-            raise OutOfReachError(f"{bound} {1 - self.least / self.dense:.4f}")
-        head = flops.head_flops(model) / 2
-        least = (self.least + head) / (self.dense + head)
-        raise OutOfReachError(f"flops {size.flops} leaves less than one rank per layer; the smallest is {least:.4f}")
+    Raises:
+        OutOfReachError: rank 1 in every layer costs more; the message gives the bound.
+    """
+    dense, least = total_cost(costs), least_cost(costs)
+    budget = size.budget(model, dense)
+    if least <= budget:
+        return budget
+    if size.sparsity is not None:
+        bound = f"sparsity {size.sparsity} leaves less than one rank per layer; the largest is"
+        raise OutOfReachError(f"{bound} {1 - least / dense:.4f}")
+    head = flops.head_flops(model) / 2
+    smallest = (least + head) / (dense + head)
+    raise OutOfReachError(f"flops {size.flops} leaves less than one rank per layer; the smallest is {smallest:.4f}")

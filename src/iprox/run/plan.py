@@ -30,7 +30,7 @@ from iprox.run import steps
 from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, Recipe
-from iprox.stages.alignment import keeps_signals, objective_of
+from iprox.stages.alignment import keeps_signals
 from iprox.stages.compression import proxy_skeleton
 from iprox.stages.refinement import check_candidates
 
@@ -156,9 +156,8 @@ class Costs:
         if proxy and proxy.factorized and (settings := proxy.align):
             examples = share(total, settings.fraction)
             rows, batches = times * settings.epochs * examples, math.ceil(examples / settings.batch_size)
-            objective = objective_of(settings)
-            kept = keeps_signals(scored, objective, batches, self.tokens_in(examples)[1], batches * settings.epochs)
-            asked, gradients = 1 / settings.epochs if kept else 1.0, objective.gradient_weight > 0
+            kept = keeps_signals(scored, settings, batches, self.tokens_in(examples)[1])
+            asked, gradients = 1 / settings.epochs if kept else 1.0, settings.gradient_weight > 0
             spent = flops.alignment_flops(target, scored, *self.tokens_in(rows), gradients=gradients, asked=asked)
             spent += self.watching(settings.held_out, 1 + align.EVALUATIONS) if settings.held_out else 0.0
             yield "align", rows, spent, 2 * weights + 20 * flops.linear_parameters(scored) + 4 * activations

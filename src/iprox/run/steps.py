@@ -29,6 +29,7 @@ from iprox.settings import OF_GRADIENTS, Settings
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
 from iprox.stages.curvature import measure_curvature
 from iprox.stages.held_out import HeldOutRows
+from iprox.stages.retraining import Retraining
 
 # Number of rows in the report whose scores are attributed to tokens.
 ATTRIBUTED = 120
@@ -208,8 +209,8 @@ def audit(run: Run) -> None:
                 name,
                 [audited, settings.model_dump(include={name, "epochs", "learning_rate", "batch_size"})],
                 [folder / f"{name}.json"],
-                lambda measure=measure: measure(
-                    run.session, path, run.pool.take(rows), run.validation, folder, settings
+                lambda name=name, measure=measure: measure(
+                    Retraining(run.session, path, run.pool.take(rows), run.validation, folder, settings, name)
                 ),
             )
 

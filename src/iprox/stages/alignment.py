@@ -13,8 +13,7 @@ from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
 from iprox.models.saving import save_model
-from iprox.proxy.align import AlignSettings, align
-from iprox.proxy.align_loss import Objective
+from iprox.proxy.align import align
 from iprox.proxy.align_signals import AUTO_BYTES, SignalStore, stored_bytes
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, tokens_of
@@ -37,7 +36,6 @@ def align_proxy(
     """Align a proxy with its target; writes a proxy folder with `alignment.json`.
 
     Args:
-        session: the session.
         model: folder of the target.
         proxy_path: folder of the proxy.
         examples: examples to align on.
@@ -57,10 +55,9 @@ def align_proxy(
     batch_tokens = max(1, session.batch_tokens // 4)
     batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
     steps = settings.epochs * len(batches)
-    watched = None if held_out is None else held_out_fidelity(session, target, proxy, encoder, held_out)
-    objective = objective_of(settings)
+    watched = None if held_out is None else held_out_fidelity(session, target, encoder, held_out)
     tokens, supervised = tokens_of(encoded)
-    kept = keeps_signals(proxy, objective, len(batches), supervised, steps)
+    kept = keeps_signals(proxy, settings, len(batches), supervised)
     store = _store(state, identity) if kept else None
     if state.is_file():
         session.reporter.say(f"align: resumes from {state}")
@@ -69,8 +66,8 @@ def align_proxy(
             proxy,
             target,
             batches,
-            AlignSettings(steps, settings.learning_rate, session.seed),
-            objective,
+            settings,
+            seed=session.seed,
             held_out=None if watched is None else watched.watch(proxy),
             store=store,
             state=state,
@@ -116,27 +113,19 @@ def align_proxy(
     }
 
 
-def objective_of(settings: AlignSection) -> Objective:
-    """Return what a recipe has alignment minimize."""
-    return Objective(settings.gradient_weight, settings.kl_weight, settings.hidden_weight)
-
-
-def keeps_signals(
-    proxy: PreTrainedModel, objective: Objective, batches: int, supervised: int, read_batches: int
-) -> bool:
+def keeps_signals(proxy: PreTrainedModel, settings: AlignSection, batches: int, supervised: int) -> bool:
     """Return whether what the target says of each batch is kept: where batches are read again, and it is not too large.
 
     Args:
         proxy: proxy that is aligned, with or without weights.
-        objective: what alignment minimizes.
+        settings: how it is aligned.
         batches: number of batches.
         supervised: supervised tokens of all batches.
-        read_batches: batches of all steps.
     """
-    if objective.hidden_weight or read_batches <= batches:
+    if settings.hidden_weight or settings.epochs == 1:
         return False
     vocabulary = proxy.config.get_text_config().vocab_size
-    return stored_bytes(low_rank_layers(proxy), objective, batches, supervised, vocabulary) <= AUTO_BYTES
+    return stored_bytes(low_rank_layers(proxy), settings, batches, supervised, vocabulary) <= AUTO_BYTES
 
 
 def _store(state: Path, identity: str) -> SignalStore:

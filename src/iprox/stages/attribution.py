@@ -14,7 +14,6 @@ from iprox.files import replacing
 from iprox.influence.attribution import attribute as attribute_tokens
 from iprox.influence.attribution import attribution_table, lists
 from iprox.influence.job import Checkpoint
-from iprox.models.loading import skeleton
 from iprox.records import StageRecord
 from iprox.scores import AGGREGATE, TASK_PREFIX, score_matrix
 from iprox.session import Session, encode_validation, tokens_of
@@ -52,10 +51,7 @@ def attribute(
     with replacing(output) as partial:
         pq.write_table(table, partial)
     tokens, supervised = tokens_of(encoder.encode(examples))
-    counted, source = (
-        skeleton(path, trust_remote_code=session.trust_remote_code)
-        for path in (models[0].read_by[0], models[0].read_by[-1])
-    )
+    counted, source = (session.skeleton(path) for path in (models[0].read_by[0], models[0].read_by[-1]))
     spent += len(models) * job.estimator.candidate_flops(counted, tokens, supervised, 0.0)
     spent += len(models) * job.estimator.query_flops(source, job.read)
     return {"rows": len(rows), "tokens": tokens * len(models), "flops": spent}

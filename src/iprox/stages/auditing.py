@@ -42,7 +42,6 @@ def audit(
     """Score a sample on proxies and their targets and compare the scores; writes `audit.json` and `audit.parquet`.
 
     Args:
-        session: the session.
         checkpoints: folders of the proxies, each with its target.
         examples: the sample.
         pool: pool that curvature is measured on and term counts are taken from.

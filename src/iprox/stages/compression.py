@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, check_gradients, limit_gradients, make_low_rank, mark_as_proxy
-from iprox.models.layers import weight_shape
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
 from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
 from iprox.proxy.factorize import FactorSettings
-from iprox.proxy.ranks import ErrorCurve, uniform_ranks
+from iprox.proxy.ranks import uniform_ranks
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
-from iprox.proxy.size import Prices, Size
+from iprox.proxy.size import Size, layer_costs, reachable_budget
 from iprox.records import StageRecord, write_json
 from iprox.session import Session, tokens_of
 from iprox.settings import ProxySection
@@ -43,7 +42,6 @@ def compress(
     """Derive a proxy from a model; writes a checkpoint folder with `compression.json`.
 
     Args:
-        session: the session.
         model: folder of the target.
         examples: the probe.
         output: folder to write.
@@ -56,12 +54,14 @@ def compress(
     target = session.model(model)
     batches = list(session.batches(encoded))
     searched: StageRecord = {"flops": 0.0}
+    started = time.perf_counter()
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
         limit_gradients(proxy, *settings.limits)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
+    report.seconds = time.perf_counter() - started
     save_model(proxy, tokenizer, output)
     write_json(output / "compression.json", {**report.as_dict(), **searched})
     tokens, supervised = tokens_of(encoded)
@@ -91,11 +91,10 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
     if settings.fidelity is not None or settings.method in ("off-the-shelf", "target"):
         return
     size = Size(settings.sparsity, settings.flops)
-    prices = Prices.of(model, size)
     if settings.method == "layers":
-        baselines.fitting_layers(model, size.budget(model, prices.dense))
+        baselines.fitting_layers(model, size)
     else:
-        prices.budget(model, size)
+        reachable_budget(model, size, layer_costs(model, size))
 
 
 def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -112,13 +111,10 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
     proxy = copy.deepcopy(model)
     if settings.method != "target":
         size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
-        prices = Prices.of(model, size)
-        budget = prices.budget(model, size)
         if settings.method == "layers":
-            return baselines.first_layers(model, budget)[0]
-        shapes = {name: weight_shape(layer) for name, layer in flops.compressible_layers(model).items()}
-        curves = {name: ErrorCurve(shapes[name], np.empty(0), price) for name, price in prices.by_layer.items()}
-        make_low_rank(proxy, uniform_ranks(curves, budget))  # pyright: ignore[reportArgumentType]
+            return baselines.first_layers(model, size)
+        costs = layer_costs(model, size)
+        make_low_rank(proxy, uniform_ranks(costs, reachable_budget(model, size, costs)))
     mark_as_proxy(proxy, IproxConfig(depth=depth, gradients=gradients))
     return proxy
 
@@ -135,7 +131,7 @@ def _search(
     """Return the smallest proxy that reaches the fidelity asked for, its report, and the sizes that were tried."""
     assert settings.fidelity is not None
     how = factor_settings(session, settings)
-    watched = held_out_fidelity(session, target, None, encoder, held_out)
+    watched = held_out_fidelity(session, target, encoder, held_out)
     layers = len(flops.compressible_layers(target))
     with (
         session.reporter.bar("compress", layers, "layers") as progress,

@@ -18,7 +18,6 @@ from iprox.kronecker.eigen import curvature_groups
 from iprox.kronecker.kept import discard_curvature, keep_curvature
 from iprox.models import flops
 from iprox.models.layers import influence_layers
-from iprox.models.loading import skeleton
 from iprox.records import StageRecord
 from iprox.session import Session
 from iprox.settings import InfluenceSection
@@ -31,7 +30,6 @@ def measure_curvature(
     """Measure the curvature of each model on the same rows of the pool, and keep it in the model's folder.
 
     Args:
-        session: the session.
         models: folders of the target's checkpoints.
         pool: the pool that the rows are drawn from.
         folders: folder for each model's curvature.
@@ -41,7 +39,7 @@ def measure_curvature(
     estimator = job.estimator
     assert isinstance(estimator, KroneckerInfluence)
     readings = 2 if estimator.corrected else 1
-    target = skeleton(models[0], trust_remote_code=session.trust_remote_code)
+    target = session.skeleton(models[0])
     readings *= len(models) * len(curvature_groups(influence_layers(target)))
     check_room(
         folders[0].parent.parent, 4 * len(models) * sum(m**2 + n**2 + m * n for m, n, _ in flops.layers_of(target))

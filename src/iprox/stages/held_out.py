@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import ChatEncoder, Example, Pool
 from iprox.influence.job import Checkpoint
-from iprox.models.layers import low_rank_layers
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
 from iprox.stages.scoring import job_of
@@ -37,19 +36,12 @@ class HeldOutRows:
 
 
 def held_out_fidelity(
-    session: Session,
-    target: PreTrainedModel,
-    proxy: PreTrainedModel | None,
-    encoder: ChatEncoder,
-    held_out: HeldOutRows,
+    session: Session, target: PreTrainedModel, encoder: ChatEncoder, held_out: HeldOutRows
 ) -> HeldOutFidelity:
-    """Score held-out rows on the target, and return what measures the fidelity of proxies on them.
-
-    `proxy` is the proxy to measure, or None if only low-rank proxies that do not exist yet will be measured.
-    """
+    """Score held-out rows on the target, and return what measures the fidelity of low-rank proxies on them."""
     settings = held_out.influence
     encoded = encode_validation(encoder, held_out.validation)
-    on_target = settings.query == "target" and (proxy is None or bool(low_rank_layers(proxy)))
+    on_target = settings.query == "target"
     checkpoint = Checkpoint(target, curvature=held_out.curvature if on_target else None)
     return HeldOutFidelity(
         job_of(session, settings, [checkpoint], encoded, encoder, held_out.pool),

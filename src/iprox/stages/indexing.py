@@ -23,11 +23,10 @@ from iprox.influence.index import GradientIndex, GradientProjector, unit_gradien
 from iprox.influence.job import Checkpoint, Job
 from iprox.influence.projection import sides
 from iprox.models import flops
-from iprox.models.loading import skeleton
 from iprox.records import StageRecord
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
-from iprox.stages.scoring import COMPILE_ROWS, engine_of, warn_about_empty_validation, warn_about_rows
+from iprox.stages.scoring import engine_of, job_of, warn_about_empty_validation, warn_about_rows
 
 
 def build_index(
@@ -42,7 +41,6 @@ def build_index(
     """Write the index of a pool.
 
     Args:
-        session: the session.
         checkpoint: model whose gradients are projected, as a folder.
         pool: the candidates.
         output: folder to write.
@@ -54,7 +52,7 @@ def build_index(
     summary = pool.scan()
     path = checkpoint.read_by[0]
     encoder = session.encoder(path)
-    compiled = summary.rows >= COMPILE_ROWS if session.compile == "auto" else session.compile
+    job = job_of(session, settings, [checkpoint], {}, encoder, pool, rows=summary.rows)
     description = {
         "format": 2,
         "model": str(Path(path).resolve()) if Path(path).exists() else path,
@@ -69,45 +67,22 @@ def build_index(
         "max_length": session.max_length,
         "dtype": str(session.dtype).removeprefix("torch."),
         "batch_tokens": session.batch_tokens,
-        "compile": compiled,
+        "compile": job.compile,
         "window": WINDOW,
     }
-    job = _job(session, settings, [checkpoint], {}, encoder)
-    make = functools.partial(_worker, job, dimension, _first_with_loss(pool, encoder) if compiled else ())
+    make = functools.partial(_worker, job, dimension, _first_with_loss(pool, encoder) if job.compile else ())
     with session.reporter.bar("index", summary.rows, "rows") as progress:
         stats = write_index(
             make, pool, output, description, window=WINDOW, progress=progress, engine=engine_of(session)
         )
     warn_about_rows(session, stats, encoder)
-    counted = skeleton(path, trust_remote_code=session.trust_remote_code)
     return {
-        "flops": flops.scoring_flops(counted, stats.tokens, stats.supervised, stats.contraction_flops),
+        "flops": flops.scoring_flops(session.skeleton(path), stats.tokens, stats.supervised, stats.contraction_flops),
         "dimension": dimension,
         "bytes": sum(file.stat().st_size for file in output.glob("*.arrow")),
         **{k: v for k, v in asdict(stats).items() if k != "query_kept"},
         "labels": encoder.describe,
     }
-
-
-def _job(
-    session: Session,
-    settings: InfluenceSection,
-    checkpoints: Sequence[Checkpoint],
-    validation: Mapping[str, Sequence[Encoded]],
-    encoder: ChatEncoder,
-) -> Job:
-    """Return a job for an estimator that reads nothing from the pool."""
-    for path in (path for each in checkpoints for path in each.read_by):
-        session.note_adapter(path)
-    return Job(
-        settings=settings,
-        checkpoints=checkpoints,
-        validation=validation,
-        encoder=encoder,
-        seed=session.seed,
-        batch_tokens=session.batch_tokens,
-        load=session.load,
-    )
 
 
 def _first_with_loss(pool: Pool, encoder: ChatEncoder) -> list[Encoded]:
@@ -164,7 +139,7 @@ def query_indexes(
     warn_about_empty_validation(session, encoded)
     # Low-rank validation gradients would save nothing here: they are projected once.
     whole = settings.model_copy(update={"query_norm": 1.0})
-    job = _job(session, whole, checkpoints, encoded, encoder)
+    job = job_of(session, whole, checkpoints, encoded, encoder, None)
     shards = output.with_name(output.name + ".shards")
     identity = {**identity, **ValidationLengths.of(encoded).as_metadata()}
     claim(shards, identity)

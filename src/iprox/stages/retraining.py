@@ -21,7 +21,7 @@ from iprox.audits.removal import length_strata, random_rows, removal_effect, rem
 from iprox.data import Encoded, Example, Pool
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.loading import checkpoint_fingerprint, hidden_size, skeleton
+from iprox.models.loading import checkpoint_fingerprint, hidden_size
 from iprox.records import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
@@ -32,81 +32,54 @@ RETRAINING_BATCH = 16
 LDS, REMOVAL = "lds.json", "removal.json"
 
 
-def measure_lds(
-    session: Session,
-    model: str,
-    examples: Sequence[Example],
-    validation: Mapping[str, Pool],
-    folder: Path,
-    settings: AuditSection,
-) -> StageRecord:
-    """Compute linear datamodeling scores of the proxy's and the target's scores (`audit.lds`); writes `lds.json`.
-
-    Args:
-        session: the session.
-        model: checkpoint that the scores were taken at; every training starts there.
-        examples: the audited rows, in the order of `audit.parquet`.
-        validation: validation sets by task.
-        folder: folder of the audit.
-        settings: number of subsets and how to train.
-
-    Raises:
-        InputError: fewer than two audited rows have scores.
-    """
-    retraining = Retraining(session, model, examples, validation, folder, settings, "lds")
-    scores, rows = retraining.scores, len(retraining.encoded)
-    members = draw_subsets(rows, settings.lds, SUBSET_FRACTION, session.seed)
-    losses, record = retraining.losses([Training(subset, session.seed) for subset in members])
+def measure_lds(retraining: Retraining) -> StageRecord:
+    """Compute linear datamodeling scores of the proxy's and the target's scores (`audit.lds`); writes `lds.json`."""
+    scores, rows, seed = retraining.scores, len(retraining.encoded), retraining.session.seed
+    subsets = retraining.settings.lds
+    members = draw_subsets(rows, subsets, SUBSET_FRACTION, seed)
+    losses, record = retraining.losses([Training(subset, seed) for subset in members])
     found = {
         task: {side: datamodeling_score(scores[side][:, column], members, losses[:, column]) for side in scores}
         for column, task in enumerate(retraining.tasks)
     }
     result = {
         **retraining.described,
-        "subsets": settings.lds,
+        "subsets": subsets,
         "fraction": SUBSET_FRACTION,
         "rows": rows,
         "tasks": found,
     }
     result["mean"] = {side: float(np.mean([entry[side]["lds"] for entry in found.values()])) for side in scores}
-    write_json(folder / LDS, result)
+    write_json(retraining.folder / LDS, result)
     return {**record, "lds": result["mean"]}
 
 
-def measure_removal(
-    session: Session,
-    model: str,
-    examples: Sequence[Example],
-    validation: Mapping[str, Pool],
-    folder: Path,
-    settings: AuditSection,
-) -> StageRecord:
+def measure_removal(retraining: Retraining) -> StageRecord:
     """Compare training without a ranking's top rows and without random rows (`audit.removal`); writes `removal.json`.
 
     Each repeat has its own order. It trains on all rows, and for each of T tasks and each side (proxy, target) without
     the top rows and without random rows of similar length: 1 + 4T trainings, or fewer if some leave out the same rows.
-    Takes the arguments of `measure_lds`.
     """
-    retraining = Retraining(session, model, examples, validation, folder, settings, "removal")
+    seed, repeats = retraining.session.seed, retraining.settings.removal
     scores, rows, tasks = retraining.scores, len(retraining.encoded), retraining.tasks
     count = removed_count(rows, REMOVED_FRACTION)
     supervised = np.array([row.supervised for row in retraining.encoded])
     strata = length_strata(supervised)
-    orders = [np.random.default_rng([session.seed, repeat]).permutation(rows) for repeat in range(settings.removal)]
+    orders = [np.random.default_rng([seed, repeat]).permutation(rows) for repeat in range(repeats)]
     rankings = [(side, column) for column in range(len(tasks)) for side in scores]
     tops = {ranking: top_rows(scores[ranking[0]][:, ranking[1]], count) for ranking in rankings}
     controls = {ranking: [random_rows(tops[ranking], strata, order) for order in orders] for ranking in rankings}
     trainings = []
-    for repeat in range(settings.removal):
+    for repeat in range(repeats):
         removed = [np.zeros(rows, bool)]
         for ranking in rankings:
             removed += [tops[ranking], controls[ranking][repeat]]
-        trainings += [Training(~left_out, session.seed + repeat) for left_out in removed]
+        trainings += [Training(~left_out, seed + repeat) for left_out in removed]
     losses, record = retraining.losses(trainings)
-    by_repeat = losses.reshape(settings.removal, 1 + 2 * len(rankings), len(tasks))
+    by_repeat = losses.reshape(repeats, 1 + 2 * len(rankings), len(tasks))
     everything = by_repeat[:, 0]
     found: dict[str, dict[str, Any]] = {task: {"loss": float(everything[:, i].mean())} for i, task in enumerate(tasks)}
-    measured = {side: np.zeros((3, settings.removal)) for side in scores}  # means over tasks
+    measured = {side: np.zeros((3, repeats)) for side in scores}  # means over tasks
     for place, (side, column) in enumerate(rankings):
         compared = np.stack(
             [everything[:, column], by_repeat[:, 1 + 2 * place, column], by_repeat[:, 2 + 2 * place, column]]
@@ -120,8 +93,8 @@ def measure_removal(
             },
         }
     mean = {side: removal_effect(*values) for side, values in measured.items()}
-    described = {**retraining.described, "repeats": settings.removal, "fraction": REMOVED_FRACTION}
-    write_json(folder / REMOVAL, {**described, "rows": rows, "removed": count, "tasks": found, "mean": mean})
+    described = {**retraining.described, "repeats": repeats, "fraction": REMOVED_FRACTION}
+    write_json(retraining.folder / REMOVAL, {**described, "rows": rows, "removed": count, "tasks": found, "mean": mean})
     return {**record, "removal": mean}
 
 
@@ -134,6 +107,18 @@ class Training(NamedTuple):
 
 class Retraining:
     """The audited rows that have scores, and the validation losses after training on some of them.
+
+    Args:
+        session: how to compute.
+        model: checkpoint that the scores were taken at; every training starts there.
+        examples: the audited rows, in the order of `audit.parquet`.
+        validation: validation sets by task.
+        folder: folder of the audit.
+        settings: how often and how to train.
+        name: name of the measurement, in messages.
+
+    Raises:
+        InputError: fewer than two audited rows have scores.
 
     Attributes:
         tasks: names of the T tasks.
@@ -168,7 +153,7 @@ class Retraining:
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
         """Return the validation losses after each training [len(trainings), T], and the cost of new trainings."""
         known: dict[str, list[float]] = read_json(self.folder / LOSSES) if (self.folder / LOSSES).is_file() else {}
-        counted = skeleton(self.model, trust_remote_code=self.session.trust_remote_code)
+        counted = self.session.skeleton(self.model)
         record: StageRecord = {"tokens": 0, "flops": 0.0}
         keys = [self._key(training) for training in trainings]
         to_do = dict(zip(keys, trainings, strict=True))

@@ -15,7 +15,6 @@ from iprox.engine.stream import WINDOW, Engine, ScoringStats, local_engine, pref
 from iprox.influence.job import Checkpoint, Job
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import skeleton
 from iprox.records import StageRecord, key_of
 from iprox.session import Session, encode_validation
 from iprox.settings import InfluenceSection
@@ -38,7 +37,6 @@ def score(
     """Score a pool at one or more checkpoints; writes `scores.parquet`.
 
     Args:
-        session: the session.
         models: checkpoints to score at.
         pool: the candidates.
         validation: validation sets by task.
@@ -53,10 +51,7 @@ def score(
     encoded = encode_validation(encoder, validation)
     warn_about_empty_validation(session, encoded)
     job = job_of(session, settings, models, encoded, encoder, part_of or pool, rows=summary.rows)
-    model, source = (
-        skeleton(path, trust_remote_code=session.trust_remote_code)
-        for path in (models[0].read_by[0], models[0].read_by[-1])
-    )
+    model, source = (session.skeleton(path) for path in (models[0].read_by[0], models[0].read_by[-1]))
     query = "target" if models[0].target else "own"
     made_by = {
         **identity,
@@ -111,29 +106,28 @@ def job_of(
     models: Sequence[Checkpoint],
     validation: Mapping[str, Sequence[Encoded]],
     encoder: ChatEncoder,
-    pool: Pool,
+    pool: Pool | None,
     *,
     rows: int = 0,
 ) -> Job:
     """Return a scoring job in a session.
 
     Args:
-        session: the session.
         settings: how influence is scored.
         models: checkpoints to score at.
         validation: encoded validation examples by task.
         encoder: encoder of the model.
-        pool: pool that curvature is measured on and term counts are taken from.
+        pool: pool that curvature is measured on and term counts are taken from; None for estimators without these.
         rows: number of rows to score, which decides `compile: auto`.
     """
     for path in (path for each in models for path in each.read_by):
         session.note_adapter(path)
-    counting = (
-        session.reporter.bar("count terms", pool.scan().rows, "rows") if settings.traits.corpus else nullcontext()
-    )
+    counting = nullcontext()
+    if settings.traits.corpus and pool is not None:
+        counting = session.reporter.bar("count terms", pool.scan().rows, "rows")
     with counting as counted:
         return Job.of(
-            *(settings, models, validation, encoder, pool),
+            *(settings, models, validation, encoder, pool),  # pyright: ignore[reportArgumentType]
             seed=session.seed,
             counted=counted,
             batch_tokens=session.batch_tokens,

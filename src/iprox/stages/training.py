@@ -14,7 +14,7 @@ from iprox.files import empty_folder
 from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
-from iprox.models.loading import hidden_size, skeleton, stored_dtype
+from iprox.models.loading import hidden_size, stored_dtype
 from iprox.models.saving import CHECKPOINTS
 from iprox.records import RUN, StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
@@ -127,7 +127,7 @@ def _sft(
     write_json(output / "history.json", result.history)
     write_json(output / CHECKPOINTS, [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)
-    counted = skeleton(model, trust_remote_code=session.trust_remote_code)  # experts split, so that they are counted
+    counted = session.skeleton(model)
     return {
         "tokens": result.tokens,
         "flops": flops.training_flops(counted, result.tokens, supervised * settings.epochs, lora or None),
