@@ -114,6 +114,11 @@ class FinishedRun:
     alignment: dict[str, Any] | None
     shading: dict[int, list[ShadedToken]]
 
+    @cached_property
+    def selected(self) -> frozenset[int]:
+        """The selected rows."""
+        return frozenset(() if self.selection is None else self.selection.rows.tolist())
+
 
 def read_run(path: Path) -> FinishedRun:
     """Return the content of the folder that `iprox run` wrote, without the pool.
