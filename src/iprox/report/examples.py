@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from iprox.data import Example, Pool, said
 from iprox.errors import InputError
 from iprox.report import formats
-from iprox.report.charts import safe_json
+from iprox.report.charts.base import safe_json
 
 if TYPE_CHECKING:
     from iprox.report.finished_run import FinishedRun
