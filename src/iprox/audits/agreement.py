@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from iprox.audits.removal import top_rows
 from iprox.settings import NAMED_SHARE
 
 Key = TypeVar("Key", bound=Hashable)
@@ -42,9 +43,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
     """Return the fraction of the target's top `share` that is also in the proxy's top `share`."""
     count = max(1, round(share * len(target)))
-    chosen = np.argsort(-proxy, kind="stable")[:count]
-    wanted = np.argsort(-target, kind="stable")[:count]
-    return len(np.intersect1d(chosen, wanted)) / count
+    return int(np.sum(top_rows(proxy, count) & top_rows(target, count))) / count
 
 
 def telling_share(sample: int) -> float:
