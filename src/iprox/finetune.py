@@ -264,7 +264,7 @@ class _Recorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss} at step {state.global_step}; lower the learning rate"
             )
