@@ -155,7 +155,7 @@ class HeldOutFidelity:
 
         def scores(batch_tokens: int) -> np.ndarray:
             found = np.empty((len(self.rows), scorer.columns))
-            for batch in on_device(iter_batches(self.rows, batch_tokens, 0), scorer.device):
+            for batch in on_device(iter_batches(self.rows, batch_tokens), scorer.device):
                 found[batch.indices] = scorer(batch)[0].cpu().numpy()
             return found
 
