@@ -333,7 +333,7 @@ class Bench:
 
     def batches(self, encoded: list[Encoded]) -> list[Batch]:
         """Length-sorted batches."""
-        return list(iter_batches(encoded, 4096, 0))
+        return list(iter_batches(encoded, 4096))
 
     def selection(self, row: str, task: str, seed: int) -> list[int]:
         """The rows of the pool that a row of the table selects."""
@@ -406,7 +406,7 @@ class Bench:
         )
         last = newest_checkpoint(folder)
         final = self.session.model(str(last))
-        return {task: evaluate(final, self.encoded_tests[task], 4096, 0) for task in tasks}
+        return {task: evaluate(final, self.encoded_tests[task], 4096) for task in tasks}
 
 
 def in_turns(scores: np.ndarray, count: int) -> list[int]:
@@ -432,7 +432,7 @@ def contracted(
     plain = {name.replace("TracIn", "LESS"): query for name, query in queries.items() if name.startswith("TracIn")}
     less = AdamNorms(adam, plain, len(encoded)) if adam is not None else None
     with frozen(model):
-        for batch in iter_batches(encoded, 4096, 0):
+        for batch in iter_batches(encoded, 4096):
             scores = {name: torch.zeros(len(batch.indices), matrix.shape[1]) for name, matrix in total.items()}
             squares = torch.zeros(len(batch.indices), dtype=torch.float64)
 

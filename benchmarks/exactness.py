@@ -42,7 +42,7 @@ class Comparison:
         weights = [p for layer in influence_layers(model).values() for p in layer.parameters()]
 
         def gradient(row: Encoded) -> torch.Tensor:
-            (batch,) = iter_batches([row], 1, 0)
+            (batch,) = iter_batches([row], 1)
             return torch.cat([g.flatten() for g in torch.autograd.grad(causal_lm_losses(model, batch).sum(), weights)])
 
         validation = encoder.encode(list(Pool([self.arguments.validation])))

@@ -68,7 +68,7 @@ class ByLayer:
 def over_pool(run: Callable, encoded: list[Encoded], batch_tokens: int, device: torch.device) -> np.ndarray:
     """Return the results of `run` for every row, float32 [N, columns]."""
     out: np.ndarray | None = None
-    for batch in iter_batches(encoded, batch_tokens, 0):
+    for batch in iter_batches(encoded, batch_tokens):
         numbers = run(batch.to(device))[0].float().cpu().numpy()
         out = np.zeros((len(encoded), numbers.shape[1]), np.float32) if out is None else out
         out[batch.indices] = numbers
@@ -97,7 +97,7 @@ def main() -> None:
     tokens = sum(len(row.input_ids) for row in encoded)
     queries: dict[str, ModelGradient] = {}
     for task, validation in examples_of(arguments).items():
-        batches = [batch.to(device) for batch in iter_batches(encoder.encode(validation), 4096, 0)]
+        batches = [batch.to(device) for batch in iter_batches(encoder.encode(validation), 4096)]
         queries[task] = mean_gradient(model, batches)[0]
     print(f"{arguments.model}: {len(encoded)} rows, {tokens:,} tokens, {len(queries)} tasks, {dtype}")
 

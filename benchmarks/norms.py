@@ -38,7 +38,7 @@ def main() -> None:
     pool, encoder = Pool(arguments.pool), ChatEncoder(load_tokenizer(arguments.model), 512)
     rows = encoder.encode(pool.take(draw_rows("norms", 0, pool.scan().rows, arguments.examples)))
     rows = [row for row in rows if row.supervised]
-    candidates, lengths = list(iter_batches(rows, 4096, 0)), [len(row.input_ids) for row in rows]
+    candidates, lengths = list(iter_batches(rows, 4096)), [len(row.input_ids) for row in rows]
     model = load_model(arguments.model, dtype=DTYPES[arguments.dtype])
     queries = low_rank_queries(validation_gradients(model, encoder, arguments), 0.9)
     forward = flops.forward_flops(model)

@@ -72,7 +72,7 @@ class Work:
 
     def batches(self, rows: list[Encoded]) -> list[Any]:
         """Return rows in length-sorted batches."""
-        return list(iter_batches(rows, self.arguments.batch_tokens, 0))
+        return list(iter_batches(rows, self.arguments.batch_tokens))
 
 
 def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def autograd(work: Work) -> dict[str, Any]:
 
     def run() -> None:
         for row in rows:
-            losses = causal_lm_losses(work.model, collate([row], [0], 0))
+            losses = causal_lm_losses(work.model, collate([row], [0]))
             gradients = torch.autograd.grad(losses.sum(), parameters)
             sum(float((g.float() * q.weight).sum()) for g, q in zip(gradients, query, strict=True))
 
@@ -158,7 +158,7 @@ class Rows(Dataset):
 
 def padded(rows: list[Encoded]) -> dict[str, torch.Tensor]:
     """Return rows of similar lengths as a batch."""
-    batch = collate(rows, range(len(rows)), 0)
+    batch = collate(rows, range(len(rows)))
     return {"input_ids": batch.input_ids, "labels": batch.labels}
 
 

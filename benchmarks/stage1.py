@@ -66,7 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pool = Pool(arguments.pool)
     rows = draw_rows("probe", 0, pool.scan().rows, arguments.probe_size)
     encoded = ChatEncoder(tokenizer, 512).encode(pool.take(rows))
-    probe = list(iter_batches(encoded, arguments.batch_tokens, 0))
+    probe = list(iter_batches(encoded, arguments.batch_tokens))
     model = make_model(arguments)
     cast_parameters(model, DTYPES[arguments.dtype])
     before = resident_gib()

@@ -44,7 +44,7 @@ def encoded():
 
 def test_training_lowers_the_loss_and_keeps_every_epoch(tiny, tokenizer, encoded, tmp_path):
     model = tiny.model(dtype=torch.float32)
-    before = evaluate(model, encoded, 256, 0)["loss"]
+    before = evaluate(model, encoded, 256)["loss"]
     done = []
     result = train(
         model,
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_keeps_every_epoch(tiny, tokenizer, encoded
     assert result.tokens == 3 * 24 * 8
     assert [checkpoint.step for checkpoint in result.checkpoints] == [3, 6, 9]
     after = AutoModelForCausalLM.from_pretrained(tmp_path / result.checkpoints[-1].path, dtype=torch.float32)
-    assert evaluate(after, encoded, 256, 0)["loss"] < before - 0.3
+    assert evaluate(after, encoded, 256)["loss"] < before - 0.3
     # Safetensors only, stored as asked, and nothing of the trainer's own.
     names = {file.suffix for file in tmp_path.rglob("*") if file.is_file()}
     assert names <= {".json", ".safetensors", ".jinja"}
@@ -98,7 +98,7 @@ def test_a_checkpoints_learning_rate_is_the_mean_of_its_epoch(tiny, tokenizer, e
 def test_it_trains_on_the_supervised_tokens(tiny, tokenizer, encoded, tmp_path):
     """The first step's loss, before any update, is the mean over the supervised tokens of the batch."""
     model = tiny.model(dtype=torch.float32)
-    expected = evaluate(model, encoded, 256, 0)["token_loss"]
+    expected = evaluate(model, encoded, 256)["token_loss"]
     result = train(model, tokenizer, encoded, tmp_path, epochs=1, learning_rate=1e-9, batch_size=24)
     assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -181,7 +181,7 @@ def test_adapters_are_trained_and_saved_alone_or_multiplied_in(tiny, tokenizer, 
     base = tmp_path / "base"
     save_model(tiny.model(dtype=torch.float32), tokenizer, base)
     whole = load_model(base)
-    before = evaluate(whole, encoded, 256, 0)["loss"]
+    before = evaluate(whole, encoded, 256)["loss"]
     frozen = {name: weight.clone() for name, weight in whole.state_dict().items()}
     adapted = with_lora(whole, str(base), rank=4)
     result = train(
@@ -196,7 +196,7 @@ def test_adapters_are_trained_and_saved_alone_or_multiplied_in(tiny, tokenizer, 
         if ".lora_" not in name:
             assert torch.equal(weight, frozen[name.replace(".base_layer", "")])
     checkpoints = [load_model(tmp_path / "lora" / each.path) for each in result.checkpoints]
-    losses = [evaluate(each, encoded, 256, 0)["loss"] for each in checkpoints]
+    losses = [evaluate(each, encoded, 256)["loss"] for each in checkpoints]
     assert losses[2] < losses[1] < losses[0] < before
     assert losses[2] < before - 0.3
     last = tmp_path / "lora" / result.checkpoints[-1].path
@@ -207,9 +207,9 @@ def test_adapters_are_trained_and_saved_alone_or_multiplied_in(tiny, tokenizer, 
 
 def test_evaluation_is_the_mean_of_the_examples_losses(tiny, encoded):
     model = tiny.model(dtype=torch.float32)
-    result = evaluate(model, encoded, 40, 0)
+    result = evaluate(model, encoded, 40)
     with torch.no_grad():
-        losses = [causal_lm_losses(model, batch) for batch in iter_batches(encoded, 10_000, 0)]
+        losses = [causal_lm_losses(model, batch) for batch in iter_batches(encoded, 10_000)]
     assert result["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
     assert (result["examples"], result["tokens"]) == (24, 96)
 
@@ -223,7 +223,7 @@ def test_an_exact_match_is_what_greedy_decoding_would_give(tiny):
         greedy[row, 4 + row // 2] = (greedy[row, 4 + row // 2] + 1) % model.config.vocab_size
     ids = greedy.numpy().astype(np.int32)
     labels = np.where(np.arange(7) < 4, -100, ids)
-    result = evaluate(model, [Encoded(*row, truncated=False) for row in zip(ids, labels, strict=True)], 16, 0)
+    result = evaluate(model, [Encoded(*row, truncated=False) for row in zip(ids, labels, strict=True)], 16)
     assert result["exact_match"] == pytest.approx(4 / 6)
 
 
@@ -232,7 +232,7 @@ def test_nothing_supervised_is_refused(tiny, tokenizer, tmp_path):
     with pytest.raises(InputError, match="to train on"):
         train(tiny.model(dtype=torch.float32), tokenizer, empty, tmp_path, epochs=1, learning_rate=1e-3)
     with pytest.raises(InputError, match="to evaluate on"):
-        evaluate(tiny.model(), empty, 64, 0)
+        evaluate(tiny.model(), empty, 64)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tiny, tokenizer, encoded, tmp_path):

@@ -80,7 +80,7 @@ def make_proxy(checkpoint: Path, pool: Pool, max_length: int, seed: int) -> tupl
     tokens = 0
     with frozen(target):
         for row in encoded:  # one at a time, so that no column is padding
-            (batch,) = iter_batches([row], max_length, 0)
+            (batch,) = iter_batches([row], max_length)
             batch = replace(batch, labels=batch.input_ids.clone())
             chosen = torch.randperm(int(batch.lengths[0]), generator=generator)[: COLUMNS // EXAMPLES]
             watched_backward(target, layers, lambda batch=batch: causal_lm_losses(target, batch), keep)

@@ -110,7 +110,7 @@ def predict(model: nn.Module, encoded: list[Encoded], tasks: int) -> np.ndarray:
     device = next(model.parameters()).device
     found = np.full((len(encoded), tasks), np.nan)
     with torch.inference_mode():
-        for batch in iter_batches(encoded, 4096, model.config.pad_token_id):
+        for batch in iter_batches(encoded, 4096):
             mask = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
             logits = model(input_ids=batch.input_ids.to(device), attention_mask=mask.to(device)).logits
             found[batch.indices] = logits[: len(batch.indices)].double().cpu().numpy()

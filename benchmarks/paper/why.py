@@ -57,7 +57,7 @@ class Why:
         """Return unit gradients [N, D] of some examples, without those that have no supervised token."""
         encoded = [row for row in self.encoder.encode(examples) if row.supervised]
         found = np.zeros((len(encoded), DIMENSION), np.float32)
-        for batch in iter_batches(encoded, 4096, 0):
+        for batch in iter_batches(encoded, 4096):
             found[batch.indices] = self.projector(batch)[0].float().numpy()[: len(batch.indices)]
         return found / np.linalg.norm(found, axis=1, keepdims=True).clip(1e-30)
 
@@ -108,7 +108,7 @@ class Why:
     def loss(self, model: Any) -> float:
         """Return the mean loss over the validation sets."""
         sets: list[list[Encoded]] = [self.encoder.encode(rows) for rows in self.validation.values()]
-        return float(np.mean([evaluate(model, rows, 4096, 0)["loss"] for rows in sets]))
+        return float(np.mean([evaluate(model, rows, 4096)["loss"] for rows in sets]))
 
 
 def main() -> None:

@@ -57,18 +57,13 @@ def cut(text: str, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 76, 76, 40
+
+
 def shown(value: object) -> str:
     """Return a value as one short line for a message; large values are never written out as a whole."""
     return cut(_short.repr(value), 80)
-
-
-class _Short(reprlib.Repr):
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 2, 76, 76, 40
-
-
-_short = _Short()
 
 
 def system_refusal(error: BaseException, fallback: object = None) -> str | None:

@@ -185,7 +185,7 @@ def steps_per_epoch(rows: int, batch_size: int, accumulate: int) -> int:
     return math.ceil(math.ceil(rows / batch_size) / accumulate)
 
 
-def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int, pad_id: int) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: int) -> dict[str, float]:
     """Evaluate a model on a set of examples.
 
     Returns:
@@ -196,7 +196,7 @@ def evaluate(model: PreTrainedModel, encoded: Sequence[Encoded], batch_tokens: i
     example_sum = token_sum = 0.0
     examples = tokens = exact = 0
     with torch.no_grad():
-        for batch in iter_batches(encoded, batch_tokens, pad_id):
+        for batch in iter_batches(encoded, batch_tokens):
             count = batch.input_ids.shape[0]
             sums = torch.zeros(count, dtype=torch.float64, device=model.device)
             numbers, missed = (torch.zeros(count, dtype=torch.long, device=model.device) for _ in range(2))
@@ -264,7 +264,7 @@ class _Recorder(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         loss = float(logs["loss"])
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss} at step {state.global_step}; lower the learning rate"
             )

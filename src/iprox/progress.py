@@ -78,25 +78,6 @@ class Advance(Protocol):
         """Add a count; `earlier` ones were done before a resume and do not enter the rate."""
 
 
-class _Pace:
-    """Rate since the first report: the time before it is set-up, such as loading and compiling."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._done = 0
-
-    def add(self, count: int, earlier: bool) -> None:
-        if self._since is None or earlier:
-            self._since, self._done = time.monotonic(), 0
-        else:
-            self._done += count
-
-    def rate(self) -> float | None:
-        """Return the count per second, None if it is not known yet."""
-        seconds = 0.0 if self._since is None else time.monotonic() - self._since
-        return self._done / seconds if self._done and seconds > 0 else None
-
-
 def _rate_in_words(rate: float, unit: str) -> str:
     """Return a rate such as `3.0 rows/s`; below one per second, `4.0 s/row`."""
     if rate >= 1:
@@ -184,33 +165,35 @@ class Reporter:
         line with carriage returns and counts set-up time in its rate.
         """
         started = last = time.monotonic()
-        done = before = 0
-        pace = _Pace()
+        since: float | None = None  # the first report; the time before it is set-up, such as loading and compiling
+        done = before = timed = 0
 
-        def state() -> str:
-            rate = pace.rate()
-            count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
-            shown = f"{count} {unit}" if rate is None else f"{count} {unit}, {_rate_in_words(rate, unit)}"
-            return f"{description}: {shown}, {timedelta(seconds=round(time.monotonic() - started))}"
+        def say(end: str = "") -> None:
+            now = time.monotonic()
+            line = f"{description}: {done:,}{'' if total is None else f'/{total:,}'} {unit}"
+            rate = timed / (now - since) if since is not None and timed and now > since else None
+            if rate is not None:
+                line += f", {_rate_in_words(rate, unit)}"
+                if total is not None and not end:
+                    end = f", about {timedelta(seconds=round((total - done) / rate))} left"
+            self.say(f"{line}, {timedelta(seconds=round(now - started))}{end}")
 
         def advance(count: int, /, *, earlier: bool = False) -> None:
-            nonlocal done, before, last
+            nonlocal since, done, before, timed, last
+            now = time.monotonic()
             done += count
             before += count * earlier
-            pace.add(count, earlier)
-            now = time.monotonic()
-            if now - last < LOG_INTERVAL or done == before or (total is not None and done >= total):
-                return
-            last = now
-            rate = pace.rate()
-            if total is None or rate is None:
-                self.say(state())
+            if since is None or earlier:
+                since, timed = now, 0
             else:
-                self.say(f"{state()}, about {timedelta(seconds=round((total - done) / rate))} left")
+                timed += count
+            if now - last >= LOG_INTERVAL and done > before and (total is None or done < total):
+                last = now
+                say()
 
         self.say(description if total is None else f"{description}: {total:,} {unit}")
         yield advance
-        self.say(f"{state()}, done")
+        say(", done")
 
 
 def _nowhere(_count: int, /, *, earlier: bool = False) -> None:

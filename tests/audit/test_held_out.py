@@ -47,7 +47,7 @@ def job(model, target=None, sample=(), **settings):
 
 def whole_scores(model, queries):
     scorer, scores = BatchScorer(model, queries), np.empty((len(ROWS), len(queries)))
-    for batch in iter_batches(ROWS, 64, 0):
+    for batch in iter_batches(ROWS, 64):
         scores[batch.indices] = scorer(batch)[0].numpy()
     return scores
 
@@ -56,12 +56,13 @@ def whole_scores(model, queries):
 def test_fidelity_is_the_correlation_of_whole_gradients_or_nearly(pair, query_norm, tolerance):
     model, proxy = pair
     watched = HeldOutFidelity(job(model, query_norm=query_norm), ROWS)
-    queries = {task: mean_gradient(model, iter_batches(rows, 64, 0))[0] for task, rows in VALIDATION.items()}
+    queries = {task: mean_gradient(model, iter_batches(rows, 64))[0] for task, rows in VALIDATION.items()}
     scores, truth = whole_scores(proxy, queries), whole_scores(model, queries)
     wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(scores.T, truth.T, strict=True)])
     assert 0.2 < wanted < 0.99  # a proxy that is neither useless nor perfect
-    assert watched.of(proxy) == watched.watch(proxy)() == pytest.approx(wanted, abs=tolerance)
-    assert watched.with_bound(proxy)[1] < watched.of(proxy)
+    fidelity = watched.watch(proxy)
+    assert fidelity() == fidelity() == pytest.approx(wanted, abs=tolerance)
+    assert watched.with_bound(proxy)[1] < fidelity()
     cost = watched.cost.contraction
     assert cost["proxy"] == cost["target"] if query_norm == 1 else cost["proxy"] < cost["target"]
 
@@ -91,12 +92,12 @@ def test_what_is_watched_is_how_candidates_are_scored(pair, changed, on_target, 
     columns = []
     for scorer in (of_proxy, of_target):
         scores = np.empty((len(ROWS), 2))
-        for batch in iter_batches(ROWS, 64, 0):
+        for batch in iter_batches(ROWS, 64):
             scores[batch.indices] = scorer(batch)[0].numpy()
         columns.append(scores)
     wanted = np.mean([stats.spearmanr(x, y).statistic for x, y in zip(columns[0].T, columns[1].T, strict=True)])
-    assert watched.of(proxy) == pytest.approx(wanted, abs=tolerance)
-    assert watched.watch(proxy)() == watched.of(proxy)
+    fidelity = watched.watch(proxy)
+    assert fidelity() == fidelity() == pytest.approx(wanted, abs=tolerance)
 
 
 def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch):
@@ -105,7 +106,7 @@ def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch
     for size in (0, 3):
         monkeypatch.setattr(base, "NORM_SKETCH", size)
         watched = HeldOutFidelity(job(model, normalize="cosine"), ROWS)
-        found.append(watched.of(proxy))
+        found.append(watched.watch(proxy)())
         spent.append(watched.cost.contraction)
     assert found[0] != found[1]
     assert spent[0]["target"] == spent[1]["target"]
@@ -115,7 +116,7 @@ def test_norms_are_sketched_on_proxies_and_exact_on_the_target(pair, monkeypatch
 def test_the_target_is_faithful_to_itself(pair):
     model, _ = pair
     for query_norm in (None, 1.0):
-        assert HeldOutFidelity(job(model, query_norm=query_norm), ROWS).of(model) > (
+        assert HeldOutFidelity(job(model, query_norm=query_norm), ROWS).watch(model)() > (
             0.97 if query_norm is None else 1 - 1e-9
         )
 
@@ -131,9 +132,8 @@ def test_a_collapsed_model_has_no_fidelity(pair):
     watched = HeldOutFidelity(job(model), ROWS)
     for parameter in proxy.gpt_neox.final_layer_norm.parameters():
         parameter.data.zero_()
-    for measure in (watched.of, lambda each: watched.watch(each)()):
-        with pytest.raises(InputError, match="the proxy's scores of the 24 held-out rows for a are all equal"):
-            measure(proxy)
+    with pytest.raises(InputError, match="the proxy's scores of the 24 held-out rows for a are all equal"):
+        watched.watch(proxy)()
     assert all(np.isnan(each) for each in watched.with_bound(proxy))  # which a search takes for not faithful enough
     for parameter in model.gpt_neox.final_layer_norm.parameters():
         parameter.data.zero_()

@@ -54,8 +54,8 @@ def test_a_budget_below_one_is_refused():
 
 
 def test_collate_pads_on_the_right():
-    batch = collate([encoded(3, 1), encoded(1), encoded(2, 1)], [2, 0], pad_id=99)
-    assert batch.input_ids.tolist() == [[1, 2, 99], [1, 2, 3]]
+    batch = collate([encoded(3, 1), encoded(1), encoded(2, 1)], [2, 0])
+    assert batch.input_ids.tolist() == [[1, 2, 0], [1, 2, 3]]
     assert batch.labels.tolist() == [[IGNORE, 2, IGNORE], [IGNORE, IGNORE, 3]]
     assert batch.lengths.tolist() == [2, 3]
     assert batch.indices == [2, 0]
@@ -66,7 +66,7 @@ def test_collate_pads_on_the_right():
 def test_iter_batches_yields_the_supervised_rows_unchanged(spec, budget):
     rows = [encoded(length, None if supervised else 0) for length, supervised in spec]
     seen = []
-    for batch in iter_batches(rows, budget, pad_id=0):
+    for batch in iter_batches(rows, budget):
         assert batch.input_ids.shape[1] == padded_width(int(batch.lengths.max()))
         for position, index in enumerate(batch.indices):
             length = int(batch.lengths[position])
@@ -80,16 +80,16 @@ def test_iter_batches_yields_the_supervised_rows_unchanged(spec, budget):
 def test_a_lone_first_token_has_no_prediction():
     assert encoded(1).supervised == 0
     assert encoded(4, 4).supervised == 3
-    assert list(iter_batches([encoded(1)], 10, 0)) == []
+    assert list(iter_batches([encoded(1)], 10)) == []
 
 
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=30), st.integers(1, 8), st.integers(10, 200))
 def test_example_batches_hold_so_many_examples_unless_they_are_long(lengths, size, budget):
     rows = [encoded(n) for n in lengths]
-    batches = list(example_batches(rows, size, 0, budget))
+    batches = list(example_batches(rows, size, batch_tokens=budget))
     assert sorted(i for batch in batches for i in batch.indices) == list(range(len(rows)))
     for batch in batches[:-1]:
         assert len(batch.indices) <= size
         assert batch.input_ids.numel() <= budget or len(batch.indices) == 1
-    unlimited = [len(batch.indices) for batch in example_batches(rows, size, 0)]
+    unlimited = [len(batch.indices) for batch in example_batches(rows, size)]
     assert all(count == size for count in unlimited[:-1])

@@ -126,7 +126,7 @@ def test_checkpoints_are_summed_by_validation_example(setup, tmp_path, keep):
 def iter_pool(pool):
     from iprox.data import iter_batches
 
-    return iter_batches(Letters().encode(list(pool)), 32, 0)
+    return iter_batches(Letters().encode(list(pool)), 32)
 
 
 def test_the_mean_of_examples_is_the_score_of_the_task(setup):

@@ -24,7 +24,7 @@ def encoded(rows):
 
 def scored(scorer, rows, batch_tokens=40):
     scores = np.zeros((len(rows), len(scorer.tasks)))
-    for batch in iter_batches(rows, batch_tokens, 0):
+    for batch in iter_batches(rows, batch_tokens):
         scores[batch.indices] = scorer(batch)[0].double().numpy()
     return scores
 
@@ -82,7 +82,7 @@ def test_rds_is_the_mean_cosine_with_validation_examples(tiny):
     scores = scored(scorer_of(model, validation, estimator="rds"), rows)
 
     def state(row):
-        return baselines.pooled_states(model, next(iter_batches([row], 100, 0)))[0]
+        return baselines.pooled_states(model, next(iter_batches([row], 100)))[0]
 
     for column, examples in enumerate(validation.values()):
         for number, row in enumerate(rows):

@@ -135,7 +135,7 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
 
     encoded = Letters().encode(list(POOL))
     expected = np.full((5, 4), np.nan)
-    for each in iter_batches(encoded, 4096, 0):
+    for each in iter_batches(encoded, 4096):
         features, meets = projector(each)[0], torch.cat([projector.project(query) for query in queries.values()])
         if normalize == "cosine":
             features, meets = (torch.nn.functional.normalize(x, dim=1) for x in (features, meets))

@@ -54,11 +54,11 @@ def by_hand(model, validation):
     """Every text by itself, with the estimator that its own tests check against autograd."""
     columns = []
     for encoded in validation.values():
-        queries = mean_gradient(model, list(iter_batches(encoded, 64, 0)))[0]
+        queries = mean_gradient(model, list(iter_batches(encoded, 64)))[0]
         scorer = BatchScorer(model, {"task": queries})
         scores = np.full(len(TEXTS), np.nan)
         for i, row in enumerate(Letters().encode(Pool([{"text": text} for text in TEXTS]))):
-            for batch in iter_batches([row], 64, 0):
+            for batch in iter_batches([row], 64):
                 scores[i] = scorer(batch)[0].item()
         columns.append(scores)
     return np.stack(columns, axis=1)

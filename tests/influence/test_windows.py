@@ -103,7 +103,7 @@ def test_validation_gradients_are_taken_in_batches_that_fit(tiny, window):
     model, validation = tiny.model("qwen3"), {"task": Numbers().encode(window)}
     scorer, fitted = job_of(model, validation, batch_tokens=64, loss_fn=small_memory(20, ERRORS[0], [])).scorer()
     assert fitted == 16
-    batch = next(iter_batches(validation["task"], 16, 0))
+    batch = next(iter_batches(validation["task"], 16))
     torch.testing.assert_close(scorer(batch)[0], scorer_of(model, validation)(batch)[0], rtol=1e-9, atol=0)
     with pytest.raises(torch.OutOfMemoryError):
         scorer_of(model, validation, batch_tokens=64, loss_fn=small_memory(10, ERRORS[0], []))

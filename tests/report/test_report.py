@@ -18,16 +18,10 @@ from synthetic_run import HOSTILE_SOURCE, ROWS, SCRIPT, TASKS, layers, profile, 
 from iprox.data import Pool
 from iprox.errors import InputError
 from iprox.report import formats
-from iprox.report.charts import (
-    fidelity_chart,
-    rank_chart,
-    safe_json,
-    score_histogram,
-    source_chart,
-    source_counts,
-)
-from iprox.report.charts.proxy import layers_by_kind
-from iprox.report.charts.scores import bin_edges, count_into
+from iprox.report.charts.audit import fidelity_chart
+from iprox.report.charts.base import safe_json
+from iprox.report.charts.proxy import layers_by_kind, rank_chart
+from iprox.report.charts.scores import bin_edges, count_into, score_histogram, source_chart, source_counts
 from iprox.report.charts.training import thin
 from iprox.report.examples import MOST_CHARACTERS, extreme_rows, roles_and_texts, shaded
 from iprox.report.finished_run import read_run

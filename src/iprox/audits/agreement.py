@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from iprox.audits.removal import top_rows
 from iprox.settings import NAMED_SHARE
 
 Key = TypeVar("Key", bound=Hashable)
@@ -23,23 +24,26 @@ LENGTH_BINS = 5
 DISAGREEMENTS = 5
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Spearman's rank correlation of two samples [N]; NaN if one is constant.
+def rank_correlations(samples: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Return Spearman's rank correlations of K samples [K, N] with each other [K, K]; NaN where one is constant.
 
     Equals scipy's `spearmanr`, but skips its checks, which take longer than the computation on a few hundred rows.
     """
     from scipy.stats import rankdata  # half a second
 
     with np.errstate(invalid="ignore", divide="ignore"):
-        return float(np.corrcoef(rankdata([x, y], axis=1))[0, 1])
+        return np.corrcoef(rankdata(samples, axis=1))
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Spearman's rank correlation of two samples [N]; NaN if one is constant."""
+    return float(rank_correlations([x, y])[0, 1])
 
 
 def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
     """Return the fraction of the target's top `share` that is also in the proxy's top `share`."""
     count = max(1, round(share * len(target)))
-    chosen = np.argsort(-proxy, kind="stable")[:count]
-    wanted = np.argsort(-target, kind="stable")[:count]
-    return len(np.intersect1d(chosen, wanted)) / count
+    return int(np.sum(top_rows(proxy, count) & top_rows(target, count))) / count
 
 
 def telling_share(sample: int) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from iprox.audits.agreement import FEWEST, rank_correlations
 from iprox.data import GENERATED_ID
 from iprox.errors import InputError
 from iprox.scores import AGGREGATE, TASK_PREFIX, scores_metadata, task_names
@@ -18,8 +19,6 @@ from iprox.settings import NAMED_SHARE
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-FEWEST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +150,11 @@ def compare(scores: Mapping[str, pa.Table], *, share: float = NAMED_SHARE) -> Co
             f"only {kept.sum()} rows have all of the scores, and a comparison needs at least {FEWEST}; ids are such as "
             f"{one} in {names[0]} and {other} in {names[1]}"
         )
-    from scipy import stats
-
     spearman, overlap = {}, {}
     count = max(1, round(share * int(kept.sum())))
     for number, column in enumerate([*tasks, AGGREGATE]):
         of_column = values[:, number, kept]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            spearman[column] = np.corrcoef(stats.rankdata(of_column, axis=1))
+        spearman[column] = rank_correlations(of_column)
         tops = np.zeros(of_column.shape, dtype=np.float32)
         np.put_along_axis(tops, np.argsort(-of_column, axis=1, kind="stable")[:, :count], 1.0, axis=1)
         tops[np.ptp(of_column, axis=1) == 0] = np.nan  # equal scores have no top

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from iprox.aggregation import equal_scores
 from iprox.audits.agreement import (
+    FEWEST,
     OVERLAP_AT,
     bootstrap_intervals,
     by_group,
@@ -105,8 +106,8 @@ def compare_scores(proxy: pa.Table, target: pa.Table) -> AuditReport:
         raise InputError(f"the proxy was scored on {tasks}, the target on {task_names(target)}")
     on_proxy, on_target = score_matrix(proxy), score_matrix(target)
     (both,) = np.nonzero(np.isfinite(on_proxy).all(1) & np.isfinite(on_target).all(1))
-    if len(both) < 10:
-        raise InputError(f"only {len(both)} examples have both scores; an audit needs at least 10")
+    if len(both) < FEWEST:
+        raise InputError(f"only {len(both)} examples have both scores; an audit needs at least {FEWEST}")
     x, y = on_proxy[both].T, on_target[both].T
     for number, task in enumerate(tasks):
         _refuse_equal(task, x[number], y[number])

@@ -86,14 +86,6 @@ class HeldOutFidelity:
         self._wanted = self._scores(scorer, "target")
         self._refuse_unranked(self._wanted, "target", "lower warmup.learning_rate")
 
-    def of(self, proxy: nn.Module) -> float:
-        """Return the fidelity of a proxy.
-
-        Raises:
-            InputError: all of its scores for a task are equal.
-        """
-        return self._ranked(self._scores(self._scorer(proxy), "proxy"))
-
     def with_bound(self, proxy: nn.Module) -> tuple[float, float]:
         """Return the fidelity of a proxy and the lower bound of its 95 % interval.
 
@@ -108,7 +100,10 @@ class HeldOutFidelity:
         return self._fidelity(scores, self._wanted), low
 
     def watch(self, proxy: nn.Module) -> Callable[[], float]:
-        """Return a function that measures the fidelity of one proxy while it is tuned in place."""
+        """Return a function that measures the fidelity of one proxy while it is tuned in place.
+
+        The function raises InputError if all of the proxy's scores for a task are equal.
+        """
         made: list[Scorer] = []
 
         def fidelity() -> float:
@@ -116,14 +111,11 @@ class HeldOutFidelity:
             # validation gradients depend on the factors.
             if not made or not self.query_on_target:
                 made[:] = [self._scorer(proxy)]
-            return self._ranked(self._scores(made[0], "proxy"))
+            scores = self._scores(made[0], "proxy")
+            self._refuse_unranked(scores, "proxy", "lower proxy.align.learning_rate, or remove less (proxy.sparsity)")
+            return self._fidelity(scores, self._wanted)
 
         return fidelity
-
-    def _ranked(self, scores: np.ndarray) -> float:
-        """Return the fidelity of a proxy's scores, refusing scores that are all equal."""
-        self._refuse_unranked(scores, "proxy", "lower proxy.align.learning_rate, or remove less (proxy.sparsity)")
-        return self._fidelity(scores, self._wanted)
 
     def _refuse_unranked(self, scores: np.ndarray, of: str, remedy: str) -> None:
         """Refuse scores [rows, tasks] for which fidelity is not defined."""
@@ -163,7 +155,7 @@ class HeldOutFidelity:
 
         def scores(batch_tokens: int) -> np.ndarray:
             found = np.empty((len(self.rows), scorer.columns))
-            for batch in on_device(iter_batches(self.rows, batch_tokens, 0), scorer.device):
+            for batch in on_device(iter_batches(self.rows, batch_tokens), scorer.device):
                 found[batch.indices] = scorer(batch)[0].cpu().numpy()
             return found
 

@@ -17,7 +17,7 @@ class Batch:
     """Examples of similar lengths, padded on the right.
 
     Attributes:
-        input_ids: int64 [B, L], padded with the pad id.
+        input_ids: int64 [B, L], padded with token 0.
         labels: int64 [B, L], -100 where there is no loss; not shifted.
         lengths: int64 [B], tokens of each row without padding.
         indices: position of each row in the caller's list. Rows beyond these are copies that only fill the batch.
@@ -111,12 +111,15 @@ def padded_width(length: int) -> int:
     return -(-max(1, length) // step) * step
 
 
-def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int = 0, width: int | None = None) -> Batch:
-    """Pad the rows `indices` of a list of examples on the right to one batch, to a width or to the longest row."""
+def collate(encoded: Sequence[Encoded], indices: Sequence[int], *, width: int | None = None) -> Batch:
+    """Pad the rows `indices` of a list of examples on the right to one batch, to a width or to the longest row.
+
+    The padding is token 0. Any token does: attention is causal, and padding is on the right.
+    """
     rows = [encoded[index] for index in indices]
     lengths = [len(row.input_ids) for row in rows]
     shape = (len(rows), max(lengths, default=0) if width is None else width)
-    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    input_ids = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     for position, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         input_ids[position, :length] = row.input_ids
@@ -129,15 +132,12 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int = 0,
     )
 
 
-def iter_batches(
-    encoded: Sequence[Encoded], batch_tokens: int, pad_id: int = 0, *, by_answer: bool = False
-) -> Iterator[Batch]:
+def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, *, by_answer: bool = False) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
         encoded: examples; the `indices` of a batch are positions in this list.
         batch_tokens: largest rows × padded width of a batch.
-        pad_id: token that fills the padding. Any token does: attention is causal, and padding is on the right.
         by_answer: sort by the lengths of answers, then of prompts (`answer_batches`).
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
@@ -148,12 +148,10 @@ def iter_batches(
     for batch in batches:
         indices = [kept[position] for position in batch]
         longest = max(len(encoded[index].input_ids) for index in indices)
-        yield collate(encoded, indices, pad_id, padded_width(longest))
+        yield collate(encoded, indices, width=padded_width(longest))
 
 
-def example_batches(
-    encoded: Sequence[Encoded], batch_size: int, pad_id: int = 0, batch_tokens: int | None = None
-) -> Iterator[Batch]:
+def example_batches(encoded: Sequence[Encoded], batch_size: int, *, batch_tokens: int | None = None) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches of `batch_size` examples, for training.
 
     Batches of long examples are smaller if `batch_tokens` limits their rows × longest row.
@@ -165,7 +163,7 @@ def example_batches(
         size = batch_size
         if batch_tokens is not None:
             size = min(size, max(1, batch_tokens // len(encoded[kept[start]].input_ids)))
-        yield collate(encoded, kept[start : start + size], pad_id)
+        yield collate(encoded, kept[start : start + size])
         start += size
 
 

@@ -97,26 +97,25 @@ class ChatEncoder:
         return [row for chunk in chunks for row in self._encode_chunk(chunk)]
 
     def _encode_chunk(self, examples: Sequence[Example]) -> list[Encoded]:
-        out: dict[int, Encoded] = {}
-        chats: list[int] = []
-        plain: list[int] = []
-        for index, example in enumerate(examples):
-            (plain if example.messages is None else chats).append(index)
-        for group, encode in ((chats, self._encode_chats), (plain, self._encode_plain)):
-            if group:
-                rows = encode([examples[index] for index in group])
-                for index, (ids, mask) in zip(group, rows, strict=True):
-                    if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
-                        raise InputError(
-                            f"{examples[index].origin}: the tokenizer gives the token {ids.max()}, but the model has "
-                            f"only {self.vocabulary} embeddings; use the model's own tokenizer"
-                        )
-                    if self.lowered and len(ids) > self.max_length:
-                        warnings.warn(self.lowered, stacklevel=2)
-                    out[index] = fit(ids, np.where(mask, ids, IGNORE).astype(np.int32), self.max_length)
-        return [out[index] for index in range(len(examples))]
+        chats = [example for example in examples if example.messages is not None]
+        plain = [example for example in examples if example.messages is None]
+        of_chats, of_plain = iter(self._encode_chats(chats)), iter(self._encode_plain(plain))
+        rows = []
+        for example in examples:
+            ids, mask = next(of_plain if example.messages is None else of_chats)
+            if self.vocabulary is not None and len(ids) and ids.max() >= self.vocabulary:
+                raise InputError(
+                    f"{example.origin}: the tokenizer gives the token {ids.max()}, but the model has only "
+                    f"{self.vocabulary} embeddings; use the model's own tokenizer"
+                )
+            if self.lowered and len(ids) > self.max_length:
+                warnings.warn(self.lowered, stacklevel=2)
+            rows.append(fit(ids, np.where(mask, ids, IGNORE).astype(np.int32), self.max_length))
+        return rows
 
     def _encode_chats(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not examples:
+            return []
         if self.chat_template is None:
             raise InputError(
                 f"{examples[0].origin}: the row has messages, but the tokenizer has no chat template; "
@@ -219,6 +218,8 @@ class ChatEncoder:
         return rows
 
     def _encode_plain(self, examples: Sequence[Example]) -> list[tuple[np.ndarray, np.ndarray]]:
+        if not examples:
+            return []
         eos = self.tokenizer.eos_token
         if not eos:
             raise InputError(

@@ -56,28 +56,20 @@ class TurnBoundaries:
 
     def _tokens(self, texts: list[str], spans: list[list[tuple[int, int]]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the token ids of each text, int32 [L], and which of them are in its spans of characters, bool [L]."""
-        out = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        out = self.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, padding=False, truncation=False, verbose=False
+        )
         rows = []
-        for index, ids in enumerate(out["input_ids"]):
+        for ids, offsets, within in zip(out["input_ids"], out["offset_mapping"], spans, strict=True):
             mask = np.zeros(len(ids), dtype=bool)
-            for start, end in spans[index]:
-                # A character may have no token of its own (trimmed white space): take the next inside the span.
-                tokens = (out.char_to_token(index, char) for char in range(start, end))
-                first = next((token for token in tokens if token is not None), None)
-                tokens = (out.char_to_token(index, char) for char in range(end - 1, start - 1, -1))
-                last = next((token for token in tokens if token is not None), None)
-                if first is None or last is None:
-                    continue
-                while last + 1 < len(ids) and self._starts_before(out, index, last + 1, end):
-                    last += 1  # the last character may consist of several tokens (bytes)
-                mask[first : last + 1] = True
+            starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+            for start, end in within:
+                # Characters may have no token of their own (trimmed white space), or several (bytes).
+                tokens = np.flatnonzero((starts < end) & (ends > start))
+                if tokens.size and start < end:
+                    mask[tokens[0] : tokens[-1] + 1] = True
             rows.append((np.asarray(ids, dtype=np.int32), mask))
         return rows
-
-    @staticmethod
-    def _starts_before(out: Any, index: int, token: int, end: int) -> bool:
-        span = out.token_to_chars(index, token)
-        return span is not None and span.start < end
 
     def _spans(self, examples: Sequence[Example], texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Return the character spans [start, end) of the assistant turns that are not masked."""

@@ -69,22 +69,16 @@ def labels(paths: Sequence[Path]) -> list[tuple[str, str]]:
 
     Files with the same name get as many parent folders in front as distinguish them.
     """
-    shown = _unique([[path.name] for path in paths], paths)
-    stems = _unique([[_decompressed(path).stem, path.name] for path in paths], paths)
-    return list(zip(shown, stems, strict=True))
-
-
-def _unique(choices: list[list[str]], paths: Sequence[Path]) -> list[str]:
     deepest = max((len(path.parts) for path in paths), default=0)
-    for level in range(len(choices[0]) if choices else 0):
-        names = [choice[level] for choice in choices]
-        if len(set(names)) == len(names):
-            return names
-    for depth in range(2, deepest + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+    names = [["/".join(path.parts[-depth:]) for path in paths] for depth in range(1, deepest + 1)]
+    names.append([str(path) for path in paths])
+    stems = [_decompressed(path).stem for path in paths]
+    return list(zip(_first_distinct(names), _first_distinct([stems, *names]), strict=True))
+
+
+def _first_distinct(choices: list[list[str]]) -> list[str]:
+    """Return the first choice of names that are all different, else the last choice."""
+    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
 def _expand(pattern: str, name: str) -> list[Path]:

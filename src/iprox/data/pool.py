@@ -110,102 +110,8 @@ class Pool:
             InputError: there are bad rows (and `on_bad_row="stop"`), two rows have the same id, no row is good, or a
                 row cannot be written as JSON when it is selected.
         """
-        if self._summary is None:
-            self._summary = self._scan(progress, look)
-        return self._summary
-
-    def take(self, rows: Iterable[int]) -> list[Example]:
-        """Return the examples of some rows, in the order given, reading the pool once."""
-        wanted = [int(row) for row in rows]
-        found = {example.row: example for example, _, _ in self._chosen(wanted)}
-        return [found[row] for row in wanted]
-
-    def write_rows(self, rows: Sequence[int], path: Path, ids: Sequence[str] | None = None) -> None:
-        """Write some rows as JSON lines, in the order given; the file is replaced atomically.
-
-        Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other formats are
-        written with the same columns. `ids` are the ids that the rows should have. Memory holds two numbers per row.
-
-        Raises:
-            InputError: the pool has no such row, a row has a different id, a column cannot be written as JSON, or
-                `path` is a file of the pool.
-        """
-        path = Path(path)
-        if any(reader.path is not None and _same_file(reader.path, path) for reader in self._readers):
-            raise InputError(f"{path}: is a file of the {self.name} itself; choose another output")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        wanted = [int(row) for row in rows]
-        expected = dict(zip(wanted, ids, strict=True)) if ids is not None else {}
-        places: dict[int, tuple[int, int]] = {}
-        # Rows go to a spool file first, because they are read in a different order.
-        with replacing(path) as partial, partial.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
-            for example, line in self._lines(wanted):
-                if expected and expected[example.row] != example.id:
-                    raise InputError(
-                        f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
-                        "the scores belong to a different pool, or to the same files in a different order"
-                    )
-                places[example.row] = (spool.tell(), len(line))
-                spool.write(line)
-            for row in wanted:
-                offset, length = places[row]
-                spool.seek(offset)
-                out.write(spool.read(length))
-
-    def _lines(self, wanted: Sequence[int]) -> Iterator[tuple[Example, bytes]]:
-        """Yield chosen rows as JSON lines, in the order of the pool."""
-        for example, record, _ in self._chosen(wanted):
-            line = json_line(record.data, example.origin) if record.line is None else record.line
-            yield example, line if line.endswith(b"\n") else line + b"\n"
-
-    def _good_rows(
-        self, on_bad: Callable[[str, str], None] | None, chosen: Container[int] | None = None
-    ) -> Iterator[tuple[Example, Record, Reader]]:
-        """Yield every good row with its raw record and its reader; call `on_bad(origin, reason)` for the others.
-
-        Of a pool without bad rows those that are not `chosen` can be passed over unread.
-        """
-        row = 0
-        for reader in self._readers:
-            for record in reader.records():
-                if chosen is not None and row not in chosen:
-                    row += 1
-                    continue
-                origin = f"{reader.label}:{record.row}"
-                try:
-                    if record.error is not None:
-                        raise BadRowError(record.error)
-                    default_id = f"{reader.stem}-{record.row:08d}"  # matches `GENERATED_ID`
-                    data = self.columns.read(record.data)
-                    example = to_example(data, row=row, origin=origin, default_id=default_id)
-                except BadRowError as error:
-                    if on_bad is not None:
-                        on_bad(origin, str(error))
-                    continue
-                row += 1
-                yield example, record, reader
-
-    def _chosen(self, wanted: Sequence[int]) -> Iterator[tuple[Example, Record, Reader]]:
-        if not wanted:
-            return
-        chosen, last, seen = set(wanted), max(wanted), 0
-        if min(chosen) < 0:
-            raise InputError(f"{self.name}: rows are counted from 0; {min(chosen)} was asked for")
-        sound = self._summary is not None and not self._summary.bad_rows
-        refuse = self._refuse if self.on_bad_row == "stop" else None
-        for example, record, reader in self._good_rows(refuse, chosen if sound else None):
-            seen = example.row + 1
-            if example.row in chosen:
-                yield example, record, reader
-            if example.row == last:
-                return
-        seen = min(last, self._summary.rows) if self._summary is not None else seen
-        raise InputError(f"{self.name}: row {last} was asked for, but there are only {seen} good rows")
-
-    def _refuse(self, origin: str, reason: str) -> None:
-        raise InputError(f"{self.name}: {origin}: {reason} (--set data.on_bad_row=skip leaves such rows out)")
-
-    def _scan(self, progress: Callable[[int], None] | None, look: Callable[[Example], None] | None) -> PoolSummary:
+        if self._summary is not None:
+            return self._summary
         bad, first_bad = 0, []
 
         def note(origin: str, reason: str) -> None:
@@ -254,7 +160,95 @@ class Pool:
                 f"--set data.on_bad_row=skip:\n  " + "\n  ".join(first_bad) + more
             )
         self._check_ids(np.frombuffer(hashes, dtype=np.uint64))
-        return PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))
+        self._summary = PoolSummary(rows, bad, dict(sources), digest.hexdigest(), files, tuple(first_bad))
+        return self._summary
+
+    def take(self, rows: Iterable[int]) -> list[Example]:
+        """Return the examples of some rows, in the order given, reading the pool once."""
+        wanted = [int(row) for row in rows]
+        found = {example.row: example for example, _, _ in self._chosen(wanted)}
+        return [found[row] for row in wanted]
+
+    def write_rows(self, rows: Sequence[int], path: Path, ids: Sequence[str] | None = None) -> None:
+        """Write some rows as JSON lines, in the order given; the file is replaced atomically.
+
+        Rows of JSON lines files are copied byte for byte (a missing last newline is added). Rows of other formats are
+        written with the same columns. `ids` are the ids that the rows should have. Memory holds two numbers per row.
+
+        Raises:
+            InputError: the pool has no such row, a row has a different id, a column cannot be written as JSON, or
+                `path` is a file of the pool.
+        """
+        path = Path(path)
+        if any(reader.path is not None and _same_file(reader.path, path) for reader in self._readers):
+            raise InputError(f"{path}: is a file of the {self.name} itself; choose another output")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [int(row) for row in rows]
+        expected = dict(zip(wanted, ids, strict=True)) if ids is not None else {}
+        places: dict[int, tuple[int, int]] = {}
+        # Rows go to a spool file first, because they are read in a different order.
+        with replacing(path) as partial, partial.open("wb") as out, tempfile.TemporaryFile(dir=path.parent) as spool:
+            for example, record, _ in self._chosen(wanted):
+                if expected and expected[example.row] != example.id:
+                    raise InputError(
+                        f"{example.origin}: has the id {example.id!r}, {expected[example.row]!r} was expected; "
+                        "the scores belong to a different pool, or to the same files in a different order"
+                    )
+                line = json_line(record.data, example.origin) if record.line is None else record.line
+                line = line if line.endswith(b"\n") else line + b"\n"
+                places[example.row] = (spool.tell(), len(line))
+                spool.write(line)
+            for row in wanted:
+                offset, length = places[row]
+                spool.seek(offset)
+                out.write(spool.read(length))
+
+    def _good_rows(
+        self, on_bad: Callable[[str, str], None] | None, chosen: Container[int] | None = None
+    ) -> Iterator[tuple[Example, Record, Reader]]:
+        """Yield every good row with its raw record and its reader; call `on_bad(origin, reason)` for the others.
+
+        Of a pool without bad rows those that are not `chosen` can be passed over unread.
+        """
+        row = 0
+        for reader in self._readers:
+            for record in reader.records():
+                if chosen is not None and row not in chosen:
+                    row += 1
+                    continue
+                origin = f"{reader.label}:{record.row}"
+                try:
+                    if record.error is not None:
+                        raise BadRowError(record.error)
+                    default_id = f"{reader.stem}-{record.row:08d}"  # matches `GENERATED_ID`
+                    data = self.columns.read(record.data)
+                    example = to_example(data, row=row, origin=origin, default_id=default_id)
+                except BadRowError as error:
+                    if on_bad is not None:
+                        on_bad(origin, str(error))
+                    continue
+                row += 1
+                yield example, record, reader
+
+    def _chosen(self, wanted: Sequence[int]) -> Iterator[tuple[Example, Record, Reader]]:
+        if not wanted:
+            return
+        chosen, last, seen = set(wanted), max(wanted), 0
+        if min(chosen) < 0:
+            raise InputError(f"{self.name}: rows are counted from 0; {min(chosen)} was asked for")
+        sound = self._summary is not None and not self._summary.bad_rows
+        refuse = self._refuse if self.on_bad_row == "stop" else None
+        for example, record, reader in self._good_rows(refuse, chosen if sound else None):
+            seen = example.row + 1
+            if example.row in chosen:
+                yield example, record, reader
+            if example.row == last:
+                return
+        seen = min(last, self._summary.rows) if self._summary is not None else seen
+        raise InputError(f"{self.name}: row {last} was asked for, but there are only {seen} good rows")
+
+    def _refuse(self, origin: str, reason: str) -> None:
+        raise InputError(f"{self.name}: {origin}: {reason} (--set data.on_bad_row=skip leaves such rows out)")
 
     def _check_ids(self, hashes: np.ndarray) -> None:
         hashes.sort()

@@ -36,9 +36,6 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UTF_32, _UTF_16 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-_Decode = Callable[[Any], Any]
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One raw row.
@@ -364,13 +361,14 @@ def _parquet(path: Path) -> Iterator[Record]:
     row = 0
     # Streams the column chunks; without these two settings a whole row group is read at once.
     with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
-        decode = _json_decoder(file.schema_arrow)
+        # `datasets` writes objects of mixed types as Arrow's JSON type.
+        encoded = {field.name: field.type for field in file.schema_arrow if "arrow.json" in str(field.type)}
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for data in batch.to_pylist():
                 row += 1
                 # Nulls are removed before decoding: those inside a JSON column are the user's own.
                 data = _unfilled(data)
-                yield Record(row, decode(data) if decode else data)
+                yield Record(row, data | {key: _decoded(data[key], kind) for key, kind in encoded.items()})
 
 
 def _unfilled(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,32 +386,17 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _json_decoder(schema: pa.Schema) -> _Decode | None:
-    """Return a function that decodes the columns of Arrow's JSON type in a row; None if there is no such column.
-
-    `datasets` writes this type for objects of mixed types.
-    """
-    decoders = {field.name: decode for field in schema if (decode := _decoder(field.type)) is not None}
-    if not decoders:
+def _decoded(value: Any, kind: pa.DataType) -> Any:
+    """Return a value in which all that has Arrow's JSON type is decoded."""
+    if value is None:
         return None
-    return lambda row: {key: decoders[key](value) if key in decoders else value for key, value in row.items()}
-
-
-def _decoder(kind: pa.DataType) -> _Decode | None:
     if isinstance(kind, pa.JsonType):
-        return lambda value: None if value is None else json.loads(value)
+        return json.loads(value)
     if pa.types.is_struct(kind):
-        fields = [kind.field(number) for number in range(kind.num_fields)]
-        inner = {field.name: decode for field in fields if (decode := _decoder(field.type)) is not None}
-        if inner:
-            return lambda value: (
-                value and {key: inner[key](each) if key in inner else each for key, each in value.items()}
-            )
+        return {key: _decoded(each, kind.field(key).type) for key, each in value.items()}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        item = _decoder(kind.value_type)
-        if item is not None:
-            return lambda value: value and [item(each) for each in value]
-    return None
+        return [_decoded(each, kind.value_type) for each in value]
+    return value
 
 
 def _csv(path: Path) -> Iterator[Record]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,20 +86,16 @@ class Lengths:
     high: float
 
     @classmethod
-    def of(cls, supervised: np.ndarray | Iterable[int]) -> Lengths | None:
+    def of(cls, supervised: np.ndarray | Sequence[int]) -> Lengths | None:
         """Return the quantiles of the counts that are not 0; None if there is none.
 
         Examples without a supervised token are left out because nothing is trained on them.
         """
-        counts = np.asarray(supervised if isinstance(supervised, np.ndarray) else list(supervised))
+        counts = np.asarray(supervised)
         counts = counts[counts > 0]
         if not len(counts):
             return None
         return cls(*(float(each) for each in np.quantile(counts, (0.1, 0.5, 0.9))))
-
-    def as_dict(self) -> dict[str, float]:
-        """Return plain data for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +111,11 @@ class ValidationLengths:
         counts = {task: [example.supervised for example in examples] for task, examples in validation.items()}
         found = {task: Lengths.of(each) for task, each in counts.items()}
         known = {task: each for task, each in found.items() if each is not None}
-        return cls(known, Lengths.of(count for each in counts.values() for count in each))
+        return cls(known, Lengths.of([count for each in counts.values() for count in each]))
 
     def as_metadata(self) -> dict[str, Any]:
         """Return the lengths as an entry for the metadata of a scores file."""
-        together = self.together and self.together.as_dict()
-        kept = {"tasks": {task: each.as_dict() for task, each in self.tasks.items()}, "together": together}
-        return {VALIDATION_LENGTHS: kept}
+        return {VALIDATION_LENGTHS: asdict(self)}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> ValidationLengths | None:

@@ -77,7 +77,7 @@ def terms_of(scorer: BatchScorer, encoded: Sequence[Encoded], batch_tokens: int)
         batch_tokens: largest batch size, rows × longest row.
     """
     terms: Terms = [None] * len(encoded)
-    for batch in iter_batches(encoded, batch_tokens, 0):
+    for batch in iter_batches(encoded, batch_tokens):
         found, _ = scorer(batch.to(scorer.device), by_token=True)
         values = scorer.of_tasks(found.double().cpu().numpy())
         for row, index in enumerate(batch.indices):

@@ -188,7 +188,7 @@ class Job:
 
         def from_batches(batch_tokens: int) -> T:
             def batches(rows: Any) -> Iterable[Any]:
-                return rows if self.encoder is None else on_device(iter_batches(rows, batch_tokens, 0), device)
+                return rows if self.encoder is None else on_device(iter_batches(rows, batch_tokens), device)
 
             inputs = Inputs(
                 settings=self.settings,
@@ -220,7 +220,7 @@ class Job:
         uncompiled = ""
         if self.compile:
             few = next(iter(self.validation.values()))
-            trial = next(iter_batches(few, batch_tokens, 0)).to(scorer.device)
+            trial = next(iter_batches(few, batch_tokens)).to(scorer.device)
             uncompiled = compile_model(scorer.model, scorer, trial)
         return WindowWorker(scorer, self.encoder, batch_tokens, uncompiled)
 

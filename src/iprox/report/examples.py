@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from iprox.data import Example, Pool, said
 from iprox.errors import InputError
 from iprox.report import formats
-from iprox.report.charts import safe_json
+from iprox.report.charts.base import safe_json
 
 if TYPE_CHECKING:
     from iprox.report.finished_run import FinishedRun
@@ -59,33 +59,6 @@ class ShadedToken:
         """CSS classes of the token's element."""
         shade = f"help{self.level}" if self.level > 0 else f"harm{-self.level}" if self.level < 0 else ""
         return " ".join(name for name in ("tok", shade, "sup" if self.supervised else "") if name)
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message as shown: its role, an excerpt of a long text, the text, and the number of characters left out."""
-
-    role: str
-    excerpt: str | None
-    text: str
-    characters: str
-    left_out: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ExampleCard:
-    """One row as shown."""
-
-    rank: str
-    id: str
-    source: str
-    tokens: str
-    influence: str
-    selected: bool
-    tasks: tuple[tuple[str, str], ...]
-    turns: tuple[Turn, ...]
-    origin: str
-    shading: tuple[ShadedToken, ...]
 
 
 def extreme_rows(influence: np.ndarray, most: int = SHOWN_EACH) -> tuple[list[int], list[int]]:
@@ -155,82 +128,69 @@ def fetch_examples(run: FinishedRun, pool: Pool | None, rows: Sequence[int]) -> 
     return {row: example for row, example in examples.items() if row not in moved}, warning
 
 
-def example_cards(run: FinishedRun, examples: Mapping[int, Example], rows: Sequence[int]) -> list[ExampleCard]:
-    """Return the cards of some rows, in the order of `rows`; cards of rows without an example show no text."""
+def _described(run: FinishedRun, row: int) -> dict[str, Any]:
+    """Return what is shown of a row besides its texts; `scores` and `shown` have the influence, then that by task."""
     scores = run.scores
-    chosen = _selected(run)
-
-    def card(row: int) -> ExampleCard:
-        example = examples.get(row)
-        return ExampleCard(
-            rank=formats.count(int(scores.ranks[row])),
-            id=scores.id(row),
-            source=scores.source(row) or "(no source)",
-            tokens=formats.count(scores.tokens[row]),
-            influence=formats.score(scores.influence[row]),
-            selected=row in chosen,
-            tasks=tuple((task, formats.score(values[row])) for task, values in scores.tasks.items()),
-            turns=() if example is None else tuple(_turn(*turn) for turn in roles_and_texts(example)),
-            origin="" if example is None else example.origin,
-            shading=() if example is None else tuple(run.shading.get(row, ())),
-        )
-
-    return [card(row) for row in rows]
+    values = [float(column[row]) for column in (scores.influence, *scores.tasks.values())]
+    return {
+        "rank": formats.count(int(scores.ranks[row])),
+        "id": scores.id(row),
+        "source": scores.source(row) or "(no source)",
+        "tokens": formats.count(scores.tokens[row]),
+        "selected": row in run.selected,
+        "scores": values,
+        "shown": [formats.score(value) for value in values],
+    }
 
 
-def _selected(run: FinishedRun) -> set[int]:
-    return set() if run.selection is None else set(run.selection.rows.tolist())
+def example_cards(run: FinishedRun, examples: Mapping[int, Example], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the cards of some rows, in the order of `rows`; cards of rows without an example show no text."""
+    cards = []
+    for row in rows:
+        texts: dict[str, Any] = {"turns": [], "origin": "", "shading": []}
+        if (example := examples.get(row)) is not None:
+            turns = [_turn(*turn) for turn in roles_and_texts(example)]
+            texts = {"turns": turns, "origin": example.origin, "shading": run.shading.get(row, [])}
+        cards.append({**_described(run, row), "tasks": list(run.scores.tasks), **texts})
+    return cards
 
 
-def _turn(role: str, text: str) -> Turn:
+def _turn(role: str, text: str) -> dict[str, Any]:
     shown = text[:MOST_CHARACTERS]
-    return Turn(
-        role=role,
-        excerpt=shown[:EXCERPT].rstrip() + " …" if len(shown) > EXCERPT * 1.25 else None,
-        text=shown,
-        characters=formats.count(len(text)),
-        left_out=formats.count(len(text) - len(shown)) if len(shown) < len(text) else None,
-    )
+    return {
+        "role": role,
+        "excerpt": shown[:EXCERPT].rstrip() + " …" if len(shown) > EXCERPT * 1.25 else None,
+        "text": shown,
+        "characters": formats.count(len(text)),
+        "left_out": formats.count(len(text) - len(shown)) if len(shown) < len(text) else None,
+    }
 
 
 def browser_data(run: FinishedRun, rows: Sequence[int], examples: Mapping[int, Example]) -> dict[str, Any] | None:
     """Return the values that the template and browser.js show, or None if there is no text to show."""
-    scores, selected = run.scores, _selected(run)
     held: list[dict[str, Any]] = []
     characters = 0
     for row in rows:
-        example = examples.get(row)
-        columns = [scores.influence[row], *(values[row] for values in scores.tasks.values())]
+        example, described = examples.get(row), _described(run, row)
         # A row without a score for some task cannot be sorted by it.
-        if example is None or not np.isfinite(columns).all():
+        if example is None or not np.isfinite(described["scores"]).all():
             continue
         turns = _shortened(roles_and_texts(example))
         characters += sum(len(text) for _, text, _ in turns)
         if characters > ALL_CHARACTERS:
             break
         tokens = run.shading.get(row)
-        held.append(
-            {
-                "row": row,
-                "rank": formats.count(int(scores.ranks[row])),
-                "id": scores.id(row),
-                "source": scores.source(row) or "(no source)",
-                "tokens": formats.count(scores.tokens[row]),
-                "selected": row in selected,
-                "scores": [float(value) for value in columns],
-                "shown": [formats.score(value) for value in columns],
-                "turns": turns,
-                "pieces": tokens and [(token.text, token.classes, token.term) for token in tokens],
-            }
-        )
+        pieces = tokens and [(token.text, token.classes, token.term) for token in tokens]
+        held.append({"row": row, **described, "turns": turns, "pieces": pieces})
     if not held:
         return None
+    tasks = list(run.scores.tasks)
     return {
-        "data": safe_json(json.dumps({"tasks": list(scores.tasks), "rows": held}, ensure_ascii=False)),
-        "tasks": list(scores.tasks),
+        "data": safe_json(json.dumps({"tasks": tasks, "rows": held}, ensure_ascii=False)),
+        "tasks": tasks,
         "sources": sorted({row["source"] for row in held}),
         "held": formats.rows(len(held)),
-        "of": formats.count(scores.rows),
+        "of": formats.count(run.scores.rows),
     }
 
 

@@ -114,6 +114,11 @@ class FinishedRun:
     alignment: dict[str, Any] | None
     shading: dict[int, list[ShadedToken]]
 
+    @cached_property
+    def selected(self) -> frozenset[int]:
+        """The selected rows."""
+        return frozenset(() if self.selection is None else self.selection.rows.tolist())
+
 
 def read_run(path: Path) -> FinishedRun:
     """Return the content of the folder that `iprox run` wrote, without the pool.
@@ -139,8 +144,8 @@ def read_run(path: Path) -> FinishedRun:
             f"{path}: its scores belong to an earlier recipe, and the present one has not been scored yet; "
             f"run `iprox run {path / 'recipe.yaml'}` to the end"
         )
-    chosen = (_read_json(path / "selection.json", dict) or {}) if "select" in done else {}
-    scores = _read_scores(scores_path, chosen.get("task"), chosen.get("weights", {}))
+    chosen = _read_json(path / "selection.json", dict) if "select" in done else None
+    scores = _read_scores(scores_path, chosen or {})
     recipe = path / "recipe.yaml"
     # A stage that has been switched off since leaves its files behind, so only the stages in run.json count.
     return FinishedRun(
@@ -149,7 +154,7 @@ def read_run(path: Path) -> FinishedRun:
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         scores=scores,
         refined=refined,
-        selection=_read_selection(path / "selection.json", scores.rows) if "select" in done else None,
+        selection=_selected_rows(path / "selection.json", chosen, scores.rows) if chosen is not None else None,
         audit=_read_audit(path / "audit", done) if "audit" in done else None,
         compression=_read_json(path / "proxy" / "compression.json", dict) if "compress" in done else None,
         checkpoints=_read_json(path / "warmup" / "checkpoints.json", list) if "warmup" in done else None,
@@ -172,7 +177,9 @@ def _read_json(path: Path, kind: type) -> Any:
     return value
 
 
-def _read_scores(path: Path, task: str | None, weights: Mapping[str, float]) -> Scores:
+def _read_scores(path: Path, chosen: Mapping[str, Any]) -> Scores:
+    """Return the scores by which a selection, the content of selection.json, was made."""
+    task, weights = chosen.get("task"), chosen.get("weights", {})
     table = read_scores(path)
     if not table.num_rows:
         raise InputError(f"{path}: has no rows; run the score stage again on a pool that is not empty")
@@ -201,10 +208,7 @@ def _floats(table: pa.Table, name: str) -> np.ndarray:
     return table[name].to_numpy(zero_copy_only=False).astype(np.float64)
 
 
-def _read_selection(path: Path, pool_rows: int) -> SelectedRows | None:
-    content = _read_json(path, dict)
-    if content is None:
-        return None
+def _selected_rows(path: Path, content: Mapping[str, Any], pool_rows: int) -> SelectedRows:
     absent = [name for name in ("rows", "strategy", "threshold", "profile") if name not in content]
     if absent:
         raise InputError(f"{path}: no {absent[0]!r}; run the select stage again")

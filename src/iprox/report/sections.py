@@ -9,7 +9,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from iprox.audits.agreement import telling_share
-from iprox.report import charts, formats
+from iprox.report import formats
+from iprox.report.charts.audit import FIDELITY_KEYS, fidelity_chart
+from iprox.report.charts.base import Chart
+from iprox.report.charts.proxy import rank_chart, tail_chart
+from iprox.report.charts.scores import (
+    SHARE_KEYS,
+    answer_length_chart,
+    score_histogram,
+    source_chart,
+    source_counts,
+    task_histogram,
+)
+from iprox.report.charts.training import alignment_chart, held_out_chart, warmup_chart
 from iprox.report.finished_run import Audit, FinishedRun, Scores
 
 STAGES = {
@@ -94,7 +106,7 @@ def summary(run: FinishedRun) -> dict[str, Any]:
     total = sum(stage.get("seconds") or 0.0 for stage in stages.values())
     figures.append(Figure(formats.duration(total), "total time", f"all stages, on {record.get('device', 'unknown')}"))
     if selection is not None and len(selection.rows) and len(scores.source_names) > 1:
-        top = charts.source_counts(scores.source_codes, scores.source_names, selection.rows)[0]
+        top = source_counts(scores.source_codes, scores.source_names, selection.rows)[0]
         note = f"from {formats.percent(top.pool_share)} of the pool to {formats.percent(top.selected_share)}"
         name = f"points gained by {formats.shorten(top.name, 24)}"
         figures.append(Figure(formats.points(top.gain), name, note))
@@ -121,14 +133,14 @@ def score_section(run: FinishedRun) -> dict[str, Any]:
     positive = formats.percent((scores.influence[finite] > 0).mean(), 0)
     caption = f"Training on a row with a positive score lowers the validation loss: {positive} of the scored rows."
     tasks = [
-        charts.task_histogram(task, values, chosen, id=f"chart-task-{index}")
+        task_histogram(task, values, chosen, id=f"chart-task-{index}")
         for index, (task, values) in enumerate(scores.tasks.items())
         if len(scores.tasks) > 1 and np.isfinite(values).any()
     ]
     return {
-        "aggregate": charts.score_histogram(scores.influence, chosen, cut, title=_title(scores), caption=caption),
+        "aggregate": score_histogram(scores.influence, chosen, cut, title=_title(scores), caption=caption),
         "tasks": tasks,
-        "task_keys": charts.SHARE_KEYS,
+        "task_keys": SHARE_KEYS,
         "note": " ".join(notes),
     }
 
@@ -148,11 +160,11 @@ def composition_section(run: FinishedRun) -> dict[str, Any] | None:
     if selection is None or not len(selection.rows):
         return None
     named = any(name is not None for name in scores.source_names)
-    counts = charts.source_counts(scores.source_codes, scores.source_names, selection.rows) if named else []
+    counts = source_counts(scores.source_codes, scores.source_names, selection.rows) if named else []
     validation = selection.profile["supervised"]["validation"]
     medians = {task: float(each["median"]) for task, each in validation.items()}
     return {
-        "sources": charts.source_chart(counts) if named else None,
+        "sources": source_chart(counts) if named else None,
         "table": [
             (
                 *(each.name, formats.count(each.pool), formats.percent(each.pool_share)),
@@ -161,7 +173,7 @@ def composition_section(run: FinishedRun) -> dict[str, Any] | None:
             for each in counts[:MOST_SOURCES]
         ],
         "left_out": max(0, len(counts) - MOST_SOURCES),
-        "lengths": charts.answer_length_chart(scores.supervised, selection.rows, medians),
+        "lengths": answer_length_chart(scores.supervised, selection.rows, medians),
         "profile": _profile_rows(selection.profile),
         "warnings": selection.profile["warnings"],
     }
@@ -206,7 +218,7 @@ def fidelity_section(run: FinishedRun) -> dict[str, Any] | None:
 
     sources = dict(zip(audit.ids, audit.sources, strict=True))
     scatters = (
-        charts.fidelity_chart(
+        fidelity_chart(
             *(task, audit.proxy[task], audit.target[task], audit.ids, audit.sources),
             spearman=values.get("spearman"),
             id=f"chart-fidelity-{index}",
@@ -215,7 +227,7 @@ def fidelity_section(run: FinishedRun) -> dict[str, Any] | None:
     )
     return {
         "charts": [chart for chart in scatters if chart is not None],
-        "keys": charts.FIDELITY_KEYS,
+        "keys": FIDELITY_KEYS,
         "heads": ["Task", "Spearman", "Kendall", *(f"Top {share_name(share)} overlap" for share in shares)],
         "rows": [row(task, values) for task, values in tasks.items()],
         "mean": row("Mean", mean) if len(tasks) > 1 and mean else None,
@@ -322,20 +334,20 @@ def proxy_section(run: FinishedRun) -> dict[str, Any] | None:
         ("FLOPs per token, proxy", formats.flops(cost.get("proxy_flops_per_token"))),
     ]
     layers = compression.get("layers", {})
-    drawn = [charts.rank_chart(layers)] if layers else []
+    drawn = [rank_chart(layers)] if layers else []
     if any(layer.get("tail") is not None for layer in layers.values()):
-        drawn.append(charts.tail_chart(layers))
+        drawn.append(tail_chart(layers))
     return {"facts": facts, "charts": drawn}
 
 
-def training_section(run: FinishedRun) -> list[charts.Chart]:
+def training_section(run: FinishedRun) -> list[Chart]:
     """Return the training curves of the run."""
     drawn = []
     if run.warmup_history:
-        drawn.append(charts.warmup_chart(run.warmup_history, run.checkpoints or []))
+        drawn.append(warmup_chart(run.warmup_history, run.checkpoints or []))
     if run.alignment is not None:
-        drawn.append(charts.alignment_chart(run.alignment.get("steps", [])))
-        drawn.append(charts.held_out_chart(run.alignment.get("held_out", []), run.alignment.get("best_step")))
+        drawn.append(alignment_chart(run.alignment.get("steps", [])))
+        drawn.append(held_out_chart(run.alignment.get("held_out", []), run.alignment.get("best_step")))
     return [chart for chart in drawn if chart is not None]
 
 

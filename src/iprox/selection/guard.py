@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -70,18 +70,13 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
+        plain = asdict(self)
         return {
             "rows": self.rows,
-            "supervised": {
-                "selection": self.selection and self.selection.as_dict(),
-                "pool": self.pool and self.pool.as_dict(),
-                "validation": {task: each.as_dict() for task, each in self.validation.items()},
-            },
-            "sources": [
-                {"source": each.source, "selection": each.selection, "pool": each.pool} for each in self.sources
-            ],
+            "supervised": {of: plain[of] for of in ("selection", "pool", "validation")},
+            "sources": plain["sources"],
             "near_duplicates": {"share": self.duplicates, "compared": self.compared},
-            "warnings": list(self.warnings),
+            "warnings": plain["warnings"],
         }
 
 

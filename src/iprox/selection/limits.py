@@ -31,11 +31,6 @@ class Limits:
     floors: Mapping[str, int] = field(default_factory=dict)
     caps: Mapping[str | None, int] = field(default_factory=dict)
 
-    @property
-    def by_source(self) -> bool:
-        """Whether any source has a floor or a cap."""
-        return bool(self.floors or self.caps)
-
 
 def rows_in(share: float, count: int) -> int:
     """Return a share of a selection in rows, rounded down."""
@@ -120,7 +115,7 @@ def take(
         InputError: a floor asks for more rows than there are.
     """
     places = available if limits.count is None else limits.count
-    if limits.tokens is None and not limits.by_source and kept is None:
+    if limits.tokens is None and kept is None and not (limits.floors or limits.caps):
         return Taken(ranking(places), Counter())
     owed = Counter({source: number for source, number in limits.floors.items() if number})
     used: Counter[str | None] = Counter()

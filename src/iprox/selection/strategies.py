@@ -63,15 +63,14 @@ class Turns:
         available = int(self.allowed.sum())
         limit = min(limit, available)
         active = sum(weight > 0 for weight in self.weights)
+        wanted = min(available, -(-DEPTH * limit // active))
         while True:
-            wanted = min(available, max(self._depth, -(-DEPTH * limit // active)))
             if wanted > self._depth:
                 self._queues, self._depth = leading(self.chunks, self.allowed, wanted), wanted
             taken = take_turns(self._queues, limit, self.weights)
             if taken is not None:
                 return taken
-            self._depth = min(available, 2 * self._depth)
-            self._queues = leading(self.chunks, self.allowed, self._depth)
+            wanted = min(available, 2 * self._depth)
 
 
 def leading(chunks: Chunks, allowed: np.ndarray, depth: int) -> list[np.ndarray]:

@@ -207,7 +207,7 @@ def validation_losses(
         trained = session.model(Path(folder) / result.checkpoints[-1].path, torch.float32)
     if result.uncompiled:
         session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")
-    return [evaluate(trained, examples, session.batch_tokens, 0)["loss"] for examples in held.values()]
+    return [evaluate(trained, examples, session.batch_tokens)["loss"] for examples in held.values()]
 
 
 def _finite_scores(file: Path, tasks: Sequence[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -71,7 +71,7 @@ def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded
     from iprox.finetune import evaluate  # imports TRL: seconds
 
     loaded = session.model(model)
-    return {task: evaluate(loaded, rows, session.batch_tokens, 0) for task, rows in encoded.items()}
+    return {task: evaluate(loaded, rows, session.batch_tokens) for task, rows in encoded.items()}
 
 
 def _sft(
