@@ -28,11 +28,12 @@ def pair(tiny):
     return model, proxy, batches
 
 
-BOTH = AlignSection(kl_weight=0.3)
+BOTH = AlignSection(gradient_weight=1.0, kl_weight=0.3)
 
 
 def both(epochs, learning_rate, **others):
-    return AlignSection(kl_weight=0.3, epochs=epochs, learning_rate=learning_rate, **others)
+    settings = {"gradient_weight": 1.0, "kl_weight": 0.3, **others}
+    return AlignSection(epochs=epochs, learning_rate=learning_rate, **settings)
 
 
 def loss_of(proxy, model, batch, objective=BOTH):
@@ -91,7 +92,7 @@ def test_a_proxy_equal_to_its_target_has_no_loss(tiny):
     full = {name: min(layer.weight.shape) for name, layer in layers.items()}
     spectra = {name: weighted_svd(layer.weight.detach(), None, None) for name, layer in layers.items()}
     proxy = with_factors(model, spectra, full)
-    losses = loss_of(proxy, model, batch, AlignSection(kl_weight=0.3, hidden_weight=1.0))
+    losses = loss_of(proxy, model, batch, AlignSection(gradient_weight=1.0, kl_weight=0.3, hidden_weight=1.0))
     assert losses.whole.item() == pytest.approx(0, abs=1e-6)  # factors are kept in float32
     assert losses.gradient.item() >= -1e-12
     assert losses.kl.item() >= 0
@@ -126,7 +127,7 @@ def test_the_same_seed_gives_the_same_factors(pair, tiny):
     model, proxy, batches = pair
     other = copy.deepcopy(proxy)
     for candidate in (proxy, other):
-        align(candidate, model, batches, AlignSection(epochs=2, learning_rate=1e-3), seed=7)
+        align(candidate, model, batches, both(2, 1e-3), seed=7)
     for one, two in zip(proxy.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -136,7 +137,7 @@ def test_a_bfloat16_proxy_stays_bfloat16_and_keeps_its_rotary_frequencies(tiny):
     batch = tiny.batch([9, 6])
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     buffers = {name: buffer.clone() for name, buffer in proxy.named_buffers()}
-    align(proxy, model, [batch], AlignSection(epochs=2))
+    align(proxy, model, [batch], AlignSection(epochs=2, gradient_weight=1.0))
     assert {parameter.dtype for parameter in proxy.parameters()} == {torch.bfloat16}
     assert all(factor.isfinite().all() for factor in proxy.parameters())
     for name, buffer in proxy.named_buffers():
@@ -209,7 +210,8 @@ def test_padding_does_not_change_the_loss(pair):
     padded = Batch(
         pad(batch.input_ids, (0, 5), value=3), pad(batch.labels, (0, 5), value=-100), batch.lengths, batch.indices
     )
-    losses = [loss_of(proxy, model, each, AlignSection(hidden_weight=1.0)).whole for each in (batch, padded)]
+    objective = AlignSection(gradient_weight=1.0, hidden_weight=1.0)
+    losses = [loss_of(proxy, model, each, objective).whole for each in (batch, padded)]
     torch.testing.assert_close(*losses)
 
 
