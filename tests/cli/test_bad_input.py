@@ -336,7 +336,7 @@ def test_a_model_offered_as_proxy(finished, model, tmp_path, refused, command):
 
 
 def test_exporting_a_model_that_is_no_proxy(model, tmp_path, refused):
-    assert "neither an iprox proxy nor an index" in refused("export", model, "--output", tmp_path / "out")
+    assert "is not an iprox proxy" in refused("export", model, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,9 +1,8 @@
-"""A gradient index through the command line: written once, queried, resumed, exported, refused."""
+"""A gradient index through the command line: written once, queried, resumed, refused."""
 
 import json
 import shutil
 
-import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -116,15 +115,6 @@ def test_tokenizing_ahead_gives_the_same_bytes(indexed, tmp_path):
     assert make(indexed, indexed.proxies[0], tmp_path / "index", "--set=data.num_proc=2") == 0
     ours, theirs = (folder / "000000.arrow" for folder in (tmp_path / "index", indexed.indexes[0]))
     assert ours.read_bytes() == theirs.read_bytes()
-
-
-def test_an_index_becomes_one_of_faiss(indexed, tmp_path):
-    assert main(["export", str(indexed.indexes[0]), "--output", str(tmp_path / "pool.faiss"), "--quiet"]) == 0
-    index = faiss.read_index(str(tmp_path / "pool.faiss"))
-    assert (index.ntotal, index.d) == (200, 8192)
-    cosines, rows = index.search(index.reconstruct_n(0, 5), 1)
-    assert rows[:, 0].tolist() == [0, 1, 2, 3, 4]  # each is nearest to itself
-    np.testing.assert_allclose(cosines, 1, atol=1e-3)
 
 
 def refusal(capfd):

@@ -334,13 +334,8 @@ def query(request: Request) -> dict[str, Any]:
 
 
 def export(request: Request) -> dict[str, Any]:
-    """Write a proxy as a dense checkpoint, or an index as a FAISS index."""
+    """Write a proxy as a dense checkpoint."""
     source, output = str(expanded(request.inputs["source"])), str(expanded(request.inputs["output"]))
-    if (Path(source) / DESCRIPTION).is_file():
-        rows = indexing.export_faiss(GradientIndex.open(source), Path(output))
-        if not request.json:
-            say_plainly(f"FAISS index of {rows:,} normalized gradients: {output}")
-        return {"output": output, "rows": rows}
     session, folder = _session(request, request.settings), check_output(output)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists already; choose another output or remove it")
@@ -348,7 +343,7 @@ def export(request: Request) -> dict[str, Any]:
     dtype = session.dtype if request.settings.dtype != "auto" else stored_dtype(source)
     proxy = session.model(source, dtype)
     if proxy_config(proxy) is None:
-        raise InputError(f"{source}: is neither an iprox proxy nor an index, so there is nothing to export")
+        raise InputError(f"{source}: is not an iprox proxy, so there is nothing to export")
     save_model(to_dense(proxy), session.tokenizer(source), folder)
     if not request.json:
         say_plainly(f"dense checkpoint, which loads without iprox: {folder}")

@@ -290,12 +290,12 @@ COMMANDS = (
     ),
     Command(
         "export",
-        "Write a proxy as a dense checkpoint that loads without iprox, or an index as a FAISS index.",
-        "iprox export runs/quickstart/aligned --output dense-proxy\niprox export index --output pool.faiss",
+        "Write a proxy as a dense checkpoint that loads without iprox.",
+        "iprox export runs/quickstart/aligned --output dense-proxy",
         "iprox.cli.actions:export",
         inputs=(
-            Input("source", "proxy or index folder", default=..., positional=True),
-            Input("output", "folder for the dense checkpoint, or FAISS file", default=...),
+            Input("source", "proxy folder", default=..., positional=True),
+            Input("output", "folder for the dense checkpoint", default=...),
         ),
         reads=("dtype", "device"),
     ),

@@ -1,4 +1,4 @@
-"""The stages of a gradient index: build one for a pool, score a pool with it, export it to FAISS."""
+"""The stages of a gradient index: build one for a pool, and score a pool with it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from iprox.data.tokens import ValidationLengths
 from iprox.engine.shards import claim, merge_shards, write_shard
 from iprox.engine.stream import WINDOW, WindowWorker, compile_model, windows_of
 from iprox.errors import InputError
-from iprox.files import replacing
 from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.gradients import TaskGradient
-from iprox.influence.index import GradientIndex, GradientProjector, unit_gradients, write_index
+from iprox.influence.index import GradientIndex, GradientProjector, write_index
 from iprox.influence.job import Checkpoint, Job
 from iprox.influence.projection import sides
 from iprox.models import flops
@@ -173,28 +172,3 @@ def _gradients(inputs: Inputs) -> tuple[nn.Module, dict[str, TaskGradient]]:
     estimator = estimator_of(inputs.settings)
     assert isinstance(estimator, GradientEstimator)
     return inputs.scored, estimator.validation_gradients(inputs)
-
-
-def export_faiss(index: GradientIndex, output: Path) -> int:
-    """Write the normalized gradients of an index as a FAISS index, and return the number of rows.
-
-    The FAISS index is in half precision and uses the inner product. Its ids are the row numbers of the pool; an example
-    without a score has the zero vector. Like any flat FAISS index, it is held in memory as a whole: 2D bytes per
-    example.
-
-    Raises:
-        InputError: FAISS is not installed.
-    """
-    try:
-        import faiss  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError("FAISS is not installed; pip install 'iprox[faiss]'") from error
-    vectors: Any = faiss.IndexScalarQuantizer(
-        index.dimension, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
-    )
-    for table in index.windows():
-        vectors.add(unit_gradients(table).float().numpy())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as partial:
-        faiss.write_index(vectors, str(partial))
-    return vectors.ntotal
