@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,32 +20,17 @@ from iprox.models.cpu.attention import fast_attention
 Sink = Callable[[str, Tensor, Tensor], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Routing:
-    """The tokens of a batch that are routed to a layer.
-
-    Attributes:
-        tokens: positions among all tokens of the batch, ascending [T].
-        total: number of tokens in the batch, B·L.
-        tokens_per_row: L.
-    """
-
-    tokens: Tensor
-    total: int
-    tokens_per_row: int
-
-
-_routing: ContextVar[_Routing | None] = ContextVar("iprox_routing", default=None)
+_routed: ContextVar[Tensor | None] = ContextVar("iprox_routed", default=None)
 
 
 @contextmanager
-def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[None]:
-    """Declare that layers called inside the block get only these tokens of the batch (see `_Routing`)."""
-    before = _routing.set(_Routing(tokens, total, tokens_per_row))
+def routed_to(tokens: Tensor) -> Iterator[None]:
+    """Declare that layers called inside the block get only tokens [T]: positions among all B·L, ascending."""
+    before = _routed.set(tokens)
     try:
         yield
     finally:
-        _routing.reset(before)
+        _routed.reset(before)
 
 
 @contextmanager
@@ -62,7 +46,8 @@ def observe(
         layers: layers to watch, by name.
         sink: function to call.
         counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
-        positions: B and L, filled in during the forward pass, to reshape the inputs of layers that get [B·L, n].
+        positions: B and L, filled in during the forward pass, to reshape the inputs of layers that get [B·L, n] or only
+            some tokens.
 
     Raises:
         InputError: in the backward pass, if a layer is used twice or its rows cannot be assigned to examples.
@@ -77,21 +62,20 @@ def observe(
             starts = not output.requires_grad
             if starts:
                 output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
-            h, routing = inputs[0].detach(), _routing.get()
-            output.register_hook(partial(told, name, h, routing=routing))
+            output.register_hook(partial(told, name, inputs[0].detach(), routed=_routed.get()))
             # Later code may write in place, which is not allowed for a leaf of the graph.
             return output.clone() if starts else None
 
         return hook
 
-    def told(name: str, h: Tensor, delta: Tensor, routing: _Routing | None = None) -> None:
+    def told(name: str, h: Tensor, delta: Tensor, routed: Tensor | None = None) -> None:
         if name in seen:
             raise InputError(
                 f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
                 "support; it scores models that use each linear layer once"
             )
         seen.add(name)
-        h, delta = (_by_example(name, x, routing, counted, positions) for x in (h, delta))
+        h, delta = (_by_example(name, x, routed, counted, positions) for x in (h, delta))
         sink(name, h, delta)
 
     with ExitStack() as stack:
@@ -105,7 +89,7 @@ def observe(
 
 
 def _by_example(
-    name: str, x: Tensor, routing: _Routing | None, counted: Tensor | None, positions: Sequence[int]
+    name: str, x: Tensor, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
     """Return rows of a layer as [B, L, n], with zeros for those that do not count.
 
@@ -114,10 +98,14 @@ def _by_example(
     Raises:
         InputError: the layer has neither one row per example nor one per position.
     """
-    if routing is not None:
+    if routed is not None:
+        if len(positions) != 2:
+            raise InputError(
+                f"{name}: is an expert, which iprox watches only if the model is called with input_ids=..."
+            )
         if counted is not None:
-            x = x * counted.flatten()[routing.tokens, None]
-        return _padded(x, routing)
+            x = x * counted.flatten()[routed, None]
+        return _padded(x, routed, *positions)
     if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
         x = _unfolded(name, x, *positions)
     elif x.ndim == 2:
@@ -152,10 +140,10 @@ def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
     )
 
 
-def _padded(x: Tensor, routing: _Routing) -> Tensor:
+def _padded(x: Tensor, tokens: Tensor, examples: int, length: int) -> Tensor:
     """Return rows [T, n] of some tokens as [B, largest number per example, n], padded with zeros."""
-    rows = routing.tokens // routing.tokens_per_row
-    counts = torch.bincount(rows, minlength=routing.total // routing.tokens_per_row)
+    rows = tokens // length
+    counts = torch.bincount(rows, minlength=examples)
     starts = counts.cumsum(0) - counts
     slots = torch.arange(len(rows), device=rows.device) - starts[rows]
     padded = x.new_zeros(len(counts), int(counts.max()), x.shape[-1])
