@@ -81,8 +81,8 @@ def observe(
     with ExitStack() as stack:
         for name, layer in layers.items():
             if (wire := wire_of(layer)) is not None:
-                wire.watchers[layer] = partial(told, name)
-                stack.callback(wire.watchers.pop, layer)
+                wire.watcher = partial(told, name)
+                stack.callback(setattr, wire, "watcher", None)
             else:
                 stack.callback(layer.register_forward_hook(watch(name)).remove)
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from iprox.models.compiled import PIECES, why_not_compiled
+from iprox.models.compiled import compile_blocks, uncompile_blocks, why_not_compiled
 from iprox.models.cpu.attention import fast_attention
 from iprox.models.layers import decoder_layers
 
@@ -45,25 +45,18 @@ def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Te
         try:
             yield reason
         finally:
-            _uncompile(blocks)
+            uncompile_blocks(blocks)
 
 
 def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], Tensor]) -> str:
     """Compile the decoder layers; return why they cannot be compiled, or an empty string."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
-    for block in blocks:
-        block.compile(dynamic=True, fullgraph=True)
+    compile_blocks(blocks)
     try:
         with torch.random.fork_rng(devices=()):  # the trial must not advance the generator
             trial().backward()
     except TorchDynamoException as error:  # no compiler, or code it cannot follow
-        _uncompile(blocks)
+        uncompile_blocks(blocks)
         return " ".join(str(error).split())[:300]
     finally:
         model.zero_grad(set_to_none=True)
     return ""
-
-
-def _uncompile(blocks: nn.ModuleList) -> None:
-    for block in blocks:
-        block._compiled_call_impl = None
