@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iprox.kronecker.sample import Counts, SampleSettings, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment, SketchedMoment
-from iprox.models.flops import active_shares
+from iprox.models.experts import expert_layers
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
@@ -135,7 +135,7 @@ def collect_moments(
         # The moments of a layer without tokens (an unused expert) are zero.
         C_h = inputs.get(owner.get(name, name)) or settings.moment(n + (settings.kfac and has_bias(layer)), like)
         result[name] = LayerMoments(C_h, gradients.get(name) or settings.moment(m, like))
-    routed = active_shares(model)
+    routed = expert_layers(model)
     # Inputs first: an error in the forward pass shows in the next layer's input, but in the gradients of all layers.
     for name, moments in result.items():
         # The squared change of the loss is a mean over all tokens. For an expert with a share p of them it is

@@ -32,16 +32,16 @@ def backward_flops(model: nn.Module) -> float:
 
 
 def _pass_flops(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
-    shares, total = active_shares(model), 0.0
+    shares, total = layer_shares(model, layers), 0.0
     for name, layer in layers.items():
         m, n = weight_shape(layer)
         parameters = layer.rank * (m + n) if isinstance(layer, LowRankLinear) else m * n
-        total += parameters * shares.get(name, 1.0)
+        total += parameters * shares[name]
     return 2.0 * total
 
 
-def active_shares(model: nn.Module) -> dict[str, float]:
-    """Return the share of tokens that use each expert's layers if all experts are used equally: k/E."""
+def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Return the share of tokens that use each layer: k/E for experts, as if all were used equally, otherwise 1."""
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitExperts):
@@ -49,12 +49,6 @@ def active_shares(model: nn.Module) -> dict[str, float]:
             share = config.num_experts_per_tok / len(module.gate_up)
             for child in ("gate_up", "down"):
                 shares.update({f"{name}.{child}.{i}": share for i in range(len(module.gate_up))})
-    return shares
-
-
-def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Return the share of tokens that use each layer: k/E for experts, otherwise 1."""
-    shares = active_shares(model)
     return {name: shares.get(name, 1.0) for name in names}
 
 

@@ -72,8 +72,7 @@ class Prices:
     def of(cls, model: nn.Module, size: Size) -> Prices:
         """Return the prices for a model, with or without weights."""
         shapes = {name: weight_shape(layer) for name, layer in compressible_layers(model).items()}
-        shares = flops.active_shares(model) if size.flops is not None else {}
-        by_layer = {name: shares.get(name, 1.0) for name in shapes}
+        by_layer = dict.fromkeys(shapes, 1.0) if size.flops is None else flops.layer_shares(model, shapes)
         dense = sum(m * n * by_layer[name] for name, (m, n) in shapes.items())
         least = sum((m + n) * by_layer[name] for name, (m, n) in shapes.items())
         return cls(by_layer, dense, least)
