@@ -27,7 +27,7 @@ from iprox.influence.gradients import (
     squared_norms,
 )
 from iprox.influence.projection import signs
-from iprox.influence.query import LayerQuery, layer_query
+from iprox.influence.query import DenseQuery, LowRankQuery, layer_query
 from iprox.influence.shared_basis import SharedQueries, SharedQuery
 from iprox.models.answers import answer_losses, placed
 from iprox.models.experts import expert_layers
@@ -171,7 +171,7 @@ class BatchScorer(Scorer):
         }
         self._shares = layer_shares(model, self.layers)
         self._norm_shapes = norm_shapes(model, norm_sketch)
-        self._queries: dict[str, tuple[LayerQuery | SharedQuery, ...]] = {}
+        self._queries: dict[str, tuple[DenseQuery | LowRankQuery | SharedQuery, ...]] = {}
         shared = {task: query for task, query in queries.items() if isinstance(query, SharedQueries)}
         if shared:
             self._take_shared(shared)

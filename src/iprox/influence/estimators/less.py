@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.gradients import LayerGradient
-from iprox.influence.query import LayerQuery
 from iprox.influence.scorer import BatchScorer, Normalize, TaskQuery
+from iprox.influence.shared_basis import SharedQuery
 from iprox.models.checkpoint import candidate_losses
 from iprox.models.flops import contraction_flops
 from iprox.models.layers import has_bias, weight_shape
@@ -121,7 +121,7 @@ class LessScorer(BatchScorer):
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             (query,) = self._queries[name]
-            assert isinstance(query, LayerQuery)  # shared bases are for gradients only
+            assert not isinstance(query, SharedQuery)  # shared bases are for gradients only
             parts, squares = [], []
             for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
                 parts.append(query.inner(step))
