@@ -50,7 +50,7 @@ def each_by_itself(gradients: dict[str, ModelGradient], keep: float) -> dict[str
 def validation_gradients(model: Any, encoder: ChatEncoder, arguments: argparse.Namespace) -> dict[str, ModelGradient]:
     """Return the mean gradient of each task's validation examples."""
     encoded = {task: encoder.encode(examples) for task, examples in examples_of(arguments).items()}
-    return {task: mean_gradient(model, iter_batches(rows, 4096, 0))[0] for task, rows in encoded.items()}
+    return {task: mean_gradient(model, iter_batches(rows, 4096, 0)) for task, rows in encoded.items()}
 
 
 def main() -> None:

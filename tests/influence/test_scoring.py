@@ -54,7 +54,7 @@ def by_hand(model, validation):
     """Every text by itself, with the estimator that its own tests check against autograd."""
     columns = []
     for encoded in validation.values():
-        queries = mean_gradient(model, list(iter_batches(encoded, 64, 0)))[0]
+        queries = mean_gradient(model, list(iter_batches(encoded, 64, 0)))
         scorer = BatchScorer(model, {"task": queries})
         scores = np.full(len(TEXTS), np.nan)
         for i, row in enumerate(Letters().encode(Pool([{"text": text} for text in TEXTS]))):

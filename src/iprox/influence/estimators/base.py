@@ -162,9 +162,7 @@ class GradientEstimator(Estimator):
                 task: example_gradients(source, batches, keep, loss_fn, layers)
                 for task, batches in inputs.validation.items()
             }
-        means = {
-            task: mean_gradient(source, batches, loss_fn, layers)[0] for task, batches in inputs.validation.items()
-        }
+        means = {task: mean_gradient(source, batches, loss_fn, layers) for task, batches in inputs.validation.items()}
         return dict(self.precondition(means, inputs))
 
     def example_norm(self, inputs: Inputs) -> float:
