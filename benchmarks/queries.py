@@ -71,7 +71,7 @@ def main() -> None:
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096, 0))
         inputs = Inputs(settings=InfluenceSection(estimator="ekfac"), model=model, validation={}, sample=sample)
-        gradients = KroneckerInfluence("ekfac", corrected=True).precondition(gradients, inputs)
+        gradients = KroneckerInfluence(corrected=True).precondition(gradients, inputs)
     cast_parameters(model, DTYPES[arguments.dtype])
     forward = flops.forward_flops(model)
 

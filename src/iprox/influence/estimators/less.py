@@ -143,10 +143,6 @@ class LessScorer(BatchScorer):
 class Less(GradientEstimator):
     """LESS. Its steps are formed anyway, so low-rank mean gradients would save nothing."""
 
-    def example_norm(self, inputs: Inputs) -> float:
-        """Return the share of the norm to keep of single examples, which candidates are contracted with one by one."""
-        return inputs.kept_norm
-
     def scorer(self, inputs: Inputs) -> BatchScorer:
         """Return the scorer.
 
@@ -154,7 +150,7 @@ class Less(GradientEstimator):
             InputError: there is no optimizer state, or it belongs to another model.
         """
         if inputs.optimizer is None:
-            raise InputError(f"the estimator {self.name} needs the state of the warm-up's optimizer")
+            raise InputError("the estimator less needs the state of the warm-up's optimizer")
         return LessScorer(
             inputs.scored,
             self.validation_gradients(inputs),
