@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iprox.influence.gradients import norm_flops
+from iprox.influence.gradients import NormShape, norm_flops
 from iprox.influence.projection import signs
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
@@ -75,8 +75,8 @@ def test_norms_of_experts_are_not_sketched(tiny):
         scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=2)
         shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     # The model is whole again; what the scorer was made for stays.
-    exact = norm_flops([shapes[name] for name in experts], [4.5, 20])  # two experts of four see a token
-    others = norm_flops([shape for name, shape in shapes.items() if name not in experts], [9, 40], 2)
+    exact = norm_flops([NormShape(*shapes[name]) for name in experts], [4.5, 20])  # two experts of four see a token
+    others = norm_flops([NormShape(*shape, 2) for name, shape in shapes.items() if name not in experts], [9, 40])
     assert scorer.norm_flops([9, 40]) == exact + others
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iprox.data import Encoded, Example
 from iprox.engine.stream import ScoringStats
 from iprox.influence.gradients import (
+    NormShape,
     TaskGradient,
     mean_squared_norm,
     norm_flops,
@@ -223,7 +224,7 @@ class BatchScorer(Scorer):
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of norms for candidates of some lengths; 0 without `cosine`."""
-        return norms_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
+        return norm_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -280,22 +281,13 @@ class BatchScorer(Scorer):
         return next(layer.parameters()).dtype
 
 
-# Layer shapes (m, n), grouped by number of random signs for their norms (0: exact) and share of the tokens.
-NormShapes = dict[tuple[int, float], list[tuple[int, int]]]
-
-
-def norm_shapes(model: nn.Module, sketch: int) -> NormShapes:
+def norm_shapes(model: nn.Module, sketch: int) -> list[NormShape]:
     """Return the layer shapes that `BatchScorer` computes norms for with `norm_sketch=sketch`."""
     layers, exact = influence_layers(model), expert_layers(model)
-    shares, shapes = layer_shares(model, layers), NormShapes()
-    for name, layer in layers.items():
-        shapes.setdefault((0 if name in exact else sketch, shares[name]), []).append(weight_shape(layer))
-    return shapes
-
-
-def norms_flops(shapes: NormShapes, lengths: Sequence[float]) -> float:
-    """Return the FLOPs of norms for candidates of some lengths."""
-    return sum(norm_flops(each, [length * part for length in lengths], k) for (k, part), each in shapes.items())
+    shares = layer_shares(model, layers)
+    return [
+        NormShape(*weight_shape(layer), 0 if name in exact else sketch, shares[name]) for name, layer in layers.items()
+    ]
 
 
 def _width(query: TaskQuery) -> int:
