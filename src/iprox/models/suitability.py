@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from iprox.errors import InputError, cut, shown
+from iprox.models.flops import parameters
 
 # Encoders that also have a class for causal language modeling; they are causal only with `is_decoder`.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
@@ -205,7 +206,7 @@ def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> No
     Raises:
         InputError: the model has more than four times as many parameters (tied embeddings may double them).
     """
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = parameters(model)
     if size > 4 * numbers:
         raise InputError(
             f"{name}: its config describes {size:,} parameters, but its weights have {numbers:,}, so they do not "
