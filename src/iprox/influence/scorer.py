@@ -74,13 +74,12 @@ class Scorer(ABC):
         self,
         tasks: Sequence[str],
         widths: Sequence[int],
-        weights: Sequence[np.ndarray] | None = None,
         *,
         by_example: bool = False,
         model: nn.Module | None = None,
     ) -> None:
         self.tasks, self.widths, self.by_example, self.model = list(tasks), list(widths), by_example, model
-        self.weights = [np.full(width, 1 / width) for width in widths] if weights is None else list(weights)
+        self.weights = [np.full(width, 1 / width) for width in widths]
         self.contraction_flops = self.example_flops = 0.0
         self.kept = dict.fromkeys(self.tasks, 1.0)
 

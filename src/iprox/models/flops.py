@@ -105,7 +105,7 @@ def linear_parameters(model: nn.Module) -> int:
 
 def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: int | None = None) -> float:
     """Return the FLOPs of training: 6P per token, or 4P + 6r(m+n) with adapters, with the head on supervised tokens."""
-    forward = tokens * forward_flops(model) + supervised * head_flops(model)
+    forward = forward_pass_flops(model, tokens, supervised)
     if lora_rank is None:
         return 3 * forward
     return 2 * forward + 3 * tokens * 2.0 * lora_parameters(model, lora_rank)
@@ -127,7 +127,7 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model))
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
     factorize = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
-    reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))
+    reading = 2 * forward_pass_flops(model, tokens, supervised)
     return passes * reading + (tokens * moments + roots if passes else 0.0) + factorize
 
 
