@@ -238,15 +238,15 @@ class BatchScorer(Scorer):
         Raises:
             TypeError: a layer does not see one row per example, or, with `by_token`, every token (an expert).
         """
-        columns: dict[str, list[Tensor]] = {}
+        columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            for query in self._queries.get(name, ()):
-                columns.setdefault(name, []).append(query.contract(h, delta, by_token))
-            if self.normalize == "cosine":
-                bias, signs = has_bias(self.layers[name]), self._signs.get(name)
-                norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
+            parts, squares = self._contracted(name, h, delta, by_token)
+            if parts:
+                columns[name] = torch.cat(parts, dim=-1)
+            if squares is not None:
+                norms.append(squares)
 
         model = self.model
         assert model is not None
@@ -255,22 +255,28 @@ class BatchScorer(Scorer):
         positions = losses.shape
         if by_token:
             if self.by_answer:
-                columns = {name: [placed(part, batch) for part in parts] for name, parts in columns.items()}
+                columns = {name: placed(part, batch) for name, part in columns.items()}
             positions = batch.input_ids.shape
         return self._normalized(columns, norms, positions), losses
 
-    def _normalized(
-        self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size
-    ) -> Tensor:
-        """Sum the layers' scores, each [*positions, columns of a task], and divide the sum by the norms."""
-        for name, parts in columns.items():
-            if parts[0].shape[:-1] != positions:
+    def _contracted(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Return a layer's scores by each of its queries, and ‖G(z)‖² [B], None without `cosine`."""
+        scores = [query.contract(h, delta, by_token) for query in self._queries.get(name, ())]
+        if self.normalize == "none":
+            return scores, None
+        bias, signs = has_bias(self.layers[name]), self._signs.get(name)
+        return scores, squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs)
+
+    def _normalized(self, columns: Mapping[str, Tensor], norms: list[Tensor], positions: torch.Size) -> Tensor:
+        """Sum the layers' scores, each [*positions, columns], and divide the sum by the norms."""
+        for name, part in columns.items():
+            if part.shape[:-1] != positions:
                 seen = "every token" if len(positions) > 1 else "one row per example"
                 raise TypeError(f"{name} does not see {seen}, so its gradients cannot be separated")
-        scores = torch.stack([torch.cat(list(parts), dim=-1) for parts in columns.values()]).sum(0)
+        scores = torch.stack(list(columns.values())).sum(0)
         if self.normalize == "none":
             return scores
-        length = torch.stack(list(norms)).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
+        length = torch.stack(norms).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
         length = length[:, None] if len(positions) > 1 else length
         # The cosine with a zero gradient is 0, not NaN.
         return torch.where(length > 0, scores / length, torch.zeros_like(scores))
