@@ -120,9 +120,6 @@ def _refusing(refusal: str) -> Iterator[None]:
 
     Args:
         refusal: start of the message: the model's name, a colon and what failed.
-
-    Raises:
-        InputError: there was an error.
     """
     name = refusal.partition(":")[0]
     try:
@@ -143,11 +140,7 @@ def _refusing(refusal: str) -> Iterator[None]:
 
 
 def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
-    """Refuse a model whose logits at a token depend on later tokens, as its loss would see the answers.
-
-    Raises:
-        InputError: they do.
-    """
+    """Refuse a model whose logits at a token depend on later tokens, as its loss would see the answers."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     with _refusing(f"{path}: cannot be run"):
         ordered = not isinstance(vocabulary, int) or follows_order(model, vocabulary)
@@ -159,11 +152,7 @@ def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint for which transformers would initialize tensors at random.
-
-    Raises:
-        InputError: a tensor is missing, or has another shape (the message names it).
-    """
+    """Refuse a checkpoint for which transformers would initialize tensors at random."""
     wrong = sorted((each,) if isinstance(each, str) else tuple(each) for each in found["mismatched_keys"])
     if wrong:
         name, *shapes = wrong[0]
@@ -196,11 +185,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse NaN or infinite weights.
-
-    Raises:
-        InputError: a parameter is not finite (the message names it).
-    """
+    """Refuse NaN or infinite weights."""
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: the weight {parameter_name} has NaN or infinity; the checkpoint is broken")
@@ -296,11 +281,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
-    """Refuse a proxy of another target.
-
-    Raises:
-        InputError: it is not a proxy, or a proxy of another model.
-    """
+    """Refuse a model that is not a proxy, or a proxy of another target."""
     config = proxy_config(proxy)
     if config is None:
         raise InputError(f"{proxy_path}: is not an iprox proxy; make one with iprox compress")
@@ -311,11 +292,7 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse a path that is neither a model folder with safetensors nor a possible Hub id.
-
-    Raises:
-        InputError: it is refused, or the Hub cannot be reached.
-    """
+    """Refuse a path that is neither a model folder with safetensors nor a possible Hub id."""
     check_path(path)
     folder = Path(path)
     if not folder.exists():

@@ -94,9 +94,6 @@ def _by_example(
     """Return rows of a layer as [B, L, n], with zeros for those that do not count.
 
     Some models flatten the input of a layer ([B·L, n]), others add dimensions of size 1 ([B, 1, L, n]).
-
-    Raises:
-        InputError: the layer has neither one row per example nor one per position.
     """
     if routed is not None:
         if len(positions) != 2:
@@ -120,11 +117,7 @@ def _by_example(
 
 
 def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
-    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L.
-
-    Raises:
-        InputError: the rows cannot be assigned to examples.
-    """
+    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L."""
     seen, kept, flat = (
         [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
     )

@@ -105,9 +105,6 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     Args:
         config: config of the model.
         name: name of the model, for messages.
-
-    Raises:
-        InputError: the model is not a causal language model, or is quantized.
     """
     _check_causal(config, name)
     _check_quantization(config, name)
@@ -164,9 +161,6 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
     Args:
         config: config as written, including the configs of its parts.
         name: name of the model, for messages.
-
-    Raises:
-        InputError: there is such a size (the message names it).
     """
     for key, value in config.items():
         if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
@@ -185,11 +179,7 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
 
 
 def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -> None:
-    """Refuse a config with more layers than its checkpoint has tensors, before the layers are made.
-
-    Raises:
-        InputError: it has more.
-    """
+    """Refuse a config with more layers than its checkpoint has tensors, before the layers are made."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
         raise InputError(f"{name}: its config has {layers:,} layers, but its weights only {tensors:,} tensors")

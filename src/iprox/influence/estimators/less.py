@@ -63,11 +63,7 @@ def adam_steps(h: Tensor, delta: Tensor, name: str, bias: bool, state: AdamState
 
 
 def check_state(state: AdamState, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse the optimizer state of another model.
-
-    Raises:
-        InputError: the state has no moments for a layer (the message names it).
-    """
+    """Refuse the optimizer state of another model."""
     for name, layer in layers.items():
         known = state.weights.get(name)
         if known is None or tuple(known.mean.shape) != weight_shape(layer):
