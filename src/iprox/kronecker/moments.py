@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,15 +189,12 @@ def _noting_owners(
         seen: inputs of one pass, kept so that their addresses are not reused; the caller clears it.
     """
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():
-                first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
-                owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
-
-        return hook
+    def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
+            owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(note(name)).remove)
+            stack.callback(layer.register_forward_pre_hook(partial(note, name)).remove)
         yield

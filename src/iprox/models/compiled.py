@@ -3,7 +3,7 @@
 In a small model, norms, rotary embeddings, activations and residual sums cost more than the GEMMs; compiling fuses
 them. Hooks do not work in compiled code, so every linear layer is replaced by a port: one opaque operator that looks
 the layer up by number. All decoder layers then have the same code, whatever their ranks, so it is compiled once, and
-`observe` can watch a layer from inside the operator (`Wire.watcher`).
+`watched_backward` can watch a layer from inside the operator (`Wire.watcher`).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def uncompile_blocks(blocks: nn.ModuleList) -> None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the decoder layers of a model, in place; `observe` still works with its linear layers.
+    """Compile the decoder layers of a model, in place; its linear layers can still be observed.
 
     The first batches compile, for up to a minute the first time and then seconds, as torch keeps a cache on disk.
     Shapes are dynamic, so batches of any size run the same code. Ports replace the linear layers until

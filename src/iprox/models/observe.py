@@ -33,61 +33,6 @@ def routed_to(tokens: Tensor) -> Iterator[None]:
         _routed.reset(before)
 
 
-@contextmanager
-def observe(
-    layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None = None, positions: Sequence[int] = ()
-) -> Iterator[None]:
-    """Call `sink(name, h, delta)` for each layer as the backward pass reaches it.
-
-    The layer's input is kept until then and freed right after. No weight gradient is computed: with frozen weights (see
-    `frozen`) autograd skips the weight GEMMs, a third of a backward pass.
-
-    Args:
-        layers: layers to watch, by name.
-        sink: function to call.
-        counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
-        positions: B and L, filled in during the forward pass, to reshape the inputs of layers that get [B·L, n] or only
-            some tokens.
-
-    Raises:
-        InputError: in the backward pass, if a layer is used twice or its rows cannot be assigned to examples.
-    """
-
-    seen: set[str] = set()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            starts = not output.requires_grad
-            if starts:
-                output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
-            output.register_hook(partial(told, name, inputs[0].detach(), routed=_routed.get()))
-            # Later code may write in place, which is not allowed for a leaf of the graph.
-            return output.clone() if starts else None
-
-        return hook
-
-    def told(name: str, h: Tensor, delta: Tensor, routed: Tensor | None = None) -> None:
-        if name in seen:
-            raise InputError(
-                f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
-                "support; it scores models that use each linear layer once"
-            )
-        seen.add(name)
-        h, delta = (_by_example(name, x, routed, counted, positions) for x in (h, delta))
-        sink(name, h, delta)
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            if (wire := wire_of(layer)) is not None:
-                wire.watcher = partial(told, name)
-                stack.callback(setattr, wire, "watcher", None)
-            else:
-                stack.callback(layer.register_forward_hook(watch(name)).remove)
-        yield
-
-
 def _by_example(
     name: str, x: Tensor, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
@@ -171,9 +116,18 @@ def watched_backward(
     sink: Sink,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Run `losses()` and the backward pass of its sum, calling `sink`. Call this inside `frozen(model)`.
+    """Run `losses()` and the backward pass of its sum, and call `sink(name, h, delta)` when it reaches each layer.
 
-    The examples of a batch do not interact, so the gradient of the sum has each example's δ.
+    The examples of a batch do not interact, so the gradient of the sum has each example's δ. A layer's input is kept
+    until the backward pass reaches it. Call this inside `frozen(model)`, where autograd skips the weight GEMMs, a third
+    of a backward pass.
+
+    Args:
+        model: model to run.
+        layers: layers to watch, by name.
+        losses: function that runs the model and returns the losses of the examples [B].
+        sink: function to call.
+        counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
 
     Returns:
         The per-example losses [B], detached.
@@ -181,16 +135,41 @@ def watched_backward(
     Raises:
         InputError: a layer is used twice, or its rows cannot be assigned to examples.
     """
-    positions: list[int] = []
+    seen: set[str] = set()
+    positions: list[int] = []  # B and L, to reshape the inputs of layers that get [B·L, n] or only some tokens
 
     def note(_module: nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         positions[:] = options["input_ids"].shape if "input_ids" in options else ()
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.enable_grad(), observe(layers, sink, counted, positions):
+    def watch(name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        starts = not output.requires_grad
+        if starts:
+            output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
+        output.register_hook(partial(tell, name, inputs[0].detach(), routed=_routed.get()))
+        # Later code may write in place, which is not allowed for a leaf of the graph.
+        return output.clone() if starts else None
+
+    def tell(name: str, h: Tensor, delta: Tensor, routed: Tensor | None = None) -> None:
+        if name in seen:
+            raise InputError(
+                f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
+                "support; it scores models that use each linear layer once"
+            )
+        seen.add(name)
+        h, delta = (_by_example(name, x, routed, counted, positions) for x in (h, delta))
+        sink(name, h, delta)
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for name, layer in layers.items():
+            if (wire := wire_of(layer)) is not None:
+                wire.watcher = partial(tell, name)
+                stack.callback(setattr, wire, "watcher", None)
+            else:
+                stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
+        with torch.enable_grad():
             per_example = losses()
             per_example.sum().backward()
-    finally:
-        handle.remove()
     return per_example.detach()
