@@ -196,5 +196,5 @@ def _noting_owners(
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(note, name)).remove)
+            stack.enter_context(layer.register_forward_pre_hook(partial(note, name)))
         yield

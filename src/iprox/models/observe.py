@@ -162,13 +162,13 @@ def watched_backward(
         sink(name, h, delta)
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+        stack.enter_context(model.register_forward_pre_hook(note, with_kwargs=True))
         for name, layer in layers.items():
             if (wire := wire_of(layer)) is not None:
                 wire.watcher = partial(tell, name)
                 stack.callback(setattr, wire, "watcher", None)
             else:
-                stack.callback(layer.register_forward_hook(partial(watch, name)).remove)
+                stack.enter_context(layer.register_forward_hook(partial(watch, name)))
         with torch.enable_grad():
             per_example = losses()
             per_example.sum().backward()
