@@ -28,6 +28,15 @@ class LayerGradient:
         """Return the gradient in another dtype."""
         return LayerGradient(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
+    def plus(self, other: LayerGradient, factor: float = 1.0) -> LayerGradient:
+        """Return the sum with a multiple of another gradient of the same layer."""
+        bias = None if self.bias is None or other.bias is None else self.bias + factor * other.bias
+        return LayerGradient(self.weight + factor * other.weight, bias)
+
+    def over(self, divisor: float) -> LayerGradient:
+        """Return the gradient divided by a number."""
+        return LayerGradient(self.weight / divisor, None if self.bias is None else self.bias / divisor)
+
     def squared_norm(self) -> Tensor:
         """Return ‖weight‖² + ‖bias‖², a scalar."""
         total = self.weight.square().sum()
