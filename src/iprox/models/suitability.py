@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from iprox.errors import InputError, cut, shown
 from iprox.models.flops import parameters
@@ -73,6 +74,8 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 # Methods whose weights transformers can dequantize on loading; weights that stay quantized are refused later.
 _DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
+
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,15 +285,9 @@ def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: tor
 
 
 def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
-    if attention in ("eager", "sdpa"):
-        return True
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3"}.get(attention)
-    return (
-        package is not None
-        and device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and (_installed(package) or (package == "flash_attn_3" and _installed("flash_attn_interface")))
-    )
+    if attention in _FLASH:
+        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _FLASH[attention]()
+    return attention in ("eager", "sdpa")
 
 
 def follows_order(model: torch.nn.Module, vocabulary: int) -> bool:
