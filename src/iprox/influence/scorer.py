@@ -176,12 +176,12 @@ class BatchScorer(Scorer):
         if shared:
             self._take_shared(shared)
         else:
-            self._take({task: query for task, query in queries.items() if not isinstance(query, SharedQueries)})
+            self._take(queries)
         self.contraction_flops = sum(
             query.flops * self._shares[name] for name, parts in self._queries.items() for query in parts
         )
 
-    def _take(self, queries: Mapping[str, TaskGradient]) -> None:
+    def _take(self, queries: Mapping[str, Any]) -> None:
         """Prepare mean gradients, or gradients of single examples."""
         columns: list[Any] = []
         for query in queries.values():
