@@ -181,7 +181,7 @@ def write_index(
     ready = sorted(folder.glob("*.arrow"))
     stats = ScoringStats()
     for file in ready:
-        counted = _counts(file)
+        counted = _counts(_mapped(file))
         stats.add(counted)
         if progress is not None:
             progress(counted.rows, earlier=True)
@@ -279,7 +279,7 @@ class GradientIndex:
             columns = np.split(scores, np.cumsum(widths)[:-1], axis=1)
             of_tasks = np.stack([(c * w).sum(axis=1) for c, w in zip(columns, weights, strict=True)], axis=1)
             ids, sources, tokens = (table[name].to_pylist() for name in ("id", "source", "tokens"))
-            stats = replace(ScoringStats(**json.loads(table.schema.metadata[b"iprox"])), contraction_flops=0.0)
+            stats = replace(_counts(table), contraction_flops=0.0)
             kept = columns if by_example else ()
             supervised = supervised_column(table)
             yield (
@@ -307,5 +307,5 @@ def _mapped(file: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
-def _counts(file: Path) -> ScoringStats:
-    return ScoringStats(**json.loads(_mapped(file).schema.metadata[b"iprox"]))
+def _counts(window: pa.Table) -> ScoringStats:
+    return ScoringStats(**json.loads(window.schema.metadata[b"iprox"]))

@@ -8,7 +8,7 @@ validation loss by I(z; V).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -72,7 +72,7 @@ class Scorer(ABC):
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: Collection[str],
         widths: Sequence[int],
         *,
         by_example: bool = False,
@@ -160,7 +160,7 @@ class BatchScorer(Scorer):
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
         by_example = not all(isinstance(query, dict) for query in queries.values())
-        super().__init__(list(queries), widths, by_example=by_example, model=model)
+        super().__init__(queries, widths, by_example=by_example, model=model)
         sketched = norm_sketch > 0 and normalize == "cosine"
         exact = expert_layers(model) if sketched else ()
         self._signs = {
