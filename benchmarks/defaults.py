@@ -322,7 +322,7 @@ class Bench:
             batches = self.batches([self.encoded[row] for row in rows])
             bases = together(kronecker_curvature(model, layers, batches, seed=seed))
             sample = self.batches([self.encoded[row] for row in rows[:CG_SAMPLE]])
-            mean, _ = mean_gradient(model, self.batches(self.encoded_validation[task]))
+            mean = mean_gradient(model, self.batches(self.encoded_validation[task]))
             gradient = {name: part.weight for name, part in mean.items()}
             solved, residuals = refined(model, sample, gradient, bases, DAMPING, CG_ITERATIONS)
             print(f"residuals of CG, {task}: {' '.join(f'{value:.3g}' for value in residuals)}", flush=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 import iprox
 from iprox.cli import main as command
-from iprox.influence.query import LayerQuery
+from iprox.influence.query import DenseQuery, LowRankQuery
 from iprox.influence.shared_basis import SharedQuery
 
 PACKAGE, BUNDLED = Path(iprox.__file__).parent, files("iprox.quickstart")
@@ -33,7 +33,7 @@ def main() -> None:
     given = parser.parse_known_args()[1]  # options of `iprox score`
     stacks: list[list[tuple[str, str]]] = []
 
-    for kind in (LayerQuery, SharedQuery):
+    for kind in (DenseQuery, LowRankQuery, SharedQuery):
         real = kind.contract
 
         def counted(self: Any, *arguments: Any, real: Any = real, **options: Any) -> Any:

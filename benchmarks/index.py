@@ -98,7 +98,7 @@ def main() -> None:
     queries: dict[str, ModelGradient] = {}
     for task, validation in examples_of(arguments).items():
         batches = [batch.to(device) for batch in iter_batches(encoder.encode(validation), 4096)]
-        queries[task] = mean_gradient(model, batches)[0]
+        queries[task] = mean_gradient(model, batches)
     print(f"{arguments.model}: {len(encoded)} rows, {tokens:,} tokens, {len(queries)} tasks, {dtype}")
 
     def over(run: Callable) -> tuple[np.ndarray, float]:

@@ -1,7 +1,7 @@
 """How much memory do compress, align and score take, and how long, at several batch sizes?
 
-Each command runs in a process of its own on rows of the pool. The bound is that of the project: three times the model in
-float32, and 1 GB more. CPU seconds (all threads of the command) depend less on other work of the machine than wall time.
+Each command runs in a process of its own on rows of the pool. The bound is that of the project: three times the model
+in float32, and 1 GB more. CPU seconds (all threads of the command) depend less on other work than wall time.
 
     python benchmarks/memory.py                                                        # target-17m
     python benchmarks/memory.py --model ../models/smollm2-135m-instruct                # benchmarks/models.py makes it

@@ -50,7 +50,7 @@ def each_by_itself(gradients: dict[str, ModelGradient], keep: float) -> dict[str
 def validation_gradients(model: Any, encoder: ChatEncoder, arguments: argparse.Namespace) -> dict[str, ModelGradient]:
     """Return the mean gradient of each task's validation examples."""
     encoded = {task: encoder.encode(examples) for task, examples in examples_of(arguments).items()}
-    return {task: mean_gradient(model, iter_batches(rows, 4096))[0] for task, rows in encoded.items()}
+    return {task: mean_gradient(model, iter_batches(rows, 4096)) for task, rows in encoded.items()}
 
 
 def main() -> None:
@@ -71,7 +71,7 @@ def main() -> None:
         measured = draw_rows("curvature", 0, pool.scan().rows, arguments.curvature_examples, rows)
         sample = list(iter_batches(encoder.encode(pool.take(measured)), 4096))
         inputs = Inputs(settings=InfluenceSection(estimator="ekfac"), model=model, validation={}, sample=sample)
-        gradients = KroneckerInfluence("ekfac", corrected=True).precondition(gradients, inputs)
+        gradients = KroneckerInfluence(corrected=True).precondition(gradients, inputs)
     cast_parameters(model, DTYPES[arguments.dtype])
     forward = flops.forward_flops(model)
 

@@ -78,7 +78,7 @@ class Work:
 def iprox(work: Work, model: PreTrainedModel, keep: float, task_counts: Sequence[int]) -> dict[str, Any]:
     """Time our engine: validation gradients, then the pool, compiled; the pool again for each number of tasks."""
     pool, validation = work.batches(work.pool), work.batches(work.validation)
-    seconds, gradient = timed(lambda: mean_gradient(model, validation)[0])
+    seconds, gradient = timed(lambda: mean_gradient(model, validation))
     result: dict[str, Any] = {"query_seconds": seconds, "by_tasks": {}}
     scorers = {}
     for tasks in task_counts:
@@ -128,7 +128,7 @@ def proxy(work: Work) -> dict[str, Any]:
 def autograd(work: Work) -> dict[str, Any]:
     """Time the naive method: the gradient of every example by autograd, multiplied with the validation gradient."""
     layers = influence_layers(work.model)
-    gradient = mean_gradient(work.model, work.batches(work.validation))[0]
+    gradient = mean_gradient(work.model, work.batches(work.validation))
     parameters, query = [layer.weight for layer in layers.values()], [gradient[name] for name in layers]
     rows = work.pool[:: max(1, len(work.pool) // 32)]
 

@@ -78,7 +78,7 @@ def test_scores_are_steps_of_adamw_on_the_validation_gradient(tiny, family):
     steps = steps_by_hand(model, optimizer, pool, tiny)
     each = torch.stack([gradient_by_hand(model, row) for row in tiny.rows(validation)])
     state = state_of(model, optimizer)
-    mean = {"t": mean_gradient(model, [validation])[0]}
+    mean = {"t": mean_gradient(model, [validation])}
     scores, losses = LessScorer(model, mean, state)(pool)
     torch.testing.assert_close(scores[:, 0], steps @ each.mean(0), rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
@@ -93,7 +93,7 @@ def test_on_a_proxy_the_step_is_that_of_the_dense_weights(tiny):
     model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
     state = state_of(model, warmed_optimizer(model, tiny))
     proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
-    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     scores, _ = LessScorer(proxy, {"t": query}, state, normalize="cosine")(pool)
     dense, _ = LessScorer(to_dense(proxy), {"t": query}, state, normalize="cosine")(pool)
     torch.testing.assert_close(scores, dense, rtol=1e-8, atol=1e-9)
@@ -123,7 +123,7 @@ def test_experts_trained_fused_are_scored_apart(tiny, tmp_path):
         state = load_adam_state(tmp_path)
         kept = state.weights["model.layers.1.mlp.experts.gate_up.2"].square
         torch.testing.assert_close(kept, optimizer.state[experts.gate_up_proj]["exp_avg_sq"][2].float())
-        query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+        query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
         assert LessScorer(model, {"t": query}, state)(pool)[0].abs().min() > 0
 
 
@@ -139,7 +139,7 @@ def test_the_state_of_another_model_is_refused(tiny):
     model, other = tiny.model(), tiny.model(intermediate_size=24)
     state = state_of(other, warmed_optimizer(other, tiny))
     with pytest.raises(InputError, match=r"no moments for model\.layers\.0\.mlp"):
-        LessScorer(model, {"t": mean_gradient(model, [tiny.batch([5])])[0]}, state)
+        LessScorer(model, {"t": mean_gradient(model, [tiny.batch([5])])}, state)
 
 
 def test_what_less_needs_is_said(tiny):

@@ -38,8 +38,8 @@ def by_gates(model, gradient, batch):
 def test_terms_are_those_of_autograd_and_sum_to_the_score(tiny, family, keep):
     model = tiny.model(family)
     batch = tiny.batch([9, 4, 7], seed=2, padding=3)
-    queries = {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]}
-    queries["b"] = mean_gradient(model, [tiny.batch([6], seed=5)])[0]
+    queries = {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])}
+    queries["b"] = mean_gradient(model, [tiny.batch([6], seed=5)])
     cut = queries if keep == 1 else low_rank_queries(queries, keep)
     scorer = BatchScorer(model, cut)
     terms = scorer(batch, by_token=True)[0]
@@ -54,14 +54,14 @@ def test_terms_are_those_of_autograd_and_sum_to_the_score(tiny, family, keep):
 def test_terms_of_a_cosine_sum_to_it(tiny):
     model = tiny.model("qwen3")
     batch = tiny.batch([9, 4], seed=2)
-    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])[0]}, normalize="cosine")
+    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8])])}, normalize="cosine")
     torch.testing.assert_close(scorer(batch, by_token=True)[0].sum(1), scorer(batch)[0], rtol=1e-9, atol=1e-12)
 
 
 def test_experts_are_refused_by_name(tiny):
     model = tiny.model("qwen3-moe")
     with experts_split(model):
-        scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]})
+        scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])})
         with pytest.raises(TypeError, match=r"experts.*every token"):
             scorer(tiny.batch([9, 4], seed=2), by_token=True)[0]
 
@@ -98,7 +98,7 @@ def test_the_table_holds_the_tokens_and_their_terms(tiny):
 def test_a_compiled_model_gives_the_same_terms(tiny):
     model = tiny.model("qwen3", dtype=torch.float32)
     batch = tiny.batch([9, 4, 7], seed=2, padding=3)
-    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]})
+    scorer = BatchScorer(model, {"a": mean_gradient(model, [tiny.batch([8, 5], seed=1)])})
     expected = scorer(batch, by_token=True)[0]
     with compiled(model):
         torch.testing.assert_close(scorer(batch, by_token=True)[0], expected, rtol=1e-3, atol=1e-5)

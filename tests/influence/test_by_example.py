@@ -49,7 +49,7 @@ def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalize):
     with experts_split(model):
         validation = tiny.batch([4, 8, 5], seed=1)
         backwards = dataclasses.replace(validation, indices=[2, 0, 1])  # as length-sorted batches are
-        queries = [mean_gradient(model, [row])[0] for row in tiny.rows(validation)]
+        queries = [mean_gradient(model, [row]) for row in tiny.rows(validation)]
         expected = torch.cat([BatchScorer(model, {"t": q}, normalize=normalize)(pool)[0] for q in queries], dim=1)
         examples = example_gradients(model, [backwards])
         scorer = BatchScorer(model, {"a": examples, "b": examples[:1]}, normalize=normalize)
@@ -63,7 +63,7 @@ def test_each_example_is_a_column_as_if_it_were_a_task(tiny, family, normalize):
 def test_the_examples_cosines_make_the_cosine_with_their_mean(tiny, family):
     """Weighed by their norms: asking for scores by example changes no score of a task."""
     model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
-    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalize="cosine")(pool)
+    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])}, normalize="cosine")(pool)
     scorer = BatchScorer(model, {"t": example_gradients(model, [validation])}, normalize="cosine")
     scores, _ = scorer(pool)
     (weights,) = scorer.weights
@@ -74,7 +74,7 @@ def test_the_examples_cosines_make_the_cosine_with_their_mean(tiny, family):
 def test_examples_of_the_target_are_contracted_with_candidates_on_the_proxy(tiny):
     model, pool, validation = tiny.model("qwen2"), tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
     proxy, _ = derive_proxy(model, [tiny.batch([12, 9], seed=2)], Size(sparsity=0.5))
-    whole, _ = BatchScorer(proxy, {"t": mean_gradient(model, [validation])[0]})(pool)
+    whole, _ = BatchScorer(proxy, {"t": mean_gradient(model, [validation])})(pool)
     scores, _ = BatchScorer(proxy, {"t": example_gradients(model, [validation])})(pool)
     torch.testing.assert_close(scores.mean(1, keepdim=True), whole, rtol=1e-8, atol=1e-10)
 

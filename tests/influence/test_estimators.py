@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iprox.influence.gradients import norm_flops
+from iprox.influence.gradients import NormShape, norm_flops
 from iprox.influence.projection import signs
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
@@ -27,8 +27,7 @@ def test_scores_equal_autograd_dot_products(tiny, case):
     layers = influence_layers(model)
     query = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(validation)]).mean(0)
     rows = torch.stack([tiny.autograd_gradient(model, row, layers) for row in tiny.rows(pool)])
-    gradient, count = mean_gradient(model, [validation])
-    assert count == 2
+    gradient = mean_gradient(model, [validation])
     scores, losses = BatchScorer(model, {"task": gradient})(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(losses, causal_lm_losses(model, pool).detach())
@@ -41,7 +40,7 @@ def test_scores_equal_autograd_dot_products(tiny, case):
 def test_sketched_cosines_equal_those_of_the_sketch_of_each_gradient(tiny, case):
     model = tiny.model("llama", **CASES[case])
     pool = tiny.batch([9, 3, 7, 12], padding=3)
-    gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=5)
     expected, sketched = [], 0
     for row in tiny.rows(pool):
@@ -72,19 +71,19 @@ def test_norms_of_experts_are_not_sketched(tiny):
         experts = expert_layers(model)
         assert experts == {name for name in layers if ".experts." in name}
         assert 0 < len(experts) < len(layers)
-        gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
+        gradient = mean_gradient(model, [tiny.batch([8, 5])])
         scorer = BatchScorer(model, {"task": gradient}, normalize="cosine", norm_sketch=2)
         shapes = {name: weight_shape(layer) for name, layer in layers.items()}
     # The model is whole again; what the scorer was made for stays.
-    exact = norm_flops([shapes[name] for name in experts], [4.5, 20])  # two experts of four see a token
-    others = norm_flops([shape for name, shape in shapes.items() if name not in experts], [9, 40], 2)
+    exact = norm_flops([NormShape(*shapes[name]) for name in experts], [4.5, 20])  # two experts of four see a token
+    others = norm_flops([NormShape(*shape, 2) for name, shape in shapes.items() if name not in experts], [9, 40])
     assert scorer.norm_flops([9, 40]) == exact + others
 
 
 @pytest.mark.parametrize("options", [{}, {"normalize": "cosine"}, {"normalize": "cosine", "norm_sketch": 5}])
 def test_scores_do_not_depend_on_the_batch(tiny, options):
     model, pool = tiny.model(), tiny.batch([9, 3, 7, 12], padding=4)
-    gradient, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     scorer = BatchScorer(model, {"task": gradient}, **options)
     together, _ = scorer(pool)
     apart = torch.cat([scorer(row)[0] for row in tiny.rows(pool)])
@@ -93,7 +92,7 @@ def test_scores_do_not_depend_on_the_batch(tiny, options):
 
 def test_several_tasks_are_scored_as_each_alone(tiny):
     model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
-    queries = {name: mean_gradient(model, [tiny.batch([8, 5], seed=seed)])[0] for name, seed in (("a", 1), ("b", 2))}
+    queries = {name: mean_gradient(model, [tiny.batch([8, 5], seed=seed)]) for name, seed in (("a", 1), ("b", 2))}
     both, _ = BatchScorer(model, queries)(pool)
     for column, (name, query) in enumerate(queries.items()):
         alone, _ = BatchScorer(model, {name: query})(pool)
@@ -107,9 +106,9 @@ def test_weight_gradients_of_a_proxy_are_those_of_the_dense_model_it_stands_for(
     pool, validation = tiny.batch([9, 3, 7], padding=2), tiny.batch([8, 5], seed=1)
     proxy, _ = derive_proxy(tiny.model("qwen2"), [pool], Size(0.5))
     dense = to_dense(proxy)
-    gradient, _ = mean_gradient(proxy, [validation])
+    gradient = mean_gradient(proxy, [validation])
     scores, _ = BatchScorer(proxy, {"task": gradient}, normalize="cosine")(pool)
-    reference, _ = mean_gradient(dense, [validation])
+    reference = mean_gradient(dense, [validation])
     expected, _ = BatchScorer(dense, {"task": reference}, normalize="cosine")(pool)
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-9)
 
@@ -118,7 +117,7 @@ def test_a_small_sgd_step_changes_the_validation_loss_by_minus_the_influence(tin
     """The first-order claim itself; the error must shrink with the square of the step."""
     model = tiny.model("gpt-neox")
     pool, validation = tiny.batch([9]), tiny.batch([8, 5], seed=1)
-    gradient, _ = mean_gradient(model, [validation])
+    gradient = mean_gradient(model, [validation])
     influence = BatchScorer(model, {"task": gradient})(pool)[0].item()
     layers = influence_layers(model)
     parameters = [p for layer in layers.values() for p in (layer.weight, layer.bias)]
@@ -140,7 +139,7 @@ def test_a_small_sgd_step_changes_the_validation_loss_by_minus_the_influence(tin
 def test_the_model_is_left_as_it_was(tiny):
     model = tiny.model().train()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    gradient, _ = mean_gradient(model, [tiny.batch([8, 5])])
+    gradient = mean_gradient(model, [tiny.batch([8, 5])])
     BatchScorer(model, {"task": gradient})(tiny.batch([6]))
     assert model.training
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

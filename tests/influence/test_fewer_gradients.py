@@ -85,7 +85,7 @@ def test_gradients_of_answers_give_other_scores_than_whole_ones(tiny):
     model, batch, validation = tiny.model(), prompted(tiny), [tiny.batch([8, 5], seed=1)]
     proxy, _ = limited(model, gradients="answers")
     scorer = scorer_of_batches(proxy, {"task": validation}, target=model, query_norm=1)
-    whole = BatchScorer(model, {"task": mean_gradient(model, validation)[0]})
+    whole = BatchScorer(model, {"task": mean_gradient(model, validation)})
     assert scorer.by_answer
     scores, losses = scorer(batch)
     torch.testing.assert_close(losses, whole(batch)[1])

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from iprox.influence.gradients import (
     LayerGradient,
+    NormShape,
     contract,
     norm_flops,
     sketch_pays,
@@ -67,16 +68,16 @@ def test_squared_norm_counts_the_bias():
 def test_norms_are_charged_the_cheaper_of_their_two_ways():
     short = 2 * 3 * 3 * (10 + 20)  # two Gram matrices
     long = 2 * 50 * 10 * 20  # the gradient itself
-    assert norm_flops([(10, 20)], [3, 50]) == short + long
-    assert norm_flops([(10, 20), (10, 20)], [3]) == 2 * short
+    assert norm_flops([NormShape(10, 20)], [3, 50]) == short + long
+    assert norm_flops([NormShape(10, 20)] * 2, [3]) == 2 * short
 
 
 def test_sketched_norms_are_charged_by_token_where_they_pay():
     assert sketch_pays((10, 20), 6)  # 6 · 30 < 200
     assert not sketch_pays((10, 20), 7)
     assert not sketch_pays((10, 20), 0)
-    assert norm_flops([(10, 20)], [3, 50], sketch=6) == 2 * 53 * 6 * (10 + 20)
-    assert norm_flops([(10, 20)], [3, 50], sketch=7) == norm_flops([(10, 20)], [3, 50])
+    assert norm_flops([NormShape(10, 20, 6)], [3, 50]) == 2 * 53 * 6 * (10 + 20)
+    assert norm_flops([NormShape(10, 20, 7)], [3, 50]) == norm_flops([NormShape(10, 20)], [3, 50])
 
 
 @given(sizes)

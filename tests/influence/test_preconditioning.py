@@ -48,7 +48,7 @@ def per_token(model, layers, batch):
 def setting(request, tiny):
     model = tiny.model(request.param)
     sample = tiny.batch([9, 6, 11, 4, 8], seed=3, padding=3)
-    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     layers = influence_layers(model)
     return model, layers, sample, query, per_token(model, layers, sample)
 
@@ -117,7 +117,7 @@ def test_datainf_is_the_mean_of_dense_inverses(setting):
 def test_strong_damping_ranks_as_tracin(tiny, curvature):
     # Towards infinite damping (F + λI)⁻¹ is the identity over λ, so per layer the direction is that of Ḡ.
     model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
-    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     solved = preconditioned(model, {"task": query}, [sample], curvature, damping=1e9)["task"]
     for name, part in query.items():
         cosine = (part.weight * solved[name].weight).sum() / part.weight.norm() / solved[name].weight.norm()
@@ -127,7 +127,7 @@ def test_strong_damping_ranks_as_tracin(tiny, curvature):
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
 def test_the_seed_draws_the_labels_of_what_samples_them(tiny, curvature):
     model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
-    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     draw = functools.partial(preconditioned, model, {"t": query}, [sample], curvature)
     first, again, other = (draw(seed=seed)["t"] for seed in (1, 1, 2))
     for name, part in first.items():
@@ -138,7 +138,7 @@ def test_the_seed_draws_the_labels_of_what_samples_them(tiny, curvature):
 @pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
 def test_padding_and_batches_change_nothing(tiny, curvature):
     model = tiny.model("qwen2")
-    query, _ = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     together = tiny.batch([9, 6, 11], seed=3, padding=4)
     one = preconditioned(model, {"t": query}, [together], curvature)["t"]
     other = preconditioned(model, {"t": query}, tiny.rows(together), curvature)["t"]
@@ -153,7 +153,7 @@ def test_scattered_experts_of_a_proxy(tiny, curvature):
     pool = tiny.batch([9, 6, 11, 5], seed=3)
     with experts_split(target):
         proxy, _ = derive_proxy(target, [pool], Size(0.4))
-        query, _ = mean_gradient(proxy, [tiny.batch([8, 5], seed=1)])
+        query = mean_gradient(proxy, [tiny.batch([8, 5], seed=1)])
         solved = preconditioned(proxy, {"t": query}, [pool], curvature)
         scores, _ = BatchScorer(proxy, solved)(pool)
     assert torch.isfinite(scores).all()
@@ -164,7 +164,7 @@ def test_an_example_counts_most_for_itself(tiny):
     # With its own curvature an influence function is a positive definite form: self-influence is above 0.
     model, pool = tiny.model(), tiny.batch([9, 6, 11], seed=3)
     for number, row in enumerate(tiny.rows(pool)):
-        query, _ = mean_gradient(model, [row])
+        query = mean_gradient(model, [row])
         solved = preconditioned(model, {"t": query}, [pool], "ekfac")
         assert BatchScorer(model, solved)(pool)[0][number, 0] > 0
 
@@ -173,7 +173,7 @@ def test_an_example_counts_most_for_itself(tiny):
 def test_a_layer_that_no_example_moved_keeps_its_gradient_and_is_named(tiny, curvature):
     target = tiny.model("qwen3-moe")
     with experts_split(target):
-        query, _ = mean_gradient(target, [tiny.batch([12, 12, 12], seed=1)])
+        query = mean_gradient(target, [tiny.batch([12, 12, 12], seed=1)])
         with pytest.warns(UserWarning, match="experts.*use more curvature examples"):
             # One token reaches two of four experts.
             solved = preconditioned(target, {"t": query}, [tiny.batch([2], seed=3)], curvature)["t"]

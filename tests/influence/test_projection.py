@@ -72,7 +72,7 @@ def test_inner_products_of_features_are_the_scores_in_the_mean(tiny, family):
     """Over many seeds the mean nears the exact score, as fast as independent errors do; each norm is near by itself."""
     model, pool = tiny.model(family), tiny.batch([9, 3, 7])
     with experts_split(model):
-        query = mean_gradient(model, tiny.rows(pool)[:1])[0]
+        query = mean_gradient(model, tiny.rows(pool)[:1])
         exact = BatchScorer(model, {"t": query})(pool)[0][:, 0]
         drawn = []
         for seed in range(48):
@@ -86,7 +86,7 @@ def test_inner_products_of_features_are_the_scores_in_the_mean(tiny, family):
 
 def test_enough_numbers_give_the_scores_of_a_proxy(tiny):
     proxy, _ = derive_proxy(tiny.model("qwen3"), [tiny.batch([9, 7, 5], seed=2)], Size(sparsity=0.5))
-    pool, query = tiny.batch([9, 3, 7]), mean_gradient(proxy, [tiny.batch([5, 8], seed=1)])[0]
+    pool, query = tiny.batch([9, 3, 7]), mean_gradient(proxy, [tiny.batch([5, 8], seed=1)])
     exact = BatchScorer(proxy, {"t": query}, normalize="cosine")(pool)[0][:, 0]
     projector = GradientProjector(proxy, 1 << 16)
     features, meets = projector(pool)[0], projector.project(query)[0]
@@ -97,7 +97,7 @@ def test_adams_steps_are_projected_where_asked(tiny, tmp_path):
     model, pool = tiny.model("qwen2"), tiny.batch([9, 3, 7])
     save_adam_state(model, warmed_optimizer(model, tiny), tmp_path)
     state = load_adam_state(tmp_path)
-    query = mean_gradient(model, [tiny.batch([5, 8], seed=1)])[0]
+    query = mean_gradient(model, [tiny.batch([5, 8], seed=1)])
     exact = LessScorer(model, {"t": query}, state, normalize="cosine")(pool)[0][:, 0]
     projector = GradientProjector(model, 1 << 16, optimizer=state)
     features, meets = projector(pool)[0], projector.project(query)[0]
@@ -127,7 +127,7 @@ def test_an_index_gives_the_inner_products_of_its_features(tiny, made, tmp_path,
     index = GradientIndex.open(tmp_path / "index")
     assert (index.rows, index.dimension) == (5, 64)
     batch = tiny.batch([5, 8, 4], seed=1)
-    queries = {"mean": mean_gradient(model, [batch])[0], "each": example_gradients(model, [batch])}
+    queries = {"mean": mean_gradient(model, [batch]), "each": example_gradients(model, [batch])}
     parts = list(index.scores(queries, projector, normalize, by_example=True))
     table = pa.concat_tables([table for table, _ in parts])
     assert sum(counted.rows for _, counted in parts) == 5

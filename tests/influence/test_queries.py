@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from iprox.influence import low_rank as low_rank_module
 from iprox.influence.gradients import LayerGradient, LowRankGradient, contract
 from iprox.influence.low_rank import leading_directions, truncated
-from iprox.influence.query import layer_query
+from iprox.influence.query import DenseQuery, LowRankQuery, layer_query
 
 
 def gradient(m: int, n: int, decay: float, seed: int = 0, bias: bool = False) -> LayerGradient:
@@ -51,7 +51,7 @@ def test_contracting_equals_the_truncated_gradient(shape, bias):
     m, n = shape
     tasks = [gradient(m, n, 3, seed, bias) for seed in (0, 1, 2)]
     query = layer_query([low_rank(task.weight, task.bias) for task in tasks], torch.float64)
-    assert query.dense is None
+    assert isinstance(query, LowRankQuery)
     assert query.flops == 2 * sum(query.ranks) * (m + n) < 2 * 3 * m * n
     h, delta = torch.randn(5, 7, n, dtype=torch.float64), torch.randn(5, 7, m, dtype=torch.float64)
     scores = query.contract(h, delta)
@@ -73,7 +73,7 @@ def test_a_gradient_of_rank_zero_adds_nothing_but_its_bias():
 def test_whole_gradients_are_contracted_with_as_they_are():
     tasks = [gradient(12, 10, 3, seed) for seed in (0, 1)]
     query = layer_query(tasks, torch.float64)
-    assert query.dense is not None
+    assert isinstance(query, DenseQuery)
     assert query.flops == 2 * 2 * 12 * 10
     h, delta = torch.randn(3, 4, 10, dtype=torch.float64), torch.randn(3, 4, 12, dtype=torch.float64)
     torch.testing.assert_close(query.contract(h, delta)[:, 1], contract(h, delta, tasks[1]))

@@ -19,7 +19,7 @@ def brute_force(model, pool, rows, damping=None, sample=None):
     """Scores [B, V] with the whole gradient of one example at a time, divided by EK-FAC's curvature if asked."""
     columns = []
     for row in rows:
-        query = {"t": mean_gradient(model, [row])[0]}
+        query = {"t": mean_gradient(model, [row])}
         if damping is not None:
             query = preconditioned(model, query, sample, damping=damping)
         columns.append(BatchScorer(model, query)(pool)[0])
@@ -66,7 +66,7 @@ def test_bases_hold_the_share_that_was_asked_for_and_cost_less(tiny, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_examples_cosines_sum_to_the_cosine_with_their_mean(tiny, family):
     model, pool, validation = tiny.model(family), tiny.batch([9, 3, 7]), tiny.batch([4, 8, 5], seed=1)
-    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])[0]}, normalize="cosine")(pool)
+    expected, _ = BatchScorer(model, {"t": mean_gradient(model, [validation])}, normalize="cosine")(pool)
     queries = shared_queries(example_gradients(model, [validation]), 1.0, dtype=torch.float64)
     scorer = BatchScorer(model, {"t": queries}, normalize="cosine")
     (weights,) = scorer.weights

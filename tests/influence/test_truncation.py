@@ -69,7 +69,7 @@ def test_a_gradient_of_zero_has_rank_zero():
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "qwen3-moe"])  # without biases; with; with experts
 def test_scores_are_those_of_the_cut_gradients_and_cheaper(tiny, family):
     model = tiny.model(family)
-    queries = {task: mean_gradient(model, [tiny.batch([12, 9], seed=seed)])[0] for seed, task in enumerate("ab", 1)}
+    queries = {task: mean_gradient(model, [tiny.batch([12, 9], seed=seed)]) for seed, task in enumerate("ab", 1)}
     cut = low_rank_queries(queries, 0.8)
     scorer, exact = BatchScorer(model, cut), BatchScorer(model, queries)
     assert scorer.contraction_flops < exact.contraction_flops
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_cut_gradients_and_cheaper(tiny, family):
 
 def test_a_coarser_cut_costs_less(tiny):
     model = tiny.model()
-    queries = {task: mean_gradient(model, [tiny.batch([12, 9], seed=seed)])[0] for seed, task in enumerate("ab", 1)}
+    queries = {task: mean_gradient(model, [tiny.batch([12, 9], seed=seed)]) for seed, task in enumerate("ab", 1)}
     fine, coarse = (BatchScorer(model, low_rank_queries(queries, keep)) for keep in (0.95, 0.6))
     assert min(fine.kept.values()) >= 0.95
     assert 0.6 <= min(coarse.kept.values()) < 0.95
@@ -101,7 +101,7 @@ def test_a_coarser_cut_costs_less(tiny):
 
 def test_a_share_near_one_leaves_gradients_whole(tiny):
     model = tiny.model()
-    queries = {"a": mean_gradient(model, [tiny.batch([9, 8])])[0]}
+    queries = {"a": mean_gradient(model, [tiny.batch([9, 8])])}
     cut = low_rank_queries(queries, 1 - 1e-12)
     assert any(part is queries["a"][name] for name, part in cut["a"].items())
     exact, batch = BatchScorer(model, queries), tiny.batch([8, 6], seed=4)

@@ -55,7 +55,7 @@ def test_identity_scores_equal_ours(tiny, tmp_path):
     made, _ = derive_proxy(tiny.model(dtype=torch.float32), [pool], Size(0.5))
     made.save_pretrained(tmp_path / "proxy")
     proxy = AutoModelForCausalLM.from_pretrained(tmp_path / "proxy", dtype=torch.float32)
-    scores, losses = BatchScorer(proxy, {"task": mean_gradient(proxy, [validation])[0]})(pool)
+    scores, losses = BatchScorer(proxy, {"task": mean_gradient(proxy, [validation])})(pool)
     assert torch.allclose(losses, causal_lm_losses(proxy, pool))
 
     arguments = kronfluence.arguments.FactorArguments(strategy="identity")
@@ -71,7 +71,7 @@ def test_influence_functions_equal_ours(tiny, tmp_path, strategy):
     model = tiny.model("qwen2", dtype=torch.float32)  # with biases
     pool, validation = tiny.batch([12] * 10, seed=1), tiny.batch([12] * 3, seed=2)
     layers = influence_layers(model)
-    query, _ = mean_gradient(model, [validation])
+    query = mean_gradient(model, [validation])
     bases = together(kronecker_curvature(model, layers, [pool], corrected=strategy == "ekfac", labels="data"))
     # kronfluence's own rule of damping is ours.
     solved = {name: divided(part, bases[name], 0.1) for name, part in query.items()}

@@ -37,7 +37,7 @@ def all_scores(tiny, scorer):
 
 
 def check(tiny, model, **options):
-    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    gradient = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     scorer = BatchScorer(model, {"task": gradient}, **options)
     expected = all_scores(tiny, scorer)
     with compiled(model):
@@ -83,7 +83,7 @@ def test_layers_of_any_rank_share_one_piece_of_code(tiny, backend):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "compile", lambda self, **options: COMPILE(self, backend=count, **options))
-        scorer = BatchScorer(proxy, {"task": mean_gradient(proxy, [tiny.batch([8, 5], seed=1)])[0]})
+        scorer = BatchScorer(proxy, {"task": mean_gradient(proxy, [tiny.batch([8, 5], seed=1)])})
         with compiled(proxy):
             scorer(tiny.batch([9, 3, 7]))
             scorer(tiny.batch([12, 11]))
@@ -103,7 +103,7 @@ def test_nothing_is_left_behind(tiny, backend):
 
 def test_what_cannot_be_compiled_says_why_and_is_scored_as_it_was(tiny, monkeypatch):
     model, batch = tiny.model(), tiny.batch([9, 3])
-    scorer = BatchScorer(model, {"task": mean_gradient(model, [batch])[0]})
+    scorer = BatchScorer(model, {"task": mean_gradient(model, [batch])})
     expected = scorer(batch)[0]
 
     def no_compiler(graph, inputs):
@@ -121,7 +121,7 @@ def test_experts_and_foreign_models_are_not_compiled(tiny):
     assert "experts" in str(why_not_compiled(experts))
     assert why_not_compiled(nn.Linear(2, 2)) == "it is not a transformers model"
     assert why_not_compiled(tiny.model()) is None
-    scorer = BatchScorer(experts, {"task": mean_gradient(experts, [tiny.batch([9, 3])])[0]})
+    scorer = BatchScorer(experts, {"task": mean_gradient(experts, [tiny.batch([9, 3])])})
     assert "experts" in compile_model(scorer.model, scorer, tiny.batch([9, 3]))
 
 

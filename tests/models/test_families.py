@@ -133,7 +133,7 @@ def test_scores_equal_autograd_dot_products(family, tiny, kind):
     layers = influence_layers(model)
     rows = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(pool)])
     query = torch.stack([autograd_gradients(model, row, layers) for row in tiny.rows(validation)]).mean(0)
-    gradient, _ = mean_gradient(model, [validation])
+    gradient = mean_gradient(model, [validation])
     scores, _ = BatchScorer(model, {"task": gradient})(pool)
     torch.testing.assert_close(scores[:, 0], rows @ query, **close)
     cosine, _ = BatchScorer(model, {"task": gradient}, normalize="cosine")(pool)
@@ -146,7 +146,7 @@ def test_candidates_on_a_proxy_are_contracted_with_the_targets_gradient(family, 
     _, model, batch = family
     proxy, _ = derive_proxy(model, [batch], Size(0.4))
     pool, validation = tiny.batch([9, 3, 7]), tiny.batch([8, 5], seed=1)
-    own = mean_gradient(model, [validation])[0]
+    own = mean_gradient(model, [validation])
     scores, _ = BatchScorer(proxy, {"task": own})(pool)
     dense = split(to_dense(proxy))
     layers = compressible_layers(dense)
@@ -247,7 +247,7 @@ def test_an_expert_that_nothing_reached_is_said_and_kept_sound(tiny):
     proxy, report = derive_proxy(model, probe, Size(0.3))
     assert len(report.unreached) >= 2 * (32 - 6)
     assert torch.isfinite(logits(proxy, tiny.batch([40]))).all()
-    gradient, _ = mean_gradient(model, probe)
+    gradient = mean_gradient(model, probe)
     assert set(gradient) == set(influence_layers(model))
 
 

@@ -34,7 +34,7 @@ def test_compression_counts_each_reading_and_factorizes_once(tiny):
 def test_curvature_is_charged_what_torch_counts(tiny, name):
     """But for eigendecompositions, which torch does not count; rows long enough that norms form gradients."""
     model, sample = tiny.model("qwen2"), tiny.batch([48] * 4)
-    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)])[0] for i in range(3)}
+    queries = {f"t{i}": mean_gradient(model, [tiny.batch([8, 5], seed=i)]) for i in range(3)}
     supervised = int((sample.labels[:, 1:] != -100).sum())
     estimator = REGISTRY[name]
     assert isinstance(estimator, GradientEstimator)
@@ -71,7 +71,7 @@ def test_training_adapters_is_charged_what_torch_counts(tiny):
 def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     model, pool = tiny.model("qwen3-moe"), tiny.batch([9, 3, 7])
     split_experts(model)
-    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])[0]
+    query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     scorer = BatchScorer(model, {"t": query}, normalize="cosine")
     met = 0.0
     layers = compressible_layers(model)

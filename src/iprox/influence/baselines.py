@@ -8,7 +8,7 @@ or one by one. Only `perplexity` and `rds` run a model, and only forward.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class RowScorer(Scorer):
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: Collection[str],
         rows: Callable[[Any], Tensor],
         widths: Sequence[int] | None = None,
         *,
@@ -64,7 +64,7 @@ class Random(Estimator):
 
     def scorer(self, inputs: Inputs) -> RowScorer:
         """Return the scorer."""
-        return RowScorer(list(inputs.validation), lambda batch: random_scores(batch, inputs.seed))
+        return RowScorer(inputs.validation, lambda batch: random_scores(batch, inputs.seed))
 
 
 class Length(Estimator):
@@ -72,7 +72,7 @@ class Length(Estimator):
 
     def scorer(self, inputs: Inputs) -> RowScorer:
         """Return the scorer."""
-        return RowScorer(list(inputs.validation), length_scores)
+        return RowScorer(inputs.validation, length_scores)
 
 
 class Perplexity(Estimator):
@@ -80,9 +80,8 @@ class Perplexity(Estimator):
 
     def scorer(self, inputs: Inputs) -> RowScorer:
         """Return the scorer."""
-        model = inputs.scored
-        tasks = list(inputs.validation)
-        return RowScorer(tasks, lambda batch: perplexity_scores(model, batch, inputs.loss_fn), model=model)
+        model, loss_fn = inputs.scored, inputs.loss_fn
+        return RowScorer(inputs.validation, lambda batch: perplexity_scores(model, batch, loss_fn), model=model)
 
     def candidate_flops(
         self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
@@ -107,7 +106,7 @@ class Rds(Estimator):
             queries.append(of_task if inputs.settings.by_example else of_task.mean(0, keepdim=True))
         rows, widths = torch.cat(queries), [len(of_task) for of_task in queries]
         return RowScorer(
-            list(inputs.validation),
+            inputs.validation,
             lambda batch: pooled_states(model, batch) @ rows.mT,
             widths,
             by_example=inputs.settings.by_example,
@@ -264,4 +263,4 @@ def bm25_scorer(corpus: Corpus, validation: Mapping[str, Sequence[np.ndarray]], 
             scores[row] = saturated @ queries[terms]
         return torch.from_numpy(scores)
 
-    return RowScorer(list(validation), rows, widths, by_example=by_example)
+    return RowScorer(validation, rows, widths, by_example=by_example)

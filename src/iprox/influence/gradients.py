@@ -6,8 +6,9 @@ contractions of G, and these do not need G itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,15 @@ class LayerGradient:
     def to(self, dtype: torch.dtype) -> LayerGradient:
         """Return the gradient in another dtype."""
         return LayerGradient(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def plus(self, other: LayerGradient, factor: float = 1.0) -> LayerGradient:
+        """Return the sum with a multiple of another gradient of the same layer."""
+        bias = None if self.bias is None or other.bias is None else self.bias + factor * other.bias
+        return LayerGradient(self.weight + factor * other.weight, bias)
+
+    def over(self, divisor: float) -> LayerGradient:
+        """Return the gradient divided by a number."""
+        return LayerGradient(self.weight / divisor, None if self.bias is None else self.bias / divisor)
 
     def squared_norm(self) -> Tensor:
         """Return ‖weight‖² + ‖bias‖², a scalar."""
@@ -129,11 +139,27 @@ def sketch_pays(shape: tuple[int, int], sketch: int) -> bool:
     return 0 < sketch * (m + n) < m * n
 
 
-def norm_flops(shapes: Sequence[tuple[int, int]], lengths: Sequence[float], sketch: int = 0) -> float:
-    """Return the FLOPs of norms for layers (m, n) and examples of some lengths, sketched where that is cheaper."""
-    length = np.asarray(lengths, float)
+class NormShape(NamedTuple):
+    """What the cost of a layer's gradient norms depends on.
+
+    Attributes:
+        m: number of outputs.
+        n: number of inputs.
+        sketch: number of random signs that estimate the norms where this is cheaper; 0 is exact.
+        share: share of the tokens that use the layer.
+    """
+
+    m: int
+    n: int
+    sketch: int = 0
+    share: float = 1.0
+
+
+def norm_flops(layers: Iterable[NormShape], lengths: Sequence[float]) -> float:
+    """Return the FLOPs of norms for examples of some lengths."""
     total = 0.0
-    for m, n in shapes:
+    for m, n, sketch, share in layers:
+        length = share * np.asarray(lengths, float)
         if sketch_pays((m, n), sketch):
             total += 2.0 * sketch * (m + n) * length.sum()
         else:

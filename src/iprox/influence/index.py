@@ -34,7 +34,6 @@ from iprox.influence.scorer import Normalize
 from iprox.models.answers import answer_losses
 from iprox.models.checkpoint import candidate_losses
 from iprox.models.layers import has_bias, influence_layers, weight_shape
-from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
@@ -51,7 +50,6 @@ class GradientProjector:
         dimension: D.
         seed: seed for the signs. They depend on it and the layer names only, so a proxy has the signs of its target.
         optimizer: state of the warm-up's optimizer, to project Adam steps instead of gradients, as in LESS.
-        loss_fn: per-example losses, for a model that is not a language model.
 
     Raises:
         InputError: the state belongs to another model, or D is not a product of two similar numbers.
@@ -67,10 +65,9 @@ class GradientProjector:
         *,
         seed: int = 0,
         optimizer: AdamState | None = None,
-        loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.model, self.dimension, self.optimizer = model, dimension, optimizer
-        self.loss_fn = candidate_losses(model, loss_fn)
+        self.loss_fn = candidate_losses(model)
         self.by_answer = self.loss_fn is answer_losses
         self.layers = influence_layers(model)
         if optimizer is not None:
@@ -184,7 +181,7 @@ def write_index(
     ready = sorted(folder.glob("*.arrow"))
     stats = ScoringStats()
     for file in ready:
-        counted = _counts(file)
+        counted = _counts(_mapped(file))
         stats.add(counted)
         if progress is not None:
             progress(counted.rows, earlier=True)
@@ -282,7 +279,7 @@ class GradientIndex:
             columns = np.split(scores, np.cumsum(widths)[:-1], axis=1)
             of_tasks = np.stack([(c * w).sum(axis=1) for c, w in zip(columns, weights, strict=True)], axis=1)
             ids, sources, tokens = (table[name].to_pylist() for name in ("id", "source", "tokens"))
-            stats = replace(ScoringStats(**json.loads(table.schema.metadata[b"iprox"])), contraction_flops=0.0)
+            stats = replace(_counts(table), contraction_flops=0.0)
             kept = columns if by_example else ()
             supervised = supervised_column(table)
             yield (
@@ -310,5 +307,5 @@ def _mapped(file: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
-def _counts(file: Path) -> ScoringStats:
-    return ScoringStats(**json.loads(_mapped(file).schema.metadata[b"iprox"]))
+def _counts(window: pa.Table) -> ScoringStats:
+    return ScoringStats(**json.loads(window.schema.metadata[b"iprox"]))

@@ -8,7 +8,7 @@ validation loss by I(z; V).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iprox.data import Encoded, Example
 from iprox.engine.stream import ScoringStats
 from iprox.influence.gradients import (
+    NormShape,
     TaskGradient,
     mean_squared_norm,
     norm_flops,
@@ -27,7 +28,7 @@ from iprox.influence.gradients import (
     squared_norms,
 )
 from iprox.influence.projection import signs
-from iprox.influence.query import LayerQuery, layer_query
+from iprox.influence.query import DenseQuery, LowRankQuery, layer_query
 from iprox.influence.shared_basis import SharedQueries, SharedQuery
 from iprox.models.answers import answer_losses, placed
 from iprox.models.experts import expert_layers
@@ -71,15 +72,14 @@ class Scorer(ABC):
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        tasks: Collection[str],
         widths: Sequence[int],
-        weights: Sequence[np.ndarray] | None = None,
         *,
         by_example: bool = False,
         model: nn.Module | None = None,
     ) -> None:
         self.tasks, self.widths, self.by_example, self.model = list(tasks), list(widths), by_example, model
-        self.weights = [np.full(width, 1 / width) for width in widths] if weights is None else list(weights)
+        self.weights = [np.full(width, 1 / width) for width in widths]
         self.contraction_flops = self.example_flops = 0.0
         self.kept = dict.fromkeys(self.tasks, 1.0)
 
@@ -160,7 +160,7 @@ class BatchScorer(Scorer):
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
         by_example = not all(isinstance(query, dict) for query in queries.values())
-        super().__init__(list(queries), widths, by_example=by_example, model=model)
+        super().__init__(queries, widths, by_example=by_example, model=model)
         sketched = norm_sketch > 0 and normalize == "cosine"
         exact = expert_layers(model) if sketched else ()
         self._signs = {
@@ -171,17 +171,17 @@ class BatchScorer(Scorer):
         }
         self._shares = layer_shares(model, self.layers)
         self._norm_shapes = norm_shapes(model, norm_sketch)
-        self._queries: dict[str, tuple[LayerQuery | SharedQuery, ...]] = {}
+        self._queries: dict[str, tuple[DenseQuery | LowRankQuery | SharedQuery, ...]] = {}
         shared = {task: query for task, query in queries.items() if isinstance(query, SharedQueries)}
         if shared:
             self._take_shared(shared)
         else:
-            self._take({task: query for task, query in queries.items() if not isinstance(query, SharedQueries)})
+            self._take(queries)
         self.contraction_flops = sum(
             query.flops * self._shares[name] for name, parts in self._queries.items() for query in parts
         )
 
-    def _take(self, queries: Mapping[str, TaskGradient]) -> None:
+    def _take(self, queries: Mapping[str, Any]) -> None:
         """Prepare mean gradients, or gradients of single examples."""
         columns: list[Any] = []
         for query in queries.values():
@@ -223,7 +223,7 @@ class BatchScorer(Scorer):
 
     def norm_flops(self, lengths: Sequence[int]) -> float:
         """Return the FLOPs of norms for candidates of some lengths; 0 without `cosine`."""
-        return norms_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
+        return norm_flops(self._norm_shapes, lengths) if self.normalize == "cosine" else 0.0
 
     def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Score one batch.
@@ -238,15 +238,15 @@ class BatchScorer(Scorer):
         Raises:
             TypeError: a layer does not see one row per example, or, with `by_token`, every token (an expert).
         """
-        columns: dict[str, list[Tensor]] = {}
+        columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            for query in self._queries.get(name, ()):
-                columns.setdefault(name, []).append(query.contract(h, delta, by_token))
-            if self.normalize == "cosine":
-                bias, signs = has_bias(self.layers[name]), self._signs.get(name)
-                norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
+            parts, squares = self._contracted(name, h, delta, by_token)
+            if parts:
+                columns[name] = torch.cat(parts, dim=-1)
+            if squares is not None:
+                norms.append(squares)
 
         model = self.model
         assert model is not None
@@ -255,22 +255,28 @@ class BatchScorer(Scorer):
         positions = losses.shape
         if by_token:
             if self.by_answer:
-                columns = {name: [placed(part, batch) for part in parts] for name, parts in columns.items()}
+                columns = {name: placed(part, batch) for name, part in columns.items()}
             positions = batch.input_ids.shape
         return self._normalized(columns, norms, positions), losses
 
-    def _normalized(
-        self, columns: Mapping[str, Sequence[Tensor]], norms: Sequence[Tensor], positions: torch.Size
-    ) -> Tensor:
-        """Sum the layers' scores, each [*positions, columns of a task], and divide the sum by the norms."""
-        for name, parts in columns.items():
-            if parts[0].shape[:-1] != positions:
+    def _contracted(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[list[Tensor], Tensor | None]:
+        """Return a layer's scores by each of its queries, and ‖G(z)‖² [B], None without `cosine`."""
+        scores = [query.contract(h, delta, by_token) for query in self._queries.get(name, ())]
+        if self.normalize == "none":
+            return scores, None
+        bias, signs = has_bias(self.layers[name]), self._signs.get(name)
+        return scores, squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs)
+
+    def _normalized(self, columns: Mapping[str, Tensor], norms: list[Tensor], positions: torch.Size) -> Tensor:
+        """Sum the layers' scores, each [*positions, columns], and divide the sum by the norms."""
+        for name, part in columns.items():
+            if part.shape[:-1] != positions:
                 seen = "every token" if len(positions) > 1 else "one row per example"
                 raise TypeError(f"{name} does not see {seen}, so its gradients cannot be separated")
-        scores = torch.stack([torch.cat(list(parts), dim=-1) for parts in columns.values()]).sum(0)
+        scores = torch.stack(list(columns.values())).sum(0)
         if self.normalize == "none":
             return scores
-        length = torch.stack(list(norms)).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
+        length = torch.stack(norms).sum(0).sqrt()[:, None] * self._query_norms.to(scores.dtype)
         length = length[:, None] if len(positions) > 1 else length
         # The cosine with a zero gradient is 0, not NaN.
         return torch.where(length > 0, scores / length, torch.zeros_like(scores))
@@ -280,22 +286,13 @@ class BatchScorer(Scorer):
         return next(layer.parameters()).dtype
 
 
-# Layer shapes (m, n), grouped by number of random signs for their norms (0: exact) and share of the tokens.
-NormShapes = dict[tuple[int, float], list[tuple[int, int]]]
-
-
-def norm_shapes(model: nn.Module, sketch: int) -> NormShapes:
+def norm_shapes(model: nn.Module, sketch: int) -> list[NormShape]:
     """Return the layer shapes that `BatchScorer` computes norms for with `norm_sketch=sketch`."""
     layers, exact = influence_layers(model), expert_layers(model)
-    shares, shapes = layer_shares(model, layers), NormShapes()
-    for name, layer in layers.items():
-        shapes.setdefault((0 if name in exact else sketch, shares[name]), []).append(weight_shape(layer))
-    return shapes
-
-
-def norms_flops(shapes: NormShapes, lengths: Sequence[float]) -> float:
-    """Return the FLOPs of norms for candidates of some lengths."""
-    return sum(norm_flops(each, [length * part for length in lengths], k) for (k, part), each in shapes.items())
+    shares = layer_shares(model, layers)
+    return [
+        NormShape(*weight_shape(layer), 0 if name in exact else sketch, shares[name]) for name, layer in layers.items()
+    ]
 
 
 def _width(query: TaskQuery) -> int:

@@ -23,13 +23,10 @@ def mean_gradient(
     batches: Iterable[Any],
     loss_fn: LossFn = causal_lm_losses,
     layers: Mapping[str, nn.Module] | None = None,
-) -> tuple[ModelGradient, int]:
+) -> ModelGradient:
     """Return the mean per-example gradient over a set, Ḡ(V), in float32 or better.
 
     Forward, backward and one weight GEMM per layer: 6P FLOPs per token, P the parameters of the layers.
-
-    Returns:
-        The gradient, and the number of examples with a supervised token.
 
     Raises:
         FloatingPointError: a gradient is not finite (the message names the layer).
@@ -71,7 +68,7 @@ def mean_gradient(
             part.bias /= count
         if not torch.isfinite(part.squared_norm()):
             raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
-    return total, count
+    return total
 
 
 def example_gradients(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from iprox.kronecker.sample import Counts, SampleSettings, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment, SketchedMoment
-from iprox.models.flops import active_shares
+from iprox.models.experts import expert_layers
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
@@ -135,7 +136,7 @@ def collect_moments(
         # The moments of a layer without tokens (an unused expert) are zero.
         C_h = inputs.get(owner.get(name, name)) or settings.moment(n + (settings.kfac and has_bias(layer)), like)
         result[name] = LayerMoments(C_h, gradients.get(name) or settings.moment(m, like))
-    routed = active_shares(model)
+    routed = expert_layers(model)
     # Inputs first: an error in the forward pass shows in the next layer's input, but in the gradients of all layers.
     for name, moments in result.items():
         # The squared change of the loss is a mean over all tokens. For an expert with a share p of them it is
@@ -188,15 +189,12 @@ def _noting_owners(
         seen: inputs of one pass, kept so that their addresses are not reused; the caller clears it.
     """
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if torch.is_grad_enabled():
-                first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
-                owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
-
-        return hook
+    def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if torch.is_grad_enabled():
+            first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
+            owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(note(name)).remove)
+            stack.enter_context(layer.register_forward_pre_hook(partial(note, name)))
         yield

@@ -24,7 +24,7 @@ class SecondMoment(ABC):
     Attributes:
         width: d.
         blocks: whether to sum `block_squares`, which only the ridge rule needs.
-        count: divisor of the sum; set by `finish`.
+        count: divisor of the sum, at least 1; set by `finish`.
         rows: number of nonzero rows.
         examples: number of examples.
         trace: Σ ‖x‖².
@@ -34,7 +34,7 @@ class SecondMoment(ABC):
     def __init__(self, width: int, blocks: bool = True) -> None:
         self.width = width
         self.blocks = blocks
-        self.count = 0
+        self.count = 1
         self.rows = 0
         self.examples = 0
         self.trace = 0.0
@@ -64,13 +64,13 @@ class SecondMoment(ABC):
 
     def finish(self, count: int) -> None:
         """Turn the sum into a mean over this many tokens or examples."""
-        self.count = count
+        self.count = max(count, 1)
         self._root = None
 
     @property
     def mean_eigenvalue(self) -> float:
         """tr(C)/d; 0 without rows."""
-        return self.trace / max(self.count, 1) / self.width
+        return self.trace / self.count / self.width
 
     @abstractmethod
     def squared_norm(self) -> float:
@@ -121,11 +121,11 @@ class ExactMoment(SecondMoment):
     @property
     def matrix(self) -> Tensor:
         """C [d, d]."""
-        return self.sum / max(self.count, 1)
+        return self.sum / self.count
 
     def squared_norm(self) -> float:
         """Return ‖C‖_F²."""
-        return float(torch.linalg.vector_norm(self.sum, dtype=torch.float64) / max(self.count, 1)) ** 2
+        return float(torch.linalg.vector_norm(self.sum, dtype=torch.float64) / self.count) ** 2
 
     def diagonal(self) -> Tensor:
         """Return E[x_i²] [d]."""
@@ -177,12 +177,12 @@ class SketchedMoment(SecondMoment):
         squares, _ = self._eigen()
         lost = self._lost(squares)
         total = squares.square().sum() + 2 * lost * squares.sum() + self.width * lost**2
-        return float(total) / max(self.count, 1) ** 2
+        return float(total) / self.count**2
 
     def diagonal(self) -> Tensor:
         """Return E[x_i²] [d], with the lost trace spread evenly."""
         squares = self.sketch.double().square().sum(0)
-        return (squares + self._lost(squares)) / max(self.count, 1)
+        return (squares + self._lost(squares)) / self.count
 
     def _lost(self, squares: Tensor) -> float:
         """Return the trace that the sketch lost, per direction."""
@@ -191,5 +191,4 @@ class SketchedMoment(SecondMoment):
     def _make_root(self, level: float) -> LowRankRoot:
         """Return the symmetric root of the sketch plus a multiple of the identity."""
         squares, basis = self._eigen()
-        count = max(self.count, 1)
-        return LowRankRoot(basis, squares / count, self._lost(squares) / count + level)
+        return LowRankRoot(basis, squares / self.count, self._lost(squares) / self.count + level)

@@ -212,11 +212,7 @@ def _peft(reason: str) -> Any:
 
 
 def refuse_adapter(model: nn.Module) -> None:
-    """Refuse a model with a PEFT adapter, whose layers are not those of the model that will be trained.
-
-    Raises:
-        InputError: the model has an adapter.
-    """
+    """Refuse a model with a PEFT adapter, whose layers are not those of the model that will be trained."""
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise InputError("the model has a PEFT adapter; merge it first: model = model.merge_and_unload()")
     if getattr(model, "_hf_peft_config_loaded", False):

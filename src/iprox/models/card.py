@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from iprox.files import write_text
 from iprox.models.checkpoint import IproxConfig, proxy_config
+from iprox.models.flops import parameters
 from iprox.models.layers import low_rank_layers
 
 CARD = "README.md"
@@ -35,7 +36,6 @@ def proxy_card(model: PreTrainedModel) -> str:
         library_name="transformers",
         tags=["iprox", "data-selection", "influence", "low-rank"],
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     through = "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
     text = f"""---
 {data.to_yaml()}
@@ -51,7 +51,7 @@ A cheaper stand-in for `{target}` that ranks training examples by their influenc
 | target | `{target}` (weights {config.target_fingerprint or "not recorded"}) |
 | method | {config.method} |
 | sparsity | {config.sparsity:.3f} of the target's linear parameters removed |
-| parameters | {parameters:,} |
+| parameters | {parameters(model):,} |
 | gradients | of {config.depth:.0%} of the decoder layers, from the top; through {through} |
 | made with | iprox {version("iprox")}, transformers {version("transformers")}, torch {version("torch")} |
 

@@ -161,11 +161,7 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
 
 
 def check_gradients(model: nn.Module, gradients: str) -> None:
-    """Refuse gradients of answers only for a model without a key-value cache.
-
-    Raises:
-        InputError: the model has no cache.
-    """
+    """Refuse gradients of answers only for a model without a key-value cache."""
     if gradients == "answers" and not has_cache(model):
         raise InputError(
             f"{type(model).__name__} has no key-value cache, which proxy.gradients: answers (the default of a proxy "

@@ -3,7 +3,7 @@
 In a small model, norms, rotary embeddings, activations and residual sums cost more than the GEMMs; compiling fuses
 them. Hooks do not work in compiled code, so every linear layer is replaced by a port: one opaque operator that looks
 the layer up by number. All decoder layers then have the same code, whatever their ranks, so it is compiled once, and
-`observe` can watch a layer from inside the operator (`Wire.watchers`).
+`watched_backward` can watch a layer from inside the operator (`Wire.watcher`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -45,21 +45,15 @@ class Wire:
     Attributes:
         number: number by which the operators find it.
         module: linear layer.
-        watchers: functions by module (the layer, or a factor of a low-rank layer) that are called with its inputs and
-            output gradients in the backward pass.
+        watcher: function that is called with the layer's inputs and output gradients in the backward pass.
         factors: up [m, R] and down [R, n] of a low-rank layer, with the rank padded to R so that layers share shapes
             (see `round_columns`); None for a dense layer.
     """
 
     number: int
     module: nn.Module
-    watchers: dict[nn.Module, Watcher] = field(default_factory=dict)
+    watcher: Watcher | None = None
     factors: tuple[Tensor, Tensor] | None = None
-
-    def tell(self, module: nn.Module, h: Tensor, delta: Tensor) -> None:
-        """Call a layer's watcher, if it has one, with its inputs and output gradients."""
-        if module in self.watchers:
-            self.watchers[module](h, delta)
 
 
 # Operators take only tensors and numbers, so they find their layer here.
@@ -71,7 +65,7 @@ PIECES = 64
 
 
 def wire_of(module: nn.Module) -> Wire | None:
-    """Return the wire of a layer or factor in a compiled model, if any."""
+    """Return the wire of a layer in a compiled model, if any."""
     return module.__dict__.get(ATTRIBUTE)
 
 
@@ -107,19 +101,13 @@ def _(x: Tensor, number: Tensor, out_features: int) -> Tensor:
 @torch.library.custom_op("iprox::linear_backward", mutates_args=())
 def _linear_backward(x: Tensor, delta: Tensor, number: Tensor) -> Tensor:
     wire = _wires[int(number)]
-    layer = wire.module
     with torch.no_grad():
-        wire.tell(layer, x, delta)
+        if wire.watcher is not None:
+            wire.watcher(x, delta)
         if wire.factors is None:
-            return delta @ dense_weight(layer)
-        assert isinstance(layer, LowRankLinear)
+            return delta @ dense_weight(wire.module)
         up, down = wire.factors
-        between = delta @ up
-        if layer.up in wire.watchers:
-            wire.tell(layer.up, layer.down(x), delta)
-        if layer.down in wire.watchers:
-            wire.tell(layer.down, x, between[..., : layer.rank])
-        return between @ down
+        return delta @ up @ down
 
 
 @_linear_backward.register_fake
@@ -161,8 +149,21 @@ def why_compiling_failed(trial: Callable[[], object]) -> str:
     return ""
 
 
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Compile decoder layers, for batches of any size."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
+    for block in blocks:
+        block.compile(dynamic=True, fullgraph=True)
+
+
+def uncompile_blocks(blocks: nn.ModuleList) -> None:
+    """Undo `compile_blocks`."""
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile the decoder layers of a model, in place; `observe` still works with its linear layers.
+    """Compile the decoder layers of a model, in place; its linear layers can still be observed.
 
     The first batches compile, for up to a minute the first time and then seconds, as torch keeps a cache on disk.
     Shapes are dynamic, so batches of any size run the same code. Ports replace the linear layers until
@@ -179,16 +180,13 @@ def compile_layers(model: PreTrainedModel) -> None:
             up, down = layer.up.weight.detach(), layer.down.weight.detach()
             wire.factors = round_columns(up), round_columns(down.mT).mT.contiguous()
         _wires[wire.number] = wire
-        for part in (layer, *layer.children()):
-            part.__dict__[ATTRIBUTE] = wire
+        layer.__dict__[ATTRIBUTE] = wire
         replace_module(model, name, Port(wire))
     first = first_graded(model)
     # With frozen weights, the graph starts at the embeddings, or at the lowest layer whose gradients are compared.
     if first == 0:
         model.enable_input_require_grads()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
-    for block in blocks:
-        block.compile(dynamic=True, fullgraph=True)
+    compile_blocks(blocks)
     if first > 0:
         run = blocks[first]._compiled_call_impl
         assert run is not None
@@ -210,13 +208,11 @@ def uncompile_layers(model: PreTrainedModel) -> None:
     """Undo `compile_layers`."""
     if first_graded(model) == 0:
         model.disable_input_require_grads()
-    for block in decoder_layers(model)[1]:
-        block._compiled_call_impl = None
+    uncompile_blocks(decoder_layers(model)[1])
     for name, port in list(model.named_modules()):
         if isinstance(port, Port):
             layer = port.wire.module
-            for part in (layer, *layer.children()):
-                del part.__dict__[ATTRIBUTE]
+            del layer.__dict__[ATTRIBUTE]
             replace_module(model, name, layer)
 
 

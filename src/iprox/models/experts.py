@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from iprox.errors import InputError
-from iprox.models.layers import LowRankLinear
-from iprox.models.observe import routed_rows
+from iprox.models.layers import LowRankLinear, replace_module
+from iprox.models.observe import routed_to
 
 
 class SplitExperts(nn.Module):
@@ -39,7 +39,6 @@ class SplitExperts(nn.Module):
         shell = copy.copy(fused)
         shell._parameters = {}
         self.__dict__["shell"] = shell
-        self.tokens_per_row = 0  # set by the block above, before it flattens [B, L, H]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs.
@@ -54,7 +53,7 @@ class SplitExperts(nn.Module):
             tokens, slots = torch.where(top_k_index == expert)
             if not len(tokens):
                 continue
-            with routed_rows(tokens, hidden_states.shape[0], self.tokens_per_row):
+            with routed_to(tokens):
                 out = down(self.gated(gate_up(hidden_states[tokens])))
             weighted = out * top_k_weights[tokens, slots, None]
             mixed = mixed.index_add(0, tokens, weighted.to(mixed.dtype))
@@ -115,7 +114,7 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Split every block of fused experts of a model, in place.
 
     Returns:
-        The fused modules that were replaced, by name, for `restore_experts`.
+        The fused modules that were replaced, by name.
 
     Raises:
         InputError: a block of experts has an unknown layout.
@@ -130,23 +129,9 @@ def split_experts(model: nn.Module) -> dict[str, nn.Module]:
             )
     for name, module in modules:
         if is_fused(module):
-            parent, _, child = name.rpartition(".")
-            block = model.get_submodule(parent)
-            setattr(block, child, split(module))
-            block.register_forward_pre_hook(_note_row_length)
+            replace_module(model, name, split(module))
             replaced[name] = module
     return replaced
-
-
-def restore_experts(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
-    """Undo `split_experts`; weights are shared, not copied."""
-    for name, module in replaced.items():
-        parent, _, child = name.rpartition(".")
-        block = model.get_submodule(parent)
-        setattr(block, child, module)
-        for key, hook in list(block._forward_pre_hooks.items()):
-            if hook is _note_row_length:
-                del block._forward_pre_hooks[key]
 
 
 def expert_layers(model: nn.Module) -> set[str]:
@@ -162,13 +147,14 @@ def expert_layers(model: nn.Module) -> set[str]:
 
 @contextmanager
 def experts_split(*models: nn.Module) -> Iterator[None]:
-    """Split the fused experts of some models inside the block, and restore them afterwards."""
+    """Split the fused experts of some models inside the block, and restore them afterwards; weights are shared."""
     replaced = [(model, split_experts(model)) for model in models]
     try:
         yield
     finally:
         for model, modules in replaced:
-            restore_experts(model, modules)
+            for name, module in modules.items():
+                replace_module(model, name, module)
 
 
 def fuse_experts(model: nn.Module, config: object) -> None:
@@ -191,11 +177,4 @@ def fuse_experts(model: nn.Module, config: object) -> None:
         for tensor, layers in (("gate_up_proj", module.gate_up), ("down_proj", module.down)):
             weights = torch.stack([layer.weight.detach() for layer in layers])  # pyright: ignore
             setattr(fused, tensor, nn.Parameter(weights))
-        restore_experts(model, {name: fused.train(module.training)})
-
-
-def _note_row_length(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Record the row length: a hook on the parent of the experts, which gets [B, L, H]; they get [B·L, H]."""
-    for child in block.children():
-        if isinstance(child, SplitExperts):
-            child.tokens_per_row = inputs[0].shape[1] if inputs[0].ndim == 3 else 1
+        replace_module(model, name, fused.train(module.training))

@@ -32,29 +32,28 @@ def backward_flops(model: nn.Module) -> float:
 
 
 def _pass_flops(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
-    shares, total = active_shares(model), 0.0
+    shares, total = layer_shares(model, layers), 0.0
     for name, layer in layers.items():
         m, n = weight_shape(layer)
         parameters = layer.rank * (m + n) if isinstance(layer, LowRankLinear) else m * n
-        total += parameters * shares.get(name, 1.0)
+        total += parameters * shares[name]
     return 2.0 * total
 
 
-def active_shares(model: nn.Module) -> dict[str, float]:
-    """Return the share of tokens that use each expert's layers if all experts are used equally: k/E."""
+# What configs call the number of experts that a token uses.
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
+
+
+def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Return the share of tokens that use each layer: k/E for experts, as if all were used equally, otherwise 1."""
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitExperts):
             config = model.config.get_text_config()  # pyright: ignore
-            share = config.num_experts_per_tok / len(module.gate_up)
+            chosen = next(getattr(config, name) for name in EXPERTS_PER_TOKEN if hasattr(config, name))
+            share = chosen / len(module.gate_up)
             for child in ("gate_up", "down"):
                 shares.update({f"{name}.{child}.{i}": share for i in range(len(module.gate_up))})
-    return shares
-
-
-def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Return the share of tokens that use each layer: k/E for experts, otherwise 1."""
-    shares = active_shares(model)
     return {name: shares.get(name, 1.0) for name in names}
 
 
@@ -111,7 +110,7 @@ def linear_parameters(model: nn.Module) -> int:
 
 def training_flops(model: nn.Module, tokens: int, supervised: int, lora_rank: int | None = None) -> float:
     """Return the FLOPs of training: 6P per token, or 4P + 6r(m+n) with adapters, with the head on supervised tokens."""
-    forward = tokens * forward_flops(model) + supervised * head_flops(model)
+    forward = forward_pass_flops(model, tokens, supervised)
     if lora_rank is None:
         return 3 * forward
     return 2 * forward + 3 * tokens * 2.0 * lora_parameters(model, lora_rank)
@@ -133,7 +132,7 @@ def compression_flops(model: nn.Module, tokens: int, supervised: int, passes: in
     moments = sum(2.0 * (m**2 + n**2) * share for m, n, share in layers_of(model))
     roots = sum((m**3 + n**3) / 3 for m, n in shapes)
     factorize = sum(4 * m * n * min(m, n) + 9 * min(m, n) ** 3 for m, n in shapes)
-    reading = 2 * (tokens * forward_flops(model) + supervised * head_flops(model))
+    reading = 2 * forward_pass_flops(model, tokens, supervised)
     return passes * reading + (tokens * moments + roots if passes else 0.0) + factorize
 
 

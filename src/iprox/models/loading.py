@@ -38,7 +38,6 @@ from iprox.models.suitability import (
 )
 from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
 
-INSTALL = "pip install what it asks for"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Files that a model's scores depend on, in addition to weights, templates and code.
 MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
@@ -100,7 +99,7 @@ def _stored_model(
         skeleton(path, trust_remote_code=trust_remote_code)  # refuses a config that does not match the weights
     else:
         check_hub_index(str(path))
-    with _refusing(f"{path}: cannot be loaded as a causal language model", INSTALL):
+    with _refusing(f"{path}: cannot be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -116,24 +115,19 @@ def _stored_model(
 
 
 @contextmanager
-def _refusing(refusal: str, remedy: str = "") -> Iterator[None]:
+def _refusing(refusal: str) -> Iterator[None]:
     """Turn errors inside the block into one-line refusals; a broken checkpoint can raise any type of error.
 
     Args:
-        refusal: start of the message.
-        remedy: advice to add if a package is missing.
-
-    Raises:
-        InputError: there was an error.
+        refusal: start of the message: the model's name, a colon and what failed.
     """
+    name = refusal.partition(":")[0]
     try:
         yield
     except InputError as error:
-        name = refusal.partition(":")[0]
         raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
     except Exception as error:
         if out_of_memory(error):
-            name = refusal.partition(":")[0]
             raise InputError(
                 f"{name}: not enough memory to load it ({one_line(error)}); use a smaller model, or check whether its "
                 "config.json matches its weights"
@@ -141,16 +135,12 @@ def _refusing(refusal: str, remedy: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
             raise  # a system error, which names the file
         kind = "" if isinstance(error, OSError | ValueError | SafetensorError) else f"{type(error).__name__}: "
-        also = f"; {remedy}" if remedy and isinstance(error, ImportError) else ""
+        also = "; pip install what it asks for" if isinstance(error, ImportError) else ""
         raise InputError(f"{refusal}: {kind}{one_line(error)}{also}") from error
 
 
 def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
-    """Refuse a model whose logits at a token depend on later tokens, as its loss would see the answers.
-
-    Raises:
-        InputError: they do.
-    """
+    """Refuse a model whose logits at a token depend on later tokens, as its loss would see the answers."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     with _refusing(f"{path}: cannot be run"):
         ordered = not isinstance(vocabulary, int) or follows_order(model, vocabulary)
@@ -162,11 +152,7 @@ def _refuse_looking_ahead(model: PreTrainedModel, path: str) -> None:
 
 
 def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint for which transformers would initialize tensors at random.
-
-    Raises:
-        InputError: a tensor is missing, or has another shape (the message names it).
-    """
+    """Refuse a checkpoint for which transformers would initialize tensors at random."""
     wrong = sorted((each,) if isinstance(each, str) else tuple(each) for each in found["mismatched_keys"])
     if wrong:
         name, *shapes = wrong[0]
@@ -188,22 +174,18 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
         InputError: there is no tokenizer.
     """
     folder, base = Path(path), adapter_base(path)
-    if base is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return load_tokenizer(base, trust_remote_code=trust_remote_code)
-    if folder.exists() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise InputError(f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the model's tokenizer files there")
     if not folder.exists():
         _check_folder(path)
-    with _refusing(f"{_found(path)}: no tokenizer can be loaded from it", INSTALL):
+    elif not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if base is not None:
+            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+        raise InputError(f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the model's tokenizer files there")
+    with _refusing(f"{_found(path)}: no tokenizer can be loaded from it"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """Refuse NaN or infinite weights.
-
-    Raises:
-        InputError: a parameter is not finite (the message names it).
-    """
+    """Refuse NaN or infinite weights."""
     for parameter_name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{name}: the weight {parameter_name} has NaN or infinity; the checkpoint is broken")
@@ -286,7 +268,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
     """Return a model or proxy without weights (on the meta device), to compute costs."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     config._attn_implementation = None  # it computes nothing
-    with torch.device("meta"), _refusing(f"{path}: cannot be loaded as a causal language model", INSTALL):
+    with torch.device("meta"), _refusing(f"{path}: cannot be loaded as a causal language model"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         proxy = proxy_description(config, str(path))
         split_experts(model)
@@ -299,11 +281,7 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
 
 
 def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedModel, target_path: str) -> None:
-    """Refuse a proxy of another target.
-
-    Raises:
-        InputError: it is not a proxy, or a proxy of another model.
-    """
+    """Refuse a model that is not a proxy, or a proxy of another target."""
     config = proxy_config(proxy)
     if config is None:
         raise InputError(f"{proxy_path}: is not an iprox proxy; make one with iprox compress")
@@ -314,11 +292,7 @@ def check_belongs(proxy: PreTrainedModel, proxy_path: str, target: PreTrainedMod
 
 
 def _check_folder(path: str | Path) -> None:
-    """Refuse a path that is neither a model folder with safetensors nor a possible Hub id.
-
-    Raises:
-        InputError: it is refused, or the Hub cannot be reached.
-    """
+    """Refuse a path that is neither a model folder with safetensors nor a possible Hub id."""
     check_path(path)
     folder = Path(path)
     if not folder.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 
 from iprox.data.batching import Batch, padded_width
 from iprox.errors import InputError
@@ -104,14 +104,13 @@ def plain_logits(model: nn.Module) -> bool:
     """Return whether a model's logits are what its head returns, not scaled or capped; tried once on a few tokens."""
     if model not in _plain:
         made: list[Any] = []
-        handle = _head_of(model).register_forward_hook(lambda _module, _inputs, output: made.append(output))
-        try:
-            with torch.no_grad():
-                # Several tokens, because the embedding of a pad token may be zero, and then its logits are too.
-                tokens = torch.linspace(0, len(model.get_input_embeddings().weight) - 1, 8).long()[None]  # pyright: ignore
-                logits = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
-        finally:
-            handle.remove()
+        # Several tokens, because the embedding of a pad token may be zero, and then its logits are too.
+        tokens = torch.linspace(0, len(model.get_input_embeddings().weight) - 1, 8).long()[None]  # pyright: ignore
+        with (
+            _head_of(model).register_forward_hook(lambda _module, _inputs, output: made.append(output)),
+            torch.no_grad(),
+        ):
+            logits = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
         _plain[model] = len(made) == 1 and bool(made[0].any()) and torch.equal(made[0].float(), logits.float())
     return _plain[model]
 
@@ -149,14 +148,9 @@ def _head_inputs(model: nn.Module, batch: Batch, **inputs: Any) -> tuple[Tensor,
     return taken[0], targets, rows
 
 
-@contextmanager
-def _on_inputs_of(head: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Change the hidden states that the head is given inside the block."""
-    handle = head.register_forward_pre_hook(lambda _module, inputs: (change(inputs[0]), *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def _on_inputs_of(head: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Change the hidden states that the head is given, inside a `with` block of the result."""
+    return head.register_forward_pre_hook(lambda _module, inputs: (change(inputs[0]), *inputs[1:]))
 
 
 def _parts(hidden: Tensor, head: nn.Module) -> Iterator[tuple[int, Tensor]]:

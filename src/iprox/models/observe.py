@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,103 +20,34 @@ from iprox.models.cpu.attention import fast_attention
 Sink = Callable[[str, Tensor, Tensor], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Routing:
-    """The tokens of a batch that are routed to a layer.
-
-    Attributes:
-        tokens: positions among all tokens of the batch, ascending [T].
-        total: number of tokens in the batch, B·L.
-        tokens_per_row: L.
-    """
-
-    tokens: Tensor
-    total: int
-    tokens_per_row: int
-
-
-_routing: ContextVar[_Routing | None] = ContextVar("iprox_routing", default=None)
+_routed: ContextVar[Tensor | None] = ContextVar("iprox_routed", default=None)
 
 
 @contextmanager
-def routed_rows(tokens: Tensor, total: int, tokens_per_row: int) -> Iterator[None]:
-    """Declare that layers called inside the block get only these tokens of the batch (see `_Routing`)."""
-    before = _routing.set(_Routing(tokens, total, tokens_per_row))
+def routed_to(tokens: Tensor) -> Iterator[None]:
+    """Declare that layers called inside the block get only tokens [T]: positions among all B·L, ascending."""
+    before = _routed.set(tokens)
     try:
         yield
     finally:
-        _routing.reset(before)
-
-
-@contextmanager
-def observe(
-    layers: Mapping[str, nn.Module], sink: Sink, counted: Tensor | None = None, positions: Sequence[int] = ()
-) -> Iterator[None]:
-    """Call `sink(name, h, delta)` for each layer as the backward pass reaches it.
-
-    The layer's input is kept until then and freed right after. No weight gradient is computed: with frozen weights (see
-    `frozen`) autograd skips the weight GEMMs, a third of a backward pass.
-
-    Args:
-        layers: layers to watch, by name.
-        sink: function to call.
-        counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
-        positions: B and L, filled in during the forward pass, to reshape the inputs of layers that get [B·L, n].
-
-    Raises:
-        InputError: in the backward pass, if a layer is used twice or its rows cannot be assigned to examples.
-    """
-
-    seen: set[str] = set()
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            starts = not output.requires_grad
-            if starts:
-                output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
-            h, routing = inputs[0].detach(), _routing.get()
-            output.register_hook(partial(told, name, h, routing=routing))
-            # Later code may write in place, which is not allowed for a leaf of the graph.
-            return output.clone() if starts else None
-
-        return hook
-
-    def told(name: str, h: Tensor, delta: Tensor, routing: _Routing | None = None) -> None:
-        if name in seen:
-            raise InputError(
-                f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
-                "support; it scores models that use each linear layer once"
-            )
-        seen.add(name)
-        h, delta = (_by_example(name, x, routing, counted, positions) for x in (h, delta))
-        sink(name, h, delta)
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            if (wire := wire_of(layer)) is not None:
-                wire.watchers[layer] = partial(told, name)
-                stack.callback(wire.watchers.pop, layer)
-            else:
-                stack.callback(layer.register_forward_hook(watch(name)).remove)
-        yield
+        _routed.reset(before)
 
 
 def _by_example(
-    name: str, x: Tensor, routing: _Routing | None, counted: Tensor | None, positions: Sequence[int]
+    name: str, x: Tensor, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
     """Return rows of a layer as [B, L, n], with zeros for those that do not count.
 
     Some models flatten the input of a layer ([B·L, n]), others add dimensions of size 1 ([B, 1, L, n]).
-
-    Raises:
-        InputError: the layer has neither one row per example nor one per position.
     """
-    if routing is not None:
+    if routed is not None:
+        if len(positions) != 2:
+            raise InputError(
+                f"{name}: is an expert, which iprox watches only if the model is called with input_ids=..."
+            )
         if counted is not None:
-            x = x * counted.flatten()[routing.tokens, None]
-        return _padded(x, routing)
+            x = x * counted.flatten()[routed, None]
+        return _padded(x, routed, *positions)
     if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
         x = _unfolded(name, x, *positions)
     elif x.ndim == 2:
@@ -132,11 +62,7 @@ def _by_example(
 
 
 def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
-    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L.
-
-    Raises:
-        InputError: the rows cannot be assigned to examples.
-    """
+    """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L."""
     seen, kept, flat = (
         [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
     )
@@ -152,10 +78,10 @@ def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
     )
 
 
-def _padded(x: Tensor, routing: _Routing) -> Tensor:
+def _padded(x: Tensor, tokens: Tensor, examples: int, length: int) -> Tensor:
     """Return rows [T, n] of some tokens as [B, largest number per example, n], padded with zeros."""
-    rows = routing.tokens // routing.tokens_per_row
-    counts = torch.bincount(rows, minlength=routing.total // routing.tokens_per_row)
+    rows = tokens // length
+    counts = torch.bincount(rows, minlength=examples)
     starts = counts.cumsum(0) - counts
     slots = torch.arange(len(rows), device=rows.device) - starts[rows]
     padded = x.new_zeros(len(counts), int(counts.max()), x.shape[-1])
@@ -190,9 +116,18 @@ def watched_backward(
     sink: Sink,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Run `losses()` and the backward pass of its sum, calling `sink`. Call this inside `frozen(model)`.
+    """Run `losses()` and the backward pass of its sum, and call `sink(name, h, delta)` when it reaches each layer.
 
-    The examples of a batch do not interact, so the gradient of the sum has each example's δ.
+    The examples of a batch do not interact, so the gradient of the sum has each example's δ. A layer's input is kept
+    until the backward pass reaches it. Call this inside `frozen(model)`, where autograd skips the weight GEMMs, a third
+    of a backward pass.
+
+    Args:
+        model: model to run.
+        layers: layers to watch, by name.
+        losses: function that runs the model and returns the losses of the examples [B].
+        sink: function to call.
+        counted: positions that count, bool [B, L]; h and δ of the others are zero. None counts all.
 
     Returns:
         The per-example losses [B], detached.
@@ -200,16 +135,41 @@ def watched_backward(
     Raises:
         InputError: a layer is used twice, or its rows cannot be assigned to examples.
     """
-    positions: list[int] = []
+    seen: set[str] = set()
+    positions: list[int] = []  # B and L, to reshape the inputs of layers that get [B·L, n] or only some tokens
 
     def note(_module: nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         positions[:] = options["input_ids"].shape if "input_ids" in options else ()
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with torch.enable_grad(), observe(layers, sink, counted, positions):
+    def watch(name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        starts = not output.requires_grad
+        if starts:
+            output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
+        output.register_hook(partial(tell, name, inputs[0].detach(), routed=_routed.get()))
+        # Later code may write in place, which is not allowed for a leaf of the graph.
+        return output.clone() if starts else None
+
+    def tell(name: str, h: Tensor, delta: Tensor, routed: Tensor | None = None) -> None:
+        if name in seen:
+            raise InputError(
+                f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
+                "support; it scores models that use each linear layer once"
+            )
+        seen.add(name)
+        h, delta = (_by_example(name, x, routed, counted, positions) for x in (h, delta))
+        sink(name, h, delta)
+
+    with ExitStack() as stack:
+        stack.enter_context(model.register_forward_pre_hook(note, with_kwargs=True))
+        for name, layer in layers.items():
+            if (wire := wire_of(layer)) is not None:
+                wire.watcher = partial(tell, name)
+                stack.callback(setattr, wire, "watcher", None)
+            else:
+                stack.enter_context(layer.register_forward_hook(partial(watch, name)))
+        with torch.enable_grad():
             per_example = losses()
             per_example.sum().backward()
-    finally:
-        handle.remove()
     return per_example.detach()

@@ -16,8 +16,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from iprox.errors import InputError, cut, shown
+from iprox.models.flops import parameters
 
 # Encoders that also have a class for causal language modeling; they are causal only with `is_decoder`.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
@@ -73,6 +75,8 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
 # Methods whose weights transformers can dequantize on loading; weights that stay quantized are refused later.
 _DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
 
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
@@ -104,9 +108,6 @@ def check_config(config: PretrainedConfig, name: str) -> None:
     Args:
         config: config of the model.
         name: name of the model, for messages.
-
-    Raises:
-        InputError: the model is not a causal language model, or is quantized.
     """
     _check_causal(config, name)
     _check_quantization(config, name)
@@ -163,9 +164,6 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
     Args:
         config: config as written, including the configs of its parts.
         name: name of the model, for messages.
-
-    Raises:
-        InputError: there is such a size (the message names it).
     """
     for key, value in config.items():
         if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
@@ -184,11 +182,7 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
 
 
 def check_layers_by_weights(config: PretrainedConfig, tensors: int, name: str) -> None:
-    """Refuse a config with more layers than its checkpoint has tensors, before the layers are made.
-
-    Raises:
-        InputError: it has more.
-    """
+    """Refuse a config with more layers than its checkpoint has tensors, before the layers are made."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > tensors:
         raise InputError(f"{name}: its config has {layers:,} layers, but its weights only {tensors:,} tensors")
@@ -205,7 +199,7 @@ def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> No
     Raises:
         InputError: the model has more than four times as many parameters (tied embeddings may double them).
     """
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = parameters(model)
     if size > 4 * numbers:
         raise InputError(
             f"{name}: its config describes {size:,} parameters, but its weights have {numbers:,}, so they do not "
@@ -291,18 +285,12 @@ def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: tor
 
 
 def _runs(attention: str, dtype: torch.dtype, device: torch.device) -> bool:
-    if attention in ("eager", "sdpa"):
-        return True
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_3"}.get(attention)
-    return (
-        package is not None
-        and device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and (_installed(package) or (package == "flash_attn_3" and _installed("flash_attn_interface")))
-    )
+    if attention in _FLASH:
+        return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and _FLASH[attention]()
+    return attention in ("eager", "sdpa")
 
 
-def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bool:
+def follows_order(model: torch.nn.Module, vocabulary: int) -> bool:
     """Return whether a token's logits do not depend on later tokens, tested on random tokens.
 
     One successful try is enough: rounding changes logits by far less than a tenth of their spread, but may route a
@@ -311,10 +299,9 @@ def follows_order(model: torch.nn.Module, vocabulary: int, tries: int = 3) -> bo
     Args:
         model: model in eval mode; called with `input_ids` [2, 4].
         vocabulary: size of the vocabulary.
-        tries: number of tries.
     """
     device = next(model.parameters()).device
-    for seed in range(tries):
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(vocabulary, (1, 4), generator=generator).repeat(2, 1)
         rows[1, 3] = (rows[1, 3] + 1 + int(torch.randint(max(1, vocabulary - 1), (), generator=generator))) % vocabulary

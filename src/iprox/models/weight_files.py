@@ -30,9 +30,6 @@ def check_weight_files(folder: Path) -> None:
     """Refuse a folder without safetensors, or with an index or config that refers to other files.
 
     An index may map a tensor to any path, such as a pickle or a file that the folder's fingerprint does not cover.
-
-    Raises:
-        InputError: the folder is refused.
     """
     if not any(folder.glob(f"*{SAFETENSORS}")):
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -57,9 +54,6 @@ def check_reachable(repo: str) -> None:
 
     huggingface_hub retries for 23 seconds before it reports that, which is long for a typo in a folder's name. Other
     answers of the Hub (no such model, no access) are left to the function that loads the model.
-
-    Raises:
-        InputError: the Hub cannot be reached.
     """
     cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     if constants.HF_HUB_OFFLINE or any(cached.glob("snapshots/*/*")):
@@ -76,11 +70,7 @@ def check_reachable(repo: str) -> None:
 
 
 def check_hub_index(repo: str) -> None:
-    """Refuse a Hub model whose index refers to files other than safetensors.
-
-    Raises:
-        InputError: the index refers to one.
-    """
+    """Refuse a Hub model whose index refers to files other than safetensors."""
     try:
         index = cached_file(repo, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     except OSError:

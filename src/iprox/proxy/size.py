@@ -60,8 +60,8 @@ def layer_costs(model: nn.Module, size: Size) -> dict[str, LayerCost]:
 
     The price of a parameter is 1, or for FLOPs the share of tokens that use the layer.
     """
-    shares = flops.active_shares(model) if size.flops is not None else {}
     layers = compressible_layers(model)
+    shares = flops.layer_shares(model, layers) if size.flops is not None else {}
     return {name: LayerCost(weight_shape(layer), shares.get(name, 1.0)) for name, layer in layers.items()}
 
 

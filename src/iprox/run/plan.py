@@ -21,7 +21,8 @@ from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.registry import estimator_of
-from iprox.influence.scorer import NORM_SKETCH, norm_shapes, norms_flops
+from iprox.influence.gradients import norm_flops
+from iprox.influence.scorer import NORM_SKETCH, norm_shapes
 from iprox.kronecker.moments import MEMORY
 from iprox.models import flops
 from iprox.proxy import align
@@ -210,7 +211,7 @@ class Costs:
         cut = CURVED_QUERY if how.traits.curvature else LOW_RANK_QUERY
         spent = self.read.tasks * one * (1 if how.kept_norm(on_proxy=on_proxy) == 1 else cut)
         if how.normalize == "cosine":
-            spent += norms_flops(norm_shapes(model, NORM_SKETCH if on_proxy else 0), [self.tokens]) / self.tokens
+            spent += norm_flops(norm_shapes(model, NORM_SKETCH if on_proxy else 0), [self.tokens]) / self.tokens
         return spent
 
     def training(self, rows: float, lora: int = 0) -> tuple[float, float, float]:

@@ -21,7 +21,7 @@ from iprox.models.checkpoint import candidate_losses, proxy_config
 from iprox.models.layers import influence_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState
-from iprox.settings import ESTIMATORS, InfluenceSection
+from iprox.settings import InfluenceSection
 
 if TYPE_CHECKING:
     from iprox.influence.baselines import Corpus
@@ -111,14 +111,7 @@ class QueryTokens:
 
 
 class Estimator(ABC):
-    """A kind of score. `traits` declares its needs and properties (`iprox.settings.ESTIMATORS`).
-
-    Args:
-        name: name in the settings.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name, self.traits = name, ESTIMATORS[name]
+    """A kind of score. `iprox.settings.ESTIMATORS` declares its needs and properties."""
 
     @abstractmethod
     def scorer(self, inputs: Inputs) -> Scorer:
@@ -144,7 +137,10 @@ class Estimator(ABC):
 
 
 class GradientEstimator(Estimator):
-    """An estimator that contracts candidates with validation gradients, which subclasses may precondition."""
+    """An estimator that contracts candidates with validation gradients, which subclasses may precondition.
+
+    As it is, it is TracIn (see `iprox.influence.scorer`).
+    """
 
     def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
         """Return the preconditioned mean validation gradient of each task."""
@@ -156,20 +152,16 @@ class GradientEstimator(Estimator):
 
     def validation_gradients(self, inputs: Inputs) -> dict[str, TaskGradient]:
         """Return the preconditioned mean gradient of each task, or the unpreconditioned gradients of its examples."""
-        source, layers, loss_fn, keep = inputs.source, inputs.layers, inputs.loss_fn, self.example_norm(inputs)
+        source, layers, loss_fn = inputs.source, inputs.layers, inputs.loss_fn
         if inputs.settings.by_example:
+            # Adam steps are contracted with the examples one by one; others are put in shared bases, which truncate.
+            keep = inputs.kept_norm if inputs.settings.traits.optimizer else 1.0
             return {
                 task: example_gradients(source, batches, keep, loss_fn, layers)
                 for task, batches in inputs.validation.items()
             }
-        means = {
-            task: mean_gradient(source, batches, loss_fn, layers)[0] for task, batches in inputs.validation.items()
-        }
+        means = {task: mean_gradient(source, batches, loss_fn, layers) for task, batches in inputs.validation.items()}
         return dict(self.precondition(means, inputs))
-
-    def example_norm(self, inputs: Inputs) -> float:
-        """Return the share of each layer's norm to keep when taking gradients of single validation examples."""
-        return 1.0
 
     def scorer(self, inputs: Inputs) -> BatchScorer:
         """Return the scorer, with low-rank validation gradients unless the settings keep all of their norm."""

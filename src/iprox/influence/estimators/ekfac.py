@@ -25,8 +25,7 @@ from iprox.models.loss import causal_lm_losses
 class KroneckerInfluence(GradientEstimator):
     """Influence functions with K-FAC curvature, or with EK-FAC curvature if `corrected`."""
 
-    def __init__(self, name: str, *, corrected: bool) -> None:
-        super().__init__(name)
+    def __init__(self, *, corrected: bool) -> None:
         self.corrected = corrected
 
     def curvature(self, inputs: Inputs) -> Mapping[str, EigenBasis]:

@@ -12,7 +12,6 @@ over mn numbers per candidate and layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.gradients import LayerGradient
-from iprox.influence.query import LayerQuery
 from iprox.influence.scorer import BatchScorer, Normalize, TaskQuery
+from iprox.influence.shared_basis import SharedQuery
 from iprox.models.checkpoint import candidate_losses
 from iprox.models.flops import contraction_flops
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState, Moments
 from iprox.models.precision import accumulation_dtype
 
@@ -65,11 +63,7 @@ def adam_steps(h: Tensor, delta: Tensor, name: str, bias: bool, state: AdamState
 
 
 def check_state(state: AdamState, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse the optimizer state of another model.
-
-    Raises:
-        InputError: the state has no moments for a layer (the message names it).
-    """
+    """Refuse the optimizer state of another model."""
     for name, layer in layers.items():
         known = state.weights.get(name)
         if known is None or tuple(known.mean.shape) != weight_shape(layer):
@@ -108,33 +102,22 @@ class LessScorer(BatchScorer):
         """Return 0: the steps are formed, so their norms cost almost nothing."""
         return 0.0
 
-    def __call__(self, batch: Any, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
-        """Score one batch, as `BatchScorer` does.
+    def _contracted(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[list[Tensor], Tensor]:
+        """Return a layer's scores and ‖Γ(z)‖² [B].
 
         Raises:
             TypeError: `by_token` is set.
         """
         if by_token:
             raise TypeError("a candidate's Adam step is not a sum over its tokens")
-        columns: dict[str, list[Tensor]] = {}
-        norms: list[Tensor] = []
-
-        def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            (query,) = self._queries[name]
-            assert isinstance(query, LayerQuery)  # shared bases are for gradients only
-            parts, squares = [], []
-            for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
-                parts.append(query.inner(step))
-                own = step.weight.square().sum((1, 2))
-                squares.append(own if step.bias is None else own + step.bias.square().sum(1))
-            columns[name] = [torch.cat(parts)]
-            norms.append(torch.cat(squares))
-
-        model = self.model
-        assert model is not None
-        with frozen(model):
-            losses = watched_backward(model, self.layers, lambda: self.loss_fn(model, batch), sink)
-        return self._normalized(columns, norms, losses.shape), losses
+        (query,) = self._queries[name]
+        assert not isinstance(query, SharedQuery)  # shared bases are for gradients only
+        scores, squares = [], []
+        for step in adam_steps(h, delta, name, has_bias(self.layers[name]), self.state):
+            scores.append(query.inner(step))
+            own = step.weight.square().sum((1, 2))
+            squares.append(own if step.bias is None else own + step.bias.square().sum(1))
+        return [torch.cat(scores)], torch.cat(squares)
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
         return accumulation_dtype(next(layer.parameters()))  # Γ is in float32
@@ -143,10 +126,6 @@ class LessScorer(BatchScorer):
 class Less(GradientEstimator):
     """LESS. Its steps are formed anyway, so low-rank mean gradients would save nothing."""
 
-    def example_norm(self, inputs: Inputs) -> float:
-        """Return the share of the norm to keep of single examples, which candidates are contracted with one by one."""
-        return inputs.kept_norm
-
     def scorer(self, inputs: Inputs) -> BatchScorer:
         """Return the scorer.
 
@@ -154,7 +133,7 @@ class Less(GradientEstimator):
             InputError: there is no optimizer state, or it belongs to another model.
         """
         if inputs.optimizer is None:
-            raise InputError(f"the estimator {self.name} needs the state of the warm-up's optimizer")
+            raise InputError("the estimator less needs the state of the warm-up's optimizer")
         return LessScorer(
             inputs.scored,
             self.validation_gradients(inputs),

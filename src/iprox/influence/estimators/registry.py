@@ -9,16 +9,16 @@ from iprox.influence.estimators.tracin import TracIn
 from iprox.settings import InfluenceSection
 
 REGISTRY: dict[str, Estimator] = {
-    "ekfac": KroneckerInfluence("ekfac", corrected=True),
-    "kfac": KroneckerInfluence("kfac", corrected=False),
-    "datainf": DataInf("datainf"),
-    "tracin": TracIn("tracin"),
-    "less": Less("less"),
-    "random": Random("random"),
-    "length": Length("length"),
-    "perplexity": Perplexity("perplexity"),
-    "rds": Rds("rds"),
-    "bm25": Bm25("bm25"),
+    "ekfac": KroneckerInfluence(corrected=True),
+    "kfac": KroneckerInfluence(corrected=False),
+    "datainf": DataInf(),
+    "tracin": TracIn(),
+    "less": Less(),
+    "random": Random(),
+    "length": Length(),
+    "perplexity": Perplexity(),
+    "rds": Rds(),
+    "bm25": Bm25(),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from iprox.models.compiled import PIECES, why_compiling_failed, why_not_compiled
+from iprox.models.compiled import compile_blocks, uncompile_blocks, why_compiling_failed, why_not_compiled
 from iprox.models.cpu.attention import fast_attention
 from iprox.models.layers import decoder_layers
 
@@ -44,24 +44,17 @@ def fast_training(model: PreTrainedModel, compiled: bool, trial: Callable[[], Te
         try:
             yield reason
         finally:
-            _uncompile(blocks)
+            uncompile_blocks(blocks)
 
 
 def _compile(model: PreTrainedModel, blocks: nn.ModuleList, trial: Callable[[], Tensor]) -> str:
     """Compile the decoder layers; return why they cannot be compiled, or an empty string."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, PIECES)
-    for block in blocks:
-        block.compile(dynamic=True, fullgraph=True)
+    compile_blocks(blocks)
     try:
         with torch.random.fork_rng(devices=()):  # the trial must not advance the generator
             failed = why_compiling_failed(lambda: trial().backward())
     finally:
         model.zero_grad(set_to_none=True)
     if failed:
-        _uncompile(blocks)
+        uncompile_blocks(blocks)
     return failed
-
-
-def _uncompile(blocks: nn.ModuleList) -> None:
-    for block in blocks:
-        block._compiled_call_impl = None
