@@ -1,17 +1,21 @@
 """What do cheap ways of scoring cost in seconds, and how much of the target's own selection do they find?
 
 A sample of the pool is scored on the target and on each proxy, by the same engine in one process. The seconds of
-validation gradients (with curvature, where the estimator needs it) and of making the proxy are fixed; those of
-candidates grow with the pool. From both follows the cost of a pool of any size as a fraction of scoring it on the
-target, and the recall of the target's own top 5 % if the best rows are then scored again on the target:
-`recall@10%` costs 0.1 more.
+curvature, of validation gradients and of making the proxy are fixed; those of candidates grow with the pool. From both
+follows the cost of a pool of any size as a fraction of scoring it on the target. `found at 10%` is the share of the
+target's own selection (5 % of the rows) that is selected if the proxy's best 10 % are scored again on the target, which
+costs 0.1 more; at 5 % nothing is scored again.
 
     python benchmarks/cost.py                                                        # target-17m
     python benchmarks/cost.py --model ../models/smollm2-135m-instruct --examples 400  # benchmarks/models.py makes it
+    python benchmarks/cost.py --estimator tracin                                     # cosines with the mean gradient
+
+By default rows are scored as iprox scores them by default: EK-FAC cosines with each validation example, which take
+turns. TracIn's are cosines with the mean validation gradient, of which the highest are selected.
 
 Seconds are of all threads of this process (CPU time), which other work on the machine disturbs least; set
-OMP_NUM_THREADS=1 for the time that one core takes. Finished cells are kept. Recall is of each task's own scores,
-averaged over tasks.
+OMP_NUM_THREADS=1 for the time that one core takes. Finished cells are kept. What is found is found for each task by its
+own scores, and averaged over tasks.
 """
 
 from __future__ import annotations
@@ -31,8 +35,13 @@ import iprox
 from common import RESULTS, Results, agreement, as_rows, examples_of, parser, read_results, settings_of
 from iprox.data import Pool
 from iprox.data.sampling import draw_rows
+from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.job import Checkpoint, Job
-from iprox.scores import score_matrix
+from iprox.kronecker.kept import is_kept, keep_curvature
+from iprox.models.layers import influence_layers
+from iprox.records import key_of, read_json, write_json
+from iprox.scores import example_matrix, score_matrix
+from iprox.selection.strategies import Turns, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection
 
@@ -47,6 +56,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "answers, depth 0.67": {"method": "target", "depth": 0.67, "gradients": "answers"},
     "answers, depth 0.5": {"method": "target", "depth": 0.5, "gradients": "answers"},
     "answers, depth 0.33": {"method": "target", "depth": 0.33, "gradients": "answers"},
+    "answers, depth 0.25": {"method": "target", "depth": 0.25, "gradients": "answers"},
+    "answers, depth 0.17": {"method": "target", "depth": 0.17, "gradients": "answers"},
     "ipsvd 0.3": {"sparsity": 0.3},
     "ipsvd 0.5": {"sparsity": 0.5},
     "ipsvd 0.7": {"sparsity": 0.7},
@@ -55,17 +66,27 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 POOLS = (2_000, 100_000, 1_000_000)
 # Fractions of the pool that are scored again on the target.
-AGAIN = (0.05, 0.1, 0.2)
+AGAIN = (0.05, 0.1, 0.15, 0.2, 0.3)
 TOP = 0.05
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores [N, tasks] of a sample, and the seconds that validation gradients and candidates took."""
+    """Scores of a sample, [N, tasks] and by validation example, and the seconds of validation gradients and rows."""
 
     scores: np.ndarray
+    examples: list[np.ndarray]
     fixed: float
     rows: float
+
+    def best(self, share: float, task: int, among: np.ndarray | None = None) -> np.ndarray:
+        """Return the rows that a task selects: this share of all rows, from all or from some of them."""
+        count = round(share * len(self.scores))
+        allowed = np.ones(len(self.scores), bool) if among is None else np.isin(np.arange(len(self.scores)), among)
+        if not self.examples:
+            return top(np.where(allowed, self.scores[:, task], -np.inf), count)
+        columns = self.examples[task]
+        return Turns(lambda: iter([columns]), [1.0] * columns.shape[1], allowed)(count)
 
 
 class Bench:
@@ -84,24 +105,57 @@ class Bench:
             task: self.encoder.encode(rows[: arguments.validation_rows])
             for task, rows in examples_of(arguments).items()
         }
-        self.settings = InfluenceSection(estimator=arguments.estimator, normalize="cosine", per_example=False)
+        by_example = arguments.estimator != "tracin"
+        self.settings = InfluenceSection(estimator=arguments.estimator, normalize="cosine", per_example=by_example)
         self.truth: Scored | None = None
+        # What takes long is kept here: the curvature, and the target's scores.
+        self.work = arguments.work / f"{Path(arguments.model).name}-{arguments.seed}"
+        self.folder, self.curvature = self.work / "curvature", 0.0
+        if self.settings.traits.curvature:
+            self.curvature = self.measured_curvature()
+
+    def measured_curvature(self) -> float:
+        """Return the seconds that the curvature took, which is measured unless it is kept."""
+        seconds = self.work / "curvature.json"
+        if not is_kept(self.folder):
+            job, layers = self.job(Checkpoint(self.target, curvature=self.folder)), influence_layers(self.target)
+            estimator = job.estimator
+            assert isinstance(estimator, KroneckerInfluence)
+            taken, _ = timed(
+                lambda: job.made(lambda inputs: keep_curvature(estimator.measured(inputs, layers), self.folder))
+            )
+            write_json(seconds, taken)
+            print(f"curvature: {taken:.0f} s", flush=True)
+        return read_json(seconds)
+
+    def job(self, checkpoint: Checkpoint) -> Job:
+        """Return the job of scoring at a checkpoint."""
+        return Job.of(
+            *(self.settings, [checkpoint], self.validation, self.encoder, self.pool),
+            batch_tokens=self.session.batch_tokens,
+        )
 
     def scored(self, model: PreTrainedModel, target: PreTrainedModel | None = None) -> Scored:
         """Score the sample. The first batch warms up what CPU libraries generate for new shapes, untimed."""
-        job = Job.of(
-            *(self.settings, [Checkpoint(model, 1.0, target)], self.validation, self.encoder, self.pool),
-            batch_tokens=self.session.batch_tokens,
-        )
-        fixed, worker = timed(job.worker)
+        fixed, worker = timed(self.job(Checkpoint(model, 1.0, target, curvature=self.folder)).worker)
         worker(self.sample[:32])
         rows, (table, _) = timed(lambda: worker(self.sample))
-        return Scored(score_matrix(table), fixed, rows)
+        examples = [example_matrix(table, task) for task in self.validation] if self.settings.by_example else []
+        print(f"validation gradients {fixed:.0f} s, {len(self.sample)} rows {rows:.0f} s", flush=True)
+        return Scored(score_matrix(table), examples, fixed, rows)
 
     def of_target(self) -> Scored:
         """Scores of the target itself."""
         if self.truth is None:
-            self.truth = self.scored(self.target)
+            key = key_of([self.settings.estimator, [row.id for row in self.sample], self.session.batch_tokens])
+            file = self.work / f"target-{key[:8]}.npz"
+            if not file.is_file():
+                found = self.scored(self.target)
+                self.work.mkdir(parents=True, exist_ok=True)
+                np.savez(file, found.scores, *found.examples, seconds=[found.fixed, found.rows])
+            with np.load(file) as known:
+                scores, *examples = (known[name] for name in known.files if name != "seconds")
+                self.truth = Scored(scores, examples, *known["seconds"].tolist())
         return self.truth
 
     def cell(self, way: str) -> dict[str, Any]:
@@ -113,29 +167,28 @@ class Bench:
             )
         )
         found = self.scored(proxy, self.target)
-        recall = {f"{share:g}": self.recall(found.scores, share) for share in AGAIN}
         return {
             **agreement(found.scores, truth.scores, list(self.validation)),
-            "recall": recall,
-            "seconds": {"making": making, "fixed": found.fixed, "rows": found.rows},
+            "recall": {f"{share:g}": self.recall(found, share) for share in AGAIN},
+            "seconds": {"curvature": self.curvature, "making": making, "fixed": found.fixed, "rows": found.rows},
             "of_target": {"fixed": truth.fixed, "rows": truth.rows},
             "cost": {str(size): self.cost(found, making, size) for size in POOLS},
         }
 
-    def recall(self, scores: np.ndarray, share: float) -> float:
-        """Return the fraction of the target's top 5 % that is among the best `share`, averaged over tasks."""
-        truth = self.of_target().scores
-        top, best = round(TOP * len(truth)), round(share * len(truth))
-        found = [
-            len(np.intersect1d(np.argsort(-own)[:top], np.argsort(-other)[:best])) / top
-            for own, other in zip(truth.T, scores.T, strict=True)
-        ]
+    def recall(self, proxy: Scored, share: float) -> float:
+        """Return the share of the target's own selection that is selected after rescoring, averaged over tasks."""
+        truth, found = self.of_target(), []
+        for task in range(len(self.validation)):
+            own, candidates = truth.best(TOP, task), proxy.best(share, task)
+            chosen = truth.best(TOP, task, candidates) if share > TOP else candidates
+            found.append(len(np.intersect1d(own, chosen)) / len(own))
         return float(np.mean(found))
 
     def cost(self, found: Scored, making: float, size: int) -> float:
         """Return the seconds for a pool of some size as a fraction of the target's."""
         truth, scale = self.of_target(), size / len(self.sample)
-        return (making + found.fixed + scale * found.rows) / (truth.fixed + scale * truth.rows)
+        shared = self.curvature  # of the target, in both
+        return (shared + making + found.fixed + scale * found.rows) / (shared + truth.fixed + scale * truth.rows)
 
 
 def timed(action: Callable[[], T]) -> tuple[float, T]:
@@ -148,13 +201,14 @@ def timed(action: Callable[[], T]) -> tuple[float, T]:
 def main() -> None:
     """Measure what is missing and print the table."""
     options = parser(
-        *(__doc__, "model pool targets tasks examples batch-tokens seed output fresh"),
+        *(__doc__, "model pool targets tasks examples batch-tokens seed work output fresh"),
         tasks=["gsm8k", "science", "code"],
+        work=Path("runs/cost"),
         output=None,
     )
     options.add_argument("--probe", type=int, default=64, help="rows that second moments are measured on")
     options.add_argument("--validation-rows", type=int, default=32, help="of each task")
-    options.add_argument("--estimator", default="tracin", help="tracin, or ekfac (%(default)s)")
+    options.add_argument("--estimator", choices=("ekfac", "tracin"), default="ekfac", help="(%(default)s)")
     options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options.add_argument("--page", action="store_true", help="compute nothing; write docs/results/cost.md")
     arguments = options.parse_args()
@@ -169,7 +223,8 @@ def main() -> None:
             bench = bench or Bench(arguments)
             found = results(way, lambda way=way, bench=bench: bench.cell(way), arguments.seed)
             print(line(way, found), flush=True)
-    print(f"{'':<22} Spearman  recall@ 5%   10%   20%   cost of {POOLS[0]:,}, {POOLS[1]:,}, {POOLS[2]:,} rows")
+    shares = "  ".join(f"{share:>4.0%}" for share in AGAIN)
+    print(f"{'':<22} Spearman  found at {shares}   cost of {POOLS[0]:,}, {POOLS[1]:,}, {POOLS[2]:,} rows")
     for way in arguments.ways:
         print(line(way, results.cells[f"{way}/{arguments.seed}"]))
 
@@ -180,11 +235,13 @@ def write_page() -> None:
     for path in sorted(RESULTS.glob("cost-*.jsonl")):
         known = read_results(path)
         how = known["settings"]
-        heads = ["scored on", "Spearman", *(f"recall at {share:.0%}" for share in AGAIN)]
+        heads = ["scored on", "Spearman", *(f"found at {share:.0%}" for share in AGAIN)]
         rows = [[*heads, *(f"cost, {size:,} rows" for size in POOLS)], ["---"] * (len(heads) + len(POOLS))]
         for name, cell in known["cells"].items():
-            numbers = [cell["spearman"], *cell["recall"].values(), *cell["cost"].values()]
-            rows.append([name.rpartition("/")[0], *(f"{number:.2f}" for number in numbers)])
+            recall = [cell["recall"].get(f"{share:g}") for share in AGAIN]
+            numbers = [cell["spearman"], *recall, *cell["cost"].values()]
+            shown = ["–" if number is None else f"{number:.2f}" for number in numbers]
+            rows.append([name.rpartition("/")[0], *shown])
         title = f"## {Path(how['model']).name}, {how['estimator']}"
         said = f"{how['examples']} rows, {how['validation_rows']} validation rows of {', '.join(how['tasks'])}."
         parts.append("\n\n".join([title, said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]))
@@ -200,7 +257,7 @@ def line(way: str, cell: dict[str, Any]) -> str:
     """Return one way's row of the table."""
     recall = "  ".join(f"{value:.2f}" for value in cell["recall"].values())
     cost = "  ".join(f"{value:.2f}" for value in cell["cost"].values())
-    return f"{way:<22} {cell['spearman']:.3f}        {recall}   {cost}"
+    return f"{way:<22} {cell['spearman']:.3f}              {recall}   {cost}"
 
 
 if __name__ == "__main__":
