@@ -74,10 +74,10 @@ def main() -> None:
 
     for size in arguments.sizes:
         found = results(str(size), lambda size=size: cell(size), arguments.seed)
+        taken = [found["seconds"]["curvature and validation gradients"], found["seconds"]["rows"]]
         print(
-            f"{size:>5} examples: Spearman {found['spearman']:.3f}, selected by both {found['selected']:.2f}, "
-            f"{found['seconds']['curvature and validation gradients']:.0f} s of CPU, and {found['seconds']['rows']:.0f} "
-            f"s for {len(sample)} rows",
+            f"{size:>5} examples: Spearman {found['spearman']:.3f}, selected by both {found['selected']:.2f}; "
+            f"{taken[0]:.0f} s of CPU, and {taken[1]:.0f} s for {len(sample)} rows",
             flush=True,
         )
 
