@@ -17,7 +17,8 @@ How the rows are computed. One pass gives S[z, v] = ⟨G(z), G(v)⟩ of mean tok
 validation example v, whole gradients on the target itself, and ‖G(z)‖. A candidate of n supervised tokens then has, as
 TracIn of the
 mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by ‖G(z)‖. With
-`turns` each v is a column of its own and the validation examples take turns to choose. EK-FAC replaces G(v) by
+`turns` each v is a column of its own and the validation examples take turns to choose; with `blend` too, by the sum of
+their own cosine and the one with the mean, both standardized. EK-FAC replaces G(v) by
 (F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
 """
 
@@ -72,6 +73,7 @@ ROWS = (
     *("RDS+", "BM25", "own source"),
     *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
     *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
+    *(f"{estimator}, cosine, blend" for estimator in ("EK-FAC", "TracIn")),
     *("LESS, cosine, turns", "linearized Adam, cosine, turns", "EK-FAC + CG, cosine, top"),
 )
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
@@ -354,6 +356,10 @@ class Bench:
         matrix, n = known[f"{estimator}/{task}"], np.maximum(self.tokens, 1)
         n_v = np.array([example.supervised for example in self.encoded_validation[task]])
         norms = known.get(f"norms, {estimator}", known["norms"])
+        if strategy == "blend":
+            return in_turns(
+                standardized(matrix / norms[:, None]) + standardized(matrix.mean(1) / norms)[:, None], count
+            )
         if strategy == "turns":
             scale = {"mean": 1.0, "sum": n, "cosine": 1 / norms}[score]
             return in_turns(matrix * np.reshape(scale, (-1, 1)), count)
@@ -412,6 +418,11 @@ class Bench:
 def in_turns(scores: np.ndarray, count: int) -> list[int]:
     """The rows that the columns of scores [N, V] choose in turns."""
     return Turns(lambda: iter([scores]), [1.0] * scores.shape[1], np.ones(len(scores), bool))(count).tolist()
+
+
+def standardized(scores: np.ndarray) -> np.ndarray:
+    """Scores [N] or [N, V], each column with mean 0 and standard deviation 1."""
+    return (scores - scores.mean(0)) / scores.std(0)
 
 
 def newest_checkpoint(folder: Path) -> Path:
