@@ -41,7 +41,7 @@ from iprox.kronecker.kept import is_kept, keep_curvature
 from iprox.models.layers import influence_layers
 from iprox.records import key_of, read_json, write_json
 from iprox.scores import example_matrix, score_matrix
-from iprox.selection.strategies import Turns, top
+from iprox.selection.strategies import Turns, blended, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection
 
@@ -85,8 +85,21 @@ class Scored:
         allowed = np.ones(len(self.scores), bool) if among is None else np.isin(np.arange(len(self.scores)), among)
         if not self.examples:
             return top(np.where(allowed, self.scores[:, task], -np.inf), count)
-        columns = self.examples[task]
-        return Turns(lambda: iter([columns]), [1.0] * columns.shape[1], allowed)(count)
+        columns, mean = self.examples[task], self.scores[:, [task]]
+        width = columns.shape[1]
+        return Turns(blended(lambda: iter([columns]), mean, [width]), [1.0] * width, allowed)(count)
+
+    def save(self, file: Path) -> None:
+        """Write everything to a file."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, self.scores, *self.examples, seconds=[self.fixed, self.rows])
+
+    @classmethod
+    def read(cls, file: Path) -> Scored:
+        """Read what `save` wrote."""
+        with np.load(file) as known:
+            scores, *examples = (known[name] for name in known.files if name != "seconds")
+            return cls(scores, examples, *known["seconds"].tolist())
 
 
 class Bench:
@@ -111,6 +124,7 @@ class Bench:
         # What takes long is kept here: the curvature, and the target's scores.
         self.work = arguments.work / f"{Path(arguments.model).name}-{arguments.seed}"
         self.folder, self.curvature = self.work / "curvature", 0.0
+        self.key = key_of([self.settings.estimator, [row.id for row in self.sample], self.session.batch_tokens])[:8]
         if self.settings.traits.curvature:
             self.curvature = self.measured_curvature()
 
@@ -147,15 +161,10 @@ class Bench:
     def of_target(self) -> Scored:
         """Scores of the target itself."""
         if self.truth is None:
-            key = key_of([self.settings.estimator, [row.id for row in self.sample], self.session.batch_tokens])
-            file = self.work / f"target-{key[:8]}.npz"
+            file = self.work / f"target-{self.key}.npz"
             if not file.is_file():
-                found = self.scored(self.target)
-                self.work.mkdir(parents=True, exist_ok=True)
-                np.savez(file, found.scores, *found.examples, seconds=[found.fixed, found.rows])
-            with np.load(file) as known:
-                scores, *examples = (known[name] for name in known.files if name != "seconds")
-                self.truth = Scored(scores, examples, *known["seconds"].tolist())
+                self.scored(self.target).save(file)
+            self.truth = Scored.read(file)
         return self.truth
 
     def cell(self, way: str) -> dict[str, Any]:
@@ -167,6 +176,7 @@ class Bench:
             )
         )
         found = self.scored(proxy, self.target)
+        found.save(self.work / f"{way}-{self.key}.npz")
         return {
             **agreement(found.scores, truth.scores, list(self.validation)),
             "recall": {f"{share:g}": self.recall(found, share) for share in AGAIN},

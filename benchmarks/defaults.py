@@ -18,7 +18,7 @@ validation example v, whole gradients on the target itself, and ‖G(z)‖. A ca
 TracIn of the
 mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by ‖G(z)‖. With
 `turns` each v is a column of its own and the validation examples take turns to choose; with `blend` too, by the sum of
-their own cosine and the one with the mean, both standardized. EK-FAC replaces G(v) by
+their own cosine and the one with the mean, both standardized, which is iprox's default. EK-FAC replaces G(v) by
 (F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
 """
 
@@ -51,7 +51,7 @@ from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState, load_adam_state
 from iprox.records import read_json
 from iprox.run.folder import environment
-from iprox.selection.strategies import Turns, top
+from iprox.selection.strategies import Turns, blended, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection, WarmupSection
 from iprox.stages.training import warm_up
@@ -68,12 +68,11 @@ CUT = ("commonsenseqa", "strategyqa")
 ESTIMATORS = ("TracIn", "EK-FAC")
 # In the order they are computed.
 ROWS = (
-    "random",
+    *("random", "EK-FAC, cosine, blend"),
     *(f"{estimator}, cosine, {strategy}" for strategy in ("turns", "top") for estimator in ("EK-FAC", "TracIn")),
     *("RDS+", "BM25", "own source"),
     *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
     *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
-    *(f"{estimator}, cosine, blend" for estimator in ("EK-FAC", "TracIn")),
     *("LESS, cosine, turns", "linearized Adam, cosine, turns", "EK-FAC + CG, cosine, top"),
 )
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
@@ -357,9 +356,8 @@ class Bench:
         n_v = np.array([example.supervised for example in self.encoded_validation[task]])
         norms = known.get(f"norms, {estimator}", known["norms"])
         if strategy == "blend":
-            return in_turns(
-                standardized(matrix / norms[:, None]) + standardized(matrix.mean(1) / norms)[:, None], count
-            )
+            own, mean = matrix / norms[:, None], (matrix.mean(1) / norms)[:, None]
+            return in_turns(*blended(lambda: iter([own]), mean, [own.shape[1]])(), count)
         if strategy == "turns":
             scale = {"mean": 1.0, "sum": n, "cosine": 1 / norms}[score]
             return in_turns(matrix * np.reshape(scale, (-1, 1)), count)
@@ -418,11 +416,6 @@ class Bench:
 def in_turns(scores: np.ndarray, count: int) -> list[int]:
     """The rows that the columns of scores [N, V] choose in turns."""
     return Turns(lambda: iter([scores]), [1.0] * scores.shape[1], np.ones(len(scores), bool))(count).tolist()
-
-
-def standardized(scores: np.ndarray) -> np.ndarray:
-    """Scores [N] or [N, V], each column with mean 0 and standard deviation 1."""
-    return (scores - scores.mean(0)) / scores.std(0)
 
 
 def newest_checkpoint(folder: Path) -> Path:

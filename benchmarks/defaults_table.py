@@ -21,7 +21,7 @@ RESULTS = ROOT / "benchmarks/results"
 TITLES = {"target-17m": "target-17m", "smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
 # Tasks whose answers are a word or two, on which exact matches mean something.
 WORDS = ("science", "sentiment", "bbh", "commonsenseqa", "strategyqa")
-DEFAULT = "EK-FAC, cosine, turns"
+DEFAULT = "EK-FAC, cosine, blend"
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
 

@@ -466,7 +466,7 @@ class SelectSection(Section):
     tokens: int | None = setting(None, "number of tokens of all selected rows, instead of a fraction", ge=1)
     strategy: Strategy = setting(
         "round-robin",
-        "round-robin: validation examples take turns, each choosing the row that is best for it; top: the rows "
+        "round-robin: validation examples take turns, each choosing by its own scores and the mean's; top: the rows "
         "with the highest influence on all of them together",
     )
     task: str | None = setting(None, "select by the scores of this task alone", "all tasks")

@@ -8,7 +8,7 @@ from iprox.errors import InputError
 from iprox.recipe import validated
 from iprox.scores import scores_table
 from iprox.selection import select_rows as choose_rows
-from iprox.selection.strategies import Turns, top
+from iprox.selection.strategies import Turns, blended, top
 from iprox.settings import SelectSection
 
 scores = st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(float("nan"))), min_size=1, max_size=40)
@@ -151,11 +151,27 @@ def test_validation_examples_take_turns_where_their_scores_are_known():
     kept = scores_table(
         list("vwxyz"), [None] * 5, [1] * 5, np.hstack([a.mean(1)[:, None], b]), ["a", "b"], examples=[a, b]
     )
-    # Turns of a's first example, its second, and twice of b's only one: by stride a0, a1, b0, then b0, a0, a1.
-    assert select_rows(kept, count=4).rows.tolist() == [0, 1, 4, 3]
-    assert select_rows(kept, count=3, task="a").rows.tolist() == [0, 1, 2]
+    # Turns of a's first example, its second, and twice of b's only one: by stride a0, a1, b0, then b0, a0, a1. Row v is
+    # the best for a's first example alone, but the mean is low there.
+    assert select_rows(kept, count=4).rows.tolist() == [1, 2, 4, 3]
+    assert select_rows(kept, count=3, task="a").rows.tolist() == [1, 2, 0]
     assert select_rows(kept, count=2, weights={"a": 0}).rows.tolist() == [4, 3]
     assert select_rows(scores, count=2).rows.tolist() == [1, 4]  # the tasks' turns
+
+
+@given(arrays(np.float64, (11, 5), elements=st.integers(-4, 4).map(float)), st.sets(st.integers(0, 10), max_size=3))
+def test_an_example_chooses_by_its_own_score_and_its_tasks(values, unscored):
+    """Two tasks of two and three examples: against whole columns, standardized over the rows that have scores."""
+    widths, rest = [2, 3], [row for row in range(11) if row not in unscored]
+    assume((values[rest].std(0) > 0).all())
+    means = np.stack([values[:, :2].mean(1), values[:, 2:].mean(1)], axis=1)
+    assume((means[rest].std(0) > 0).all())
+    for each in (values, means):
+        each[list(unscored)] = np.nan
+    scaled, whole = values / values[rest].std(0), means / means[rest].std(0)
+    expected = scaled + np.hstack([whole[:, :1].repeat(2, 1), whole[:, 1:].repeat(3, 1)])
+    found = list(blended(lambda: iter([values[:4], values[4:]]), means, widths)())
+    np.testing.assert_allclose(np.vstack(found), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_fraction_is_of_all_rows():

@@ -23,7 +23,7 @@ from iprox.scores import (
 )
 from iprox.selection.duplicates import NearDuplicates, Texts
 from iprox.selection.limits import Limits, check_feasible, rows_in, take
-from iprox.selection.strategies import Ranking, Turns, top
+from iprox.selection.strategies import Ranking, Turns, blended, top
 from iprox.settings import SelectSection, rows_in_share
 
 
@@ -174,19 +174,21 @@ def _ranking(
 ) -> Ranking:
     """Return the ranking of the allowed rows [N].
 
-    Validation examples take turns, a task's in proportion to its weight; the tasks do where scores by example were not
-    kept.
+    Validation examples take turns by blended scores, a task's in proportion to its weight; the tasks do where scores by
+    example were not kept.
     """
     if settings.strategy == "top":
         return partial(top, np.where(allowed, influence, np.nan))
     tasks = task_names(scores)
     weights = _weights(settings, tasks) if settings.task is None else [float(task == settings.task) for task in tasks]
+    matrix = score_matrix(scores)
     if not examples.widths:
-        matrix = score_matrix(scores)
         return Turns(lambda: iter([matrix]), weights, allowed)
     wanted = {task: weight for task, weight in zip(tasks, weights, strict=True) if weight}
-    turns = [weight / examples.widths[task] for task, weight in wanted.items() for _ in range(examples.widths[task])]
-    return Turns(lambda: examples.chunks(list(wanted)), turns, allowed)
+    widths = [examples.widths[task] for task in wanted]
+    turns = [weight / width for weight, width in zip(wanted.values(), widths, strict=True) for _ in range(width)]
+    of_tasks = matrix[:, [task in wanted for task in tasks]]
+    return Turns(blended(lambda: examples.chunks(list(wanted)), of_tasks, widths), turns, allowed)
 
 
 def _column(scores: pa.Table, settings: SelectSection) -> np.ndarray:

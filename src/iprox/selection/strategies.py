@@ -4,8 +4,8 @@ A ranking orders rows best first; equal scores go to the earlier row. A longer r
 caller can ask for as many rows as it turns out to need.
 
 A selection by the mean over a task's examples follows their most common kind. Where each example chooses in its turn,
-the selection is as varied as they are. The scores by example [N, V] are read as a stream, and only the best rows of
-each example are held.
+the selection is as varied as they are; what it chooses by is half its own score, half the mean's (`blended`). The
+scores by example [N, V] are read as a stream, and only the best rows of each example are held.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+from iprox.aggregation import TaskSpread
 
 # The number of rows to rank -> their row numbers, best first (fewer where fewer have a score).
 Ranking = Callable[[int], np.ndarray]
@@ -71,6 +73,32 @@ class Turns:
             if taken is not None:
                 return taken
             wanted = min(available, 2 * self._depth)
+
+
+def blended(chunks: Chunks, of_tasks: np.ndarray, widths: Sequence[int]) -> Chunks:
+    """Return each example's scores plus its task's, both divided by their standard deviation over the rows.
+
+    The gradient of one example is noisy, and the mean of all follows their most common kind. The sum trains better than
+    either alone (docs/results/defaults.md). It takes one more reading of the scores.
+
+    Args:
+        chunks: scores by validation example.
+        of_tasks: scores by task [N, T], NaN for rows without a score.
+        widths: number of examples of each task.
+    """
+    spread, whole = TaskSpread(), TaskSpread()
+    whole.add(of_tasks)
+    for chunk in chunks():
+        spread.add(chunk)
+    deviations, means = spread.deviation(), of_tasks / whole.deviation()
+
+    def blend() -> Iterator[np.ndarray]:
+        start = 0
+        for chunk in chunks():
+            yield chunk / deviations + np.repeat(means[start : start + len(chunk)], widths, axis=1)
+            start += len(chunk)
+
+    return blend
 
 
 def leading(chunks: Chunks, allowed: np.ndarray, depth: int) -> list[np.ndarray]:
