@@ -162,32 +162,25 @@ class WindowWorker:
             waiting = [batch.to(self.rows.device)]
             while waiting:
                 part = waiting.pop()
-                found = self._numbers(part)
-                if found is None:
+                rows = len(part.indices)
+                fits = rows == 1 or part.input_ids.numel() <= self.batch_tokens  # which may be smaller by now
+                if fits:
+                    filled = part.filled(filled_rows(rows, self.batch_tokens // part.input_ids.shape[1]))
+                    try:
+                        numbers[part.indices] = self.rows(filled)[0][:rows].cpu().numpy()
+                    except (MemoryError, RuntimeError) as error:
+                        if not out_of_memory(error) or rows == 1:
+                            raise
+                        fits, self.batch_tokens = False, max(1, self.batch_tokens // 2)
+                if not fits:  # outside the handler, whose traceback keeps the tensors alive
+                    release_memory()
                     waiting += reversed(part.halves())
-                    continue
-                numbers[part.indices] = found
-                if progress is not None:
-                    progress(len(part.indices))
+                elif progress is not None:
+                    progress(rows)
         empty = sum(example.supervised == 0 for example in encoded)
         if progress is not None and empty:
             progress(empty)
         return self._described(window, encoded, numbers)
-
-    def _numbers(self, batch: Batch) -> np.ndarray | None:
-        """Return the numbers of a batch [B, columns]; None if it is too large, and has two rows or more."""
-        rows = len(batch.indices)
-        if rows > 1 and batch.input_ids.numel() > self.batch_tokens:
-            return None
-        filled = batch.filled(filled_rows(rows, self.batch_tokens // batch.input_ids.shape[1]))
-        try:
-            return self.rows(filled)[0][:rows].cpu().numpy()
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error) or rows == 1:
-                raise
-        release_memory()  # outside the handler, whose traceback keeps the tensors alive
-        self.batch_tokens = max(1, self.batch_tokens // 2)
-        return None
 
     def _described(self, window: Window, encoded: Sequence[Encoded], numbers: np.ndarray) -> ScoredWindow:
         """Return the table and the statistics of a window from its numbers [N, columns]."""

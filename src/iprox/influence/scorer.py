@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -240,14 +241,7 @@ class BatchScorer(Scorer):
         """
         columns: dict[str, Tensor] = {}
         norms: list[Tensor] = []
-
-        def sink(name: str, h: Tensor, delta: Tensor) -> None:
-            parts, squares = self._contracted(name, h, delta, by_token)
-            if parts:
-                columns[name] = torch.cat(parts, dim=-1)
-            if squares is not None:
-                norms.append(squares)
-
+        sink = partial(self._contract, columns, norms, by_token)
         model = self.model
         assert model is not None
         with frozen(model):
@@ -259,13 +253,18 @@ class BatchScorer(Scorer):
             positions = batch.input_ids.shape
         return self._normalized(columns, norms, positions), losses
 
-    def _contracted(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[list[Tensor], Tensor | None]:
-        """Return a layer's scores by each of its queries, and ‖G(z)‖² [B], None without `cosine`."""
-        scores = [query.contract(h, delta, by_token) for query in self._queries.get(name, ())]
-        if self.normalize == "none":
-            return scores, None
-        bias, signs = has_bias(self.layers[name]), self._signs.get(name)
-        return scores, squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs)
+    def _contract(
+        self, columns: dict[str, Tensor], norms: list[Tensor], by_token: bool, name: str, h: Tensor, delta: Tensor
+    ) -> None:
+        """Add a layer's scores by its queries [..., columns] to `columns`, and with `cosine` ‖G(z)‖² [B] to `norms`."""
+        scores = []
+        for query in self._queries.get(name, ()):
+            scores.append(query.contract(h, delta, by_token))
+        if scores:
+            columns[name] = torch.cat(scores, dim=-1)
+        if self.normalize == "cosine":
+            bias, signs = has_bias(self.layers[name]), self._signs.get(name)
+            norms.append(squared_norms(h, delta, bias) if signs is None else sketched_norms(h, delta, bias, signs))
 
     def _normalized(self, columns: Mapping[str, Tensor], norms: list[Tensor], positions: torch.Size) -> Tensor:
         """Sum the layers' scores, each [*positions, columns], and divide the sum by the norms."""

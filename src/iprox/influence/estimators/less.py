@@ -102,8 +102,10 @@ class LessScorer(BatchScorer):
         """Return 0: the steps are formed, so their norms cost almost nothing."""
         return 0.0
 
-    def _contracted(self, name: str, h: Tensor, delta: Tensor, by_token: bool) -> tuple[list[Tensor], Tensor]:
-        """Return a layer's scores and ‖Γ(z)‖² [B].
+    def _contract(
+        self, columns: dict[str, Tensor], norms: list[Tensor], by_token: bool, name: str, h: Tensor, delta: Tensor
+    ) -> None:
+        """Add a layer's scores to `columns`, and ‖Γ(z)‖² [B] to `norms`.
 
         Raises:
             TypeError: `by_token` is set.
@@ -117,7 +119,8 @@ class LessScorer(BatchScorer):
             scores.append(query.inner(step))
             own = step.weight.square().sum((1, 2))
             squares.append(own if step.bias is None else own + step.bias.square().sum(1))
-        return [torch.cat(scores)], torch.cat(squares)
+        columns[name] = torch.cat(scores)
+        norms.append(torch.cat(squares))
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
         return accumulation_dtype(next(layer.parameters()))  # Γ is in float32
