@@ -191,7 +191,7 @@ ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "ran
 
 
 # Default depth of a proxy with the target's weights (`benchmarks/cost.py`).
-DEPTH = 0.67
+DEPTH = 0.33
 
 
 class ProxySection(Section):

@@ -49,7 +49,7 @@ def test_the_best_rows_of_a_proxy_are_scored_again_by_default(sections, on):
 def test_defaults_are_those_of_the_design():
     recipe = parse_recipe(SMALLEST)
     assert (recipe.proxy.method, recipe.proxy.sparsity) == ("target", None)
-    assert recipe.proxy.limits == (0.67, "answers")
+    assert recipe.proxy.limits == (0.33, "answers")
     assert recipe.proxy.align is False
     assert parse_recipe(with_section(proxy={"sparsity": 0.5})).proxy.align.kl_weight == 0.1
     assert recipe.warmup.epochs == 2
@@ -76,7 +76,7 @@ def test_defaults_are_those_of_the_design():
 def test_the_method_follows_from_what_is_given(given, method):
     proxy = parse_recipe(with_section(proxy=given)).proxy
     assert proxy.method == method
-    depth, gradients = (0.67, "answers") if method == "target" else (1.0, "all")
+    depth, gradients = (0.33, "answers") if method == "target" else (1.0, "all")
     assert proxy.limits == (given.get("depth", depth), given.get("gradients", gradients))
 
 
