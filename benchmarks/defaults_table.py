@@ -30,7 +30,7 @@ def main() -> None:
     """Fill in the block of each page."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     known = {name: read(RESULTS / f"defaults-{name}.jsonl") for name in TITLES}
-    known = {name: cells for name, cells in known.items() if cells}
+    known = {name: cells for name, cells in known.items() if any(row == DEFAULT for row, _, _ in cells)}
     fill(ROOT / "docs/results.md", "\n\n".join(summary(TITLES[name], cells) for name, cells in known.items()))
     fill(ROOT / "docs/results/defaults.md", "\n\n".join(by_task(TITLES[name], cells) for name, cells in known.items()))
 
