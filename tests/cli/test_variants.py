@@ -310,13 +310,21 @@ def test_validation_rows_in_the_pool_are_said_and_recorded(place):
     )
 
 
+def chosen_by(table, tasks):
+    """What the examples of some tasks choose by [N, V]: their own scores plus the task's, in standard deviations."""
+    columns = []
+    for task in tasks:
+        own, mean = np.stack(table[f"examples/{task}"].to_pylist()), table[f"influence/{task}"].to_numpy()
+        columns.append(own / own.std(0) + (mean / mean.std())[:, None])
+    return np.hstack(columns)
+
+
 def test_tasks_take_turns_and_the_report_draws_no_cut(finished):
     chosen = json.loads((finished.output / "selection.json").read_text())
     assert chosen["strategy"] == "round-robin"
     assert chosen["threshold"] is None
     table = pq.read_table(finished.output / "scores.parquet")
-    tasks = [name for name in table.column_names if name.startswith("examples/")]
-    examples = np.hstack([np.stack(table[name].to_pylist()) for name in tasks])
+    examples = chosen_by(table, ["arithmetic", "spelling"])
     assert examples.shape[1] == 16
     for turn, best in enumerate(examples.argmax(axis=0)):  # each one's first choice, unless another took it before
         assert best in chosen["rows"][: turn + 1]
@@ -378,10 +386,10 @@ def test_the_rows_scored_again_are_the_best_by_what_selection_goes_by(copied, st
     options.append(f"select.strategy={strategy}")
     assert copied.run("--set", *options) == 0
     assert "score" not in copied.done()
-    refined, scores = (pq.read_table(copied.output / name / "scores.parquet").to_pandas() for name in ("refined", "."))
-    best = set(scores["influence/spelling"].nlargest(60).index)
+    refined, scores = (pq.read_table(copied.output / name / "scores.parquet") for name in ("refined", "."))
+    refined, best = refined.to_pandas(), set(scores["influence/spelling"].to_pandas().nlargest(60).index)
     if strategy == "round-robin":
-        examples = np.stack(scores["examples/spelling"])
+        examples = chosen_by(scores, ["spelling"])
         best = set(Turns(lambda: iter([examples]), [1.0] * 8, np.ones(200, bool))(60).tolist())
     known = refined.index[np.isfinite(refined["influence"])]
     assert set(known) == best
