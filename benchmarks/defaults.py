@@ -15,11 +15,10 @@ Finished cells are kept in `--output`, one line each, and are not computed again
 
 How the rows are computed. One pass gives S[z, v] = ⟨G(z), G(v)⟩ of mean token losses for every candidate z and
 validation example v, whole gradients on the target itself, and ‖G(z)‖. A candidate of n supervised tokens then has, as
-TracIn of the
-mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by ‖G(z)‖. With
-`turns` each v is a column of its own and the validation examples take turns to choose; with `blend` too, by the sum of
-their own cosine and the one with the mean, both standardized, which is iprox's default. EK-FAC replaces G(v) by
-(F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
+TracIn of the mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by
+‖G(z)‖. With `turns` each v is a column of its own and the validation examples take turns to choose. With `blend`, which
+is iprox's default, they choose by the sum of their own cosine and the one with the mean, both standardized. EK-FAC
+replaces G(v) by (F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
 """
 
 from __future__ import annotations

@@ -108,12 +108,16 @@ class DataSection(ReadingSection):
 _RATE = "0.1 / hidden size (2.4e-5 for a model 4,096 wide); with lora ten times that"
 
 
+# Default batch size of trainings, and that of retraining in an audit.
+BATCH_SIZE = 16
+
+
 class TrainingSection(Section):
     """Supervised fine-tuning of all weights or of adapters."""
 
     epochs: int = setting(4, "passes over the examples", ge=1)
     learning_rate: float | None = setting(None, "peak learning rate, with cosine decay", _RATE, gt=0)
-    batch_size: int = setting(16, "examples per batch", ge=1)
+    batch_size: int = setting(BATCH_SIZE, "examples per batch", ge=1)
     accumulate: int = setting(
         1, "batches per optimizer step: 4 batches of 4 train like one of 16, with less memory", ge=1
     )
@@ -160,7 +164,7 @@ class AlignSection(Section):
     batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
-        0.0, "weight of the gradients' distance; 1 as in the paper, which takes three times as long", ge=0
+        0.0, "weight of the gradients' distance; 1 as in the paper, which takes more than twice as long", ge=0
     )
     kl_weight: float = setting(0.1, "weight of the KL divergence of the logits (temperature 2)", ge=0)
     hidden_weight: float = setting(0.0, "weight of the hidden states' relative squared distance", ge=0)

@@ -25,7 +25,7 @@ def checkpoint(place):
 def test_without_the_rows_that_teach_a_task_its_loss_rises_more(finished, tmp_path, monkeypatch):
     """The proxy ranks the rows of arithmetic first, for arithmetic; the target ranks them last."""
     monkeypatch.setattr(retraining, "REMOVED_FRACTION", 3 / 7)
-    monkeypatch.setattr(retraining, "RETRAINING_BATCH", 4)
+    monkeypatch.setattr(retraining, "BATCH_SIZE", 4)
     pool = list(Pool([str(finished.pool)]))
     few = [example for example in pool if example.source == "arithmetic"][:15]
     teaching = [replace(each, id=f"{each.id}, {again}") for again in range(3) for each in few]

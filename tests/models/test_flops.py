@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from iprox.data.batching import padded_width
+from iprox.errors import InputError
 from iprox.influence.estimators.base import GradientEstimator, Inputs, QueryTokens
 from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.scorer import BatchScorer
@@ -87,3 +90,19 @@ def test_experts_are_charged_for_the_tokens_that_use_them(tiny):
     assert 19 * scorer.contraction_flops == pytest.approx(met)
     assert 19 * flops.contraction_flops(model) == pytest.approx(met)
     assert flops.forward_flops(model) == pytest.approx(flops.contraction_flops(model))
+
+
+def test_experts_count_for_the_tokens_that_use_them_whatever_the_config_calls_it(tiny):
+    model = tiny.model("qwen2-moe")
+    split_experts(model)
+    experts = [name for name in compressible_layers(model) if ".gate_up." in name]
+    chosen, shares = model.config.num_experts_per_tok, flops.layer_shares(model, experts)
+    assert set(shares.values()) == {chosen / model.config.num_experts}
+    for names, known in (({"top_k_experts": chosen}, True), ({}, False)):  # as Gemma 4 has it; a model of another kind
+        text = SimpleNamespace(**names)
+        model.config = SimpleNamespace(get_text_config=lambda text=text: text)
+        if known:
+            assert flops.layer_shares(model, experts) == shares
+        else:
+            with pytest.raises(InputError, match="does not say how many experts"):
+                flops.layer_shares(model, experts)

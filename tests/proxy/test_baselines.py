@@ -5,7 +5,7 @@ import torch
 
 from iprox.kronecker.moments import collect_moments
 from iprox.models.layers import compressible_layers, dense_weight
-from iprox.proxy.baselines import PROBED, layer_spectrum
+from iprox.proxy.factorizations import PROBED, layer_spectrum
 
 NAME = "model.layers.1.mlp.up_proj"
 

@@ -6,9 +6,9 @@ from iprox.errors import InputError
 from iprox.kronecker.moments import MomentSettings, collect_moments, layer_groups
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import compressible_layers, dense_weight, low_rank_layers, weight_shape
-from iprox.proxy.baselines import layer_spectrum
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers
 from iprox.proxy.export import to_dense
+from iprox.proxy.factorizations import layer_spectrum
 from iprox.proxy.factorize import FactorSettings, with_factors
 from iprox.proxy.size import Size
 
@@ -99,6 +99,7 @@ def test_moments_in_groups_and_spectra_on_disk_give_the_same_proxy(tiny):
     assert report.passes == 1
     assert again.passes == len(groups)
     assert again.probe_tokens == report.probe_tokens == 29
+    assert again.layers == report.layers  # with the ridges
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(parts.state_dict()[name], tensor)
 

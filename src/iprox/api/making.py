@@ -25,8 +25,8 @@ from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.progress import Reporter
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_state import AlignmentHistory
-from iprox.proxy.baselines import PROBED
 from iprox.proxy.compress import adopt, derive_proxy, extract_layers, keep_weights
+from iprox.proxy.factorizations import PROBED
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
@@ -114,7 +114,7 @@ def align(
     progress: bool = True,
     **settings: Any,
 ) -> AlignmentHistory:
-    """Tune a proxy in place until its gradients, or only its logits, match the target's (stage 2).
+    """Tune a proxy in place until its logits, and its gradients if asked, match the target's (stage 2).
 
     Args:
         proxy: proxy from `compress`.

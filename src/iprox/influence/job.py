@@ -110,7 +110,7 @@ class Job:
         checkpoints: Sequence[Checkpoint],
         validation: Mapping[str, Sequence[Encoded]],
         encoder: ChatEncoder,
-        pool: Pool,
+        pool: Pool | None,
         *,
         seed: int = 0,
         sample: Sequence[Encoded] | None = None,
@@ -124,7 +124,7 @@ class Job:
             checkpoints: checkpoints to score on.
             validation: encoded validation examples by task.
             encoder: encoder that makes tokens and labels.
-            pool: pool for the curvature sample and the term statistics.
+            pool: pool for the curvature sample and the term statistics; None for estimators without these.
             seed: seed for the curvature sample, sampled labels and random scores.
             sample: curvature sample to use instead of one from the pool.
             counted: called with the number of rows whose terms are counted.
@@ -141,11 +141,12 @@ class Job:
         if not measured:
             sample = ()
         elif sample is None:
+            assert pool is not None
             rows = draw_rows("curvature", seed, pool.scan().rows, settings.curvature_examples)
             sample = encoder.encode(pool.take(rows))
         if measured and not any(row.supervised for row in sample):
             raise InputError(f"{settings.estimator}: the curvature sample has no example with a supervised token")
-        corpus = Corpus.of_pool(pool, encoder, counted) if settings.traits.corpus else None
+        corpus = Corpus.of_pool(pool, encoder, counted) if settings.traits.corpus and pool is not None else None
         return cls(
             settings=settings,
             checkpoints=tuple(checkpoints),

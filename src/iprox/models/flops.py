@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from iprox.errors import InputError
 from iprox.models.experts import SplitExperts
 from iprox.models.layers import (
     LowRankLinear,
@@ -40,17 +41,15 @@ def _pass_flops(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
     return 2.0 * total
 
 
-# What configs call the number of experts that a token uses.
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_topk")
-
-
 def layer_shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
     """Return the share of tokens that use each layer: k/E for experts, as if all were used equally, otherwise 1."""
     shares: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, SplitExperts):
             config = model.config.get_text_config()  # pyright: ignore
-            chosen = next(getattr(config, name) for name in EXPERTS_PER_TOKEN if hasattr(config, name))
+            chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)  # Gemma 4
+            if not isinstance(chosen, int):
+                raise InputError(f"{type(config).__name__}: does not say how many experts a token uses")
             share = chosen / len(module.gate_up)
             for child in ("gate_up", "down"):
                 shares.update({f"{name}.{child}.{i}": share for i in range(len(module.gate_up))})

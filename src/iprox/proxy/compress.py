@@ -18,7 +18,7 @@ from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
 from iprox.models.layers import output_head
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
-from iprox.proxy.baselines import first_layers
+from iprox.proxy.extraction import first_layers
 from iprox.proxy.factorize import FactorSettings, LayerReport, measured_spectra
 from iprox.proxy.norms import refit_norms
 from iprox.proxy.size import Size, layer_costs, reachable_budget

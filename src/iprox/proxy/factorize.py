@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
 from iprox.models.layers import LowRankLinear, compressible_layers, dense_weight, layer_bias
 from iprox.models.loss import LossFn
-from iprox.proxy.baselines import PROBED, FactorMethod, layer_spectrum
+from iprox.proxy.factorizations import PROBED, FactorMethod, layer_spectrum
 from iprox.proxy.ipsvd import Ridge, Spectrum
 from iprox.proxy.ranks import RULES, ErrorCurve, LayerCost
 
@@ -32,7 +33,7 @@ class FactorSettings:
     """Settings of the factorization.
 
     Attributes:
-        method: `ipsvd` or a baseline (`iprox.proxy.baselines`).
+        method: `ipsvd` or a baseline (`iprox.proxy.factorizations`).
         ranks: `global` or `uniform` (`iprox.proxy.ranks`).
         ridge: share of the mean eigenvalue added to every direction of a moment, or `auto` (Ledoit and Wolf).
         moments: settings of the moments.
@@ -109,16 +110,21 @@ class Spectra:
 
 
 class _SpectraOnDisk:
-    """Spectra by layer name, one file each."""
+    """Spectra by layer name, one safetensors file each; ridges and device stay in memory."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
+        self._kept: dict[str, tuple[float | None, float | None, torch.device]] = {}
 
     def __setitem__(self, name: str, spectrum: Spectrum) -> None:
-        torch.save(spectrum, self._folder / name)
+        parts = {part: getattr(spectrum, part).contiguous() for part in ("left", "singular_values", "right")}
+        save_file(parts, self._folder / f"{name}.safetensors")
+        self._kept[name] = spectrum.ridge_in, spectrum.ridge_out, spectrum.left.device
 
     def __getitem__(self, name: str) -> Spectrum:
-        return torch.load(self._folder / name, weights_only=False)
+        ridge_in, ridge_out, device = self._kept[name]
+        parts = load_file(self._folder / f"{name}.safetensors", device=str(device))
+        return Spectrum(**parts, ridge_in=ridge_in, ridge_out=ridge_out)
 
 
 @contextmanager

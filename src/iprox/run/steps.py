@@ -207,7 +207,7 @@ def audit(run: Run) -> None:
         if getattr(settings, name):
             run.stage(
                 name,
-                [audited, settings.model_dump(include={name, "epochs", "learning_rate", "batch_size"})],
+                [audited, settings.model_dump(include={name, "learning_rate"})],
                 [folder / f"{name}.json"],
                 lambda name=name, measure=measure: measure(
                     Retraining(run.session, path, run.pool.take(rows), run.validation, folder, settings, name)

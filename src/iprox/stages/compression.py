@@ -16,8 +16,8 @@ from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, check_gradients, limit_gradients, make_low_rank, mark_as_proxy
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
-from iprox.proxy import baselines
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
+from iprox.proxy.extraction import first_layers, fitting_layers
 from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.ranks import uniform_ranks
 from iprox.proxy.search import FURTHER, LEAST, Try, cost_of, most_tries, smallest_faithful
@@ -92,7 +92,7 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
         return
     size = Size(settings.sparsity, settings.flops)
     if settings.method == "layers":
-        baselines.fitting_layers(model, size)
+        fitting_layers(model, size)
     else:
         reachable_budget(model, size, layer_costs(model, size))
 
@@ -112,7 +112,7 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
     if settings.method != "target":
         size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
         if settings.method == "layers":
-            return baselines.first_layers(model, size)
+            return first_layers(model, size)
         costs = layer_costs(model, size)
         make_low_rank(proxy, uniform_ranks(costs, reachable_budget(model, size, costs)))
     mark_as_proxy(proxy, IproxConfig(depth=depth, gradients=gradients))

@@ -24,11 +24,9 @@ from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, hidden_size
 from iprox.records import StageRecord, key_of, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
+from iprox.settings import BATCH_SIZE, REMOVED_FRACTION, SUBSET_FRACTION, AuditSection
 
 LOSSES = "retrained.json"
-# Examples per batch of a retraining, which reads its rows once: as a warm-up's batches.
-RETRAINING_BATCH = 16
 LDS, REMOVAL = "lds.json", "removal.json"
 
 
@@ -197,7 +195,7 @@ def validation_losses(
             Path(folder),
             epochs=1,
             learning_rate=settings.peak(hidden_size(fresh.config)),
-            batch_size=RETRAINING_BATCH,
+            batch_size=BATCH_SIZE,
             bf16=session.dtype == torch.bfloat16,
             every_epoch=False,
             seed=seed,

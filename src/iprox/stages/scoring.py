@@ -127,7 +127,7 @@ def job_of(
         counting = session.reporter.bar("count terms", pool.scan().rows, "rows")
     with counting as counted:
         return Job.of(
-            *(settings, models, validation, encoder, pool),  # pyright: ignore[reportArgumentType]
+            *(settings, models, validation, encoder, pool),
             seed=session.seed,
             counted=counted,
             batch_tokens=session.batch_tokens,

@@ -137,10 +137,7 @@ class Estimator(ABC):
 
 
 class GradientEstimator(Estimator):
-    """An estimator that contracts candidates with validation gradients, which subclasses may precondition.
-
-    As it is, it is TracIn (see `iprox.influence.scorer`).
-    """
+    """An estimator that contracts candidates with validation gradients, which subclasses may precondition."""
 
     def precondition(self, means: dict[str, ModelGradient], inputs: Inputs) -> dict[str, ModelGradient]:
         """Return the preconditioned mean validation gradient of each task."""
