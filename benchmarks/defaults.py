@@ -43,6 +43,7 @@ from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.kronecker.eigen import kronecker_curvature, together
+from iprox.kronecker.kept import KeptCurvature, is_kept, keep_curvature
 from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
@@ -266,9 +267,11 @@ class Bench:
         bases = None
         if tasks:
             rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-            bases = together(
-                kronecker_curvature(model, layers, self.batches([self.encoded[row] for row in rows]), seed=seed)
-            )
+            folder = self.work / f"curvature-{seed}"
+            if not is_kept(folder):
+                sample = self.batches([self.encoded[row] for row in rows])
+                keep_curvature(kronecker_curvature(model, layers, sample, seed=seed), folder)
+            bases = KeptCurvature(folder, model.device)
             print(f"curvature: {time.time() - started:.0f} s", flush=True)
         for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
             queries = {}

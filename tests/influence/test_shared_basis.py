@@ -4,10 +4,11 @@ import pytest
 import torch
 from jobs import preconditioned, scorer_of_batches, settings_of
 
+from iprox.influence.gradients import LowRankGradient
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature, together
+from iprox.kronecker.eigen import EigenBasis, kronecker_curvature, together
 from iprox.models.layers import influence_layers
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
@@ -121,3 +122,55 @@ def test_layers_that_the_curvature_sample_does_not_move_are_warned_of(tiny, monk
     monkeypatch.setattr("iprox.influence.estimators.ekfac.kronecker_curvature", lambda *_, **__: iter([real]))
     with pytest.warns(UserWarning, match=f"no gradient for {silent}"):
         scorer_of_batches(model, {"t": [batch]}, estimator="ekfac", per_example=True, sample=[batch])
+
+
+def heavy_tailed(rank, tokens, examples, seed):
+    """A layer's curvature with eigenvalues that fall like 1/i², and gradients that have it as second moments."""
+    generator = torch.Generator().manual_seed(seed)
+    falling = 1 / torch.arange(1, rank + 1, dtype=torch.float64) ** 2
+    bases = [torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64))[0] for _ in range(2)]
+    left, right = (
+        (basis * falling.sqrt()) @ torch.randn(examples, rank, tokens, generator=generator, dtype=torch.float64)
+        for basis in bases
+    )
+    basis = EigenBasis(*bases, tokens * torch.outer(falling, falling))
+    return basis, [{"layer": LowRankGradient(*each, None, torch.zeros(()))} for each in zip(left, right, strict=True)]
+
+
+def test_scaled_bases_cost_less_for_the_same_scores(monkeypatch):
+    basis, gradients = heavy_tailed(rank=40, tokens=6, examples=40, seed=0)
+    validation, pool = gradients[:8], gradients[8:]
+    delta, h = (torch.stack([getattr(each["layer"], side).mT for each in pool]) for side in ("left", "right"))
+
+    def scores(keep):
+        query = shared_queries(validation, keep, {"layer": basis}, 0.1, torch.float64).layers["layer"]
+        return query.contract(h, delta), query.flops
+
+    exact, _ = scores(1.0)
+    scaled, cost = scores(0.95)
+    monkeypatch.setattr("iprox.influence.shared_basis.FLOOR", 1e9)  # all scales are equal
+    plain, plain_cost = scores(0.95)
+    assert cost < 0.8 * plain_cost
+    near, far = (torch.corrcoef(torch.stack([exact.flatten(), each.flatten()]))[0, 1] for each in (scaled, plain))
+    assert near > 0.9 > far
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_bases_of_wide_layers_are_found_in_random_combinations(monkeypatch, curved):
+    monkeypatch.setattr("iprox.influence.shared_basis.COLUMNS", 32)
+    basis, gradients = heavy_tailed(rank=48, tokens=6, examples=8, seed=1)
+    curvature = {"layer": basis} if curved else None
+    near = shared_queries(gradients, 0.9, curvature, dtype=torch.float64)
+    monkeypatch.setattr("iprox.influence.shared_basis.COLUMNS", 48)
+    whole = shared_queries(gradients, 0.9, curvature, dtype=torch.float64)
+    torch.testing.assert_close(near.norms, whole.norms)
+    assert near.mean == pytest.approx(whole.mean)
+    assert near.kept.mean() >= whole.kept.mean() - 0.01
+    assert near.layers["layer"].flops <= 1.1 * whole.layers["layer"].flops
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    basis, gradients = heavy_tailed(rank=8, tokens=3, examples=2, seed=0)
+    gradients[1]["layer"].left[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        shared_queries(gradients, 0.9, {"layer": basis})

@@ -215,7 +215,7 @@ class BatchScorer(Scorer):
         self._query_norms = torch.cat([query.norms for query in queries.values()]).to(self.device)
         for place, (task, query) in enumerate(queries.items()):
             self.kept[task] = query.kept.min().item()
-            self._weigh(place, query.norms.cpu(), query.mean_norm())
+            self._weigh(place, query.norms.cpu(), query.mean)
 
     def _weigh(self, place: int, norms: Tensor, mean: float) -> None:
         """Set a task's weights for the cosine: ḡ·g/(‖ḡ‖‖g‖) = Σ_v (‖g_v‖/(V‖ḡ‖)) cos(g_v, g)."""

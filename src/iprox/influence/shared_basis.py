@@ -5,7 +5,10 @@ have similar directions, so each layer gets one basis for outputs and one for in
 De Lathauwer et al. 2000): G_v ≈ U C_v Wᵀ. A candidate is projected once, to Uᵀ G(z) W, whose inner product with the
 small C_v is its score for v.
 
-The inverse curvature of an influence function is applied in its eigenbases, where it is a division.
+The inverse curvature of an influence function is applied in its eigenbases, where it is a division. Divided gradients
+have no low rank, but most of what they hold is in directions that candidates have little of. The bases are therefore
+found in coordinates that are scaled by what candidates have, as the curvature measured it: a direction is worth what it
+adds to the variance of the scores, not to the norm (`benchmarks/bases.py` measures the gain).
 """
 
 from __future__ import annotations
@@ -22,8 +25,15 @@ from iprox.kronecker.moments import append_ones
 from iprox.models.layers import weight_shape
 from iprox.models.precision import accumulation_dtype
 
-# Smallest number of random columns that an example's gradient is multiplied by to find the bases.
-PROBES = 16
+# The ordered directions of wide layers are found in what this many random combinations of a task's gradients span.
+COLUMNS = 512
+
+# Directions that hold less than this fraction of what may be lost are dropped at once, of each layer and then of every
+# CUT layers together, which bounds memory; one threshold for all layers chooses among the others in the end.
+UNSEEN, CUT = 0.25, 14
+
+# Smallest mean eigenvalue of an output or input, as a share of the layer's mean, that its scale follows.
+FLOOR = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ class SharedQuery:
     """The gradients of V examples in one layer, prepared for contraction.
 
     Attributes:
-        left: U [m, r].
+        left: U [m, r], orthonormal unless the layer has a curvature.
         right: W [n, s], where n includes the bias.
         cores: C_v, flattened [V, r·s].
         bias: whether the layer has a bias.
@@ -76,11 +86,13 @@ class SharedQueries:
     Attributes:
         layers: queries by layer name, without the layers that hold almost nothing.
         norms: norm of each whole gradient, float64 [V].
-        kept: share of each norm that the bases keep [V].
+        mean: norm of the mean of the whole gradients.
+        kept: share of each norm that the bases keep [V]; with a curvature, of the norm in scaled coordinates.
     """
 
     layers: dict[str, SharedQuery]
     norms: Tensor
+    mean: float
     kept: Tensor
 
     def of_layer(self, name: str, layer: nn.Module) -> SharedQuery:
@@ -91,58 +103,132 @@ class SharedQueries:
         cores = weight.new_zeros(len(self.norms), 0, dtype=accumulation_dtype(weight))
         return SharedQuery(weight.new_zeros(m, 0), weight.new_zeros(n, 0), cores, bias=False)
 
-    def mean_norm(self) -> float:
-        """Return the norm of the mean gradient as the bases represent it. Vrs FLOPs per layer."""
-        squares = [query.cores.mean(0).double().square().sum().item() for query in self.layers.values()]
-        return sum(squares) ** 0.5
+
+@dataclass(slots=True)
+class _Tucker:
+    """One layer's gradients in bases whose directions are ordered by the weighted squared norm that they hold.
+
+    Attributes:
+        left: U [m, r].
+        right: W [n, s].
+        cores: C_v [V, r, s].
+        held: what each direction of U and of W holds of Σ_v w_v ‖G_v‖², [r] and [s], descending.
+        captured: what all directions hold, including those that were dropped.
+        totals: ‖G_v‖² of the whole gradients in the same coordinates, float64 [V].
+        norms: ‖G_v‖² without scaling, float64 [V].
+        mean: squared norm of their mean without scaling, float64 scalar.
+        bias: whether the layer has a bias.
+    """
+
+    left: Tensor
+    right: Tensor
+    cores: Tensor
+    held: tuple[Tensor, Tensor]
+    captured: float
+    totals: Tensor
+    norms: Tensor
+    mean: Tensor
+    bias: bool
+
+    def cut(self, r: int, s: int) -> None:
+        """Drop all but the leading directions."""
+        self.left, self.right = self.left[:, :r].clone(), self.right[:, :s].clone()
+        self.cores = self.cores[:, :r, :s].clone()
+        self.held = self.held[0][:r].clone(), self.held[1][:s].clone()
+
+    def query(self, dtype: torch.dtype) -> SharedQuery:
+        """Return the layer's query."""
+        return SharedQuery(self.left.to(dtype), self.right.to(dtype), self.cores.flatten(1), self.bias)
 
 
 class _Layer:
-    """One layer's gradients, in the eigenbases of its curvature if it has one."""
+    """One layer's gradients; if it has a curvature, in its eigenbases, divided by it, and scaled by its square root."""
 
-    def __init__(self, parts: Sequence[LowRankGradient], curvature: EigenBasis | None, damping: float) -> None:
-        self.bias = parts[0].bias is not None
+    def __init__(
+        self, parts: Sequence[LowRankGradient], curvature: EigenBasis | None, damping: float, dtype: torch.dtype
+    ) -> None:
+        self.bias, self.dtype = parts[0].bias is not None, dtype
         self.curvature = curvature
-        self.parts = [_with_bias(part) for part in parts]
+        self.divisors = self.scales = None
+        self.parts = [_with_bias(part, dtype) for part in parts]
         if curvature is not None:
-            rotate = curvature.left.mT, curvature.right.mT
+            rotate = curvature.left.mT.to(dtype), curvature.right.mT.to(dtype)
             self.parts = [(rotate[0] @ left, rotate[1] @ right) for left, right in self.parts]
             ridge = damping * curvature.eigenvalues.mean()
-            self.divisors = curvature.eigenvalues + ridge if ridge > 0 else None  # None: all gradients were zero
-        else:
-            self.divisors = None
+            if ridge > 0:  # else all gradients of the curvature sample were zero
+                self.divisors = curvature.eigenvalues + ridge
+                # What candidates have of each output and of each input: their product is the eigenvalue of K-FAC.
+                mean = curvature.eigenvalues.mean()
+                outputs, inputs = (curvature.eigenvalues.mean(side).clamp(min=FLOOR * mean) for side in (1, 0))
+                self.scales = (outputs / mean).sqrt(), inputs.sqrt()
 
     def gradient(self, index: int) -> Tensor:
         """Return the dense gradient of one example, divided by the curvature, [m, n]. 2kmn FLOPs for k tokens."""
         left, right = self.parts[index]
         whole = left @ right.mT
-        return whole if self.divisors is None else whole / self.divisors
+        whole = whole.to(accumulation_dtype(whole))
+        return whole if self.divisors is None else whole.div_(self.divisors)
 
-    def moments(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return unbiased estimates of Σ_v w_v G_v G_vᵀ [m, m] and Σ_v w_v G_vᵀ G_v [n, n] from random columns."""
+    def scaled(self, whole: Tensor) -> Tensor:
+        """Scale a gradient in place."""
+        return whole if self.scales is None else whole.mul_(self.scales[0][:, None]).mul_(self.scales[1])
+
+    def ranges(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
+        """Return orthonormal bases [m, c] and [n, c] of random combinations of the columns and rows of the gradients.
+
+        This is the range finder of Halko, Martinsson and Tropp (2011, algorithm 4.1). A side of at most c dimensions
+        needs no basis: None.
+        """
         (m, _), (n, _) = (part.shape for part in self.parts[0])
-        probes = max(PROBES, -(-2 * max(m, n) // len(self.parts)))
-        outputs, inputs = self.parts[0][0].new_zeros(m, m), self.parts[0][0].new_zeros(n, n)
-        for index, weight in enumerate(weights):
-            whole = self.gradient(index)
-            noise = torch.randn(max(m, n), probes, generator=generator).to(whole)
-            image, other = whole @ noise[:n], whole.mT @ noise[:m]
-            outputs.addmm_(image, image.mT, alpha=float(weight) / probes)
-            inputs.addmm_(other, other.mT, alpha=float(weight) / probes)
-        return outputs, inputs
+        probes = -(-COLUMNS // len(self.parts))
+        wide = [size > probes * len(self.parts) for size in (m, n)]
+        columns: tuple[list[Tensor], list[Tensor]] = [], []
+        for index, weight in enumerate(weights if any(wide) else ()):
+            whole = self.scaled(self.gradient(index)).to(self.dtype)
+            noise = (torch.randn(max(m, n), probes, generator=generator) * float(weight) ** 0.5).to(whole)
+            columns[0].append(whole @ noise[:n])
+            columns[1].append(whole.mT @ noise[:m])
+        left, right = (
+            torch.linalg.qr(_accumulated(torch.cat(each, 1)))[0].to(self.dtype) if is_wide else None
+            for each, is_wide in zip(columns, wide, strict=True)
+        )
+        return left, right
 
-    def query(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[SharedQuery, Tensor, Tensor]:
-        """Return the layer's query in these bases, each example's squared norm in them [V], and in full [V]."""
-        cores, norms = [], []
+    def tucker(self, weights: Tensor, keep: float, generator: torch.Generator) -> _Tucker:
+        """Return the gradients in ordered bases, without directions that `keep` surely drops."""
+        left, right = self.ranges(weights, generator) if keep < 1 else (None, None)
+        cores, totals, norms = [], [], []
+        mean: Tensor | None = None
         for index in range(len(self.parts)):
-            whole = self.gradient(index)
-            cores.append((left.mT @ whole @ right).flatten())
-            norms.append(whole.square().sum(dtype=torch.float64))
-        stacked = torch.stack(cores)
+            core = self.gradient(index)
+            norms.append(core.square().sum(dtype=torch.float64))
+            mean = core.clone() if mean is None else mean.add_(core)
+            core = self.scaled(core)
+            totals.append(core.square().sum(dtype=torch.float64))
+            core = core if left is None else left.mT @ core.to(self.dtype)
+            cores.append(_accumulated(core if right is None else core.to(self.dtype) @ right))
+        assert mean is not None
+        if not torch.isfinite(mean).all():
+            raise FloatingPointError(
+                "a validation gradient divided by the curvature is not finite; try --set dtype=float32"
+            )
+        shares, stacked = weights.to(cores[0]), torch.stack(cores)
+        slack = UNSEEN * (1 - keep**2) * float(weights.to(totals[0]) @ torch.stack(totals))
+        captured = float(shares @ stacked.square().sum((1, 2)))
+        weighted = stacked * shares.sqrt()[:, None, None]
+        sides = (part.flatten(1) for part in (weighted.transpose(0, 1), weighted.permute(2, 0, 1)))
+        (outputs, held_out), (inputs, held_in) = (_directions(part @ part.mT, slack) for part in sides)
+        stacked = outputs.mT @ stacked @ inputs
+        left, right = (
+            basis if each is None else _accumulated(each) @ basis for each, basis in ((left, outputs), (right, inputs))
+        )
+        if self.scales is not None:
+            left, right = left / self.scales[0][:, None], right / self.scales[1][:, None]
         if self.curvature is not None:
             left, right = self.curvature.left @ left, self.curvature.right @ right
-        query = SharedQuery(left.to(dtype), right.to(dtype), stacked, self.bias)
-        return query, stacked.double().square().sum(1), torch.stack(norms)
+        square = mean.square().sum(dtype=torch.float64) / len(norms) ** 2
+        totals, norms = torch.stack(totals), torch.stack(norms)
+        return _Tucker(left, right, stacked, (held_out, held_in), captured, totals, norms, square, self.bias)
 
 
 def shared_queries(
@@ -154,74 +240,88 @@ def shared_queries(
 ) -> SharedQueries:
     """Return the examples' gradients, divided by the curvature if there is one, in shared bases.
 
-    Reads each gradient twice, one layer at a time: 4V(k + PROBES)mn + 2V·mn·min(r, s) FLOPs per layer, and
-    memory for one dense gradient and the cores.
+    Per example of k tokens and layer, with c = COLUMNS or the layer's width: 2k(m² + n²) FLOPs to rotate it into the
+    eigenbases, 4kmn to form it twice, and about 4cmn for its core. Per layer, two eigendecompositions of c × c.
+    Memory: one layer's gradients, one of them dense, and about twice the cores of all layers.
 
     Args:
         examples: exact gradients of a task's examples by layer (`iprox.influence.validation_gradients` with keep 1).
-        keep: share of the Frobenius norm that the bases keep, over all layers and examples; every example has the
-            same weight, whatever its norm. Directions with the least squared norm per FLOP are dropped first.
+        keep: share of the Frobenius norm (in scaled coordinates, if there is a curvature) that the bases keep, over all
+            layers and examples; an example's weight is the reciprocal of its squared norm before the division, so that
+            all count about alike. Directions with the least squared norm per FLOP are dropped first.
         curvature: curvature by layer, for (F + λI)⁻¹; the gradients of other layers are used as they are.
         damping: λ as a share of the mean eigenvalue of each layer's curvature.
-        dtype: dtype of the products with candidates.
+        dtype: dtype of the products, here and with candidates; sums are in float32 or better. bfloat16 rounds by 2⁻⁹ of
+            a gradient's norm in any direction, as the gradients themselves are rounded; damping limits what becomes
+            of it in the division.
 
     Raises:
         FloatingPointError: a gradient divided by the curvature is not finite.
     """
-    names, curvature = list(examples[0]), curvature or {}
+    curvature = curvature or {}
     norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in examples])
     weights = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).double().cpu()
     generator = torch.Generator().manual_seed(0)
-
-    def layer(name: str) -> _Layer:
-        return _Layer([each[name] for each in examples], curvature.get(name), damping)
-
-    spectra: list[tuple[Tensor, Tensor]] = []
-    for name in names:
-        for moment in layer(name).moments(weights, generator):
-            values, vectors = torch.linalg.eigh(moment)
-            spectra.append((values.flip(0).clamp(min=0), vectors.flip(1)))
-    ranks = _ranks([values for values, _ in spectra], keep)
-    queries: dict[str, SharedQuery] = {}
-    held = totals = torch.zeros(len(examples), dtype=torch.float64)
-    for place, name in enumerate(names):
-        (_, left), (_, right) = spectra[2 * place], spectra[2 * place + 1]
-        r, s = ranks[2 * place], ranks[2 * place + 1]
-        query, part, total = layer(name).query(left[:, :r], right[:, :s], dtype)
-        held, totals = held + part.cpu(), totals + total.cpu()
-        if r and s:
-            queries[name] = query
-    if not torch.isfinite(totals).all():
-        raise FloatingPointError(
-            "a validation gradient divided by the curvature is not finite; try --set dtype=float32"
-        )
+    layers: dict[str, _Tucker] = {}
+    for name in examples[0]:
+        layer = _Layer([each[name] for each in examples], curvature.get(name), damping, dtype)
+        layers[name] = layer.tucker(weights, keep, generator)
+        if len(layers) % CUT == 0:
+            _cut(list(layers.values()), weights, (1 - UNSEEN * (1 - keep**2)) ** 0.5)
+    _cut(list(layers.values()), weights, keep)
+    totals, squares, mean = (
+        torch.stack([getattr(layer, part) for layer in layers.values()]).sum(0) for part in ("totals", "norms", "mean")
+    )
+    queries = {name: layer.query(dtype) for name, layer in layers.items() if layer.cores.numel()}
+    held = torch.zeros_like(totals)
+    for query in queries.values():
+        held += query.cores.double().square().sum(1)
     kept = torch.where(totals > 0, held / totals, torch.ones_like(totals)).sqrt()
-    return SharedQueries(queries, totals.sqrt(), kept)
+    return SharedQueries(queries, squares.sqrt().cpu(), float(mean.sqrt()), kept.cpu())
 
 
-def _ranks(spectra: Sequence[Tensor], keep: float) -> list[int]:
-    """Return how many leading directions of each basis to keep so that the rest hold at most 1 − keep² of the total.
+def _directions(moment: Tensor, slack: float) -> tuple[Tensor, Tensor]:
+    """Return the eigenvectors [c, k] of a moment [c, c] and the eigenvalues [k], in descending order.
+
+    The last ones are left out if they sum to at most `slack`.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp(min=0)
+    few = int((values.double().cumsum(0) <= slack).sum()) if slack > 0 else 0
+    return vectors[:, few:].flip(1), values[few:].flip(0)
+
+
+def _cut(layers: Sequence[_Tucker], weights: Tensor, keep: float) -> None:
+    """Drop the directions of least squared norm per FLOP, which together hold at most 1 − keep² of the total.
 
     A direction of a basis of m costs 2m FLOPs per token. The error of a Tucker decomposition is at most the sum of
     the squared norms that its two bases drop.
     """
     if keep >= 1:
-        return [len(values) for values in spectra]
-    total = sum(float(values.sum()) for values in spectra) / 2
-    held = torch.cat(list(spectra))
-    worth = torch.cat([values / len(values) for values in spectra])
+        return
+    sides = [side for layer in layers for side in zip(layer.held, (layer.left, layer.right), strict=True)]
+    held = torch.cat([values for values, _ in sides])
+    worth = torch.cat([values / len(basis) for values, basis in sides])
     order = worth.argsort(stable=True)
+    total = sum(float(weights @ layer.totals.cpu()) for layer in layers)
+    lost = total + sum(layer.captured for layer in layers) - float(held.sum())  # what is dropped already
     dropped = torch.zeros_like(order, dtype=torch.bool)
-    dropped[order[held[order].cumsum(0) <= (1 - keep**2) * total]] = True
-    return [int((~part).sum()) for part in dropped.split([len(values) for values in spectra])]
+    dropped[order[held[order].cumsum(0) <= (1 - keep**2) * total - lost]] = True
+    ranks = [int((~part).sum()) for part in dropped.split([len(values) for values, _ in sides])]
+    for layer, r, s in zip(layers, ranks[::2], ranks[1::2], strict=True):
+        layer.cut(r, s)
 
 
-def _with_bias(gradient: LowRankGradient) -> tuple[Tensor, Tensor]:
-    """Return the factors [m, k] and [n, k] in float32 or better, with the bias as the gradient's last column."""
-    dtype = accumulation_dtype(gradient.left)
+def _with_bias(gradient: LowRankGradient, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the factors [m, k] and [n, k], with the bias as the gradient's last column."""
     left, right = gradient.left.to(dtype), gradient.right.to(dtype)
     if gradient.bias is None:
         return left, right
     left = torch.cat([left, gradient.bias.to(dtype)[:, None]], dim=1)
     corner = torch.block_diag(right, right.new_ones(1, 1))
     return left, corner
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    """Return a tensor in float32 or better."""
+    return x.to(accumulation_dtype(x))

@@ -123,7 +123,8 @@ def example_gradients(
 def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRankGradient:
     """Return the gradient of one example as a product, without forming it. Its rank is at most its number of tokens.
 
-    With hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ: 2Ln² + 2L²m FLOPs.
+    Exact gradients of up to n tokens are δᵀ h as they are. Otherwise, with hᵀ = Q R, G = (δᵀ Rᵀ) Qᵀ: 2Ln² + 2L²m
+    FLOPs, and those of truncating it.
 
     Args:
         h: inputs [L, n].
@@ -133,13 +134,15 @@ def example_gradient(h: Tensor, delta: Tensor, bias: bool, keep: float) -> LowRa
     """
     dtype = accumulation_dtype(h)
     seen = (delta != 0).any(1)
-    h, delta = h[seen].to(dtype), delta[seen].to(dtype)
+    h, delta = h[seen], delta[seen]
     if not len(h):
         h, delta = h.new_zeros(1, h.shape[1]), delta.new_zeros(1, delta.shape[1])
-    whole_bias = delta.sum(0) if bias else None
-    right, triangle = torch.linalg.qr(h.mT)
-    left = delta.mT @ triangle.mT
-    lost = left.new_zeros(())
+    whole_bias = delta.sum(0, dtype=dtype) if bias else None
+    lost = h.new_zeros((), dtype=dtype)
+    if keep >= 1 and len(h) <= h.shape[1]:
+        return LowRankGradient(delta.mT, h.mT, whole_bias, lost)
+    right, triangle = torch.linalg.qr(h.mT.to(dtype))
+    left = delta.mT.to(dtype) @ triangle.mT
     if keep < 1:
         left, inner, lost = truncated(left, keep)
         right = right @ inner
