@@ -31,7 +31,6 @@ from iprox.session import Session
 
 DAMPING = 0.1
 UNSCALED = 1e9  # as the floor of scales: all are equal
-WAYS = {"scaled": shared_basis.FLOOR, "scaled, floor 0.001": 1e-3, "not scaled": UNSCALED}
 KEPT = (0.8, 0.9, 0.95)
 
 
