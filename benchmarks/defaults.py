@@ -227,9 +227,6 @@ class Bench:
         self.source = np.array([example.source for example in self.pool])
         self.adam = False  # whether scores by Adam's steps are wanted, which take as long as all others together
         self._scores: dict[int, dict[str, np.ndarray]] = {}
-        # What was selected where scoring takes hours: rows of the pool by `ROW/TASK/SEED`.
-        chosen = RESULTS / f"defaults-{name}-selections.json"
-        self.chosen: dict[str, list[int]] = json.loads(chosen.read_text()) if chosen.is_file() else {}
 
     def warmed(self, seed: int) -> str:
         """The checkpoint that scores are taken at."""
@@ -341,8 +338,6 @@ class Bench:
     def selection(self, row: str, task: str, seed: int) -> list[int]:
         """The rows of the pool that a row of the table selects."""
         count = round(0.05 * len(self.pool))
-        if (chosen := self.chosen.get(f"{row}/{task}/{seed}")) is not None:
-            return chosen
         if row == "random":
             return draw_rows("random", seed, len(self.pool), count)
         if row == "own source":
