@@ -31,6 +31,7 @@ from iprox.session import Session
 
 DAMPING = 0.1
 UNSCALED = 1e9  # as the floor of scales: all are equal
+WAYS = {"scaled": shared_basis.FLOOR, "not scaled": UNSCALED}
 KEPT = (0.8, 0.9, 0.95)
 
 
