@@ -71,27 +71,27 @@ class Bench:
         total = torch.zeros(len(self.candidates), len(examples), dtype=torch.float64)
         for name in self.layers:
             curvature = {name: self.curvature[name]} if name in self.curvature else {}
-            total += self.scored([{name: each[name]} for each in examples], 1.0, curvature)[0]
+            total += self.scored([{name: each[name]} for each in examples], 1.0, curvature, torch.float32)[0]
         return total
 
     def scored(
-        self, examples: list[ExampleGradient], keep: float, curvature: Mapping[str, EigenBasis]
+        self, examples: list[ExampleGradient], keep: float, curvature: Mapping[str, EigenBasis], dtype: torch.dtype
     ) -> tuple[torch.Tensor, float, float]:
         """Return scores [N, V], the FLOPs per token, and the seconds of making the bases."""
-        seconds, queries = timed(lambda: shared_queries(examples, keep, curvature, DAMPING, self.dtype))
+        seconds, queries = timed(lambda: shared_queries(examples, keep, curvature, DAMPING, dtype))
         total = torch.zeros(len(self.candidates), len(examples), dtype=torch.float64)
         for name, query in queries.layers.items():
             for row, candidate in enumerate(self.candidates):
-                part = candidate[name]
-                total[row] += query.contract(part.right.mT[None], part.left.mT[None])[0].double()
+                h, delta = (side.mT[None].to(dtype) for side in (candidate[name].right, candidate[name].left))
+                total[row] += query.contract(h, delta)[0].double()
         return total, sum(query.flops for query in queries.layers.values()), seconds
 
-    def cell(self, floor: float, keep: float) -> dict[str, float]:
+    def cell(self, floor: float, keep: float, dtype: torch.dtype) -> dict[str, float]:
         """Return the cost, the seconds and the agreement with whole gradients of one way."""
         shared_basis.FLOOR = floor
         spearman, pearson, cost, seconds = [], [], [], []
         for task, examples in self.validation.items():
-            found, flops, taken = self.scored(examples, keep, self.curvature)
+            found, flops, taken = self.scored(examples, keep, self.curvature, dtype)
             cost.append(flops / self.forward)
             seconds.append(taken)
             for x, y in zip(found.T.numpy(), self.exact[task].T.numpy(), strict=True):
