@@ -28,8 +28,8 @@ from iprox.models.precision import accumulation_dtype
 # The ordered directions of wide layers are found in what this many random combinations of a task's gradients span.
 COLUMNS = 512
 
-# Directions that hold less than this fraction of what may be lost are dropped at once, of each layer and then of every
-# CUT layers together, which bounds memory; one threshold for all layers chooses among the others in the end.
+# Directions that together hold less than this fraction of what may be lost are dropped early: those of each layer, and
+# after every CUT layers those of all layers so far, which bounds memory. In the end one threshold chooses among the rest.
 UNSEEN, CUT = 0.25, 14
 
 # Smallest mean eigenvalue of an output or input, as a share of the layer's mean, that its scale follows.
@@ -157,7 +157,8 @@ class _Layer:
             ridge = damping * curvature.eigenvalues.mean()
             if ridge > 0:  # else all gradients of the curvature sample were zero
                 self.divisors = curvature.eigenvalues + ridge
-                # What candidates have of each output and of each input: their product is the eigenvalue of K-FAC.
+                # Roots of the mean squares that candidates have in each output and each input; the product of two squares
+                # is an eigenvalue of K-FAC.
                 mean = curvature.eigenvalues.mean()
                 outputs, inputs = (curvature.eigenvalues.mean(side).clamp(min=FLOOR * mean) for side in (1, 0))
                 self.scales = (outputs / mean).sqrt(), inputs.sqrt()
@@ -170,7 +171,7 @@ class _Layer:
         return whole if self.divisors is None else whole.div_(self.divisors)
 
     def scaled(self, whole: Tensor) -> Tensor:
-        """Scale a gradient in place."""
+        """Scale a gradient in place by the root of what candidates have in each direction."""
         return whole if self.scales is None else whole.mul_(self.scales[0][:, None]).mul_(self.scales[1])
 
     def ranges(self, weights: Tensor, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
