@@ -82,8 +82,10 @@ def test_selected_rows_are_bytes_of_the_pool_best_first(finished):
     lines = finished.pool.read_bytes().splitlines(keepends=True)
     selected = (finished.output / "selected.jsonl").read_bytes().splitlines(keepends=True)
     assert selected == [lines[row] for row in selection["rows"]]
-    first = np.stack(pq.read_table(finished.output / "scores.parquet")["examples/arithmetic"].to_pylist())[:, 0]
-    assert selection["rows"][0] == first.argmax()
+    scores = pq.read_table(finished.output / "scores.parquet")
+    own = np.stack(scores["examples/arithmetic"].to_pylist())[:, 0]
+    mean = scores["influence/arithmetic"].to_numpy()
+    assert selection["rows"][0] == (own / own.std() + mean / mean.std()).argmax()
     assert len(set(selection["rows"])) == 20
     assert selection["threshold"] is None  # turns end at no score
 
