@@ -28,8 +28,8 @@ from iprox.models.precision import accumulation_dtype
 # The ordered directions of wide layers are found in what this many random combinations of a task's gradients span.
 COLUMNS = 512
 
-# Directions that together hold less than this fraction of what may be lost are dropped early: those of each layer, and
-# after every CUT layers those of all layers so far, which bounds memory. In the end one threshold chooses among the rest.
+# Directions that together hold less than this fraction of what may be lost are dropped early: those of each layer,
+# and after every CUT layers those of all layers so far, which bounds memory. One threshold chooses among the rest.
 UNSEEN, CUT = 0.25, 14
 
 # Smallest mean eigenvalue of an output or input, as a share of the layer's mean, that its scale follows.
@@ -157,8 +157,8 @@ class _Layer:
             ridge = damping * curvature.eigenvalues.mean()
             if ridge > 0:  # else all gradients of the curvature sample were zero
                 self.divisors = curvature.eigenvalues + ridge
-                # Roots of the mean squares that candidates have in each output and each input; the product of two squares
-                # is an eigenvalue of K-FAC.
+                # Roots of the mean squares that candidates have in each output and each input; the product of two
+                # squares is an eigenvalue of K-FAC.
                 mean = curvature.eigenvalues.mean()
                 outputs, inputs = (curvature.eigenvalues.mean(side).clamp(min=FLOOR * mean) for side in (1, 0))
                 self.scales = (outputs / mean).sqrt(), inputs.sqrt()
