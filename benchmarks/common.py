@@ -129,6 +129,16 @@ def read_results(path: Path) -> dict[str, Any]:
     }
 
 
+def write_block(name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in docs/results/NAME.md."""
+    page = RESULTS.parents[1] / f"docs/results/{name}.md"
+    before, start, rest = page.read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        raise SystemExit(f"{page}: has no block {name}")
+    page.write_text(f"{before}{start}{text}\n{end}{after}", encoding="utf-8")
+
+
 def revision() -> str:
     """Return the git revision of this checkout, with a `+` if it has changes."""
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty=+", "--exclude=*"]

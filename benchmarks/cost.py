@@ -21,7 +21,6 @@ own scores, and averaged over tasks.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 import iprox
-from common import RESULTS, Results, agreement, as_rows, examples_of, parser, read_results, settings_of
+from common import RESULTS, Results, agreement, as_rows, examples_of, parser, read_results, settings_of, write_block
 from iprox.data import Pool
 from iprox.data.sampling import draw_rows
 from iprox.influence.estimators.ekfac import KroneckerInfluence
@@ -255,12 +254,7 @@ def write_page() -> None:
         title = f"## {Path(how['model']).name}, {how['estimator']}"
         said = f"{how['examples']} rows, {how['validation_rows']} validation rows of {', '.join(how['tasks'])}."
         parts.append("\n\n".join([title, said, "\n".join(f"| {' | '.join(row)} |" for row in rows)]))
-    page = RESULTS.parents[1] / "docs/results/cost.md"
-    block = re.compile(r"(<!-- cost -->\n).*?(<!-- /cost -->)", re.DOTALL)
-    text = page.read_text(encoding="utf-8")
-    page.write_text(
-        block.sub(lambda found: f"{found[1]}" + "\n\n".join(parts) + f"\n{found[2]}", text), encoding="utf-8"
-    )
+    write_block("cost", "\n\n".join(parts))
 
 
 def line(way: str, cell: dict[str, Any]) -> str:
