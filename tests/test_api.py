@@ -94,7 +94,7 @@ def test_an_unknown_estimator_names_the_known(model):
             iprox.score(model, rows("pool.jsonl", 2), {"t": rows("spelling.val.jsonl", 2)}, estimator=unknown)
 
 
-@pytest.mark.parametrize("estimator", ["ekfac", "kfac", "datainf"])
+@pytest.mark.parametrize("estimator", ["ekfac", "kfac"])
 def test_an_influence_function_measures_curvature_on_the_pool_or_a_given_sample(model, estimator):
     pool, validation = rows("pool.jsonl", 12), {"t": rows("spelling.val.jsonl", 3)}
 

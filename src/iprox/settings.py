@@ -304,7 +304,7 @@ DIMENSION = 8192
 # Default fraction of the norm of each validation example's gradient that is kept for scores by validation example.
 EXAMPLES_NORM = 0.9
 
-EstimatorName = Literal["ekfac", "kfac", "datainf", "tracin", "less", "random", "length", "perplexity", "rds", "bm25"]
+EstimatorName = Literal["ekfac", "kfac", "tracin", "less", "random", "length", "perplexity", "rds", "bm25"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,7 +344,6 @@ class Traits:
 ESTIMATORS: dict[str, Traits] = {
     "ekfac": Traits(curvature=True, seeded=True, query_norm=0.98),
     "kfac": Traits(curvature=True, seeded=True, query_norm=0.98),
-    "datainf": Traits(curvature=True, seeded=True, by_example=False, query_norm=0.98),
     "tracin": Traits(),
     "less": Traits(optimizer=True),
     "random": Traits(gradients=False, model=False, by_task=False, by_example=False, seeded=True),
@@ -366,7 +365,7 @@ class InfluenceSection(Section):
 
     estimator: EstimatorName = setting(
         "ekfac",
-        "ekfac, kfac and datainf divide by the curvature of the loss; tracin does not; less scores the steps that the "
+        "ekfac and kfac divide by the curvature of the loss; tracin does not; less scores the steps that the "
         "warm-up's optimizer would take; random, length, perplexity, rds and bm25 are baselines without gradients",
     )
     curvature_examples: int = setting(256, "examples of the pool to measure curvature on", ge=1)

@@ -124,7 +124,7 @@ def with_tasks(tasks):
         (with_section(warmup=True), "warmup: give a section of keys (or false"),
         (with_section(influence={"estimator": "tracinn"}), "did you mean 'tracin'? (given: 'tracinn')"),
         (with_section(influence={"estimator": "ek-fac"}), "did you mean 'ekfac'? (given: 'ek-fac')"),
-        (with_section(influence={"estimator": "adam"}), "there is no such estimator; known: ekfac, kfac, datainf"),
+        (with_section(influence={"estimator": "adam"}), "there is no such estimator; known: ekfac, kfac, tracin"),
         (with_section(influence={"gradient": "factors"}), "unknown key 'influence.gradient'"),
         (with_section(influence={"curvature": "k-fac"}), "unknown key 'influence.curvature'"),
         (with_section(influence={"over_examples": "max"}), "unknown key 'influence.over_examples'"),

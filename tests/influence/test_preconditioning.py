@@ -101,19 +101,7 @@ def test_ekfac_is_the_dense_inverse_with_eigenvalues_of_the_fisher_in_the_kronec
         break  # one layer: the others differ in nothing but their shapes, and dense Fishers are large
 
 
-def test_datainf_is_the_mean_of_dense_inverses(setting):
-    model, _, sample, query, seen = setting
-    solved = preconditioned(model, {"task": query}, [sample], "datainf", damping=DAMPING)["task"]
-    for name, tokens in list(seen.items())[:3]:
-        gradients = [(delta.mT @ h).flatten() for h, delta in tokens]
-        ridge = DAMPING * torch.stack(gradients).square().mean()
-        G = as_matrix(query[name])
-        identity = torch.eye(G.numel(), dtype=G.dtype)
-        wanted = torch.stack([torch.linalg.solve(ridge * identity + torch.outer(g, g), G.flatten()) for g in gradients])
-        torch.testing.assert_close(as_matrix(solved[name]), wanted.mean(0).view_as(G), rtol=1e-7, atol=1e-10)
-
-
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
 def test_strong_damping_ranks_as_tracin(tiny, curvature):
     # Towards infinite damping (F + λI)⁻¹ is the identity over λ, so per layer the direction is that of Ḡ.
     model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
@@ -124,18 +112,18 @@ def test_strong_damping_ranks_as_tracin(tiny, curvature):
         assert cosine > 1 - 1e-6
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
-def test_the_seed_draws_the_labels_of_what_samples_them(tiny, curvature):
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
+def test_the_seed_draws_the_labels(tiny, curvature):
     model, sample = tiny.model(), tiny.batch([9, 6, 11], seed=3)
     query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
     draw = functools.partial(preconditioned, model, {"t": query}, [sample], curvature)
     first, again, other = (draw(seed=seed)["t"] for seed in (1, 1, 2))
     for name, part in first.items():
         assert torch.equal(part.weight, again[name].weight)
-        assert torch.equal(part.weight, other[name].weight) == (curvature == "datainf")  # which takes the data's
+        assert not torch.equal(part.weight, other[name].weight)
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
 def test_padding_and_batches_change_nothing(tiny, curvature):
     model = tiny.model("qwen2")
     query = mean_gradient(model, [tiny.batch([8, 5], seed=1)])
@@ -147,7 +135,7 @@ def test_padding_and_batches_change_nothing(tiny, curvature):
         torch.testing.assert_close(part.bias, other[name].bias, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
 def test_scattered_experts_of_a_proxy(tiny, curvature):
     target = tiny.model("qwen3-moe")
     pool = tiny.batch([9, 6, 11, 5], seed=3)
@@ -169,7 +157,7 @@ def test_an_example_counts_most_for_itself(tiny):
         assert BatchScorer(model, solved)(pool)[0][number, 0] > 0
 
 
-@pytest.mark.parametrize("curvature", ["ekfac", "kfac", "datainf"])
+@pytest.mark.parametrize("curvature", ["ekfac", "kfac"])
 def test_a_layer_that_no_example_moved_keeps_its_gradient_and_is_named(tiny, curvature):
     target = tiny.model("qwen3-moe")
     with experts_split(target):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from jobs import preconditioned, scorer_of_batches, settings_of
+from jobs import preconditioned, scorer_of_batches
 
 from iprox.influence.gradients import LowRankGradient
 from iprox.influence.scorer import BatchScorer
@@ -90,11 +90,6 @@ def test_scores_by_example_average_to_the_score_of_the_task(tiny, estimator, on_
     scores, _ = each(pool)
     together = torch.stack([part.mean(1) for part in scores.split(each.widths, dim=1)], dim=1)
     torch.testing.assert_close(together, mean(pool)[0], rtol=1e-7, atol=1e-10)
-
-
-def test_datainf_has_no_scores_by_example():
-    with pytest.raises(ValueError, match="datainf has no scores by validation example"):
-        settings_of(estimator="datainf", per_example=True)
 
 
 def test_a_layer_that_no_example_moves_costs_nothing(tiny):

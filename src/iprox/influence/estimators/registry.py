@@ -2,7 +2,6 @@
 
 from iprox.influence.baselines import Bm25, Length, Perplexity, Random, Rds
 from iprox.influence.estimators.base import Estimator
-from iprox.influence.estimators.datainf import DataInf
 from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.less import Less
 from iprox.influence.estimators.tracin import TracIn
@@ -11,7 +10,6 @@ from iprox.settings import InfluenceSection
 REGISTRY: dict[str, Estimator] = {
     "ekfac": KroneckerInfluence(corrected=True),
     "kfac": KroneckerInfluence(corrected=False),
-    "datainf": DataInf(),
     "tracin": TracIn(),
     "less": Less(),
     "random": Random(),
