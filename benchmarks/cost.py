@@ -48,20 +48,9 @@ T = TypeVar("T")
 
 # name -> settings of `iprox.compress`
 WAYS: dict[str, dict[str, Any]] = {
-    "depth 0.67": {"method": "target", "depth": 0.67, "gradients": "all"},
-    "depth 0.5": {"method": "target", "depth": 0.5, "gradients": "all"},
-    "depth 0.33": {"method": "target", "depth": 0.33, "gradients": "all"},
-    "answers": {"method": "target", "depth": 1.0, "gradients": "answers"},
-    "answers, depth 0.67": {"method": "target", "depth": 0.67, "gradients": "answers"},
-    "answers, depth 0.5": {"method": "target", "depth": 0.5, "gradients": "answers"},
-    "answers, depth 0.33": {"method": "target", "depth": 0.33, "gradients": "answers"},
-    "answers, depth 0.25": {"method": "target", "depth": 0.25, "gradients": "answers"},
-    "answers, depth 0.17": {"method": "target", "depth": 0.17, "gradients": "answers"},
-    "ipsvd 0.3": {"sparsity": 0.3},
-    "ipsvd 0.5": {"sparsity": 0.5},
-    "ipsvd 0.7": {"sparsity": 0.7},
-    "ipsvd 0.3, answers": {"sparsity": 0.3, "gradients": "answers"},
-    "ipsvd 0.5, answers": {"sparsity": 0.5, "gradients": "answers"},
+    **{f"depth {share:g}": {"method": "target", "depth": share} for share in (0.5, 0.33, 0.25, 0.17, 0.1)},
+    **{f"ipsvd {share:g}": {"sparsity": share} for share in (0.3, 0.5, 0.7)},
+    "ipsvd 0.5, depth 0.33": {"sparsity": 0.5, "depth": 0.33},
 }
 POOLS = (2_000, 100_000, 1_000_000)
 # Fractions of the pool that are scored again on the target.

@@ -22,6 +22,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ import iprox
 from common import RESULTS, Results, agreement, parser, read_results, settings_of, write_block
 from cost import AGAIN, Bench, Scored
 from iprox.data import Encoded
+from iprox.data.tokens import IGNORE
 from iprox.engine.stream import WindowWorker
 from iprox.influence.job import Checkpoint
 from iprox.models.layers import LowRankLinear, compressible_layers
@@ -93,7 +95,7 @@ class Levers(Bench):
         """Return the scorer of candidates with gradients of some layers."""
         if depth == 1:
             return self.job(Checkpoint(self.target, curvature=self.folder)).worker()
-        proxy = iprox.compress(self.target, method="target", depth=depth, gradients="all", progress=False)
+        proxy = iprox.compress(self.target, method="target", depth=depth, progress=False)
         return self.job(Checkpoint(proxy, 1.0, self.target, curvature=self.folder)).worker()
 
     def _weights_at(self, sparsity: float) -> dict[str, Tensor]:
@@ -135,7 +137,7 @@ class Levers(Bench):
 
 def cut(row: Encoded, before: int, answer: int) -> Encoded:
     """Keep the last tokens of the prompt and the first of what follows."""
-    start = row.prompt + 1
+    start = int(np.flatnonzero(row.labels != IGNORE)[0])
     kept = slice(max(0, start - before), start + answer)
     return Encoded(row.input_ids[kept], row.labels[kept], row.truncated or len(row.labels) > before + answer)
 

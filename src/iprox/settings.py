@@ -203,8 +203,7 @@ class ProxySection(Section):
 
     method: ProxyMethod | None = setting(
         None,
-        "target keeps all weights, and depth and gradients lower its cost; ipsvd makes layers low-rank; the others are "
-        "baselines",
+        "target keeps all weights, and depth lowers its cost; ipsvd makes layers low-rank; the others are baselines",
         "ipsvd with a size or a setting of its factors, else target",
     )
     depth: float | None = setting(
@@ -213,11 +212,6 @@ class ProxySection(Section):
         f"{DEPTH} with target, else 1",
         gt=0,
         le=1,
-    )
-    gradients: Literal["all", "answers"] | None = setting(
-        None,
-        "tokens that gradients pass through; answers runs the prompt without a backward pass",
-        "answers with target, else all",
     )
     sparsity: float | None = setting(
         None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
@@ -248,8 +242,7 @@ class ProxySection(Section):
                 given or self.model_fields_set & {"ranks", "probe"} or ("align" in self.model_fields_set and self.align)
             )
             self._default(method="ipsvd" if factors else "target")
-        cheap = self.method == "target"
-        self._default(depth=DEPTH if cheap else 1.0, gradients="answers" if cheap else "all")
+        self._default(depth=DEPTH if self.method == "target" else 1.0)
         if not self.factorized:
             if self.align and "align" in self.model_fields_set:
                 raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
@@ -257,8 +250,8 @@ class ProxySection(Section):
         if self.method == "target":
             if given:
                 raise ValueError(f"the method target keeps all parameters, so leave {given[0]} out, or the method")
-            if self.depth == 1 and self.gradients == "all":
-                raise ValueError("the method target needs a depth below 1, or gradients: answers, to cost less")
+            if self.depth == 1:
+                raise ValueError("the method target needs a depth below 1 to cost less")
             return self
         if self.method == "off-the-shelf":
             if self.model is None or given:
@@ -284,13 +277,6 @@ class ProxySection(Section):
     def factorized(self) -> bool:
         """Whether the proxy has low-rank factors, which alignment tunes."""
         return self.method not in ("layers", "off-the-shelf", "target")
-
-    @property
-    def limits(self) -> tuple[float, str]:
-        """The depth, and the tokens that gradients pass through."""
-        assert self.depth is not None
-        assert self.gradients is not None
-        return self.depth, self.gradients
 
     @property
     def comparable(self) -> bool:

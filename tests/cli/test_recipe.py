@@ -49,7 +49,7 @@ def test_the_best_rows_of_a_proxy_are_scored_again_by_default(sections, on):
 def test_defaults_are_those_of_the_design():
     recipe = parse_recipe(SMALLEST)
     assert (recipe.proxy.method, recipe.proxy.sparsity) == ("target", None)
-    assert recipe.proxy.limits == (0.33, "answers")
+    assert recipe.proxy.depth == 0.33
     assert recipe.proxy.align is False
     assert parse_recipe(with_section(proxy={"sparsity": 0.5})).proxy.align.kl_weight == 0.1
     assert recipe.warmup.epochs == 2
@@ -65,7 +65,6 @@ def test_defaults_are_those_of_the_design():
         ({}, "target"),
         ({"align": False}, "target"),
         ({"depth": 0.5}, "target"),
-        ({"gradients": "answers", "depth": 1.0}, "target"),
         ({"sparsity": 0.5}, "ipsvd"),
         ({"fidelity": 0.9}, "ipsvd"),
         ({"align": {"epochs": 2}}, "ipsvd"),
@@ -76,19 +75,17 @@ def test_defaults_are_those_of_the_design():
 def test_the_method_follows_from_what_is_given(given, method):
     proxy = parse_recipe(with_section(proxy=given)).proxy
     assert proxy.method == method
-    depth, gradients = (0.33, "answers") if method == "target" else (1.0, "all")
-    assert proxy.limits == (given.get("depth", depth), given.get("gradients", gradients))
+    assert proxy.depth == given.get("depth", 0.33 if method == "target" else 1.0)
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"method": "target", "sparsity": 0.5},
-        {"method": "target", "depth": 1.0, "gradients": "all"},
+        {"method": "target", "depth": 1.0},
         {"method": "target", "align": {"epochs": 1}},
         {"depth": 0.0},
         {"depth": 1.5},
-        {"gradients": "prompts"},
     ],
 )
 def test_gradients_that_cannot_be_left_out_so_are_refused(given):

@@ -80,7 +80,6 @@ def test_the_file_holds_every_row_in_pool_order(setup, tmp_path):
         unscored=1,
         tokens=sum(map(len, TEXTS)),
         supervised=stats.supervised,
-        graded=sum(len(text) for text in TEXTS if not text.startswith("nothing")),
         contraction_flops=stats.contraction_flops,
         batch_tokens=BATCH_TOKENS,
     )

@@ -55,30 +55,6 @@ def test_blocks_and_small_caches_change_nothing(monkeypatch):
     check(batch=5, kv_heads=2, groups=2, length=17, width=4)
 
 
-@pytest.mark.parametrize("changes", [{}, {"BLOCK": 3, "CACHE": 900}, {"LONGEST": 2, "_backward_by_gemm": None}])
-def test_queries_behind_prompts_of_several_lengths_equal_masked_attention(monkeypatch, changes):
-    for name, value in changes.items():
-        monkeypatch.setattr(attention, name, value)
-    generator = torch.Generator().manual_seed(0)
-
-    def make(heads, length):
-        return torch.randn(3, heads, length, 4, generator=generator, dtype=torch.float64).requires_grad_()
-
-    query, key, value = make(4, 7), make(2, 12), make(2, 12)
-    seen = torch.ones(7, 12, dtype=torch.bool).tril(5) & (torch.arange(12) >= torch.tensor([0, 3, 5])[:, None, None])
-    mask = torch.zeros(3, 1, 7, 12, dtype=torch.float64).masked_fill_(~seen[:, None], -torch.inf)
-    out, _ = causal_attention(query, key, value, 0.3, mask)
-    whole = 0.3 * query @ key.repeat_interleave(2, 1).mT + mask
-    expected = (torch.softmax(whole, -1) @ value.repeat_interleave(2, 1)).transpose(1, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
-    got = torch.autograd.grad(out, (query, key, value), grad)
-    wanted = torch.autograd.grad(expected, (query, key, value), grad)
-    torch.testing.assert_close(got[0], wanted[0], rtol=1e-9, atol=1e-9)
-    for mine, theirs in zip(got[1:], wanted[1:], strict=True):  # the prompt's are not to be used
-        torch.testing.assert_close(mine[:, :, 5:], theirs[:, :, 5:], rtol=1e-9, atol=1e-9)
-
-
 def test_long_rows_take_torchs_kernel(monkeypatch):
     monkeypatch.setattr(attention, "LONGEST", 8)
     monkeypatch.setattr(attention, "_backward_by_gemm", None)

@@ -9,8 +9,7 @@ from torch import nn
 from iprox.engine.stream import compile_model
 from iprox.influence.scorer import BatchScorer
 from iprox.influence.validation_gradients import mean_gradient
-from iprox.models.answers import answer_losses
-from iprox.models.checkpoint import limit_gradients
+from iprox.models.checkpoint import limit_depth
 from iprox.models.compiled import compile_layers, compiled, why_not_compiled, wire_of
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, low_rank_layers
@@ -56,8 +55,8 @@ def test_scores_are_the_same(tiny, backend, family, normalize):
 def test_scores_of_fewer_gradients_are_the_same(tiny, backend):
     backend("aot_eager")
     proxy, _ = keep_weights(tiny.model("gpt-neox"))
-    limit_gradients(proxy, 0.5, "answers")
-    check(tiny, proxy, loss_fn=answer_losses)
+    limit_depth(proxy, 0.5)
+    check(tiny, proxy)
 
 
 @pytest.mark.parametrize("name", ["aot_eager", "inductor"])

@@ -17,7 +17,7 @@ from iprox.data import example_batches, on_device
 from iprox.errors import InputError
 from iprox.influence.job import Checkpoint, Job
 from iprox.models import checkpoint as _checkpoint  # noqa: F401  registers proxies with transformers
-from iprox.models.checkpoint import limit_gradients
+from iprox.models.checkpoint import limit_depth
 from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
@@ -31,7 +31,7 @@ from iprox.proxy.factorize import FactorSettings
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection, InfluenceSection, ProxySection
 
-_OF_PROXY = ("method", "depth", "gradients", "sparsity", "flops", "ranks")
+_OF_PROXY = ("method", "depth", "sparsity", "flops", "ranks")
 _OF_ALIGNMENT = ("epochs", "learning_rate", "batch_size")
 _OF_ALIGNMENT += ("gradient_weight", "kl_weight", "hidden_weight")
 
@@ -95,8 +95,8 @@ def compress(
                 proxy, _ = derive_proxy(
                     model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
                 )
-        if how.limits != (1.0, "all"):
-            limit_gradients(proxy, *how.limits)
+        if how.depth < 1:
+            limit_depth(proxy, how.depth)
     return proxy
 
 

@@ -76,30 +76,6 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     return batches
 
 
-def answer_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
-    """Group positions so that prompts and answers, each padded by themselves, hold at most `batch_tokens` tokens.
-
-    Answers cost several times what prompts do (`iprox.models.answers`), so those of a batch are of about one length,
-    and prompts are sorted among them.
-
-    Returns:
-        Batches of positions, as `token_budget_batches`; the longest answers come first.
-    """
-    if batch_tokens < 1:
-        raise InputError(f"batch tokens must be at least 1, not {batch_tokens}")
-    prompts = [row.prompt for row in encoded]
-    answers = [padded_width(len(row.input_ids) - prompt) for row, prompt in zip(encoded, prompts, strict=True)]
-    batches: list[list[int]] = []
-    longest = widest = 0
-    for index in sorted(range(len(encoded)), key=lambda index: (-answers[index], -prompts[index])):
-        longest, widest = max(longest, padded_width(prompts[index])), max(widest, answers[index])
-        if not batches or (len(batches[-1]) + 1) * (longest + widest) > batch_tokens:
-            batches.append([])
-            longest, widest = padded_width(prompts[index]), answers[index]
-        batches[-1].append(index)
-    return batches
-
-
 def padded_width(length: int) -> int:
     """Return the padded width of a length: a multiple of 8, of 16 from 257 tokens, of 32 from 513 tokens, and so on.
 
@@ -132,20 +108,15 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], *, width: int | 
     )
 
 
-def iter_batches(encoded: Sequence[Encoded], batch_tokens: int, *, by_answer: bool = False) -> Iterator[Batch]:
+def iter_batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[Batch]:
     """Yield the examples that have a supervised token in length-sorted batches, longest first.
 
     Args:
         encoded: examples; the `indices` of a batch are positions in this list.
         batch_tokens: largest rows × padded width of a batch.
-        by_answer: sort by the lengths of answers, then of prompts (`answer_batches`).
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
-    if by_answer:
-        batches = answer_batches([encoded[index] for index in kept], batch_tokens)
-    else:
-        batches = token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens)
-    for batch in batches:
+    for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
         indices = [kept[position] for position in batch]
         longest = max(len(encoded[index].input_ids) for index in indices)
         yield collate(encoded, indices, width=padded_width(longest))

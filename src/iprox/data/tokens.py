@@ -48,16 +48,6 @@ class Encoded:
         """Number of tokens with a loss. Position 0 has none, as no token comes before it to predict it."""
         return int(np.count_nonzero(self.labels[1:] != IGNORE))
 
-    @property
-    def prompt(self) -> int:
-        """Number of tokens before the one that predicts the first supervised token; all but one if there is none."""
-        places = np.flatnonzero(self.labels[1:] != IGNORE)
-        return int(places[0]) if places.size else len(self.labels) - 1
-
-    def graded(self, by_answer: bool) -> int:
-        """Return the number of tokens that gradients pass through: all, or those of the answer alone."""
-        return len(self.input_ids) - (self.prompt if by_answer else 0)
-
 
 def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:
     """Cut an example, given as token ids and labels [L], to `max_length` tokens, keeping the answer.

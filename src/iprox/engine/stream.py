@@ -41,7 +41,6 @@ class ScoringStats:
         tokens: number of tokens read.
         supervised: number of supervised tokens among them.
         truncated: number of examples that were truncated.
-        graded: number of tokens that gradients passed through.
         contraction_flops: FLOPs of contracting with the validation gradients and of norms, at all checkpoints.
         query_kept: share of the validation gradients' norm that was kept; the minimum over tasks.
         uncompiled: why the model did not run compiled although the settings ask for it; otherwise empty.
@@ -53,7 +52,6 @@ class ScoringStats:
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
-    graded: int = 0
     contraction_flops: float = 0.0
     query_kept: float = 1.0
     uncompiled: str = ""
@@ -80,7 +78,7 @@ class ScoringStats:
 
     def add(self, other: ScoringStats) -> None:
         """Add the counts and the work of other rows."""
-        for name in ("rows", "unscored", "tokens", "supervised", "truncated", "graded"):
+        for name in ("rows", "unscored", "tokens", "supervised", "truncated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self._add_work(other)
 
@@ -102,12 +100,10 @@ class RowFunction(Protocol):
         dtype: NumPy dtype that they are collected in.
         columns: number of them per row.
         device: device that batches must be on.
-        by_answer: whether gradients pass through the answers only, so that batches should be sorted by answer length.
     """
 
     noun: str
     dtype: Any
-    by_answer: bool
 
     @property
     def columns(self) -> int: ...  # noqa: D102
@@ -156,7 +152,7 @@ class WindowWorker:
         """
         encoded = self.encoder.encode(window) if encoded is None else encoded
         numbers = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
-        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens, by_answer=self.rows.by_answer)):
+        for number, batch in enumerate(iter_batches(encoded, self.batch_tokens)):
             if number % RELEASE_EVERY == 0:
                 release_memory()
             waiting = [batch.to(self.rows.device)]
@@ -191,9 +187,7 @@ class WindowWorker:
                     f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
                 )
         stats = ScoringStats.of(encoded)
-        lengths = [row.graded(self.rows.by_answer) for row in encoded if row.supervised]
-        stats.graded = sum(lengths)
-        self.rows.count(stats, lengths)
+        self.rows.count(stats, [len(row.input_ids) for row in encoded if row.supervised])
         stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
         return self.rows.table(window, encoded, numbers), stats
 

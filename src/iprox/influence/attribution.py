@@ -62,7 +62,7 @@ def attribute(
             before = total[place]
             if terms is not None:
                 total[place] = rate * terms if before is None else before + rate * terms
-        spent += scorer.spent_flops([row.graded(scorer.by_answer) for row in encoded if row.supervised])
+        spent += scorer.spent_flops([len(row.input_ids) for row in encoded if row.supervised])
         if progress is not None:
             progress(len(examples))
     return total, spent

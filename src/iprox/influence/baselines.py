@@ -83,9 +83,7 @@ class Perplexity(Estimator):
         model, loss_fn = inputs.scored, inputs.loss_fn
         return RowScorer(inputs.validation, lambda batch: perplexity_scores(model, batch, loss_fn), model=model)
 
-    def candidate_flops(
-        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
-    ) -> float:
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
         """Return the FLOPs of a forward pass."""
         return flops.forward_pass_flops(model, tokens, supervised)
 
@@ -117,9 +115,7 @@ class Rds(Estimator):
         """Return the FLOPs of a forward pass without the head."""
         return flops.forward_pass_flops(model, read.tokens, 0)
 
-    def candidate_flops(
-        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
-    ) -> float:
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
         """Return the FLOPs of a forward pass without the head."""
         return flops.forward_pass_flops(model, tokens, 0)
 

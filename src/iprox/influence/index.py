@@ -31,8 +31,6 @@ from iprox.influence.estimators.less import adam_steps, check_state
 from iprox.influence.gradients import LayerGradient, TaskGradient
 from iprox.influence.projection import LayerProjection
 from iprox.influence.scorer import Normalize
-from iprox.models.answers import answer_losses
-from iprox.models.checkpoint import candidate_losses
 from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState
@@ -67,8 +65,6 @@ class GradientProjector:
         optimizer: AdamState | None = None,
     ) -> None:
         self.model, self.dimension, self.optimizer = model, dimension, optimizer
-        self.loss_fn = candidate_losses(model)
-        self.by_answer = self.loss_fn is answer_losses
         self.layers = influence_layers(model)
         if optimizer is not None:
             check_state(optimizer, self.layers)

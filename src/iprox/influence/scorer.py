@@ -31,7 +31,6 @@ from iprox.influence.gradients import (
 from iprox.influence.projection import signs
 from iprox.influence.query import DenseQuery, LowRankQuery, layer_query
 from iprox.influence.shared_basis import SharedQueries, SharedQuery
-from iprox.models.answers import answer_losses, placed
 from iprox.models.experts import expert_layers
 from iprox.models.flops import layer_shares
 from iprox.models.layers import has_bias, influence_layers, weight_shape
@@ -62,14 +61,12 @@ class Scorer(ABC):
         model: model that is run, if any.
         contraction_flops: FLOPs per token of contracting with all tasks; experts count for the tokens that use them.
         example_flops: FLOPs per candidate of contracting with examples in shared bases.
-        by_answer: whether gradients pass through the answers only, so that batches should be sorted by answer length.
         kept: share of each task's gradient norm that its low-rank form kept, over all layers (the minimum over its
             examples).
     """
 
     noun = "score"
     dtype = np.float64
-    by_answer = False
 
     def __init__(
         self,
@@ -157,7 +154,6 @@ class BatchScorer(Scorer):
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.normalize, self.norm_sketch, self.loss_fn = normalize, norm_sketch, loss_fn
-        self.by_answer = loss_fn is answer_losses
         self.layers = influence_layers(model)
         widths = [_width(query) for query in queries.values()]
         by_example = not all(isinstance(query, dict) for query in queries.values())
@@ -248,8 +244,6 @@ class BatchScorer(Scorer):
             losses = watched_backward(model, self.layers, lambda: self.loss_fn(model, batch), sink)
         positions = losses.shape
         if by_token:
-            if self.by_answer:
-                columns = {name: placed(part, batch) for name, part in columns.items()}
             positions = batch.input_ids.shape
         return self._normalized(columns, norms, positions), losses
 

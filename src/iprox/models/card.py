@@ -36,7 +36,6 @@ def proxy_card(model: PreTrainedModel) -> str:
         library_name="transformers",
         tags=["iprox", "data-selection", "influence", "low-rank"],
     )
-    through = "answers only, prompts held constant" if config.gradients == "answers" else "all tokens"
     text = f"""---
 {data.to_yaml()}
 ---
@@ -52,7 +51,7 @@ A cheaper stand-in for `{target}` that ranks training examples by their influenc
 | method | {config.method} |
 | sparsity | {config.sparsity:.3f} of the target's linear parameters removed |
 | parameters | {parameters(model):,} |
-| gradients | of {config.depth:.0%} of the decoder layers, from the top; through {through} |
+| gradients | of {config.depth:.0%} of the decoder layers, from the top |
 | made with | iprox {version("iprox")}, transformers {version("transformers")}, torch {version("torch")} |
 
 ## Fidelity

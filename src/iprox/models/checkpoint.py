@@ -16,7 +16,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iprox.errors import InputError, cut, shown
-from iprox.models.answers import answer_losses, has_cache
 from iprox.models.experts import split_experts
 from iprox.models.layers import (
     LowRankLinear,
@@ -27,11 +26,9 @@ from iprox.models.layers import (
     replace_module,
     weight_shape,
 )
-from iprox.models.loss import LossFn, causal_lm_losses
 
 # Types of the values of a description; the other values are strings or null.
-KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,), "gradients": (str,)}
-GRADIENTS = ("all", "answers")
+KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,)}
 
 
 class IproxConfig(QuantizationConfigMixin):
@@ -44,7 +41,6 @@ class IproxConfig(QuantizationConfigMixin):
         target: model that the proxy was derived from.
         target_fingerprint: fingerprint of that model's weights, to refuse another target.
         depth: fraction of the decoder layers, from the top, whose gradients are compared.
-        gradients: tokens that gradients pass through: `all` or `answers` (`iprox.models.answers`).
 
     Raises:
         InputError: a value has the wrong type, or a rank is below 1.
@@ -58,19 +54,17 @@ class IproxConfig(QuantizationConfigMixin):
         target: str | None = None,
         target_fingerprint: str | None = None,
         depth: float = 1.0,
-        gradients: str = "all",
         **_: Any,
     ) -> None:
         self.quant_method = "iprox"  # pyright: ignore[reportAttributeAccessIssue]
         others = {"method": method, "sparsity": sparsity, "target": target, "target_fingerprint": target_fingerprint}
-        _check_description(ranks, {**others, "depth": depth, "gradients": gradients})
+        _check_description(ranks, {**others, "depth": depth})
         self.ranks = dict(ranks)
         self.method = method
         self.sparsity = sparsity
         self.target = target
         self.target_fingerprint = target_fingerprint
         self.depth = depth
-        self.gradients = gradients
 
 
 def _check_description(ranks: object, others: Mapping[str, object]) -> None:
@@ -86,12 +80,8 @@ def _check_description(ranks: object, others: Mapping[str, object]) -> None:
         kinds = KINDS.get(key, (str, type(None)))
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise InputError(f"the proxy's config has the {key} {shown(value)}, which has the wrong type")
-    depth, gradients = others["depth"], others["gradients"]
-    if not 0 < depth <= 1 or gradients not in GRADIENTS:  # pyright: ignore[reportOperatorIssue]
-        raise InputError(
-            f"the proxy's config has the depth {shown(depth)} and the gradients {shown(gradients)}; give a depth in "
-            f"(0, 1] and one of {', '.join(GRADIENTS)}"
-        )
+    if not 0 < others["depth"] <= 1:  # pyright: ignore[reportOperatorIssue]
+        raise InputError(f"the proxy's config has the depth {shown(others['depth'])}; give one in (0, 1]")
 
 
 def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None:
@@ -160,20 +150,11 @@ def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
     setattr(model, "quantization_method", "iprox")  # noqa: B010
 
 
-def check_gradients(model: nn.Module, gradients: str) -> None:
-    """Refuse gradients of answers only for a model without a key-value cache."""
-    if gradients == "answers" and not has_cache(model):
-        raise InputError(
-            f"{type(model).__name__} has no key-value cache, which proxy.gradients: answers (the default of a proxy "
-            "without a size) needs; set proxy.gradients: all"
-        )
-
-
-def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> None:
-    """Set in a proxy's description which gradients are compared (see `IproxConfig`).
+def limit_depth(proxy: PreTrainedModel, depth: float) -> None:
+    """Set in a proxy's description the fraction of the decoder layers whose gradients are compared.
 
     Raises:
-        InputError: it is not a transformers model, or has no list of decoder layers or no key-value cache.
+        InputError: it is not a transformers model, or has no list of decoder layers.
     """
     description = proxy_config(proxy)
     if description is None:
@@ -182,17 +163,10 @@ def limit_gradients(proxy: PreTrainedModel, depth: float, gradients: str) -> Non
         )
     if depth < 1:
         decoder_layers(proxy)
-    check_gradients(proxy, gradients)
-    description.depth, description.gradients = depth, gradients
+    description.depth = depth
 
 
 def proxy_config(model: nn.Module) -> IproxConfig | None:
     """Return the description of a proxy, or None for another model."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     return config if isinstance(config, IproxConfig) else None
-
-
-def candidate_losses(model: nn.Module, losses: LossFn = causal_lm_losses) -> LossFn:
-    """Return the losses of candidates: those given, or `answer_losses` if the model is a proxy of that kind."""
-    description = proxy_config(model)
-    return answer_losses if description is not None and description.gradients == "answers" else losses

@@ -74,9 +74,7 @@ def contraction_flops(model: nn.Module) -> float:
     return sum(2.0 * m * n * share for m, n, share in layers_of(model))
 
 
-def scoring_flops(
-    model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
-) -> float:
+def scoring_flops(model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
     """Return the FLOPs of scoring: forward and backward to activations, head on supervised tokens, contraction.
 
     Args:
@@ -85,9 +83,8 @@ def scoring_flops(
         supervised: number of supervised tokens among them.
         contraction: FLOPs of contracting all tokens with all tasks: measured for low-rank queries,
             `tokens * tasks * contraction_flops(...)` for dense ones.
-        graded: number of tokens that gradients pass through; all if None.
     """
-    passes = tokens * forward_flops(model) + (tokens if graded is None else graded) * backward_flops(model)
+    passes = tokens * (forward_flops(model) + backward_flops(model))
     return passes + supervised * 2 * head_flops(model) + contraction
 
 

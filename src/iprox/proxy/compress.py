@@ -160,7 +160,7 @@ def extract_layers(
 
 
 def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
-    """Return a proxy that shares the model's weights, which `limit_gradients` then makes cheaper."""
+    """Return a proxy that shares the model's weights, which `limit_depth` then makes cheaper."""
     _refuse_proxy(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target)

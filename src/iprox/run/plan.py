@@ -75,9 +75,6 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     validated = encode_validation(encoder, validation)
     sample = encoder.encode(pool.take(range(0, total, max(1, total // SAMPLE))))
     tokens, supervised = (count / len(sample) for count in tokens_of(sample))
-    graded = tokens
-    if recipe.proxy and recipe.proxy.gradients == "answers":
-        graded -= sum(row.prompt for row in sample) / len(sample)
     curved = min(recipe.influence.curvature_examples, total) if recipe.influence.traits.curvature else 0
     if isinstance(estimator_of(recipe.influence), KroneckerInfluence) and steps.on_target(recipe):
         curved = 0  # measured once, in a stage of its own
@@ -87,7 +84,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         curvature_supervised=round(curved * supervised),
     )
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
-    costs = Costs(recipe, target, proxy or target, total, tokens, supervised, graded, read, session.dtype.itemsize)
+    costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session.dtype.itemsize)
     stages = {
         name: {"tokens": rows * tokens, "flops": spent, "seconds": spent / (rate * EFFICIENCY), "memory_bytes": memory}
         for name, rows, spent, memory in costs.stages()
@@ -118,7 +115,6 @@ class Costs:
         total: rows of the pool.
         tokens: mean tokens of a row.
         supervised: supervised tokens among them.
-        graded: tokens that gradients pass through on the proxy.
         read: what is read of the validation sets, and of the pool for curvature, at each checkpoint.
         width: bytes of a number of the dtype that products are in.
     """
@@ -129,7 +125,6 @@ class Costs:
     total: int
     tokens: float
     supervised: float
-    graded: float
     read: QueryTokens
     width: int
 
@@ -187,9 +182,8 @@ class Costs:
     def scoring(self, model: Module, rows: float, how: InfluenceSection, as_on: Module | None = None) -> float:
         """Return the FLOPs of scoring rows at all checkpoints, the contraction as on another model if that is given."""
         proxy, estimator, (tokens, supervised) = self.recipe.proxy, estimator_of(how), self.tokens_in(rows)
-        graded = round(rows * (self.tokens if model is self.target else self.graded))
-        contraction = graded * self.contraction(as_on or model, how)
-        spent = estimator.candidate_flops(model, tokens, supervised, contraction, graded)
+        contraction = tokens * self.contraction(as_on or model, how)
+        spent = estimator.candidate_flops(model, tokens, supervised, contraction)
         proxied = proxy and proxy.comparable and how.query == "target" and how.traits.gradients
         return self.checkpoints * (spent + estimator.query_flops(self.target if proxied else model, self.read))
 

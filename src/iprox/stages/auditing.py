@@ -69,9 +69,7 @@ def audit(
                 warn_about_smaller_batches(session, stats)
                 tables[kind].append(table)
                 tokens += stats.tokens
-                total += job.estimator.candidate_flops(
-                    model, stats.tokens, stats.supervised, stats.contraction_flops, stats.graded
-                )
+                total += job.estimator.candidate_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
                 total += job.estimator.query_flops(model if checkpoint.target is None else target, job.read)
     # The scores are already multiplied by their learning rates.
     proxies, targets = (combine(tables[kind], [1.0] * len(checkpoints)) for kind in ("proxy", "target"))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.checkpoint import IproxConfig, check_gradients, limit_gradients, make_low_rank, mark_as_proxy
+from iprox.models.checkpoint import IproxConfig, limit_depth, make_low_rank, mark_as_proxy
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
@@ -57,7 +57,7 @@ def compress(
     started = time.perf_counter()
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
-        limit_gradients(proxy, *settings.limits)
+        limit_depth(proxy, settings.depth)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
@@ -87,7 +87,6 @@ def check_size(model: PreTrainedModel, settings: ProxySection) -> None:
     Raises:
         InputError: the size is out of reach; the message has the bound.
     """
-    check_gradients(model, settings.limits[1])
     if settings.fidelity is not None or settings.method in ("off-the-shelf", "target"):
         return
     size = Size(settings.sparsity, settings.flops)
@@ -107,7 +106,6 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
     """
     if settings.method == "off-the-shelf":
         return skeleton(str(settings.model), trust_remote_code=trust_remote_code)
-    depth, gradients = settings.limits
     proxy = copy.deepcopy(model)
     if settings.method != "target":
         size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
@@ -115,7 +113,7 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
             return first_layers(model, size)
         costs = layer_costs(model, size)
         make_low_rank(proxy, uniform_ranks(costs, reachable_budget(model, size, costs)))
-    mark_as_proxy(proxy, IproxConfig(depth=depth, gradients=gradients))
+    mark_as_proxy(proxy, IproxConfig(depth=settings.depth))
     return proxy
 
 
@@ -141,7 +139,7 @@ def _search(
 
         def limited(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
             proxy, report = make(size)
-            limit_gradients(proxy, *settings.limits)
+            limit_depth(proxy, settings.depth)
             return proxy, report
 
         proxy, report, tries = smallest_faithful(limited, settings.fidelity, watched.with_bound, tried)

@@ -82,8 +82,7 @@ def score(
     warn_about_rows(session, stats, encoder)
     tokens, supervised = stats.tokens * len(models), stats.supervised * len(models)
     queries = len(models) * job.estimator.query_flops(source, job.read)
-    graded = stats.graded * len(models)
-    spent = job.estimator.candidate_flops(model, tokens, supervised, stats.contraction_flops, graded)
+    spent = job.estimator.candidate_flops(model, tokens, supervised, stats.contraction_flops)
     return {
         "flops": spent + queries,
         "query_flops": queries,

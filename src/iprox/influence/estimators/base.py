@@ -17,7 +17,7 @@ from iprox.influence.scorer import NORM_SKETCH, BatchScorer, Scorer, TaskQuery
 from iprox.influence.shared_basis import shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.models import flops
-from iprox.models.checkpoint import candidate_losses, proxy_config
+from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import influence_layers
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState
@@ -121,9 +121,7 @@ class Estimator(ABC):
         """Return the FLOPs of the validation side (gradients and curvature) at one checkpoint, on this model."""
         return 0.0
 
-    def candidate_flops(
-        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
-    ) -> float:
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
         """Return the FLOPs of scoring candidates.
 
         Args:
@@ -131,7 +129,6 @@ class Estimator(ABC):
             tokens: number of tokens.
             supervised: number of supervised tokens.
             contraction: FLOPs of contracting with validation gradients, including norms.
-            graded: number of tokens that gradients pass through; all if None.
         """
         return 0.0
 
@@ -179,15 +176,13 @@ class GradientEstimator(Estimator):
     def contracting(self, queries: Mapping[str, TaskQuery], inputs: Inputs) -> BatchScorer:
         """Return the scorer that contracts candidates with given validation gradients."""
         sketch = NORM_SKETCH if proxy_config(inputs.scored) is not None else 0
-        normalize, losses = inputs.settings.normalize, candidate_losses(inputs.scored, inputs.loss_fn)
-        return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=losses)
+        normalize = inputs.settings.normalize
+        return BatchScorer(inputs.scored, queries, normalize=normalize, norm_sketch=sketch, loss_fn=inputs.loss_fn)
 
     def query_flops(self, model: nn.Module, read: QueryTokens) -> float:
         """Return the FLOPs of validation gradients: 6P per token, as in training."""
         return flops.training_flops(model, read.tokens, read.supervised)
 
-    def candidate_flops(
-        self, model: nn.Module, tokens: int, supervised: int, contraction: float, graded: int | None = None
-    ) -> float:
+    def candidate_flops(self, model: nn.Module, tokens: int, supervised: int, contraction: float) -> float:
         """Return the FLOPs of a forward pass, a backward pass to the activations, and the contraction."""
-        return flops.scoring_flops(model, tokens, supervised, contraction, graded)
+        return flops.scoring_flops(model, tokens, supervised, contraction)

@@ -21,7 +21,6 @@ from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.gradients import LayerGradient
 from iprox.influence.scorer import BatchScorer, Normalize, TaskQuery
 from iprox.influence.shared_basis import SharedQuery
-from iprox.models.checkpoint import candidate_losses
 from iprox.models.flops import contraction_flops
 from iprox.models.layers import has_bias, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -142,5 +141,5 @@ class Less(GradientEstimator):
             self.validation_gradients(inputs),
             inputs.optimizer,
             normalize=inputs.settings.normalize,
-            loss_fn=candidate_losses(inputs.scored, inputs.loss_fn),
+            loss_fn=inputs.loss_fn,
         )

@@ -28,31 +28,27 @@ CACHE = 1 << 21
 
 
 @torch.library.custom_op("iprox::causal_attention", mutates_args=(), device_types="cpu")
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Run causal attention; each group of H / K query heads shares a key-value head.
 
     Args:
         query: queries [B, H, L, d].
-        key: keys [B, K, S, d]: S - L constant ones of a prompt, then those of the queries.
-        value: values [B, K, S, d].
+        key: keys [B, K, L, d].
+        value: values [B, K, L, d].
         scale: factor of the products of queries and keys.
-        mask: mask [B, 1, L, S] that is added to the products, -inf for keys that a query does not see. None is the
-            causal mask, with L = S.
 
     Returns:
         The output [B, L, H, d] and the logarithm of the softmax's denominator [B, H, L], for the backward pass.
     """
     groups = query.shape[1] // key.shape[1]
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, _repeated(key, groups), _repeated(value, groups), 0.0, mask is None, attn_mask=mask, scale=scale
+        query, _repeated(key, groups), _repeated(value, groups), 0.0, True, scale=scale
     )
     return out.transpose(1, 2).contiguous(), logsumexp.contiguous()
 
 
 @causal_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, heads, length, width = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
     return query.new_empty(batch, length, heads, width), query.new_empty(batch, heads, length, dtype=dtype)
@@ -60,18 +56,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | No
 
 @torch.library.custom_op("iprox::causal_attention_backward", mutates_args=(), device_types="cpu")
 def causal_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients [B, H, L, d], [B, K, S, d] and [B, K, S, d] of the inputs of `causal_attention`.
-
-    The gradients of a prompt's keys and values, which are constants, must not be used.
+    """Return the gradients [B, H, L, d], [B, K, L, d] and [B, K, L, d] of the inputs of `causal_attention`.
 
     Args:
         grad: gradient of the output [B, L, H, d].
@@ -81,11 +68,10 @@ def causal_attention_backward(
         out: output of `causal_attention`.
         logsumexp: second output of `causal_attention`.
         scale: scale.
-        mask: mask.
     """
     grad = grad.transpose(1, 2)
     if query.shape[2] <= LONGEST:
-        return _backward_by_gemm(grad, query, key, value, scale, mask)
+        return _backward_by_gemm(grad, query, key, value, scale)
     batch, kv_heads, length, width = key.shape
     groups = query.shape[1] // kv_heads
     grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -96,8 +82,7 @@ def causal_attention_backward(
         out.transpose(1, 2),
         logsumexp,
         0.0,
-        mask is None,
-        attn_mask=mask,
+        True,
         scale=scale,
     )
     dquery, *shared = grads
@@ -107,20 +92,13 @@ def causal_attention_backward(
 
 @causal_attention_backward.register_fake
 def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    mask: Tensor | None = None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
 def _backward_by_gemm(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients, computed with batched GEMMs.
 
@@ -130,47 +108,38 @@ def _backward_by_gemm(
     over them is part of the GEMM.
     """
     batch, heads, length, width = query.shape
-    kv_heads, keys = key.shape[1:3]
-    groups, prompt = heads // kv_heads, keys - length
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
     dquery = query.new_empty(query.shape)
     dkey, dvalue = key.new_zeros(key.shape), value.new_zeros(value.shape)
-    hidden = torch.full((length, length), -torch.inf, dtype=query.dtype).triu_(1) if mask is None else None
-    rows = max(1, CACHE // (heads * min(BLOCK, length) * keys * query.element_size()))
+    hidden = torch.full((length, length), -torch.inf, dtype=query.dtype).triu_(1)
+    rows = max(1, CACHE // (heads * min(BLOCK, length) * length * query.element_size()))
     for first in range(0, batch, rows):
         some = slice(first, first + rows)
         count = min(rows, batch - first)
         for start in range(0, length, BLOCK):
             end = min(length, start + BLOCK)
-            seen = prompt + end
             tall = (count * kv_heads, groups * (end - start), width)
             q, g = query[some, :, start:end].reshape(tall), grad[some, :, start:end].reshape(tall)
-            k, v = (x[some, :, :seen].reshape(count * kv_heads, seen, width) for x in (key, value))
+            k, v = (x[some, :, :end].reshape(count * kv_heads, end, width) for x in (key, value))
             scores = torch.bmm(q, k.mT).mul_(scale)
-            if mask is None:
-                assert hidden is not None
-                scores.view(-1, groups, end - start, seen).add_(hidden[start:end, :seen])
-            else:
-                scores.view(count, heads, end - start, seen).add_(mask[some, :, start:end, :seen])
+            scores.view(-1, groups, end - start, end).add_(hidden[start:end, :end])
             P = torch.softmax(scores, dim=-1)
             dS = torch.ops.aten._softmax_backward_data(torch.bmm(g, v.mT), P, -1, P.dtype)
             dquery[some, :, start:end] = torch.bmm(dS, k).mul_(scale).view(count, heads, end - start, width)
-            dS, P = dS[..., prompt:], P[..., prompt:]
-            dkey[some, :, prompt:seen] += torch.bmm(dS.mT, q).mul_(scale).view(count, kv_heads, end, width)
-            dvalue[some, :, prompt:seen] += torch.bmm(P.mT, g).view(count, kv_heads, end, width)
+            dkey[some, :, :end] += torch.bmm(dS.mT, q).mul_(scale).view(count, kv_heads, end, width)
+            dvalue[some, :, :end] += torch.bmm(P.mT, g).view(count, kv_heads, end, width)
     return dquery, dkey, dvalue
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float, Tensor | None], output: tuple[Tensor, Tensor]
-) -> None:
-    query, key, value, scale, mask = inputs
-    ctx.save_for_backward(query, key, value, *output, mask)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, scale = inputs
+    ctx.save_for_backward(query, key, value, *output)
     ctx.scale = scale
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    *saved, mask = ctx.saved_tensors
-    return *causal_attention_backward(grad, *saved, ctx.scale, mask), None, None
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *causal_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 causal_attention.register_autograd(_backward, setup_context=_setup_context)
@@ -187,7 +156,8 @@ def _forward(
     """Run attention for transformers, with this kernel if it is plain causal attention, else with its `sdpa`."""
     causal = options.get("is_causal")
     plain = (
-        (query.shape[2] == key.shape[2] if attention_mask is None else _is_causal(attention_mask, query, key))
+        attention_mask is None
+        and query.shape[2] == key.shape[2]
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and query.shape[3] == value.shape[3]
         and not options.get("dropout")
@@ -199,19 +169,7 @@ def _forward(
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     scaling = options.get("scaling")
     scale = float(query.shape[3] ** -0.5 if scaling is None else scaling)
-    mask = None
-    if attention_mask is not None:
-        mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, -torch.inf)
-    return causal_attention(query, key, value, scale, mask)[0], None
-
-
-def _is_causal(mask: Tensor, query: Tensor, key: Tensor) -> bool:
-    """Return whether a mask is for queries that follow a prompt's keys, as in `answer_losses`."""
-    return (
-        mask.dtype == torch.bool
-        and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
-        and key.shape[2] > query.shape[2]
-    )
+    return causal_attention(query, key, value, scale)[0], None
 
 
 AttentionInterface.register(NAME, _forward)
