@@ -32,6 +32,7 @@ from iprox.influence.gradients import LayerGradient, TaskGradient
 from iprox.influence.projection import LayerProjection
 from iprox.influence.scorer import Normalize
 from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
@@ -104,7 +105,7 @@ class GradientProjector:
             parts[:] = [parts[0].add_(part)] if parts else [part]  # sum as layers arrive, to save memory
 
         with frozen(self.model):
-            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
+            losses = watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
         return parts[0].flatten(1), losses
 
     def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
