@@ -279,6 +279,12 @@ class ProxySection(Section):
         return self.method not in ("layers", "off-the-shelf", "target")
 
     @property
+    def given_depth(self) -> float:
+        """The depth, which is never None after validation."""
+        assert self.depth is not None
+        return self.depth
+
+    @property
     def comparable(self) -> bool:
         """Whether the proxy's layers stand for the target's, so that validation gradients can be the target's."""
         return self.method not in ("layers", "off-the-shelf")

@@ -95,8 +95,8 @@ def compress(
                 proxy, _ = derive_proxy(
                     model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
                 )
-        if how.depth < 1:
-            limit_depth(proxy, how.depth)
+        if how.given_depth < 1:
+            limit_depth(proxy, how.given_depth)
     return proxy
 
 

@@ -57,7 +57,7 @@ def compress(
     started = time.perf_counter()
     if settings.fidelity is None:
         proxy, report = make_proxy(session, target, model, batches, settings)
-        limit_depth(proxy, settings.depth)
+        limit_depth(proxy, settings.given_depth)
     else:
         assert held_out is not None
         proxy, report, searched = _search(session, target, model, encoder, batches, settings, held_out)
@@ -113,7 +113,7 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
             return first_layers(model, size)
         costs = layer_costs(model, size)
         make_low_rank(proxy, uniform_ranks(costs, reachable_budget(model, size, costs)))
-    mark_as_proxy(proxy, IproxConfig(depth=settings.depth))
+    mark_as_proxy(proxy, IproxConfig(depth=settings.given_depth))
     return proxy
 
 
@@ -139,7 +139,7 @@ def _search(
 
         def limited(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
             proxy, report = make(size)
-            limit_depth(proxy, settings.depth)
+            limit_depth(proxy, settings.given_depth)
             return proxy, report
 
         proxy, report, tries = smallest_faithful(limited, settings.fidelity, watched.with_bound, tried)
