@@ -32,7 +32,7 @@ from iprox.influence.gradients import LayerGradient, TaskGradient
 from iprox.influence.projection import LayerProjection
 from iprox.influence.scorer import Normalize
 from iprox.models.layers import has_bias, influence_layers, weight_shape
-from iprox.models.loss import causal_lm_losses
+from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState
 from iprox.progress import Advance
@@ -66,6 +66,7 @@ class GradientProjector:
         optimizer: AdamState | None = None,
     ) -> None:
         self.model, self.dimension, self.optimizer = model, dimension, optimizer
+        self.loss_fn: LossFn = causal_lm_losses
         self.layers = influence_layers(model)
         if optimizer is not None:
             check_state(optimizer, self.layers)
@@ -105,7 +106,7 @@ class GradientProjector:
             parts[:] = [parts[0].add_(part)] if parts else [part]  # sum as layers arrive, to save memory
 
         with frozen(self.model):
-            losses = watched_backward(self.model, self.layers, lambda: causal_lm_losses(self.model, batch), sink)
+            losses = watched_backward(self.model, self.layers, lambda: self.loss_fn(self.model, batch), sink)
         return parts[0].flatten(1), losses
 
     def count(self, stats: ScoringStats, lengths: Sequence[int]) -> None:
