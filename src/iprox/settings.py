@@ -204,7 +204,7 @@ class ProxySection(Section):
     method: ProxyMethod | None = setting(
         None,
         "target keeps all weights, and depth lowers its cost; ipsvd makes layers low-rank; the others are baselines",
-        "ipsvd with a size or a setting of its factors, else target",
+        "ipsvd with a sparsity, FLOPs or a setting of its factors, else target",
     )
     depth: float | None = setting(
         None,
@@ -221,8 +221,8 @@ class ProxySection(Section):
     )
     fidelity: float | None = setting(
         None,
-        "use the smallest proxy whose Spearman correlation with the target's scores is at least this, at the lower "
-        "bound of a 95 % interval",
+        "use the smallest depth (or low-rank proxy) whose Spearman correlation with the target's scores is at least "
+        "this, at the lower bound of a 95 % interval",
         gt=0,
         lt=1,
     )
@@ -238,9 +238,9 @@ class ProxySection(Section):
     def _one_size(self) -> ProxySection:
         given = [name for name in SIZES if getattr(self, name) is not None]
         if self.method is None:
-            factors = (
-                given or self.model_fields_set & {"ranks", "probe"} or ("align" in self.model_fields_set and self.align)
-            )
+            sized = self.sparsity is not None or self.flops is not None
+            aligned = "align" in self.model_fields_set and self.align
+            factors = sized or aligned or self.model_fields_set & {"ranks", "probe"}
             self._default(method="ipsvd" if factors else "target")
         self._default(depth=DEPTH if self.method == "target" else 1.0)
         if not self.factorized:
@@ -248,8 +248,10 @@ class ProxySection(Section):
                 raise ValueError(f"align tunes low-rank factors, but the method {self.method} has none")
             object.__setattr__(self, "align", False)
         if self.method == "target":
-            if given:
+            if given not in ([], ["fidelity"]):
                 raise ValueError(f"the method target keeps all parameters, so leave {given[0]} out, or the method")
+            if given and "depth" in self.model_fields_set:
+                raise ValueError("fidelity chooses the depth of the method target, so give only one of them")
             if self.depth == 1:
                 raise ValueError("the method target needs a depth below 1 to cost less")
             return self

@@ -66,7 +66,7 @@ def test_defaults_are_those_of_the_design():
         ({"align": False}, "target"),
         ({"depth": 0.5}, "target"),
         ({"sparsity": 0.5}, "ipsvd"),
-        ({"fidelity": 0.9}, "ipsvd"),
+        ({"fidelity": 0.9}, "target"),
         ({"align": {"epochs": 2}}, "ipsvd"),
         ({"probe": 0.01}, "ipsvd"),
         ({"method": "svd"}, "svd"),
@@ -83,6 +83,7 @@ def test_the_method_follows_from_what_is_given(given, method):
     [
         {"method": "target", "sparsity": 0.5},
         {"method": "target", "depth": 1.0},
+        {"fidelity": 0.9, "depth": 0.5},
         {"method": "target", "align": {"epochs": 1}},
         {"depth": 0.0},
         {"depth": 1.5},

@@ -511,10 +511,12 @@ def test_align_alone_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
     assert whole == resumed
 
 
-def test_a_proxy_sized_by_its_fidelity(place, capfd):
+@pytest.mark.parametrize("method", ["ipsvd", "target"])
+def test_a_proxy_sized_by_its_fidelity(place, capfd, method):
     """The search's own bound is reached, and no try that is smaller reached it."""
     options = [
         "proxy.sparsity=null",
+        f"proxy.method={method}",
         "proxy.fidelity=0.6",
         "proxy.held_out=60",
         "proxy.align=false",
@@ -525,7 +527,10 @@ def test_a_proxy_sized_by_its_fidelity(place, capfd):
     found = json.loads((place.output / "proxy/compression.json").read_text())
     assert found["size"] == {"fidelity": 0.6}
     faithful = [entry for entry in found["tries"] if entry["lower"] >= 0.6]
-    assert max(entry["sparsity"] for entry in faithful) == pytest.approx(found["achieved_sparsity"], abs=0.03)
+    left_out = found["achieved_sparsity"]
+    if method == "target":
+        left_out = 1 - json.loads((place.output / "proxy/config.json").read_text())["quantization_config"]["depth"]
+    assert max(entry["sparsity"] for entry in faithful) == pytest.approx(left_out, abs=0.03)
     assert place.record()["stages"]["compress"]["tries"] == found["tries"]
     assert place.run("--set", *options, "influence.per_example=true", "--stop-after", "audit") == 0
     assert "compress" not in place.done()

@@ -127,7 +127,7 @@ COMMANDS = (
     ),
     Command(
         "compress",
-        "Derive a low-rank proxy from a model.",
+        "Derive a proxy from a model.",
         "iprox compress --model warm/checkpoint-44 --pool pool/*.jsonl --output proxy --sparsity 0.7",
         "iprox.cli.actions:compress",
         needs=("model", "data.pool", "output"),

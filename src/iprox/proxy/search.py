@@ -1,4 +1,4 @@
-"""Find the smallest proxy whose lower confidence bound reaches a given fidelity."""
+"""Find the smallest proxy whose lower confidence bound reaches a given fidelity, by sparsity or by depth."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Try:
     """A size that was tried.
 
     Attributes:
-        sparsity: share of the compressible parameters removed.
-        relative_flops: FLOPs of a token's forward pass, as a fraction of the target's.
+        sparsity: share of the compressible parameters removed; with the method target, share of the decoder layers
+            whose gradients are left out.
+        relative_flops: FLOPs of a token, as a fraction of the target's.
         fidelity: fidelity on held-out rows.
         lower: lower confidence bound of the fidelity.
     """
@@ -44,7 +45,7 @@ MeasureFidelity = Callable[[PreTrainedModel], tuple[float, float]]
 def smallest_faithful(
     make: MakeProxy, asked: float, measure: MeasureFidelity, progress: Callable[[int], None] | None = None
 ) -> tuple[PreTrainedModel, CompressionReport, list[Try]]:
-    """Bisect the sparsity for the smallest proxy whose lower confidence bound reaches a fidelity.
+    """Bisect what is left out for the smallest proxy whose lower confidence bound reaches a fidelity.
 
     Fidelity falls as sparsity grows, up to noise, which the bound covers. Moments and spectra are measured once; each
     try chooses ranks, refits the norms and scores the held-out rows.
@@ -75,8 +76,9 @@ def smallest_faithful(
     if best is None:
         (found,) = tries
         raise InputError(
-            f"the most faithful proxy, of sparsity {LEAST}, reaches a fidelity of {found.fidelity:.3f} (at least "
-            f"{found.lower:.3f}), not {asked}: lower the fidelity, or give more held-out examples for a tighter bound"
+            f"the most faithful proxy, which leaves out {LEAST:.0%}, reaches a fidelity of {found.fidelity:.3f} "
+            f"(at least {found.lower:.3f}), not {asked}: lower the fidelity, or give more held-out examples for a "
+            "tighter bound"
         )
     low, high = LEAST, MOST
     while high - low > CLOSENESS:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.checkpoint import IproxConfig, limit_depth, make_low_rank, mark_as_proxy
+from iprox.models.checkpoint import IproxConfig, limit_depth, make_low_rank, mark_as_proxy, proxy_config
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
@@ -128,23 +130,25 @@ def _search(
 ) -> tuple[PreTrainedModel, CompressionReport, StageRecord]:
     """Return the smallest proxy that reaches the fidelity asked for, its report, and the sizes that were tried."""
     assert settings.fidelity is not None
-    how = factor_settings(session, settings)
     watched = held_out_fidelity(session, target, encoder, held_out)
-    layers = len(flops.compressible_layers(target))
-    with (
-        session.reporter.bar("compress", layers, "layers") as progress,
-        proxies_of(target, batches, how, Size(sparsity=LEAST), target=name, progress=progress) as make,
-        session.reporter.bar("size", most_tries(), "sizes") as tried,
-    ):
+    with ExitStack() as stack:
+        if settings.method == "target":
+            make = partial(_of_depth, target, name)
+        else:
+            layers = len(flops.compressible_layers(target))
+            progress = stack.enter_context(session.reporter.bar("compress", layers, "layers"))
+            how, least = factor_settings(session, settings), Size(sparsity=LEAST)
+            factorized = stack.enter_context(proxies_of(target, batches, how, least, target=name, progress=progress))
 
-        def limited(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
-            proxy, report = make(size)
-            limit_depth(proxy, settings.given_depth)
-            return proxy, report
+            def make(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
+                proxy, report = factorized(size)
+                limit_depth(proxy, settings.given_depth)
+                return proxy, report
 
-        proxy, report, tries = smallest_faithful(limited, settings.fidelity, watched.with_bound, tried)
+        tried = stack.enter_context(session.reporter.bar("size", most_tries(), "sizes"))
+        proxy, report, tries = smallest_faithful(make, settings.fidelity, watched.with_bound, tried)
     report.size = {"fidelity": settings.fidelity}
-    session.reporter.say(_found(tries, report))
+    session.reporter.say(_found(tries, proxy, report))
     record: StageRecord = {
         "tries": [asdict(each) for each in tries],
         "further": cost_of(FURTHER, tries),
@@ -153,11 +157,23 @@ def _search(
     return proxy, report, record
 
 
-def _found(tries: Sequence[Try], report: CompressionReport) -> str:
+def _of_depth(target: PreTrainedModel, name: str, size: Size) -> tuple[PreTrainedModel, CompressionReport]:
+    """Return a proxy that keeps the target's weights and leaves out the gradients of a share of its layers."""
+    assert size.sparsity is not None
+    proxy, report = keep_weights(target, name)
+    limit_depth(proxy, 1 - size.sparsity)
+    report.relative_flops = flops.scoring_flops(proxy, 1, 0, 0.0) / flops.scoring_flops(target, 1, 0, 0.0)
+    return proxy, report
+
+
+def _found(tries: Sequence[Try], proxy: PreTrainedModel, report: CompressionReport) -> str:
     """Return a sentence about the proxy that was found and the cost of a higher fidelity."""
     chosen = max((each for each in tries if each.relative_flops == report.relative_flops), key=lambda each: each.lower)
+    config = proxy_config(proxy)
+    assert config is not None
+    size = f"sparsity {report.achieved_sparsity:.2f}" if config.depth == 1 else f"depth {config.depth:.2f}"
     said = (
-        f"sparsity {report.achieved_sparsity:.2f} reaches a fidelity of {chosen.fidelity:.3f} (at least "
+        f"{size} reaches a fidelity of {chosen.fidelity:.3f} (at least "
         f"{chosen.lower:.3f}) at {chosen.relative_flops:.0%} of the target's FLOPs"
     )
     further = cost_of(FURTHER, list(tries))
