@@ -196,17 +196,23 @@ def timed(action: Callable[[], T]) -> tuple[float, T]:
     return time.process_time() - started, result
 
 
-def main() -> None:
-    """Measure what is missing and print the table."""
+def options_of(description: str | None, estimator: str) -> argparse.ArgumentParser:
+    """Return the options of a benchmark of `Bench`, with its default estimator."""
     options = parser(
-        *(__doc__, "model pool targets tasks examples batch-tokens seed work output fresh"),
+        *(description, "model pool targets tasks examples batch-tokens seed work output fresh"),
         tasks=["gsm8k", "science", "code"],
         work=Path("runs/cost"),
         output=None,
     )
     options.add_argument("--probe", type=int, default=64, help="rows that second moments are measured on")
     options.add_argument("--validation-rows", type=int, default=32, help="of each task")
-    options.add_argument("--estimator", choices=("ekfac", "tracin"), default="ekfac", help="(%(default)s)")
+    options.add_argument("--estimator", choices=("ekfac", "tracin"), default=estimator, help="(%(default)s)")
+    return options
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    options = options_of(__doc__, "ekfac")
     options.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     options.add_argument("--page", action="store_true", help="compute nothing; write docs/results/cost.md")
     arguments = options.parse_args()

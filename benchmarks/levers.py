@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import iprox
-from common import RESULTS, Results, agreement, parser, read_results, settings_of, write_block
-from cost import AGAIN, Bench, Scored
+from common import RESULTS, Results, agreement, read_results, settings_of, write_block
+from cost import AGAIN, Bench, Scored, options_of
 from iprox.data import Encoded
 from iprox.data.tokens import IGNORE
 from iprox.engine.stream import WindowWorker
@@ -199,15 +199,7 @@ ROUNDINGS: dict[str, Round] = {"float8": as_float8, "int8": as_int8}
 
 def main() -> None:
     """Measure what is missing and print the table."""
-    options = parser(
-        *(__doc__, "model pool targets tasks examples batch-tokens seed work output fresh"),
-        tasks=["gsm8k", "science", "code"],
-        work=Path("runs/cost"),
-        output=None,
-    )
-    options.add_argument("--probe", type=int, default=64, help="rows that second moments are measured on")
-    options.add_argument("--validation-rows", type=int, default=32, help="of each task")
-    options.add_argument("--estimator", choices=("ekfac", "tracin"), default="tracin", help="(%(default)s)")
+    options = options_of(__doc__, "tracin")
     options.add_argument("--page", action="store_true", help="compute nothing; write docs/results/levers.md")
     arguments = options.parse_args()
     if arguments.page:
