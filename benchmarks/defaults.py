@@ -42,7 +42,7 @@ from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
-from iprox.kronecker.eigen import kronecker_curvature, together
+from iprox.kronecker.eigen import kronecker_curvature
 from iprox.kronecker.kept import KeptCurvature, is_kept, keep_curvature
 from iprox.models.adapters import with_lora
 from iprox.models.layers import has_bias, influence_layers
@@ -263,12 +263,7 @@ class Bench:
         tasks = [task for task in self.encoded_validation if f"TracIn/{task}" not in found]
         bases = None
         if tasks:
-            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-            folder = self.work / f"curvature-{seed}"
-            if not is_kept(folder):
-                sample = self.batches([self.encoded[row] for row in rows])
-                keep_curvature(kronecker_curvature(model, layers, sample, seed=seed), folder)
-            bases = KeptCurvature(folder, model.device)
+            bases = self.curvature(model, seed)
             print(f"curvature: {time.time() - started:.0f} s", flush=True)
         for some in (tasks[start : start + GROUP] for start in range(0, len(tasks), GROUP)):
             queries = {}
@@ -311,6 +306,15 @@ class Bench:
         found["seconds"] = np.array(time.time() - started)
         return found
 
+    def curvature(self, model: torch.nn.Module, seed: int) -> KeptCurvature:
+        """EK-FAC's curvature of the warmed model, which is measured once."""
+        folder = self.work / f"curvature-{seed}"
+        if not is_kept(folder):
+            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
+            sample = self.batches([self.encoded[row] for row in rows])
+            keep_curvature(kronecker_curvature(model, influence_layers(model), sample, seed=seed), folder)
+        return KeptCurvature(folder, next(model.parameters()).device)
+
     def refined(self, task: str, seed: int) -> np.ndarray:
         """Cosines [N] with the mean validation gradient that conjugate gradients divided by the curvature."""
         file = self.work / f"cg-{seed}-{task}.npz"
@@ -318,10 +322,9 @@ class Bench:
             model = self.session.model(self.warmed(seed), torch.float32)
             model.set_attn_implementation("eager")  # it has a forward derivative
             layers = influence_layers(model)
-            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)
-            batches = self.batches([self.encoded[row] for row in rows])
-            bases = together(kronecker_curvature(model, layers, batches, seed=seed))
-            sample = self.batches([self.encoded[row] for row in rows[:CG_SAMPLE]])
+            bases = dict(self.curvature(model, seed))
+            rows = draw_rows("curvature", seed, len(self.encoded), self.preset.curvature)[:CG_SAMPLE]
+            sample = self.batches([self.encoded[row] for row in rows])
             mean = mean_gradient(model, self.batches(self.encoded_validation[task]))
             gradient = {name: part.weight for name, part in mean.items()}
             solved, residuals = refined(model, sample, gradient, bases, DAMPING, CG_ITERATIONS)
