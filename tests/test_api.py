@@ -218,6 +218,8 @@ def test_a_model_that_is_no_language_model():
         {"task": DataLoader(validation, batch_size=4)},
         loss_fn=classification_losses,
         normalize="none",
+        estimator="tracin",
+        per_example=False,
     )
 
     def gradient(data):
@@ -230,9 +232,8 @@ def test_a_model_that_is_no_language_model():
     proxy = iprox.compress(classifier, DataLoader(pool, batch_size=7), sparsity=0.3, loss_fn=classification_losses)
     size = sum(parameter.numel() for parameter in classifier.parameters())
     assert sum(parameter.numel() for parameter in proxy.parameters()) < size
-    approximate = iprox.score(
-        proxy, DataLoader(pool, batch_size=5), {"task": DataLoader(validation)}, loss_fn=classification_losses
-    )
+    how = {"loss_fn": classification_losses, "estimator": "tracin"}
+    approximate = iprox.score(proxy, DataLoader(pool, batch_size=5), {"task": DataLoader(validation)}, **how)
     assert np.corrcoef(approximate["influence"].to_numpy(), expected)[0, 1] > 0.5
 
 
@@ -296,15 +297,17 @@ def test_a_loader_that_shuffles_is_refused():
 def test_batches_of_text_need_their_lengths(model):
     batches = DataLoader([{"input_ids": torch.ones(5, dtype=torch.int64)}], batch_size=1)
     with pytest.raises(iprox.InputError, match=r"of the type iprox\.data\.Batch, not dict"):
-        iprox.score(model, batches, {"t": batches})
+        iprox.score(model, batches, {"t": batches}, estimator="tracin")
 
 
 def test_a_batch_row_without_supervised_tokens_has_no_score_and_no_part_in_the_mean(tiny):
     network, batch, validation = tiny.model(), tiny.batch([9, 5, 7]), tiny.batch([8, 6], seed=1)
     batch.labels[1] = validation.labels[1] = -100
     alone = [each for number, each in enumerate(tiny.rows(validation)) if number == 0]
-    scores = iprox.score(network, Batches([batch]), {"t": Batches([validation])})["influence/t"].to_pylist()
-    expected = iprox.score(network, Batches(tiny.rows(batch)[::2]), {"t": Batches(alone)})["influence/t"].to_pylist()
+    how = {"estimator": "tracin", "per_example": False}
+    scores = iprox.score(network, Batches([batch]), {"t": Batches([validation])}, **how)["influence/t"].to_pylist()
+    pool = Batches(tiny.rows(batch)[::2])
+    expected = iprox.score(network, pool, {"t": Batches(alone)}, **how)["influence/t"].to_pylist()
     assert scores[1] is None
     assert scores[::2] == pytest.approx(expected, rel=1e-9)
 
@@ -381,7 +384,8 @@ def test_progress_of_batches_has_a_total_where_their_number_is_known(streamed, f
     data = Stream() if streamed else TensorDataset(torch.randn(6, 4), torch.randn(6, 1))
     loader = DataLoader(data, batch_size=2)
     loss = lambda module, batch: ((module(batch[0]) - batch[1]) ** 2).sum(1)  # noqa: E731
-    scores = iprox.score(nn.Sequential(nn.Linear(4, 1)), loader, {"task": DataLoader(data, 3)}, loss_fn=loss)
+    how = {"loss_fn": loss, "estimator": "tracin"}
+    scores = iprox.score(nn.Sequential(nn.Linear(4, 1)), loader, {"task": DataLoader(data, 3)}, **how)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == first
     assert lines[-1].startswith("score: 3/3 batches," if not streamed else "score: 3 batches,")

@@ -7,7 +7,7 @@ import torch
 
 from iprox.errors import InputError
 from iprox.models.loading import load_config, load_model, skeleton
-from iprox.models.observe import _by_example
+from iprox.models.observe import _by_row
 from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 
@@ -72,8 +72,8 @@ def test_a_proxy_as_it_is_written_is_read(proxy):
 def test_dimensions_of_size_one_change_no_rows(shape):
     rows = torch.arange(20.0).reshape(2, 5, 2)
     counted = torch.tensor([[True] * 5, [True, True, False, False, False]])
-    assert torch.equal(_by_example("layer", rows.reshape(*shape, 2), None, None, (2, 5)), rows)
-    kept = _by_example("layer", rows.reshape(*shape, 2), None, counted, (2, 5))
+    assert torch.equal(_by_row("layer", rows.reshape(*shape, 2), None, None, (2, 5)), rows)
+    kept = _by_row("layer", rows.reshape(*shape, 2), None, counted, (2, 5))
     assert torch.equal(kept, rows * counted[..., None])
 
 
@@ -81,10 +81,10 @@ def test_dimensions_of_size_one_change_no_rows(shape):
 def test_batches_of_one_row_or_token_are_told_apart_too(positions):
     rows = torch.randn(*positions, 3)
     for shape in ((positions[0], 1, positions[1]), (positions[0] * positions[1],), (1, *positions)):
-        assert torch.equal(_by_example("layer", rows.reshape(*shape, 3), None, None, positions), rows)
+        assert torch.equal(_by_row("layer", rows.reshape(*shape, 3), None, None, positions), rows)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (2, 3, 5), (7,), (4, 5)])
 def test_rows_that_cannot_be_told_apart_are_refused(shape):
     with pytest.raises(InputError, match="layer: gets rows of the shape"):
-        _by_example("layer", torch.randn(*shape, 3), None, None, (2, 5))
+        _by_row("layer", torch.randn(*shape, 3), None, None, (2, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from iprox.errors import InputError
 from iprox.models.adapters import refuse_adapter
+from iprox.models.layers import unread_convolutions
 from iprox.models.precision import warn_of_rounded_frequencies, warn_of_slow_products
 from iprox.recipe import validated
 
@@ -28,6 +30,12 @@ def check_model(name: str, model: Any) -> None:
         what = f"the path {model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
         raise InputError(f"{name}: expected a loaded model, not {what}; iprox.load(path) loads one")
     refuse_adapter(model)
+    if left := unread_convolutions(model):
+        warnings.warn(
+            f"{name}: {left[0]} ({len(left)} in all) is neither compressed nor scored: iprox does not read "
+            "convolutions with groups, transposed ones and ones with weight normalization",
+            stacklevel=3,
+        )
     warn_of_rounded_frequencies(model)
     warn_of_slow_products(model)
 

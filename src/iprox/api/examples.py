@@ -6,29 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from iprox.api.batches import Batches, of_batches
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.models.loading import load_tokenizer
+from iprox.models.loss import LossFn
 from iprox.models.suitability import ModelLimits
 
-# A `datasets.Dataset`, a list of dicts in a format of docs/files.md, or a DataLoader of batches.
+# A `datasets.Dataset` or a list of dicts in a format of docs/files.md; with a `loss_fn`, a torch data set or a
+# DataLoader.
 Examples = Any
 
 
 def as_pool(examples: Examples, name: str) -> Pool:
     """Return examples as a pool."""
     return examples if isinstance(examples, Pool) else Pool(examples, name=name)
-
-
-def in_order(examples: Examples, name: str) -> Examples:
-    """Return the examples unchanged, but refuse a DataLoader that shuffles."""
-    samplers = [getattr(examples, "sampler", None), getattr(getattr(examples, "batch_sampler", None), "sampler", None)]
-    if any(isinstance(each, RandomSampler) for each in samplers):
-        raise InputError(f"{name}: the DataLoader shuffles, so its rows cannot be identified; use shuffle=False")
-    return examples
 
 
 def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
@@ -69,8 +63,8 @@ class Reader:
         source.scan()
         return self.encoder.encode(list(source))
 
-    def batches(self, examples: Examples, name: str) -> Iterable[Any]:
-        """Return length-sorted batches of the examples on the model's device; a DataLoader is returned unchanged."""
-        if isinstance(examples, DataLoader):
-            return examples
+    def batches(self, examples: Examples, name: str, loss_fn: LossFn) -> Iterable[Any]:
+        """Return batches of the examples on the model's device; those of text are sorted by length."""
+        if of_batches(examples, loss_fn):
+            return Batches(examples, name, self.device)
         return on_device(iter_batches(self.encode(examples, name), self.batch_tokens), self.device)

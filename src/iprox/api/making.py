@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_model, check_tasks, chosen, takes
+from iprox.api.batches import Batches, of_batches
 from iprox.api.examples import Examples, Reader
 from iprox.audits.held_out import HeldOutFidelity
 from iprox.data import example_batches, on_device
@@ -60,8 +61,8 @@ def compress(
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
-        loss_fn: (model, batch) -> losses [B], for models other than language models; `probe_examples` is then a
-            DataLoader.
+        loss_fn: (model, batch) -> losses [B], for models other than language models; `probe_examples` is then a torch
+            data set or a DataLoader.
         progress: whether to show progress on standard error.
         **settings: settings of `proxy` in a recipe.
 
@@ -90,7 +91,7 @@ def compress(
             assert how.method is not None
             factors = FactorSettings(how.method, how.ranks, seed=seed)
             reader = Reader(model, tokenizer, max_length, batch_tokens)
-            batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
+            batches = reader.batches(probe_examples, "probe_examples", loss_fn) if how.method in PROBED else []
             with Reporter(quiet=not progress).bar("compress", len(compressible_layers(model)), "layers") as advance:
                 proxy, _ = derive_proxy(
                     model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
@@ -111,6 +112,7 @@ def align(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
+    loss_fn: LossFn = causal_lm_losses,
     progress: bool = True,
     **settings: Any,
 ) -> AlignmentHistory:
@@ -126,6 +128,8 @@ def align(
         seed: seed for the order.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
+        loss_fn: (model, batch) -> losses [B], for models other than language models; `data` is then a torch data set or
+            a DataLoader, and the relative squared distance of the model's outputs takes the place of the logits' KL.
         progress: whether to show progress on standard error.
         **settings: settings of `proxy.align` in a recipe.
 
@@ -143,12 +147,16 @@ def align(
     if validation is not None:
         check_tasks(validation)
     reader = Reader(model, tokenizer, max_length, batch_tokens=0)
-    if isinstance(data, DataLoader):
-        batches = list(data)
+    if of_batches(data, loss_fn):
+        if held_out is not None or (loss_fn is not causal_lm_losses and how.hidden_weight):
+            raise InputError("align: held_out= and hidden_weight= need the examples of a language model")
+        data = data if isinstance(data, DataLoader) else DataLoader(data, how.batch_size)
+        batches = list(Batches(data, "data", reader.device))
     else:
         batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size), reader.device))
     with experts_split(model):
-        check_belongs(proxy, "proxy", model, "model")
+        if isinstance(proxy, PreTrainedModel):
+            check_belongs(proxy, "proxy", model, "model")
         watched = None
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
@@ -156,7 +164,9 @@ def align(
             job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
             watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
         with Reporter(quiet=not progress).bar("align", how.epochs * len(batches), "steps") as advance:
-            return align_factors(proxy, model, batches, how, seed=seed, held_out=watched, progress=advance)
+            return align_factors(
+                proxy, model, batches, how, loss_fn=loss_fn, seed=seed, held_out=watched, progress=advance
+            )
 
 
 def load(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_model, check_tasks, chosen, takes
-from iprox.api.batches import count_batches, score_batches
+from iprox.api.batches import Batches, of_batches, score_batches
 from iprox.api.examples import Examples, Reader, as_pool
 from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
@@ -52,10 +51,10 @@ def score(
 
     Args:
         model: a proxy or any model; several are checkpoints, summed by TracIn with their learning rates.
-        pool: candidates.
+        pool: candidates. With `loss_fn` a torch data set, which is read in batches of 32, or a DataLoader that does not
+            shuffle.
         validation: validation examples by task.
-        curvature_sample: examples to measure curvature on. None draws `curvature_examples` from the pool, except for
-            DataLoaders.
+        curvature_sample: examples to measure curvature on. None draws `curvature_examples` from the pool.
         optimizer_state: for `less`, folder of the warm-up checkpoint with the optimizer's state; one per checkpoint.
         target: the target of a proxy. Validation gradients are then taken on it, which is more faithful and costs
             little because they are few. None takes them on `model`.
@@ -63,11 +62,10 @@ def score(
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
-        loss_fn: (model, batch) -> losses [B], for models other than language models; the data are then DataLoaders.
+        loss_fn: (model, batch) -> losses [B], for models other than language models.
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
         progress: whether to show progress on standard error.
-        **settings: settings of `influence` in a recipe. For DataLoaders the estimator is `tracin` unless there is a
-            `curvature_sample`, and there are no scores per validation example.
+        **settings: settings of `influence` in a recipe.
 
     Returns:
         The scores table (docs/files.md), one row per example in pool order.
@@ -75,10 +73,6 @@ def score(
     Raises:
         InputError: bad input; the message says what is wrong and how to fix it.
     """
-    loader = isinstance(pool, DataLoader)
-    if loader:
-        settings.setdefault("estimator", "tracin" if curvature_sample is None else InfluenceSection().estimator)
-        settings.setdefault("per_example", False)
     how = chosen(InfluenceSection, score, settings, _OF_INFLUENCE)
     if curvature_sample is not None and not how.traits.curvature:
         raise InputError(f"curvature_sample= is for influence functions, but {how.estimator} measures no curvature")
@@ -87,8 +81,12 @@ def score(
         check_model("model", each)
     check_tasks(validation)
     checkpoints = _checkpoints(how, models, learning_rates, target, optimizer_state)
-    source: Any = pool if loader else as_pool(pool, "pool")
-    rows, unit = (count_batches(source), "batches") if loader else (source.scan().rows, "rows")
+    if of_batches(pool, loss_fn):
+        source: Any = Batches(pool, "pool", next(models[0].parameters()).device)
+        rows, unit = source.count, "batches"
+    else:
+        source = as_pool(pool, "pool")
+        rows, unit = source.scan().rows, "rows"
     common = {"seed": seed, "batch_tokens": batch_tokens, "loss_fn": loss_fn}
     with (
         experts_split(*models, *([] if target is None else [target])),
@@ -96,7 +94,7 @@ def score(
     ):
         _check_target(models[0], target)
         made_by = {"estimator": how.estimator, "normalize": how.normalize}
-        if loader:
+        if isinstance(source, Batches):
             return score_batches(how, checkpoints, source, validation, curvature_sample, made_by, advance, common)
         reader = Reader(models[0], tokenizer, max_length, batch_tokens)
         encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}

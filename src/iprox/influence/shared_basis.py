@@ -72,7 +72,7 @@ class SharedQuery:
             by_token: return the terms of the sum over tokens, [B, L, V]. 2Vrs FLOPs per token.
         """
         dtype = accumulation_dtype(h)
-        inputs, outputs = append_ones(h, self.bias) @ self.right, delta @ self.left
+        inputs, outputs = append_ones(h, delta, self.bias) @ self.right, delta @ self.left
         if by_token:
             cores = self.cores.unflatten(1, (outputs.shape[-1], inputs.shape[-1]))
             return torch.einsum("blr,vrs,bls->blv", outputs.to(dtype), cores, inputs.to(dtype))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iprox.data.batching import Batch
 from iprox.influence.gradients import ExampleGradient, LowRankGradient, ModelGradient, summed_gradient
 from iprox.influence.low_rank import truncated
 from iprox.models.experts import expert_layers
@@ -51,13 +52,7 @@ def mean_gradient(
             count += int(examples_with_loss(batch, losses).sum())
     if count == 0:
         raise ValueError("no example with a supervised token")
-    silent = [name for name in layers if name not in total and name not in expert_layers(model)]
-    if silent:
-        warnings.warn(
-            f"{silent[0]} ({len(silent)} layers in all) was never called as a module in the forward pass, so scores "
-            "leave out its gradient",
-            stacklevel=2,
-        )
+    _warn_of_silent(model, [name for name in layers if name not in total])
     for name, layer in layers.items():
         if name not in total:  # not called, or an expert without tokens
             (m, n), like = weight_shape(layer), next(layer.parameters())
@@ -69,6 +64,17 @@ def mean_gradient(
         if not torch.isfinite(part.squared_norm()):
             raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
     return total
+
+
+def _warn_of_silent(model: nn.Module, layers: Iterable[str]) -> None:
+    """Warn about layers without a gradient that are no experts."""
+    silent = [name for name in layers if name not in expert_layers(model)]
+    if silent:
+        warnings.warn(
+            f"{silent[0]} ({len(silent)} layers in all) was never called as a module in the forward pass, so scores "
+            "leave out its gradient",
+            stacklevel=3,
+        )
 
 
 def example_gradients(
@@ -84,7 +90,7 @@ def example_gradients(
 
     Args:
         model: model to take the gradients on.
-        batches: batches of the set, with the positions of their examples in `indices`.
+        batches: batches of the set; those of text have the positions of their examples in `indices`.
         keep: share of the norm of each layer's gradient to keep; 1 is exact.
         loss_fn: per-example losses, for a model that is not a language model.
         layers: layers to take gradients of; all influence layers by default.
@@ -98,6 +104,7 @@ def example_gradients(
     current: list[ExampleGradient] = []
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
+        current.extend({} for _ in range(len(h) - len(current)))  # at the first layer
         for example, x, d in zip(current, h, delta, strict=True):
             if not torch.isfinite(d).all():
                 raise FloatingPointError(f"the gradient of {name} is not finite; try --set dtype=float32")
@@ -105,11 +112,13 @@ def example_gradients(
 
     with frozen(model):
         for batch in batches:
-            current = [{} for _ in batch.indices]
+            current = []
             watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), sink)
-            found.update(zip(batch.indices, current, strict=True))
+            places = batch.indices if isinstance(batch, Batch) else range(len(found), len(found) + len(current))
+            found.update(zip(places, current, strict=True))
     if not found:
         raise ValueError("no example with a supervised token")
+    _warn_of_silent(model, [name for name in layers if not any(name in example for example in found.values())])
     for name, layer in layers.items():
         for example in found.values():
             if name not in example:  # an expert without tokens in the batch

@@ -140,7 +140,7 @@ def _of_group(
 
         def correct(name: str, h: Tensor, delta: Tensor) -> None:
             if name in bases:
-                squares = bases[name].squares(append_ones(h, has_bias(layers[name])), delta)
+                squares = bases[name].squares(append_ones(h, delta, has_bias(layers[name])), delta)
                 bases[name].eigenvalues += squares / read.examples
 
         read_sample(model, layers, batches, correct, loss_fn, settings)

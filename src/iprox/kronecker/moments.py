@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from iprox.kronecker.sample import Counts, SampleSettings, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment, SketchedMoment
 from iprox.models.experts import expert_layers
-from iprox.models.layers import has_bias, weight_shape
+from iprox.models.layers import has_bias, unfolding, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
 
@@ -111,7 +112,8 @@ def collect_moments(
     inputs: dict[str, SecondMoment] = {}
     gradients: dict[str, SecondMoment] = {}
     owner: dict[str, str] = {}  # layer -> the layer whose C_h it uses, which may be itself
-    seen: dict[int, tuple[str, Tensor]] = {}
+    seen: dict[Any, tuple[str, Tensor]] = {}
+    rows: Counter[str] = Counter()
 
     def add(moments: dict[str, SecondMoment], name: str, x: Tensor) -> None:
         if name not in moments:
@@ -120,9 +122,10 @@ def collect_moments(
 
     def sink(name: str, h: Tensor, delta: Tensor) -> None:
         seen.clear()  # the forward pass is over
+        rows[name] += h.shape[:2].numel()
         add(gradients, name, delta)
         if owner.get(name, name) == name:
-            add(inputs, name, append_ones(h, settings.kfac and has_bias(layers[name])))
+            add(inputs, name, append_ones(h, delta, settings.kfac and has_bias(layers[name])))
 
     # With the bias's input in it, a moment cannot be shared.
     with nullcontext() if settings.kfac else _noting_owners(layers, owner, seen):
@@ -141,7 +144,9 @@ def collect_moments(
     for name, moments in result.items():
         # The squared change of the loss is a mean over all tokens. For an expert with a share p of them it is
         # p · E[δ δᵀ] ⊗ E[h hᵀ]: C_δ is a mean over all tokens, C_h over those of the expert.
-        _finish(name, moments.inputs, moments.inputs.rows if settings.kfac or name in routed else read.tokens)
+        # So it is for a layer of a model without tokens, which has its own number of rows per example.
+        own = rows[owner.get(name, name)] if not read.text else moments.inputs.rows
+        _finish(name, moments.inputs, own if settings.kfac or name in routed or not read.text else read.tokens)
     for name, moments in result.items():
         _finish(name, moments.gradients, read.examples if settings.kfac else read.tokens)
     return result, read
@@ -172,16 +177,19 @@ def layer_groups(numbers: Mapping[str, int], memory: int) -> list[list[str]]:
     return groups
 
 
-def append_ones(h: Tensor, bias: bool) -> Tensor:
-    """Return inputs [B, L, n], with a column of ones at tokens (the input of the bias) if there is a bias."""
-    return torch.cat([h, (h != 0).any(-1, keepdim=True).to(h.dtype)], dim=-1) if bias else h
+def append_ones(h: Tensor, delta: Tensor, bias: bool) -> Tensor:
+    """Return inputs [B, L, n], with a column of ones (the input of the bias) if there is a bias; zeros on padding."""
+    if not bias:
+        return h
+    there = (h != 0).any(-1, keepdim=True) | (delta != 0).any(-1, keepdim=True)
+    return torch.cat([h, there.to(h.dtype)], dim=-1)
 
 
 @contextmanager
 def _noting_owners(
-    layers: Mapping[str, nn.Module], owner: dict[str, str], seen: dict[int, tuple[str, Tensor]]
+    layers: Mapping[str, nn.Module], owner: dict[str, str], seen: dict[Any, tuple[str, Tensor]]
 ) -> Iterator[None]:
-    """Record which layers get the same input tensor, in forward passes with gradients.
+    """Record which layers get the same input tensor and unfold it alike, in forward passes with gradients.
 
     Args:
         layers: layers to watch, by name.
@@ -191,7 +199,8 @@ def _noting_owners(
 
     def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            first, tensor = seen.setdefault(inputs[0].data_ptr(), (name, inputs[0]))
+            key = inputs[0].data_ptr(), unfolding(layers[name])
+            first, tensor = seen.setdefault(key, (name, inputs[0]))
             owner.setdefault(name, first if tensor.shape == inputs[0].shape else name)
 
     with ExitStack() as stack:

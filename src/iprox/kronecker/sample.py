@@ -36,10 +36,11 @@ class SampleSettings:
 
 @dataclass(slots=True)
 class Counts:
-    """The size of a sample: examples, and tokens that count (or examples, if the model has no tokens)."""
+    """The size of a sample: examples, and tokens that count (or examples, if it is no text)."""
 
     examples: int = 0
     tokens: int = 0
+    text: bool = True
 
 
 def read_sample(
@@ -78,7 +79,7 @@ def read_sample(
             losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), fed, counted)
             read.examples += len(losses)
             if not isinstance(batch, Batch):
-                read.tokens += len(losses)
+                read.tokens, read.text = read.tokens + len(losses), False
     return read
 
 

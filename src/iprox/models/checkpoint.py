@@ -17,15 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from iprox.errors import InputError, cut, shown
 from iprox.models.experts import split_experts
-from iprox.models.layers import (
-    LowRankLinear,
-    compressible_layers,
-    decoder_layers,
-    dense_weight,
-    layer_bias,
-    replace_module,
-    weight_shape,
-)
+from iprox.models.layers import compressible_layers, decoder_layers, low_rank_like, replace_module, weight_shape
 
 # Types of the values of a description; the other values are strings or null.
 KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,)}
@@ -102,7 +94,7 @@ def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None
 
 
 class IproxQuantizer(HfQuantizer):
-    """Replaces the layers that have a rank in the config by `LowRankLinear`, before the weights are read."""
+    """Replaces the layers that have a rank in the config by low-rank layers, before the weights are read."""
 
     requires_calibration = True  # loads proxies only; iprox.compress makes them
     quantization_config: IproxConfig
@@ -133,13 +125,10 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
         dense = layers.get(name)
         if dense is None:
             raise InputError(f"the proxy names the layer {cut(name)}, which {type(model).__name__} does not have")
-        weight = dense_weight(dense)
         m, n = weight_shape(dense)
         if rank > min(m, n):
             raise InputError(f"the proxy's config has the rank {rank:,} for {name}, which is {m} by {n}")
-        biased = layer_bias(dense) is not None
-        layer = LowRankLinear(n, m, rank, biased, device=weight.device, dtype=weight.dtype)
-        replace_module(model, name, layer)
+        replace_module(model, name, low_rank_like(dense, rank))
 
 
 def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:

@@ -1,13 +1,22 @@
-"""Linear layers: those to compress, their low-rank replacement, and those whose gradients are compared."""
+"""Linear layers: those to compress, their low-rank replacement, and those whose gradients are compared.
+
+A convolution is linear in its unfolded input, the patches [B, L, n] that its kernel meets at its L positions, with
+n = channels × size of the kernel. Its weight as a matrix is [m, n], m the output channels.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class LowRankLinear(nn.Module):
@@ -43,17 +52,27 @@ class LowRankLinear(nn.Module):
     def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, dtype: torch.dtype) -> LowRankLinear:
         """Return a layer with up [m, r], down [r, n] and an optional bias [m], stored as `dtype`."""
         layer = cls(down.shape[1], up.shape[0], up.shape[1], bias is not None, device=up.device, dtype=dtype)
-        with torch.no_grad():
-            layer.up.weight.copy_(up)
-            layer.down.weight.copy_(down)
-            if bias is not None:
-                layer.up.bias.copy_(bias)
+        layer.fill(up, down, bias)
         return layer
+
+    @torch.no_grad()
+    def fill(self, up: Tensor, down: Tensor, bias: Tensor | None) -> None:
+        """Set up [m, r], down [r, n] and the bias [m], if the layer has one."""
+        self.up.weight.copy_(up.reshape(self.up.weight.shape))
+        self.down.weight.copy_(down.reshape(self.down.weight.shape))
+        if bias is not None:
+            self.up.bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors as matrices: up [m, r] and down [r, n]."""
+        return self.up.weight.flatten(1), self.down.weight.flatten(1)
 
     @property
     def weight(self) -> Tensor:
         """The dense weight up·down [m, n] (some model code reads `layer.weight`)."""
-        return self.up.weight @ self.down.weight
+        up, down = self.factors
+        return up @ down
 
     @property
     def bias(self) -> Tensor | None:
@@ -69,14 +88,42 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class LowRankConv(LowRankLinear):
+    """A convolution of rank r as two: `down` has the kernel of the dense one and r outputs, `up` a kernel of size 1.
+
+    Args:
+        dense: convolution that it replaces.
+        rank: r, at least 1.
+    """
+
+    def __init__(self, dense: nn.Conv1d | nn.Conv2d | nn.Conv3d, rank: int) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight_shape(dense)
+        self.rank = rank
+        kind: Any = next(each for each in CONVOLUTIONS if isinstance(dense, each))
+        where = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        same = {name: getattr(dense, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+        self.down = kind(dense.in_channels, rank, dense.kernel_size, bias=False, **same, **where)
+        self.up = kind(rank, dense.out_channels, 1, bias=dense.bias is not None, **where)
+
+
+def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
+    """Return a low-rank layer without values that can replace a dense one."""
+    if isinstance(dense, CONVOLUTIONS):
+        return LowRankConv(dense, rank)
+    (m, n), weight = weight_shape(dense), dense_weight(dense)
+    return LowRankLinear(n, m, rank, has_bias(dense), device=weight.device, dtype=weight.dtype)
+
+
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the dense linear layers that may be compressed, in model order, by module name.
 
-    Excludes the output head, which determines the loss directly and is often tied to the embeddings, and routers of
-    experts.
+    Excludes the output head, which determines the loss directly and is often tied to the embeddings, routers of
+    experts, and `unread_convolutions`.
 
     Raises:
-        InputError: the model has no such layer, one with quantized weights, or two that share their weights.
+        InputError: the model has no such layer, one with quantized weights, or one that shares its weights with another
+            module.
     """
     head = output_head(model)
     inside = {
@@ -85,31 +132,57 @@ def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
     layers: dict[str, nn.Module] = {
         name: _readable(name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if (isinstance(module, nn.Linear | Conv1D) or _is_plain_convolution(module))
         and module is not head
         and id(module) not in inside
         and not type(module).__name__.endswith("Router")
     }
-    owners: dict[int, str] = {}
-    for name, module in layers.items():
-        first = owners.setdefault(id(module.weight), name)
-        if first != name:
-            raise InputError(
-                f"{name}: shares its weights with {first}, so their gradients cannot be separated; iprox scores only "
-                "models whose linear layers share no weights"
-            )
+    weights: dict[int, str] = {}
+    for name, layer in layers.items():
+        weights.setdefault(id(layer.weight), name)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            one = weights.get(id(parameter), name)
+            if one != name and module is not head:
+                other, this = (name, one) if name in layers else (one, name)
+                raise InputError(
+                    f"{other}: shares its weights with {this}, so their gradients cannot be separated; iprox scores "
+                    "only models whose linear layers share no weights"
+                )
     if not layers and not low_rank_layers(model):
         raise InputError(
-            f"{type(model).__name__} has no linear layer to compress or score (nn.Linear, except the output head)"
+            f"{type(model).__name__} has no linear layer to compress or score (nn.Linear or a convolution, except the "
+            "output head)"
         )
     return layers
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that its unfolded input and its own weight determine."""
+    if not isinstance(module, CONVOLUTIONS) or is_parametrized(module):
+        return False
+    kind = next(each for each in CONVOLUTIONS if isinstance(module, each))
+    return module.groups == 1 and type(module).forward is kind.forward
+
+
+def unread_convolutions(model: nn.Module) -> list[str]:
+    """Return the names of convolutions that are neither compressed nor scored.
+
+    These have groups, are transposed, or compute their weight from other parameters (weight normalization).
+    """
+    read = {id(child) for module in model.modules() if isinstance(module, LowRankConv) for child in module.children()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and not _is_plain_convolution(module) and id(module) not in read
+    ]
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
     """Return the layer, and refuse quantized weights, which some subclasses of nn.Linear have."""
     weight = layer.weight
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    if not readable or weight.ndim != 2:
+    if not readable or (weight.ndim != 2 and not isinstance(layer, CONVOLUTIONS)):
         raise InputError(
             f"{name}: its weights are quantized ({type(layer).__name__}), which iprox cannot read; load the model "
             "without quantization (e.g. in bfloat16)"
@@ -175,6 +248,8 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
     """Return the shape (m, n) of a layer's dense weight."""
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.weight.shape[0], layer.weight[0].numel()
     assert isinstance(layer, nn.Linear | LowRankLinear)
     return layer.out_features, layer.in_features
 
@@ -183,7 +258,32 @@ def dense_weight(layer: nn.Module) -> Tensor:
     """Return W [m, n] of a layer: a view of its parameter, or the product of its factors."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight.mT if isinstance(layer, Conv1D) else weight
+    return weight.mT if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def unfolding(layer: nn.Module) -> tuple[Any, ...]:
+    """Return what determines how a layer unfolds its input; () for a layer that does not."""
+    conv = layer.down if isinstance(layer, LowRankConv) else layer
+    if not isinstance(conv, CONVOLUTIONS):
+        return ()
+    return conv.kernel_size, conv.stride, conv.dilation, conv.padding_mode, *conv._reversed_padding_repeated_twice
+
+
+def as_rows(layer: nn.Module, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inputs [..., n] and output gradients [..., m] of a layer that multiplies each row by its weight.
+
+    Those of a convolution, [B, channels, *sizes], become [B, L, n] and [B, L, m] for its L positions.
+    """
+    if not (how := unfolding(layer)):
+        return h, delta
+    sizes, strides, dilations, mode, *padding = how
+    if any(padding):
+        h = nn.functional.pad(h, padding, mode="constant" if mode == "zeros" else mode)
+    for axis, (size, stride, dilation) in enumerate(zip(sizes, strides, dilations, strict=True), start=2):
+        h = h.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    places = len(sizes)  # [B, C, *positions, *kernel] -> [B, *positions, C, *kernel]
+    h = h.movedim(1, places + 1)
+    return h.reshape(len(h), -1, h.shape[places + 1 :].numel()), delta.flatten(2).mT
 
 
 def layer_bias(layer: nn.Module) -> Tensor | None:

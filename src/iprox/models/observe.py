@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from iprox.errors import InputError
 from iprox.models.compiled import wire_of
 from iprox.models.cpu.attention import fast_attention
+from iprox.models.layers import as_rows
 
 # (layer name, inputs h [B, L, n], output gradients δ = ∂Σℓ/∂y [B, L, m]). For a layer that gets only some tokens (an
 # expert), L is the largest number of them in any example, and other examples are padded with zeros.
@@ -34,12 +35,26 @@ def routed_to(tokens: Tensor) -> Iterator[None]:
 
 
 def _by_example(
-    name: str, x: Tensor, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]
+    name: str, x: Tensor, examples: int, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]
 ) -> Tensor:
     """Return rows of a layer as [B, L, n], with zeros for those that do not count.
 
-    Some models flatten the input of a layer ([B·L, n]), others add dimensions of size 1 ([B, 1, L, n]).
+    Some models flatten the input of a layer ([B·L, n]), others add dimensions ([B, 1, L, n], [B, H, W, n]). An example
+    may also have several rows of tokens, one after the other.
     """
+    x = _by_row(name, x, routed, counted, positions)
+    if len(x) == examples and x.ndim == 3:
+        return x
+    if x.shape[:-1].numel() % examples:
+        raise InputError(
+            f"{name}: gets rows of the shape {list(x.shape)} for {examples} examples, so its gradients cannot be "
+            "assigned to examples"
+        )
+    return x.reshape(examples, -1, x.shape[-1])
+
+
+def _by_row(name: str, x: Tensor, routed: Tensor | None, counted: Tensor | None, positions: Sequence[int]) -> Tensor:
+    """Return rows of a layer as [rows of tokens, L, n] if the model reads tokens, with zeros where none count."""
     if routed is not None:
         if len(positions) != 2:
             raise InputError(
@@ -49,9 +64,7 @@ def _by_example(
             x = x * counted.flatten()[routed, None]
         return _padded(x, routed, *positions)
     if len(positions) == 2 and tuple(x.shape[:-1]) != tuple(positions):
-        x = _unfolded(name, x, *positions)
-    elif x.ndim == 2:
-        return x.unsqueeze(1)  # no positions
+        x = _in_rows(name, x, *positions)
     if counted is None:
         return x
     if x.shape[:-1] != counted.shape:
@@ -61,7 +74,7 @@ def _by_example(
     return x * counted[..., None]
 
 
-def _unfolded(name: str, x: Tensor, examples: int, length: int) -> Tensor:
+def _in_rows(name: str, x: Tensor, examples: int, length: int) -> Tensor:
     """Return rows of a layer in another shape as [B, L, n], or as [B, any, n] if their number is not L."""
     seen, kept, flat = (
         [size for size in sizes if size != 1] for sizes in (x.shape[:-1], (examples, length), (examples * length,))
@@ -93,19 +106,22 @@ def _padded(x: Tensor, tokens: Tensor, examples: int, length: int) -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Turn off gradients of parameters and dropout inside the block; attention has only a first derivative there.
 
-    Restores all `requires_grad` flags, the training mode and the attention afterwards.
+    Restores all `requires_grad` flags, the training mode and the attention afterwards. torch's own transformer layers
+    take no short cut around their linear layers inside.
     """
-    was_training = model.training
+    was_training, shortcut = model.training, torch.backends.mha.get_fastpath_enabled()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with fast_attention(model):
             yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+        torch.backends.mha.set_fastpath_enabled(shortcut)
         model.train(was_training)
 
 
@@ -133,9 +149,11 @@ def watched_backward(
         The per-example losses [B], detached.
 
     Raises:
-        InputError: a layer is used twice, or its rows cannot be assigned to examples.
+        InputError: a layer is used twice, its input is overwritten, its rows cannot be assigned to examples, or
+            `losses` does not return one loss per example.
     """
     seen: set[str] = set()
+    examples = 0
     positions: list[int] = []  # B and L, to reshape the inputs of layers that get [B·L, n] or only some tokens
 
     def note(_module: nn.Module, _arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -147,19 +165,22 @@ def watched_backward(
         starts = not output.requires_grad
         if starts:
             output.requires_grad_(True)  # with frozen weights the graph starts at the first watched layer
-        output.register_hook(partial(tell, name, inputs[0].detach(), routed=_routed.get()))
+        h = inputs[0].detach()
+        output.register_hook(partial(tell, name, h, version=h._version, routed=_routed.get()))
         # Later code may write in place, which is not allowed for a leaf of the graph.
         return output.clone() if starts else None
 
-    def tell(name: str, h: Tensor, delta: Tensor, routed: Tensor | None = None) -> None:
+    def tell(name: str, h: Tensor, delta: Tensor, version: int | None = None, routed: Tensor | None = None) -> None:
         if name in seen:
             raise InputError(
                 f"{name}: is used more than once per pass, so its gradient is a sum over uses, which iprox does not "
                 "support; it scores models that use each linear layer once"
             )
         seen.add(name)
-        h, delta = (_by_example(name, x, routed, counted, positions) for x in (h, delta))
-        sink(name, h, delta)
+        if version is not None and h._version != version:
+            raise InputError(f"{name}: its input is overwritten later in the forward pass; use inplace=False there")
+        rows = as_rows(layers[name], h, delta)
+        sink(name, *(_by_example(name, x, examples, routed, counted, positions) for x in rows))
 
     with ExitStack() as stack:
         stack.enter_context(model.register_forward_pre_hook(note, with_kwargs=True))
@@ -171,5 +192,40 @@ def watched_backward(
                 stack.enter_context(layer.register_forward_hook(partial(watch, name)))
         with torch.enable_grad():
             per_example = losses()
+            if per_example.ndim != 1:
+                shape = list(per_example.shape)
+                raise InputError(f"the loss must be one number per example, [B], not {shape}; use reduction='none'")
+            examples = len(per_example)
             per_example.sum().backward()
     return per_example.detach()
+
+
+def check_examples_apart(model: nn.Module, layers: Mapping[str, nn.Module], losses: Callable[[], Tensor]) -> None:
+    """Refuse a model whose rows in some layer are not those of its examples in order, or whose examples interact.
+
+    The loss of the first example of a batch must have no gradient at the rows of the others. Costs one forward and one
+    backward pass.
+
+    Args:
+        model: model to run.
+        layers: layers to check, by name.
+        losses: function that runs the model on a batch and returns the losses of its examples [B].
+
+    Raises:
+        InputError: it has one; the message names the layer.
+    """
+
+    def of_first() -> Tensor:
+        every = losses()
+        return torch.cat([every[:1], every[1:] * 0]) if every.ndim == 1 else every
+
+    def sink(name: str, _h: Tensor, delta: Tensor) -> None:
+        if delta[1:].any():
+            raise InputError(
+                f"{name}: the loss of one example has a gradient at rows of others, so gradients cannot be assigned to "
+                "examples; the first dimension must be that of the batch (batch_first=True), and a loss must not "
+                "depend on other examples"
+            )
+
+    with frozen(model):
+        watched_backward(model, layers, of_first, sink)

@@ -108,7 +108,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[
     for name, layer in compressible_layers(model).items():
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, nn.Parameter)
-        yield f"{name}.weight", weight, (lambda x: x.mT) if isinstance(layer, Conv1D) else (lambda x: x)
+        yield f"{name}.weight", weight, (lambda x: x.mT) if isinstance(layer, Conv1D) else (lambda x: x.flatten(1))
         if isinstance(bias, nn.Parameter):
             yield f"{name}.bias", bias, lambda x: x
     for name, module in model.named_modules():

@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from iprox.data.batching import Batch
 from iprox.errors import InputError
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.layers import LowRankLinear, low_rank_layers
+from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import cast_parameters
 from iprox.progress import Advance
-from iprox.proxy.align_loss import Signals, alignment_loss, target_signals
+from iprox.proxy.align_loss import Losses, Signals, alignment_loss, target_signals
 from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import AlignmentHistory, AlignmentState, AlignmentStep
 from iprox.settings import AlignSection
@@ -32,9 +35,10 @@ PATIENCE = 2
 def align(
     proxy: nn.Module,
     target: nn.Module,
-    batches: Sequence[Batch],
+    batches: Sequence[Any],
     settings: AlignSection,
     *,
+    loss_fn: LossFn = causal_lm_losses,
     seed: int = 0,
     held_out: Callable[[], float] | None = None,
     store: SignalStore | None = None,
@@ -59,6 +63,7 @@ def align(
         target: model to match; unchanged. It may be on another device, or quantized.
         batches: alignment batches.
         settings: how to align; `batches` have been made by its `batch_size`.
+        loss_fn: per-example losses, for a model that is not a language model.
         seed: seed for the order of the batches, which is new in every epoch.
         held_out: function that returns the proxy's fidelity on examples outside `batches`.
         store: cache of the target's signals, so that the target runs once per batch; None runs it every time.
@@ -82,7 +87,7 @@ def align(
 
     def signals_of(index: int) -> Signals:
         def make() -> Signals:
-            return target_signals(target, layers, batches[index].to(there), settings)
+            return target_signals(target, layers, send_to_device(batches[index], there), settings, loss_fn)
 
         return (make() if store is None else store(index, make)).to(here)
 
@@ -106,13 +111,16 @@ def align(
             if step % RELEASE_EVERY == 0:
                 release_memory()
             rate = settings.learning_rate * schedule(step, steps)
-            batch = batches[index].to(here)
+            batch = send_to_device(batches[index], here)
+            signals = signals_of(index)
             try:
-                parts = _step(proxy, layers, batch, signals_of(index), settings, run.optimizer, rate, autocast)
+                with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
+                    losses = alignment_loss(proxy, layers, batch, signals, settings, loss_fn)
+                parts = _step(losses, run.optimizer, rate)
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step} (batch {index})") from None
             run.history.steps.append(AlignmentStep(step, *parts, rate))
-            run.history.tokens += int(batches[index].lengths.sum())
+            run.history.tokens += int(batch.lengths.sum()) if isinstance(batch, Batch) else 0
             if progress is not None:
                 progress(1)
             if step % every == 0 or step == steps:
@@ -134,19 +142,10 @@ def _order(count: int, steps: int, seed: int) -> Iterator[int]:
 
 
 def _step(
-    proxy: nn.Module,
-    layers: Mapping[str, LowRankLinear],
-    batch: Batch,
-    signals: Signals,
-    settings: AlignSection,
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    autocast: bool,
+    losses: Losses, optimizer: torch.optim.Optimizer, rate: float
 ) -> tuple[float, float | None, float, float | None]:
-    """Take one optimizer step on a batch and its signals; return the losses: total, gradient, KL, hidden."""
+    """Take one optimizer step; return the losses: total, gradient, KL, hidden."""
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=autocast):
-        losses = alignment_loss(proxy, layers, batch, signals, settings)
     if not torch.isfinite(losses.whole):
         raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
     losses.whole.backward()

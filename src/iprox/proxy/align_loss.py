@@ -9,7 +9,8 @@ factors of W = up·down as ∇_up = ∇_W downᵀ and ∇_down = upᵀ ∇_W. Th
     + hidden_weight · mean over decoder layers of the relative squared distance of their outputs,
 
 with d the cosine distance, ℓ the batch's mean per-example loss and sg the stop-gradient. Only the first part needs
-second derivatives.
+second derivatives. For a model that is not a language model, the relative squared distance of its outputs takes the
+place of the KL.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iprox.data.batching import Batch
+from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, decoder_layers
-from iprox.models.loss import causal_lm_logits, mean_by_row
+from iprox.models.loss import LossFn, causal_lm_logits, causal_lm_losses, mean_by_row
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
 from iprox.settings import AlignSection
@@ -41,7 +42,7 @@ class Signals:
 
     Attributes:
         gradients: ∇_W ℓ_target [m, n] by layer name.
-        logits: logits [N, V] that predict supervised tokens.
+        logits: logits [N, V] that predict supervised tokens, or the outputs of another model.
         hidden: output of each decoder layer [B, L, d]; empty if hidden states are not matched.
     """
 
@@ -78,6 +79,28 @@ def frobenius_distance(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square().sum() / y.square().sum().clamp(min=torch.finfo(y.dtype).tiny)
 
 
+def outputs_and_losses(model: nn.Module, batch: Any, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
+    """Return the outputs of a model to match, logits [N, V] for a language model, and the losses of its examples [B].
+
+    Raises:
+        InputError: the model returns neither a tensor nor `logits`.
+    """
+    if loss_fn is causal_lm_losses:
+        logits, targets, rows = causal_lm_logits(model, batch)
+        token_losses = F.cross_entropy(logits.to(accumulation_dtype(logits)), targets, reduction="none")
+        return logits, mean_by_row(token_losses, rows, batch.input_ids.shape[0])
+    returned: list[Any] = []
+    with model.register_forward_hook(lambda _module, _inputs, output: returned.append(output)):
+        losses = loss_fn(model, batch)
+    outputs = [getattr(each, "logits", each[0] if isinstance(each, tuple) else each) for each in returned]
+    if not outputs or not all(isinstance(each, Tensor) for each in outputs):
+        raise InputError(
+            f"align: {type(model).__name__} must be called by loss_fn and return a tensor, a tuple that starts with "
+            "one, or an object with logits; its outputs are what is matched"
+        )
+    return torch.cat([each.flatten() for each in outputs]), losses
+
+
 def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: float) -> Tensor:
     """Return τ² KL(target ‖ proxy) at temperature τ, per row of logits [N, V]: [N] in float32 or better."""
     dtype = accumulation_dtype(proxy_logits)
@@ -100,7 +123,7 @@ def gradient_distance(layers: Mapping[str, LowRankLinear], loss: Tensor, target:
         for name, (grad_up, grad_down) in seen.items():
             if name not in target:
                 continue  # an expert without tokens of this batch on the target
-            up, down = layers[name].up.weight, layers[name].down.weight
+            up, down = layers[name].factors
             G = target[name].to(up.dtype)
             distances.append(cosine_distance(grad_up, G @ down.mT) + cosine_distance(grad_down, up.mT @ G))
     if not distances:
@@ -113,7 +136,7 @@ def factor_gradients(layers: Mapping[str, LowRankLinear], loss: Tensor) -> dict[
     factors = [weight for layer in layers.values() for weight in (layer.up.weight, layer.down.weight)]
     gradients = torch.autograd.grad(loss, factors, create_graph=True, allow_unused=True)
     pairs = zip(layers, gradients[::2], gradients[1::2], strict=True)
-    return {name: (up, down) for name, up, down in pairs if up is not None and down is not None}
+    return {name: (up.flatten(1), down.flatten(1)) for name, up, down in pairs if up is not None and down is not None}
 
 
 def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) -> Tensor:
@@ -127,9 +150,10 @@ def hidden_distance(proxy: list[Tensor], target: list[Tensor], lengths: Tensor) 
 def alignment_loss(
     proxy: nn.Module,
     layers: Mapping[str, LowRankLinear],
-    batch: Batch,
+    batch: Any,
     signals: Signals,
     weights: AlignSection,
+    loss_fn: LossFn = causal_lm_losses,
 ) -> Losses:
     """Return the loss of one batch.
 
@@ -141,19 +165,22 @@ def alignment_loss(
         batch: batch on the proxy's device.
         signals: signals to match, on the proxy's device.
         weights: weights of the parts.
+        loss_fn: per-example losses, for a model that is not a language model.
     """
     kernel = sdpa_kernel(SDPBackend.MATH) if weights.gradient_weight else nullcontext()
     with kernel, layer_outputs(proxy, bool(signals.hidden)) as hidden:
-        logits, targets, rows = causal_lm_logits(proxy, batch)
-        logits = logits.to(accumulation_dtype(logits))
-        kl = kl_divergence(signals.logits, logits, TEMPERATURE).mean()
+        outputs, losses = outputs_and_losses(proxy, batch, loss_fn)
+        outputs = outputs.to(accumulation_dtype(outputs))
+        if loss_fn is causal_lm_losses:
+            kl = kl_divergence(signals.logits, outputs, TEMPERATURE).mean()
+        else:
+            kl = frobenius_distance(outputs, signals.logits.to(outputs.dtype))
         whole = weights.kl_weight * kl
         apart = hidden_distance(hidden, signals.hidden, batch.lengths) if signals.hidden else None
         if apart is not None:
             whole = whole + weights.hidden_weight * apart
         gradient = None
         if weights.gradient_weight:
-            losses = mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, batch.input_ids.shape[0])
             gradient = gradient_distance(layers, losses.mean(), signals.gradients)
             whole = whole + weights.gradient_weight * gradient
     return Losses(whole, gradient, kl, apart)
@@ -162,28 +189,28 @@ def alignment_loss(
 def target_signals(
     target: nn.Module,
     layers: Mapping[str, LowRankLinear],
-    batch: Batch,
+    batch: Any,
     weights: AlignSection,
+    loss_fn: LossFn = causal_lm_losses,
 ) -> Signals:
     """Return the signals to match on a batch; without a gradient weight there is no backward pass."""
     with layer_outputs(target, weights.hidden_weight > 0) as hidden:
         if not weights.gradient_weight:
             with frozen(target), torch.no_grad():
-                return Signals({}, causal_lm_logits(target, batch)[0], [state.detach() for state in hidden])
+                outputs, _ = outputs_and_losses(target, batch, loss_fn)
+                return Signals({}, outputs, [state.detach() for state in hidden])
         watched = {name: target.get_submodule(name) for name in layers}
         gradients: dict[str, Tensor] = {}
         kept: list[Tensor] = []
-        count = batch.input_ids.shape[0]
 
         def losses() -> Tensor:
-            logits, targets, rows = causal_lm_logits(target, batch)
-            kept.append(logits.detach())
-            logits = logits.to(accumulation_dtype(logits))
-            return mean_by_row(F.cross_entropy(logits, targets, reduction="none"), rows, count)
+            outputs, found = outputs_and_losses(target, batch, loss_fn)
+            kept.append(outputs.detach())
+            return found
 
         def sink(name: str, h: Tensor, delta: Tensor) -> None:
             rows = delta.reshape(-1, delta.shape[-1]).to(accumulation_dtype(delta))
-            gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / count
+            gradients[name] = rows.mT @ h.reshape(-1, h.shape[-1]).to(rows.dtype) / len(h)
 
         with frozen(target):
             watched_backward(target, watched, losses, sink)

@@ -41,16 +41,12 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _multiplied_out(layer: LowRankLinear, original: nn.Module) -> nn.Module:
-    """Return a dense layer of the original's kind with the weight up·down."""
-    up, down = layer.up.weight, layer.down.weight
+    """Return a dense layer of the original's kind, which it overwrites, with the weight up·down."""
+    up, down = layer.factors
     dtype = accumulation_dtype(up)
     weight = (up.to(dtype) @ down.to(dtype)).to(up.dtype)
-    if isinstance(original, Conv1D):
-        plain: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        weight = weight.mT.contiguous()
-    else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = nn.Parameter(weight)
+    weight = weight.mT.contiguous() if isinstance(original, Conv1D) else weight.reshape(original.weight.shape)  # pyright: ignore
+    original.weight = nn.Parameter(weight)
     if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach().clone())
-    return plain
+        original.bias = nn.Parameter(layer.bias.detach().clone())
+    return original

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
-from iprox.models.layers import LowRankLinear, compressible_layers, dense_weight, layer_bias
+from iprox.models.layers import compressible_layers, dense_weight, layer_bias, low_rank_like
 from iprox.models.loss import LossFn
 from iprox.proxy.factorizations import PROBED, FactorMethod, layer_spectrum
 from iprox.proxy.ipsvd import Ridge, Spectrum
@@ -186,9 +186,7 @@ def with_factors(
         rank = ranks[name]
         if rank is not None:
             up, down = spectra[name].factors(rank)
-            bias = layer_bias(layer)
-            replaced[id(layer)] = LowRankLinear.from_factors(
-                up, down, None if bias is None else bias.detach(), dense_weight(layer).dtype
-            )
+            replaced[id(layer)] = low_rank_like(layer, rank)
+            replaced[id(layer)].fill(up, down, layer_bias(layer))
     # deepcopy uses the memo's objects, so the replaced dense weights are never copied.
     return copy.deepcopy(model, memo=replaced)

@@ -9,7 +9,7 @@ from torch import nn
 
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.layers import compressible_layers, weight_shape
+from iprox.models.layers import CONVOLUTIONS, compressible_layers, weight_shape
 from iprox.proxy.ranks import LayerCost, least_cost, total_cost
 
 
@@ -59,8 +59,14 @@ def layer_costs(model: nn.Module, size: Size) -> dict[str, LayerCost]:
     """Return the costs of a model's compressible layers in the unit of a size; the model may be without weights.
 
     The price of a parameter is 1, or for FLOPs the share of tokens that use the layer.
+
+    Raises:
+        InputError: the size is in FLOPs, and a layer is a convolution, whose FLOPs depend on the size of its input.
     """
     layers = compressible_layers(model)
+    convolution = next((name for name, layer in layers.items() if isinstance(layer, CONVOLUTIONS)), None)
+    if size.flops is not None and convolution is not None:
+        raise InputError(f"{convolution} is a convolution, whose FLOPs depend on the size of its input; give sparsity=")
     shares = flops.layer_shares(model, layers) if size.flops is not None else {}
     return {name: LayerCost(weight_shape(layer), shares.get(name, 1.0)) for name, layer in layers.items()}
 
