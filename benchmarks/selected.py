@@ -39,6 +39,7 @@ def measure(
     losses: Callable[[nn.Module, Any], torch.Tensor],
     train: Callable[[nn.Module, Any, int], nn.Module],
     epochs: int,
+    warm: int = 3,
 ) -> Results:
     """Measure, for each model and seed, what the selection holds, the proxy's fidelity, and accuracies after training.
 
@@ -48,26 +49,36 @@ def measure(
         data: function of the seed that returns data sets "pool", "validation" and "test", and the kinds of the pool.
         losses: losses of a batch [B].
         train: function of a model, a data set and a number of passes over it.
-        epochs: passes over a selection; the warm-up takes three over the pool.
+        epochs: passes over a selection.
+        warm: passes over the pool before it is scored.
     """
     results = Results(arguments.output, settings_of(arguments), fresh=arguments.fresh)
     for name, make in models.items():
         for seed in range(arguments.seeds):
             entry = results(
-                name, lambda make=make, seed=seed: _measured(arguments, make, seed, data, losses, train, epochs), seed
+                name,
+                lambda make=make, seed=seed: _measured(arguments, make, seed, data, losses, train, epochs, warm),
+                seed,
             )
             print(name, seed, entry, flush=True)
     return results
 
 
 def _measured(
-    arguments: Namespace, make: Callable[[], nn.Module], seed: int, data: Any, losses: Any, train: Any, epochs: int
+    arguments: Namespace,
+    make: Callable[[], nn.Module],
+    seed: int,
+    data: Any,
+    losses: Any,
+    train: Any,
+    epochs: int,
+    warm: int,
 ) -> dict[str, Any]:
     torch.manual_seed(seed)
     sets, kinds = data(seed)
     pool, task = sets["pool"], {"task": sets["validation"]}
     start = make()
-    model = train(copy.deepcopy(start), pool, 3)
+    model = train(copy.deepcopy(start), pool, warm)
     proxy = iprox.compress(model, pool, sparsity=arguments.sparsity, loss_fn=losses, progress=False)
     scores = iprox.score(proxy, pool, task, target=model, loss_fn=losses, progress=False)
     chosen = iprox.select(scores, count=arguments.count)

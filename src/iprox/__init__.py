@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from iprox.audits import compare
     from iprox.errors import InputError
     from iprox.influence.index import GradientIndex
+    from iprox.models.preference import DpoLoss, RewardLoss
 
 __version__ = version("iprox")
 __all__ = [
+    "DpoLoss",
     "GradientIndex",
     "InputError",
+    "RewardLoss",
     "align",
     "attribute",
     "audit",
@@ -36,6 +39,7 @@ _HOMES = {
     "compare": "iprox.audits.comparison",
     "InputError": "iprox.errors",
     "GradientIndex": "iprox.influence.index",
+    **dict.fromkeys(("DpoLoss", "RewardLoss"), "iprox.models.preference"),
 }
 
 teach_transformers()

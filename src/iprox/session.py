@@ -19,12 +19,14 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, Pool
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
-from iprox.models.loading import load_config, load_model, load_tokenizer, skeleton
+from iprox.models.loading import checkpoint_fingerprint, load_config, load_model, load_tokenizer, skeleton
+from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import out_of_memory, resolve_device, resolve_dtype
+from iprox.models.preference import DpoLoss
 from iprox.models.saving import CHECKPOINTS
 from iprox.models.suitability import ModelLimits
 from iprox.progress import Reporter
-from iprox.settings import Settings
+from iprox.settings import DpoSection, Settings
 from iprox.tracking import Tracker
 
 # Smallest sample for moments, alignment and fidelity, if the pool is large enough.
@@ -48,6 +50,7 @@ class Session:
         trust_remote_code: whether a model's own code may run.
         chat_template: replacement for the tokenizer's own template.
         skip_refused: whether rows that the chat template refuses get no score rather than stop the run.
+        dpo: settings of the loss of preference pairs, if rows are pairs.
         num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this process.
         reporter: reporter for progress and warnings.
         tracker: tracker that numbers are logged to.
@@ -62,6 +65,7 @@ class Session:
     trust_remote_code: bool = False
     chat_template: str | None = None
     skip_refused: bool = False
+    dpo: DpoSection | None = None
     num_proc: int = 0
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=lambda: Tracker("none", Path(), {}))
@@ -101,6 +105,7 @@ class Session:
             trust_remote_code=settings.trust_remote_code,
             chat_template=data.chat_template,
             skip_refused=data.on_bad_row == "skip",
+            dpo=settings.dpo if settings.loss == "dpo" else None,
             reporter=reporter,
             **({} if data.num_proc is None else {"num_proc": data.num_proc}),
         )
@@ -177,6 +182,20 @@ class Session:
             load_model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code
         )
 
+    def loss_fn(self) -> LossFn:
+        """Return the losses that are scored; loads the reference model of preference pairs, if there is one."""
+        if self.dpo is None:
+            return causal_lm_losses
+        reference = None if self.dpo.reference is None else self.model(self.dpo.reference)
+        return DpoLoss(reference, self.dpo.beta)
+
+    def loss_identity(self) -> dict[str, Any]:
+        """Return what scores depend on if rows are pairs, for keys and metadata; {} if they are not."""
+        if self.dpo is None:
+            return {}
+        reference = self.dpo.reference and checkpoint_fingerprint(self.dpo.reference)
+        return {"loss": "dpo", "beta": self.dpo.beta, "reference": reference}
+
     def skeleton(self, path: str) -> PreTrainedModel:
         """Return a model without weights, to count costs; experts are split, so that they are counted."""
         return skeleton(path, trust_remote_code=self.trust_remote_code)
@@ -232,12 +251,13 @@ def share(total: int, fraction: float) -> int:
 
 def tokens_of(encoded: Sequence[Encoded]) -> tuple[int, int]:
     """Return the numbers of tokens and of supervised tokens of some examples."""
-    return sum(len(row.input_ids) for row in encoded), sum(row.supervised for row in encoded)
+    return sum(row.tokens for row in encoded), sum(row.supervised for row in encoded)
 
 
 def pool_of(files: str | list[str], settings: Settings, name: str = "pool") -> Pool:
     """Return a pool of files, read as the settings say."""
-    return Pool(files, name=name, on_bad_row=settings.data.on_bad_row, columns=settings.data.columns)
+    how = {"on_bad_row": settings.data.on_bad_row, "columns": settings.data.columns, "pairs": settings.loss == "dpo"}
+    return Pool(files, name=name, **how)
 
 
 def tasks_of(files: Mapping[str, str | list[str]], settings: Settings) -> dict[str, Pool]:

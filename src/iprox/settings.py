@@ -578,11 +578,26 @@ class FinetuneSection(TrainingSection):
     test: dict[str, Files] = setting({}, "test file or files per task, for losses and exact matches before and after")
 
 
+class DpoSection(Section):
+    """The loss of preference pairs."""
+
+    reference: str | None = setting(
+        None, "hub id or folder of the reference model", "each model that scores is its own, as where DPO starts"
+    )
+    beta: float = setting(0.1, "weight of the reference; without a `reference` it scales all scores alike", gt=0)
+
+
 class Settings(Section):
     """The settings of a command; each command reads some of the sections."""
 
     model: str | None = setting(None, "hub id or folder of a causal language model")
     output: str | None = setting(None, "folder for the results, made if missing")
+    loss: Literal["sft", "dpo"] = setting(
+        "sft",
+        "sft: tokens of answers; dpo: rows are preference pairs (chosen, rejected) scored by the loss of direct "
+        "preference optimization, and nothing is trained",
+    )
+    dpo: DpoSection = setting(DpoSection(), "the loss of preference pairs, for loss: dpo")
     data: ReadingSection = setting(ReadingSection(), "which examples are read, and how")
     warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
     proxy: ProxySection | Literal[False] = setting(
@@ -609,6 +624,31 @@ class Settings(Section):
     ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
     tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "tracker to log training curves to")
     trust_remote_code: bool = setting(False, "allow models to run their own code")
+
+    @model_validator(mode="after")
+    def _of_pairs(self) -> Settings:
+        if self.loss == "sft":
+            if "dpo" in self.model_fields_set and self.dpo.reference is not None:
+                raise ValueError("dpo.reference is for loss: dpo; set it, or leave the reference out")
+            return self
+        if not self.influence.traits.gradients or self.influence.traits.optimizer:
+            raise ValueError(
+                f"loss: dpo needs gradients, and influence.estimator {self.influence.estimator} does not fit"
+            )
+        trained = {
+            "warmup": self.warmup if "warmup" in self.model_fields_set else False,
+            "finetune": self.finetune,
+            "audit.lds": self.audit and self.audit.lds,
+            "audit.removal": self.audit and self.audit.removal,
+        }
+        for name, value in trained.items():
+            if value:
+                raise ValueError(
+                    f"loss: dpo scores pairs and trains nothing, so leave {name} out (train the selection with TRL's "
+                    "DPOTrainer)"
+                )
+        object.__setattr__(self, "warmup", False)
+        return self
 
 
 class Recipe(Settings):

@@ -19,6 +19,7 @@ from iprox.influence.job import Checkpoint, Job
 from iprox.models.layers import influence_layers
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import check_examples_apart
+from iprox.models.preference import PreferenceLoss
 from iprox.progress import Advance
 from iprox.scores import scores_table
 from iprox.settings import InfluenceSection
@@ -73,7 +74,8 @@ class Batches:
 
 def of_batches(examples: Any, loss_fn: LossFn) -> bool:
     """Return whether examples are read as batches, not as text: with a loss of one's own, or from a DataLoader."""
-    return loss_fn is not causal_lm_losses or isinstance(examples, DataLoader)
+    text = loss_fn is causal_lm_losses or isinstance(loss_fn, PreferenceLoss)
+    return not text or isinstance(examples, DataLoader)
 
 
 def score_batches(

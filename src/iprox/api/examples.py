@@ -12,7 +12,8 @@ from iprox.api.batches import Batches, of_batches
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
 from iprox.errors import InputError
 from iprox.models.loading import load_tokenizer
-from iprox.models.loss import LossFn
+from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.preference import PreferenceLoss
 from iprox.models.suitability import ModelLimits
 
 # A `datasets.Dataset` or a list of dicts in a format of docs/files.md; with a `loss_fn`, a torch data set or a
@@ -20,9 +21,14 @@ from iprox.models.suitability import ModelLimits
 Examples = Any
 
 
-def as_pool(examples: Examples, name: str) -> Pool:
-    """Return examples as a pool."""
-    return examples if isinstance(examples, Pool) else Pool(examples, name=name)
+def as_pool(examples: Examples, name: str, loss_fn: LossFn = causal_lm_losses) -> Pool:
+    """Return examples as a pool, of pairs if the loss is of pairs."""
+    return examples if isinstance(examples, Pool) else Pool(examples, name=name, pairs=of_pairs(loss_fn))
+
+
+def of_pairs(loss_fn: LossFn) -> bool:
+    """Return whether a loss is one of preference pairs."""
+    return isinstance(loss_fn, PreferenceLoss)
 
 
 def _tokenizer_of(name: str) -> PreTrainedTokenizerBase:
@@ -38,8 +44,14 @@ class Reader:
     """Turns examples into batches on the model's device."""
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, max_length: int, batch_tokens: int
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_length: int,
+        batch_tokens: int,
+        loss_fn: LossFn = causal_lm_losses,
     ) -> None:
+        self.loss_fn = loss_fn
         self.model, self.max_length, self.batch_tokens = model, max_length, batch_tokens
         self.device = next(model.parameters()).device
         self._tokenizer = tokenizer
@@ -59,12 +71,12 @@ class Reader:
 
     def encode(self, examples: Examples, name: str) -> list[Encoded]:
         """Check examples and return them as tokens."""
-        source = as_pool(examples, name)
+        source = as_pool(examples, name, self.loss_fn)
         source.scan()
         return self.encoder.encode(list(source))
 
-    def batches(self, examples: Examples, name: str, loss_fn: LossFn) -> Iterable[Any]:
+    def batches(self, examples: Examples, name: str) -> Iterable[Any]:
         """Return batches of the examples on the model's device; those of text are sorted by length."""
-        if of_batches(examples, loss_fn):
+        if of_batches(examples, self.loss_fn):
             return Batches(examples, name, self.device)
         return on_device(iter_batches(self.encode(examples, name), self.batch_tokens), self.device)

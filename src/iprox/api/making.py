@@ -23,6 +23,7 @@ from iprox.models.experts import experts_split
 from iprox.models.layers import compressible_layers
 from iprox.models.loading import check_belongs, load_model
 from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.preference import DpoLoss
 from iprox.progress import Reporter
 from iprox.proxy.align import align as align_factors
 from iprox.proxy.align_state import AlignmentHistory
@@ -90,8 +91,8 @@ def compress(
         else:
             assert how.method is not None
             factors = FactorSettings(how.method, how.ranks, seed=seed)
-            reader = Reader(model, tokenizer, max_length, batch_tokens)
-            batches = reader.batches(probe_examples, "probe_examples", loss_fn) if how.method in PROBED else []
+            reader = Reader(model, tokenizer, max_length, batch_tokens, loss_fn)
+            batches = reader.batches(probe_examples, "probe_examples") if how.method in PROBED else []
             with Reporter(quiet=not progress).bar("compress", len(compressible_layers(model)), "layers") as advance:
                 proxy, _ = derive_proxy(
                     model, batches, Size(how.sparsity, how.flops), factors, loss_fn=loss_fn, progress=advance
@@ -146,7 +147,7 @@ def align(
     how = chosen(AlignSection, align, settings, _OF_ALIGNMENT)
     if validation is not None:
         check_tasks(validation)
-    reader = Reader(model, tokenizer, max_length, batch_tokens=0)
+    reader = Reader(model, tokenizer, max_length, 0, loss_fn)
     if of_batches(data, loss_fn):
         if held_out is not None or (loss_fn is not causal_lm_losses and how.hidden_weight):
             raise InputError("align: held_out= and hidden_weight= need the examples of a language model")
@@ -155,6 +156,8 @@ def align(
     else:
         batches = list(on_device(example_batches(reader.encode(data, "data"), how.batch_size), reader.device))
     with experts_split(model):
+        if isinstance(loss_fn, DpoLoss):
+            loss_fn = causal_lm_losses  # the logits of both answers are matched
         if isinstance(proxy, PreTrainedModel):
             check_belongs(proxy, "proxy", model, "model")
         watched = None

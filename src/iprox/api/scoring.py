@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from iprox.api.arguments import check_model, check_tasks, chosen, takes
 from iprox.api.batches import Batches, of_batches, score_batches
-from iprox.api.examples import Examples, Reader, as_pool
+from iprox.api.examples import Examples, Reader, as_pool, of_pairs
 from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.attribution import attribute as attribute_tokens
@@ -62,7 +62,8 @@ def score(
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
         batch_tokens: largest rows × longest row of a batch.
-        loss_fn: (model, batch) -> losses [B], for models other than language models.
+        loss_fn: (model, batch) -> losses [B], for models other than language models; or `iprox.DpoLoss` or
+            `iprox.RewardLoss`, for rows with `chosen` and `rejected`.
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
         progress: whether to show progress on standard error.
         **settings: settings of `influence` in a recipe.
@@ -85,7 +86,7 @@ def score(
         source: Any = Batches(pool, "pool", next(models[0].parameters()).device)
         rows, unit = source.count, "batches"
     else:
-        source = as_pool(pool, "pool")
+        source = as_pool(pool, "pool", loss_fn)
         rows, unit = source.scan().rows, "rows"
     common = {"seed": seed, "batch_tokens": batch_tokens, "loss_fn": loss_fn}
     with (
@@ -94,9 +95,10 @@ def score(
     ):
         _check_target(models[0], target)
         made_by = {"estimator": how.estimator, "normalize": how.normalize}
+        made_by |= {"loss": type(loss_fn).__name__} if of_pairs(loss_fn) else {}
         if isinstance(source, Batches):
             return score_batches(how, checkpoints, source, validation, curvature_sample, made_by, advance, common)
-        reader = Reader(models[0], tokenizer, max_length, batch_tokens)
+        reader = Reader(models[0], tokenizer, max_length, batch_tokens, loss_fn)
         encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
         curved = None
         if how.traits.curvature and curvature_sample is not None:

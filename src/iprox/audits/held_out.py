@@ -151,7 +151,7 @@ class HeldOutFidelity:
 
     def _scores(self, scorer: Scorer, on: str) -> np.ndarray:
         """Return the scores of the held-out rows [rows, tasks]."""
-        self._contraction[on] = scorer.spent_flops([len(row.input_ids) for row in self.rows])
+        self._contraction[on] = scorer.spent_flops([row.tokens for row in self.rows])
 
         def scores(batch_tokens: int) -> np.ndarray:
             found = np.empty((len(self.rows), scorer.columns))
@@ -159,12 +159,12 @@ class HeldOutFidelity:
                 found[batch.indices] = scorer(batch)[0].cpu().numpy()
             return found
 
-        return fitting(scores, self.job.batch_tokens, max(len(row.input_ids) for row in self.rows))[0]
+        return fitting(scores, self.job.batch_tokens, max(row.longest for row in self.rows))[0]
 
     @property
     def cost(self) -> Watching:
         """What watching costs, as the last proxy looked at was scored."""
-        lengths, supervised = zip(*((len(row.input_ids), row.supervised) for row in self.rows), strict=True)
+        lengths, supervised = zip(*((row.tokens, row.supervised) for row in self.rows), strict=True)
         read = (self.job.estimator, self.job.read, sum(lengths), sum(supervised))
         return Watching(*read, self._contraction, self.query_on_target)
 

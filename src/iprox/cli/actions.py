@@ -266,6 +266,10 @@ def index(request: Request) -> dict[str, Any]:
     settings, inputs = request.settings, request.inputs
     assert settings.model
     influence = InfluenceSection(estimator=inputs["estimator"])
+    if settings.loss != "sft":
+        raise InputError(
+            f"an index holds gradients of answers (loss: sft), not of loss: {settings.loss}; use iprox score"
+        )
     session, pool, warmed = _session(request, settings), pool_of(settings.data.pool, settings), None
     if influence.traits.optimizer:
         target = query_target(settings.model, inputs["target"], influence, session)
@@ -290,6 +294,10 @@ def query(request: Request) -> dict[str, Any]:
     """Score a pool with its index."""
     settings, inputs = request.settings, request.inputs
     indexes = [GradientIndex.open(folder) for folder in inputs["index"]]
+    if settings.loss != "sft":
+        raise InputError(
+            f"an index holds gradients of answers (loss: sft), not of loss: {settings.loss}; use iprox score"
+        )
     about = [each.description for each in indexes]
     models = inputs["model"] or [each["model"] for each in about]
     if len(models) != len(indexes):
@@ -418,10 +426,12 @@ def _check_lora(settings: Settings, lora: Any) -> None:
 
 
 def _columns_as_scored(settings: Settings, scores: Path) -> None:
-    """Use the column names that the pool was scored with, unless the command names columns."""
+    """Use the column names that the pool was scored with, unless the command names columns, and read pairs as pairs."""
+    made: Any = scores_metadata(read_scores_schema(scores))
     if not settings.data.columns:
-        made: Any = scores_metadata(read_scores_schema(scores))
         settings.data.columns = made.get("columns", {})
+    if "loss" in made:
+        settings.loss = made["loss"]
 
 
 def _as_scored(settings: Settings, scores: Path) -> None:
@@ -439,6 +449,10 @@ def _as_scored(settings: Settings, scores: Path) -> None:
             "iprox score, query or run has written"
         )
     _columns_as_scored(settings, scores)
+    if settings.loss == "dpo":
+        settings.dpo.beta = made.get("beta", settings.dpo.beta)
+        if made.get("reference") and settings.dpo.reference is None:
+            raise InputError(f"{scores}: was scored against a reference model; give it: --set dpo.reference=MODEL")
     if "max_length" not in settings.data.model_fields_set and "max_length" in made:
         settings.data.max_length = made["max_length"]
     if "seed" not in settings.model_fields_set and "seed" in made:

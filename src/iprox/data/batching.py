@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,41 +20,48 @@ class Batch:
         input_ids: int64 [B, L], padded with token 0.
         labels: int64 [B, L], -100 where there is no loss; not shifted.
         lengths: int64 [B], tokens of each row without padding.
-        indices: position of each row in the caller's list. Rows beyond these are copies that only fill the batch.
+        indices: position of each example in the caller's list. Rows beyond these are copies that only fill the batch.
+        paired: whether every two rows are a preference pair: the chosen answer, then the rejected one.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     lengths: torch.Tensor
     indices: list[int]
+    paired: bool = False
+
+    @property
+    def rows_each(self) -> int:
+        """Rows per example."""
+        return 2 if self.paired else 1
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same batch with its tensors on another device."""
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.lengths.to(device), self.indices)
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "labels", "lengths")}
+        return replace(self, **moved)
+
+    def part(self, start: int, stop: int | None = None) -> Batch:
+        """Return the examples from `start` to before `stop`, without columns that hold only padding."""
+        rows = slice(start * self.rows_each, None if stop is None else stop * self.rows_each)
+        width = int(self.lengths[rows].max())
+        input_ids, labels = self.input_ids[rows, :width], self.labels[rows, :width]
+        return Batch(input_ids, labels, self.lengths[rows], self.indices[start:stop], self.paired)
 
     def halves(self) -> tuple[Batch, Batch]:
-        """Return the first and second half of the rows (at least two), without columns that hold only padding."""
+        """Return the first and second half of the examples (at least two)."""
         middle = len(self.indices) // 2
-        first, second = (
-            Batch(
-                self.input_ids[rows, : int(self.lengths[rows].max())],
-                self.labels[rows, : int(self.lengths[rows].max())],
-                self.lengths[rows],
-                self.indices[rows],
-            )
-            for rows in (slice(middle), slice(middle, None))
-        )
-        return first, second
+        return self.part(0, middle), self.part(middle)
 
-    def filled(self, rows: int) -> Batch:
-        """Return the batch filled up to a number of rows with copies of its first row; `indices` stay the same."""
-        if rows == len(self.indices):
+    def filled(self, examples: int) -> Batch:
+        """Return the batch filled up to a number of examples with copies of the first one; `indices` stay the same."""
+        lacking = examples - len(self.indices)
+        if lacking == 0:
             return self
-        index = [*range(len(self.indices)), *[0] * (rows - len(self.indices))]
-        return Batch(self.input_ids[index], self.labels[index], self.lengths[index], self.indices)
+        index = [*range(len(self.lengths)), *[*range(self.rows_each)] * lacking]
+        return replace(self, input_ids=self.input_ids[index], labels=self.labels[index], lengths=self.lengths[index])
 
 
-def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+def token_budget_batches(lengths: Sequence[int], batch_tokens: int, rows_each: int = 1) -> list[list[int]]:
     """Group positions by length so that each padded batch holds at most `batch_tokens` tokens.
 
     Every position is in exactly one batch; an example that is longer than the budget has a batch of its own. The
@@ -70,7 +77,7 @@ def token_budget_batches(lengths: Sequence[int], batch_tokens: int) -> list[list
     batches: list[list[int]] = []
     start = 0
     while start < len(order):
-        rows = max(1, batch_tokens // padded_width(int(sizes[order[start]])))
+        rows = max(1, batch_tokens // (rows_each * padded_width(int(sizes[order[start]]))))
         batches.append(order[start : start + rows])
         start += rows
     return batches
@@ -88,11 +95,11 @@ def padded_width(length: int) -> int:
 
 
 def collate(encoded: Sequence[Encoded], indices: Sequence[int], *, width: int | None = None) -> Batch:
-    """Pad the rows `indices` of a list of examples on the right to one batch, to a width or to the longest row.
+    """Pad the examples `indices` of a list on the right to one batch, to a width or to the longest row.
 
     The padding is token 0. Any token does: attention is causal, and padding is on the right.
     """
-    rows = [encoded[index] for index in indices]
+    rows = [row for index in indices for row in encoded[index].rows]
     lengths = [len(row.input_ids) for row in rows]
     shape = (len(rows), max(lengths, default=0) if width is None else width)
     input_ids = np.zeros(shape, dtype=np.int64)
@@ -105,6 +112,7 @@ def collate(encoded: Sequence[Encoded], indices: Sequence[int], *, width: int | 
         torch.from_numpy(labels),
         torch.tensor(lengths, dtype=torch.int64),
         list(indices),
+        paired=len(rows) > len(indices),
     )
 
 
@@ -116,9 +124,10 @@ def iter_batches(encoded: Sequence[Encoded], batch_tokens: int) -> Iterator[Batc
         batch_tokens: largest rows × padded width of a batch.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
-    for batch in token_budget_batches([len(encoded[index].input_ids) for index in kept], batch_tokens):
+    rows_each = max((len(encoded[index].rows) for index in kept), default=1)
+    for batch in token_budget_batches([encoded[index].longest for index in kept], batch_tokens, rows_each):
         indices = [kept[position] for position in batch]
-        longest = max(len(encoded[index].input_ids) for index in indices)
+        longest = max(encoded[index].longest for index in indices)
         yield collate(encoded, indices, width=padded_width(longest))
 
 
@@ -128,12 +137,13 @@ def example_batches(encoded: Sequence[Encoded], batch_size: int, *, batch_tokens
     Batches of long examples are smaller if `batch_tokens` limits their rows × longest row.
     """
     kept = [index for index, row in enumerate(encoded) if row.supervised]
-    kept.sort(key=lambda index: -len(encoded[index].input_ids))
+    kept.sort(key=lambda index: -encoded[index].longest)
     start = 0
     while start < len(kept):
         size = batch_size
         if batch_tokens is not None:
-            size = min(size, max(1, batch_tokens // len(encoded[kept[start]].input_ids)))
+            first = encoded[kept[start]]
+            size = min(size, max(1, batch_tokens // (len(first.rows) * first.longest)))
         yield collate(encoded, kept[start : start + size])
         start += size
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,9 +93,12 @@ class ChatEncoder:
             InputError: there are messages but no chat template, the template refuses a row or its turns cannot be
                 located (unless such rows are skipped), or there is plain text but no EOS token.
         """
+        rows = [row for example in examples for row in example.rows]
         # Chunks limit the memory of the tokenizer's own results, which are far larger than ours.
-        chunks = (examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK))
-        return [row for chunk in chunks for row in self._encode_chunk(chunk)]
+        chunks = (rows[start : start + _CHUNK] for start in range(0, len(rows), _CHUNK))
+        encoded = (row for chunk in chunks for row in self._encode_chunk(chunk))
+        firsts = ((example, next(encoded)) for example in examples)
+        return [row if example.rejected is None else replace(row, rejected=next(encoded)) for example, row in firsts]
 
     def _encode_chunk(self, examples: Sequence[Example]) -> list[Encoded]:
         chats = [example for example in examples if example.messages is not None]
@@ -200,6 +204,8 @@ class ChatEncoder:
             prompt_ids = self._apply(prompts, named, tokenize=True, return_dict=True, add_generation_prompt=True)
             for index, prompt in zip(with_prompt, prompt_ids["input_ids"], strict=True):
                 ids, mask = rows[index]
+                if examples[index].paired:
+                    mask[:] = True  # DPO's loss is over all that follows the prompt
                 mask[: _common_prefix(np.asarray(prompt, dtype=np.int32), ids)] = False
         return rows
 

@@ -7,7 +7,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -54,6 +54,8 @@ COLUMNS = (
 """All columns that are read."""
 REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
 """Columns that are not read. A row may be refused because of one, unless the user leaves the column unread."""
+PAIR = ("chosen", "rejected")
+"""The columns of a preference pair."""
 # Optional columns of a format.
 _OPTIONAL: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
@@ -78,6 +80,8 @@ class Example:
         supervised_from: index of the first message that may be supervised.
         rendering: variables for the chat template besides the messages, such as `tools`.
         masked: positions of assistant messages that do not count in the loss.
+        rejected: the same prompt with the answer that is not preferred, of a preference pair.
+        paired: whether it is one of a pair.
     """
 
     id: str
@@ -92,6 +96,13 @@ class Example:
     supervised_from: int = 0
     rendering: Mapping[str, Any] = field(default_factory=dict)
     masked: frozenset[int] = frozenset()
+    rejected: Example | None = None
+    paired: bool = False
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """The example itself, and the rejected answer of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def turns(self) -> list[Message]:
@@ -233,6 +244,61 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
     )
 
 
+def to_pair(data: Any, **place: Any) -> Example:
+    """Read a preference row: an answer `chosen` over another, `rejected`, in the formats of TRL's DPO.
+
+    Without a `prompt`, the turns or the text that both start with are the prompt, as in TRL. So they are where `prompt`
+    is text that repeats a turn of the conversations.
+
+    Args:
+        data: row as read from the file.
+        **place: as for `to_example`.
+
+    Raises:
+        BadRowError: an answer is missing or malformed, or masks a turn.
+    """
+    if not isinstance(data, Mapping) or any(key not in data for key in PAIR):
+        raise BadRowError(
+            f"no preference pair: loss: dpo reads {' and '.join(PAIR)}, with or without a prompt"
+            + (f"; it has {', '.join(repr(str(key)) for key in list(data)[:12])}" if isinstance(data, Mapping) else "")
+        )
+    whole = [data[key] for key in PAIR]
+    turns = all(isinstance(each, Sequence) and not isinstance(each, str) for each in whole)
+    prompt = data.get("prompt")
+    if is_blank(prompt) or (turns and isinstance(prompt, str)):
+        if not turns and not all(isinstance(each, str) for each in whole):
+            raise BadRowError("chosen and rejected must both be text, or both lists of turns")
+        shared = _shared(*whole)
+        if not shared:
+            raise BadRowError("chosen and rejected start differently, so there is no prompt; give one in `prompt`")
+        said = [turn.get("content") for turn in whole[0][:shared] if isinstance(turn, Mapping)]
+        if not is_blank(prompt) and prompt not in said:
+            raise BadRowError("prompt is text, and no turn that chosen and rejected share; give it as a list of turns")
+        prompt, whole = whole[0][:shared], [each[shared:] for each in whole]
+    others = {
+        key: value for key, value in data.items() if key not in (*PAIR, *{key for keys in FORMATS for key in keys})
+    }
+    found = []
+    for key, answer in zip(PAIR, whole, strict=True):
+        try:
+            found.append(to_example({**others, "prompt": prompt, "completion": answer}, **place))
+        except BadRowError as error:
+            raise BadRowError(f"{key}: {error}") from None
+        if any(index >= found[-1].supervised_from for index in found[-1].masked):
+            raise BadRowError(f"{key} has a masked turn, and the loss of a pair is over whole answers; remove the row")
+    chosen, rejected = (replace(each, paired=True, masked=frozenset()) for each in found)
+    return replace(chosen, rejected=rejected)
+
+
+def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """Return how many turns, or characters, two answers share at their start; the space before an answer is its own."""
+    pairs = zip(chosen, rejected, strict=False)
+    count = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
+    if count is None:
+        raise BadRowError("chosen and rejected are the same, or one is the start of the other; remove the row")
+    return count - 1 if count and chosen[count - 1] == " " else count
+
+
 def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
     """Return the format of a row, one of `FORMATS`.
 
@@ -257,7 +323,10 @@ def _format_of(data: Mapping[Any, Any]) -> tuple[str, ...]:
         return there[0]  # its reader reports that it is empty
     named = ", ".join(repr(str(key)) for key in list(data)[:12]) or "no keys"
     if "chosen" in data and "rejected" in data:
-        hint = "to read the preferred answers: --set data.columns.completion=chosen with a prompt, or messages=chosen"
+        hint = (
+            "to score preference pairs: --set loss=dpo; to read the preferred answers alone: --set "
+            "data.columns.completion=chosen with a prompt, or messages=chosen"
+        )
     else:
         hint = "name your columns in data.columns, or with --set data.columns.output=response"
     raise BadRowError(f"no known format: it has {named}; known are {KNOWN_FORMATS} ({hint})")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from iprox.data.formats import Columns, Example, to_example
+from iprox.data.formats import Columns, Example, to_example, to_pair
 from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.messages import BadRowError
 from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
@@ -66,6 +66,7 @@ class Pool:
         name: purpose of the examples, for messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
         columns: name in the files by known name (see `iprox.data.formats.Columns`).
+        pairs: whether rows are preference pairs (see `iprox.data.formats.to_pair`).
 
     Raises:
         InputError: a file is missing or of an unknown kind, or an argument is bad.
@@ -78,12 +79,14 @@ class Pool:
         name: str = "pool",
         on_bad_row: str = "stop",
         columns: Mapping[str, str | None] | None = None,
+        pairs: bool = False,
     ) -> None:
         if on_bad_row not in ("stop", "skip"):
             raise InputError(f"{name}: on_bad_row must be 'stop' or 'skip', not {on_bad_row!r}")
         self.name = name
         self.on_bad_row = on_bad_row
         self.columns = Columns(columns)
+        self.pairs = pairs
         self._readers = _open(patterns, name)
         self._summary: PoolSummary | None = None
 
@@ -123,6 +126,8 @@ class Pool:
         digest = hashlib.blake2b(digest_size=16)
         if self.columns.named:  # the same files with other columns are a different pool
             digest.update(json.dumps(self.columns.named, sort_keys=True).encode() + b"\n")
+        if self.pairs:
+            digest.update(b"pairs\n")
         for reader in self._readers:
             if reader.path is not None:
                 hash_file(digest, reader.path)
@@ -222,7 +227,8 @@ class Pool:
                         raise BadRowError(record.error)
                     default_id = f"{reader.stem}-{record.row:08d}"  # matches `GENERATED_ID`
                     data = self.columns.read(record.data)
-                    example = to_example(data, row=row, origin=origin, default_id=default_id)
+                    read = to_pair if self.pairs else to_example
+                    example = read(data, row=row, origin=origin, default_id=default_id)
                 except BadRowError as error:
                     if on_bad is not None:
                         on_bad(origin, str(error))

@@ -37,16 +37,37 @@ class Encoded:
         input_ids: int32 [L].
         labels: int32 [L], the token id where it is supervised and -100 elsewhere; not shifted.
         truncated: whether tokens were cut to fit the longest length.
+        rejected: the same prompt with the answer that is not preferred, of a preference pair.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
     truncated: bool
+    rejected: Encoded | None = None
+
+    @property
+    def rows(self) -> tuple[Encoded, ...]:
+        """The rows that a batch holds of the example: itself, and the rejected answer of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all rows."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest row."""
+        return max(len(row.input_ids) for row in self.rows)
 
     @property
     def supervised(self) -> int:
-        """Number of tokens with a loss. Position 0 has none, as no token comes before it to predict it."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORE))
+        """Number of tokens with a loss; 0 for a pair of which one answer has none.
+
+        Position 0 of a row has none, as no token comes before it to predict it.
+        """
+        counts = [int(np.count_nonzero(row.labels[1:] != IGNORE)) for row in self.rows]
+        return sum(counts) if all(counts) else 0
 
 
 def fit(ids: np.ndarray, labels: np.ndarray, max_length: int) -> Encoded:

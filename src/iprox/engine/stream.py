@@ -63,7 +63,7 @@ class ScoringStats:
         return cls(
             rows=len(encoded),
             unscored=sum(example.supervised == 0 for example in encoded),
-            tokens=sum(len(example.input_ids) for example in encoded),
+            tokens=sum(example.tokens for example in encoded),
             supervised=sum(example.supervised for example in encoded),
             truncated=sum(example.truncated for example in encoded),
         )
@@ -161,7 +161,8 @@ class WindowWorker:
                 rows = len(part.indices)
                 fits = rows == 1 or part.input_ids.numel() <= self.batch_tokens  # which may be smaller by now
                 if fits:
-                    filled = part.filled(filled_rows(rows, self.batch_tokens // part.input_ids.shape[1]))
+                    full = self.batch_tokens // (part.rows_each * part.input_ids.shape[1])
+                    filled = part.filled(filled_rows(rows, full))
                     try:
                         numbers[part.indices] = self.rows(filled)[0][:rows].cpu().numpy()
                     except (MemoryError, RuntimeError) as error:

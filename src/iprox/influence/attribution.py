@@ -25,8 +25,16 @@ from iprox.settings import InfluenceSection
 Terms = list[np.ndarray | None]
 
 
-def why_not_attributed(settings: InfluenceSection, model: nn.Module) -> str | None:
-    """Return why scores with these settings on this model are not sums over tokens; None if they are."""
+def why_not_attributed(settings: InfluenceSection, model: nn.Module, *, pairs: bool = False) -> str | None:
+    """Return why scores with these settings on this model are not sums over tokens; None if they are.
+
+    Args:
+        settings: how they were scored.
+        model: model that they were scored on.
+        pairs: whether the rows are preference pairs.
+    """
+    if pairs:
+        return "a preference pair has the tokens of two answers"
     if not settings.traits.gradients:
         return f"{settings.estimator} uses no gradients"
     if not settings.traits.by_token:
@@ -51,7 +59,7 @@ def attribute(
     """
     assert job.encoder is not None
     encoded = job.encoder.encode(examples)
-    longest = max((len(row.input_ids) for row in encoded), default=1)
+    longest = max((row.longest for row in encoded), default=1)
     total: Terms = [None] * len(examples)
     spent = 0.0
     for number, rate in enumerate(job.learning_rates):

@@ -123,7 +123,7 @@ class GradientProjector:
             {
                 "id": pa.array([example.id for example in window], pa.string()),
                 "source": pa.array([example.source for example in window], pa.string()),
-                "tokens": pa.array([len(example.input_ids) for example in encoded], pa.int32()),
+                "tokens": pa.array([example.tokens for example in encoded], pa.int32()),
                 SUPERVISED: pa.array([example.supervised for example in encoded], pa.int32()),
                 "norm": pa.array(norms, pa.float32(), mask=unscored),
                 "gradient": pa.FixedSizeListArray.from_arrays(

@@ -207,7 +207,7 @@ class Job:
 
         if self.encoder is None:
             return from_batches(self.batch_tokens), self.batch_tokens
-        least = max((len(row.input_ids) for rows in self.validation.values() for row in rows), default=1)
+        least = max((row.longest for rows in self.validation.values() for row in rows), default=1)
         return fitting(from_batches, self.batch_tokens, least)
 
     def scorer(self, number: int = 0) -> tuple[Scorer, int]:

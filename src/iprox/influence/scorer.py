@@ -118,7 +118,7 @@ class Scorer(ABC):
         return scores_table(
             [example.id for example in window],
             [example.source for example in window],
-            [len(example.input_ids) for example in encoded],
+            [example.tokens for example in encoded],
             self.of_tasks(numbers),
             self.tasks,
             examples=np.split(numbers, np.cumsum(self.widths)[:-1], axis=1) if self.by_example else (),

@@ -74,7 +74,7 @@ def read_sample(
                     batch = sampled_labels(model, batch, generator)
                 counted = counted_tokens(batch)
                 read.tokens += int(counted.sum())
-                if settings.balanced:
+                if settings.balanced and not batch.paired:  # a pair's loss has sums over tokens, not means
                     fed = _scaled(sink, (batch.labels[:, 1:] != -100).sum(1).sqrt())
             losses = watched_backward(model, layers, lambda batch=batch: loss_fn(model, batch), fed, counted)
             read.examples += len(losses)

@@ -29,7 +29,7 @@ def examples_with_loss(batch: Any, losses: Tensor) -> Tensor:
         losses: losses of its examples [B].
     """
     if isinstance(batch, Batch):
-        return (batch.labels[:, 1:] != -100).any(1)
+        return (batch.labels[:, 1:] != -100).any(1).view(len(losses), -1).all(1)
     return torch.ones_like(losses, dtype=torch.bool)
 
 

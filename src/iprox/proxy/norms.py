@@ -132,9 +132,5 @@ def _parts(batch: Any) -> list[Any]:
     """Return a batch of token rows in parts of at most `AT_ONCE` tokens, and any other batch unchanged."""
     if not isinstance(batch, Batch):
         return [batch]
-    rows = max(1, AT_ONCE // batch.input_ids.shape[1])
-    parts = []
-    for start in range(0, len(batch.indices), rows):
-        some = slice(start, start + rows)
-        parts.append(Batch(batch.input_ids[some], batch.labels[some], batch.lengths[some], batch.indices[some]))
-    return parts
+    examples = max(1, AT_ONCE // (batch.rows_each * batch.input_ids.shape[1]))
+    return [batch.part(start, start + examples) for start in range(0, len(batch.indices), examples)]

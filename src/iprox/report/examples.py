@@ -96,9 +96,15 @@ def roles_and_texts(example: Example) -> list[tuple[str, str]]:
     if example.messages is not None:
         tools = [json.dumps(tool, ensure_ascii=False) for tool in example.rendering.get("tools", ())]
         listed = [("tools", "\n".join(tools))] if tools else []
-        return [*listed, *(part for message in example.messages for part in said(message))]
-    parts = (("prompt", example.prompt), ("completion", example.completion), ("text", example.text))
-    return [(role, text) for role, text in parts if text is not None]
+        found = [*listed, *(part for message in example.messages for part in said(message))]
+    else:
+        parts = (("prompt", example.prompt), ("completion", example.completion), ("text", example.text))
+        found = [(role, text) for role, text in parts if text is not None]
+    if (other := example.rejected) is not None:
+        answer = (other.messages or ())[other.supervised_from :]
+        found += [(f"rejected {role}", text) for message in answer for role, text in said(message)]
+        found += [] if other.completion is None else [("rejected", other.completion)]
+    return found
 
 
 def fetch_examples(run: FinishedRun, pool: Pool | None, rows: Sequence[int]) -> tuple[dict[int, Example], str | None]:
@@ -113,7 +119,8 @@ def fetch_examples(run: FinishedRun, pool: Pool | None, rows: Sequence[int]) -> 
             if not inputs.get("files"):
                 return {}, "The page shows no texts of rows, because run.json does not name the files of the pool."
             # Row numbers count good rows, so rows that the run skipped are skipped here too.
-            pool = Pool(inputs["files"], on_bad_row="skip", columns=inputs.get("columns"))
+            pairs = inputs.get("pairs", False)
+            pool = Pool(inputs["files"], on_bad_row="skip", columns=inputs.get("columns"), pairs=pairs)
         examples = {example.row: example for example in pool.take(rows)}
     except (InputError, OSError) as error:
         return {}, f"The page shows no texts of rows, because the pool cannot be read: {error}"

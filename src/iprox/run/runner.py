@@ -140,7 +140,8 @@ class Run:
         left = {task: source.scan().rows for task, source in sources.items() if source.scan().bad_rows}
         bad_rows = [data.on_bad_row, sorted(left.items(), key=str)] if left else "stop"
         identity, dtype = self.record["identity"], self.record["dtype"]
-        return [identity, dtype, self.settings.seed, data.max_length, self.template, bad_rows]
+        common = [identity, dtype, self.settings.seed, data.max_length, self.template, bad_rows]
+        return [*common, loss] if (loss := self.session.loss_identity()) else common
 
     def draw(self, name: str, count: int) -> list[int]:
         """Draw a seeded sample of rows that no earlier stage has drawn; in a small pool, warn that samples overlap."""

@@ -383,7 +383,7 @@ def _attribute(run: Run) -> None:
 
     settings = run.settings.influence
     on = skeleton(run.scored[0].read_by[0], trust_remote_code=run.settings.trust_remote_code)
-    why = why_not_attributed(settings, on)
+    why = why_not_attributed(settings, on, pairs=run.pool.pairs)
     if why is not None:
         run.record["unattributed"] = why
         run.session.reporter.say(f"the report does not shade tokens: {why}")

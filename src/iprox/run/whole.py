@@ -114,6 +114,7 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
         "pool": {
             "files": list(summary.files),
             "columns": recipe.data.columns,
+            "pairs": pool.pairs,
             "rows": summary.rows,
             "fingerprint": summary.fingerprint,
         },

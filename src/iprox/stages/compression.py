@@ -138,7 +138,8 @@ def _search(
             layers = len(flops.compressible_layers(target))
             progress = stack.enter_context(session.reporter.bar("compress", layers, "layers"))
             how, least = factor_settings(session, settings), Size(sparsity=LEAST)
-            factorized = stack.enter_context(proxies_of(target, batches, how, least, target=name, progress=progress))
+            common = {"loss_fn": session.loss_fn(), "target": name, "progress": progress}
+            factorized = stack.enter_context(proxies_of(target, batches, how, least, **common))
 
             def make(size: Size) -> tuple[PreTrainedModel, CompressionReport]:
                 proxy, report = factorized(size)
@@ -209,4 +210,4 @@ def make_proxy(
         return extract_layers(target, size, name)
     how = factor_settings(session, settings)
     with session.reporter.bar("compress", len(flops.compressible_layers(target)), "layers") as progress:
-        return derive_proxy(target, batches, size, how, target=name, progress=progress)
+        return derive_proxy(target, batches, size, how, loss_fn=session.loss_fn(), target=name, progress=progress)

@@ -113,7 +113,7 @@ def _score_again(
     file, scores = folder / "candidates.jsonl", folder / "candidates.parquet"
     ids = table["id"].take(pa.array(candidates)).to_pylist()
     pool.write_rows(candidates.tolist(), file, ids)
-    scored = score_on_target(Pool([file], name="candidates", columns=pool.columns.named), scores)
+    scored = score_on_target(Pool([file], name="candidates", columns=pool.columns.named, pairs=pool.pairs), scores)
     again = read_scores(scores, examples=True)
     file.unlink()
     scores.unlink()

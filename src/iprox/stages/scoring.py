@@ -55,6 +55,7 @@ def score(
     query = "target" if models[0].target else "own"
     made_by = {
         **identity,
+        **session.loss_identity(),
         **estimator_identity(session, settings),
         "normalize": settings.normalize,
         "per_example": settings.by_example,
@@ -132,6 +133,7 @@ def job_of(
             batch_tokens=session.batch_tokens,
             compile=rows >= COMPILE_ROWS if session.compile == "auto" else session.compile,
             load=session.load,
+            loss_fn=session.loss_fn(),
         )
 
 

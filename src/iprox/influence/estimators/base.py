@@ -105,7 +105,7 @@ class QueryTokens:
         """Count encoded examples."""
 
         def count(rows: Sequence[Encoded]) -> tuple[int, int]:
-            return sum(len(row.input_ids) for row in rows), sum(row.supervised for row in rows)
+            return sum(row.tokens for row in rows), sum(row.supervised for row in rows)
 
         return cls(len(validation), *count([row for rows in validation.values() for row in rows]), *count(sample))
 
