@@ -65,15 +65,9 @@ def measure(
 
 
 def _measured(
-    arguments: Namespace,
-    make: Callable[[], nn.Module],
-    seed: int,
-    data: Any,
-    losses: Any,
-    train: Any,
-    epochs: int,
-    warm: int,
+    arguments: Namespace, make: Callable[[], nn.Module], seed: int, data: Any, losses: Any, train: Any, *passes: int
 ) -> dict[str, Any]:
+    epochs, warm = passes
     torch.manual_seed(seed)
     sets, kinds = data(seed)
     pool, task = sets["pool"], {"task": sets["validation"]}
@@ -94,8 +88,8 @@ def _measured(
     for name, taken in rows.items():
         torch.manual_seed(seed)
         # The whole pool takes as many steps, not as many passes.
-        passes = max(1, epochs * arguments.count // len(taken))
-        trained = train(copy.deepcopy(start), Subset(pool, taken.tolist()), passes)
+        as_many = max(1, epochs * arguments.count // len(taken))
+        trained = train(copy.deepcopy(start), Subset(pool, taken.tolist()), as_many)
         accuracy[name] = accuracy_of(trained, sets["test"])
     return {
         "pool": shares(kinds),

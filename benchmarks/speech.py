@@ -2,9 +2,9 @@
 
     python benchmarks/speech.py            # three seeds; needs espeak-ng; draws docs/plots/speech.svg
 
-The pool, with other accents, noise and wrong labels, and the model are those of examples/spoken_words.py. Scores are from a
-proxy, with validation gradients on the model. A new model is then trained on the selection, on as many random recordings
-of the pool, on as many random good ones, and on the whole pool, with as many steps each.
+The pool, with other accents, noise and wrong labels, and the model are those of examples/spoken_words.py. Scores are
+from a proxy, with validation gradients on the model. A new model is then trained on the selection, on as many random
+recordings of the pool, on as many random good ones, and on the whole pool, with as many steps each.
 """
 
 from __future__ import annotations

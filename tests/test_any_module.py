@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -172,6 +173,53 @@ def test_scores_do_not_depend_on_batches(network, data):
     one = iprox.score(network, data, {"t": data}, loss_fn=losses)
     other = iprox.score(network, DataLoader(data, 3), {"t": DataLoader(data, 4)}, loss_fn=losses)
     np.testing.assert_allclose(one["influence"].to_numpy(), other["influence"].to_numpy(), rtol=1e-8)
+
+
+SMALL = {"num_labels": 3, "attn_implementation": "eager"}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+SOUND = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embedding_groups": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "shape"),
+    [
+        ("ViTForImageClassification", {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}, (1, 8, 8)),
+        (
+            "SwinForImageClassification",  # windows: several rows of tokens per example
+            {"image_size": 16, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "window_size": 4}
+            | {"depths": [2], "num_heads": [2]},
+            (1, 16, 16),
+        ),
+        (
+            "ResNetForImageClassification",
+            {"num_channels": 1, "embedding_size": 8, "hidden_sizes": [8], "depths": [1]} | {"layer_type": "basic"},
+            (1, 16, 16),
+        ),
+        ("Wav2Vec2ForSequenceClassification", {**SIZES, **SOUND, "num_conv_pos_embeddings": 4}, (200,)),
+    ],
+    ids=["vit", "swin", "resnet", "wav2vec2"],
+)
+@pytest.mark.filterwarnings("ignore:model. .* is neither compressed nor scored")
+def test_models_of_transformers_are_scored_as_autograd_says(kind, config, shape):
+    torch.manual_seed(0)
+    named = {"ViT": "ViTConfig", "Swi": "SwinConfig", "Res": "ResNetConfig", "Wav": "Wav2Vec2Config"}[kind[:3]]
+    model = getattr(transformers, kind)(getattr(transformers, named)(**config, **SMALL)).double().eval()
+    data = TensorDataset(torch.randn(5, *shape, dtype=torch.float64), torch.randint(0, 3, (5,)))
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]).logits, batch[1], reduction="none")
+
+    how = {"estimator": "tracin", "per_example": False, "normalize": "none", "loss_fn": loss}
+    scores = iprox.score(model, data, {"t": data}, **how)["influence"].to_numpy()
+    parameters = [p for layer in influence_layers(model).values() for p in layer.parameters()]
+
+    def gradient(examples):
+        grads = torch.autograd.grad(loss(model, examples).mean(), parameters)
+        return torch.cat([each.flatten() for each in grads])
+
+    query = gradient(data[:])
+    expected = [float(gradient(data[i : i + 1]) @ query) for i in range(5)]
+    np.testing.assert_allclose(scores, expected, rtol=1e-8)
 
 
 class Encoder(nn.Module):

@@ -266,10 +266,6 @@ def index(request: Request) -> dict[str, Any]:
     settings, inputs = request.settings, request.inputs
     assert settings.model
     influence = InfluenceSection(estimator=inputs["estimator"])
-    if settings.loss != "sft":
-        raise InputError(
-            f"an index holds gradients of answers (loss: sft), not of loss: {settings.loss}; use iprox score"
-        )
     session, pool, warmed = _session(request, settings), pool_of(settings.data.pool, settings), None
     if influence.traits.optimizer:
         target = query_target(settings.model, inputs["target"], influence, session)
@@ -294,10 +290,6 @@ def query(request: Request) -> dict[str, Any]:
     """Score a pool with its index."""
     settings, inputs = request.settings, request.inputs
     indexes = [GradientIndex.open(folder) for folder in inputs["index"]]
-    if settings.loss != "sft":
-        raise InputError(
-            f"an index holds gradients of answers (loss: sft), not of loss: {settings.loss}; use iprox score"
-        )
     about = [each.description for each in indexes]
     models = inputs["model"] or [each["model"] for each in about]
     if len(models) != len(indexes):

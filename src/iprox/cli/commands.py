@@ -9,6 +9,8 @@ from iprox.settings import DIMENSION, NAMED_SHARE, STAGES
 
 # Sections and settings that every computing command reads.
 COMPUTING = ("data", "seed", "dtype", "device", "batch_tokens", "trust_remote_code")
+# What those read that score.
+SCORING = (*COMPUTING, "loss", "dpo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ COMMANDS = (
         "iprox.cli.actions:compress",
         needs=("model", "data.pool", "output"),
         offers=("proxy.sparsity", "proxy.flops", "proxy.fidelity", "data.validation", "proxy.method"),
-        reads=(*COMPUTING, "proxy", "influence"),
+        reads=(*SCORING, "proxy", "influence"),
         unread=("proxy.align", "influence.checkpoints"),
         meanings=(
             ("data.pool", "pool that the probe for the second moments is drawn from"),
@@ -147,7 +149,7 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         offers=("data.validation", "proxy.align.fraction", "proxy.align.epochs", "proxy.align.gradient_weight"),
         inputs=(_PROXY,),
-        reads=(*COMPUTING, "proxy.align", "influence"),
+        reads=(*SCORING, "proxy.align", "influence"),
         unread=("influence.checkpoints",),
         resumes=True,
         meanings=(
@@ -171,7 +173,7 @@ COMMANDS = (
             _TARGET,
             _RATES,
         ),
-        reads=(*COMPUTING, "influence", "compile", "ray_workers"),
+        reads=(*SCORING, "influence", "compile", "ray_workers"),
         unread=("influence.checkpoints",),
         resumes=True,
     ),
@@ -219,7 +221,7 @@ COMMANDS = (
         needs=("model", "data.pool", "data.validation", "output"),
         offers=("audit.sample", "audit.lds", "audit.removal"),
         inputs=(_PROXY,),
-        reads=(*COMPUTING, "audit", "influence"),
+        reads=(*SCORING, "audit", "influence"),
         unread=("influence.checkpoints",),
         meanings=(("model", _OF_A_PROXY),),
         resumes=True,
@@ -233,7 +235,7 @@ COMMANDS = (
         needs=("model", "data.pool", "data.validation", "output"),
         offers=("refine.candidates",),
         inputs=(_SCORES,),
-        reads=(*COMPUTING, "refine", "select.strategy", "select.task", "select.weights"),
+        reads=(*SCORING, "refine", "select.strategy", "select.task", "select.weights"),
         meanings=(("model", _OF_A_PROXY),),
         resumes=True,
     ),

@@ -47,15 +47,15 @@ FORMATS: tuple[tuple[str, ...], ...] = (
     ("prompt", "completion"),
     ("text",),
 )
+PAIR = ("chosen", "rejected")
+"""The columns of a preference pair."""
 COLUMNS = (
     *("messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text"),
-    *(*SYSTEM, "history", "tools", "chat_template_kwargs", "id", "source", "task"),
+    *(*PAIR, *SYSTEM, "history", "tools", "chat_template_kwargs", "id", "source", "task"),
 )
 """All columns that are read."""
 REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
 """Columns that are not read. A row may be refused because of one, unless the user leaves the column unread."""
-PAIR = ("chosen", "rejected")
-"""The columns of a preference pair."""
 # Optional columns of a format.
 _OPTIONAL: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"

@@ -150,7 +150,10 @@ def read_rendering(data: Mapping[Any, Any]) -> dict[str, Any]:
     """
     for key in UNREAD_ROW_KEYS:
         if _filled(data.get(key)):
-            raise BadRowError(f"has {key!r}, which iprox does not read; remove it or the row ({leave_unread(key)})")
+            why = " (it scores text alone, not text given images or sound)" if key in _MEDIA else ""
+            raise BadRowError(
+                f"has {key!r}, which iprox does not read{why}; remove it or the row ({leave_unread(key)})"
+            )
     tools = data.get("tools")
     if isinstance(tools, str) and tools:
         try:
@@ -262,7 +265,7 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     what = part.get("type") if isinstance(part, Mapping) else kind_of(part)
-    raise BadRowError(f"{where} has a part that is not text: {what}")
+    raise BadRowError(f"{where} has a part that is not text: {what} (iprox scores text alone)")
 
 
 def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
