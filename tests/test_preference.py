@@ -16,6 +16,7 @@ from iprox.data import Pool, collate, iter_batches
 from iprox.influence.validation_gradients import mean_gradient
 from iprox.models.layers import influence_layers
 from iprox.models.preference import DpoLoss, RewardLoss
+from iprox.recipe import parse_recipe, set_overrides
 
 MODEL = str(files("iprox.quickstart") / "model")
 
@@ -233,7 +234,7 @@ def test_a_run_on_pairs_selects_rows_that_trls_dpo_trainer_loads(tmp_path, token
 model: {MODEL}
 loss: dpo
 data: {{pool: {tmp_path}/pool.jsonl, validation: {{sums: {tmp_path}/validation.jsonl}}}}
-proxy: {{sparsity: 0.5, align: {{epochs: 1, held_out: 0}}}}
+proxy: {{sparsity: 0.5, align: {{epochs: 1, held_out: 16}}}}
 audit: {{sample: 10}}
 select: {{count: 4}}
 output: {tmp_path}/run
@@ -250,9 +251,21 @@ output: {tmp_path}/run
     scores = str(tmp_path / "run/scores.parquet")
     select = ["select", "--scores", scores, "--pool", f"{tmp_path}/pool.jsonl", "--output", f"{tmp_path}/few.jsonl"]
     assert main([*select, "--count", "2"]) == 0
-    for more, said_so in (
-        (["finetune={}"], "leave finetune out"),
-        (["influence.estimator=less"], "needs gradients of pairs"),
-    ):
-        options = [part for each in more for part in ("--set", each)]
-        assert main(["run", str(tmp_path / "recipe.yaml"), *options]) == 2, said_so
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("finetune={}", "trains nothing, so leave finetune out"),
+        ("warmup={}", "trains nothing, so leave warmup out"),
+        ("influence.estimator=less", "influence.estimator less does not fit"),
+        ("loss=sft", "dpo.reference is for loss: dpo"),
+    ],
+)
+def test_what_does_not_fit_pairs_is_refused(setting, said):
+    raw = {"model": "m", "output": "o", "data": {"pool": "p", "validation": {"t": "v"}}, "loss": "dpo"}
+    raw["dpo"] = {"reference": "r"}
+    assert parse_recipe(raw).warmup is False
+    set_overrides(raw, [setting])
+    with pytest.raises(iprox.InputError, match=said):
+        parse_recipe(raw)

@@ -172,7 +172,7 @@ class Costs:
         if recipe.refine and (again := recipe.refine.share(recipe.select.rows_of(total), total)) < 1:
             rows = again * total
             yield "refine", rows * times, self.scoring(target, rows, how.exact), held
-        if why_not_attributed(recipe.influence, target) is None:
+        if why_not_attributed(recipe.influence, target, pairs=self.recipe.loss == "dpo") is None:
             rows = min(steps.ATTRIBUTED, total)
             yield "attribute", rows * times, self.scoring(scored, rows, how), held
         if tuned:
