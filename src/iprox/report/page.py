@@ -1,13 +1,13 @@
 """The page of a run, report.html: one file that needs nothing else."""
 
 import base64
+import gzip
 import hashlib
 from importlib.resources import files
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from iprox.data import Pool
 from iprox.files import replacing
@@ -73,7 +73,7 @@ def _render(**context: object) -> str:
     assets = files("iprox.report")
     own_js = assets.joinpath("report.js").read_text(encoding="utf-8")
     browser_js = assets.joinpath("browser.js").read_text(encoding="utf-8")
-    plotly_js = get_plotlyjs()
+    plotly_js = assets.joinpath("plotly-basic.min.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -83,7 +83,7 @@ def _render(**context: object) -> str:
         style=Markup(assets.joinpath("style.css").read_text(encoding="utf-8")),
         report_js=Markup(own_js),
         browser_js=Markup(browser_js),
-        plotly_js=Markup(plotly_js),
+        plotly=base64.b64encode(gzip.compress(plotly_js.encode(), mtime=0)).decode(),
         script_hashes=" ".join(_script_hash(script) for script in (own_js, browser_js, plotly_js)),
         **context,
     )
