@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all test-oldest lint format docs wheel clean
 
 # The stamp is newer than what it was installed from, so a changed pyproject reinstalls.
 $(VENV)/.installed: pyproject.toml constraints-dev.txt
@@ -36,5 +36,21 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, with warnings as errors: also of links and anchors.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# Build, check and install the wheel in an environment of its own, where it has to pass the quickstart. torch comes from
+# $(VENV), as it has no part in this and is large.
+wheel: $(VENV)/.installed
+	rm -rf build dist && $(BIN)/python -m build --quiet && $(BIN)/twine check --strict dist/*
+	scripts/try_wheel.sh $(BIN)/python dist/*.whl
+
+# The quick tests that need no extras, with the oldest versions that pyproject.toml allows. TORCH= is also the oldest;
+# by default it is the one in constraints-dev.txt, as others are large downloads.
+TORCH ?= $(shell grep ^torch== constraints-dev.txt)
+test-oldest: $(VENV)/.installed
+	scripts/test_oldest.sh $(BIN) "$(TORCH)"
+
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site

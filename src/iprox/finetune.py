@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -74,7 +75,7 @@ def train(
     adapters_only: bool = False,
     compile_model: bool | Literal["auto"] = "auto",
     progress: Callable[[int], None] | None = None,
-    report_to: str = "none",
+    tracking: Mapping[str, str] = MappingProxyType({"report_to": "none"}),
 ) -> TrainingResult:
     """Fine-tune a model on its supervised tokens, as TRL does, and save checkpoints.
 
@@ -101,7 +102,7 @@ def train(
         adapters_only: whether to save adapters alone rather than the model with the adapters merged.
         compile_model: whether to compile the decoder layers on a CPU; auto does if there are enough steps.
         progress: function called with 1 after each optimizer step.
-        report_to: tracking service that transformers logs to.
+        tracking: service that transformers logs to, as `report_to`, `project` and `run_name` of its arguments.
 
     Raises:
         InputError: there is nothing to train on.
@@ -141,7 +142,7 @@ def train(
         logging_strategy="steps",
         logging_nan_inf_filter=False,  # a loss that is not finite must stop the training
         save_strategy="no",  # Trainer's own checkpoints hold pickles; `_Recorder` saves safetensors
-        report_to=report_to,
+        **tracking,  # pyright: ignore[reportArgumentType]
         disable_tqdm=True,
         seed=seed,
         data_seed=seed,

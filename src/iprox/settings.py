@@ -572,10 +572,22 @@ class RefineSection(Section):
         return min(1.0, 2 * asked / rows)
 
 
+class EvaluateSection(Section):
+    """Benchmarks of lm-evaluation-harness, on the model before and after fine-tuning."""
+
+    lm_eval: list[str] = setting(
+        ..., "names of tasks or groups of lm-evaluation-harness; needs pip install 'iprox[eval]'", min_length=1
+    )
+    include: str | None = setting(None, "folder with tasks of your own (YAML)")
+    limit: int | None = setting(None, "examples per task", "all", ge=1)
+    chat_template: bool = setting(False, "whether prompts are chat turns; published results are often without")
+
+
 class FinetuneSection(TrainingSection):
     """Fine-tuning of the original target on the selection."""
 
     test: dict[str, Files] = setting({}, "test file or files per task, for losses and exact matches before and after")
+    evaluate: EvaluateSection | Literal[False] = setting(False, "benchmarks before and after fine-tuning, or false")
 
 
 class DpoSection(Section):
@@ -622,7 +634,9 @@ class Settings(Section):
         "auto", "compile models with torch.compile; auto does so where it saves time"
     )
     ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
-    tracking: Literal["none", "tensorboard", "wandb", "mlflow"] = setting("none", "tracker to log training curves to")
+    tracking: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = setting(
+        "none", "tracker to log training curves and results to"
+    )
     trust_remote_code: bool = setting(False, "allow models to run their own code")
 
     @model_validator(mode="after")

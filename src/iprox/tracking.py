@@ -1,22 +1,24 @@
 """Log costs and results of stages to an experiment tracker, next to the training curves that transformers logs.
 
-Not with `accelerate.tracking`: it ends failed runs of W&B and MLflow as successful ones, and does not escape the names
-of MLflow's metrics, so only its three `start` calls could be shared.
+The curves come from the trackers of transformers. The rest is not logged with `accelerate.tracking`: it ends failed
+runs of W&B and MLflow as successful ones, and does not escape the names of MLflow's metrics, so only its `start` calls
+could be shared.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from iprox.errors import InputError
 
-Tracking = Literal["none", "tensorboard", "wandb", "mlflow"]
+Tracking = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
 
 # Environment variable with the folder of transformers' integration for TensorBoard.
 TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"
@@ -65,6 +67,22 @@ class Tracker:
 
             self._writer = mlflow
             mlflow.start_run(run_name=folder.name)
+        elif kind == "trackio":
+            self._open_trackio(config)
+
+    def _open_trackio(self, config: Mapping[str, Any] | None = None) -> None:
+        import trackio
+
+        to = self.for_trainer
+        with redirect_stdout(sys.stderr):  # it prints; standard output is for results
+            trackio.init(to["project"], to["run_name"], config=dict(config or {}), resume="allow", embed=False)
+        self._writer = trackio
+
+    @property
+    def for_trainer(self) -> dict[str, str]:
+        """The arguments of transformers' `TrainingArguments` that make a trainer log to the same run."""
+        project = os.environ.get("TRACKIO_PROJECT", "iprox")
+        return {"report_to": self.kind, "project": project, "run_name": self.folder.name or "iprox"}
 
     def stage(self, name: str, entry: Mapping[str, Any]) -> None:
         """Log the numbers of a stage under `name/...`."""
@@ -88,12 +106,20 @@ class Tracker:
                 self._writer.finish(exit_code=0 if kind is None else 1)
             elif self.kind == "mlflow":
                 self._writer.end_run("FINISHED" if kind is None else "FAILED")
+            elif self.kind == "trackio" and self._writer is not None:
+                with redirect_stdout(sys.stderr):
+                    self._writer.finish()
         except Exception as error:
             self._give_up(error)
 
     @contextmanager
     def training(self, name: str) -> Iterator[None]:
-        """Send the logs of a trainer to a separate TensorBoard folder inside the block."""
+        """Let a trainer log inside the block, to a separate TensorBoard folder."""
+        if self.kind == "trackio":
+            with redirect_stdout(sys.stderr):
+                yield
+            self._writer = None  # the trainer has finished the run; the next number resumes it
+            return
         if self.kind != "tensorboard":
             yield
             return
@@ -129,6 +155,11 @@ class Tracker:
         elif self.kind == "wandb":
             # W&B's own step counter continues that of the trainers, so our step is logged as a value.
             self._writer.log({**values, "iprox/step": step})
+        elif self.kind == "trackio":
+            if self._writer is None:
+                self._open_trackio()
+            writer: Any = self._writer
+            writer.log({**values, "iprox/step": step})
         elif self.kind == "mlflow":
             # MLflow allows only some characters in a name.
             named = {re.sub(r"[^\w\-. /:]", "_", name): value for name, value in values.items()}

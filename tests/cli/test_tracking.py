@@ -1,5 +1,10 @@
 """Runs that are tracked; each service's own package says what it was told."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from iprox import tracking
@@ -32,6 +37,24 @@ def test_wandb_is_told_offline_too(place, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(place.path))
     assert place.run("--set", "tracking=wandb", "proxy.align=false", "audit=false") == 0
     assert list((place.path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_trackio_has_training_and_stages_in_one_run(place, monkeypatch, capfd):
+    pytest.importorskip("trackio")
+    script = f"""
+import json, trackio
+from iprox.cli import main
+assert main(["run", {str(place.recipe)!r}, "--json", "--set", "tracking=trackio", "proxy.align=false"]) == 0
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = trackio.Api().runs("iprox")
+print(json.dumps([run.name, sorted(set().union(*SQLiteStorage.get_logs("iprox", run.name)))]))
+"""
+    env = {**os.environ, "TRACKIO_DIR": str(place.path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    summary, (name, metrics) = map(json.loads, done.stdout.splitlines())
+    assert summary["output"] == str(place.output)
+    assert name == place.output.name
+    assert {"train/loss", "audit/fidelity/spearman", "score/seconds"} <= set(metrics)
 
 
 def test_mlflow_has_metrics(place, monkeypatch):

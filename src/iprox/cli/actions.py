@@ -14,6 +14,7 @@ from iprox.data.locate import COMPRESSIONS
 from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, expanded
+from iprox.harness import check_harness
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.job import Checkpoint
 from iprox.metering import measured_gemm_rate
@@ -92,6 +93,17 @@ def report(request: Request) -> dict[str, Any]:
     if not request.json:
         say_plainly(str(path))
     return {"report": str(path)}
+
+
+def push(request: Request) -> dict[str, Any]:
+    """Push a proxy, a selection or a report to the Hub."""
+    from iprox.hub import push
+
+    inputs = request.inputs
+    address = push(expanded(inputs["source"]), inputs["repo"], public=inputs["public"])
+    if not request.json:
+        say_plainly(address)
+    return {"url": address}
 
 
 def warmup(request: Request) -> dict[str, Any]:
@@ -244,6 +256,8 @@ def finetune(request: Request) -> dict[str, Any]:
     assert settings.finetune
     assert settings.model
     _check_lora(settings, settings.finetune.lora)
+    if settings.finetune.evaluate:
+        check_harness(settings.finetune.evaluate)
     with _single(
         request,
         settings,
@@ -258,6 +272,8 @@ def finetune(request: Request) -> dict[str, Any]:
     record = _finished(request, done, "finetune")
     if not request.json:
         summary.print_test_losses(record)
+        for line in summary.benchmark_lines(done.record["stages"].get("evaluate", {}).get("lm_eval", {})):
+            say_plainly(line)
     return record
 
 

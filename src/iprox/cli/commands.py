@@ -291,6 +291,20 @@ COMMANDS = (
         inputs=(Input("run_dir", "run folder", default=..., positional=True),),
     ),
     Command(
+        "push",
+        "Push a proxy, the selection of a run with its report, or a report alone to the Hugging Face Hub.",
+        "iprox push runs/qwen3-4b me/math-selection      # dataset with a card, and the report\n"
+        "iprox push selected.jsonl me/math-selection     # a selection of iprox select\n"
+        "iprox push runs/qwen3-4b/proxy me/qwen3-4b-proxy\n"
+        "iprox push runs/qwen3-4b/report.html me/report  # a static Space",
+        "iprox.cli.actions:push",
+        inputs=(
+            Input("source", "proxy or run folder, selection (*.jsonl) or report.html", default=..., positional=True),
+            Input("repo", "repository, user/name; made if missing", default=..., positional=True),
+            Input("public", "make a new repository public (default: private)", bool, False),
+        ),
+    ),
+    Command(
         "export",
         "Write a proxy as a dense checkpoint that loads without iprox.",
         "iprox export runs/quickstart/aligned --output dense-proxy",

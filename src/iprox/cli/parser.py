@@ -97,7 +97,7 @@ def _function(command: Command) -> Callable[..., Request]:
         names = [each.name for each in command.inputs if each.positional]
         if positional and names:
             several = get_origin(command.inputs[0].type) is list
-            given[names[0]] = list(positional) if several else positional[0]
+            given |= {names[0]: list(positional)} if several else dict(zip(names, positional, strict=True))
         return _request(command, keys, given)
 
     order = sorted(parameters, key=lambda each: (each.kind, each.default is not inspect.Parameter.empty))

@@ -47,6 +47,8 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
         summary["relative_cost"] = spent / cost["target_score_flops"]
     if "finetune" in done:
         summary["test"] = done["finetune"]["test"]
+    if "evaluate" in done:
+        summary["lm_eval"] = done["evaluate"]["lm_eval"]
     if "report" in done:
         summary["report"] = str(folder.report)
     return summary
@@ -94,11 +96,21 @@ def print_run(folder: RunFolder) -> None:
         lines.append(("cost", text))
     for task, losses in summary.get("test", {}).items():
         lines.append(("test loss", f"{task}: {losses['before']:.3f} before, {losses['after']:.3f} after fine-tuning"))
+    lines += [("benchmark", text) for text in benchmark_lines(summary.get("lm_eval", {}))]
     if "report" in summary:
         lines.append(("report", summary["report"]))
     for name, text in lines:
         console.print(f"[bold]{name:<10}[/bold]", end="")
         console.print(text, markup=False, soft_wrap=True)
+
+
+def benchmark_lines(changes: dict[str, Any]) -> list[str]:
+    """Return the metrics of benchmarks before and after fine-tuning, one line each."""
+    return [
+        f"{task} {metric.removesuffix(',none')}: {values['before']:.3f} before, {values['after']:.3f} after fine-tuning"
+        for task, metrics in changes.items()
+        for metric, values in metrics.items()
+    ]
 
 
 def _selected(folder: RunFolder, record: dict[str, Any]) -> str:

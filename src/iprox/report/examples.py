@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 SHOWN_EACH = 10
 # Longer texts start folded, with this many characters in view; the rest of a text longer than MOST_CHARACTERS is left
 # out, so that one row does not make the page megabytes large.
-EXCERPT, MOST_CHARACTERS = 320, 20_000
+EXCERPT, MOST_CHARACTERS = 320, 8_000
 
 # Rows of the browser: the best that were selected, the best of each task, the worst, and evenly spaced ones.
 SELECTED, BEST_OF_TASK, WORST, ANY = 160, 40, 40, 80
 # Number of tasks whose best rows the browser has. The best rows of the others are among the best of all together.
 MOST_TASKS = 6
 # Characters per row of the browser, and of all of its rows.
-ROW_CHARACTERS, ALL_CHARACTERS = 6_000, 1_500_000
+ROW_CHARACTERS, ALL_CHARACTERS = 4_000, 400_000
 
 # Number of shades for tokens that help, and for tokens that harm.
 LEVELS = 5

@@ -41,6 +41,11 @@ def decimal(value: float | None, digits: int = 2) -> str:
     return DASH if _missing(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign and a fixed number of decimals: `+0.67`, `−0.10`."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """Return a share of one as a percentage: 0.05 gives `5.0 %`."""
     return DASH if share is None or _missing(share) else f"{100 * share:.{digits}f} %".replace("-", "−")

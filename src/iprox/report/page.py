@@ -46,6 +46,7 @@ def build_report(run_dir: Path, pool: Pool | None = None) -> Path:
         fidelity=sections.fidelity_section(run),
         proxy=sections.proxy_section(run),
         training=sections.training_section(run),
+        tuned=sections.tuned_section(run),
         cost=sections.cost_section(run),
         warnings=sections.warnings_section(run, [warning] if warning else []),
         reproduce=sections.reproduce_section(run),

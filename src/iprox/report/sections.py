@@ -37,6 +37,7 @@ STAGES = {
     "refine": "Refine",
     "select": "Select",
     "finetune": "Fine-tune",
+    "evaluate": "Benchmarks",
     "attribute": "Attribute",
 }
 MOST_DISAGREEMENTS = 12
@@ -349,6 +350,27 @@ def training_section(run: FinishedRun) -> list[Chart]:
         drawn.append(alignment_chart(run.alignment.get("steps", [])))
         drawn.append(held_out_chart(run.alignment.get("held_out", []), run.alignment.get("best_step")))
     return [chart for chart in drawn if chart is not None]
+
+
+def tuned_section(run: FinishedRun) -> list[tuple[str, ...]]:
+    """Return test losses and benchmarks before and after fine-tuning: task, measure, before, after, change."""
+    stages = run.record.get("stages", {})
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for task, values in stages.get("finetune", {}).get("test", {}).items():
+        found += [(task, "loss", values), (task, "exact match", values["exact_match"])]
+    for task, metrics in stages.get("evaluate", {}).get("lm_eval", {}).items():
+        found += [(task, metric.removesuffix(",none"), values) for metric, values in metrics.items()]
+    return [
+        (
+            *(task, measure),
+            *(
+                formats.decimal(values[when], 4) + ("" if error is None else f" ± {formats.decimal(error, 4)}")
+                for when, error in zip(("before", "after"), values.get("stderr", (None, None)), strict=True)
+            ),
+            formats.signed(values["after"] - values["before"], 4),
+        )
+        for task, measure, values in found
+    ]
 
 
 def cost_section(run: FinishedRun) -> dict[str, Any]:

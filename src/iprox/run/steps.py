@@ -25,7 +25,7 @@ from iprox.proxy.align_state import discard_other_states
 from iprox.records import StageRecord, key_of, read_json
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
-from iprox.settings import OF_GRADIENTS, Settings
+from iprox.settings import OF_GRADIENTS, EvaluateSection, Settings
 from iprox.stages import alignment, attribution, auditing, compression, refinement, scoring, selection, training
 from iprox.stages.curvature import measure_curvature
 from iprox.stages.held_out import HeldOutRows
@@ -340,7 +340,7 @@ def select(run: Run) -> None:
 
 
 def finetune(run: Run) -> None:
-    """Fine-tune the original target on the selection and test it, if asked for."""
+    """Fine-tune the original target on the selection, test it and run benchmarks on it, if asked for."""
     settings = run.settings.finetune
     if not settings:
         return
@@ -348,7 +348,7 @@ def finetune(run: Run) -> None:
     fingerprints = {task: source.scan().fingerprint for task, source in tests.items()}
     run.keys["finetune"] = run.stage(
         "finetune",
-        [run.common_key(), run.keys["select"], settings.model_dump(exclude={"test"}), fingerprints],
+        [run.common_key(), run.keys["select"], settings.model_dump(exclude={"test", "evaluate"}), fingerprints],
         [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
         lambda: training.finetune(
             run.session,
@@ -358,6 +358,22 @@ def finetune(run: Run) -> None:
             settings,
             tests,
         ),
+    )
+
+    if settings.evaluate:
+        _evaluate(run, settings.evaluate)
+
+
+def _evaluate(run: Run, settings: EvaluateSection) -> None:
+    """Run benchmarks on the model before and after fine-tuning."""
+    from iprox.harness import tasks_key
+
+    folder = run.folder.finetune
+    run.stage(
+        "evaluate",
+        [run.common_key(), run.keys["finetune"], tasks_key(settings)],
+        [folder / training.BENCHMARKS],
+        lambda: training.benchmark(run.session, run.model, folder, settings),
     )
 
 

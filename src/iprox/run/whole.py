@@ -18,6 +18,7 @@ from iprox.data import Pool
 from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, write_text
+from iprox.harness import check_harness
 from iprox.kronecker.kept import discard_curvature
 from iprox.models import flops
 from iprox.models.adapters import check_lora
@@ -93,6 +94,8 @@ def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> R
     pool = pool_of(recipe.data.pool, recipe)
     validation = tasks_of(recipe.data.validation, recipe)
     check_tracking(recipe.tracking)
+    if recipe.finetune and recipe.finetune.evaluate:
+        check_harness(recipe.finetune.evaluate)
     with session.metered() as usage:
         fingerprint = checkpoint_fingerprint(recipe.model)
         chosen = recipe.select

@@ -11,7 +11,7 @@ import pyarrow as pa
 from iprox.data import GENERATED_ID, Pool
 from iprox.errors import InputError
 from iprox.records import StageRecord, write_json
-from iprox.scores import ExampleScores, read_scores, scores_metadata
+from iprox.scores import ExampleScores, read_scores, scores_metadata, task_names
 from iprox.selection import select_rows
 from iprox.selection.guard import Spelling, guard
 from iprox.session import Session
@@ -40,6 +40,13 @@ def _refuse_other_rows(table: pa.Table, pool: Pool, ids: Sequence[str]) -> None:
             f"--pool: the files have changed since they were scored (their names or bytes differ), and rows such as "
             f"{placed!r} have no id to find them by; give the original files, or score the pool again"
         )
+
+
+def _scored(table: pa.Table) -> dict[str, Any]:
+    """Return what was scored and how, for those who get the selection without its scores."""
+    made: Any = scores_metadata(table)
+    how = {key: made.get(key, "unknown") for key in ("estimator", "normalize")}
+    return {"rows": table.num_rows, "tasks": task_names(table), **how}
 
 
 def select(
@@ -79,6 +86,7 @@ def select(
     chosen = {
         **selection.as_dict(),
         "profile": profile.as_dict(),
+        "scored": _scored(table),
         "settings": settings.model_dump(exclude_defaults=True),
     }
     write_json(description, chosen)

@@ -18,7 +18,9 @@ from iprox.models.loading import hidden_size, stored_dtype
 from iprox.models.saving import CHECKPOINTS
 from iprox.records import RUN, StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
-from iprox.settings import FinetuneSection, WarmupSection
+from iprox.settings import EvaluateSection, FinetuneSection, WarmupSection
+
+BENCHMARKS = "lm_eval.json"
 
 
 def warm_up(
@@ -65,6 +67,26 @@ def finetune(
     }
     write_json(output / "finetune.json", record)
     return record
+
+
+def benchmark(session: Session, model: str, output: Path, settings: EvaluateSection) -> StageRecord:
+    """Run lm-evaluation-harness on a model and on `output/model`; writes `lm_eval.json`."""
+    from iprox.harness import run_harness  # imports the harness: seconds
+
+    batch_size = max(1, session.batch_tokens // session.max_length)
+    before, after = (
+        run_harness(session.model(each), session.tokenizer(each), settings, batch_size)
+        for each in (model, str(output / "model"))
+    )
+    changes = {
+        task: {
+            metric: {"before": before[task][metric][0], "after": value, "stderr": [before[task][metric][1], error]}
+            for metric, (value, error) in metrics.items()
+        }
+        for task, metrics in after.items()
+    }
+    write_json(output / BENCHMARKS, changes)
+    return {"tokens": 0, "flops": 0.0, "lm_eval": changes}
 
 
 def _tested(session: Session, model: str, encoded: Mapping[str, Sequence[Encoded]]) -> dict[str, dict[str, float]]:
@@ -120,7 +142,7 @@ def _sft(
             adapters_only=not every_epoch,  # a model to be scored must not depend on the path of its base model
             compile_model=session.compile,
             progress=progress,
-            report_to=session.tracker.kind,
+            tracking=session.tracker.for_trainer,
         )
     if result.uncompiled:
         session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Run the quick tests that need no extra with the oldest dependencies that pyproject.toml allows, in .venv-oldest.
+# BIN is the folder of a venv with uv; TORCH a requirement, e.g. torch==2.13.0, or "" for the oldest one too.
+set -euo pipefail
+bin=$1 torch=$2 venv=.venv-oldest
+"$bin/python" -m venv --clear "$venv"
+if [ -n "$torch" ]; then
+  "$venv/bin/pip" install --quiet "$torch"
+  "$venv/bin/pip" freeze | grep -i '^torch==' | sed 's/ @.*//' > "$venv/torch.txt"
+fi
+touch "$venv/torch.txt"
+# Resolved without torch's own dependencies, which come with it.
+"$bin/uv" pip compile --quiet --resolution lowest-direct ${torch:+--override "$venv/torch.txt"} pyproject.toml \
+  | grep -vE '^ *#' | { [ -n "$torch" ] && grep -vE '^(torch|triton|nvidia-.*)==' || cat; } > "$venv/oldest.txt"
+"$venv/bin/pip" install --quiet -r "$venv/oldest.txt" pytest pytest-xdist hypothesis
+"$venv/bin/pip" install --quiet --no-deps -e .
+grep -E '^(torch|transformers|trl|datasets|accelerate|numpy|pyarrow|pydantic|huggingface-hub)==' "$venv/oldest.txt"
+OMP_NUM_THREADS=1 "$venv/bin/pytest" -n 2 --dist worksteal -q -m "not slow" tests/influence tests/kronecker tests/proxy \
+  tests/models tests/data tests/selection tests/test_finetune.py tests/test_api.py

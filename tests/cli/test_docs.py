@@ -1,0 +1,121 @@
+"""The code blocks of README and docs: Python runs, recipes and other YAML are checked, command lines parse."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl.scripts.utils import DatasetMixtureConfig
+
+from iprox.cli import main
+from iprox.cli.parser import Request, build_app
+from iprox.recipe import parse_recipe
+from iprox.settings import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# What the pages may call besides iprox.
+OTHERS = {"pip", "uv", "uvx", "make", "docker", "git", "ruff", "pre-commit", "hf", "npm", "python", "pytest", "mkdocs"}
+
+
+def blocks(*languages):
+    """The blocks of some languages: (page and number, text)."""
+    found = []
+    for page in PAGES:
+        for number, match in enumerate(FENCE.finditer(page.read_text()), 1):
+            if match[1] in languages:
+                found.append(pytest.param(match[2], id=f"{page.relative_to(ROOT)}-{number}"))
+    return found
+
+
+def test_every_block_is_of_a_language_that_is_checked():
+    languages = {match[1] for page in PAGES for match in FENCE.finditer(page.read_text())}
+    assert languages <= {"python", "yaml", "bash", "json"}
+
+
+@pytest.mark.parametrize("text", blocks("json"))
+def test_json(text):
+    json.loads(text)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml(text, tmp_path):
+    content = yaml.safe_load(text)
+    if content.keys() <= Recipe.model_fields.keys():
+        base = {"model": "m", "data": {"pool": ["p"], "validation": {"math": "v", "code": "w"}}, "output": "o"}
+        parse_recipe({**base, **content}, "the page")
+    elif "datasets" in content and "model_name_or_path" in content:
+        file = tmp_path / "sft.yaml"
+        file.write_text(text + "use_cpu: true\nbf16: false\n")
+        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+        _, training, _, mixture = parser.parse_args_and_config(["--config", str(file)])  # refuses unknown keys
+        assert mixture.datasets[0].data_files == "selected.jsonl"
+        assert training.assistant_only_loss
+    else:
+        assert content.keys() & {"base_model", "stage"}  # axolotl, LLaMA-Factory
+
+
+@pytest.mark.parametrize("text", blocks("bash"))
+def test_command_lines(text):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        while words and "=" in words[0]:  # VARIABLE=value
+            words = words[1:]
+        if not words:
+            continue
+        if words[0] == "iprox":
+            request = build_app()(words[1:], exit_on_error=False, print_error=False, result_action="return_value")
+            assert isinstance(request, Request) or "--help" in words, line
+            continue
+        assert Path(words[0]).name in OTHERS, line
+        if words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= set(targets), line
+        if words[:2] == ["docker", "build"] and "-f" in words:
+            assert (ROOT / words[words.index("-f") + 1]).is_file(), line
+
+
+@pytest.fixture
+def desk(finished, tmp_path, monkeypatch):
+    """A folder with the files that the pages name: the finished run, its proxy, and that proxy exported."""
+    monkeypatch.chdir(tmp_path)
+    for run in ("quickstart", "qwen3-4b"):
+        shutil.copytree(finished.output, tmp_path / "runs" / run)
+    shutil.copytree(finished.output / "aligned", tmp_path / "proxy")
+    assert main(["export", "proxy", "--output", "dense", "--quiet"]) == 0
+    return finished
+
+
+def known_names(finished):
+    """The names that the README uses without defining them."""
+    pool = [json.loads(line) for line in finished.pool.read_text().splitlines()[:60]]
+    validation = [json.loads(line) for line in (finished.path / "arithmetic.jsonl").read_text().splitlines()]
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    return {
+        **dict.fromkeys(("pool", "sample", "probe", "data"), pool),
+        "few": pool[:2],
+        "validation": validation,
+        "pool_batches": torch.utils.data.DataLoader([{"x": each, "y": each[:1]} for each in x], batch_size=4),
+        "validation_batches": torch.utils.data.DataLoader([{"x": each, "y": each[:1]} for each in x[:2]]),
+    }
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
+)
+def test_python(page, desk, recwarn):
+    names = known_names(desk)
+    model = yaml.safe_load(desk.recipe.read_text())["model"]
+    for language, text in FENCE.findall(page.read_text()):
+        if language != "python":
+            continue
+        if "pool_batches" in text:
+            names["model"] = torch.nn.Sequential(torch.nn.Linear(3, 1))
+
+        exec(compile(text.replace("Qwen/Qwen3-4B", model), str(page), "exec"), names)
