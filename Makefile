@@ -46,8 +46,8 @@ wheel: $(VENV)/.installed
 	rm -rf build dist && $(BIN)/python -m build --quiet && $(BIN)/twine check --strict dist/*
 	scripts/try_wheel.sh $(BIN)/python dist/*.whl
 
-# The quick tests that need no extras, with the oldest versions that pyproject.toml allows. TORCH= is also the oldest;
-# by default it is the one in constraints-dev.txt, as others are large downloads.
+# Tests of each part with the oldest dependencies that pyproject.toml allows. With `TORCH=` torch is the oldest too; by
+# default it is the one of constraints-dev.txt, as others are large downloads.
 TORCH ?= $(shell grep ^torch== constraints-dev.txt)
 test-oldest: $(VENV)/.installed
 	scripts/test_oldest.sh $(BIN) "$(TORCH)"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the quick tests that need no extra with the oldest dependencies that pyproject.toml allows, in .venv-oldest.
+# Run tests of each part with the oldest dependencies that pyproject.toml allows, in .venv-oldest.
 # BIN is the folder of a venv with uv; TORCH a requirement, e.g. torch==2.13.0, or "" for the oldest one too.
 set -euo pipefail
 bin=$1 torch=$2 venv=.venv-oldest
@@ -15,5 +15,6 @@ touch "$venv/torch.txt"
 "$venv/bin/pip" install --quiet -r "$venv/oldest.txt" pytest pytest-xdist hypothesis
 "$venv/bin/pip" install --quiet --no-deps -e .
 grep -E '^(torch|transformers|trl|datasets|accelerate|numpy|pyarrow|pydantic|huggingface-hub)==' "$venv/oldest.txt"
-OMP_NUM_THREADS=1 "$venv/bin/pytest" -n 2 --dist worksteal -q -m "not slow" tests/influence tests/kronecker tests/proxy \
-  tests/models tests/data tests/selection tests/test_finetune.py tests/test_api.py
+OMP_NUM_THREADS=1 "$venv/bin/pytest" -n 2 --dist worksteal -q -m "not slow" tests/test_api.py tests/test_finetune.py \
+  tests/data/test_chat.py tests/models/test_loading.py tests/models/test_loss.py tests/influence/test_estimators.py \
+  tests/influence/test_scoring.py tests/proxy/test_compress.py tests/selection
