@@ -4,14 +4,11 @@
 set -euo pipefail
 bin=$1 torch=$2 venv=.venv-oldest
 "$bin/python" -m venv --clear "$venv"
-if [ -n "$torch" ]; then
-  "$venv/bin/pip" install --quiet "$torch"
-  "$venv/bin/pip" freeze | grep -i '^torch==' | sed 's/ @.*//' > "$venv/torch.txt"
-fi
-touch "$venv/torch.txt"
-# Resolved without torch's own dependencies, which come with it.
-"$bin/uv" pip compile --quiet --resolution lowest-direct ${torch:+--override "$venv/torch.txt"} pyproject.toml \
-  | grep -vE '^ *#' | { [ -n "$torch" ] && grep -vE '^(torch|triton|nvidia-.*)==' || cat; } > "$venv/oldest.txt"
+echo "$torch" > "$venv/torch.txt"
+# torch is installed by pip, which knows local wheels; its own dependencies come with it.
+[ -z "$torch" ] || "$venv/bin/pip" install --quiet "$torch"
+"$bin/uv" pip compile --quiet --no-annotate --no-header --resolution lowest-direct --override "$venv/torch.txt" pyproject.toml \
+  | { if [ -n "$torch" ]; then grep -vE '^(torch|triton|cuda-.*|nvidia-.*)=='; else cat; fi; } > "$venv/oldest.txt"
 "$venv/bin/pip" install --quiet -r "$venv/oldest.txt" pytest pytest-xdist hypothesis
 "$venv/bin/pip" install --quiet --no-deps -e .
 grep -E '^(torch|transformers|trl|datasets|accelerate|numpy|pyarrow|pydantic|huggingface-hub)==' "$venv/oldest.txt"
