@@ -118,4 +118,5 @@ def test_python(page, desk, recwarn):
         if "pool_batches" in text:
             names["model"] = torch.nn.Sequential(torch.nn.Linear(3, 1))
 
-        exec(compile(text.replace("Qwen/Qwen3-4B", model), str(page), "exec"), names)
+        text = text.replace("Qwen/Qwen3-4B", model).replace('"sibling": others', '"sibling": scores')
+        exec(compile(text, str(page), "exec"), names)
