@@ -211,3 +211,17 @@ def test_transformers_is_as_it_was():
     with pytest.raises(RuntimeError), template_limits.limited():
         raise RuntimeError
     assert chat_template_utils._compile_jinja_template is before
+
+
+def test_a_thread_that_leaves_does_not_lift_the_limits_of_another():
+    with template_limits.limited():
+
+        def short():
+            with template_limits.limited():
+                pass
+
+        thread = threading.Thread(target=short)
+        thread.start()
+        thread.join()
+        with pytest.raises(template_limits.RenderingLimitError):
+            render_jinja_template([TURNS], chat_template="{{ 'a' * 10 ** 9 }}")

@@ -62,14 +62,26 @@ def reason_of(error: BaseException) -> str:
     return one_line(error)
 
 
+_lock = threading.Lock()
+_blocks = 0
+
+
 @contextmanager
 def limited() -> Iterator[None]:
-    """Make transformers render chat templates within the limits inside the block."""
-    chat_template_utils._compile_jinja_template = _compiled
+    """Make transformers render chat templates within the limits until the last thread leaves such a block."""
+    _count(1)
     try:
         yield
     finally:
-        chat_template_utils._compile_jinja_template = _compile_as_transformers
+        _count(-1)
+
+
+def _count(change: int) -> None:
+    """Count the threads that are in a block of `limited`."""
+    global _blocks
+    with _lock:
+        _blocks += change
+        chat_template_utils._compile_jinja_template = _compiled if _blocks else _compile_as_transformers
 
 
 @lru_cache(maxsize=32)
