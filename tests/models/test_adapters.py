@@ -240,3 +240,10 @@ def test_an_adapter_of_other_shapes_is_refused_with_both_sizes(adapter, tiny, tm
     rewritten(folder, base_model_name_or_path=str(wider))
     with pytest.raises(InputError, match=r"\[2, 32\] in the adapter and .*\[2, 48\] in the base model"):
         load_model(folder)
+
+
+def test_the_type_of_an_adapter_is_said_even_if_its_base_is_missing(adapter):
+    _, folder, _ = adapter
+    rewritten(folder, peft_type="PROMPT_TUNING", base_model_name_or_path="a/folder/that/is/not/here")
+    with pytest.raises(InputError, match="PROMPT_TUNING"):
+        adapter_base(folder)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -218,6 +219,15 @@ def test_experts_in_a_layout_that_is_not_known_are_refused():
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(InputError, match=r"model.layers.0.mlp.experts: iprox cannot tell the linear layers"):
         split_experts(model)
+    assert not any(isinstance(module, SplitExperts) for module in model.modules())
+
+
+def test_a_model_stays_whole_if_another_cannot_be_split(tiny):
+    model, refused = tiny.model("qwen3-moe"), nn.Module()
+    refused.gate_up_proj = nn.Parameter(torch.zeros(2, 3, 4))
+    refused.down_proj = nn.Parameter(torch.zeros(2, 5, 6))
+    with pytest.raises(InputError, match="cannot tell"), experts_split(model, nn.ModuleList([refused])):
+        pass
     assert not any(isinstance(module, SplitExperts) for module in model.modules())
 
 

@@ -60,6 +60,11 @@ def _named_base(folder: Path) -> str | None:
         base, kind = described.get("base_model_name_or_path"), described.get("peft_type")
     except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{file}: is not a JSON object; save the adapter again") from error
+    if kind not in MERGED_TYPES:
+        raise InputError(
+            f"{folder}: is a PEFT adapter of the type {shown(kind)}, which iprox does not merge into a model; it reads "
+            f"{', '.join(MERGED_TYPES)}; give the base model instead"
+        )
     if not base:
         raise InputError(f"{file}: names no base_model_name_or_path; add the model that was adapted")
     if not isinstance(base, str):
@@ -69,11 +74,6 @@ def _named_base(folder: Path) -> str | None:
         raise InputError(f"{file}: names itself as base_model_name_or_path; set it to the model that was adapted")
     if not Path(base).exists() and not may_be_hub_id(base):
         raise InputError(f"{folder}: adapts {base}, which is missing; correct base_model_name_or_path in {file}")
-    if kind not in MERGED_TYPES:
-        raise InputError(
-            f"{folder}: is a PEFT adapter of the type {shown(kind)}, which iprox does not merge into a model; it reads "
-            f"{', '.join(MERGED_TYPES)}; give the base model instead"
-        )
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: holds no adapter_model.safetensors; iprox reads safetensors only")
     return base

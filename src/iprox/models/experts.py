@@ -148,8 +148,9 @@ def expert_layers(model: nn.Module) -> set[str]:
 @contextmanager
 def experts_split(*models: nn.Module) -> Iterator[None]:
     """Split the fused experts of some models inside the block, and restore them afterwards; weights are shared."""
-    replaced = [(model, split_experts(model)) for model in models]
+    replaced: list[tuple[nn.Module, dict[str, nn.Module]]] = []
     try:
+        replaced.extend((model, split_experts(model)) for model in models)
         yield
     finally:
         for model, modules in replaced:
