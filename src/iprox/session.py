@@ -19,6 +19,7 @@ from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, Pool
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
+from iprox.models.cpu.threads import limit_threads
 from iprox.models.loading import checkpoint_fingerprint, load_config, load_model, load_tokenizer, skeleton
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import out_of_memory, resolve_device, resolve_dtype
@@ -84,6 +85,7 @@ class Session:
             )
         try:
             where = resolve_device(device)
+            limit_threads()
             torch.empty(0, device=where)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {device}: not usable here ({one_line(error)}); try --set device=cpu") from error
