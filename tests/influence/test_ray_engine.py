@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 import sys
 import warnings
 
@@ -59,6 +60,14 @@ def test_a_worker_that_fails_stops_the_run_with_its_own_error():
 
     with pytest.raises(InputError, match=r"^the gradient of x is not finite$"):
         list(ray_engine(1, "cpu")(functools.partial(broken), windows_of(Pool([{"text": "a"}]), 4)))
+
+
+def test_a_worker_that_dies_is_no_fault_of_iprox():
+    def dying():
+        os._exit(1)
+
+    with pytest.raises(InputError, match=r"ray_workers: a worker or its node is gone .* the same command resumes"):
+        list(ray_engine(1, "cpu")(dying, windows_of(Pool([{"text": "a"}]), 4)))
 
 
 def test_what_iprox_warns_of_in_a_worker_is_heard_here():

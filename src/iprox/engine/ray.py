@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
+import socket
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +20,14 @@ import torch
 from transformers.dynamic_module_utils import init_hf_modules
 
 from iprox.engine.stream import Engine, ScoredWindow, Window, WindowWorker
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 
 PACKAGE = Path(__file__).parents[1]
 
 # Seconds after which to warn about workers that have not started; other work may hold their cores or GPUs.
 PATIENCE = 60
+# Seconds within which a cluster must answer.
+PATIENCE_FOR_CLUSTER = 10
 # File in which Ray keeps the address of a cluster on this machine.
 RUNNING_CLUSTER = Path("/tmp/ray/ray_current_cluster")
 _NOT_INSTALLED = "ray_workers: Ray is not installed; pip install 'iprox[ray]', or leave ray_workers at 0"
@@ -57,23 +62,45 @@ class _Worker:
 def check_ray(workers: int, device: str) -> None:
     """Refuse Ray if it is not installed or cannot hold the workers, before any work and without starting it.
 
-    The resources of a running cluster are left to `ray_engine`, as only Ray knows them.
+    The resources of a running cluster are left to `ray_engine`, as only Ray knows them; here it must only answer.
 
     Args:
         workers: number of actors.
         device: device of each actor, `cpu` or `cuda`.
 
     Raises:
-        InputError: Ray is missing or too small.
+        InputError: Ray is missing, too small, or cannot be reached.
     """
     if find_spec("ray") is None:
         raise InputError(_NOT_INSTALLED)
-    if os.environ.get("RAY_ADDRESS") or RUNNING_CLUSTER.is_file() or ("ray" in sys.modules and _is_running()):
+    if "ray" in sys.modules and _is_running():
         return
+    if address := os.environ.get("RAY_ADDRESS"):
+        return _check_reachable(address, "RAY_ADDRESS")
+    if RUNNING_CLUSTER.is_file():
+        return _check_reachable(RUNNING_CLUSTER.read_text(encoding="utf-8").strip(), str(RUNNING_CLUSTER))
     cuda = device.startswith("cuda")
     there = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     if workers > there:
         raise InputError(_too_many(workers, there, "GPU" if cuda else "CPU"))
+
+
+def _check_reachable(address: str, named_in: str) -> None:
+    """Refuse an address at which nothing listens, where Ray itself would wait for minutes.
+
+    Raises:
+        InputError: there is no answer within `PATIENCE_FOR_CLUSTER` seconds.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address in ("auto", "local"):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE_FOR_CLUSTER).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"ray_workers: no Ray cluster answers at {address} (from {named_in}: {one_line(error)}); start it, correct "
+            "the address (HOST:PORT), or remove it to use this machine"
+        ) from error
 
 
 def _is_running() -> bool:
@@ -110,6 +137,10 @@ def ray_engine(workers: int, device: str) -> Engine:
             scored, heard = ray.get(pending)
         except ray.exceptions.RayTaskError as error:  # pyright: ignore[reportAttributeAccessIssue]
             raise error.cause from error  # the error itself, as in this process
+        except ray.exceptions.RayError as error:  # pyright: ignore[reportAttributeAccessIssue]
+            raise InputError(
+                f"ray_workers: a worker or its node is gone ({one_line(error)}); the same command resumes from here"
+            ) from error
         for message in heard:
             warnings.warn(message, stacklevel=2)
         if progress is not None:
@@ -121,7 +152,10 @@ def ray_engine(workers: int, device: str) -> Engine:
     ) -> Iterator[ScoredWindow]:
         begun = not ray.is_initialized()
         if begun:
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process
         try:
             need = "GPU" if device.startswith("cuda") else "CPU"
             nodes = [node["Resources"].get(need, 0) for node in ray.nodes() if node["Alive"]]
