@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import resource
 import sys
@@ -54,11 +55,30 @@ def _peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return _number("/proc/self/status", "VmHWM") * 1024
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def memory_now(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process holds on a device, and those that it could hold in all."""
+    if device.type == "cuda":
+        held, (free, _) = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)
+        return held, held + free
+    if sys.platform != "linux":
+        return 0, sys.maxsize
+    held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    free = _number("/proc/meminfo", "MemAvailable") * 1024
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, most - used)
+    return held, held + free
+
+
+def _number(file: str, name: str) -> int:
+    """Return a number of a file of Linux with lines such as `VmHWM: 123 kB`."""
+    lines = Path(file).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measured_gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:

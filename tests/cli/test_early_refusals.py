@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 
+from iprox.cli import main
 from iprox.engine import ray as ray_engine
 from iprox.engine.ray import check_ray
 from iprox.errors import InputError
 from iprox.models.loading import load_model
+from iprox.run import plan, steps
 
 
 @pytest.fixture
@@ -48,8 +51,15 @@ def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
     monkeypatch.setattr(ray_engine, "find_spec", lambda _: object())
     assert "ray_workers: 1000 workers requested, but Ray has" in both("ray_workers=1000")
     check_ray(1, "cpu")
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:1")
-    check_ray(1000, "cpu")  # a cluster may have them
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{cluster.getsockname()[1]}")
+        check_ray(1000, "cpu")  # a cluster may have them
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "garbage"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"no Ray cluster answers at {address} (from RAY_ADDRESS" in both("ray_workers=1")
+    monkeypatch.delenv("RAY_ADDRESS")
+    (tmp_path / "nothing").write_text("127.0.0.1:1")
+    assert "no Ray cluster answers at 127.0.0.1:1" in both("ray_workers=1")
     monkeypatch.setattr(ray_engine, "find_spec", lambda _: None)
     assert "Ray is not installed; pip install" in both("ray_workers=1")
 
@@ -76,7 +86,6 @@ def test_a_pool_that_is_judged_by_itself(both, place, refused, model):
 
 
 def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monkeypatch):
-    from iprox.cli import main
     from iprox.settings import InfluenceSection
     from iprox.stages import targets
 
@@ -95,8 +104,18 @@ def test_a_proxy_does_not_choose_what_is_fetched(finished, tmp_path, capfd, monk
     assert "no folder some/?[2Jrepo here" in said
     assert "--target" in said
     assert "\x1b" not in said
-    assert main is not None
     with pytest.raises((InputError, AttributeError)):  # what the user names is asked for
         targets.query_target(str(proxy), "some/repo", influence, session)
     assert asked == ["some/repo"]
     load_model(proxy)
+
+
+@pytest.mark.parametrize(("command", "code"), [("plan", 0), ("run", 130)])
+def test_memory_that_will_not_do_is_said_before_any_work(place, capfd, monkeypatch, command, code):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "warm_up", stop)
+    monkeypatch.setattr(plan, "memory_now", lambda _: (10, 1000))
+    assert main([command, str(place.recipe), "--quiet"]) == code
+    assert "GB of memory, and cpu has 0.0 GB; set batch_tokens lower (now 4096)" in capfd.readouterr().err

@@ -24,10 +24,13 @@ from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.gradients import norm_flops
 from iprox.influence.scorer import NORM_SKETCH, norm_shapes
 from iprox.kronecker.moments import MEMORY
+from iprox.metering import memory_now
 from iprox.models import flops
+from iprox.models.loading import skeleton
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
 from iprox.run import steps
+from iprox.run.runner import Run
 from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, Recipe
@@ -85,10 +88,17 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     )
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
     costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session.dtype.itemsize)
+    held, _ = memory_now(session.device)
     stages = {
-        name: {"tokens": rows * tokens, "flops": spent, "seconds": spent / (rate * EFFICIENCY), "memory_bytes": memory}
+        name: {
+            "tokens": rows * tokens,
+            "flops": spent,
+            "seconds": spent / (rate * EFFICIENCY),
+            "memory_bytes": held + memory,
+        }
         for name, rows, spent, memory in costs.stages()
     }
+    _warn_of_memory(costs, session)
     spent = sum(stages[name]["flops"] for name in ("curvature", "compress", "align", "score") if name in stages)
     on_target = costs.scoring(target, total, recipe.influence.of_tasks, as_on=costs.scored)
     on_target += stages.get("curvature", {"flops": 0.0})["flops"]
@@ -102,6 +112,29 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         "total_seconds": sum(stage["seconds"] for stage in stages.values()),
         "relative_score_cost": spent / on_target if on_target else 1.0,
     }
+
+
+def warn_of_memory(run: Run) -> None:
+    """Warn of a run whose memory will not do, from its settings and the model's shapes alone."""
+    recipe, session = run.settings, run.session
+    assert isinstance(recipe, Recipe)
+    target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
+    read = QueryTokens(len(recipe.data.validation), 1, 1)
+    # The numbers of rows and tokens do not change what is held at once.
+    costs = Costs(recipe, target, proxy or target, 1 << 20, 1.0, 1.0, read, session.dtype.itemsize)
+    _warn_of_memory(costs, session)
+
+
+def _warn_of_memory(costs: Costs, session: Session) -> None:
+    """Warn of the stage that holds most if that is more than there is."""
+    held, most = memory_now(session.device)
+    name, needed = max(((name, held + memory) for name, _, _, memory in costs.stages()), key=lambda each: each[1])
+    if needed > most:
+        session.reporter.warn(
+            f"{name} needs about {needed / 1e9:,.1f} GB of memory, and {session.device} has {most / 1e9:,.1f} GB; "
+            f"set batch_tokens lower (now {session.batch_tokens}), use a larger machine, or train with lora"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -49,6 +49,7 @@ def run_recipe(
     fresh: bool = False,
     stop_after: str | None = None,
     command: str = "iprox run",
+    before: Callable[[Run], None] | None = None,
 ) -> Run:
     """Run a recipe, or resume it where it stopped.
 
@@ -58,6 +59,7 @@ def run_recipe(
         fresh: whether to remove the results of an earlier run in the output folder.
         stop_after: last stage to do, one of `STAGES`.
         command: command line, for `run.json`.
+        before: called with the run before its first stage.
 
     Raises:
         InputError: bad input, found before any long work.
@@ -66,6 +68,8 @@ def run_recipe(
     run = open_run(recipe, reporter, fresh, command)
     try:
         if stop_after != "data":
+            if before is not None:
+                before(run)
             with Tracker(recipe.tracking, run.folder.path, recipe.model_dump(mode="json"), reporter.warn) as tracker:
                 run.session.tracker = tracker
                 _do(run, stop_after)
