@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -111,13 +112,14 @@ def equal_scores(scores: np.ndarray) -> bool:
     return len(known) > 1 and bool(all_equal(known.min(), known.max()))
 
 
-def refuse_unranked(spread: TaskSpread, rows: int, estimator: object = None) -> None:
-    """Refuse scores that do not rank a pool.
+def refuse_unranked(spread: TaskSpread, rows: int, estimator: object = None, lengths: TaskSpread | None = None) -> None:
+    """Refuse scores that do not rank a pool; warn where the rows themselves seem to be equal.
 
     Args:
         spread: spread of the scores.
         rows: number of rows that were scored.
         estimator: name of the estimator.
+        lengths: spread of the rows' tokens and supervised tokens.
 
     Raises:
         InputError: no row has a score, or all scores are equal.
@@ -125,7 +127,12 @@ def refuse_unranked(spread: TaskSpread, rows: int, estimator: object = None) -> 
     if not spread.count:
         raise no_scores(rows)
     if spread.count > 1 and all_equal(spread.lowest, spread.highest).all():
-        raise nothing_ranked(spread.count, float(np.max(spread.highest)), estimator)
+        error = nothing_ranked(spread.count, float(np.max(spread.highest)), estimator)
+        traits = ESTIMATORS.get(str(estimator))
+        alike = lengths is not None and bool(all_equal(lengths.lowest, lengths.highest).all())
+        if not (alike and traits is not None and traits.by_task and np.any(spread.highest)):
+            raise error
+        warnings.warn(f"{str(error).partition(':')[0]}: the rows seem to be copies of one row", stacklevel=2)
 
 
 def no_scores(rows: int) -> InputError:

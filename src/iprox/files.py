@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from iprox.errors import InputError, one_line, system_refusal
+
+# Ending of the names of files that are not complete.
+PARTIAL = ".partial"
 
 
 def expanded(path: str | Path) -> Path:
@@ -98,7 +102,7 @@ def not_regular(path: Path) -> str:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; it replaces `path` if the block succeeds, and is deleted otherwise."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
         # The content must be on the disk before the name, or a power cut could leave an empty file.
@@ -158,8 +162,30 @@ class FolderLock:
             self._descriptor = None
 
 
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it exists; of a link only the link, not what it leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def empty_folder(folder: Path, keep: str) -> None:
     """Remove everything in a folder except one file; do nothing if there is no folder."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name != keep:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            remove(entry)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the remains of interrupted writes in a folder and the folders in it, but follow no links."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            if name.endswith(PARTIAL):
+                remove(Path(place) / name)
+
+
+def digest_of(file: Path) -> str:
+    """Return a checksum of a file's content."""
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from iprox.errors import InputError, one_line
 from iprox.files import write_text
 
 # Name of the record of a run or a command, and the type of a stage's entry in it: tokens, flops, and its own facts.
@@ -17,6 +18,28 @@ StageRecord = dict[str, Any]
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_record(path: Path, advice: str) -> dict[str, Any]:
+    """Read the `run.json` of an earlier start.
+
+    Raises:
+        InputError: it is damaged; the message ends in `advice`.
+    """
+    try:
+        record = read_json(path)
+        sound = isinstance(record["identity"], dict) and all(
+            isinstance(stage["key"], str) and isinstance(stage["seconds"], int | float)
+            for stages in (record["stages"], record.get("earlier", {}))
+            for stage in stages.values()
+        )
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged: not JSON ({one_line(error)}); {advice}") from error
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: is damaged: not the record of a run; {advice}")
+    return record
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,6 +9,7 @@ from importlib import resources
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import iprox
@@ -204,3 +205,23 @@ def test_a_collapsed_proxy_has_no_fidelity(finished, collapsed, tmp_path, refuse
     said = refused("score", "--model", collapsed, *given, "--output", tmp_path / "s")
     assert f"the scores of all {len(finished.pool.read_text().splitlines())} rows are equal (0)" in said
     assert not list((tmp_path / "s").glob("scores.parquet"))
+
+
+def test_copies_of_one_row_have_equal_scores_and_are_no_collapse(finished, model, tmp_path, capfd):
+    rows = [finished.pool.read_text().splitlines()[0]] * 5
+    pool = tmp_path / "pool.jsonl"
+    write(pool, [{**json.loads(row), "id": str(number)} for number, row in enumerate(rows)])
+    given = ["--pool", pool, "--validation", f"a={finished.path / 'spelling.jsonl'}", "--estimator=tracin", "--quiet"]
+    assert main(list(map(str, ["score", "--model", model, *given, "--output", tmp_path / "out"]))) == 0
+    assert "the scores of all 5 rows are equal" in (said := capfd.readouterr().err)
+    assert "copies of one row" in said
+
+
+def test_a_model_whose_gradients_are_zero_is_refused(finished, model, tmp_path, refused):
+    folder = tmp_path / "zero"
+    shutil.copytree(model, folder)
+    zero = {name: torch.zeros_like(each) for name, each in load_file(folder / "model.safetensors").items()}
+    save_file(zero, folder / "model.safetensors", metadata={"format": "pt"})
+    given = ["--pool", finished.pool, "--validation", f"a={finished.path / 'spelling.jsonl'}", "--estimator=tracin"]
+    said = refused("score", "--model", folder, *given, "--quiet", "--output", tmp_path / "out")
+    assert "rows are equal (0), so none ranks above another: the model that was scored has probably collapsed" in said

@@ -1,6 +1,7 @@
 """Projected gradients against explicit ones in float64, and the index that keeps them."""
 
 import copy
+import itertools
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from letters import Letters
 from test_adam import warmed_optimizer
 
 from iprox.data import Pool, iter_batches
-from iprox.engine.stream import WindowWorker
+from iprox.engine.stream import WindowWorker, local_engine
 from iprox.errors import InputError
 from iprox.influence.estimators.less import LessScorer
 from iprox.influence.gradients import summed_gradient
@@ -201,3 +202,24 @@ def test_windows_of_another_description_are_not_kept(made, tmp_path):
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(InputError, match="not an index"):
         GradientIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_window_of_an_interrupted_index_is_made_again(made, tmp_path, damage):
+    _, projector = made
+    write(projector, tmp_path / "whole")
+
+    def stopping(make, windows, progress):
+        yield from itertools.islice(local_engine(make, windows, progress), 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(projector, tmp_path / "index", engine=stopping)
+    file = tmp_path / "index/000000.arrow"
+    file.unlink() if damage == "removed" else file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match=r"000000\.arrow: is missing or damaged"):
+        write(projector, tmp_path / "index")
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "index" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -18,6 +18,7 @@ from iprox.engine import shards
 from iprox.engine.shards import score_to_file
 from iprox.engine.stream import ScoringStats, local_engine, windows_of
 from iprox.errors import InputError
+from iprox.files import remove
 from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.job import Job
 from iprox.influence.scorer import NORM_SKETCH, BatchScorer
@@ -363,6 +364,17 @@ def test_a_shard_that_is_lost_or_damaged_is_made_again(setup, tiny, tmp_path, mo
     with pytest.warns(UserWarning, match=said):
         assert run(path, models, pool, validation, [0.3, 0.07]) == expected
     assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("lost", ["checkpoint-000", "identity.json"])
+def test_shards_that_are_all_lost_are_made_again_and_that_is_said(setup, tiny, tmp_path, monkeypatch, lost):
+    model, pool, validation = setup
+    models, path = [model, tiny.model("gpt-neox", seed=5)], tmp_path / "scores.parquet"
+    expected = run(tmp_path / "whole.parquet", models, pool, validation, [0.3, 0.07])
+    stopped_before_the_merge(path, models, pool, validation, monkeypatch)
+    remove(tmp_path / "scores.parquet.shards" / lost)
+    with pytest.warns(UserWarning, match=rf"{lost}: (its files are|is) missing"):
+        assert run(path, models, pool, validation, [0.3, 0.07]) == expected
 
 
 def test_shards_that_are_whole_are_not_scored_again(setup, tmp_path, monkeypatch, tiny):

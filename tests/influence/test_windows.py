@@ -6,6 +6,7 @@ import torch
 from jobs import job_of, scorer_of
 
 from iprox.data import Encoded, Pool, iter_batches
+from iprox.engine import stream
 from iprox.engine.stream import filled_rows
 from iprox.models.loss import causal_lm_losses
 from iprox.scores import score_matrix
@@ -116,3 +117,53 @@ def test_halves_hold_the_rows_without_columns_of_padding(tiny):
     assert second.input_ids.shape == (3, 4)
     torch.testing.assert_close(second.labels, batch.labels[2:, :4])
     assert [*first.indices, *second.indices] == batch.indices
+
+
+def test_a_window_that_was_interrupted_goes_on_where_it_was(tiny, window, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "KEEP_EVERY", 0.0)
+    model, encoder = tiny.model("qwen3"), Numbers()
+    job = job_of(model, {"task": encoder.encode(window[:2])}, encoder=encoder, batch_tokens=16)
+    whole = score_matrix(job.worker()(window)[0])
+    seen: list[int] = []
+
+    def worker_that_stops(after):
+        def losses(model, batch):
+            if len(seen) == after:
+                raise KeyboardInterrupt
+            seen.append(batch.input_ids.numel())
+            return causal_lm_losses(model, batch)
+
+        worker = job.worker()
+        worker.rows.loss_fn, worker.kept = losses, tmp_path
+        return worker
+
+    worker_that_stops(None)(window)
+    batches = len(seen)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        worker_that_stops(2)(window)
+    (kept,) = tmp_path.iterdir()
+    table, _ = worker_that_stops(None)(window)
+    assert len(seen) == batches
+    assert score_matrix(table).tobytes() == whole.tobytes()
+    content = bytearray(kept.read_bytes())
+    content[-20] ^= 255  # of a number
+    kept.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        table, _ = worker_that_stops(None)(window)
+    assert len(seen) == 2 * batches
+    assert score_matrix(table).tobytes() == whole.tobytes()
+
+
+def test_parts_of_a_window_count_by_their_work(tiny):
+    """The longest rows come first, so a count of rows would give an ETA that is several times too long."""
+    lengths = [40] * 4 + [4] * 36
+    window = list(Pool([{"text": " ".join(["7"] * length)} for length in lengths]))
+    worker = job_of(tiny.model("qwen3"), {"task": Numbers().encode(window[:2])}, encoder=Numbers()).worker()
+    worker.batch_tokens, done = 80, []
+    worker(window, done.append)
+    assert sum(done) == 40
+    assert done[0] == 10  # two of the four long rows: 80 of 304 tokens
+    assert sum(done[:2]) == 21

@@ -354,7 +354,7 @@ def test_a_full_disk_spares_the_alignment(pair, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     model, proxy, batches = pair
-    monkeypatch.setattr(align_signals, "save_file", full)
+    monkeypatch.setattr(align_signals, "save_checked", full)
     with pytest.warns(UserWarning, match="runs at every step"):
         align(proxy, model, batches, both(2, 1e-3), store=SignalStore(tmp_path / "may"))
     assert not (tmp_path / "may").exists()

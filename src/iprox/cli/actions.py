@@ -21,14 +21,14 @@ from iprox.metering import measured_gemm_rate
 from iprox.models.adapters import check_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import checkpoint_fingerprint, skeleton, stored_dtype
-from iprox.models.saving import CHECKPOINTS, save_model
+from iprox.models.saving import CHECKPOINTS, learning_rates_in, save_model
 from iprox.progress import Reporter, say_plainly
 from iprox.proxy.export import to_dense
 from iprox.recipe import resolved, validated
 from iprox.records import read_json
 from iprox.run import steps
 from iprox.run.folder import RunFolder
-from iprox.run.plan import plan_recipe
+from iprox.run.plan import plan_recipe, warn_of_memory
 from iprox.run.runner import Run
 from iprox.run.single import single_run
 from iprox.run.whole import run_recipe
@@ -65,6 +65,7 @@ def run(request: Request) -> dict[str, Any]:
         fresh=request.inputs["fresh"],
         stop_after=request.inputs.get("stop_after"),
         command=request.line,
+        before=warn_of_memory,
     )
     if not request.json:
         summary.print_run(done.folder)
@@ -296,7 +297,7 @@ def index(request: Request) -> dict[str, Any]:
         done.stage(
             "index",
             done.keys,
-            [output / DESCRIPTION],
+            lambda: [output / DESCRIPTION, *output.glob("*.arrow")],
             lambda: indexing.build_index(session, model, done.pool, output, influence, dimension, fingerprint),
         )
     return _finished(request, done, "index")
@@ -341,7 +342,7 @@ def query(request: Request) -> dict[str, Any]:
         done.stage(
             "query",
             done.keys,
-            [file],
+            lambda: [file],
             lambda: indexing.query_indexes(
                 session, indexes, checkpoints, done.validation, file, settings.influence, described
             ),
@@ -383,7 +384,7 @@ def learning_rates_of(models: list[str], given: list[float]) -> list[float]:
     rates = []
     for model in models:
         listing = Path(model).parent / CHECKPOINTS
-        known = {entry["path"]: entry["learning_rate"] for entry in read_json(listing)} if listing.is_file() else {}
+        known = learning_rates_in(listing)
         if Path(model).name not in known:
             raise InputError(f"{model}: its learning rate is not in {listing}; give --learning-rates")
         rates.append(known[Path(model).name])

@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from rich.console import Console
 
 from iprox.cli.parser import Request, build_app
 from iprox.errors import InputError, one_line, system_refusal
+from iprox.models.cpu.threads import wait_without_spinning
 from iprox.progress import printable
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         app.help_print(console=Console(stderr=True))
         return BAD_INPUT
     request: Request | None = None
+    before = _end_like_interrupt()
+    wait_without_spinning()
     try:
         request = app(given, exit_on_error=False, print_error=False, result_action="return_value")
         if isinstance(request, Request):
@@ -60,7 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         return _failed(error, request)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return DONE
+
+
+def _end_like_interrupt() -> dict[int, Any]:
+    """Make SIGTERM and SIGHUP end a command as Ctrl-C does, and return the handlers they had.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Only the main thread can handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in signals
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
 
 
 def _action_of(request: Request, line: str) -> Callable[[Request], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,7 +21,7 @@ from iprox.engine.stream import WINDOW, Engine, ScoringStats, WindowWorker, loca
 from iprox.files import empty_folder, write_text
 from iprox.progress import Advance
 from iprox.records import RUN
-from iprox.scores import scores_metadata, write_parts
+from iprox.scores import SUPERVISED, scores_metadata, write_parts
 
 IDENTITY = "identity.json"
 # File with the number of windows of a checkpoint, written when all are scored.
@@ -68,15 +70,26 @@ def score_to_file(
             progress(sum(ready.values()), earlier=True)
         if ready and len(ready) == _done(folder):
             continue
+        if not any(folder.iterdir()) and (shards / _name(number + 1)).is_dir():
+            warnings.warn(f"{folder}: its files are missing; its rows are scored again", stacklevel=2)
         missing = (index for index in itertools.count() if index not in ready)
         made = 0
         for (table, counted), index in zip(
-            engine(make, windows_of(pool, window, leave_out=ready), progress), missing, strict=False
+            engine(functools.partial(_keeping, make, folder), windows_of(pool, window, leave_out=ready), progress),
+            missing,
+            strict=False,
         ):
             write_shard(shards, number, index, table, counted)
             made += 1
         write_text(folder / DONE, str(len(ready) + made))
     return merge_shards(shards, path, learning_rates, identity, ranks=ranks)
+
+
+def _keeping(make: Callable[[], WindowWorker], folder: Path) -> WindowWorker:
+    """Return a worker that keeps the numbers of windows in progress in a folder."""
+    worker = make()
+    worker.kept = folder
+    return worker
 
 
 def sound_shards(folder: Path, window: int) -> dict[int, int]:
@@ -145,7 +158,7 @@ def merge_shards(
     Raises:
         InputError: no row has a score, or all scores are equal. The shards are kept, and no file is written.
     """
-    stats, spread, rows = ScoringStats(), TaskSpread(), 0
+    stats, spread, lengths, rows = ScoringStats(), TaskSpread(), TaskSpread(), 0
 
     def windows_done() -> Iterator[list[pa.Table]]:
         for name in sorted(file.name for file in _checkpoint_folder(shards, 0).glob("*.parquet")):
@@ -154,8 +167,11 @@ def merge_shards(
     for tables in windows_done():
         rows += tables[0].num_rows
         spread.add(over_checkpoints(tables, rates))
+        lengths.add(
+            np.stack([tables[0][name].to_numpy() for name in ("tokens", SUPERVISED)], axis=1).astype(np.float64)
+        )
     if ranks or not spread.count:
-        refuse_unranked(spread, rows, identity.get("estimator"))
+        refuse_unranked(spread, rows, identity.get("estimator"), lengths)
 
     def parts() -> Iterator[pa.Table]:
         for tables in windows_done():
@@ -170,8 +186,12 @@ def merge_shards(
     return stats
 
 
+def _name(number: int) -> str:
+    return f"checkpoint-{number:03d}"
+
+
 def _checkpoint_folder(shards: Path, number: int) -> Path:
-    folder = shards / f"checkpoint-{number:03d}"
+    folder = shards / _name(number)
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -182,6 +202,10 @@ def claim(shards: Path, identity: Mapping[str, object]) -> None:
     marker = shards / IDENTITY
     if marker.is_file() and marker.read_text(encoding="utf-8") == written:
         return
+    if not marker.is_file() and (any(shards.glob("*.arrow")) or any(shards.glob("*/*.parquet"))):
+        warnings.warn(
+            f"{marker}: is missing, so it is not known what the files there are of; all are made again", stacklevel=2
+        )
     # The marker goes first, so that a half-removed folder is never resumed.
     marker.unlink(missing_ok=True)
     if (shards / RUN).is_file():  # the folder of an index, which has the record of its command

@@ -6,26 +6,35 @@ import functools
 import itertools
 import multiprocessing
 import sys
+import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from iprox.checked import load_checked, save_checked
 from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches
+from iprox.errors import one_line
 from iprox.models.compiled import compile_layers, uncompile_layers, why_compiling_failed, why_not_compiled
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.precision import out_of_memory
+from iprox.records import key_of
 
 # Rows that are tokenized and sorted by length together: enough for little padding, few enough that their tokens are
 # small next to a model. A window is also the unit of resuming and of work for Ray.
 WINDOW = 1024
+# Most seconds between two times that the numbers of a window in progress are kept.
+KEEP_EVERY = 60.0
 
 T = TypeVar("T")
 Window = list[Example]
@@ -132,10 +141,15 @@ class WindowWorker:
         encoder: encoder that makes tokens and labels.
         batch_tokens: largest batch size, rows × longest row; halved whenever a batch does not fit in memory.
         uncompiled: why the model does not run compiled although the settings ask for it.
+
+    Attributes:
+        kept: folder in which the numbers of the window in progress are kept every `KEEP_EVERY` seconds, so that a
+            window that takes longer resumes too; None keeps nothing.
     """
 
     def __init__(self, rows: RowFunction, encoder: ChatEncoder, batch_tokens: int, uncompiled: str = "") -> None:
         self.rows, self.encoder, self.batch_tokens, self.uncompiled = rows, encoder, batch_tokens, uncompiled
+        self.kept: Path | None = None
 
     def __call__(
         self, window: Window, progress: Callable[[int], None] | None = None, encoded: list[Encoded] | None = None
@@ -144,7 +158,8 @@ class WindowWorker:
 
         Args:
             window: examples.
-            progress: called with the number of rows done.
+            progress: called with the number of rows done. A part of a window counts by its tokens, as the longest rows
+                come first, so that the rate is that of the pool.
             encoded: encoded examples, if they are ready.
 
         Raises:
@@ -152,10 +167,13 @@ class WindowWorker:
         """
         encoded = self.encoder.encode(window) if encoded is None else encoded
         numbers = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
+        file, known = self._kept(window, numbers)
+        work = np.array([len(row.input_ids) if row.supervised else 0 for row in encoded], np.float64)
+        told, saved = 0, time.monotonic()
         for number, batch in enumerate(iter_batches(encoded, self.batch_tokens)):
             if number % RELEASE_EVERY == 0:
                 release_memory()
-            waiting = [batch.to(self.rows.device)]
+            waiting = [] if known[batch.indices].all() else [batch.to(self.rows.device)]
             while waiting:
                 part = waiting.pop()
                 rows = len(part.indices)
@@ -172,12 +190,37 @@ class WindowWorker:
                 if not fits:  # outside the handler, whose traceback keeps the tensors alive
                     release_memory()
                     waiting += reversed(part.halves())
-                elif progress is not None:
-                    progress(rows)
-        empty = sum(example.supervised == 0 for example in encoded)
-        if progress is not None and empty:
-            progress(empty)
+                else:
+                    known[part.indices] = True
+                    if file is not None and time.monotonic() - saved >= KEEP_EVERY:
+                        saved = time.monotonic()
+                        save_checked({"numbers": torch.from_numpy(numbers), "known": torch.from_numpy(known)}, file)
+                    done = int(len(encoded) * work[known].sum() / work.sum())
+                    if progress is not None and done > told:
+                        progress(done - told)
+                        told = done
+        if progress is not None and told < len(encoded):
+            progress(len(encoded) - told)
         return self._described(window, encoded, numbers)
+
+    def _kept(self, window: Window, numbers: np.ndarray) -> tuple[Path | None, np.ndarray]:
+        """Fill in the numbers of a window that an interrupted start has kept.
+
+        Returns:
+            The file to keep numbers in, and which rows are known, bool [N].
+        """
+        known = np.zeros(len(numbers), np.bool_)
+        if self.kept is None or not self.kept.is_dir():  # a worker on another machine
+            return None, known
+        file = self.kept / f"{key_of([window[0].origin, window[-1].origin, len(window)])}.safetensors"
+        if file.is_file():
+            try:
+                tensors, _ = load_checked(file)
+            except (SafetensorError, OSError) as error:
+                warnings.warn(f"{file}: is damaged ({one_line(error)}); its rows are scored again", stacklevel=2)
+            else:
+                numbers[:], known[:] = tensors["numbers"].numpy(), tensors["known"].numpy()
+        return file, known
 
     def _described(self, window: Window, encoded: Sequence[Encoded], numbers: np.ndarray) -> ScoredWindow:
         """Return the table and the statistics of a window from its numbers [N, columns]."""

@@ -11,7 +11,9 @@ An interrupted index resumes after its last window and ends with the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +28,7 @@ from iprox.data import Encoded, Example
 from iprox.engine.shards import IDENTITY, claim
 from iprox.engine.stream import WINDOW, Engine, ScoredWindow, ScoringStats, WindowWorker, local_engine, windows_of
 from iprox.errors import InputError
-from iprox.files import replacing, write_text
+from iprox.files import digest_of, replacing, write_text
 from iprox.influence.estimators.less import adam_steps, check_state
 from iprox.influence.gradients import LayerGradient, TaskGradient
 from iprox.influence.projection import LayerProjection
@@ -39,6 +41,8 @@ from iprox.progress import Advance
 from iprox.scores import SUPERVISED, scores_table, supervised_column
 
 DESCRIPTION = "index.json"
+# Ending of the files with the checksums of an index that is not complete.
+SUM = ".sum"
 
 
 class GradientProjector:
@@ -176,15 +180,16 @@ def write_index(
         engine: engine that projects the windows.
     """
     claim(folder, description)
-    ready = sorted(folder.glob("*.arrow"))
+    ready = _sound(folder)
     stats = ScoringStats()
-    for file in ready:
+    for file in ready.values():
         counted = _counts(_mapped(file))
         stats.add(counted)
         if progress is not None:
             progress(counted.rows, earlier=True)
-    windows = windows_of(pool, window, leave_out=range(len(ready)))
-    for number, (table, counted) in enumerate(engine(make, windows, progress), start=len(ready)):
+    windows = windows_of(pool, window, leave_out=ready)
+    missing = (number for number in itertools.count() if number not in ready)
+    for (table, counted), number in zip(engine(make, windows, progress), missing, strict=False):
         # A window stores its counts, so that a resumed run reports the totals.
         table = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
         with (
@@ -193,10 +198,27 @@ def write_index(
             pa.ipc.new_file(sink, table.schema) as writer,
         ):
             writer.write_table(table, max_chunksize=len(table))
+        write_text(folder / f"{number:06d}.arrow{SUM}", digest_of(folder / f"{number:06d}.arrow"))
         stats.add(counted)
     write_text(folder / DESCRIPTION, json.dumps({**description, "rows": stats.rows}, indent=2) + "\n")
-    (folder / IDENTITY).unlink()
+    for left in (*folder.glob(f"*{SUM}"), folder / IDENTITY):
+        left.unlink()
     return stats
+
+
+def _sound(folder: Path) -> dict[int, Path]:
+    """Return the files of an interrupted index by window; delete those that are not as they were written, and warn."""
+    sound: dict[int, Path] = {}
+    for written in sorted(folder.glob(f"*{SUM}")):
+        file = written.with_suffix("")
+        if file.is_file() and digest_of(file) == written.read_text(encoding="utf-8"):
+            sound[int(file.stem)] = file
+        else:
+            warnings.warn(f"{file}: is missing or damaged; its rows are read again", stacklevel=2)
+    for file in (*folder.glob("*.arrow"), *folder.glob(f"*{SUM}")):
+        if int(file.name.partition(".")[0]) not in sound:
+            file.unlink()
+    return sound
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,8 @@ class BatchScorer(Scorer):
             if part.shape[:-1] != positions:
                 seen = "every token" if len(positions) > 1 else "one row per example"
                 raise TypeError(f"{name} does not see {seen}, so its gradients cannot be separated")
+        if not columns:  # all validation gradients are zero
+            return torch.zeros(*positions, self.columns, device=self.device)
         scores = torch.stack(list(columns.values())).sum(0)
         if self.normalize == "none":
             return scores

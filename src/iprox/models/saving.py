@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from iprox.errors import InputError, one_line
 from iprox.models.adapters import is_adapted, merged_state, save_adapters
 from iprox.models.card import write_card
 from iprox.models.checkpoint import proxy_config
@@ -83,3 +84,16 @@ def _save_whole(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Pat
     config = folder / "config.json"  # transformers writes the module's dtype, not that of the state
     stored = {**json.loads(config.read_text(encoding="utf-8")), "dtype": str(dtype).removeprefix("torch.")}
     config.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def learning_rates_in(listing: Path) -> dict[str, float]:
+    """Return the learning rates of a training's checkpoints by folder name, in order; {} if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        text = listing.read_text(encoding="utf-8") if listing.is_file() else "[]"
+        return {str(each["path"]): float(each["learning_rate"]) for each in json.loads(text)}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InputError(f"{listing}: is damaged ({one_line(error)}); train again, or give --learning-rates") from error

@@ -26,8 +26,10 @@ from iprox.proxy.align_signals import SignalStore
 from iprox.proxy.align_state import AlignmentHistory, AlignmentState, AlignmentStep
 from iprox.settings import AlignSection
 
-# Number of times that held-out fidelity is measured and the state saved, evenly over the steps, after a first time.
+# Number of times that held-out fidelity is measured, evenly over the steps, after a first time.
 EVALUATIONS = 4
+# Most seconds between two times that the state is saved.
+KEEP_EVERY = 60.0
 # Alignment stops after this many evaluations without a new best fidelity.
 PATIENCE = 2
 
@@ -95,10 +97,9 @@ def align(
     every = max(1, math.ceil(steps / EVALUATIONS))
     with _trainable(proxy, layers) as (factors, autocast):
         run = AlignmentState(factors, _optimizer(factors, settings.learning_rate), held_out)
-        if state is not None and state.is_file():
-            run.load(state, identity)
-        else:
+        if state is None or not run.load(state, identity):
             run.evaluate(0)
+        saved = time.monotonic()
         done = len(run.history.steps)
         if progress is not None and done:
             progress(done, earlier=True)
@@ -123,12 +124,14 @@ def align(
             run.history.tokens += int(batch.lengths.sum()) if isinstance(batch, Batch) else 0
             if progress is not None:
                 progress(1)
-            if step % every == 0 or step == steps:
+            evaluated = step % every == 0 or step == steps
+            if evaluated:
                 run.evaluate(step)
-                if state is not None and step < steps:
-                    run.history.seconds += time.perf_counter() - started
-                    started = time.perf_counter()
-                    run.save(state, identity)
+            late = time.monotonic() - saved >= KEEP_EVERY
+            if state is not None and step < steps and (evaluated or late):
+                run.history.seconds += time.perf_counter() - started
+                started, saved = time.perf_counter(), time.monotonic()
+                run.save(state, identity)
         run.finish()
     run.history.seconds += time.perf_counter() - started
     return run.history

@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-from iprox.files import replacing
+from iprox.checked import load_checked, save_checked
 from iprox.models.layers import LowRankLinear
 from iprox.proxy.align_loss import Signals
 from iprox.settings import AlignSection
@@ -43,7 +42,7 @@ class SignalStore:
             try:
                 return _read(file)
             except SafetensorError:
-                file.unlink()  # incomplete after a full disk or a crash; computed again
+                file.unlink()  # damaged by a full disk or a crash; computed again
         signals = make()
         if self.full:
             return signals
@@ -51,9 +50,7 @@ class SignalStore:
         tensors |= {f"hidden/{place:04d}": state for place, state in enumerate(signals.hidden)}
         tensors["logits"] = signals.logits
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as partial:
-                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial)
+            save_checked(tensors, file)
         except (OSError, SafetensorError) as error:
             self.full = True
             self.discard()
@@ -83,9 +80,6 @@ def stored_bytes(
 
 
 def _read(file: Path) -> Signals:
-    with safe_open(file, "pt") as saved:
-        # Copies: tensors from safetensors are aligned as in the file, and on CPUs without AVX-512 the last bits of
-        # matrix products depend on the alignment of their operands.
-        found = {name: saved.get_tensor(name).clone() for name in sorted(saved.keys())}
+    found, _ = load_checked(file)
     gradients = {name.removeprefix("gradient/"): each for name, each in found.items() if name.startswith("gradient/")}
     return Signals(gradients, found["logits"], [each for name, each in found.items() if name.startswith("hidden/")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,11 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from iprox.errors import InputError
-from iprox.files import replacing
+from iprox.checked import load_checked, save_checked
+from iprox.errors import InputError, one_line
 
 # AdamW's state of a parameter: its number of steps and its two running averages.
 KEPT = ("step", "exp_avg", "exp_avg_sq")
@@ -132,38 +132,34 @@ class AlignmentState:
         for name, factor in self.factors.items():
             # A factor without a gradient so far (of an unused expert) has no state.
             tensors |= {f"{kept}/{name}": value for kept, value in self.optimizer.state.get(factor, {}).items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-                partial,
-                metadata={"identity": identity, "history": json.dumps(self.history.as_dict())},
-            )
+        save_checked(tensors, file, {"identity": identity, "history": json.dumps(self.history.as_dict())})
 
-    def load(self, file: Path, identity: str) -> None:
-        """Restore what `save` wrote.
+    def load(self, file: Path, identity: str) -> bool:
+        """Restore what `save` wrote, and return whether that was possible; warn of a damaged file.
 
         Raises:
-            InputError: the file was written by another alignment, or cannot be read.
+            InputError: the file was written by another alignment.
         """
+        if not file.is_file():
+            return False
         try:
-            with safe_open(file, "pt") as saved:
-                metadata = saved.metadata() or {}
-                if metadata.get("identity") != identity:
-                    raise InputError(f"{file}: was written by another alignment; remove it to start again")
-                names = set(saved.keys())
-                for name, factor in self.factors.items():
-                    with torch.no_grad():
-                        factor.copy_(saved.get_tensor(f"factor/{name}"))
-                    if f"step/{name}" in names:
-                        step, *averages = (saved.get_tensor(f"{kept}/{name}") for kept in KEPT)
-                        moved = (average.to(factor.device) for average in averages)
-                        self.optimizer.state[factor] = dict(zip(KEPT, (step, *moved), strict=True))
-                    if f"best/{name}" in names:
-                        self.best[name] = saved.get_tensor(f"best/{name}").to(factor.device)
-        except SafetensorError as error:
-            raise InputError(f"{file}: cannot be read ({error}); remove it to start again") from error
+            saved, metadata = load_checked(file)
+        except (SafetensorError, OSError) as error:
+            warnings.warn(f"{file}: is damaged ({one_line(error)}); the alignment starts again", stacklevel=2)
+            return False
+        if metadata.get("identity") != identity:
+            raise InputError(f"{file}: was written by another alignment; remove it to start again")
+        for name, factor in self.factors.items():
+            with torch.no_grad():
+                factor.copy_(saved[f"factor/{name}"])
+            if f"step/{name}" in saved:
+                step, *averages = (saved[f"{kept}/{name}"] for kept in KEPT)
+                moved = (average.to(factor.device) for average in averages)
+                self.optimizer.state[factor] = dict(zip(KEPT, (step, *moved), strict=True))
+            if f"best/{name}" in saved:
+                self.best[name] = saved[f"best/{name}"].to(factor.device)
         self.history = AlignmentHistory.from_dict(json.loads(metadata["history"]))
+        return True
 
 
 def discard_other_states(folder: Path, identity: str) -> None:

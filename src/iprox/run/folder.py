@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from iprox.errors import InputError
-from iprox.files import FolderLock
-from iprox.records import RUN, read_json
+from iprox.files import PARTIAL, FolderLock, remove, remove_partial
+from iprox.records import RUN, read_record
 
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "accelerate", "peft", "safetensors", "pyarrow", "numpy")
 
@@ -78,11 +77,8 @@ class RunFolder:
             raise InputError(f"{self.path}: is a file; choose a folder as output")
         earlier: dict[str, Any] = {}
         if self.run.is_file():
-            try:
-                earlier = read_json(self.run)
-            except ValueError as error:
-                raise InputError(f"{self.run}: not JSON ({error}); choose another output folder") from error
-            if "command" in earlier.get("identity", {"command": ""}):
+            earlier = read_record(self.run, "choose another output folder")
+            if "command" in earlier["identity"]:
                 raise InputError(f"{self.path}: it is the output of a single command; choose another output folder")
         elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
             raise InputError(f"{self.path}: is not empty and not a run folder; choose another output folder")
@@ -98,9 +94,7 @@ class RunFolder:
         if fresh:
             earlier = {}
             for name in self.CONTENT:
-                target = self.path / name
-                whole = target.is_dir() and not target.is_symlink()
-                shutil.rmtree(target) if whole else target.unlink(missing_ok=True)
+                remove(self.path / name)
         elif earlier and earlier["identity"] != dict(identity):
             before = earlier["identity"]
             changed = [key for key in dict.fromkeys([*before, *identity]) if before.get(key) != identity.get(key)]
@@ -120,8 +114,9 @@ class RunFolder:
     def remove_partial(self) -> None:
         """Remove the remains of interrupted writes."""
         for name in self.CONTENT:
-            for left in (self.path / f"{name}.partial", *(self.path / name).glob("**/*.partial")):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            remove(self.path / f"{name}{PARTIAL}")
+            if not (self.path / name).is_symlink():
+                remove_partial(self.path / name)
 
 
 def environment() -> dict[str, Any]:

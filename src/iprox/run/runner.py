@@ -10,8 +10,10 @@ from typing import Any
 
 from iprox.data import Example, Pool
 from iprox.data.sampling import draw_rows
+from iprox.files import digest_of
 from iprox.influence.job import Checkpoint
-from iprox.records import StageRecord, key_of, write_json
+from iprox.models.card import CARD
+from iprox.records import RUN, StageRecord, key_of, write_json
 from iprox.run.folder import RunFolder, environment
 from iprox.session import AT_LEAST, Session
 from iprox.settings import Settings
@@ -80,14 +82,23 @@ class Run:
         """Number of rows in the pool."""
         return self.pool.scan().rows
 
-    def stage(self, name: str, key: Any, outputs: Sequence[Path], work: Callable[[], StageRecord]) -> str:
+    def stage(
+        self,
+        name: str,
+        key: Any,
+        outputs: Callable[[], Sequence[Path]],
+        work: Callable[[], StageRecord],
+        passing: Sequence[Path] = (),
+    ) -> str:
         """Do a stage, or skip it if it is up to date.
 
         Args:
             name: name of the stage in `run.json`.
             key: everything that the output depends on, as plain data.
-            outputs: files that the stage writes; if one is missing, the stage is done again.
+            outputs: function that returns the files and folders that the stage writes; if one is missing or damaged,
+                the stage is done again.
             work: function that does the stage.
+            passing: folders that the stage writes and that may be removed later; they must not be damaged.
 
         Returns:
             The stage's key, for stages that read its output.
@@ -95,16 +106,20 @@ class Run:
         key = key_of([name, key])
         say = self.session.reporter.say
         before = self.earlier.pop(name, None)
-        if before is not None and before["key"] == key and all(output.exists() for output in outputs):
+        if before is None:
+            why = ""
+        elif before["key"] != key:
+            why = "its inputs or settings have changed"
+        else:
+            why = self._damage(before.get("files", {}), outputs(), passing)
+        if before is not None and not why:
             self.session.reporter.take_warnings()  # they are in the earlier record
             entry = {**before, "skipped": True}
             by = before.get("iprox", self.earlier_version)
             older = f" by iprox {by}, not {version('iprox')}; {self.folder.AGAIN}"
             say(f"✓ {name}: done already{older if by != version('iprox') else ''}")
         else:
-            if before is not None:
-                changed = "its inputs or settings have changed" if before["key"] != key else "its output is missing"
-                say(f"{name}: done again, because {changed}")
+            say(f"{name}: done again, because {why}" if why else f"{name} ...")
             self.save()  # without the stage, whose output is incomplete from here on
             try:
                 with self.session.metered() as usage:
@@ -119,12 +134,34 @@ class Run:
                 "skipped": False,
                 "key": key,
                 "iprox": version("iprox"),
+                "files": {
+                    str(file.relative_to(self.folder.path)): digest_of(file)
+                    for file in _files_in((*outputs(), *passing))
+                },
             }
         self.record["stages"][name] = entry
         self.save()
         if not entry["skipped"]:
             self.session.tracker.stage(name, entry)
         return key
+
+    def _damage(self, written: Mapping[str, str], outputs: Sequence[Path], passing: Sequence[Path]) -> str:
+        """Return why the output of a stage is not as it was written; "" if it is.
+
+        Args:
+            written: checksums of the files that the stage wrote.
+            outputs: the stage's `outputs`.
+            passing: the stage's `passing`.
+        """
+        files = {self.folder.path / name: digest for name, digest in written.items()}
+        there = [output for output in (*outputs, *passing) if output not in passing or output.exists()]
+        needed = [*outputs, *(file for file in files if any(file.is_relative_to(output) for output in there))]
+        for file in needed:
+            if not file.exists():
+                return f"its output {file.relative_to(self.folder.path)} is missing"
+            if file in files and digest_of(file) != files[file]:
+                return f"its output {file.relative_to(self.folder.path)} is damaged"
+        return ""
 
     def save(self) -> None:
         """Write `run.json`."""
@@ -161,6 +198,12 @@ class Run:
             warn(f"{name}: {count} examples were asked for, but only {len(rows)} are left in the pool")
         self.rows[name] = sorted(rows + shared)
         return self.rows[name]
+
+
+def _files_in(places: Sequence[Path]) -> list[Path]:
+    """Return the files among some places and in the folders among them, but no `run.json` and no card, which change."""
+    files = (each for place in places for each in (sorted(place.rglob("*")) if place.is_dir() else [place]))
+    return [file for file in files if file.is_file() and file.name not in (RUN, CARD)]
 
 
 def new_record(session: Session, command: str, identity: Mapping[str, Any]) -> dict[str, Any]:

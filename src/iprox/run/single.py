@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,10 @@ from types import MappingProxyType
 from typing import Any
 
 from iprox.data import Pool
-from iprox.errors import InputError, one_line
-from iprox.files import FolderLock, absolute, check_output, empty_folder
+from iprox.errors import InputError
+from iprox.files import FolderLock, absolute, check_output, empty_folder, remove_partial
 from iprox.models.loading import checkpoint_fingerprint
-from iprox.records import RUN, key_of, read_json
+from iprox.records import RUN, key_of, read_record
 from iprox.run.folder import RunFolder
 from iprox.run.runner import Run, new_record
 from iprox.run.whole import judging
@@ -68,11 +67,8 @@ class SingleFolder(RunFolder):
         self.refuse_foreign()
         if not self.known:
             return {}
-        try:
-            earlier = read_json(self.run)
-            before, finished = dict(earlier["identity"]), {**earlier.get("earlier", {}), **earlier["stages"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.run}: cannot be read ({one_line(error)}); {_ADVICE}") from error
+        earlier = read_record(self.run, _ADVICE)
+        before, finished = earlier["identity"], {**earlier.get("earlier", {}), **earlier["stages"]}
         differ = [key for key in dict.fromkeys([*before, *identity]) if before.get(key) != identity.get(key)]
         if differ and (finished or before.get("command") != identity.get("command")):
             raise InputError(
@@ -83,8 +79,7 @@ class SingleFolder(RunFolder):
 
     def remove_partial(self) -> None:
         """Remove the remains of interrupted writes."""
-        for left in self.path.glob("**/*.partial"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        remove_partial(self.path)
 
 
 @contextmanager

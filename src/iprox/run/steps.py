@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from iprox.data import Example, Pool
 from iprox.engine.ray import ray_engine
 from iprox.engine.stream import Engine
+from iprox.errors import InputError
+from iprox.files import remove
 from iprox.influence.attribution import why_not_attributed
 from iprox.influence.estimators.base import QueryTokens
 from iprox.influence.estimators.ekfac import KroneckerInfluence
@@ -20,9 +21,9 @@ from iprox.influence.job import Checkpoint
 from iprox.models import flops
 from iprox.models.loading import checkpoint_fingerprint, skeleton
 from iprox.models.optimizer_state import OPTIMIZER_FILE
-from iprox.models.saving import CHECKPOINTS
+from iprox.models.saving import CHECKPOINTS, learning_rates_in
 from iprox.proxy.align_state import discard_other_states
-from iprox.records import StageRecord, key_of, read_json
+from iprox.records import StageRecord, key_of
 from iprox.run.runner import Run
 from iprox.session import pool_of, share, tasks_of
 from iprox.settings import OF_GRADIENTS, EvaluateSection, Settings
@@ -45,22 +46,28 @@ def warm_up(run: Run) -> None:
     rows = run.draw("warmup", settings.examples(run.total))
     folder = run.folder.warmup
     adam = run.settings.influence.traits.optimizer
-    kept = [folder / entry["path"] for entry in _checkpoints(run)]
-    # The optimizer's state does not change checkpoints, so it is an output and not part of the key.
-    states = [checkpoint / OPTIMIZER_FILE for checkpoint in kept] if adam else []
+
+    def outputs() -> list[Path]:
+        kept = [folder / path for path, _ in _checkpoints(run)] or [folder / "checkpoint"]
+        # The optimizer's state does not change checkpoints, so it is an output and not part of the key.
+        return [folder / CHECKPOINTS, *kept, *(checkpoint / OPTIMIZER_FILE for checkpoint in kept if adam)]
+
     run.keys["warmup"] = run.stage(
         "warmup",
         [run.common_key(), settings.model_dump()],
-        [folder / CHECKPOINTS, *kept, *states],
+        outputs,
         lambda: training.warm_up(run.session, run.model, run.pool.take(rows), folder, settings, optimizer_state=adam),
     )
-    run.targets = [(str(folder / entry["path"]), entry["learning_rate"]) for entry in _checkpoints(run)]
+    run.targets = [(str(folder / path), rate) for path, rate in _checkpoints(run)]
 
 
-def _checkpoints(run: Run) -> list[dict[str, Any]]:
-    """Return the checkpoints of the warm-up that influence is computed at; [] before it is done."""
+def _checkpoints(run: Run) -> list[tuple[str, float]]:
+    """Return the warm-up's checkpoints that influence is computed at, with learning rates; [] without a sound list."""
     listing = run.folder.warmup / CHECKPOINTS
-    known = read_json(listing) if listing.is_file() else []
+    try:
+        known = list(learning_rates_in(listing).items())
+    except InputError:
+        return []  # the warm-up is done again
     return known if run.settings.influence.checkpoints == "all" else known[-1:]
 
 
@@ -78,8 +85,9 @@ def curvature(run: Run) -> None:
     run.keys["curvature"] = run.stage(
         "curvature",
         [run.common_key(), run.keys["warmup"], len(run.targets), how, run.settings.batch_tokens],
-        [],
+        list,
         lambda: measure_curvature(run.session, [path for path, _ in run.targets], run.pool, run.curvature, influence),
+        passing=[run.folder.curvature],
     )
 
 
@@ -116,7 +124,7 @@ def compress(run: Run) -> None:
     key = [run.common_key(), run.keys["warmup"], len(run.targets), chosen]
     if by_fidelity:
         key += [influence.model_dump(include=set(OF_GRADIENTS)), run.settings.batch_tokens]
-    run.keys["compress"] = run.stage("compress", key, [folder / "compression.json" for folder in folders], work)
+    run.keys["compress"] = run.stage("compress", key, lambda: _proxies(folders, "compression.json"), work)
     run.proxies = [str(folder) for folder in folders]
 
 
@@ -157,8 +165,13 @@ def align(run: Run) -> None:
         shutil.rmtree(run.folder.align_state, ignore_errors=True)
         return record
 
-    run.keys["align"] = run.stage("align", key, [folder / "alignment.json" for folder in folders], work)
+    run.keys["align"] = run.stage("align", key, lambda: _proxies(folders, "alignment.json"), work)
     run.proxies = [str(folder) for folder in folders]
+
+
+def _proxies(folders: list[Path], description: str) -> list[Path]:
+    """Return the outputs of a stage that makes proxies."""
+    return [*folders, *(folder / description for folder in folders)]
 
 
 def _variants(base: Path, run: Run) -> list[Path]:
@@ -176,7 +189,7 @@ def _replaced(
     With several checkpoints, the last description is copied to where that of a single proxy would be.
     """
     if base != run.folder.path:
-        shutil.rmtree(base, ignore_errors=True)
+        remove(base)
     total: StageRecord = {}
     for record in records:
         for name in ("tokens", "flops"):
@@ -199,7 +212,7 @@ def audit(run: Run) -> None:
     audited = run.stage(
         "audit",
         [run.common_key(), run.keys, influence.model_dump(), settings.model_dump(include={"sample"})],
-        [folder / "audit.json", folder / "audit.parquet"],
+        lambda: [folder / "audit.json", folder / "audit.parquet"],
         lambda: auditing.audit(run.session, pairs, run.pool.take(rows), run.pool, run.validation, folder, influence)[0],
     )
     path, _ = run.targets[-1]
@@ -208,7 +221,7 @@ def audit(run: Run) -> None:
             run.stage(
                 name,
                 [audited, settings.model_dump(include={name, "learning_rate"})],
-                [folder / f"{name}.json"],
+                lambda name=name: [folder / f"{name}.json"],
                 lambda name=name, measure=measure: measure(
                     Retraining(run.session, path, run.pool.take(rows), run.validation, folder, settings, name)
                 ),
@@ -223,7 +236,7 @@ def score(run: Run) -> None:
     run.keys["score"] = run.stage(
         "score",
         [run.common_key(), run.keys, influence.model_dump(), run.settings.batch_tokens],
-        [run.folder.scores],
+        lambda: [run.folder.scores],
         partial(
             scoring.score,
             *(run.session, models, run.pool, run.validation, run.folder.scores, influence, identity, _engine(run)),
@@ -303,7 +316,7 @@ def refine(run: Run) -> None:
     run.keys["refine"] = run.stage(
         "refine",
         [run.keys, again, chosen.strategy, chosen.task, chosen.weights, run.settings.batch_tokens],
-        [folder / "scores.parquet", folder / "refine.json"],
+        lambda: [folder / "scores.parquet", folder / "refine.json"],
         lambda: refinement.refine(
             folder=folder,
             scores=scores,
@@ -332,7 +345,7 @@ def select(run: Run) -> None:
     run.keys["select"] = run.stage(
         "select",
         [run.keys.get("refine", run.keys["score"]), settings.model_dump()],
-        [run.folder.selected, run.folder.selection],
+        lambda: [run.folder.selected, run.folder.selection],
         lambda: selection.select(
             run.session, scores, run.pool, run.folder.selected, run.folder.selection, settings, "recipe"
         ),
@@ -349,7 +362,7 @@ def finetune(run: Run) -> None:
     run.keys["finetune"] = run.stage(
         "finetune",
         [run.common_key(), run.keys["select"], settings.model_dump(exclude={"test", "evaluate"}), fingerprints],
-        [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
+        lambda: [run.folder.finetune / "finetune.json", run.folder.finetune / "model"],
         lambda: training.finetune(
             run.session,
             run.model,
@@ -391,7 +404,7 @@ def report(run: Run) -> None:
         build_report(run.folder.path, run.pool)
         return {}
 
-    run.stage("report", [stage["key"] for stage in run.record["stages"].values()], [run.folder.report], work)
+    run.stage("report", [stage["key"] for stage in run.record["stages"].values()], lambda: [run.folder.report], work)
 
 
 def _attribute(run: Run) -> None:
@@ -408,7 +421,7 @@ def _attribute(run: Run) -> None:
     run.stage(
         "attribute",
         [run.keys["score"], rows],
-        [run.folder.attribution],
+        lambda: [run.folder.attribution],
         lambda: attribution.attribute(
             *(run.session, run.scored, run.pool, rows, run.validation),
             *(run.folder.scores, run.folder.attribution, settings),

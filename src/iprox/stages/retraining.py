@@ -148,9 +148,19 @@ class Retraining:
         self.described = settings.model_dump(include={"learning_rate"})
         self._common = [checkpoint_fingerprint(model), held, str(session.dtype), self.described]
 
+    def _known(self) -> dict[str, list[float]]:
+        """Return the losses of earlier trainings; of a damaged file none, with a warning."""
+        file = self.folder / LOSSES
+        try:
+            known = read_json(file) if file.is_file() else {}
+            return {str(key): [float(loss) for loss in losses] for key, losses in known.items()}
+        except (ValueError, TypeError, AttributeError):
+            self.session.reporter.warn(f"{file}: is damaged; its trainings are repeated")
+            return {}
+
     def losses(self, trainings: Sequence[Training]) -> tuple[np.ndarray, StageRecord]:
         """Return the validation losses after each training [len(trainings), T], and the cost of new trainings."""
-        known: dict[str, list[float]] = read_json(self.folder / LOSSES) if (self.folder / LOSSES).is_file() else {}
+        known = self._known()
         counted = self.session.skeleton(self.model)
         record: StageRecord = {"tokens": 0, "flops": 0.0}
         keys = [self._key(training) for training in trainings]
