@@ -385,7 +385,7 @@ def _evaluate(run: Run, settings: EvaluateSection) -> None:
     run.stage(
         "evaluate",
         [run.common_key(), run.keys["finetune"], tasks_key(settings)],
-        [folder / training.BENCHMARKS],
+        lambda: [folder / training.BENCHMARKS],
         lambda: training.benchmark(run.session, run.model, folder, settings),
     )
 
