@@ -9,7 +9,6 @@ this measures what they keep, and counts FLOPs of linear layers; `cost.py` measu
 
     python benchmarks/levers.py --model ../models/smollm2-135m-instruct --examples 300
     python benchmarks/levers.py --estimator ekfac            # the default score; TracIn's cosine is quicker
-    python benchmarks/levers.py --page                       # write docs/results/levers.md
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import iprox
-from common import RESULTS, Results, agreement, read_results, settings_of, write_block
+from common import RESULTS, Results, agreement, settings_of
 from cost import AGAIN, Bench, Scored, options_of
 from iprox.data import Encoded
 from iprox.data.tokens import IGNORE
@@ -200,13 +199,9 @@ ROUNDINGS: dict[str, Round] = {"float8": as_float8, "int8": as_int8}
 def main() -> None:
     """Measure what is missing and print the table."""
     options = options_of(__doc__, "tracin")
-    options.add_argument("--page", action="store_true", help="compute nothing; write docs/results/levers.md")
     arguments = options.parse_args()
-    if arguments.page:
-        write_page()
-        return
     output = arguments.output or RESULTS / f"levers-{Path(arguments.model).name}-{arguments.estimator}.jsonl"
-    results = Results(output, settings_of(arguments, "page"), fresh=arguments.fresh)
+    results = Results(output, settings_of(arguments), fresh=arguments.fresh)
     bench: Levers | None = None
     for lever in LEVERS:
         if f"{lever.name}/{arguments.seed}" not in results.cells:
@@ -217,25 +212,6 @@ def main() -> None:
         print(
             f"{lever.name:<40} FLOPs {cell['flops']:.2f}  Spearman {cell['spearman']:.3f}  found {recall}", flush=True
         )
-
-
-def write_page() -> None:
-    """Replace what stands between `<!-- levers -->` and `<!-- /levers -->` by a table for each results file."""
-    parts = []
-    for path in sorted(RESULTS.glob("levers-*.jsonl")):
-        known = read_results(path)
-        how, tasks = known["settings"], known["settings"]["tasks"]
-        heads = ["lever", "FLOPs of linear layers", f"Spearman ({', '.join(tasks)})"]
-        lines = [[*heads, *(f"found at {share:.0%}" for share in AGAIN)]]
-        lines.append(["---"] * len(lines[0]))
-        for name, cell in known["cells"].items():
-            each = " ".join(f"{cell['by_task'][task]:.2f}" for task in tasks)
-            shown = [f"{cell['recall'][f'{share:g}']:.2f}" for share in AGAIN]
-            lines.append([name.rpartition("/")[0], f"{cell['flops']:.2f}", f"{cell['spearman']:.2f} ({each})", *shown])
-        title = f"## {Path(how['model']).name}, {how['estimator']}"
-        said = f"{how['examples']} rows, {how['validation_rows']} validation rows per task."
-        parts.append("\n\n".join([title, said, "\n".join(f"| {' | '.join(row)} |" for row in lines)]))
-    write_block("levers", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ TOP = SelectSection(fraction=0.05, strategy="top")
 class Rows:
     """A stand-in of a pool that keeps which of its rows were written."""
 
-    columns = Columns()
+    columns, pairs = Columns(), False
 
     def scan(self):
         return SimpleNamespace(rows=ROWS)

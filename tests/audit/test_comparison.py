@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -51,6 +51,7 @@ def test_each_pair_is_what_scipy_and_counting_say():
     assert plain["tasks"]["a"]["overlap"][1][2] == found.overlap["a"][1, 2]
 
 
+@settings(deadline=None)
 @given(st.permutations(range(ROWS)))
 def test_rows_are_matched_by_id_whatever_their_order(order):
     one, other = drawn(0), drawn(1)

@@ -426,7 +426,8 @@ def test_a_table_that_holds_no_scores(finished, tmp_path, refused, dropped, said
 
 def test_an_unreadable_record_of_a_run(copied, refused):
     (copied.output / "run.json").write_text("")
-    assert f"{copied.output / 'run.json'}: not JSON" in refused("run", copied.recipe, "--quiet", "--fresh")
+    said = refused("run", copied.recipe, "--quiet", "--fresh")
+    assert f"{copied.output / 'run.json'}: is damaged: not JSON" in said
 
 
 @pytest.mark.parametrize(

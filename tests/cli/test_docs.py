@@ -4,11 +4,14 @@ import json
 import re
 import shlex
 import shutil
+from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.utils import DatasetMixtureConfig
 
@@ -17,6 +20,7 @@ from iprox.cli.parser import Request, build_app
 from iprox.recipe import parse_recipe
 from iprox.settings import Recipe
 
+MODEL = str(files("iprox.quickstart") / "model")
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -96,27 +100,53 @@ def known_names(finished):
     """The names that the README uses without defining them."""
     pool = [json.loads(line) for line in finished.pool.read_text().splitlines()[:60]]
     validation = [json.loads(line) for line in (finished.path / "arithmetic.jsonl").read_text().splitlines()]
-    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     return {
         **dict.fromkeys(("pool", "sample", "probe", "data"), pool),
         "few": pool[:2],
         "validation": validation,
-        "pool_batches": torch.utils.data.DataLoader([{"x": each, "y": each[:1]} for each in x], batch_size=4),
-        "validation_batches": torch.utils.data.DataLoader([{"x": each, "y": each[:1]} for each in x[:2]]),
     }
+
+
+class Classifier(torch.nn.Module):
+    """A classifier of pictures; that of recordings returns its logits as transformers' models do."""
+
+    def __init__(self, recordings):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+        )
+        self.recordings = recordings
+
+    def forward(self, x):
+        logits = self.layers(x)
+        return SimpleNamespace(logits=logits) if self.recordings else logits
+
+
+def of_page(page):
+    """What the names of a page about another kind of data stand for."""
+    if page == "preference":
+        pairs = [{"prompt": f"{i}+{i}=", "chosen": f" {2 * i}", "rejected": " no idea"} for i in range(40)]
+        return {"pairs": pairs, "validation": pairs[:3], "model": AutoModelForCausalLM.from_pretrained(MODEL)}
+    if page not in ("vision", "speech"):
+        return {}
+    x = torch.randn(40, 4, 4, generator=torch.Generator().manual_seed(0))
+    pool = torch.utils.data.TensorDataset(x, torch.arange(40) % 3)
+    few = torch.utils.data.Subset(pool, range(20))
+    return {"pool": pool, "sample": few, "validation": few, "model": Classifier(page == "speech")}
 
 
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.stem
 )
 def test_python(page, desk, recwarn):
-    names = known_names(desk)
+    names = {**known_names(desk), **of_page(page.stem)}
     model = yaml.safe_load(desk.recipe.read_text())["model"]
     for language, text in FENCE.findall(page.read_text()):
         if language != "python":
             continue
-        if "pool_batches" in text:
-            names["model"] = torch.nn.Sequential(torch.nn.Linear(3, 1))
+        if 'batch["x"]' in text:
+            rows = [{"x": each, "y": each[:1]} for each in torch.randn(8, 3)]
+            names |= {"pool": rows, "validation": rows[:2], "model": torch.nn.Sequential(torch.nn.Linear(3, 1))}
 
         text = text.replace("Qwen/Qwen3-4B", model).replace('"sibling": others', '"sibling": scores')
         exec(compile(text, str(page), "exec"), names)

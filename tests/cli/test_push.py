@@ -108,7 +108,7 @@ def test_refusals(finished, hub, tmp_path, monkeypatch, capfd):
         assert main(["push", *map(str, arguments)]) == 2
         return capfd.readouterr().err
 
-    assert "is no proxy folder" in refused(tmp_path, "me/x")
+    assert "is no proxy or run folder" in refused(tmp_path, "me/x")
     (tmp_path / "x.jsonl").write_text("{}\n")
     assert "no x.selection.json next to it" in refused(tmp_path / "x.jsonl", "me/x")
     assert "me/a/b: not pushed" in refused(finished.output / "report.html", "me/a/b")

@@ -37,6 +37,20 @@ def test_weights_are_the_targets_own_and_the_target_stays_as_it_was(tiny):
     assert (report.method, report.achieved_sparsity, report.relative_flops) == ("target", 0.0, 1.0)
 
 
+@pytest.mark.parametrize("factors", [False, True])
+def test_a_proxy_of_a_model_whose_forward_pass_was_wrapped_runs_itself(tiny, factors):
+    """Trainers leave such wrappers, which know the model that they were made for."""
+    model, batch = tiny.model(), tiny.batch([9, 4])
+    run = model.forward
+    model.forward = lambda *arguments, **named: run(*arguments, **named)
+    proxy = derive_proxy(model, [batch], Size(0.3))[0] if factors else limited(model, 0.5)[0]
+    ran = []
+    proxy.lm_head.register_forward_hook(lambda *_: ran.append("proxy"))
+    model.lm_head.register_forward_hook(lambda *_: ran.append("model"))
+    proxy(input_ids=batch.input_ids)
+    assert ran == ["proxy"]
+
+
 @pytest.mark.parametrize(("depth", "count"), [(0.01, 1), (0.34, 1), (0.5, 2), (0.67, 2), (0.99, 3)])
 def test_a_depth_keeps_the_upper_layers_and_at_least_one(tiny, depth, count):
     model = tiny.model(num_hidden_layers=3)

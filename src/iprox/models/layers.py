@@ -6,7 +6,8 @@ n = channels × size of the kernel. Its weight as a matrix is [m, n], m the outp
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -242,6 +245,21 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and not name.endswith("experts"):
             return name, module
     raise InputError(f"{type(model).__name__} has no list of {depth} decoder layers")
+
+
+def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
+    """Return a deep copy whose forward pass runs the copy.
+
+    A trainer leaves its wrapper on the model that it trained, and a copy of the wrapper would still run that model.
+
+    Args:
+        model: model to copy.
+        memo: objects that take the place of copies, by the id of what is copied.
+    """
+    made = copy.deepcopy(model, memo)
+    if not hasattr(made, "_hf_hook"):  # Accelerate's, for a model on several devices
+        vars(made).pop("forward", None)
+    return made
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int]:

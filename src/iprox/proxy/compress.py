@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
-from iprox.models.layers import output_head
+from iprox.models.layers import copied, output_head
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.proxy.extraction import first_layers
@@ -163,7 +162,7 @@ def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[Pre
     """Return a proxy that shares the model's weights, which `limit_depth` then makes cheaper."""
     _refuse_proxy(model)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return _finished(model, copy.deepcopy(model, memo=shared), CompressionReport("target", None, {}), target)
+    return _finished(model, copied(model, shared), CompressionReport("target", None, {}), target)
 
 
 def adopt(
@@ -180,7 +179,7 @@ def adopt(
             f"the off-the-shelf model has a vocabulary of {sizes[1]:,}, the target one of {sizes[0]:,}: "
             "choose a model of the target's family"
         )
-    return _finished(model, copy.deepcopy(other), CompressionReport("off-the-shelf", None, {}), target)
+    return _finished(model, copied(other), CompressionReport("off-the-shelf", None, {}), target)
 
 
 def _refuse_proxy(model: PreTrainedModel) -> None:

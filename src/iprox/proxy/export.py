@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
 from iprox.models.experts import fuse_experts, split_experts
-from iprox.models.layers import LowRankLinear, compressible_layers, low_rank_layers, replace_module
+from iprox.models.layers import LowRankLinear, compressible_layers, copied, low_rank_layers, replace_module
 from iprox.models.precision import accumulation_dtype
 
 
@@ -25,7 +23,7 @@ def to_dense(proxy: PreTrainedModel) -> PreTrainedModel:
     """
     if not low_rank_layers(proxy):
         raise InputError("the model has no low-rank layer: it is not a proxy")
-    dense = copy.deepcopy(proxy)
+    dense = copied(proxy)
     with torch.device("meta"):
         bare = type(proxy)(proxy.config)  # has the original kind of each layer
     split_experts(bare)

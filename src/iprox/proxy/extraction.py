@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 from transformers import PreTrainedModel
 
 from iprox.errors import InputError
 from iprox.models import flops
-from iprox.models.layers import compressible_layers, decoder_layers, weight_shape
+from iprox.models.layers import compressible_layers, copied, decoder_layers, weight_shape
 from iprox.proxy.size import Size
 
 
@@ -46,7 +44,7 @@ def first_layers(model: PreTrainedModel, size: Size) -> PreTrainedModel:
     name, blocks = decoder_layers(model)
     count = fitting_layers(model, size)
     # deepcopy uses the memo's objects, so the omitted layers are never copied.
-    shorter = copy.deepcopy(model, memo={id(block): None for block in blocks[count:]})
+    shorter = copied(model, {id(block): None for block in blocks[count:]})
     parent, _, attribute = name.rpartition(".")
     kept = nn.ModuleList(list(shorter.get_submodule(name).children())[:count])
     setattr(shorter.get_submodule(parent), attribute, kept)

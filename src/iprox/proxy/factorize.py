@@ -6,7 +6,6 @@ fit are kept on disk.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
-from iprox.models.layers import compressible_layers, dense_weight, layer_bias, low_rank_like
+from iprox.models.layers import compressible_layers, copied, dense_weight, layer_bias, low_rank_like
 from iprox.models.loss import LossFn
 from iprox.proxy.factorizations import PROBED, FactorMethod, layer_spectrum
 from iprox.proxy.ipsvd import Ridge, Spectrum
@@ -189,4 +188,4 @@ def with_factors(
             replaced[id(layer)] = low_rank_like(layer, rank)
             replaced[id(layer)].fill(up, down, layer_bias(layer))
     # deepcopy uses the memo's objects, so the replaced dense weights are never copied.
-    return copy.deepcopy(model, memo=replaced)
+    return copied(model, replaced)

@@ -30,7 +30,7 @@ SELECTED, BEST_OF_TASK, WORST, ANY = 160, 40, 40, 80
 # Number of tasks whose best rows the browser has. The best rows of the others are among the best of all together.
 MOST_TASKS = 6
 # Characters per row of the browser, and of all of its rows.
-ROW_CHARACTERS, ALL_CHARACTERS = 4_000, 400_000
+ROW_CHARACTERS, ALL_CHARACTERS = 4_000, 300_000
 
 # Number of shades for tokens that help, and for tokens that harm.
 LEVELS = 5
