@@ -198,6 +198,9 @@ ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "ran
 DEPTH = 0.33
 
 
+Tracking = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
+
+
 class ProxySection(Section):
     """How the proxy is made, and its size."""
 
@@ -634,9 +637,7 @@ class Settings(Section):
         "auto", "compile models with torch.compile; auto does so where it saves time"
     )
     ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
-    tracking: Literal["none", "tensorboard", "trackio", "wandb", "mlflow"] = setting(
-        "none", "tracker to log training curves and results to"
-    )
+    tracking: Tracking = setting("none", "tracker to log training curves and results to")
     trust_remote_code: bool = setting(False, "allow models to run their own code")
 
     @model_validator(mode="after")

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from iprox.errors import InputError
-
-Tracking = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
+from iprox.settings import Tracking
 
 # Environment variable with the folder of transformers' integration for TensorBoard.
 TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"

@@ -32,7 +32,7 @@ class Batches:
     """The batches of a data set or DataLoader in order, on a device.
 
     Args:
-        examples: DataLoader that does not shuffle, torch data set, or or list of examples.
+        examples: DataLoader that does not shuffle, torch data set, or list of examples.
         name: what they are, for messages.
         device: device that tensors are moved to.
 

@@ -168,7 +168,7 @@ class WindowWorker:
         encoded = self.encoder.encode(window) if encoded is None else encoded
         numbers = np.full((len(encoded), self.rows.columns), np.nan, self.rows.dtype)
         file, known = self._kept(window, numbers)
-        work = np.array([len(row.input_ids) if row.supervised else 0 for row in encoded], np.float64)
+        work = np.array([row.tokens if row.supervised else 0 for row in encoded], np.float64)
         told, saved = 0, time.monotonic()
         for number, batch in enumerate(iter_batches(encoded, self.batch_tokens)):
             if number % RELEASE_EVERY == 0:
@@ -231,7 +231,7 @@ class WindowWorker:
                     f"{example.origin}: the {self.rows.noun} is not finite; try --set dtype=float32"
                 )
         stats = ScoringStats.of(encoded)
-        self.rows.count(stats, [len(row.input_ids) for row in encoded if row.supervised])
+        self.rows.count(stats, [row.tokens for row in encoded if row.supervised])
         stats.uncompiled, stats.batch_tokens = self.uncompiled, self.batch_tokens
         return self.rows.table(window, encoded, numbers), stats
 

@@ -16,6 +16,7 @@ from iprox.data import Batch, ChatEncoder, Example
 from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import IproxConfig, limit_depth, make_low_rank, mark_as_proxy, proxy_config
+from iprox.models.layers import first_graded
 from iprox.models.loading import skeleton
 from iprox.models.saving import save_model
 from iprox.proxy.compress import CompressionReport, adopt, derive_proxy, extract_layers, keep_weights, proxies_of
@@ -147,13 +148,21 @@ def _search(
                 return proxy, report
 
         tried = stack.enter_context(session.reporter.bar("size", most_tries(), "sizes"))
-        proxy, report, tries = smallest_faithful(make, settings.fidelity, watched.with_bound, tried)
+        known: dict[int, tuple[float, float]] = {}  # by lowest layer, as depths are rounded to whole layers
+
+        def measure(proxy: PreTrainedModel) -> tuple[float, float]:
+            lowest = first_graded(proxy) if settings.method == "target" else len(known)
+            if lowest not in known:
+                known[lowest] = watched.with_bound(proxy)
+            return known[lowest]
+
+        proxy, report, tries = smallest_faithful(make, settings.fidelity, measure, tried)
     report.size = {"fidelity": settings.fidelity}
     session.reporter.say(_found(tries, proxy, report))
     record: StageRecord = {
         "tries": [asdict(each) for each in tries],
         "further": cost_of(FURTHER, tries),
-        "flops": watched.cost.flops(target, [proxy] * len(tries)),
+        "flops": watched.cost.flops(target, [proxy] * len(known)),
     }
     return proxy, report, record
 
