@@ -1,5 +1,7 @@
 """How many threads a command takes, and how they wait."""
 
+import os
+
 import pytest
 import torch
 
@@ -34,9 +36,11 @@ def test_a_container_gets_no_more_threads_than_it_has_cores(taken):
     assert taken("250000 100000", variable="6") == []
 
 
-def test_threads_wait_without_spinning_unless_the_user_says_otherwise(monkeypatch, capsys):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("KMP_BLOCKTIME", "7")
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(monkeypatch, capsys, own, spins):
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    monkeypatch.setattr(os, "environ", {**environment, **own})
     assert main(["--version"]) == 0
-    assert threads.os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert threads.os.environ["KMP_BLOCKTIME"] == "7"
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

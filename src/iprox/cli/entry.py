@@ -21,7 +21,7 @@ from rich.console import Console
 
 from iprox.cli.parser import Request, build_app
 from iprox.errors import InputError, one_line, system_refusal
-from iprox.models.cpu.threads import wait_without_spinning
+from iprox.models.cpu.threads import spin_briefly
 from iprox.progress import printable
 from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     request: Request | None = None
     before = _end_like_interrupt()
-    wait_without_spinning()
+    spin_briefly()
     try:
         request = app(given, exit_on_error=False, print_error=False, result_action="return_value")
         if isinstance(request, Request):
