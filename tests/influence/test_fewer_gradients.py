@@ -1,5 +1,7 @@
 """Proxies that compare the gradients of the upper layers only."""
 
+import functools
+
 import pytest
 import torch
 from jobs import scorer_of_batches
@@ -42,7 +44,7 @@ def test_a_proxy_of_a_model_whose_forward_pass_was_wrapped_runs_itself(tiny, fac
     """Trainers leave such wrappers, which know the model that they were made for."""
     model, batch = tiny.model(), tiny.batch([9, 4])
     run = model.forward
-    model.forward = lambda *arguments, **named: run(*arguments, **named)
+    model.forward = functools.wraps(run)(lambda *arguments, **named: run(*arguments, **named))
     proxy = derive_proxy(model, [batch], Size(0.3))[0] if factors else limited(model, 0.5)[0]
     ran = []
     proxy.lm_head.register_forward_hook(lambda *_: ran.append("proxy"))

@@ -7,6 +7,7 @@ n = channels × size of the kernel. Its weight as a matrix is [m, n], m the outp
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -250,15 +251,18 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def copied(model: Model, memo: dict[int, Any] | None = None) -> Model:
     """Return a deep copy whose forward pass runs the copy.
 
-    A trainer leaves its wrapper on the model that it trained, and a copy of the wrapper would still run that model.
+    A trainer leaves a wrapper of the class's forward pass on the model that it trained, and a copy of the wrapper would
+    still run that model, so it is left out.
 
     Args:
         model: model to copy.
         memo: objects that take the place of copies, by the id of what is copied.
     """
     made = copy.deepcopy(model, memo)
-    if not hasattr(made, "_hf_hook"):  # Accelerate's, for a model on several devices
-        vars(made).pop("forward", None)
+    own = vars(made).get("forward")
+    wraps = own is not None and inspect.unwrap(own) is inspect.unwrap(type(made).forward)
+    if wraps and not hasattr(made, "_hf_hook"):  # Accelerate's, for a model on several devices
+        del vars(made)["forward"]
     return made
 
 
