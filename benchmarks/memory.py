@@ -68,7 +68,7 @@ def main() -> None:
 
 def commands_of(model: str, pool: Path, validation: Path, folder: Path, batch: int) -> dict[str, list[str]]:
     """Return the arguments of each command."""
-    recipe = ["--pool", str(pool), "--quiet", "--set", "data.max_length=512", f"batch_tokens={batch}"]
+    recipe = ["--pool", str(pool), "--quiet", "--set", "data.max_length=512", "dtype=float32", f"batch_tokens={batch}"]
     proxy, task = str(folder / "proxy"), ["--validation", f"task={validation}"]
     few = [*recipe, "influence.curvature_examples=16"]
     return {

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, PoolSummary, iter_batches, on_device
+from iprox.data.batching import batch_tokens_for
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
@@ -59,7 +60,7 @@ class Session:
 
     device: torch.device
     dtype: torch.dtype
-    batch_tokens: int = 4096
+    batch_tokens: int
     max_length: int = 2048
     seed: int = 0
     compile: Literal["auto"] | bool = "auto"
@@ -72,7 +73,13 @@ class Session:
     tracker: Tracker = field(default_factory=lambda: Tracker("none", Path(), {}))
 
     @classmethod
-    def create(cls, device: str = "auto", dtype: str = "auto", **settings: object) -> Session:
+    def create(
+        cls,
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_tokens: int | Literal["auto"] = "auto",
+        **settings: object,
+    ) -> Session:
         """Create a session, resolving `auto` for this machine.
 
         Raises:
@@ -91,7 +98,8 @@ class Session:
             raise InputError(f"device {device}: not usable here ({one_line(error)}); try --set device=cpu") from error
         # On a CPU all cores run the model. An accelerator leaves them free, and is faster than one tokenizing process.
         ahead = 0 if where.type == "cpu" else min(MOST_AHEAD, (os.cpu_count() or 1) - 1)
-        return cls(where, resolve_dtype(dtype, where), **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
+        size = batch_tokens_for(where, batch_tokens)
+        return cls(where, resolve_dtype(dtype, where), size, **{"num_proc": ahead, **settings})  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def of(cls, settings: Settings, reporter: Reporter) -> Session:

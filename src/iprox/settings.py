@@ -161,7 +161,7 @@ class AlignSection(Section):
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
     epochs: int = setting(5, "passes over these examples", ge=1)
-    batch_size: int = setting(8, "examples per batch; fewer where they are long (a quarter of batch_tokens)", ge=1)
+    batch_size: int = setting(8, "examples per batch; fewer where they have more than 1,024 tokens together", ge=1)
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
         0.0, "weight of the gradients' distance; 1 as in the paper, which takes more than twice as long", ge=0
@@ -632,7 +632,9 @@ class Settings(Section):
         "auto", "dtype of matrix products; auto is bfloat16 if the device supports it natively"
     )
     device: str = setting("auto", "cpu or cuda; cuda:1 only if nothing is trained")
-    batch_tokens: int = setting(4096, "largest rows × longest row of a batch", ge=1)
+    batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
+        "auto", "largest rows × longest row of a batch; auto is 1024 on a CPU, 4096 elsewhere"
+    )
     compile: Literal["auto"] | bool = setting(
         "auto", "compile models with torch.compile; auto does so where it saves time"
     )

@@ -302,7 +302,7 @@ def test_not_enough_memory_says_what_to_halve(place, refused, monkeypatch):
     monkeypatch.setattr("iprox.stages.scoring.score_to_file", out_of_memory)
     said = refused("run", place.recipe, "--quiet", *OFF)
     assert "not enough memory on cpu" in said
-    assert "batch_tokens=2048" in said
+    assert "batch_tokens=512" in said
     assert len(said.splitlines()) == 1
 
 

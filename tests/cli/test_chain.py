@@ -91,7 +91,7 @@ def test_compress_reaches_the_sparsity(chain):
 
 def test_align_does_the_steps_asked_for(chain):
     history = json.loads((chain.path / "aligned/alignment.json").read_text())
-    assert len(history["steps"]) == chain.aligned["steps"] == 4  # 64 rows, 16 at once within a quarter of batch_tokens
+    assert len(history["steps"]) == chain.aligned["steps"] == 4  # 64 rows, 16 at once within 1,024 tokens
 
 
 def test_audit_gives_the_fidelity(chain):

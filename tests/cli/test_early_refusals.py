@@ -118,4 +118,4 @@ def test_memory_that_will_not_do_is_said_before_any_work(place, capfd, monkeypat
     monkeypatch.setattr(steps, "warm_up", stop)
     monkeypatch.setattr(plan, "memory_now", lambda _: (10, 1000))
     assert main([command, str(place.recipe), "--quiet"]) == code
-    assert "GB of memory, and cpu has 0.0 GB; set batch_tokens lower (now 4096)" in capfd.readouterr().err
+    assert "GB of memory, and cpu has 0.0 GB; set batch_tokens lower (now 1024)" in capfd.readouterr().err

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iprox.data import IGNORE, Encoded, collate, example_batches, iter_batches, token_budget_batches
-from iprox.data.batching import padded_width
+from iprox.data.batching import batch_tokens_for, padded_width
 from iprox.errors import InputError
 
 
@@ -75,6 +75,12 @@ def test_iter_batches_yields_the_supervised_rows_unchanged(spec, budget):
             assert (batch.labels[position, length:] == IGNORE).all()
             seen.append(index)
     assert sorted(seen) == [index for index, row in enumerate(rows) if row.supervised]
+
+
+def test_batches_are_smaller_on_a_cpu_unless_their_size_is_given():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert (batch_tokens_for(cpu, "auto"), batch_tokens_for(cuda, "auto")) == (1024, 4096)
+    assert batch_tokens_for(cpu, 77) == batch_tokens_for(cuda, 77) == 77
 
 
 def test_a_lone_first_token_has_no_prediction():

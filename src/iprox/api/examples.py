@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from iprox.api.batches import Batches, of_batches
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches, on_device
+from iprox.data.batching import batch_tokens_for
 from iprox.errors import InputError
 from iprox.models.loading import load_tokenizer
 from iprox.models.loss import LossFn, causal_lm_losses
@@ -48,12 +49,12 @@ class Reader:
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None,
         max_length: int,
-        batch_tokens: int,
+        batch_tokens: int | Literal["auto"] = "auto",
         loss_fn: LossFn = causal_lm_losses,
     ) -> None:
         self.loss_fn = loss_fn
-        self.model, self.max_length, self.batch_tokens = model, max_length, batch_tokens
-        self.device = next(model.parameters()).device
+        self.model, self.max_length, self.device = model, max_length, next(model.parameters()).device
+        self.batch_tokens = batch_tokens_for(self.device, batch_tokens)
         self._tokenizer = tokenizer
         self._encoder: ChatEncoder | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -47,7 +47,7 @@ def compress(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
-    batch_tokens: int = 4096,
+    batch_tokens: int | Literal["auto"] = "auto",
     loss_fn: LossFn = causal_lm_losses,
     progress: bool = True,
     **settings: Any,
@@ -61,7 +61,7 @@ def compress(
         seed: seed for sampled labels and random factors.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch.
+        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
         loss_fn: (model, batch) -> losses [B], for models other than language models; `probe_examples` is then a torch
             data set or a DataLoader.
         progress: whether to show progress on standard error.
@@ -147,7 +147,7 @@ def align(
     how = chosen(AlignSection, align, settings, _OF_ALIGNMENT)
     if validation is not None:
         check_tasks(validation)
-    reader = Reader(model, tokenizer, max_length, 0, loss_fn)
+    reader = Reader(model, tokenizer, max_length, loss_fn=loss_fn)
     if of_batches(data, loss_fn):
         if held_out is not None or (loss_fn is not causal_lm_losses and how.hidden_weight):
             raise InputError("align: held_out= and hidden_weight= need the examples of a language model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from iprox.api.arguments import check_model, check_tasks, chosen, takes
 from iprox.api.batches import Batches, of_batches, score_batches
 from iprox.api.examples import Examples, Reader, as_pool, of_pairs
+from iprox.data.batching import batch_tokens_for
 from iprox.data.tokens import ValidationLengths
 from iprox.errors import InputError
 from iprox.influence.attribution import attribute as attribute_tokens
@@ -41,7 +42,7 @@ def score(
     learning_rates: Sequence[float] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
-    batch_tokens: int = 4096,
+    batch_tokens: int | Literal["auto"] = "auto",
     loss_fn: LossFn = causal_lm_losses,
     seed: int = 0,
     progress: bool = True,
@@ -61,7 +62,7 @@ def score(
         learning_rates: one per checkpoint; 1 for a single model if None.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch.
+        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
         loss_fn: (model, batch) -> losses [B], for models other than language models; or `iprox.DpoLoss` or
             `iprox.RewardLoss`, for rows with `chosen` and `rejected`.
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
@@ -88,7 +89,8 @@ def score(
     else:
         source = as_pool(pool, "pool", loss_fn)
         rows, unit = source.scan().rows, "rows"
-    common = {"seed": seed, "batch_tokens": batch_tokens, "loss_fn": loss_fn}
+    size = batch_tokens_for(next(models[0].parameters()).device, batch_tokens)
+    common = {"seed": seed, "batch_tokens": size, "loss_fn": loss_fn}
     with (
         experts_split(*models, *([] if target is None else [target])),
         Reporter(quiet=not progress).bar("score", rows and rows * len(models), unit) as advance,
@@ -98,7 +100,7 @@ def score(
         made_by |= {"loss": type(loss_fn).__name__} if of_pairs(loss_fn) else {}
         if isinstance(source, Batches):
             return score_batches(how, checkpoints, source, validation, curvature_sample, made_by, advance, common)
-        reader = Reader(models[0], tokenizer, max_length, batch_tokens, loss_fn)
+        reader = Reader(models[0], tokenizer, max_length, size, loss_fn)
         encoded = {task: reader.encode(examples, task) for task, examples in validation.items()}
         curved = None
         if how.traits.curvature and curvature_sample is not None:
@@ -120,7 +122,7 @@ def attribute(
     target: nn.Module | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int = 2048,
-    batch_tokens: int = 4096,
+    batch_tokens: int | Literal["auto"] = "auto",
     **settings: Any,
 ) -> pa.Table:
     """Return which tokens the TracIn scores of some examples come from (`iprox.influence.attribution`).
@@ -132,7 +134,7 @@ def attribute(
         target: as for `score`.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch.
+        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
         **settings: settings of `influence` in a recipe.
 
     Returns:
@@ -156,7 +158,7 @@ def attribute(
         source = as_pool(examples, "examples")
         source.scan()
         checkpoint = Checkpoint(model, target=target)
-        job = Job.of(how, [checkpoint], encoded, reader.encoder, source, batch_tokens=batch_tokens)
+        job = Job.of(how, [checkpoint], encoded, reader.encoder, source, batch_tokens=reader.batch_tokens)
         shown = list(source)
         return attribution_table(job, shown, attribute_tokens(job, shown)[0])
 

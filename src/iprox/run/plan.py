@@ -87,7 +87,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         curvature_supervised=round(curved * supervised),
     )
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
-    costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session.dtype.itemsize)
+    costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session)
     held, _ = memory_now(session.device)
     stages = {
         name: {
@@ -122,7 +122,7 @@ def warn_of_memory(run: Run) -> None:
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
     read = QueryTokens(len(recipe.data.validation), 1, 1)
     # The numbers of rows and tokens do not change what is held at once.
-    costs = Costs(recipe, target, proxy or target, 1 << 20, 1.0, 1.0, read, session.dtype.itemsize)
+    costs = Costs(recipe, target, proxy or target, 1 << 20, 1.0, 1.0, read, session)
     _warn_of_memory(costs, session)
 
 
@@ -149,7 +149,7 @@ class Costs:
         tokens: mean tokens of a row.
         supervised: supervised tokens among them.
         read: what is read of the validation sets, and of the pool for curvature, at each checkpoint.
-        width: bytes of a number of the dtype that products are in.
+        session: for the dtype of products and the size of batches.
     """
 
     recipe: Recipe
@@ -159,7 +159,7 @@ class Costs:
     tokens: float
     supervised: float
     read: QueryTokens
-    width: int
+    session: Session
 
     def stages(self) -> Iterator[tuple[str, float, float, float]]:
         """Yield of each stage, in order, its name, the rows it reads, its FLOPs, and the most bytes that it holds."""
@@ -259,7 +259,12 @@ class Costs:
         return self.recipe.warmup.epochs if self.recipe.warmup and self.recipe.influence.checkpoints == "all" else 1
 
     @property
+    def width(self) -> int:
+        """Bytes of a number of the dtype that products are in."""
+        return self.session.dtype.itemsize
+
+    @property
     def activations(self) -> int:
         """Bytes that a batch keeps for its backward pass: about 16 numbers of the hidden size per layer and token."""
         config = self.target.config.get_text_config()
-        return 16 * self.width * self.recipe.batch_tokens * config.hidden_size * config.num_hidden_layers
+        return 16 * self.width * self.session.batch_tokens * config.hidden_size * config.num_hidden_layers

@@ -84,7 +84,7 @@ def curvature(run: Run) -> None:
     how = influence.model_dump(include={"estimator", "curvature_examples"})
     run.keys["curvature"] = run.stage(
         "curvature",
-        [run.common_key(), run.keys["warmup"], len(run.targets), how, run.settings.batch_tokens],
+        [run.common_key(), run.keys["warmup"], len(run.targets), how, run.session.batch_tokens],
         list,
         lambda: measure_curvature(run.session, [path for path, _ in run.targets], run.pool, run.curvature, influence),
         passing=[run.folder.curvature],
@@ -123,7 +123,7 @@ def compress(run: Run) -> None:
         chosen["model"] = checkpoint_fingerprint(settings.model)
     key = [run.common_key(), run.keys["warmup"], len(run.targets), chosen]
     if by_fidelity:
-        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.settings.batch_tokens]
+        key += [influence.model_dump(include=set(OF_GRADIENTS)), run.session.batch_tokens]
     run.keys["compress"] = run.stage("compress", key, lambda: _proxies(folders, "compression.json"), work)
     run.proxies = [str(folder) for folder in folders]
 
@@ -139,7 +139,7 @@ def align(run: Run) -> None:
     influence = run.settings.influence
     folders = _variants(run.folder.aligned, run)
     proxies = run.proxies
-    key = [run.common_key(), run.keys["compress"], settings.model_dump(), run.settings.batch_tokens]
+    key = [run.common_key(), run.keys["compress"], settings.model_dump(), run.session.batch_tokens]
     if watched:
         key.append(influence.model_dump(include=set(OF_GRADIENTS)))
     identity = key_of(key)
@@ -235,7 +235,7 @@ def score(run: Run) -> None:
     identity = {"inputs": run.record["identity"], "stages": key_of([run.common_key(), run.keys])}
     run.keys["score"] = run.stage(
         "score",
-        [run.common_key(), run.keys, influence.model_dump(), run.settings.batch_tokens],
+        [run.common_key(), run.keys, influence.model_dump(), run.session.batch_tokens],
         lambda: [run.folder.scores],
         partial(
             scoring.score,
@@ -315,7 +315,7 @@ def refine(run: Run) -> None:
 
     run.keys["refine"] = run.stage(
         "refine",
-        [run.keys, again, chosen.strategy, chosen.task, chosen.weights, run.settings.batch_tokens],
+        [run.keys, again, chosen.strategy, chosen.task, chosen.weights, run.session.batch_tokens],
         lambda: [folder / "scores.parquet", folder / "refine.json"],
         lambda: refinement.refine(
             folder=folder,

@@ -20,6 +20,9 @@ from iprox.session import Session, tokens_of
 from iprox.settings import AlignSection
 from iprox.stages.held_out import HeldOutRows, held_out_fidelity
 
+# Largest rows × longest row of a batch.
+ALIGN_TOKENS = 1024
+
 
 def align_proxy(
     session: Session,
@@ -51,9 +54,9 @@ def align_proxy(
     target = session.model(model)
     proxy = session.model(proxy_path)
     check_belongs(proxy, proxy_path, target, model)
-    # A second-order step needs several times the memory of a plain one, so its batches have a quarter of the tokens.
-    batch_tokens = max(1, session.batch_tokens // 4)
-    batches = list(example_batches(encoded, settings.batch_size, batch_tokens=batch_tokens))
+    # A second-order step needs several times the memory of a plain one. The limit is the same on every device, as it
+    # changes the steps.
+    batches = list(example_batches(encoded, settings.batch_size, batch_tokens=min(ALIGN_TOKENS, session.batch_tokens)))
     steps = settings.epochs * len(batches)
     watched = None if held_out is None else held_out_fidelity(session, target, encoder, held_out)
     tokens, supervised = tokens_of(encoded)
