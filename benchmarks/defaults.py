@@ -18,7 +18,9 @@ validation example v, whole gradients on the target itself, and ‖G(z)‖. A ca
 TracIn of the mean loss, the mean of S over v; of the summed loss, n Σ_v n_v S; as a cosine, the mean over v divided by
 ‖G(z)‖. With `turns` each v is a column of its own and the validation examples take turns to choose. With `blend`, which
 is iprox's default, they choose by the sum of their own cosine and the one with the mean, both standardized. EK-FAC
-replaces G(v) by (F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are.
+replaces G(v) by (F + λI)⁻¹ G(v). `benchmarks/tried.py` says what LESS, linearized Adam and EK-FAC + CG are. *depth d*
+scores candidates by iprox's own engine on a proxy with gradients of the upper fraction d of the layers; *refined*
+scores its best tenth again on the target, and selects among these.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import iprox
 from iprox.data import Batch, Encoded, Example, Pool, iter_batches
 from iprox.data.sampling import draw_rows
 from iprox.finetune import evaluate, train
@@ -40,6 +43,7 @@ from iprox.influence.baselines import Corpus
 from iprox.influence.estimators.base import Inputs
 from iprox.influence.estimators.registry import REGISTRY
 from iprox.influence.gradients import squared_norms
+from iprox.influence.job import Checkpoint, Job
 from iprox.influence.shared_basis import SharedQueries, shared_queries
 from iprox.influence.validation_gradients import example_gradients, mean_gradient
 from iprox.kronecker.eigen import kronecker_curvature
@@ -49,8 +53,9 @@ from iprox.models.layers import has_bias, influence_layers
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState, load_adam_state
-from iprox.records import read_json
+from iprox.records import key_of, read_json
 from iprox.run.folder import environment
+from iprox.scores import example_matrix, score_matrix
 from iprox.selection.strategies import Turns, blended, top
 from iprox.session import Session
 from iprox.settings import InfluenceSection, WarmupSection
@@ -60,6 +65,7 @@ from tried import AdamNorms, refined, scaled, slopes, whole
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 MODELS = Path(__file__).resolve().parents[2] / "models"
 RESULTS = Path(__file__).parent / "results"
+POOL = str(SHARED / "data/pool.jsonl")
 
 # The source of the pool that a task has of its own; bbh has none.
 OWN = {"code": "codealpaca", "bbh": None}
@@ -74,10 +80,13 @@ ROWS = (
     *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
     *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
     *("LESS, cosine, turns", "linearized Adam, cosine, turns", "EK-FAC + CG, cosine, top"),
+    *(f"EK-FAC, cosine, blend, {proxy}" for proxy in ("depth 0.33", "depth 0.33, refined", "depth 0.17, refined")),
 )
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
 # the bases which they share keep.
 DAMPING, KEEP = 0.1, 0.9
+# What a refined row scores again on the target, as a multiple of what it selects.
+AGAIN = 2
 # Tasks whose queries are in memory at once.
 GROUP = 4
 # Examples of the Gauss-Newton matrix that conjugate gradients solve with, and how many products.
@@ -201,7 +210,7 @@ class Bench:
     def __init__(self, name: str, preset: Preset, work: Path, cells: Cells) -> None:
         self.name, self.preset, self.work, self.cells = name, preset, work, cells
         self.session = Session.create(max_length=512)
-        pool, held = list(Pool([str(SHARED / "data/pool.jsonl")])), {}
+        pool, held = list(Pool([POOL])), {}
         used: set[int] = set()
         for task in CUT:
             of_source = [row for row, example in enumerate(pool) if example.source == task]
@@ -315,6 +324,42 @@ class Bench:
             keep_curvature(kronecker_curvature(model, influence_layers(model), sample, seed=seed), folder)
         return KeptCurvature(folder, next(model.parameters()).device)
 
+    def on_proxy(self, depth: float, seed: int, rows: list[int] | None = None) -> dict[str, np.ndarray]:
+        """Cosines of some rows by task, [N, 1 + V]: with the mean validation gradient, and with each example's.
+
+        At depth 1 they are the target's own.
+        """
+        file = self.work / f"depth-{depth:g}-{key_of(rows)[:8]}-{seed}.npz"
+        if not file.is_file():
+            model, found = self.session.model(self.warmed(seed)), {}
+            self.curvature(model, seed)
+            checkpoint = Checkpoint(model, curvature=self.work / f"curvature-{seed}")
+            if depth < 1:
+                proxy = iprox.compress(model, method="target", depth=depth, progress=False)
+                checkpoint = Checkpoint(proxy, 1.0, model, curvature=checkpoint.curvature)
+            settings = InfluenceSection(estimator="ekfac", normalize="cosine", per_example=True)
+            names = list(self.encoded_validation)
+            for some in (names[start : start + GROUP] for start in range(0, len(names), GROUP)):
+                validation = {task: self.encoded_validation[task] for task in some}
+                job = Job.of(settings, [checkpoint], validation, self.encoder, Pool([POOL]), batch_tokens=4096)
+                table, _ = job.worker()([self.pool[row] for row in rows or range(len(self.pool))])
+                for number, task in enumerate(some):
+                    found[task] = np.hstack([score_matrix(table)[:, [number]], example_matrix(table, task)])
+            np.savez(file, **found)
+        with np.load(file) as known:
+            return dict(known)
+
+    def through_proxy(self, depth: float, again: bool, task: str, seed: int, count: int) -> list[int]:
+        """Rows that a proxy selects, or of which it selects the candidates that the target scores again."""
+        scores = self.on_proxy(depth, seed)
+        if not again:
+            return in_blend(scores[task], count)
+        candidates = {name: in_blend(found, AGAIN * count) for name, found in scores.items()}
+        rows = sorted(set().union(*candidates.values()))
+        place = {row: number for number, row in enumerate(rows)}
+        exact = self.on_proxy(1, seed, rows)[task][[place[row] for row in candidates[task]]]
+        return [candidates[task][best] for best in in_blend(exact, count)]
+
     def refined(self, task: str, seed: int) -> np.ndarray:
         """Cosines [N] with the mean validation gradient that conjugate gradients divided by the curvature."""
         file = self.work / f"cg-{seed}-{task}.npz"
@@ -348,6 +393,9 @@ class Bench:
             return own[draw_rows(f"own/{task}", seed, len(own), count)].tolist()
         if row.startswith("EK-FAC + CG"):
             return top(self.refined(task, seed), count).tolist()
+        if "depth" in row:
+            depth = float(row.split("depth ")[1].split(",")[0])
+            return self.through_proxy(depth, row.endswith("refined"), task, seed, count)
         known = self.scored(seed)
         if row in ("RDS+", "BM25"):
             return in_turns(known[f"{row}/{task}"], count)
@@ -356,8 +404,7 @@ class Bench:
         n_v = np.array([example.supervised for example in self.encoded_validation[task]])
         norms = known.get(f"norms, {estimator}", known["norms"])
         if strategy == "blend":
-            own, mean = matrix / norms[:, None], (matrix.mean(1) / norms)[:, None]
-            return in_turns(*blended(lambda: iter([own]), mean, [own.shape[1]])(), count)
+            return in_blend(np.hstack([matrix.mean(1, keepdims=True), matrix]) / norms[:, None], count)
         if strategy == "turns":
             scale = {"mean": 1.0, "sum": n, "cosine": 1 / norms}[score]
             return in_turns(matrix * np.reshape(scale, (-1, 1)), count)
@@ -416,6 +463,12 @@ class Bench:
 def in_turns(scores: np.ndarray, count: int) -> list[int]:
     """The rows that the columns of scores [N, V] choose in turns."""
     return Turns(lambda: iter([scores]), [1.0] * scores.shape[1], np.ones(len(scores), bool))(count).tolist()
+
+
+def in_blend(cosines: np.ndarray, count: int) -> list[int]:
+    """The rows that validation examples choose in turns by their own cosine and the mean's, which is the first."""
+    own, mean = cosines[:, 1:], cosines[:, :1]
+    return in_turns(*blended(lambda: iter([own]), mean, [own.shape[1]])(), count)
 
 
 def newest_checkpoint(folder: Path) -> Path:
