@@ -1,4 +1,4 @@
-"""Write the table of `benchmarks/defaults.py` into docs/results.md, and its tasks into docs/results/defaults.md.
+"""Write the short table of `benchmarks/defaults.py` into docs/results.md, all rows into docs/results/defaults.md.
 
     python benchmarks/defaults_table.py
 
@@ -22,6 +22,16 @@ TITLES = {"target-17m": "target-17m", "smollm2": "SmolLM2-135M-Instruct", "gemma
 # Tasks whose answers are a word or two, on which exact matches mean something.
 WORDS = ("science", "sentiment", "bbh", "commonsenseqa", "strategyqa")
 DEFAULT = "EK-FAC, cosine, blend"
+# The rows of docs/results.md, and what they are called there.
+FRONT = {
+    DEFAULT: "**the default**, on the target",
+    f"{DEFAULT}, depth 0.33, refined": "**the default**, on its proxy, refined",
+    "EK-FAC, cosine, top": "highest EK-FAC cosine",
+    "TracIn, cosine, top": "highest TracIn cosine",
+    "RDS+": "RDS+",
+    "BM25": "BM25",
+    "random": "random rows",
+}
 
 Cells = dict[tuple[str, str, int], dict[str, Any]]
 
@@ -31,8 +41,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     known = {name: read(RESULTS / f"defaults-{name}.jsonl") for name in TITLES}
     known = {name: cells for name, cells in known.items() if any(row == DEFAULT for row, _, _ in cells)}
-    fill(ROOT / "docs/results.md", "\n\n".join(summary(TITLES[name], cells) for name, cells in known.items()))
-    fill(ROOT / "docs/results/defaults.md", "\n\n".join(by_task(TITLES[name], cells) for name, cells in known.items()))
+    fill(ROOT / "docs/results.md", front(known))
+    parts = [f(TITLES[name], cells) for f in (summary, by_task) for name, cells in known.items()]
+    fill(ROOT / "docs/results/defaults.md", "\n\n".join(parts))
 
 
 def read(path: Path) -> Cells:
@@ -50,14 +61,25 @@ def fill(page: Path, content: str) -> None:
     page.write_text(pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text), encoding="utf-8")
 
 
+def front(known: dict[str, Cells]) -> str:
+    """Return the mean test loss of a few rows on each model, and in how many cells they train better than random."""
+    body = []
+    for row, title in FRONT.items():
+        line = [title]
+        for cells in known.values():
+            (complete, _), (wins, losses) = whole_seeds(cells, row), against_random(cells, row)
+            better = f" ({wins} of {wins + losses})" if row != "random" else ""
+            line.append(f"{with_error(complete)}{better}" if complete else "–")
+        body.append(line)
+    heads = [f"{TITLES[name]}, {len(names(cells, 1))} tasks" for name, cells in known.items()]
+    return table(["5 % selected by", *heads], body)
+
+
 def summary(title: str, cells: Cells) -> str:
     """Return one row per configuration: what training on its selections does, over all tasks."""
-    tasks, seeds = names(cells, 1), sorted({seed for _, _, seed in cells})
     rows = []
     for row in names(cells, 0):
-        own = [cells[key] for key in cells if key[0] == row]
-        whole = [mean_loss(cells, row, tasks, seed) for seed in seeds]
-        complete = [value for value in whole if value is not None]
+        complete, own = whole_seeds(cells, row)
         wins, losses = against_random(cells, row)
         words = [cell["exact_match"] for cell in own if cell["task"] in WORDS]
         share = [cell["own_source"] for cell in own if cell["own_source"] is not None]
@@ -76,7 +98,9 @@ def summary(title: str, cells: Cells) -> str:
         )
     rows.sort(key=lambda entry: entry[0])
     heads = ["selected by", "mean test loss", "better than random", "exact match, short answers", "own source", "seeds"]
-    return f"**{title}**, {len(tasks)} tasks\n\n" + table(heads, [row for _, row in rows])
+    return f"## {title}: all rows\n\nMean over {len(names(cells, 1))} tasks.\n\n" + table(
+        heads, [row for _, row in rows]
+    )
 
 
 def by_task(title: str, cells: Cells) -> str:
@@ -91,12 +115,19 @@ def by_task(title: str, cells: Cells) -> str:
             line.append(f"{with_error([cell['loss'] for cell in own])} ({tokens:.0f})" if own else "–")
         body.append(line)
     revisions = ", ".join(sorted({cell["revision"] for cell in cells.values()}))
-    return f"## {title}\n\n{table(['selected by', *tasks], body)}\n\nRevisions: {revisions}."
+    return f"## {title}: by task\n\n{table(['selected by', *tasks], body)}\n\nRevisions: {revisions}."
 
 
 def names(cells: Cells, place: int) -> list[Any]:
     """Return the rows (0) or tasks (1) of the cells, in the order they were computed."""
     return list(dict.fromkeys(key[place] for key in cells))
+
+
+def whole_seeds(cells: Cells, row: str) -> tuple[list[float], list[dict[str, Any]]]:
+    """Return a row's mean test loss in each seed that has all tasks, and all of its cells."""
+    tasks, seeds = names(cells, 1), sorted({seed for _, _, seed in cells})
+    means = [mean_loss(cells, row, tasks, seed) for seed in seeds]
+    return [mean for mean in means if mean is not None], [cells[key] for key in cells if key[0] == row]
 
 
 def mean_loss(cells: Cells, row: str, tasks: Iterable[str], seed: int) -> float | None:
