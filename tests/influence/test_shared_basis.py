@@ -1,13 +1,15 @@
 """Examples in shared bases: against each example's whole gradient, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jobs import preconditioned, scorer_of_batches
 
 from iprox.influence.gradients import LowRankGradient
 from iprox.influence.scorer import BatchScorer
-from iprox.influence.shared_basis import shared_queries
-from iprox.influence.validation_gradients import example_gradients, mean_gradient
+from iprox.influence.shared_basis import shared_in_turn, shared_queries
+from iprox.influence.validation_gradients import example_gradients, gradients_in_turn, mean_gradient
 from iprox.kronecker.eigen import EigenBasis, kronecker_curvature, together
 from iprox.models.layers import influence_layers
 from iprox.proxy.compress import derive_proxy
@@ -41,6 +43,26 @@ def test_whole_bases_give_the_score_of_every_example(tiny, family, curved):
     torch.testing.assert_close(scorer(pool)[0], expected, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(scorer(pool, by_token=True)[0].sum(1), expected, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(queries.kept, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("curved", [False, True])
+def test_gradients_of_some_layers_at_a_time_give_the_same_scores(tiny, family, curved):
+    model, pool = tiny.model(family), tiny.batch([9, 3, 7, 12], padding=3)
+    batches = [tiny.batch([8, 5], seed=1), replace(tiny.batch([6, 4, 7], seed=3), indices=[4, 2, 3])]
+    bases = together(kronecker_curvature(model, influence_layers(model), [pool])) if curved else None
+    whole = shared_queries(example_gradients(model, batches), 0.9, bases, 0.2, torch.float64)
+    norms, parts = gradients_in_turn(model, batches, memory=5_000)
+    parts = list(parts)
+    assert len(parts) > 2
+    assert all(0 < len(each[0]) < len(influence_layers(model)) for each in parts)
+    queries = shared_in_turn(parts, norms, 0.9, bases, 0.2, torch.float64)
+    expected, scores = (BatchScorer(model, {"t": each})(pool)[0] for each in (whole, queries))
+    torch.testing.assert_close(scores, expected, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(queries.norms, whole.norms)
+    (whole_norms, [at_once]) = gradients_in_turn(model, batches)
+    torch.testing.assert_close(norms, whole_norms)
+    assert len(at_once[0]) == len(influence_layers(model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ adds to the variance of the scores, not to the norm (`benchmarks/bases.py` measu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -259,16 +259,35 @@ def shared_queries(
     Raises:
         FloatingPointError: a gradient divided by the curvature is not finite.
     """
-    curvature = curvature or {}
     norms = torch.stack([torch.stack([part.squared_norm() for part in each.values()]).sum() for each in examples])
+    return shared_in_turn([examples], norms, keep, curvature, damping, dtype)
+
+
+def shared_in_turn(
+    parts: Iterable[Sequence[Mapping[str, LowRankGradient]]],
+    norms: Tensor,
+    keep: float,
+    curvature: Mapping[str, EigenBasis] | None = None,
+    damping: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+) -> SharedQueries:
+    """Return what `shared_queries` returns, from gradients of some layers at a time, so that memory is bounded.
+
+    Args:
+        parts: gradients of the examples in a group of layers, for each group in turn.
+        norms: squared norm of each example's gradient over all layers [V].
+        keep: as for `shared_queries`, like what follows.
+    """
+    curvature = curvature or {}
     weights = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms)).double().cpu()
     generator = torch.Generator().manual_seed(0)
     layers: dict[str, _Tucker] = {}
-    for name in examples[0]:
-        layer = _Layer([each[name] for each in examples], curvature.get(name), damping, dtype)
-        layers[name] = layer.tucker(weights, keep, generator)
-        if len(layers) % CUT == 0:
-            _cut(list(layers.values()), weights, (1 - UNSEEN * (1 - keep**2)) ** 0.5)
+    for examples in parts:
+        for name in examples[0]:
+            layer = _Layer([each[name] for each in examples], curvature.get(name), damping, dtype)
+            layers[name] = layer.tucker(weights, keep, generator)
+            if len(layers) % CUT == 0:
+                _cut(list(layers.values()), weights, (1 - UNSEEN * (1 - keep**2)) ** 0.5)
     _cut(list(layers.values()), weights, keep)
     totals, squares, mean = (
         torch.stack([getattr(layer, part) for layer in layers.values()]).sum(0) for part in ("totals", "norms", "mean")

@@ -14,8 +14,8 @@ from iprox.data import Encoded
 from iprox.influence.gradients import ModelGradient, TaskGradient
 from iprox.influence.low_rank import low_rank_queries
 from iprox.influence.scorer import NORM_SKETCH, BatchScorer, Scorer, TaskQuery
-from iprox.influence.shared_basis import shared_queries
-from iprox.influence.validation_gradients import example_gradients, mean_gradient
+from iprox.influence.shared_basis import SharedQueries, shared_in_turn
+from iprox.influence.validation_gradients import example_gradients, gradients_in_turn, mean_gradient
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
 from iprox.models.layers import influence_layers
@@ -148,7 +148,7 @@ class GradientEstimator(Estimator):
         """Return the preconditioned mean gradient of each task, or the unpreconditioned gradients of its examples."""
         source, layers, loss_fn = inputs.source, inputs.layers, inputs.loss_fn
         if inputs.settings.by_example:
-            # Adam steps are contracted with the examples one by one; others are put in shared bases, which truncate.
+            # Adam steps are contracted with the examples one by one; an index projects them whole.
             keep = inputs.kept_norm if inputs.settings.traits.optimizer else 1.0
             return {
                 task: example_gradients(source, batches, keep, loss_fn, layers)
@@ -159,19 +159,22 @@ class GradientEstimator(Estimator):
 
     def scorer(self, inputs: Inputs) -> BatchScorer:
         """Return the scorer, with low-rank validation gradients unless the settings keep all of their norm."""
-        settings, keep = inputs.settings, inputs.kept_norm
+        if inputs.settings.by_example:
+            return self.contracting(self.shared(inputs), inputs)
         gradients = self.validation_gradients(inputs)
         queries: Mapping[str, TaskQuery] = gradients
-        if settings.by_example:
-            dtype = next(inputs.scored.parameters()).dtype
-            bases = self.bases(inputs)
-            queries = {
-                task: shared_queries(each, keep, bases, settings.damping, dtype)  # pyright: ignore[reportArgumentType]
-                for task, each in gradients.items()
-            }
-        elif keep < 1:
+        if (keep := inputs.kept_norm) < 1:
             queries = low_rank_queries(gradients, keep)  # pyright: ignore[reportArgumentType]
         return self.contracting(queries, inputs)
+
+    def shared(self, inputs: Inputs) -> dict[str, SharedQueries]:
+        """Return the gradients of each task's examples in shared bases, one task after the other."""
+        bases, made = self.bases(inputs), {}
+        how = (inputs.kept_norm, bases, inputs.settings.damping, next(inputs.scored.parameters()).dtype)
+        for task, batches in inputs.validation.items():
+            norms, parts = gradients_in_turn(inputs.source, list(batches), inputs.loss_fn, inputs.layers)
+            made[task] = shared_in_turn(parts, norms, *how)
+        return made
 
     def contracting(self, queries: Mapping[str, TaskQuery], inputs: Inputs) -> BatchScorer:
         """Return the scorer that contracts candidates with given validation gradients."""
