@@ -80,7 +80,10 @@ ROWS = (
     *(f"{estimator}, {score}, top" for score in ("mean", "sum") for estimator in ("TracIn", "EK-FAC")),
     *(f"{estimator}, {score}, turns" for score in ("sum", "mean") for estimator in ("EK-FAC", "TracIn")),
     *("LESS, cosine, turns", "linearized Adam, cosine, turns", "EK-FAC + CG, cosine, top"),
-    *(f"EK-FAC, cosine, blend, {proxy}" for proxy in ("depth 0.33", "depth 0.33, refined", "depth 0.17, refined")),
+    *(
+        f"EK-FAC, cosine, blend, {proxy}"
+        for proxy in ("depth 0.33", "depth 0.33, refined", "depth 0.17, refined", "depth 0.17")
+    ),
 )
 # Damping as a share of the mean eigenvalue, as in `iprox.score`, and the share of the validation gradients' norms that
 # the bases which they share keep.
@@ -341,7 +344,7 @@ class Bench:
             names = list(self.encoded_validation)
             for some in (names[start : start + GROUP] for start in range(0, len(names), GROUP)):
                 validation = {task: self.encoded_validation[task] for task in some}
-                job = Job.of(settings, [checkpoint], validation, self.encoder, Pool([POOL]), batch_tokens=4096)
+                job = Job.of(settings, [checkpoint], validation, self.encoder, Pool([POOL]), batch_tokens=self.session.batch_tokens)
                 table, _ = job.worker()([self.pool[row] for row in rows or range(len(self.pool))])
                 for number, task in enumerate(some):
                     found[task] = np.hstack([score_matrix(table)[:, [number]], example_matrix(table, task)])
