@@ -384,7 +384,7 @@ class Bench:
 
     def batches(self, encoded: list[Encoded]) -> list[Batch]:
         """Length-sorted batches."""
-        return list(iter_batches(encoded, 4096))
+        return list(iter_batches(encoded, self.session.batch_tokens))
 
     def selection(self, row: str, task: str, seed: int) -> list[int]:
         """The rows of the pool that a row of the table selects."""
