@@ -25,7 +25,7 @@ DEFAULT = "EK-FAC, cosine, blend"
 # The rows of docs/results.md, and what they are called there.
 FRONT = {
     DEFAULT: "**the default**, on the target",
-    f"{DEFAULT}, depth 0.33, refined": "**the default**, on its proxy, refined",
+    f"{DEFAULT}, depth 0.1, refined": "**the default**, on its proxy, refined",
     "EK-FAC, cosine, top": "highest EK-FAC cosine",
     "TracIn, cosine, top": "highest TracIn cosine",
     "RDS+": "RDS+",
