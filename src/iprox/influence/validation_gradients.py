@@ -18,12 +18,15 @@ from iprox.influence.gradients import (
     summed_gradient,
 )
 from iprox.influence.low_rank import truncated
-from iprox.kronecker.moments import MEMORY, layer_groups
+from iprox.kronecker.moments import layer_groups
 from iprox.models.experts import expert_layers
 from iprox.models.layers import has_bias, influence_layers, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
+
+# Bytes that the gradients of one task's examples may take at once.
+MEMORY = 2 << 30
 
 
 def mean_gradient(

@@ -23,6 +23,7 @@ from iprox.influence.estimators.ekfac import KroneckerInfluence
 from iprox.influence.estimators.registry import estimator_of
 from iprox.influence.gradients import norm_flops
 from iprox.influence.scorer import NORM_SKETCH, norm_shapes
+from iprox.influence.validation_gradients import MEMORY as GRADIENTS
 from iprox.kronecker.moments import MEMORY
 from iprox.metering import memory_now
 from iprox.models import flops
@@ -34,13 +35,17 @@ from iprox.run.runner import Run
 from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
 from iprox.settings import REMOVED_FRACTION, SUBSET_FRACTION, InfluenceSection, Recipe
-from iprox.stages.alignment import keeps_signals
+from iprox.stages.alignment import ALIGN_TOKENS, keeps_signals
 from iprox.stages.compression import proxy_skeleton
 from iprox.stages.refinement import check_candidates
 
 # Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
 EFFICIENCY = 0.25
+# Numbers kept per token for a backward pass, as a multiple of the inputs and outputs of linear layers.
+ACTIVATIONS = 1.3
+# Bytes that libraries take which are imported after planning, such as trainers, and what the CPU's kernels keep.
+LIBRARIES = 400 << 20
 # About how many rows are tokenized to know the mean length.
 SAMPLE = 512
 # What low-rank validation gradients that keep 0.9 of the norm cost next to whole ones, and an influence function's, by
@@ -88,7 +93,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     )
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
     costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session)
-    held, _ = memory_now(session.device)
+    held = memory_now(session.device)[0] + libraries(session)
     stages = {
         name: {
             "tokens": rows * tokens,
@@ -129,12 +134,18 @@ def warn_of_memory(run: Run) -> None:
 def _warn_of_memory(costs: Costs, session: Session) -> None:
     """Warn of the stage that holds most if that is more than there is."""
     held, most = memory_now(session.device)
+    held += libraries(session)
     name, needed = max(((name, held + memory) for name, _, _, memory in costs.stages()), key=lambda each: each[1])
     if needed > most:
         session.reporter.warn(
             f"{name} needs about {needed / 1e9:,.1f} GB of memory, and {session.device} has {most / 1e9:,.1f} GB; "
             f"set batch_tokens lower (now {session.batch_tokens}), use a larger machine, or train with lora"
         )
+
+
+def libraries(session: Session) -> int:
+    """Return the bytes that a run takes on its device beside tensors, and that planning does not take yet."""
+    return LIBRARIES if session.device.type == "cpu" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +177,7 @@ class Costs:
         recipe, target, scored, total = self.recipe, self.target, self.scored, self.total
         proxy, audited, how = recipe.proxy, recipe.proxy and recipe.audit, recipe.influence.of_tasks
         warmed, tuned, times = recipe.warmup, recipe.finetune, self.checkpoints
-        weights, activations = self.width * flops.parameters(target), self.activations
+        weights, activations = self.width * flops.parameters(target), self.activations()
         if warmed:
             yield "warmup", *self.training(warmed.epochs * warmed.examples(total), warmed.lora)
         estimator = estimator_of(how)
@@ -189,7 +200,9 @@ class Costs:
             asked, gradients = 1 / settings.epochs if kept else 1.0, settings.gradient_weight > 0
             spent = flops.alignment_flops(target, scored, *self.tokens_in(rows), gradients=gradients, asked=asked)
             spent += self.watching(settings.held_out, 1 + align.EVALUATIONS) if settings.held_out else 0.0
-            yield "align", rows, spent, 2 * weights + 20 * flops.linear_parameters(scored) + 4 * activations
+            # The factors, their gradients and Adam's two in float32; second derivatives keep four times as much.
+            batch = (4 if gradients else 1) * self.activations(min(ALIGN_TOKENS, self.session.batch_tokens), width=4)
+            yield "align", rows, spent, 2 * weights + 20 * flops.linear_parameters(scored) + batch
         if audited:
             rows = min(audited.sample, total)
             spent = self.scoring(scored, rows, how) + self.scoring(target, rows, how.exact)
@@ -199,8 +212,7 @@ class Costs:
             if audited.removal:
                 left = trainings_without(self.read.tasks) * (rows - removed_count(rows, REMOVED_FRACTION))
                 yield "removal", *self.training(audited.removal * (rows + left))
-        gradients = self.read.tasks * flops.linear_parameters(scored)
-        held = self.width * (flops.parameters(scored) + gradients) + activations
+        held = weights * bool(proxy) + self.width * flops.parameters(scored) + self.queries + activations
         yield "score", total * times, self.scoring(scored, total, how), held
         if recipe.refine and (again := recipe.refine.share(recipe.select.rows_of(total), total)) < 1:
             rows = again * total
@@ -247,7 +259,7 @@ class Costs:
         if lora:
             rank, weights, trained = lora, trained, flops.lora_parameters(self.target, lora)
         spent = flops.training_flops(self.target, *self.tokens_in(rows), rank)
-        return rows, spent, self.width * weights + 16 * trained + 2 * self.activations
+        return rows, spent, self.width * weights + 16 * trained + 2 * self.activations()
 
     def tokens_in(self, rows: float) -> tuple[int, int]:
         """Return the tokens of that many rows, and the supervised ones among them."""
@@ -263,8 +275,22 @@ class Costs:
         """Bytes of a number of the dtype that products are in."""
         return self.session.dtype.itemsize
 
+    def activations(self, tokens: int | None = None, width: int | None = None) -> float:
+        """Return the bytes that a batch keeps for its backward pass.
+
+        Each linear layer's inputs and outputs, and a third as much for norms and attention: 1.3 (m + n) numbers per
+        token and layer (1.3 to 1.7 on three models, benchmarks/planning.py).
+        """
+        numbers = ACTIVATIONS * sum(m + n for m, n, _ in flops.layers_of(self.target))
+        return numbers * (tokens or self.session.batch_tokens) * (width or self.width)
+
     @property
-    def activations(self) -> int:
-        """Bytes that a batch keeps for its backward pass: about 16 numbers of the hidden size per layer and token."""
-        config = self.target.config.get_text_config()
-        return 16 * self.width * self.session.batch_tokens * config.hidden_size * config.num_hidden_layers
+    def queries(self) -> float:
+        """Bytes of validation gradients: of one task's examples while they are made, and of all tasks afterwards."""
+        per_task = CURVED_QUERY if self.recipe.influence.by_example else 1.0
+        made = self.width * self.read.tasks * per_task * flops.linear_parameters(self.scored)
+        if not self.recipe.influence.by_example:
+            return made
+        tokens = self.read.tokens / max(1, self.read.tasks)
+        whole = 4 * tokens * sum(m + n for m, n, _ in flops.layers_of(self.scored))
+        return made + min(GRADIENTS, whole) * self.width / 4
