@@ -64,7 +64,7 @@ Files = str | list[str]
 class ReadingSection(Section):
     """Which examples are read, and how."""
 
-    pool: list[str] = setting([], "candidates: files, globs, folders or hf://datasets/...")
+    pool: list[str] = setting([], "candidates: files, globs, folders, hf://datasets/... or s3://...")
     validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
     max_length: int = setting(
         2048,
@@ -101,7 +101,7 @@ class ReadingSection(Section):
 class DataSection(ReadingSection):
     """What a whole run reads; the pool and the validation sets are required."""
 
-    pool: list[str] = setting(..., "candidates: files, globs, folders or hf://datasets/...", min_length=1)
+    pool: list[str] = setting(..., "candidates: files, globs, folders, hf://datasets/... or s3://...", min_length=1)
     validation: dict[str, Files] = setting(..., "file or files per task", min_length=1)
 
 

@@ -7,8 +7,9 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.files import expanded
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
@@ -21,23 +22,32 @@ _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json",
 _SAVED_DATASET, _SAVED_DICT = "state.json", "dataset_dict.json"  # the marks of `datasets.save_to_disk`
 
 
-def locate(patterns: Iterable[str | Path], name: str) -> list[str | Path]:
-    """Expand paths, glob patterns, folders and `hf://datasets/...` addresses to the files to read.
+def is_remote(pattern: str | Path) -> bool:
+    """Return whether a pattern is an address in object storage or another of fsspec's file systems."""
+    return "://" in str(pattern) and not str(pattern).startswith(HUB_PREFIX)
+
+
+def locate(patterns: Iterable[str | Path], name: str) -> list[Any]:
+    """Expand paths, glob patterns, folders and addresses to the files to read.
 
     Files come in the order of the patterns, sorted by name within one pattern or folder. A file that two patterns match
     is read once. In folders and patterns, hidden files and descriptions of a data set are ignored. `name` is the
     purpose of the files ("pool"), for messages.
 
     Returns:
-        Hub addresses (str), files, and folders written by `datasets.save_to_disk` (Path).
+        Hub addresses `hf://datasets/...` (str); files, and folders written by `datasets.save_to_disk` (Path); files at
+        other addresses, such as `s3://...` (UPath, which is like a Path).
 
     Raises:
         InputError: nothing is found, a file has an unknown extension, or a file is also there in compressed form.
     """
-    found: dict[str, str | Path] = {}
+    found: dict[str, Any] = {}
     for pattern in patterns:
         if str(pattern).startswith(HUB_PREFIX):
             found[str(pattern)] = str(pattern)
+            continue
+        if is_remote(pattern):
+            found |= {str(path): path for path in _expand_remote(str(pattern), name)}
             continue
         for path in _expand(str(pattern), name):
             found.setdefault(os.path.realpath(path), path)
@@ -92,6 +102,30 @@ def _expand(pattern: str, name: str) -> list[Path]:
     if not matches:
         raise InputError(f"{name}: {_not_found(path)}")
     return [file for match in matches for file in _expand(match, name)]
+
+
+def _expand_remote(address: str, name: str) -> list[Any]:
+    """Return the files that an address, a pattern or a folder names."""
+    try:
+        from upath import UPath
+    except ImportError as error:
+        raise InputError(f"{name}: {address} needs pip install 'iprox[remote]'") from error
+    try:
+        place: Any = UPath(address)
+        matches: list[Any]
+        if glob.has_magic(address):
+            matches = [UPath(place.fs.unstrip_protocol(match)) for match in sorted(place.fs.glob(place.path))]
+        else:
+            matches = [place] if place.exists() else []
+        files = [
+            file for match in matches for file in (sorted(match.iterdir(), key=str) if match.is_dir() else [match])
+        ]
+    except Exception as error:  # each file system raises errors of its own
+        raise InputError(f"{name}: {address} cannot be read: {one_line(error)}") from error
+    files = [_known(file, name) for file in files if len(files) == 1 or _is_data(file)]
+    if not files:
+        raise InputError(f"{name}: no file to read at {address} ({_READ})")
+    return files
 
 
 def _folder(folder: Path, name: str) -> list[Path]:

@@ -19,7 +19,17 @@ import numpy as np
 from iprox.data.formats import Columns, Example, to_example, to_pair
 from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.messages import BadRowError
-from iprox.data.readers import Reader, Record, hash_file, json_line, open_file, open_hub, open_rows, open_saved
+from iprox.data.readers import (
+    Reader,
+    Record,
+    hash_file,
+    json_line,
+    open_file,
+    open_hub,
+    open_remote,
+    open_rows,
+    open_saved,
+)
 from iprox.errors import InputError
 from iprox.files import replacing
 
@@ -61,8 +71,8 @@ class Pool:
     number.
 
     Args:
-        patterns: path, glob pattern, folder or `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]`, or a list of these; or a
-            list of dicts; or a `datasets.Dataset`.
+        patterns: path, glob pattern, folder, `hf://datasets/OWNER/NAME[/CONFIG][:SPLIT]` or an address that fsspec
+            knows (`s3://BUCKET/*.jsonl`), or a list of these; or a list of dicts; or a `datasets.Dataset`.
         name: purpose of the examples, for messages.
         on_bad_row: `"stop"` raises on bad rows, `"skip"` leaves them out everywhere and counts them.
         columns: name in the files by known name (see `iprox.data.formats.Columns`).
@@ -322,14 +332,15 @@ def _open(patterns: Any, name: str) -> list[Reader]:
         raise InputError(f"{name}: expected paths or dicts in the list, not {type(wrong).__name__}")
 
     places = locate(patterns, name)
-    named = iter(labels([place for place in places if isinstance(place, Path)]))
+    named = iter(labels([place for place in places if not isinstance(place, str)]))
     readers = []
     for place in places:
         if isinstance(place, str):
             readers.append(open_hub(place))
             continue
         label, stem = next(named)
-        open_place = open_saved if is_saved_dataset(place) else open_file
+        local = open_saved if isinstance(place, Path) and is_saved_dataset(place) else open_file
+        open_place = local if isinstance(place, Path) else open_remote
         readers.append(open_place(place, label, stem))
     return readers
 

@@ -80,8 +80,17 @@ def open_file(path: Path, label: str, stem: str) -> Reader:
     """
     if irregular := not_regular(path):
         raise InputError(f"{path}: {irregular}")
-    read = {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(extension(path), _jsonl)
-    return Reader(label, stem, str(path), path, lambda: _guarded(read(path), path))
+    return Reader(label, stem, str(path), path, lambda: _guarded(_reading(path)(path), path))
+
+
+def _reading(path: Path) -> Callable[[Path], Iterator[Record]]:
+    """Return the function that reads a file, by its extension."""
+    return {".parquet": _parquet, ".csv": _csv, ".json": _json}.get(extension(path), _jsonl)
+
+
+def open_remote(path: Any, label: str, stem: str) -> Reader:
+    """Return the reader of a file at an address (UPath), read as a stream; its rows are the fingerprint."""
+    return Reader(label, stem, str(path), None, lambda: _guarded(_reading(path)(path), path))
 
 
 def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = None, *, arrow: bool = False) -> Reader:
@@ -218,7 +227,8 @@ def _opened(path: Path) -> IO[bytes]:
     compression = COMPRESSIONS.get(path.suffix.lower())
     if compression is None:
         return path.open("rb")
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), compression), _CHUNK)
+    raw = pa.OSFile(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open("rb"), mode="r")
+    return io.BufferedReader(pa.CompressedInputStream(raw, compression), _CHUNK)
 
 
 def _text(path: Path, newline: str | None = None) -> IO[str]:
@@ -360,7 +370,8 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
 def _parquet(path: Path) -> Iterator[Record]:
     row = 0
     # Streams the column chunks; without these two settings a whole row group is read at once.
-    with pq.ParquetFile(path, buffer_size=_CHUNK, pre_buffer=False) as file:
+    source = path if isinstance(path, Path) else path.open("rb")
+    with pq.ParquetFile(source, buffer_size=_CHUNK, pre_buffer=False) as file:
         # `datasets` writes objects of mixed types as Arrow's JSON type.
         encoded = {field.name: field.type for field in file.schema_arrow if "arrow.json" in str(field.type)}
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
