@@ -22,7 +22,8 @@ import torch
 from common import RESULTS, Results, agreement, examples_of, parser, settings_of, timed
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
 from iprox.data.sampling import draw_rows
-from iprox.engine.stream import WINDOW, WindowWorker
+from iprox.engine.stream import WindowWorker
+from iprox.engine.windows import WINDOW
 from iprox.influence.gradients import ModelGradient
 from iprox.influence.index import GradientIndex, GradientProjector, write_index
 from iprox.influence.projection import LayerProjection

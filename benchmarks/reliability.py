@@ -231,10 +231,10 @@ class Place:
         """Start the run, or start it again."""
 
         def before() -> None:
-            from iprox.engine import stream
+            from iprox.engine import windows
             from iprox.stages import scoring
 
-            stream.WINDOW = scoring.WINDOW = 50
+            windows.WINDOW = scoring.WINDOW = 50
 
         last = [] if "--stop-after" in options else ["--stop-after", "select"]
         return attempt(["run", str(self.folder / "recipe.yaml"), *last, *options], self.folder, before=before, **how)

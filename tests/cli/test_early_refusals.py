@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from iprox.cli import main
-from iprox.engine import ray as ray_engine
-from iprox.engine.ray import check_ray
+from iprox.engine import cluster as ray_cluster
+from iprox.engine.cluster import check_ray
 from iprox.errors import InputError
 from iprox.models.loading import load_model
 from iprox.run import plan, steps
@@ -46,10 +46,10 @@ def test_compress_refuses_it_before_it_reads(place, refused, model):
 
 def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(ray_engine, "RUNNING_CLUSTER", tmp_path / "nothing")
-    monkeypatch.setattr(ray_engine, "_is_running", lambda: False)
-    monkeypatch.setattr(ray_engine, "find_spec", lambda _: object())
-    assert "ray_workers: 1000 workers requested, but Ray has" in both("ray_workers=1000")
+    monkeypatch.setattr(ray_cluster, "RUNNING_CLUSTER", tmp_path / "nothing")
+    monkeypatch.setattr(ray_cluster, "_is_running", lambda: False)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda _: object())
+    assert "ray_workers: 1000 workers requested, but this machine has" in both("ray_workers=1000")
     check_ray(1, "cpu")
     with socket.create_server(("127.0.0.1", 0)) as cluster:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{cluster.getsockname()[1]}")
@@ -60,7 +60,7 @@ def test_more_workers_than_the_machine_has(both, monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS")
     (tmp_path / "nothing").write_text("127.0.0.1:1")
     assert "no Ray cluster answers at 127.0.0.1:1" in both("ray_workers=1")
-    monkeypatch.setattr(ray_engine, "find_spec", lambda _: None)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda _: None)
     assert "Ray is not installed; pip install" in both("ray_workers=1")
 
 

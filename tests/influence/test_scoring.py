@@ -16,7 +16,8 @@ from iprox.aggregation import TaskSpread
 from iprox.data import Pool, iter_batches
 from iprox.engine import shards
 from iprox.engine.shards import score_to_file
-from iprox.engine.stream import ScoringStats, local_engine, windows_of
+from iprox.engine.stream import local_engine
+from iprox.engine.windows import ScoringStats, Windows
 from iprox.errors import InputError
 from iprox.files import remove
 from iprox.influence.estimators.registry import REGISTRY
@@ -184,7 +185,7 @@ def test_windows_do_not_change_the_scores(setup):
     model, pool, validation = setup
     worker, tables = job_of(model, validation, batch_tokens=BATCH_TOKENS).worker(), []
     for window in (3, 100):
-        parts = [table for table, _ in local_engine(lambda: worker, windows_of(pool, window))]
+        parts = [table for _, (table, _) in local_engine(lambda: worker, Windows(pool, window))]
         tables.append(np.concatenate([score_matrix(part) for part in parts]))
     np.testing.assert_allclose(tables[0], tables[1], rtol=1e-9)
 

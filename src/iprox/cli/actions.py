@@ -11,7 +11,7 @@ from typing import Any
 from iprox.cli import summary
 from iprox.cli.parser import Request
 from iprox.data.locate import COMPRESSIONS
-from iprox.engine.ray import check_ray
+from iprox.engine.cluster import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, expanded
 from iprox.harness import check_harness

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import shutil
 import warnings
@@ -17,7 +16,8 @@ import pyarrow.parquet as pq
 
 from iprox.aggregation import TaskSpread, combine, over_checkpoints, refuse_unranked
 from iprox.data import Example
-from iprox.engine.stream import WINDOW, Engine, ScoringStats, WindowWorker, local_engine, windows_of
+from iprox.engine.stream import WindowWorker, local_engine
+from iprox.engine.windows import WINDOW, Engine, ScoringStats, Windows
 from iprox.files import empty_folder, write_text
 from iprox.progress import Advance
 from iprox.records import RUN
@@ -72,13 +72,9 @@ def score_to_file(
             continue
         if not any(folder.iterdir()) and (shards / _name(number + 1)).is_dir():
             warnings.warn(f"{folder}: its files are missing; its rows are scored again", stacklevel=2)
-        missing = (index for index in itertools.count() if index not in ready)
+        keeping = functools.partial(_keeping, make, folder)
         made = 0
-        for (table, counted), index in zip(
-            engine(functools.partial(_keeping, make, folder), windows_of(pool, window, leave_out=ready), progress),
-            missing,
-            strict=False,
-        ):
+        for index, (table, counted) in engine(keeping, Windows(pool, window, leave_out=ready), progress):
             write_shard(shards, number, index, table, counted)
             made += 1
         write_text(folder / DONE, str(len(ready) + made))
@@ -115,8 +111,8 @@ def sound_shards(folder: Path, window: int) -> dict[int, int]:
             warnings.warn(f"{file}: is damaged; its rows are scored again", stacklevel=2)
         else:
             found[number] = table.num_rows
-    expected = max(_done(folder), max(files, default=-1) + 1)
-    gone = next((number for number in range(expected) if number not in files), None)
+    # Before all are scored, windows may be missing between others: Ray's workers finish them in any order.
+    gone = next((number for number in range(_done(folder)) if number not in files), None)
     if gone is not None:
         warnings.warn(f"{folder / f'{gone:06d}.parquet'}: is missing; its rows are scored again", stacklevel=2)
     return found

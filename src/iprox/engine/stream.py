@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import multiprocessing
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,81 +21,17 @@ from transformers import PreTrainedModel
 
 from iprox.checked import load_checked, save_checked
 from iprox.data import Batch, ChatEncoder, Encoded, Example, iter_batches
+from iprox.engine.windows import Engine, ScoredWindow, ScoringStats, Window, Windows
 from iprox.errors import one_line
 from iprox.models.compiled import compile_layers, uncompile_layers, why_compiling_failed, why_not_compiled
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.precision import out_of_memory
 from iprox.records import key_of
 
-# Rows that are tokenized and sorted by length together: enough for little padding, few enough that their tokens are
-# small next to a model. A window is also the unit of resuming and of work for Ray.
-WINDOW = 1024
 # Most seconds between two times that the numbers of a window in progress are kept.
 KEEP_EVERY = 60.0
 
 T = TypeVar("T")
-Window = list[Example]
-
-
-@dataclass(slots=True)
-class ScoringStats:
-    """Counts of what was read, and the work done.
-
-    Attributes:
-        rows: number of rows read.
-        unscored: number of rows without a score.
-        tokens: number of tokens read.
-        supervised: number of supervised tokens among them.
-        truncated: number of examples that were truncated.
-        contraction_flops: FLOPs of contracting with the validation gradients and of norms, at all checkpoints.
-        query_kept: share of the validation gradients' norm that was kept; the minimum over tasks.
-        uncompiled: why the model did not run compiled although the settings ask for it; otherwise empty.
-        batch_tokens: largest batch that fit in memory, in tokens.
-    """
-
-    rows: int = 0
-    unscored: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    truncated: int = 0
-    contraction_flops: float = 0.0
-    query_kept: float = 1.0
-    uncompiled: str = ""
-    batch_tokens: int = sys.maxsize
-
-    @classmethod
-    def of(cls, encoded: Sequence[Encoded]) -> ScoringStats:
-        """Return the counts of some examples."""
-        return cls(
-            rows=len(encoded),
-            unscored=sum(example.supervised == 0 for example in encoded),
-            tokens=sum(example.tokens for example in encoded),
-            supervised=sum(example.supervised for example in encoded),
-            truncated=sum(example.truncated for example in encoded),
-        )
-
-    @classmethod
-    def over_checkpoints(cls, each: Sequence[ScoringStats]) -> ScoringStats:
-        """Return the counts of the same rows at several checkpoints: rows count once, work adds up."""
-        total = replace(each[0])
-        for other in each[1:]:
-            total._add_work(other)
-        return total
-
-    def add(self, other: ScoringStats) -> None:
-        """Add the counts and the work of other rows."""
-        for name in ("rows", "unscored", "tokens", "supervised", "truncated"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self._add_work(other)
-
-    def _add_work(self, other: ScoringStats) -> None:
-        self.contraction_flops += other.contraction_flops
-        self.query_kept = min(self.query_kept, other.query_kept)
-        self.uncompiled = self.uncompiled or other.uncompiled
-        self.batch_tokens = min(self.batch_tokens, other.batch_tokens)
-
-
-ScoredWindow = tuple[pa.Table, ScoringStats]
 
 
 class RowFunction(Protocol):
@@ -290,26 +223,12 @@ def compile_model(model: nn.Module | None, run: Callable[[Batch], object], trial
     return failed
 
 
-def windows_of(pool: Iterable[Example], size: int, leave_out: Container[int] = ()) -> Iterator[Window]:
-    """Yield the windows of a stream of examples, without those whose numbers (from 0) are in `leave_out`."""
-    rows = iter(pool)
-    for number in itertools.count():
-        window = list(itertools.islice(rows, size))
-        if not window:
-            return
-        if number not in leave_out:
-            yield window
-
-
-# Processes windows in order: (function that makes a worker, windows, progress) -> tables and statistics.
-Engine = Callable[[Callable[[], WindowWorker], Iterator[Window], Callable[[int], None] | None], Iterator[ScoredWindow]]
-
-
 def local_engine(
-    make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
-) -> Iterator[ScoredWindow]:
+    make: Callable[[], WindowWorker], windows: Windows, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[int, ScoredWindow]]:
     """Process windows in this process, one after the other."""
-    return map(functools.partial(make(), progress=progress), windows)
+    work = make()
+    return ((number, work(window, progress)) for number, window in windows)
 
 
 _encoder: ChatEncoder | None = None
@@ -326,27 +245,27 @@ def prefetching_engine(processes: int) -> Engine:
     """
 
     def engine(
-        make: Callable[[], WindowWorker], windows: Iterator[Window], progress: Callable[[int], None] | None = None
-    ) -> Iterator[ScoredWindow]:
-        work = make()
+        make: Callable[[], WindowWorker], windows: Windows, progress: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[int, ScoredWindow]]:
+        work, unread = make(), iter(windows)
         # Forking a process with threads or a GPU may hang.
         spawned = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, spawned, initializer=_hold, initargs=(work.encoder,)) as pool:
-            ahead: deque[tuple[Window, Future[list[Encoded]]]] = deque()
+            ahead: deque[tuple[int, Window, Future[list[Encoded]]]] = deque()
 
             def fill() -> None:
-                for window in itertools.islice(windows, processes + 1 - len(ahead)):
-                    ahead.append((window, pool.submit(_encode, window)))
+                for number, window in itertools.islice(unread, processes + 1 - len(ahead)):
+                    ahead.append((number, window, pool.submit(_encode, window)))
 
             try:
                 fill()
                 while ahead:
-                    window, encoded = ahead.popleft()
+                    number, window, encoded = ahead.popleft()
                     rows = encoded.result()
                     fill()
-                    yield work(window, progress, rows)
+                    yield number, work(window, progress, rows)
             finally:
-                for _, encoded in ahead:
+                for *_, encoded in ahead:
                     encoded.cancel()
 
     return engine

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from iprox.data import Batch, ChatEncoder, Encoded, Pool
-from iprox.engine.stream import WINDOW, windows_of
+from iprox.engine.windows import WINDOW, windows_of
 from iprox.influence.estimators.base import Estimator, Inputs, QueryTokens
 from iprox.influence.scorer import Scorer
 from iprox.models import flops

@@ -11,7 +11,6 @@ An interrupted index resumes after its last window and ends with the same bytes.
 
 from __future__ import annotations
 
-import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,8 @@ from torch import Tensor, nn
 
 from iprox.data import Encoded, Example
 from iprox.engine.shards import IDENTITY, claim
-from iprox.engine.stream import WINDOW, Engine, ScoredWindow, ScoringStats, WindowWorker, local_engine, windows_of
+from iprox.engine.stream import WindowWorker, local_engine
+from iprox.engine.windows import WINDOW, Engine, ScoredWindow, ScoringStats, Windows
 from iprox.errors import InputError
 from iprox.files import digest_of, replacing, write_text
 from iprox.influence.estimators.less import adam_steps, check_state
@@ -187,9 +187,7 @@ def write_index(
         stats.add(counted)
         if progress is not None:
             progress(counted.rows, earlier=True)
-    windows = windows_of(pool, window, leave_out=ready)
-    missing = (number for number in itertools.count() if number not in ready)
-    for (table, counted), number in zip(engine(make, windows, progress), missing, strict=False):
+    for number, (table, counted) in engine(make, Windows(pool, window, leave_out=ready), progress):
         # A window stores its counts, so that a resumed run reports the totals.
         table = table.replace_schema_metadata({"iprox": json.dumps(asdict(counted))})
         with (

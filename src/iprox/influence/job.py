@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,16 +19,8 @@ from torch import nn
 from iprox.aggregation import combine
 from iprox.data import ChatEncoder, Encoded, Example, Pool, iter_batches, on_device
 from iprox.data.sampling import draw_rows
-from iprox.engine.stream import (
-    WINDOW,
-    Engine,
-    ScoringStats,
-    WindowWorker,
-    compile_model,
-    fitting,
-    local_engine,
-    windows_of,
-)
+from iprox.engine.stream import WindowWorker, compile_model, fitting, local_engine
+from iprox.engine.windows import Engine, ScoringStats, Windows
 from iprox.errors import InputError
 from iprox.influence.baselines import Corpus
 from iprox.influence.estimators.base import Estimator, Inputs, QueryTokens
@@ -251,7 +244,7 @@ class Job:
         """
         tables, stats = [], []
         for make in self.workers:
-            scored = list(engine(make, windows_of(pool, WINDOW), progress))
+            scored = [each for _, each in sorted(engine(make, Windows(pool), progress), key=itemgetter(0))]
             tables.append(pa.concat_tables([table for table, _ in scored]))
             total = ScoringStats()
             for _, counted in scored:

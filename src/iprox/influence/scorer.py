@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from iprox.data import Encoded, Example
-from iprox.engine.stream import ScoringStats
+from iprox.engine.windows import ScoringStats
 from iprox.influence.gradients import (
     NormShape,
     TaskGradient,

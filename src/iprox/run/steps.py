@@ -10,7 +10,7 @@ from pathlib import Path
 
 from iprox.data import Example, Pool
 from iprox.engine.ray import ray_engine
-from iprox.engine.stream import Engine
+from iprox.engine.windows import Engine
 from iprox.errors import InputError
 from iprox.files import remove
 from iprox.influence.attribution import why_not_attributed

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from iprox.audits.held_out import FEWEST
 from iprox.data import Pool
-from iprox.engine.ray import check_ray
+from iprox.engine.cluster import check_ray
 from iprox.errors import InputError
 from iprox.files import check_output, write_text
 from iprox.harness import check_harness

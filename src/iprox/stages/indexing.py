@@ -13,7 +13,8 @@ from torch import nn
 from iprox.data import ChatEncoder, Encoded, Pool, iter_batches
 from iprox.data.tokens import ValidationLengths
 from iprox.engine.shards import claim, merge_shards, write_shard
-from iprox.engine.stream import WINDOW, WindowWorker, compile_model, windows_of
+from iprox.engine.stream import WindowWorker, compile_model
+from iprox.engine.windows import WINDOW, windows_of
 from iprox.errors import InputError
 from iprox.influence.estimators.base import GradientEstimator, Inputs
 from iprox.influence.estimators.registry import estimator_of

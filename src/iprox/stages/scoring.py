@@ -11,7 +11,8 @@ from typing import Any
 from iprox.data import ChatEncoder, Encoded, Pool
 from iprox.data.tokens import ValidationLengths
 from iprox.engine.shards import score_to_file
-from iprox.engine.stream import WINDOW, Engine, ScoringStats, local_engine, prefetching_engine
+from iprox.engine.stream import local_engine, prefetching_engine
+from iprox.engine.windows import WINDOW, Engine, ScoringStats
 from iprox.influence.job import Checkpoint, Job
 from iprox.models import flops
 from iprox.models.checkpoint import proxy_config
