@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -14,10 +14,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import Batch, Encoded, iter_batches
+from iprox.distributed import from_first, own_device, processes, rank
 from iprox.errors import InputError
 from iprox.models.adapters import is_adapted
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
@@ -81,7 +83,7 @@ def train(
 
     Uses AdamW, 3 % linear warm-up, cosine decay, and batches of similar length. Checkpoints are safetensors in
     `output/checkpoint-STEP`. TRL replaces the model's forward method, so load a checkpoint rather than use `model`
-    afterwards.
+    afterwards. Several processes (`iprox.distributed`) share every batch, and take the steps that one would take.
 
     Args:
         model: model with float32 weights; bfloat16 is used for products only. If it has LoRA adapters
@@ -91,7 +93,7 @@ def train(
         output: folder for the checkpoints, created if missing.
         epochs: passes over the examples.
         learning_rate: peak learning rate.
-        batch_size: examples per batch.
+        batch_size: examples per batch; a multiple of the number of processes.
         accumulate: batches per optimizer step.
         bf16: whether to multiply in bfloat16.
         every_epoch: whether to keep a checkpoint of every epoch rather than only the last.
@@ -111,13 +113,17 @@ def train(
     rows = [example for example in encoded if example.supervised > 0]
     if not rows:
         raise InputError("no example with a supervised token to train on")
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids.tolist() for row in rows],
-            "labels": [row.labels.tolist() for row in rows],
-            "length": [len(row.input_ids) for row in rows],
-        }
-    )
+    columns = {
+        "input_ids": [row.input_ids.tolist() for row in rows],
+        "labels": [row.labels.tolist() for row in rows],
+        "length": [len(row.input_ids) for row in rows],
+    }
+    world = processes()
+    device = model.device if world == 1 else own_device()
+    if world > 1:  # the last row has no supervised token: it fills up what the processes cannot share equally
+        for name, blank in (("input_ids", [0]), ("labels", [-100]), ("length", 1)):
+            columns[name].append(blank)
+    dataset = Dataset.from_dict(columns)
     output.mkdir(parents=True, exist_ok=True)
     steps = epochs * steps_per_epoch(len(rows), batch_size, accumulate)
     # transformers 5.23 renames gradient_checkpointing to activation_checkpointing and warns about the old name.
@@ -127,14 +133,14 @@ def train(
         output_dir=str(output),
         num_train_epochs=epochs,
         learning_rate=learning_rate,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=batch_size // world,
         gradient_accumulation_steps=accumulate,
         lr_scheduler_type="cosine",
         warmup_steps=int(0.03 * steps),  # the learning rate of the first of these steps is 0
         bf16=bf16,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=device.type == "cpu",
         # Recomputing activations saves memory, which is scarce on a GPU; on a CPU it only costs time.
-        **{checkpointing: model.device.type == "cuda"},  # pyright: ignore[reportArgumentType]
+        **{checkpointing: device.type == "cuda"},  # pyright: ignore[reportArgumentType]
         train_sampling_strategy="group_by_length",
         max_length=None,  # already cut, from the left of the prompt
         packing=False,
@@ -147,7 +153,7 @@ def train(
         seed=seed,
         data_seed=seed,
     )
-    if model.device.type == "cuda":
+    if model.device.type == "cuda" and world == 1:
         if model.device.index:
             raise InputError(
                 f"transformers trains on the first GPU it sees, not on {model.device}: choose it with "
@@ -157,7 +163,9 @@ def train(
         arguments._n_gpu = 1
     save = functools.partial(save_model, tokenizer=tokenizer, dtype=store_dtype, adapters_only=adapters_only)
     recorder = _Recorder(output, save, every_epoch, optimizer_state, progress)
-    trainer_class = SFTTrainer if model.device.type == "cuda" else _SupervisedHeadTrainer
+    trainer_class = _TogetherTrainer if world > 1 else SFTTrainer
+    if world == 1 and model.device.type != "cuda":
+        trainer_class = _SupervisedHeadTrainer
     trainer = trainer_class(
         model=model,
         args=arguments,
@@ -173,8 +181,13 @@ def train(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             return causal_lm_losses(whole.train(), first).mean()
 
-    with fast_training(whole, steps >= COMPILE_STEPS if compile_model == "auto" else compile_model, trial) as reason:
+    if world > 1:
         trainer.train()
+        reason = ""
+    else:
+        compiled = steps >= COMPILE_STEPS if compile_model == "auto" else compile_model
+        with fast_training(whole, compiled, trial) as reason:
+            trainer.train()
     result = recorder.result
     result.uncompiled = reason
     result.tokens = epochs * sum(len(row.input_ids) for row in rows)
@@ -241,6 +254,29 @@ class _SupervisedHeadTrainer(SFTTrainer):
         return total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
 
 
+class _TogetherTrainer(SFTTrainer):
+    """A trainer of several processes, whose batches together are those of one process."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        lengths = self.train_dataset["length"][:-1]  # pyright: ignore
+        batch = self.args.train_batch_size * processes()
+        grouped = LengthGroupedSampler(batch * self.args.gradient_accumulation_steps, lengths=list(lengths))
+        return _SharedOrder(grouped, batch)
+
+
+class _SharedOrder(torch.utils.data.Sampler):
+    """The first process's order, filled up to whole batches with the number of the blank row, which comes last."""
+
+    def __init__(self, order: LengthGroupedSampler, batch: int) -> None:
+        self.order, self.fill = order, -len(order) % batch
+
+    def __len__(self) -> int:
+        return len(self.order) + self.fill
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(from_first(list(self.order)) + [len(self.order)] * self.fill)
+
+
 class _Recorder(TrainerCallback):
     """Records the loss and learning rate of each step, and saves safetensors at the end of epochs."""
 
@@ -286,7 +322,8 @@ class _Recorder(TrainerCallback):
             return
         name = f"checkpoint-{state.global_step}"
         optimizer = kwargs["optimizer"] if self.optimizer_state else None
-        self.save(kwargs["model"], folder=self.output / name, optimizer=optimizer)
+        if rank() == 0:
+            self.save(kwargs["model"], folder=self.output / name, optimizer=optimizer)
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("learning_rate", "loss")}
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])

@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iprox.data import Batch, ChatEncoder, Encoded, Example, Overlap, Pool, PoolSummary, iter_batches, on_device
 from iprox.data.batching import batch_tokens_for
+from iprox.distributed import rank, started
 from iprox.errors import InputError, one_line
 from iprox.metering import Usage, metered
 from iprox.models.adapters import adapter_base
@@ -54,6 +55,7 @@ class Session:
         skip_refused: whether rows that the chat template refuses get no score rather than stop the run.
         dpo: settings of the loss of preference pairs, if rows are pairs.
         num_proc: processes that tokenize ahead of scoring; 0 tokenizes in this process.
+        processes: processes that train together; `auto` is one per GPU.
         reporter: reporter for progress and warnings.
         tracker: tracker that numbers are logged to.
     """
@@ -69,6 +71,7 @@ class Session:
     skip_refused: bool = False
     dpo: DpoSection | None = None
     num_proc: int = 0
+    processes: Literal["auto"] | int = 1
     reporter: Reporter = field(default_factory=Reporter)
     tracker: Tracker = field(default_factory=lambda: Tracker("none", Path(), {}))
 
@@ -83,12 +86,11 @@ class Session:
         """Create a session, resolving `auto` for this machine.
 
         Raises:
-            InputError: the device is not available, or this is one of several processes of torchrun.
+            InputError: the device is not available, or this is not the first of several processes.
         """
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if rank() > 0:  # the command line does not come here
             raise InputError(
-                "iprox runs as one process, but torchrun or accelerate has started several; start iprox without them, "
-                "and set `ray_workers: N` to score on N GPUs"
+                "only commands that train can be started by torchrun or accelerate launch; start one process"
             )
         try:
             where = resolve_device(device)
@@ -116,6 +118,7 @@ class Session:
             chat_template=data.chat_template,
             skip_refused=data.on_bad_row == "skip",
             dpo=settings.dpo if settings.loss == "dpo" else None,
+            processes=settings.processes,
             reporter=reporter,
             **({} if data.num_proc is None else {"num_proc": data.num_proc}),
         )
@@ -173,6 +176,19 @@ class Session:
         for warning in overlap.warnings():
             self.reporter.warn(warning)
         return summary
+
+    def together(self, batch_size: int, *, alone: bool = False) -> AbstractContextManager[int]:
+        """Start the processes that train batches of a size together, inside the block; yields their number.
+
+        Without an explicit number, it is 1 if `alone`, and otherwise such that all have as many examples of a batch.
+
+        Raises:
+            InputError: they cannot share a batch equally.
+        """
+        whole = self.device.type == "cuda" and self.device.index is None
+        most = torch.cuda.device_count() if whole and not alone else 1
+        fitting = max(count for count in range(1, most + 1) if batch_size % count == 0)
+        return started(fitting if self.processes == "auto" else self.processes, batch_size, self.device)
 
     def model(self, path: str | Path, dtype: torch.dtype | None = None, *, fused: bool = False) -> PreTrainedModel:
         """Load a model or proxy on the session's device, in the session's dtype by default (see `load_model`)."""

@@ -638,6 +638,9 @@ class Settings(Section):
     compile: Literal["auto"] | bool = setting(
         "auto", "compile models with torch.compile; auto does so where it saves time"
     )
+    processes: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+        "auto", "processes that train and align together on this machine; auto is one per GPU"
+    )
     ray_workers: int = setting(0, "Ray actors that score, each with its own model; 0 scores in this process", ge=0)
     tracking: Tracking = setting("none", "tracker to log training curves and results to")
     trust_remote_code: bool = setting(False, "allow models to run their own code")
@@ -714,6 +717,17 @@ class Recipe(Settings):
             )
         if self.ray_workers and self.data.num_proc:
             raise ValueError("data.num_proc is for scoring in this process, and ray_workers for others; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_that_processes_share(self) -> Recipe:
+        trained = {"warmup": self.warmup, "proxy.align": self.proxy and self.proxy.align, "finetune": self.finetune}
+        for name, section in trained.items():
+            if section and self.processes != "auto" and section.batch_size % self.processes:
+                raise ValueError(
+                    f"{name}.batch_size {section.batch_size} is that of all {self.processes} processes together; "
+                    f"make it a multiple of {self.processes}"
+                )
         return self
 
     @model_validator(mode="after")

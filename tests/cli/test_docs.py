@@ -25,7 +25,22 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the pages may call besides iprox.
-OTHERS = {"pip", "uv", "uvx", "make", "docker", "git", "ruff", "pre-commit", "hf", "npm", "python", "pytest", "mkdocs"}
+OTHERS = {
+    "accelerate",
+    "pip",
+    "uv",
+    "uvx",
+    "make",
+    "docker",
+    "git",
+    "ruff",
+    "pre-commit",
+    "hf",
+    "npm",
+    "python",
+    "pytest",
+    "mkdocs",
+}
 
 
 def blocks(*languages):

@@ -143,6 +143,10 @@ def with_tasks(tasks):
         (with_section(select={"source_cap": "lots"}), "select.source_cap: "),
         (with_section(seed=2**32), "seed: "),
         (with_section(proxy={"method": "layers", "align": {"epochs": 2}}), "the method layers has none"),
+        (
+            with_section(processes=3),
+            "warmup.batch_size 16 is that of all 3 processes together; make it a multiple of 3",
+        ),
         (with_section(ray_workers=2, device="cuda:1"), "choose GPUs with CUDA_VISIBLE_DEVICES"),
         (
             with_section(ray_workers=2, data={**SMALLEST["data"], "num_proc": 2}),

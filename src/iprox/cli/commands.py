@@ -124,7 +124,7 @@ COMMANDS = (
         inputs=(
             Input("optimizer_state", "keep Adam's moments with each checkpoint, for --estimator less", bool, False),
         ),
-        reads=(*COMPUTING, "warmup", "compile"),
+        reads=(*COMPUTING, "warmup", "compile", "processes"),
         unread=("data.validation",),
     ),
     Command(
@@ -149,7 +149,7 @@ COMMANDS = (
         needs=("model", "data.pool", "output"),
         offers=("data.validation", "proxy.align.fraction", "proxy.align.epochs", "proxy.align.gradient_weight"),
         inputs=(_PROXY,),
-        reads=(*SCORING, "proxy.align", "influence"),
+        reads=(*SCORING, "proxy.align", "influence", "processes"),
         unread=("influence.checkpoints",),
         resumes=True,
         meanings=(
@@ -259,7 +259,7 @@ COMMANDS = (
         "iprox.cli.actions:finetune",
         needs=("model", "data.pool", "output"),
         offers=("finetune.test", "finetune.epochs", "finetune.learning_rate", "finetune.lora"),
-        reads=(*COMPUTING, "finetune", "compile"),
+        reads=(*COMPUTING, "finetune", "compile", "processes"),
         renamed=(("data.pool", "selection"),),
         meanings=(
             ("data.pool", "files of the examples to train on"),

@@ -20,6 +20,7 @@ from cyclopts import CycloptsError, MissingArgumentError
 from rich.console import Console
 
 from iprox.cli.parser import Request, build_app
+from iprox.distributed import TRAINING, dismiss, follow, processes, rank
 from iprox.errors import InputError, one_line, system_refusal
 from iprox.models.cpu.threads import spin_briefly
 from iprox.progress import printable
@@ -47,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         request = app(given, exit_on_error=False, print_error=False, result_action="return_value")
         if isinstance(request, Request):
             action = _action_of(request, shlex.join(["iprox", *given]))
-            result = action(request)
+            if rank() > 0:
+                follow()
+                return DONE
+            try:
+                result = action(request)
+            finally:
+                dismiss()
             if request.json:
                 _print_json(result)
     except MissingArgumentError as error:
@@ -89,6 +96,11 @@ def _end_like_interrupt() -> dict[int, Any]:
 def _action_of(request: Request, line: str) -> Callable[[Request], Any]:
     """Return the function that does a command. Its recipe is checked before anything heavy is imported."""
     request.line = line
+    if processes() > 1 and request.command.name not in TRAINING:
+        raise InputError(
+            f"iprox {request.command.name} runs as one process, but torchrun or accelerate has started several; start "
+            "it without them, and set `ray_workers: N` to score on N GPUs"
+        )
     if request.command.name == "quickstart":
         request.recipe = quickstart_recipe(request.inputs["output"], request.overrides)
     elif "*" in request.command.reads:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from iprox.data.batching import Batch
+from iprox.distributed import average, from_first, processes, rank
 from iprox.errors import InputError
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
 from iprox.models.layers import LowRankLinear, low_rank_layers
@@ -57,6 +59,8 @@ def align(
 
     With `held_out` the best factors are kept, including those before alignment, so this fidelity never decreases.
 
+    Several processes (`iprox.distributed`) share the rows of every batch and take the steps that one would take.
+
     Cost per token: target 6P (once per batch with a `store`), proxy about 16P′ FLOPs (forward, backward, and the
     backward of both); without the gradient part 2P and 6P′.
 
@@ -86,10 +90,17 @@ def align(
     if not batches:
         raise InputError("no supervised example to align on")
     here, there = (next(model.parameters()).device for model in (proxy, target))
+    if processes() > 1 and (settings.gradient_weight or settings.hidden_weight or loss_fn is not causal_lm_losses):
+        raise InputError(
+            "align.gradient_weight, align.hidden_weight and a loss_fn need one process; several match logits only"
+        )
+    if held_out is not None and processes() > 1:
+        measured = held_out
+        held_out = lambda: from_first(measured() if rank() == 0 else 0.0)  # noqa: E731
 
-    def signals_of(index: int) -> Signals:
+    def signals_of(index: int, own: Any) -> Signals:
         def make() -> Signals:
-            return target_signals(target, layers, send_to_device(batches[index], there), settings, loss_fn)
+            return target_signals(target, layers, send_to_device(own, there), settings, loss_fn)
 
         return (make() if store is None else store(index, make)).to(here)
 
@@ -112,8 +123,8 @@ def align(
             if step % RELEASE_EVERY == 0:
                 release_memory()
             rate = settings.learning_rate * schedule(step, steps)
-            batch = send_to_device(batches[index], here)
-            signals = signals_of(index)
+            batch = share_of(batches[index], rank(), processes())
+            signals, batch = signals_of(index, batch), send_to_device(batch, here)
             try:
                 with torch.autocast(here.type, torch.bfloat16, enabled=autocast):
                     losses = alignment_loss(proxy, layers, batch, signals, settings, loss_fn)
@@ -121,14 +132,15 @@ def align(
             except FloatingPointError as error:
                 raise FloatingPointError(f"{error} at step {step} (batch {index})") from None
             run.history.steps.append(AlignmentStep(step, *parts, rate))
-            run.history.tokens += int(batch.lengths.sum()) if isinstance(batch, Batch) else 0
+            whole = batches[index]
+            run.history.tokens += int(whole.lengths.sum()) if isinstance(whole, Batch) else 0
             if progress is not None:
                 progress(1)
             evaluated = step % every == 0 or step == steps
             if evaluated:
                 run.evaluate(step)
             late = time.monotonic() - saved >= KEEP_EVERY
-            if state is not None and step < steps and (evaluated or late):
+            if state is not None and step < steps and (evaluated or late) and rank() == 0:
                 run.history.seconds += time.perf_counter() - started
                 started, saved = time.perf_counter(), time.monotonic()
                 run.save(state, identity)
@@ -149,15 +161,42 @@ def _step(
 ) -> tuple[float, float | None, float, float | None]:
     """Take one optimizer step; return the losses: total, gradient, KL, hidden."""
     optimizer.zero_grad(set_to_none=True)
-    if not torch.isfinite(losses.whole):
-        raise FloatingPointError(f"the alignment loss is {losses.whole.item()}")
+    whole, kl = losses.whole.detach().clone(), losses.kl.detach().clone()
+    average((whole, kl))
+    if not torch.isfinite(whole):
+        raise FloatingPointError(f"the alignment loss is {whole.item()}")
     losses.whole.backward()
+    if processes() > 1:
+        average(_filled(factor) for group in optimizer.param_groups for factor in group["params"])
     torch.nn.utils.clip_grad_norm_([factor for group in optimizer.param_groups for factor in group["params"]], 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
     optimizer.step()
     gradient, hidden = (None if part is None else part.item() for part in (losses.gradient, losses.hidden))
-    return losses.whole.item(), gradient, losses.kl.item(), hidden
+    return whole.item(), gradient, kl.item(), hidden
+
+
+def _filled(factor: nn.Parameter) -> torch.Tensor:
+    """Return a factor's gradient, which is 0 where none of this process's tokens used it."""
+    if factor.grad is None:
+        factor.grad = torch.zeros_like(factor)
+    return factor.grad
+
+
+def share_of(batch: Batch, rank: int, processes: int) -> Batch:
+    """Return the examples of a batch that one of several processes takes; if none, one without a supervised token."""
+    if processes == 1:
+        return batch
+    mine = list(range(rank, len(batch.indices), processes)) or [0]
+    rows = [index * batch.rows_each + row for index in mine for row in range(batch.rows_each)]
+    labels = batch.labels[rows]
+    return replace(
+        batch,
+        input_ids=batch.input_ids[rows],
+        labels=labels if rank < len(batch.indices) else torch.full_like(labels, -100),
+        lengths=batch.lengths[rows],
+        indices=[batch.indices[index] for index in mine],
+    )
 
 
 @contextmanager

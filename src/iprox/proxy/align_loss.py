@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iprox.distributed import average, processes
 from iprox.errors import InputError
 from iprox.models.layers import LowRankLinear, decoder_layers
 from iprox.models.loss import LossFn, causal_lm_logits, causal_lm_losses, mean_by_row
@@ -109,6 +110,15 @@ def kl_divergence(target_logits: Tensor, proxy_logits: Tensor, temperature: floa
     return temperature**2 * F.kl_div(log_q, reference, reduction="none", log_target=True).sum(-1)
 
 
+def mean_of_all(values: Tensor) -> Tensor:
+    """Return the mean of some values [N]; of several processes, one whose average over them is the mean of all."""
+    if processes() == 1:
+        return values.mean()
+    count = torch.tensor(float(len(values)), device=values.device)
+    average((count,))
+    return values.sum() / count
+
+
 def gradient_distance(layers: Mapping[str, LowRankLinear], loss: Tensor, target: Mapping[str, Tensor]) -> Tensor:
     """Return the gradient part of the alignment loss, differentiable in the factors (second order).
 
@@ -172,7 +182,7 @@ def alignment_loss(
         outputs, losses = outputs_and_losses(proxy, batch, loss_fn)
         outputs = outputs.to(accumulation_dtype(outputs))
         if loss_fn is causal_lm_losses:
-            kl = kl_divergence(signals.logits, outputs, TEMPERATURE).mean()
+            kl = mean_of_all(kl_divergence(signals.logits, outputs, TEMPERATURE))
         else:
             kl = frobenius_distance(outputs, signals.logits.to(outputs.dtype))
         whole = weights.kl_weight * kl

@@ -20,7 +20,7 @@ from iprox.session import Session, encode_validation, pool_of, tasks_of
 from iprox.settings import Settings
 
 # Settings that do not change results, and those whose contents are part of the identity.
-_APART = {"model", "output", "data", "device", "tracking", "ray_workers"}
+_APART = {"model", "output", "data", "device", "tracking", "ray_workers", "processes"}
 _ADVICE = "choose another output or remove it"
 
 

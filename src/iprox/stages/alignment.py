@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from iprox.data import Example, example_batches
+from iprox.data import Batch, Example, example_batches
+from iprox.distributed import own_device, processes, rank, together
 from iprox.models import flops
 from iprox.models.layers import low_rank_layers
 from iprox.models.loading import check_belongs
@@ -61,21 +64,20 @@ def align_proxy(
     watched = None if held_out is None else held_out_fidelity(session, target, encoder, held_out)
     tokens, supervised = tokens_of(encoded)
     kept = keeps_signals(proxy, settings, len(batches), supervised)
-    store = _store(state, identity) if kept else None
     if state.is_file():
         session.reporter.say(f"align: resumes from {state}")
-    with session.reporter.bar("align", steps, "steps") as progress:
-        history = align(
-            proxy,
-            target,
-            batches,
-            settings,
-            seed=session.seed,
-            held_out=None if watched is None else watched.watch(proxy),
-            store=store,
-            state=state,
-            identity=identity,
-            progress=progress,
+    how = {"settings": settings, "seed": session.seed, "state": state, "identity": identity}
+    # Several processes match logits only.
+    alone = settings.gradient_weight > 0 or settings.hidden_weight > 0
+    with (
+        session.together(settings.batch_size, alone=alone),
+        session.reporter.bar("align", steps, "steps") as progress,
+    ):
+        store = _store(state, identity) if kept else None
+        watch = None if watched is None else watched.watch(proxy)
+        history = together(
+            partial(align, proxy, target, batches, **how, held_out=watch, store=store, progress=progress),
+            partial(_follow, session.load, proxy_path, model, batches, store, watched is not None, how),
         )
     if watched is not None and history.best_step == 0:
         session.reporter.warn(
@@ -116,6 +118,21 @@ def align_proxy(
     }
 
 
+def _follow(
+    load: partial[PreTrainedModel],
+    proxy: str,
+    target: str,
+    batches: Sequence[Batch],
+    store: SignalStore | None,
+    watched: bool,
+    how: dict[str, Any],
+) -> None:
+    """Take part in an alignment in another process than the first, which measures the fidelity and saves the result."""
+    own_proxy, own_target = (load(each, device=own_device()) for each in (proxy, target))
+    own = None if store is None else SignalStore(store.folder / f"{rank():04d}")
+    align(own_proxy, own_target, batches, **how, held_out=(lambda: 0.0) if watched else None, store=own)
+
+
 def keeps_signals(proxy: PreTrainedModel, settings: AlignSection, batches: int, supervised: int) -> bool:
     """Return whether what the target says of each batch is kept: where batches are read again, and it is not too large.
 
@@ -133,7 +150,8 @@ def keeps_signals(proxy: PreTrainedModel, settings: AlignSection, batches: int, 
 
 def _store(state: Path, identity: str) -> SignalStore:
     """Return where what the target says of each batch is kept."""
-    folder = state.with_name(f"{state.stem}-{identity[:16]}.signals")
+    shares = f"-{processes()}" if processes() > 1 else ""  # each process keeps those of its rows
+    folder = state.with_name(f"{state.stem}-{identity[:16]}{shares}.signals")
     for other in state.parent.glob(f"{state.stem}-*.signals"):
         if other != folder:  # left by an interrupted alignment with other settings
             SignalStore(other).discard()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from iprox.data import Encoded, Example, Pool
+from iprox.distributed import together
 from iprox.errors import InputError
 from iprox.files import empty_folder
 from iprox.models import flops
@@ -21,6 +25,9 @@ from iprox.session import Session, encode_validation, tokens_of
 from iprox.settings import EvaluateSection, FinetuneSection, WarmupSection
 
 BENCHMARKS = "lm_eval.json"
+
+if TYPE_CHECKING:
+    from iprox.finetune import TrainingResult
 
 
 def warm_up(
@@ -107,7 +114,7 @@ def _sft(
     optimizer_state: bool = False,
 ) -> StageRecord:
     """Train a model, and write the list of checkpoints and the history."""
-    from iprox.finetune import steps_per_epoch, train  # imports TRL: seconds
+    from iprox.finetune import steps_per_epoch  # imports TRL: seconds
 
     encoder = session.encoder(model)
     tokenizer = encoder.tokenizer
@@ -115,18 +122,26 @@ def _sft(
     # Trained weights are float32 and are saved in the dtype of the model; frozen weights keep their dtype.
     lora = settings.lora
     stored = stored_dtype(model, trust_remote_code=session.trust_remote_code)
-    target = session.model(model, stored if lora else torch.float32, fused=True)
-    if proxy_config(target) is not None:
+    counted = session.skeleton(model)
+    if proxy_config(counted) is not None:
         raise InputError(f"{model}: is an iprox proxy, and proxies are for scoring; fine-tune its target")
-    trained = with_lora(target, model, lora, session.seed) if lora else target
+    session.note_adapter(model)
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
     steps = settings.epochs * steps_per_epoch(kept, settings.batch_size, settings.accumulate)
-    rate = settings.peak(hidden_size(target.config))
+    rate = settings.peak(hidden_size(counted.config))
     name = "warm-up" if every_epoch else "finetune"
-    with session.reporter.bar(name, steps, "steps") as progress, session.tracker.training(name):
-        result = train(
-            trained,
+    with (
+        session.together(settings.batch_size) as number,
+        session.reporter.bar(name, steps, "steps") as progress,
+        session.tracker.training(name),
+    ):
+        # Each of several processes moves the model to its own device.
+        load = session.load if number == 1 else partial(session.load, device="cpu")
+        job = partial(
+            _train,
+            partial(load, model, dtype=stored if lora else torch.float32, fused=True),
+            partial(with_lora, base=model, rank=lora, seed=session.seed) if lora else None,
             tokenizer,
             encoded,
             output,
@@ -141,22 +156,32 @@ def _sft(
             optimizer_state=optimizer_state,
             adapters_only=not every_epoch,  # a model to be scored must not depend on the path of its base model
             compile_model=session.compile,
-            progress=progress,
-            tracking=session.tracker.for_trainer,
         )
+        result, trained = together(partial(job, progress=progress, tracking=session.tracker.for_trainer), job)
     if result.uncompiled:
         session.reporter.warn(f"the model could not be compiled, so it trains more slowly: {result.uncompiled}")
     write_json(output / "history.json", result.history)
     write_json(output / CHECKPOINTS, [asdict(checkpoint) for checkpoint in result.checkpoints])
     _, supervised = tokens_of(encoded)
-    counted = session.skeleton(model)
     return {
         "tokens": result.tokens,
         "flops": flops.training_flops(counted, result.tokens, supervised * settings.epochs, lora or None),
-        "trained_parameters": sum(each.numel() for each in trained.parameters() if each.requires_grad),
+        "trained_parameters": trained,
+        "processes": number,
         "examples": kept,
         "learning_rate": rate,
         "labels": encoder.describe,
         "first_loss": result.history[0]["loss"],
         "last_loss": result.history[-1]["loss"],
     }
+
+
+def _train(
+    load: Callable[[], PreTrainedModel], adapt: Callable[[PreTrainedModel], Any] | None, *given: Any, **how: Any
+) -> tuple[TrainingResult, int]:
+    """Load a model and train it, in one of several processes; return the result and the number of trained weights."""
+    from iprox.finetune import train
+
+    model = load() if adapt is None else adapt(load())
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    return train(model, *given, **how), trained
