@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_batch, make_model
 from iprox.data import Encoded
 from iprox.distributed import processes, rank, started, together
 from iprox.errors import InputError
@@ -26,6 +25,7 @@ from iprox.proxy.compress import derive_proxy
 from iprox.proxy.size import Size
 from iprox.settings import AlignSection
 from programs import limited
+from tiny_models import make_batch, make_model
 
 LENGTHS = (9, 6, 12, 5, 8, 7, 11)
 # Seven rows in batches of four: the last batch has three, which two processes cannot share equally.

@@ -32,5 +32,6 @@ def test_a_run_by_two_processes_has_the_losses_of_one(place):
     for each in started:
         each.result()
     for found, expected in zip(losses(place.output), alone, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        # The divergences of the alignment are 2e-5, which float32 knows to 1e-8.
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
     assert place.record()["stages"]["warmup"]["processes"] == 2

@@ -20,8 +20,7 @@ from jobs import job_of
 from letters import Letters
 from ray_jobs import COUNT, POOL, QUIET, WINDOWS, Sines, Watched, scored, wait_for
 
-import conftest
-from conftest import make_model
+import tiny_models
 from iprox.data import Pool
 from iprox.engine.cluster import share_of_each
 from iprox.engine.ray import PACKAGE, ray_engine
@@ -29,6 +28,7 @@ from iprox.engine.stream import local_engine
 from iprox.engine.windows import Windows
 from iprox.errors import InputError
 from iprox.scores import score_matrix
+from tiny_models import make_model
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
 
@@ -45,7 +45,7 @@ def cluster():
     made = Cluster(initialize_head=True, head_node_args={**node, "num_cpus": 0})
     made.others = [made.add_node(**node, num_cpus=1) for _ in range(2)]
     ray.init(address=made.address, **QUIET)
-    for name in (conftest.__name__, "jobs", "letters", "ray_jobs", __name__):  # workers cannot import them
+    for name in (tiny_models.__name__, "jobs", "letters", "ray_jobs", __name__):  # workers cannot import them
         ray.cloudpickle.register_pickle_by_value(sys.modules[name])
     yield made
     ray.shutdown()
