@@ -205,7 +205,7 @@ class _Worker:
         import ray
         from ray import cloudpickle
 
-        pickled = ray.get(self.make)
+        pickled: Any = ray.get(self.make)
         try:
             make = cloudpickle.loads(pickled)
         except ModuleNotFoundError:  # a tokenizer's own code, which is pickled by name

@@ -158,7 +158,7 @@ def gradients_in_turn(
     """
     layers = influence_layers(model) if layers is None else layers
     tokens = sum(int(batch.lengths.sum()) for batch in batches if isinstance(batch, Batch))
-    groups = layer_groups({name: tokens * sum(weight_shape(layers[name])) for name in reversed(layers)}, memory)
+    groups = layer_groups({name: tokens * sum(weight_shape(layers[name])) for name in reversed([*layers])}, memory)
     if len(groups) < 2:
         whole = example_gradients(model, batches, 1.0, loss_fn, layers)
         return torch.stack([_squared_norm(each) for each in whole]), [whole]
