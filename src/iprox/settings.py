@@ -194,8 +194,10 @@ SIZES = ("sparsity", "flops", "fidelity")
 ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"]
 
 
-# Default depth of a proxy with the target's weights (`benchmarks/cost.py`).
-DEPTH = 0.33
+# Depth of a proxy with the target's weights, and what the target scores again as a multiple of what is selected: on
+# SmolLM2-135M they find 0.98 of the target's own selection for 0.42 of the time, a depth of 0.33 and twice the rows
+# 0.97 for 0.57. Where it scores nothing again, a depth of 0.33 finds 0.77, 0.1 finds 0.60 (docs/results/cost.md).
+DEPTH, AGAIN, DEPTH_ALONE = 0.1, 3, 0.33
 
 
 Tracking = Literal["none", "tensorboard", "trackio", "wandb", "mlflow"]
@@ -212,7 +214,7 @@ class ProxySection(Section):
     depth: float | None = setting(
         None,
         "fraction of the decoder layers, from the top, whose gradients are compared; the backward pass stops there",
-        f"{DEPTH} with target, else 1",
+        f"{DEPTH} with target, {DEPTH_ALONE} in a run without refine, else 1",
         gt=0,
         le=1,
     )
@@ -510,7 +512,7 @@ class SelectSection(Section):
     def few(self) -> bool:
         """Whether the selection is a number or a small fraction of rows, and no limit may pass over some of them."""
         limits = self.threshold is not None or self.source_floor or self.source_cap is not None or self.deduplicate
-        return not limits and (self.count is not None or (self.fraction or 1.0) < 0.5)
+        return not limits and (self.count is not None or (self.fraction or 1.0) < 1 / AGAIN)
 
     def caps(self) -> dict[str | None, float]:
         """Return the largest fraction of each source; the key None stands for sources that are not named."""
@@ -562,7 +564,7 @@ class RefineSection(Section):
     candidates: float | None = setting(
         None,
         "fraction of the pool that the target scores again: the rows that select ranks highest",
-        "twice what is selected; 0.1 in iprox refine",
+        f"{AGAIN} times what is selected; 0.1 in iprox refine",
         gt=0,
         lt=1,
     )
@@ -572,7 +574,7 @@ class RefineSection(Section):
         if self.candidates is not None:
             return self.candidates
         assert asked is not None  # refused before (`iprox.stages.refinement.check_candidates`)
-        return min(1.0, 2 * asked / rows)
+        return min(1.0, AGAIN * asked / rows)
 
 
 class EvaluateSection(Section):
@@ -623,7 +625,7 @@ class Settings(Section):
     refine: RefineSection | Literal[False] = setting(
         False,
         "scoring the best rows again on the target, or false",
-        "{} with a proxy, if select gives a count or a fraction below 0.5 and no limits",
+        "{} with a proxy, if select gives a count or a fraction below 1/3 and no limits",
     )
     select: SelectSection = setting(SelectSection(), "how rows are selected")
     finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
@@ -695,6 +697,9 @@ class Recipe(Settings):
         pays = self.proxy and self.influence.traits.gradients and self.select.few
         if "refine" not in self.model_fields_set and pays:
             object.__setattr__(self, "refine", RefineSection())
+        chosen = self.proxy and {"depth", "fidelity"} & self.proxy.model_fields_set
+        if self.proxy and self.proxy.method == "target" and not self.refine and not chosen:
+            object.__setattr__(self, "proxy", self.proxy.model_copy(update={"depth": DEPTH_ALONE}))
         return self
 
     @model_validator(mode="after")

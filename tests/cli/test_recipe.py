@@ -49,7 +49,10 @@ def test_the_best_rows_of_a_proxy_are_scored_again_by_default(sections, on):
 def test_defaults_are_those_of_the_design():
     recipe = parse_recipe(SMALLEST)
     assert (recipe.proxy.method, recipe.proxy.sparsity) == ("target", None)
-    assert recipe.proxy.depth == 0.33
+    assert recipe.proxy.depth == 0.1
+    assert parse_recipe(with_section(refine=False)).proxy.depth == 0.33
+    assert parse_recipe(SMALLEST).proxy.depth == 0.1
+    assert parse_recipe(with_section(refine=False, proxy={"depth": 0.2})).proxy.depth == 0.2
     assert recipe.proxy.align is False
     assert parse_recipe(with_section(proxy={"sparsity": 0.5})).proxy.align.kl_weight == 0.1
     assert recipe.warmup.epochs == 2
@@ -75,7 +78,7 @@ def test_defaults_are_those_of_the_design():
 def test_the_method_follows_from_what_is_given(given, method):
     proxy = parse_recipe(with_section(proxy=given)).proxy
     assert proxy.method == method
-    assert proxy.depth == given.get("depth", 0.33 if method == "target" else 1.0)
+    assert proxy.depth == given.get("depth", 0.1 if method == "target" else 1.0)
 
 
 @pytest.mark.parametrize(
