@@ -201,6 +201,7 @@ def options_of(description: str | None, estimator: str) -> argparse.ArgumentPars
     options = parser(
         *(description, "model pool targets tasks examples batch-tokens seed work output fresh"),
         tasks=["gsm8k", "science", "code"],
+        batch_tokens=1024,
         work=Path("runs/cost"),
         output=None,
     )

@@ -163,8 +163,8 @@ def test_a_selection_of_more_rows_than_are_scored_again_is_refused():
         check_candidates(RefineSection(candidates=0.2), SelectSection(tokens=100), 1000)
 
 
-def test_twice_the_selected_rows_are_scored_again_by_default():
-    assert RefineSection().share(SelectSection(fraction=0.05).rows_of(1000), 1000) == 0.1
-    assert RefineSection().share(SelectSection(count=300).rows_of(1000), 1000) == 0.6
+def test_three_times_the_selected_rows_are_scored_again_by_default():
+    assert RefineSection().share(SelectSection(fraction=0.05).rows_of(1000), 1000) == 0.15
+    assert RefineSection().share(SelectSection(count=300).rows_of(1000), 1000) == 0.9
     assert RefineSection().share(SelectSection(count=800).rows_of(1000), 1000) == 1
     check_candidates(RefineSection(), SelectSection(count=800), 1000)

@@ -564,7 +564,7 @@ class RefineSection(Section):
     candidates: float | None = setting(
         None,
         "fraction of the pool that the target scores again: the rows that select ranks highest",
-        f"{AGAIN} times what is selected; 0.1 in iprox refine",
+        f"{AGAIN} times what is selected; 0.15 in iprox refine",
         gt=0,
         lt=1,
     )

@@ -33,6 +33,8 @@ def test_metrics_are_those_of_scipy_and_of_sets(matrices):
             k = round(200 * share)
             best = [set(np.argsort(-scores[:, column])[:k]) for scores in (proxy, target)]
             assert entry["overlap"][str(share)] == pytest.approx(len(best[0] & best[1]) / k)
+            candidates = set(np.argsort(-proxy[:, column])[: 3 * k])
+            assert entry["refined"][str(share)] == pytest.approx(len(candidates & best[1]) / k)
     assert report.tasks["a"]["spearman"] > report.tasks["b"]["spearman"]
     assert report.mean["spearman"] == pytest.approx(np.mean([report.tasks[t]["spearman"] for t in "ab"]))
     assert report.scores.column_names == ["id", "source", "tokens", "proxy/a", "target/a", "proxy/b", "target/b"]

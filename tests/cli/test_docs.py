@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ def blocks(*languages):
 
 def test_every_block_is_of_a_language_that_is_checked():
     languages = {match[1] for page in PAGES for match in FENCE.finditer(page.read_text())}
-    assert languages <= {"python", "yaml", "bash", "json"}
+    assert languages <= {"python", "yaml", "bash", "json", "sh", "yml"}
 
 
 @pytest.mark.parametrize("text", blocks("json"))
@@ -78,6 +79,20 @@ def test_yaml(text, tmp_path):
         assert training.assistant_only_loss
     else:
         assert content.keys() & {"base_model", "stage"}  # axolotl, LLaMA-Factory
+
+
+@pytest.mark.parametrize("text", blocks("yml"))
+def test_manifests(text):
+    assert {"apiVersion", "kind", "spec"} <= yaml.safe_load(text).keys()
+
+
+@pytest.mark.parametrize("text", blocks("sh"))
+def test_scripts(text):
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    run = next(line for line in text.splitlines() if " iprox run " in line)
+    given = shlex.split(run.partition(" iprox ")[2])
+    request = build_app()(given, exit_on_error=False, print_error=False, result_action="return_value")
+    assert isinstance(request, Request)
 
 
 @pytest.mark.parametrize("text", blocks("bash"))

@@ -414,7 +414,7 @@ def test_the_best_rows_are_scored_again_on_the_target(copied):
     refined = pq.read_table(copied.output / "refined/scores.parquet")
     record = json.loads((copied.output / "refined/refine.json").read_text())
     known = np.isfinite(refined["influence"].to_numpy(zero_copy_only=False))
-    assert known.sum() == record["candidates"] == 40
+    assert known.sum() == record["candidates"] == 60
     (checkpoint,) = json.loads((copied.output / "warmup/checkpoints.json").read_text())[-1:]
     copied.score([copied.output / "warmup" / checkpoint["path"]], copied.path / "own")
     own = pq.read_table(copied.path / "own/scores.parquet")
@@ -438,7 +438,7 @@ def test_the_best_rows_are_scored_again_on_the_target(copied):
     # An audit changes no scores, and another share of candidates is scored anew.
     assert copied.run("--set", *options, "audit=false", "--stop-after", "refine") == 0
     assert copied.done() == []
-    assert copied.run("--set", *options, "refine.candidates=0.3", "--stop-after", "refine") == 0
+    assert copied.run("--set", *options, "refine.candidates=0.4", "--stop-after", "refine") == 0
     assert copied.done() == ["refine"]
     assert (copied.output / "refined/scores.parquet").read_bytes() != first
 
@@ -457,7 +457,7 @@ def test_refine_alone_scores_as_the_table_was_scored(finished, tmp_path, capfd):
     for task in ("arithmetic", "spelling"):
         a, b = (table[f"influence/{task}"].to_numpy(zero_copy_only=False) for table in (own, whole))
         known = np.isfinite(b)
-        assert known.sum() == 20
+        assert known.sum() == 30
         np.testing.assert_allclose(b[known], a[known], rtol=1e-2, atol=1e-3)
     assert main([*command[:-1], "--output", str(tmp_path / "third")]) == 2
     assert "give the validation sets of exactly these tasks" in capfd.readouterr().err

@@ -40,10 +40,14 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(rank_correlations([x, y])[0, 1])
 
 
-def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float) -> float:
-    """Return the fraction of the target's top `share` that is also in the proxy's top `share`."""
+def top_overlap(proxy: np.ndarray, target: np.ndarray, share: float, times: int = 1) -> float:
+    """Return the fraction of the target's top `share` that is also in the proxy's top `times · share`.
+
+    With several times as many, it is what the target finds if it scores these rows again.
+    """
     count = max(1, round(share * len(target)))
-    return int(np.sum(top_rows(proxy, count) & top_rows(target, count))) / count
+    looked_at = top_rows(proxy, min(times * count, len(proxy)))
+    return int(np.sum(looked_at & top_rows(target, count))) / count
 
 
 def telling_share(sample: int) -> float:

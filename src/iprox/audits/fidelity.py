@@ -23,6 +23,7 @@ from iprox.audits.agreement import (
 )
 from iprox.errors import InputError
 from iprox.scores import score_matrix, task_names
+from iprox.settings import AGAIN
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -35,9 +36,10 @@ class AuditReport:
     Attributes:
         sample: number of examples compared.
         tasks: by task, `spearman` and `kendall` (-1 to 1), `overlap` (fraction of the target's top k % that is in the
-            proxy's top k %, by k as a fraction), `intervals` (95 % bounds of each) and `disagreements` (the rows whose
+            proxy's top k %, by k as a fraction), `refined` (the same for three times as many of the proxy's rows, which
+            `refine` scores again by default), `intervals` (95 % bounds of each) and `disagreements` (the rows whose
             ranks differ most; rank 0 is the best, 1 the worst).
-        mean: `spearman`, `kendall`, `overlap` and `intervals`, averaged over tasks.
+        mean: `spearman`, `kendall`, `overlap`, `refined` and `intervals`, averaged over tasks.
         by_source: `rows` and the mean `spearman` within each source of ten rows or more.
         by_length: the same for fifths of the rows by length, with the range of `tokens`.
         scores: the scores compared: `id`, `source`, `tokens`, `proxy/<task>`, `target/<task>`.
@@ -175,10 +177,11 @@ def _figures(proxy: np.ndarray, target: np.ndarray) -> dict[str, float]:
         "spearman": spearman(proxy, target),
         "kendall": float(kendall.statistic),
         **{f"overlap/{share}": top_overlap(proxy, target, share) for share in OVERLAP_AT},
+        **{f"refined/{share}": top_overlap(proxy, target, share, AGAIN) for share in OVERLAP_AT},
     }
 
 
 def _nested(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return figures with the overlaps in a mapping of their own."""
-    overlap = {name.removeprefix("overlap/"): value for name, value in figures.items() if name.startswith("overlap/")}
-    return {"spearman": figures["spearman"], "kendall": figures["kendall"], "overlap": overlap}
+    """Return figures with the overlaps, and those that refining gives, in mappings of their own."""
+    tops = {kind: {str(share): figures[f"{kind}/{share}"] for share in OVERLAP_AT} for kind in ("overlap", "refined")}
+    return {"spearman": figures["spearman"], "kendall": figures["kendall"], **tops}

@@ -40,7 +40,7 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
     if "audit" in done:
         task = done.get("select", {}).get("task")
         found = read_json(folder.audit / "audit.json")["tasks"][task] if task else done["audit"]["fidelity"]
-        summary["fidelity"] = {name: found[name] for name in ("spearman", "kendall", "overlap", "intervals")}
+        summary["fidelity"] = {name: found[name] for name in ("spearman", "kendall", "overlap", "refined", "intervals")}
     cost = record.get("cost", {})
     if cost.get("target_score_flops"):  # 0 for scorers that run no model
         spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
@@ -83,7 +83,9 @@ def print_run(folder: RunFolder) -> None:
             (
                 "fidelity",
                 f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores{kind}, "
-                f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found ({audited} rows audited)",
+                f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found"
+                + (f", {fidelity['refined'][str(share)]:.0%} with refine" if "refine" in done else "")
+                + f" ({audited} rows audited)",
             )
         )
     if "refine" in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import time
@@ -9,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -227,8 +229,9 @@ def local_engine(
     make: Callable[[], WindowWorker], windows: Windows, progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, ScoredWindow]]:
     """Process windows in this process, one after the other."""
-    work = make()
-    return ((number, work(window, progress)) for number, window in windows)
+    numbers, contents = itertools.tee(windows)
+    work = functools.partial(make(), progress=progress)
+    return zip(map(itemgetter(0), numbers), map(work, map(itemgetter(1), contents)), strict=True)
 
 
 _encoder: ChatEncoder | None = None

@@ -23,6 +23,7 @@ from iprox.report.charts.scores import (
 )
 from iprox.report.charts.training import alignment_chart, held_out_chart, warmup_chart
 from iprox.report.finished_run import Audit, FinishedRun, Scores
+from iprox.settings import AGAIN
 
 STAGES = {
     "data": "Data",
@@ -97,6 +98,10 @@ def summary(run: FinishedRun) -> dict[str, Any]:
         name, overlap = share_name(str(share)), judged.get("overlap", {}).get(str(share))
         note = f"of the target's best {formats.rows(round(share * sample))} are among the proxy's; {name} by chance"
         figures.append(Figure(formats.percent(overlap, 0), f"top {name} overlap", note))
+        refined = judged.get("refined", {}).get(str(share))
+        if refined is not None and "refine" in stages:
+            note = f"of them are among {AGAIN} times as many of the proxy's best, which the target scores again"
+            figures.append(Figure(formats.percent(refined, 0), f"top {name} found by refining", note))
     score_flops, target_flops = cost.get("score_flops"), cost.get("target_score_flops")
     if run.compression is not None and score_flops is not None and target_flops:
         note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}; "
