@@ -13,7 +13,7 @@ from iprox.data.tokens import IGNORE, Encoded
 from iprox.errors import InputError
 
 # Tokens of a batch by default. On a CPU the activations of smaller batches stay in its caches: with 1,024 tokens rather
-# than 4,096, SmolLM2-135M scores 1.4 times as fast, in 2.1 GB rather than 4.8 (docs/results/speed.md#memory).
+# than 4,096, SmolLM2-135M scores 1.26 times as fast, in 2.2 GB rather than 4.9 (docs/results/speed.md#memory).
 ON_CPU, ON_ACCELERATOR = 1024, 4096
 
 
