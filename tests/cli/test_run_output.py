@@ -96,7 +96,7 @@ def test_the_fidelity_told_is_of_the_task_selected_by(copied):
     of_task = audit["tasks"]["spelling"]
     assert of_task["spearman"] != audit["mean"]["spearman"]
     told = run_summary(RunFolder(copied.output))["fidelity"]
-    assert told == {name: of_task[name] for name in ("spearman", "kendall", "overlap", "intervals")}
+    assert told == {name: of_task[name] for name in ("spearman", "kendall", "overlap", "refined", "intervals")}
     report = html.unescape((copied.output / "report.html").read_text())
     assert f"agrees with the target's at Spearman {of_task['spearman']:.2f}" in report
 

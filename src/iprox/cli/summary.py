@@ -40,7 +40,8 @@ def run_summary(folder: RunFolder) -> dict[str, Any]:
     if "audit" in done:
         task = done.get("select", {}).get("task")
         found = read_json(folder.audit / "audit.json")["tasks"][task] if task else done["audit"]["fidelity"]
-        summary["fidelity"] = {name: found[name] for name in ("spearman", "kendall", "overlap", "refined", "intervals")}
+        names = ("spearman", "kendall", "overlap", "refined", "intervals")  # runs of earlier versions lack `refined`
+        summary["fidelity"] = {name: found[name] for name in names if name in found}
     cost = record.get("cost", {})
     if cost.get("target_score_flops"):  # 0 for scorers that run no model
         spent = cost["construction_flops"] + cost["score_flops"] + cost.get("refine_flops", 0.0)
@@ -79,12 +80,13 @@ def print_run(folder: RunFolder) -> None:
         fidelity, audited = summary["fidelity"], done["audit"]["examples"]
         share = telling_share(audited)
         kind = f" ({done['audit']['score']})" if "score" in done["audit"] else ""  # runs of earlier versions lack it
+        again = fidelity.get("refined", {}).get(str(share)) if "refine" in done else None
         lines.append(
             (
                 "fidelity",
                 f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores{kind}, "
                 f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found"
-                + (f", {fidelity['refined'][str(share)]:.0%} with refine" if "refine" in done else "")
+                + (f", {again:.0%} with refine" if again is not None else "")
                 + f" ({audited} rows audited)",
             )
         )
