@@ -70,12 +70,14 @@ class Scored:
     def best(self, share: float, task: int, among: np.ndarray | None = None) -> np.ndarray:
         """Return the rows that a task selects: this share of all rows, from all or from some of them."""
         count = round(share * len(self.scores))
-        allowed = np.ones(len(self.scores), bool) if among is None else np.isin(np.arange(len(self.scores)), among)
+        rows = np.arange(len(self.scores)) if among is None else np.sort(among)
         if not self.examples:
-            return top(np.where(allowed, self.scores[:, task], -np.inf), count)
-        columns, mean = self.examples[task], self.scores[:, [task]]
+            return rows[top(self.scores[rows, task], count)]
+        # As `refine` does: only these rows have scores, so only they give the spread.
+        columns, mean = self.examples[task][rows], self.scores[rows][:, [task]]
         width = columns.shape[1]
-        return Turns(blended(lambda: iter([columns]), mean, [width]), [1.0] * width, allowed)(count)
+        chosen = Turns(blended(lambda: iter([columns]), mean, [width]), [1.0] * width, np.ones(len(rows), bool))
+        return rows[chosen(count)]
 
     def save(self, file: Path) -> None:
         """Write everything to a file."""

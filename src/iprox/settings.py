@@ -194,9 +194,12 @@ SIZES = ("sparsity", "flops", "fidelity")
 ProxyMethod = Literal["ipsvd", "target", "svd", "svd-llm", "asvd", "fwsvd", "random", "layers", "off-the-shelf"]
 
 
+# Tokens of a batch by default. On a CPU the activations of smaller batches stay in its caches: with 1,024 tokens rather
+# than 4,096, SmolLM2-135M scores 1.26 times as fast, in 2.2 GB rather than 4.9 (docs/results/speed.md#memory).
+ON_CPU, ON_ACCELERATOR = 1024, 4096
 # Depth of a proxy with the target's weights, and what the target scores again as a multiple of what is selected: on
-# SmolLM2-135M they find 0.98 of the target's own selection for 0.42 of the time, a depth of 0.33 and twice the rows
-# 0.97 for 0.57. Where it scores nothing again, a depth of 0.33 finds 0.77, 0.1 finds 0.60 (docs/results/cost.md).
+# SmolLM2-135M they find 0.95 of the target's own selection for 0.42 of the time, a depth of 0.33 and twice the rows
+# 0.93 for 0.57. Where it scores nothing again, a depth of 0.33 finds 0.77, 0.1 finds 0.60 (docs/results/cost.md).
 DEPTH, AGAIN, DEPTH_ALONE = 0.1, 3, 0.33
 
 
@@ -625,7 +628,7 @@ class Settings(Section):
     refine: RefineSection | Literal[False] = setting(
         False,
         "scoring the best rows again on the target, or false",
-        "{} with a proxy, if select gives a count or a fraction below 1/3 and no limits",
+        f"{{}} with a proxy, if select gives a count or a fraction below 1/{AGAIN} and no limits",
     )
     select: SelectSection = setting(SelectSection(), "how rows are selected")
     finetune: FinetuneSection | Literal[False] = setting(False, "fine-tuning on the selection; {} for defaults")
@@ -635,7 +638,7 @@ class Settings(Section):
     )
     device: str = setting("auto", "cpu or cuda; cuda:1 only if nothing is trained")
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
-        "auto", "largest rows × longest row of a batch; auto is 1024 on a CPU, 4096 elsewhere"
+        "auto", f"largest rows × longest row of a batch; auto is {ON_CPU} on a CPU, {ON_ACCELERATOR} elsewhere"
     )
     compile: Literal["auto"] | bool = setting(
         "auto", "compile models with torch.compile; auto does so where it saves time"

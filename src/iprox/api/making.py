@@ -61,7 +61,7 @@ def compress(
         seed: seed for sampled labels and random factors.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
+        batch_tokens: largest rows × longest row of a batch; `auto` as in a recipe.
         loss_fn: (model, batch) -> losses [B], for models other than language models; `probe_examples` is then a torch
             data set or a DataLoader.
         progress: whether to show progress on standard error.
@@ -164,7 +164,13 @@ def align(
         if held_out is not None and validation is not None:
             tasks = {task: reader.encode(examples, task) for task, examples in validation.items()}
             scoring = InfluenceSection(estimator="tracin", per_example=False)
-            job = Job(settings=scoring, checkpoints=[Checkpoint(model)], validation=tasks, encoder=reader.encoder)
+            job = Job(
+                settings=scoring,
+                checkpoints=[Checkpoint(model)],
+                validation=tasks,
+                encoder=reader.encoder,
+                batch_tokens=reader.batch_tokens,
+            )
             watched = HeldOutFidelity(job, reader.encode(held_out, "held_out")).watch(proxy)
         with Reporter(quiet=not progress).bar("align", how.epochs * len(batches), "steps") as advance:
             return align_factors(

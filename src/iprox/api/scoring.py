@@ -62,7 +62,7 @@ def score(
         learning_rates: one per checkpoint; 1 for a single model if None.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
+        batch_tokens: largest rows × longest row of a batch; `auto` as in a recipe.
         loss_fn: (model, batch) -> losses [B], for models other than language models; or `iprox.DpoLoss` or
             `iprox.RewardLoss`, for rows with `chosen` and `rejected`.
         seed: seed for the estimator `random`, the curvature sample, and the labels that K-FAC and EK-FAC sample.
@@ -134,7 +134,7 @@ def attribute(
         target: as for `score`.
         tokenizer: tokenizer; the model's own if None.
         max_length: longest example in tokens.
-        batch_tokens: largest rows × longest row of a batch; `auto` is 1,024 on a CPU, 4,096 elsewhere.
+        batch_tokens: largest rows × longest row of a batch; `auto` as in a recipe.
         **settings: settings of `influence` in a recipe.
 
     Returns:

@@ -13,6 +13,7 @@ from iprox.progress import make_console
 from iprox.records import read_json
 from iprox.report import formats
 from iprox.run.folder import RunFolder
+from iprox.settings import AGAIN
 
 console = make_console()
 
@@ -86,7 +87,7 @@ def print_run(folder: RunFolder) -> None:
                 "fidelity",
                 f"Spearman {fidelity['spearman']:.2f}{_interval(fidelity)} with the target's own scores{kind}, "
                 f"{fidelity['overlap'][str(share)]:.0%} of the target's top {share:.0%} found"
-                + (f", {again:.0%} with refine" if again is not None else "")
+                + (f", {again:.0%} among {AGAIN} times as many rows" if again is not None else "")
                 + f" ({audited} rows audited)",
             )
         )

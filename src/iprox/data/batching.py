@@ -11,10 +11,7 @@ import torch
 
 from iprox.data.tokens import IGNORE, Encoded
 from iprox.errors import InputError
-
-# Tokens of a batch by default. On a CPU the activations of smaller batches stay in its caches: with 1,024 tokens rather
-# than 4,096, SmolLM2-135M scores 1.26 times as fast, in 2.2 GB rather than 4.9 (docs/results/speed.md#memory).
-ON_CPU, ON_ACCELERATOR = 1024, 4096
+from iprox.settings import ON_ACCELERATOR, ON_CPU
 
 
 def batch_tokens_for(device: torch.device, given: int | Literal["auto"]) -> int:

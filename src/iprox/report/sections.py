@@ -100,8 +100,8 @@ def summary(run: FinishedRun) -> dict[str, Any]:
         figures.append(Figure(formats.percent(overlap, 0), f"top {name} overlap", note))
         refined = judged.get("refined", {}).get(str(share))
         if refined is not None and "refine" in stages:
-            note = f"of them are among {AGAIN} times as many of the proxy's best, which the target scores again"
-            figures.append(Figure(formats.percent(refined, 0), f"top {name} found by refining", note))
+            note = f"of the same rows are among {AGAIN} times as many of the proxy's; by default these are scored again"
+            figures.append(Figure(formats.percent(refined, 0), f"top {name} within refine's reach", note))
     score_flops, target_flops = cost.get("score_flops"), cost.get("target_score_flops")
     if run.compression is not None and score_flops is not None and target_flops:
         note = f"of the target's FLOPs: {formats.flops(score_flops)} against {formats.flops(target_flops)}; "

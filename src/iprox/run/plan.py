@@ -43,7 +43,7 @@ from iprox.stages.refinement import check_candidates
 # 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
 EFFICIENCY = 0.25
 # Numbers kept per token for a backward pass, as a multiple of the inputs and outputs of linear layers.
-ACTIVATIONS = 1.3
+ACTIVATIONS = 1.4
 # Bytes that libraries take which are imported after planning, such as trainers, and what the CPU's kernels keep.
 LIBRARIES = 400 << 20
 # About how many rows are tokenized to know the mean length.
@@ -278,8 +278,8 @@ class Costs:
     def activations(self, tokens: int | None = None, width: int | None = None) -> float:
         """Return the bytes that a batch keeps for its backward pass.
 
-        Each linear layer's inputs and outputs, and a third as much for norms and attention: 1.3 (m + n) numbers per
-        token and layer (1.3 to 1.7 on three models, benchmarks/planning.py).
+        Each linear layer's inputs and outputs, and 0.4 times as much for norms and attention: the peaks of
+        `benchmarks/batches.py` differ by 1.4 (m + n) numbers per token and layer on SmolLM2-135M.
         """
         numbers = ACTIVATIONS * sum(m + n for m, n, _ in flops.layers_of(self.target))
         return numbers * (tokens or self.session.batch_tokens) * (width or self.width)
