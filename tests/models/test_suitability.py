@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from iprox.errors import InputError
+from iprox.models import quantized
 from iprox.models.loading import _refuse_looking_ahead, checkpoint_fingerprint, load_config, load_model, skeleton
 from iprox.models.suitability import check_sizes, follows_order, run_attention_here
 from iprox.session import Session
@@ -142,7 +143,8 @@ def test_a_model_that_sees_later_tokens_is_found_by_trying(tiny):
         ("four bits", ("four bits", "keys and values")),
     ],
 )
-def test_quantized_weights_are_refused_with_their_package(folder, quantization, words):
+def test_quantized_weights_are_refused_with_their_package(folder, quantization, words, monkeypatch):
+    monkeypatch.setattr(quantized, "_installed", lambda module: False)
     said = refusal(describe(folder, quantization_config=quantization))
     for word in words:
         assert word in said

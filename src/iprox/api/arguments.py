@@ -14,6 +14,7 @@ from iprox.errors import InputError
 from iprox.models.adapters import refuse_adapter
 from iprox.models.layers import unread_convolutions
 from iprox.models.precision import warn_of_rounded_frequencies, warn_of_slow_products
+from iprox.models.quantized import multiply_in_own_dtype
 from iprox.recipe import validated
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
@@ -30,6 +31,7 @@ def check_model(name: str, model: Any) -> None:
         what = f"the path {model!r}" if isinstance(model, str) else f"a {type(model).__name__}"
         raise InputError(f"{name}: expected a loaded model, not {what}; iprox.load(path) loads one")
     refuse_adapter(model)
+    multiply_in_own_dtype(model)
     if left := unread_convolutions(model):
         warnings.warn(
             f"{name}: {left[0]} ({len(left)} in all) is neither compressed nor scored: iprox does not read "

@@ -148,7 +148,7 @@ def _quieten_libraries(quiet: bool) -> None:
     if not quiet:
         enable_progress_bars()  # of the hub, which transformers disabled too: downloads are long
     transformers_logging.set_verbosity_error()
-    for name in ("iprox", "trl"):  # iprox logs for users of its API; the command line reports itself
+    for name in ("iprox", "trl", "bitsandbytes"):  # iprox logs for users of its API; the command line reports itself
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|accelerate)\b")
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|trl|accelerate|peft)\b")

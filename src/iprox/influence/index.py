@@ -33,7 +33,7 @@ from iprox.influence.estimators.less import adam_steps, check_state
 from iprox.influence.gradients import LayerGradient, TaskGradient
 from iprox.influence.projection import LayerProjection
 from iprox.influence.scorer import Normalize
-from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.layers import has_bias, influence_layers, signal_like, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.optimizer_state import AdamState
@@ -78,7 +78,7 @@ class GradientProjector:
         self.flops = 0.0
         for name, layer in self.layers.items():
             m, n = weight_shape(layer)
-            weight = next(layer.parameters())
+            weight = signal_like(layer)
             projection = LayerProjection.of(f"{seed}/{name}", (m, n), dimension, weight)
             self._projections[name] = projection
             a, b = len(projection.left), len(projection.right)

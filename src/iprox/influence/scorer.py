@@ -33,7 +33,7 @@ from iprox.influence.query import DenseQuery, LowRankQuery, layer_query
 from iprox.influence.shared_basis import SharedQueries, SharedQuery
 from iprox.models.experts import expert_layers
 from iprox.models.flops import layer_shares
-from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.layers import has_bias, influence_layers, signal_like, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.scores import scores_table
@@ -162,7 +162,7 @@ class BatchScorer(Scorer):
         exact = expert_layers(model) if sketched else ()
         self._signs = {
             # The same in every run, so that scores are reproducible.
-            name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(next(layer.parameters()))
+            name: signs(f"norm/{name}", max(weight_shape(layer)), norm_sketch).to(signal_like(layer))
             for name, layer in self.layers.items()
             if sketched and name not in exact and sketch_pays(weight_shape(layer), norm_sketch)
         }
@@ -278,7 +278,7 @@ class BatchScorer(Scorer):
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
         """Return the compute dtype, so that the contraction is a plain GEMM."""
-        return next(layer.parameters()).dtype
+        return signal_like(layer).dtype
 
 
 def norm_shapes(model: nn.Module, sketch: int) -> list[NormShape]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from iprox.influence.gradients import LowRankGradient
 from iprox.kronecker.eigen import EigenBasis
 from iprox.kronecker.moments import append_ones
-from iprox.models.layers import weight_shape
+from iprox.models.layers import signal_like, weight_shape
 from iprox.models.precision import accumulation_dtype
 
 # The ordered directions of wide layers are found in what this many random combinations of a task's gradients span.
@@ -99,7 +99,7 @@ class SharedQueries:
         """Return the examples' gradients in one layer, with rank 0 if it was left out."""
         if name in self.layers:
             return self.layers[name]
-        (m, n), weight = weight_shape(layer), next(layer.parameters())
+        (m, n), weight = weight_shape(layer), signal_like(layer)
         cores = weight.new_zeros(len(self.norms), 0, dtype=accumulation_dtype(weight))
         return SharedQuery(weight.new_zeros(m, 0), weight.new_zeros(n, 0), cores, bias=False)
 

@@ -20,7 +20,7 @@ from iprox.influence.gradients import (
 from iprox.influence.low_rank import truncated
 from iprox.kronecker.moments import layer_groups
 from iprox.models.experts import expert_layers
-from iprox.models.layers import has_bias, influence_layers, weight_shape
+from iprox.models.layers import has_bias, influence_layers, signal_like, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses, examples_with_loss
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.precision import accumulation_dtype
@@ -65,7 +65,7 @@ def mean_gradient(
     _warn_of_silent(model, [name for name in layers if name not in total])
     for name, layer in layers.items():
         if name not in total:  # not called, or an expert without tokens
-            (m, n), like = weight_shape(layer), next(layer.parameters())
+            (m, n), like = weight_shape(layer), signal_like(layer)
             total[name] = summed_gradient(like.new_zeros(1, n), like.new_zeros(1, m), has_bias(layer))
     for name, part in total.items():
         part.weight /= count
@@ -133,7 +133,7 @@ def example_gradients(
         for example in found.values():
             if name not in example:  # an expert without tokens in the batch
                 m, n = weight_shape(layer)
-                weight = next(layer.parameters())
+                weight = signal_like(layer)
                 zeros = example_gradient(weight.new_zeros(1, n), weight.new_zeros(1, m), has_bias(layer), 1.0)
                 example[name] = _stored(zeros, weight.dtype)
     return [found[index] for index in sorted(found)]

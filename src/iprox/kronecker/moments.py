@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from iprox.kronecker.sample import Counts, SampleSettings, read_sample
 from iprox.kronecker.second_moment import ExactMoment, SecondMoment, SketchedMoment
 from iprox.models.experts import expert_layers
-from iprox.models.layers import has_bias, unfolding, weight_shape
+from iprox.models.layers import has_bias, signal_like, unfolding, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.precision import accumulation_dtype
 
@@ -135,7 +135,7 @@ def collect_moments(
     result: dict[str, LayerMoments] = {}
     for name, layer in layers.items():
         m, n = weight_shape(layer)
-        like = next(layer.parameters())
+        like = signal_like(layer)
         # The moments of a layer without tokens (an unused expert) are zero.
         C_h = inputs.get(owner.get(name, name)) or settings.moment(n + (settings.kfac and has_bias(layer)), like)
         result[name] = LayerMoments(C_h, gradients.get(name) or settings.moment(m, like))

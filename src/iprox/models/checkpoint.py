@@ -2,6 +2,9 @@
 
 In transformers, a quantization method may replace modules before weights are loaded, which is what a proxy needs. After
 `import iprox`, a proxy folder loads with `AutoModelForCausalLM.from_pretrained`.
+
+A proxy that keeps its target's weights as bitsandbytes quantized them has that method, and its own description in the
+config as `iprox`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from iprox.errors import InputError, cut, shown
 from iprox.models.experts import split_experts
 from iprox.models.layers import compressible_layers, decoder_layers, low_rank_like, replace_module, weight_shape
+from iprox.models.quantized import quantization_method
 
 # Types of the values of a description; the other values are strings or null.
 KINDS = {"sparsity": (int, float), "depth": (int, float), "method": (str,)}
@@ -82,7 +86,7 @@ def proxy_description(config: PretrainedConfig, name: str) -> IproxConfig | None
     Raises:
         InputError: the description is not valid; the message starts with `name`.
     """
-    described = getattr(config, "quantization_config", None)
+    described = getattr(config, "iprox", None) or getattr(config, "quantization_config", None)
     if isinstance(described, IproxConfig):
         return described
     if not isinstance(described, dict) or described.get("quant_method") != "iprox":
@@ -133,6 +137,9 @@ def make_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
 
 def mark_as_proxy(model: PreTrainedModel, config: IproxConfig) -> None:
     """Mark a model as a proxy, so that `save_pretrained` writes it as one."""
+    if not config.ranks and quantization_method(model.config) == "bitsandbytes":
+        model.config.iprox = config.to_dict()
+        return
     model.config.quantization_config = config  # pyright: ignore[reportAttributeAccessIssue]
     model.hf_quantizer = IproxQuantizer(config, pre_quantized=True)  # pyright: ignore
     setattr(model, "is_quantized", True)  # noqa: B010  (not a parameter or module, whatever nn.Module types say)
@@ -153,9 +160,10 @@ def limit_depth(proxy: PreTrainedModel, depth: float) -> None:
     if depth < 1:
         decoder_layers(proxy)
     description.depth = depth
+    mark_as_proxy(proxy, description)
 
 
 def proxy_config(model: nn.Module) -> IproxConfig | None:
     """Return the description of a proxy, or None for another model."""
-    config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config if isinstance(config, IproxConfig) else None
+    config = getattr(model, "config", None)
+    return proxy_description(config, type(model).__name__) if isinstance(config, PretrainedConfig) else None

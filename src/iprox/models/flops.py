@@ -20,6 +20,7 @@ from iprox.models.layers import (
     output_head,
     weight_shape,
 )
+from iprox.models.quantized import parameters_of
 
 
 def forward_flops(model: nn.Module) -> float:
@@ -95,7 +96,7 @@ def forward_pass_flops(model: nn.Module, tokens: int, supervised: int) -> float:
 
 def parameters(model: nn.Module) -> int:
     """Return the number of parameters of a model, tied ones once."""
-    return sum(each.numel() for each in model.parameters())
+    return sum(map(parameters_of, model.parameters()))
 
 
 def linear_parameters(model: nn.Module) -> int:

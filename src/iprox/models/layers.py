@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from iprox.errors import InputError
+from iprox.models.quantized import dequantized, is_quantized, products_in
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -111,12 +112,13 @@ class LowRankConv(LowRankLinear):
         self.up = kind(rank, dense.out_channels, 1, bias=dense.bias is not None, **where)
 
 
-def low_rank_like(dense: nn.Module, rank: int) -> LowRankLinear:
-    """Return a low-rank layer without values that can replace a dense one."""
+def low_rank_like(dense: nn.Module, rank: int, dtype: torch.dtype | None = None) -> LowRankLinear:
+    """Return a low-rank layer without values that can replace a dense one, in its dtype by default."""
     if isinstance(dense, CONVOLUTIONS):
         return LowRankConv(dense, rank)
-    (m, n), weight = weight_shape(dense), dense_weight(dense)
-    return LowRankLinear(n, m, rank, has_bias(dense), device=weight.device, dtype=weight.dtype)
+    (m, n), weight = weight_shape(dense), dense.weight
+    assert isinstance(weight, Tensor)
+    return LowRankLinear(n, m, rank, has_bias(dense), device=weight.device, dtype=dtype or weight.dtype)
 
 
 def compressible_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -183,8 +185,12 @@ def unread_convolutions(model: nn.Module) -> list[str]:
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
-    """Return the layer, and refuse quantized weights, which some subclasses of nn.Linear have."""
+    """Return the layer, and refuse quantized weights, which some subclasses of nn.Linear have, but those of
+    bitsandbytes.
+    """
     weight = layer.weight
+    if is_quantized(layer):
+        return layer
     readable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     if not readable or (weight.ndim != 2 and not isinstance(layer, CONVOLUTIONS)):
         raise InputError(
@@ -220,8 +226,9 @@ def first_graded(model: nn.Module) -> int:
 
     The top layer is always compared.
     """
-    description = getattr(getattr(model, "config", None), "quantization_config", None)
-    depth = getattr(description, "depth", 1.0)
+    config = getattr(model, "config", None)
+    own = getattr(config, "iprox", None)  # of a proxy with the quantized weights of its target
+    depth = own["depth"] if own else getattr(getattr(config, "quantization_config", None), "depth", 1.0)
     if depth == 1:
         return 0
     assert isinstance(model, PreTrainedModel)
@@ -277,10 +284,18 @@ def weight_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """Return W [m, n] of a layer: a view of its parameter, or the product of its factors."""
+    """Return W [m, n] of a layer: a view of its parameter, the product of its factors, or a dequantized copy."""
+    if is_quantized(layer):
+        return dequantized(layer)
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight.mT if isinstance(layer, Conv1D) else weight.flatten(1)
+
+
+def signal_like(layer: nn.Module) -> Tensor:
+    """Return a tensor of the dtype and on the device that a layer's inputs and output gradients have."""
+    weight = next(layer.parameters())
+    return weight.new_empty(0, dtype=products_in(layer)) if is_quantized(layer) else weight
 
 
 def unfolding(layer: nn.Module) -> tuple[Any, ...]:

@@ -27,13 +27,13 @@ from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
 from iprox.models.precision import out_of_memory
+from iprox.models.quantized import compute_in, quantization_method, quantization_of, quantized_layers
 from iprox.models.suitability import (
     check_config,
     check_layers_by_weights,
     check_size_by_weights,
     check_sizes,
     follows_order,
-    quantization_of,
     run_attention_here,
 )
 from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
@@ -71,7 +71,9 @@ def load_model(
     model = _whole_model(path, dtype, where, trust_remote_code)
     if not fused:
         split_experts(model)
-    model = model.to(where).eval()  # pyright: ignore[reportArgumentType]
+    if not quantized_layers(model):  # others are on the device
+        model = model.to(where)  # pyright: ignore[reportArgumentType]
+    model.eval()
     _refuse_looking_ahead(model, str(path))
     return model
 
@@ -95,6 +97,7 @@ def _stored_model(
     """Load a model as stored in a folder or on the Hub."""
     config = load_config(path, trust_remote_code=trust_remote_code)
     run_attention_here(config, dtype, device, str(path))
+    quantized = quantization_method(config) == "bitsandbytes"
     if Path(path).exists():
         skeleton(path, trust_remote_code=trust_remote_code)  # refuses a config that does not match the weights
     else:
@@ -108,9 +111,12 @@ def _stored_model(
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # refused below
             output_loading_info=True,
+            **({"device_map": {"": device}} if quantized else {}),
         )
     model, found = loaded
     _refuse_random_weights(str(path), found)
+    if quantized:
+        compute_in(model, dtype)
     return model
 
 

@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from iprox.errors import InputError, cut, shown
 from iprox.models.flops import parameters
+from iprox.models.quantized import QUANTIZATION_KEYS, check_quantization
 
 # Encoders that also have a class for causal language modeling; they are causal only with `is_decoder`.
 _ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
@@ -42,38 +42,6 @@ _EXPERTS, _MOST_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts
 _MOST = 2**40
 # Other counts may be 0.
 _NEVER_ZERO = {*_LAYERS, "hidden_size", "n_embd", "vocab_size"}
-
-_QUANTIZATION = ("quantization_config", "compression_config")
-# Modules that each quantization method needs, and the arguments of pip to install them.
-_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
-    "bitsandbytes": (("bitsandbytes", "accelerate"), "bitsandbytes accelerate"),
-    "gptq": (("optimum", "gptqmodel"), "optimum gptqmodel"),
-    "awq": (("gptqmodel",), "gptqmodel"),
-    "auto-round": (("auto_round",), "auto-round"),
-    "aqlm": (("aqlm",), "'aqlm[gpu,cpu]'"),
-    "quanto": (("optimum.quanto",), "optimum-quanto"),
-    "quark": (("quark",), "amd-quark"),
-    "fouroversix": (("fouroversix",), "fouroversix"),
-    "fp_quant": (("fp_quant",), "fp_quant"),
-    "eetq": (("kernels",), "kernels"),
-    "higgs": (("flute",), "flute-kernel fast_hadamard_transform"),
-    "hqq": (("hqq",), "hqq"),
-    "vptq": (("vptq",), "vptq"),
-    "spqr": (("spqr_quant",), "'spqr_quant[gpu]'"),
-    "torchao": (("torchao",), "torchao"),
-    "fbgemm_fp8": (("fbgemm_gpu",), "fbgemm-gpu"),
-    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
-    "sinq": (("sinq",), "sinq"),
-    "mxfp4": (("kernels",), "kernels"),
-    "metal": (("kernels",), "kernels"),
-    "nvfp4": ((), ""),
-    "fp8": ((), ""),
-    "mxfp8": ((), ""),
-    "bitnet": ((), ""),
-    "gguf": (("gguf",), "gguf"),
-}
-# Methods whose weights transformers can dequantize on loading; weights that stay quantized are refused later.
-_DEQUANTIZED = {"compressed-tensors", "fp8", "mxfp8", "mxfp4"}
 
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 
@@ -110,7 +78,7 @@ def check_config(config: PretrainedConfig, name: str) -> None:
         name: name of the model, for messages.
     """
     _check_causal(config, name)
-    _check_quantization(config, name)
+    check_quantization(config, name)
 
 
 def _check_causal(config: PretrainedConfig, name: str) -> None:
@@ -166,9 +134,9 @@ def check_sizes(config: Mapping[str, Any], name: str) -> None:
         name: name of the model, for messages.
     """
     for key, value in config.items():
-        if key in _QUANTIZATION and not isinstance(value, dict | type(None)):
+        if key in QUANTIZATION_KEYS and not isinstance(value, dict | type(None)):
             raise InputError(f"{name}: {key} in its config is {shown(value)}; it must have keys and values")
-        if isinstance(value, dict) and key.endswith("_config") and key not in _QUANTIZATION:
+        if isinstance(value, dict) and key.endswith("_config") and key not in QUANTIZATION_KEYS:
             check_sizes(value, name)
         if key not in _COUNTS or value is None or (isinstance(value, list) and value):  # some have one per layer
             continue
@@ -205,52 +173,6 @@ def check_size_by_weights(model: torch.nn.Module, numbers: int, name: str) -> No
             f"{name}: its config describes {size:,} parameters, but its weights have {numbers:,}, so they do not "
             "belong together; copy the model's files again"
         )
-
-
-def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return the quantization in a config; None if there is none."""
-    for key in _QUANTIZATION:
-        found = getattr(config, key, None)
-        if found is not None:
-            return found if isinstance(found, dict) else found.to_dict()
-    return None
-
-
-def _check_quantization(config: PretrainedConfig, name: str) -> None:
-    """Refuse quantized weights, unless transformers dequantizes them; the weights of a proxy are not quantized."""
-    found = quantization_of(config)
-    if found is None:
-        return
-    method = found.get("quant_method")
-    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method is None and getattr(config, "compression_config", None) is not None:
-        method = "compressed-tensors"
-    method = getattr(method, "value", method)
-    if method == "iprox" or not found:
-        return
-    modules, packages = _PACKAGES.get(str(method), ((), ""))
-    absent = [module for module in modules if not _installed(module)]
-    if method in _DEQUANTIZED:
-        if absent:
-            raise InputError(
-                f"{name}: its weights are quantized ({method}); they need {absent[0]}: pip install {packages}, or "
-                "give the model that it was made from"
-            )
-        return
-    how = f"first: pip install {packages}, then " if absent else ""
-    raise InputError(
-        f"{name}: its weights are quantized ({cut(str(method), 40)}); iprox reads weights of 16 or 32 bits; give "
-        f"the model that it was made from, or convert this one ({how}"
-        "AutoModelForCausalLM.from_pretrained(...).dequantize() and save_pretrained)"
-    )
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def run_attention_here(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, name: str) -> None:

@@ -17,6 +17,7 @@ from iprox.models.checkpoint import IproxConfig, mark_as_proxy, proxy_config
 from iprox.models.layers import copied, output_head
 from iprox.models.loading import model_fingerprint
 from iprox.models.loss import LossFn, causal_lm_losses
+from iprox.models.quantized import quantized_layers
 from iprox.proxy.extraction import first_layers
 from iprox.proxy.factorize import FactorSettings, LayerReport, measured_spectra
 from iprox.proxy.norms import refit_norms
@@ -161,7 +162,7 @@ def extract_layers(
 def keep_weights(model: PreTrainedModel, target: str | None = None) -> tuple[PreTrainedModel, CompressionReport]:
     """Return a proxy that shares the model's weights, which `limit_depth` then makes cheaper."""
     _refuse_proxy(model)
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers(), *quantized_layers(model))}
     return _finished(model, copied(model, shared), CompressionReport("target", None, {}), target)
 
 

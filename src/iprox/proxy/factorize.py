@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from iprox.kronecker.moments import MEMORY, LayerMoments, MomentSettings, collect_moments, layer_groups
 from iprox.models.layers import compressible_layers, copied, dense_weight, layer_bias, low_rank_like
 from iprox.models.loss import LossFn
+from iprox.models.quantized import is_quantized, plain
 from iprox.proxy.factorizations import PROBED, FactorMethod, layer_spectrum
 from iprox.proxy.ipsvd import Ridge, Spectrum
 from iprox.proxy.ranks import RULES, ErrorCurve, LayerCost
@@ -185,7 +186,9 @@ def with_factors(
         rank = ranks[name]
         if rank is not None:
             up, down = spectra[name].factors(rank)
-            replaced[id(layer)] = low_rank_like(layer, rank)
+            replaced[id(layer)] = low_rank_like(layer, rank, model.dtype if is_quantized(layer) else None)
             replaced[id(layer)].fill(up, down, layer_bias(layer))
+        elif is_quantized(layer):
+            replaced[id(layer)] = plain(layer, model.dtype)
     # deepcopy uses the memo's objects, so the replaced dense weights are never copied.
     return copied(model, replaced)

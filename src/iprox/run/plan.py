@@ -28,6 +28,7 @@ from iprox.kronecker.moments import MEMORY
 from iprox.metering import memory_now
 from iprox.models import flops
 from iprox.models.loading import skeleton
+from iprox.models.quantized import bytes_per_weight
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
 from iprox.run import steps
@@ -177,7 +178,7 @@ class Costs:
         recipe, target, scored, total = self.recipe, self.target, self.scored, self.total
         proxy, audited, how = recipe.proxy, recipe.proxy and recipe.audit, recipe.influence.of_tasks
         warmed, tuned, times = recipe.warmup, recipe.finetune, self.checkpoints
-        weights, activations = self.width * flops.parameters(target), self.activations()
+        weights, activations = self.weights(target), self.activations()
         if warmed:
             yield "warmup", *self.training(warmed.epochs * warmed.examples(total), warmed.lora)
         estimator = estimator_of(how)
@@ -212,7 +213,7 @@ class Costs:
             if audited.removal:
                 left = trainings_without(self.read.tasks) * (rows - removed_count(rows, REMOVED_FRACTION))
                 yield "removal", *self.training(audited.removal * (rows + left))
-        held = weights * bool(proxy) + self.width * flops.parameters(scored) + self.queries + activations
+        held = weights * bool(proxy) + self.weights(scored) + self.queries + activations
         yield "score", total * times, self.scoring(scored, total, how), held
         if recipe.refine and (again := recipe.refine.share(recipe.select.rows_of(total), total)) < 1:
             rows = again * total
@@ -274,6 +275,11 @@ class Costs:
     def width(self) -> int:
         """Bytes of a number of the dtype that products are in."""
         return self.session.dtype.itemsize
+
+    def weights(self, model: PreTrainedModel) -> float:
+        """Return the bytes of a model's weights."""
+        kept = flops.linear_parameters(model)
+        return self.width * (flops.parameters(model) - kept) + kept * bytes_per_weight(model.config, self.width)
 
     def activations(self, tokens: int | None = None, width: int | None = None) -> float:
         """Return the bytes that a batch keeps for its backward pass.

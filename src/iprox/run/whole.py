@@ -23,6 +23,7 @@ from iprox.kronecker.kept import discard_curvature
 from iprox.models import flops
 from iprox.models.adapters import check_lora
 from iprox.models.loading import checkpoint_fingerprint, skeleton
+from iprox.models.quantized import check_trainable
 from iprox.progress import Reporter
 from iprox.recipe import parse_recipe, read_yaml, resolved, to_yaml
 from iprox.records import key_of
@@ -172,6 +173,8 @@ def check_recipe(recipe: Recipe, session: Session) -> PreTrainedModel:
     """
     target = skeleton(recipe.model, trust_remote_code=recipe.trust_remote_code)
     flops.compressible_layers(target)
+    if recipe.warmup or recipe.finetune:
+        check_trainable(target.config, recipe.model)
     if recipe.trains_adapters:
         check_lora(target, recipe.model)
     if recipe.proxy:

@@ -109,14 +109,15 @@ def proxy_skeleton(model: PreTrainedModel, settings: ProxySection, *, trust_remo
     """
     if settings.method == "off-the-shelf":
         return skeleton(str(settings.model), trust_remote_code=trust_remote_code)
-    proxy = copy.deepcopy(model)
+    proxy, ranks = copy.deepcopy(model), {}
     if settings.method != "target":
         size = Size(SPARSITY_BY_FIDELITY) if settings.fidelity is not None else Size(settings.sparsity, settings.flops)
         if settings.method == "layers":
             return first_layers(model, size)
         costs = layer_costs(model, size)
-        make_low_rank(proxy, uniform_ranks(costs, reachable_budget(model, size, costs)))
-    mark_as_proxy(proxy, IproxConfig(depth=settings.given_depth))
+        ranks = uniform_ranks(costs, reachable_budget(model, size, costs))
+        make_low_rank(proxy, ranks)
+    mark_as_proxy(proxy, IproxConfig(ranks, depth=settings.given_depth))
     return proxy
 
 

@@ -19,6 +19,7 @@ from iprox.models import flops
 from iprox.models.adapters import with_lora
 from iprox.models.checkpoint import proxy_config
 from iprox.models.loading import hidden_size, stored_dtype
+from iprox.models.quantized import check_trainable
 from iprox.models.saving import CHECKPOINTS
 from iprox.records import RUN, StageRecord, read_json, write_json
 from iprox.session import Session, encode_validation, tokens_of
@@ -125,6 +126,7 @@ def _sft(
     counted = session.skeleton(model)
     if proxy_config(counted) is not None:
         raise InputError(f"{model}: is an iprox proxy, and proxies are for scoring; fine-tune its target")
+    check_trainable(counted.config, model)
     session.note_adapter(model)
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)

@@ -22,7 +22,7 @@ from iprox.influence.gradients import LayerGradient
 from iprox.influence.scorer import BatchScorer, Normalize, TaskQuery
 from iprox.influence.shared_basis import SharedQuery
 from iprox.models.flops import contraction_flops
-from iprox.models.layers import has_bias, weight_shape
+from iprox.models.layers import has_bias, signal_like, weight_shape
 from iprox.models.loss import LossFn, causal_lm_losses
 from iprox.models.optimizer_state import AdamState, Moments
 from iprox.models.precision import accumulation_dtype
@@ -122,7 +122,7 @@ class LessScorer(BatchScorer):
         norms.append(torch.cat(squares))
 
     def _query_dtype(self, layer: nn.Module) -> torch.dtype:
-        return accumulation_dtype(next(layer.parameters()))  # Γ is in float32
+        return accumulation_dtype(signal_like(layer))  # Γ is in float32
 
 
 class Less(GradientEstimator):
