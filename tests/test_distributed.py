@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import DistributedType, PartialState
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from iprox.data import Encoded
-from iprox.distributed import processes, rank, started, together
+from iprox.distributed import check_sharded, is_sharded, processes, rank, started, together
 from iprox.errors import InputError
 from iprox.models.adapters import with_lora
 from iprox.proxy.align import align, share_of
@@ -38,14 +39,12 @@ def encoded():
     return [Encoded(row, np.where(np.arange(len(row)) < 3, -100, row), truncated=False) for row in rows]
 
 
-def trained(output, lora, **more):
+def trained(output, model):
     from iprox.finetune import train
 
     core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", eos_token="w1")
-    model = make_model(dtype=torch.float32)
-    model = with_lora(model, "base", 4) if lora else model
-    return train(model, tokenizer, encoded(), output, **TRAINING, **more).history
+    return train(model, tokenizer, encoded(), output, **TRAINING).history
 
 
 def aligned(output):
@@ -58,9 +57,32 @@ def aligned(output):
     return proxy, [step.loss for step in history.steps], history.best_step
 
 
+def shard():
+    """Let Accelerate take this process for one with a GPU, as it has FSDP for these only."""
+    made = PartialState.__init__
+
+    def of_gpu(self, *given, **how):
+        made(self, *given, **how)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = of_gpu
+
+
 def work(output: Path):
     """What every process does; the first writes what came of it."""
-    histories = {name: trained(output / name, name == "lora") for name in ("whole", "lora")}
+    if is_sharded():
+        shard()
+        model = make_model(dtype=torch.float32)
+        history = trained(output / "whole", model)
+        held = sum(weight.to_local().numel() for weight in model.parameters())
+        if rank() == 0:
+            (output / "histories.json").write_text(json.dumps({"whole": history}))
+            (output / "share.txt").write_text(str(held / sum(weight.numel() for weight in model.parameters())))
+        return
+    histories = {
+        "whole": trained(output / "whole", make_model(dtype=torch.float32)),
+        "lora": trained(output / "lora", with_lora(make_model(dtype=torch.float32), "base", 4)),
+    }
     proxy, losses, best = aligned(output)
     factors = torch.cat([each.detach().flatten() for each in proxy.parameters()])
     histories["align"] = [{"loss": loss} for loss in (*losses, best, float(factors.double().square().sum()))]
@@ -79,14 +101,47 @@ def alone(tmp_path_factory):
 @pytest.mark.timeout(300)
 def test_two_processes_train_as_one_does(alone, tmp_path):
     limited([sys.executable, __file__, tmp_path], 200, PYTHONPATH=os.pathsep.join(sys.path))
-    found, expected = (json.loads((folder / "histories.json").read_text()) for folder in (tmp_path, alone))
+    assert compared(tmp_path, alone) == ["whole", "lora", "align"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_that_hold_half_of_the_weights_train_as_one_does(alone, tmp_path):
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    limited([sys.executable, __file__, tmp_path], 200, PYTHONPATH=os.pathsep.join(sys.path), **fsdp)
+    assert compared(tmp_path, alone) == ["whole"]
+    assert 0.4 < float((tmp_path / "share.txt").read_text()) < 0.6
+
+
+def compared(output, alone):
+    """The names of the trainings in a folder, each of which has the losses and the weights of one process."""
+    found, expected = (json.loads((folder / "histories.json").read_text()) for folder in (output, alone))
     for name, history in found.items():
         losses, alike = ([step["loss"] for step in each] for each in (history, expected[name]))
         np.testing.assert_allclose(losses, alike, rtol=1e-5, err_msg=name)
-    for name in ("whole", "lora"):
-        saved, same = (load_file(folder / name / "checkpoint-4" / "model.safetensors") for folder in (tmp_path, alone))
+        if name == "align":
+            continue
+        saved, same = (load_file(folder / name / "checkpoint-4" / "model.safetensors") for folder in (output, alone))
+        assert saved.keys() == same.keys()
         for key, weight in same.items():
             torch.testing.assert_close(saved[key], weight, rtol=1e-3, atol=1e-4)
+    return list(found)
+
+
+def test_what_fsdp_cannot_train_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    with pytest.raises(InputError, match="FSDP version 2"), started(2, 4, torch.device("cpu")):
+        pass
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with started(2, 4, torch.device("cpu")) as number:
+        assert number == 2
+    check_sharded(adapters=False, moments=False)
+    with pytest.raises(InputError, match="adapters are not trained by FSDP"):
+        check_sharded(adapters=True, moments=False)
+    with pytest.raises(InputError, match="Adam's moments, which `less` needs, are not kept by FSDP"):
+        check_sharded(adapters=False, moments=True)
 
 
 def test_a_share_is_every_second_row_or_a_row_without_labels():

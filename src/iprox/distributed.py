@@ -37,6 +37,26 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def is_sharded() -> bool:
+    """Return whether a launcher asks for FSDP: each process holds a part of the weights that are trained."""
+    return processes() > 1 and _asked("FSDP")
+
+
+def check_sharded(*, adapters: bool, moments: bool) -> None:
+    """Refuse what FSDP does not train here: adapters, and Adam's moments to keep for `less`.
+
+    Raises:
+        InputError: the launcher asks for FSDP, and this is to be trained or kept.
+    """
+    if is_sharded() and (adapters or moments):
+        what = "adapters are not trained" if adapters else "Adam's moments, which `less` needs, are not kept"
+        raise InputError(f"{what} by FSDP; start the command with accelerate launch --multi_gpu")
+
+
+def _asked(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"
+
+
 def rank() -> int:
     """Return the number of this process, from 0."""
     return int(os.environ.get("RANK") or 0) if processes() > 1 else 0
@@ -58,13 +78,14 @@ def started(count: int, batch_size: int, device: torch.device) -> Iterator[int]:
         device: device of this process.
 
     Raises:
-        InputError: the processes cannot share a batch equally, or a launcher asks for what divides a model.
+        InputError: the processes cannot share a batch equally, or a launcher asks for DeepSpeed or FSDP version 1.
         RuntimeError: a process does not start.
     """
     here = processes() if processes() > 1 else count
-    if any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")):
+    if _asked("DEEPSPEED") or (_asked("FSDP") and os.environ.get("FSDP_VERSION", "1") != "2"):
         raise InputError(
-            "training is data parallel; start it without FSDP and DeepSpeed, or train adapters (`lora: 16`)"
+            "training is data parallel, or by FSDP version 2; start it with accelerate launch --use_fsdp "
+            "--fsdp_version 2, or without FSDP and DeepSpeed"
         )
     if batch_size % here:
         raise InputError(
@@ -174,6 +195,18 @@ def average(tensors: Iterable[Tensor]) -> None:
             each /= processes()
 
 
+def whole_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the weights of which each process holds a part, tied ones once, on the CPU of the first process.
+
+    All processes have to call this; the others get no weights.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    every, once = ({name for name, _ in model.named_parameters(remove_duplicate=each)} for each in (False, True))
+    return {name: weight for name, weight in found.items() if name not in every - once}
+
+
 @functools.cache
 def _group() -> Any:
     """Return a group for messages, apart from the one for gradients, which gives up after minutes."""
@@ -181,5 +214,6 @@ def _group() -> Any:
     import torch.distributed as dist
     from accelerate import PartialState
 
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # or only the first process would read the weights
     PartialState(cpu=not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true")
     return dist.new_group(backend="gloo", timeout=LONGEST)

@@ -19,7 +19,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from iprox.data import Batch, Encoded, iter_batches
-from iprox.distributed import from_first, own_device, processes, rank
+from iprox.distributed import from_first, is_sharded, own_device, processes, rank, whole_weights
 from iprox.errors import InputError
 from iprox.models.adapters import is_adapted
 from iprox.models.cpu.shapes import RELEASE_EVERY, release_memory
@@ -322,8 +322,9 @@ class _Recorder(TrainerCallback):
             return
         name = f"checkpoint-{state.global_step}"
         optimizer = kwargs["optimizer"] if self.optimizer_state else None
+        weights = whole_weights(kwargs["model"]) if is_sharded() else None  # a job of all processes
         if rank() == 0:
-            self.save(kwargs["model"], folder=self.output / name, optimizer=optimizer)
+            self.save(kwargs["model"], folder=self.output / name, optimizer=optimizer, state=weights)
         mean = {key: sum(step[key] for step in steps) / len(steps) for key in ("learning_rate", "loss")}
         self.result.checkpoints.append(
             Checkpoint(name, state.global_step, float(state.epoch), mean["learning_rate"], mean["loss"])

@@ -35,6 +35,7 @@ def save_model(
     optimizer: Any = None,
     *,
     adapters_only: bool = False,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save a model and its tokenizer to a folder that appears only when it is complete.
 
@@ -45,13 +46,14 @@ def save_model(
         dtype: dtype to store floating-point weights in; None keeps theirs.
         optimizer: Adam optimizer of the model, to save its moments too.
         adapters_only: whether to save only the adapters, in float32, without the model.
+        state: the model's weights, where each of several processes holds a part of them; the model's own if None.
     """
     # A folder with the record of a command is locked by it, so files are moved into it; others are replaced.
     held = (folder / RUN).is_file()
     partial = folder / "model.partial" if held else folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not is_adapted(model):
-        _save_whole(model, model.state_dict(), partial, dtype)
+        _save_whole(model, model.state_dict() if state is None else state, partial, dtype)
     elif adapters_only:
         save_adapters(model, partial)
     else:
@@ -77,7 +79,7 @@ def save_model(
 def _save_whole(model: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None) -> None:
     """Write a model's config, and the weights in `state`."""
     if dtype is None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=dict(state))
         return
     cast = {name: each.to(dtype) if each.is_floating_point() else each for name, each in state.items()}
     model.save_pretrained(folder, state_dict=cast)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from iprox.data import Encoded, Example, Pool
-from iprox.distributed import together
+from iprox.distributed import check_sharded, together
 from iprox.errors import InputError
 from iprox.files import empty_folder
 from iprox.models import flops
@@ -127,6 +127,7 @@ def _sft(
     if proxy_config(counted) is not None:
         raise InputError(f"{model}: is an iprox proxy, and proxies are for scoring; fine-tune its target")
     check_trainable(counted.config, model)
+    check_sharded(adapters=lora > 0, moments=optimizer_state)
     session.note_adapter(model)
     empty_folder(output, keep=RUN)  # remove what an interrupted training left
     kept = sum(row.supervised > 0 for row in encoded)
