@@ -15,6 +15,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from iprox.data import Encoded
@@ -74,7 +75,7 @@ def work(output: Path):
         shard()
         model = make_model(dtype=torch.float32)
         history = trained(output / "whole", model)
-        held = sum(weight.to_local().numel() for weight in model.parameters())
+        held = sum(weight.to_local().numel() for weight in model.parameters() if isinstance(weight, DTensor))
         if rank() == 0:
             (output / "histories.json").write_text(json.dumps({"whole": history}))
             (output / "share.txt").write_text(str(held / sum(weight.numel() for weight in model.parameters())))
