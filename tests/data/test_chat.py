@@ -22,6 +22,8 @@ from iprox.data.templates import CHATML
 from iprox.data.tokens import fit
 from iprox.errors import InputError
 
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+READING_REASONS = [name for name in ("qwen3", "gptoss", "gemma4", "glm4moe") if (TEMPLATES / f"{name}.jinja").is_file()]
 MARKED = CHATML
 UNMARKED = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 TEXTS = ["What is two plus two? It is four.", "Name a color: blue, green or red.", "Answer the question, please."]
@@ -192,7 +194,7 @@ def test_labels_are_those_of_trl(kind, tmp_path):
 
 
 def test_trl_knows_a_training_template_for_qwen3():
-    template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    template = (TEMPLATES / "qwen3.jinja").read_text()
     encoder = ChatEncoder(make_tokenizer(template), 1000)
     assert encoder.mode == "trl"
     assert "TRL's training variant of the tokenizer's chat template" in encoder.describe
@@ -388,7 +390,7 @@ WITH_TOOLS = [
         "tools": [{**TOOLS[0], "x": 1}],
     },
 ]
-TRL_QWEN3 = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+TRL_QWEN3 = (TEMPLATES / "qwen3.jinja").read_text()
 
 
 def rendered_alone(encoder, row):
@@ -501,8 +503,7 @@ def test_masked_turns_of_a_completion_are_not_supervised(encoder):
 
 @pytest.mark.parametrize("name", ["qwen3", "llama3", "qwen2_5"])
 def test_masked_turns_of_the_templates_that_trl_marks(name):
-    folder = Path(trl.__file__).parent / "chat_templates"
-    encoder = ChatEncoder(make_tokenizer((folder / f"{name}.jinja").read_text()), 10_000)
+    encoder = ChatEncoder(make_tokenizer((TEMPLATES / f"{name}.jinja").read_text()), 10_000)
     assert encoder.mode == "trl"
     row = masked_turns(1, 2)
     (ours,), (whole,) = encode(encoder, row), encode(encoder, masked_turns())
@@ -595,9 +596,9 @@ def test_a_template_without_system_turns_is_warned_of():
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-@pytest.mark.parametrize("name", ["qwen3", "gptoss", "gemma4", "glm4moe"])
+@pytest.mark.parametrize("name", READING_REASONS)  # old versions of TRL lack some
 def test_reasoning_by_any_name_reaches_the_templates_that_read_it(name, key):
-    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+    template = (TEMPLATES / f"{name}.jinja").read_text()
     encoder = ChatEncoder(make_tokenizer(template), 10_000)
     turns = [
         {"role": "user", "content": "2+2?"},
