@@ -1,4 +1,4 @@
-"""iprox: select the training data that helps your task, with influence scored on a low-rank proxy of your model.
+"""iprox: select the training data that helps your task, with influence scored on a cheaper proxy of your model.
 
 Importing it lets transformers load proxies: `AutoModelForCausalLM.from_pretrained(proxy_folder)`. torch and
 transformers are imported with the first name that needs them.

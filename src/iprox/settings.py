@@ -68,8 +68,8 @@ class ReadingSection(Section):
     validation: dict[str, Files] = setting({}, "file or files per task: TASK=FILE ...")
     max_length: int = setting(
         2048,
-        "longest example in tokens, at most what the model reads; longer ones keep the answer, and the prompt is cut "
-        "from the left",
+        "most tokens per example, up to the model's own limit; a longer example keeps its answer, and its prompt is "
+        "cut from the left",
         ge=8,
     )
     chat_template: str | None = setting(None, "chatml, or a Jinja file", "the tokenizer's own")
@@ -161,7 +161,7 @@ class AlignSection(Section):
 
     fraction: float = setting(0.01, "fraction of the pool to align on, at least 64 examples", gt=0, le=1)
     epochs: int = setting(5, "passes over these examples", ge=1)
-    batch_size: int = setting(8, "examples per batch; fewer where they have more than 1,024 tokens together", ge=1)
+    batch_size: int = setting(8, "examples per batch; fewer if together they exceed 1,024 tokens", ge=1)
     learning_rate: float = setting(1e-4, "peak learning rate, for a factor of average scale", gt=0)
     gradient_weight: float = setting(
         0.0, "weight of the gradients' distance; 1 as in the paper, which takes more than twice as long", ge=0
@@ -212,17 +212,21 @@ class ProxySection(Section):
     method: ProxyMethod | None = setting(
         None,
         "target keeps all weights, and depth lowers its cost; ipsvd makes layers low-rank; the others are baselines",
-        "ipsvd with a sparsity, FLOPs or a setting of its factors, else target",
+        "ipsvd if sparsity, flops, ranks, probe or align is given, else target",
     )
     depth: float | None = setting(
         None,
         "fraction of the decoder layers, from the top, whose gradients are compared; the backward pass stops there",
-        f"{DEPTH} with target, {DEPTH_ALONE} in a run without refine, else 1",
+        f"with target {DEPTH}, or {DEPTH_ALONE} in a run without refine; else 1",
         gt=0,
         le=1,
     )
     sparsity: float | None = setting(
-        None, "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity", "0.7", gt=0, lt=1
+        None,
+        "fraction of the linear parameters to remove; give one of sparsity, flops and fidelity",
+        "0.7 if the method needs a size and none is given",
+        gt=0,
+        lt=1,
     )
     flops: float | None = setting(
         None, "FLOPs per token (linear layers and head), as a fraction of the target's", gt=0, lt=1
@@ -234,7 +238,7 @@ class ProxySection(Section):
         gt=0,
         lt=1,
     )
-    held_out: int = setting(256, "examples of the pool that fidelity is measured on", ge=16)
+    held_out: int = setting(256, "with fidelity: examples of the pool to measure it on", ge=16)
     model: str | None = setting(None, "hub id or folder of the proxy, for the method off-the-shelf, which has no size")
     ranks: Literal["global", "uniform"] = setting("global", "how ranks are distributed over layers")
     probe: float = setting(
@@ -378,7 +382,7 @@ class InfluenceSection(Section):
     query_norm: float | None = setting(
         None,
         "fraction of the validation gradients' norm that their low-rank form keeps; 1 is exact",
-        "0.9 per validation example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
+        "0.9 with per_example; else 0.9 on a proxy (0.98 with curvature) and 1 on a model itself",
         gt=0,
         le=1,
     )
@@ -602,7 +606,7 @@ class DpoSection(Section):
     """The loss of preference pairs."""
 
     reference: str | None = setting(
-        None, "hub id or folder of the reference model", "each model that scores is its own, as where DPO starts"
+        None, "hub id or folder of the reference model", "the model that scores, as at the start of DPO"
     )
     beta: float = setting(0.1, "weight of the reference; without a `reference` it scales all scores alike", gt=0)
 
@@ -614,10 +618,10 @@ class Settings(Section):
     output: str | None = setting(None, "folder for the results, made if missing")
     loss: Literal["sft", "dpo"] = setting(
         "sft",
-        "sft: tokens of answers; dpo: rows are preference pairs (chosen, rejected) scored by the loss of direct "
-        "preference optimization, and nothing is trained",
+        "sft: the loss of answer tokens; dpo: the loss of direct preference optimization, for preference pairs "
+        "(chosen, rejected); nothing is trained",
     )
-    dpo: DpoSection = setting(DpoSection(), "the loss of preference pairs, for loss: dpo")
+    dpo: DpoSection = setting(DpoSection(), "settings of loss: dpo")
     data: ReadingSection = setting(ReadingSection(), "which examples are read, and how")
     warmup: WarmupSection | Literal[False] = setting(WarmupSection(), "brief fine-tuning before scoring, or false")
     proxy: ProxySection | Literal[False] = setting(
@@ -638,7 +642,7 @@ class Settings(Section):
     )
     device: str = setting("auto", "cpu or cuda; cuda:1 only if nothing is trained")
     batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
-        "auto", f"largest rows × longest row of a batch; auto is {ON_CPU} on a CPU, {ON_ACCELERATOR} elsewhere"
+        "auto", f"most tokens per batch, with padding; auto is {ON_CPU} on a CPU, {ON_ACCELERATOR} elsewhere"
     )
     compile: Literal["auto"] | bool = setting(
         "auto", "compile models with torch.compile; auto does so where it saves time"

@@ -143,7 +143,7 @@ COMMANDS = (
     ),
     Command(
         "align",
-        "Tune a proxy's factors until its gradients, or its logits only, match the target's.",
+        "Tune a low-rank proxy until its logits, and its gradients if asked, match the target's.",
         "iprox align --model warm/checkpoint-44 --proxy proxy --pool pool/*.jsonl --output aligned",
         "iprox.cli.actions:align",
         needs=("model", "data.pool", "output"),

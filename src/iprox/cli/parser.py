@@ -59,7 +59,7 @@ def build_app() -> App:
     """Return the application. Calling it with arguments returns a `Request`, or None if it printed help."""
     app = App(
         name="iprox",
-        help="Select the training data that helps your task, with influence scored on a low-rank proxy of your own "
+        help="Select the training data that helps your task, with influence scored on a cheaper proxy of your own "
         "model.\n\nStart with `iprox quickstart`. Every setting is in docs/recipe.md; `--set KEY=VALUE` sets one.",
         version=version("iprox"),
         help_format="markdown",
