@@ -171,7 +171,7 @@ def test_settings_are_in_the_signature_and_the_help():
         assert len(shared) > 4
         for name in shared:
             assert parameters[name].default == section.model_fields[name].get_default()
-            assert f"        {name}: {section.model_fields[name].description}" in function.__doc__
+            assert f"\n    {name}: {section.model_fields[name].description}" in function.__doc__
 
 
 def test_what_is_no_model_or_no_task_is_named(model):

@@ -73,10 +73,9 @@ def takes(section: type[BaseModel], *names: str) -> Callable[[AnyFunction], AnyF
             for name in names
         ]
         function.__signature__ = signature.replace(parameters=[*kept, *listed])  # pyright: ignore
-        lines = "\n".join(f"        {name}: {fields[name].description}." for name in names)
-        assert function.__doc__ is not None
-        assert "        **settings:" in function.__doc__
-        head, _, rest = function.__doc__.partition("        **settings:")
+        lines = "\n".join(f"    {name}: {fields[name].description}." for name in names)
+        head, found, rest = inspect.cleandoc(function.__doc__ or "").partition("    **settings:")
+        assert found
         function.__doc__ = f"{head}{lines}\n{rest.partition(chr(10))[2]}"
         return function
 
