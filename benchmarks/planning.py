@@ -1,5 +1,8 @@
 """How near are the time and memory that `iprox plan` predicts to those of the run? By stage, on three models.
 
+And how near is the time that is left, as progress shows it, to the time that it takes then? At each report after the
+first tenth of a stage, and as long as more than two seconds are left.
+
     python benchmarks/planning.py                          # about 10 minutes
     python benchmarks/planning.py --only target-17m
 
@@ -13,6 +16,8 @@ import json
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -21,7 +26,7 @@ from typing import Any
 import torch
 
 from common import RESULTS, SHARED, Results, parser, settings_of
-from iprox.progress import Reporter
+from iprox.progress import Advance, Pace, Reporter
 from iprox.recipe import parse_recipe
 from iprox.run.plan import plan_recipe
 from iprox.run.whole import run_recipe
@@ -37,6 +42,39 @@ RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "low-rank": {"proxy": {"sparsity": 0.5, "align": {"epochs": 2}}, "audit": {"sample": 50}},
 }
+
+
+# Seconds that are left when a prediction of them matters no more.
+SOON = 2.0
+
+
+class Watched(Reporter):
+    """A reporter that prints warnings only, and keeps what it would have said of the time that is left.
+
+    Attributes:
+        ratios: by stage, what was predicted over what it was, at each report.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.ratios: dict[str, list[float]] = {}
+
+    @contextmanager
+    def bar(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """Yield a function that advances nothing that is shown."""
+        pace, said = Pace(total), []
+
+        def advance(count: int, /, *, earlier: bool = False) -> None:
+            now = time.perf_counter()
+            pace.add(now, count, earlier)
+            left = pace.left(now)
+            if left is not None and total is not None and pace.done >= total / 10:
+                said.append((now, left))
+
+        yield advance
+        ended = time.perf_counter()
+        ratios = [left / (ended - now) for now, left in said if ended - now > SOON]
+        self.ratios.setdefault(description, []).extend(ratios)
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
@@ -66,10 +104,12 @@ def compared(model: Path, rows: int, sections: dict[str, Any]) -> dict[str, Any]
         session = Session.of(recipe, Reporter(quiet=True))
         rate = gemm_rate(session.dtype)
         planned = plan_recipe(recipe, session, rate)["stages"]
-        run_recipe(recipe, reporter=Reporter(quiet=True))
+        watched = Watched()
+        run_recipe(recipe, reporter=watched)
         done = json.loads((Path(folder) / "run/run.json").read_text())["stages"]
     return {
         "rate": rate,
+        "left": {name: ratios for name, ratios in watched.ratios.items() if ratios},
         "stages": {
             name: {
                 "predicted_seconds": stage["seconds"],
@@ -107,6 +147,12 @@ def main() -> None:
                     f"{each['bytes'] / 1e6:>7.0f} MB, predicted {memory_ratio:>5.2f} of it; "
                     f"{each['flops'] / 1e9 / max(each['seconds'], 1e-9):>6.1f} GFLOP/s",
                     flush=True,
+                )
+            for stage, ratios in found["left"].items():
+                near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in ratios) / len(ratios)
+                print(
+                    f"  {stage:<10} time left: {min(ratios):.2f} to {max(ratios):.2f} of it in {len(ratios)} reports, "
+                    f"{near:.0%} within a factor of 1.5"
                 )
             seconds = [sum(each[of] for each in found["stages"].values()) for of in ("predicted_seconds", "seconds")]
             print(f"  in all     {seconds[1]:>8.1f} s, predicted {seconds[0] / seconds[1]:>6.2f} of it")

@@ -78,6 +78,40 @@ class Advance(Protocol):
         """Add a count; `earlier` ones were done before a resume and do not enter the rate."""
 
 
+class Pace:
+    """The rate of a stage and the time that it still takes.
+
+    The time before the first report is not in the rate: it is set-up, such as loading and compiling.
+
+    Args:
+        total: number to reach; None if it is not known.
+    """
+
+    def __init__(self, total: int | None) -> None:
+        self.total = total
+        self.done = self.before = self._timed = 0
+        self._since: float | None = None
+
+    def add(self, now: float, count: int, earlier: bool = False) -> None:
+        """Add a count at a time in seconds; `earlier` ones were done before a resume."""
+        self.done += count
+        self.before += count * earlier
+        if self._since is None or earlier:
+            self._since, self._timed = now, 0
+        else:
+            self._timed += count
+
+    def rate(self, now: float) -> float | None:
+        """Return the number per second; None until two reports have come."""
+        since = self._since
+        return self._timed / (now - since) if since is not None and self._timed and now > since else None
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds that are left, if that can be said."""
+        rate = self.rate(now)
+        return None if rate is None or self.total is None else (self.total - self.done) / rate
+
+
 def _rate_in_words(rate: float, unit: str) -> str:
     """Return a rate such as `3.0 rows/s`; below one per second, `4.0 s/row`."""
     if rate >= 1:
@@ -165,29 +199,23 @@ class Reporter:
         line with carriage returns and counts set-up time in its rate.
         """
         started = last = time.monotonic()
-        since: float | None = None  # the first report; the time before it is set-up, such as loading and compiling
-        done = before = timed = 0
+        pace = Pace(total)
 
         def say(end: str = "") -> None:
             now = time.monotonic()
-            line = f"{description}: {done:,}{'' if total is None else f'/{total:,}'} {unit}"
-            rate = timed / (now - since) if since is not None and timed and now > since else None
+            line = f"{description}: {pace.done:,}{'' if total is None else f'/{total:,}'} {unit}"
+            rate, left = pace.rate(now), pace.left(now)
             if rate is not None:
                 line += f", {_rate_in_words(rate, unit)}"
-                if total is not None and not end:
-                    end = f", about {timedelta(seconds=round((total - done) / rate))} left"
+            if left is not None and not end:
+                end = f", about {timedelta(seconds=round(left))} left"
             self.say(f"{line}, {timedelta(seconds=round(now - started))}{end}")
 
         def advance(count: int, /, *, earlier: bool = False) -> None:
-            nonlocal since, done, before, timed, last
+            nonlocal last
             now = time.monotonic()
-            done += count
-            before += count * earlier
-            if since is None or earlier:
-                since, timed = now, 0
-            else:
-                timed += count
-            if now - last >= LOG_INTERVAL and done > before and (total is None or done < total):
+            pace.add(now, count, earlier)
+            if now - last >= LOG_INTERVAL and pace.done > pace.before and (total is None or pace.done < total):
                 last = now
                 say()
 
