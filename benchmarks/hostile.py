@@ -646,7 +646,6 @@ def proxies(lab: Lab, proxy: Path) -> Iterator[Case]:
         "ranks of an unknown layer": {"ranks": {**ranks, "../../x": 4}},
         "ranks of a norm": {"ranks": {**ranks, "model.norm": 4}},
         "depth text": {"depth": "x"},
-        "gradients unknown": {"gradients": "some"},
     }
     for name, changes in wrong.items():
         yield Case("proxies", name, lab.score(model=changed(**changes)))
@@ -753,7 +752,7 @@ def machine(lab: Lab, small: Path, read_only: Path) -> Iterator[Case]:
         [*compress, str(lab.place("o"))],
         before=limit(resource.RLIMIT_FSIZE, 1 << 20),
     )
-    huge = lab.score("--batch-tokens", str(1 << 17))
+    huge = lab.score("--set", f"batch_tokens={1 << 17}")
     yield Case("machine", "batches of memory that is not there", huge, DONE, before=limit(resource.RLIMIT_AS, 6 << 30))
     yield Case("machine", "several processes", lab.score(), before=variables(WORLD_SIZE="2"))
     unreachable = ["run", str(lab.recipe(warmup=False, proxy=False, audit=False)), "--set", "ray_workers=1"]

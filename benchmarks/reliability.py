@@ -45,6 +45,8 @@ from iprox.records import key_of, read_json, write_json
 # Seconds and bytes that a command may take.
 SECONDS, MEMORY = 600, 16 << 30
 KILLS, DAMAGES = 30, 14
+# Seconds after which a command handles signals. Before that Python ends without a word, and nothing is there yet.
+SETTLED = 0.3
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -150,7 +152,7 @@ def refused(work: Path, kind: str) -> Iterator[dict[str, Any]]:
     made = run.start()
     assert made.code == DONE, made.said
     proxy = next((run.output / "proxy").glob("checkpoint-*"))
-    with mounted(work / "small", "size=64k") as small, mounted(work / "read-only", "ro") as read_only:
+    with mounted(work / "small", "size=16k") as small, mounted(work / "read-only", "ro") as read_only:
         kinds = (
             *(hostile.data(lab), hostile.rows(lab), hostile.paths(lab), hostile.recipes(lab), hostile.templates(lab)),
             *(hostile.models(lab), hostile.adapters(lab), hostile.proxies(lab, proxy)),
@@ -365,7 +367,7 @@ def killed(work: Path, seed: int) -> Iterator[dict[str, Any]]:
     while number < KILLS:
         place, kills = Place(work / f"chain-{number}", rows=120), []
         while True:
-            sent, moment = SIGNALS[number % len(SIGNALS)], draws.uniform(0, first.seconds / 2)
+            sent, moment = SIGNALS[number % len(SIGNALS)], draws.uniform(SETTLED, first.seconds / 2)
             tried = place.start(kill=(sent, moment))
             if tried.code == DONE:
                 break

@@ -256,7 +256,7 @@ def test_foreign_folder_is_left_alone(place, refused, fresh):
     for name in ("recipe.yaml", "thesis.tex"):
         (place.output / name).write_text("years of work")
     said = refused("run", place.recipe, "--quiet", *fresh)
-    assert f"{place.output}: is not empty and not a run folder" in said
+    assert f"{place.output}: is not empty and has no run.json" in said
     assert sorted(file.name for file in place.output.iterdir()) == ["recipe.yaml", "thesis.tex"]
 
 
@@ -396,7 +396,7 @@ def test_a_folder_of_the_users_own_is_never_taken_for_what_a_command_left(finish
 def test_what_is_half_written_in_a_foreign_folder_is_left_alone(place, refused):
     (place.output / "proxy").mkdir(parents=True)
     (place.output / "proxy/download.partial").write_text("mine")
-    assert "is not empty and not a run folder" in refused("run", place.recipe, "--quiet")
+    assert "is not empty and has no run.json" in refused("run", place.recipe, "--quiet")
     assert (place.output / "proxy/download.partial").read_text() == "mine"
 
 

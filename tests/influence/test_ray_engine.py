@@ -22,6 +22,7 @@ from ray_jobs import COUNT, POOL, QUIET, WINDOWS, Sines, Watched, scored, wait_f
 
 import tiny_models
 from iprox.data import Pool
+from iprox.engine import cluster as clusters
 from iprox.engine.cluster import share_of_each
 from iprox.engine.ray import PACKAGE, ray_engine
 from iprox.engine.stream import local_engine
@@ -31,6 +32,17 @@ from iprox.scores import score_matrix
 from tiny_models import make_model
 
 ray = pytest.importorskip("ray", reason="the ray extra is not installed")
+
+
+def test_a_server_that_is_no_cluster_is_refused(monkeypatch):
+    def fails(**_):
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fails)
+    monkeypatch.setenv("RAY_ADDRESS", "there:6379")
+    with pytest.raises(InputError, match="no Ray cluster answers at there:6379"), clusters.cluster():
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,15 @@ def _check_reachable(address: str, named_in: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=PATIENCE).close()
     except (OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"ray_workers: no Ray cluster answers at {address} (from {named_in}: {one_line(error)}); start it, correct "
-            "the address (HOST:PORT), or remove it to use this machine"
-        ) from error
+        raise no_answer(address, f"from {named_in}", error) from error
+
+
+def no_answer(address: str, what: str, error: Exception) -> InputError:
+    """Return the refusal of an address where there is no cluster."""
+    return InputError(
+        f"ray_workers: no Ray cluster answers at {address} ({what}: {one_line(error)}); start it, correct the address "
+        "(HOST:PORT), or remove it to use this machine"
+    )
 
 
 def _is_running() -> bool:
@@ -94,7 +99,10 @@ def cluster() -> Iterator[None]:
     if begun:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would send statistics of the run to its makers
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:  # something listens there, but it is no cluster
+            raise no_answer(os.environ.get("RAY_ADDRESS") or str(RUNNING_CLUSTER), "Ray", error) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process
     # Ray Data tells of every lost window with a traceback; all of it is in its own log too.
