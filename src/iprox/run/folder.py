@@ -82,7 +82,7 @@ class RunFolder:
                 raise InputError(f"{self.path}: it is the output of a single command; choose another output folder")
         elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
             raise InputError(
-                f"{self.path}: is not empty and has no run.json, so it is not a run folder; choose another output folder"
+                f"{self.path}: is not empty and has no run.json, so it is no run folder; choose another output folder"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
