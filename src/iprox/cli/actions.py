@@ -53,7 +53,13 @@ OF_A_PROXY = {"query", "query_norm", "per_example"}
 
 def quickstart(request: Request) -> dict[str, Any]:
     """Run the bundled recipe."""
-    return run(request)
+    result = run(request)
+    if not request.json:
+        say_plainly(
+            "The bundled model is tiny: most of its cost is curvature and the output head, where a proxy saves nothing. "
+            "`iprox plan RECIPE.yaml` says what a recipe of yours would cost."
+        )
+    return result
 
 
 def run(request: Request) -> dict[str, Any]:
