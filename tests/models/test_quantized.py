@@ -1,10 +1,14 @@
 """Weights that bitsandbytes quantized: what a quantized model gives is what a dense one with its weights gives."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import limit_depth, proxy_config
 from iprox.models.layers import influence_layers, low_rank_layers, replace_module
@@ -124,3 +128,21 @@ def test_what_is_not_quantized_has_the_dtype_asked_for(folder):
         assert isinstance(embeddings, nn.Embedding)
         assert isinstance(head, nn.Linear)
         assert embeddings.weight.dtype == head.weight.dtype == model.dtype == dtype
+
+
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "quant_map", "nested_quant_map"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "not finite"])
+def test_scales_that_are_damaged_are_refused(folder, bits, tmp_path, part, damage):
+    shutil.copytree(folder, tmp_path / "damaged")
+    file, name = tmp_path / "damaged/model.safetensors", f"{LAYER}.weight.{part}"
+    tensors = load_file(file)
+    if name not in tensors:
+        pytest.skip("weights of 8 bits have none")
+    scales = tensors.pop(name)
+    if damage == "cut":
+        tensors[name] = scales.repeat(2)
+    elif damage == "not finite" and scales.is_floating_point():
+        tensors[name] = scales * float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError):
+        load_model(tmp_path / "damaged")

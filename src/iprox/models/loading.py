@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
 from iprox.models.precision import out_of_memory
-from iprox.models.quantized import compute_in, quantization_method, quantization_of, quantized_layers
+from iprox.models.quantized import check_scales, compute_in, quantization_method, quantization_of, quantized_layers
 from iprox.models.suitability import (
     check_config,
     check_layers_by_weights,
@@ -36,7 +38,13 @@ from iprox.models.suitability import (
     follows_order,
     run_attention_here,
 )
-from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
+from iprox.models.weight_files import (
+    check_hub_index,
+    check_reachable,
+    check_weight_files,
+    count_weights,
+    stored_weights,
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Files that a model's scores depend on, in addition to weights, templates and code.
@@ -115,6 +123,10 @@ def _stored_model(
         )
     model, found = loaded
     _refuse_random_weights(str(path), found)
+    _check_unexpected(model, str(path), found["unexpected_keys"])
+    if quantized or quantization_method(config) is None:
+        _refuse_integers(model, Path(path))
+    check_scales(model, str(path))
     if quantized:
         compute_in(model, dtype)
     return model
@@ -171,6 +183,30 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
             f"{path}: has no weights for {missing[0]} ({len(missing)} tensors in all){others}: it is incomplete, or "
             "was saved from a wrapped model"
         )
+
+
+def _check_unexpected(model: PreTrainedModel, path: str, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with more layers than its config says, and warn of other tensors that the model lacks."""
+    ours = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    others = sorted(unexpected)
+    for name in others:
+        if re.sub(r"\d+", "N", name) in ours:
+            raise InputError(f"{path}: has weights for {name}, of which its config has no layer; correct config.json")
+    if others:
+        warnings.warn(
+            f"{path}: has {len(others)} tensors that a model of its config does not have, so they are not read "
+            f"(first: {others[0]})",
+            stacklevel=2,
+        )
+
+
+def _refuse_integers(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse integers stored for weights that are not quantized by the config, which would be taken for the weights."""
+    stored = stored_weights(folder) if folder.exists() else {}
+    for name, parameter in model.named_parameters():
+        kind = stored.get(name, ("F32",))[0]
+        if parameter.is_floating_point() and kind.startswith(("I", "U", "BOOL", "C")):
+            raise InputError(f"{folder}: {name} is stored as {kind}, but its config does not quantize it")
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -281,7 +317,8 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         if proxy is not None:
             make_low_rank(model, proxy.ranks)
             model.config.quantization_config = proxy
-        if Path(path).exists() and (proxy is not None or quantization_of(config) is None):
+        whole = Path(path).exists() and adapter_base(path) is None  # an adapter's own weights are few
+        if whole and (proxy is not None or quantization_of(config) is None):
             check_size_by_weights(model, count_weights(Path(path))[1], str(path))
     return model
 
