@@ -46,6 +46,7 @@ from iprox.models.weight_files import (
     stored_weights,
 )
 
+_MOST_TOKENS = 100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Files that a model's scores depend on, in addition to weights, templates and code.
 MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
@@ -91,6 +92,7 @@ def _whole_model(
 ) -> PreTrainedModel:
     """Load a model to the CPU, with its adapter merged and its experts fused; it will run on `device`."""
     base = adapter_base(path)
+    load_config(path, trust_remote_code=trust_remote_code)  # refuses what cannot be loaded, or merged
     if base is None:
         model = _stored_model(path, dtype, device, trust_remote_code)
     else:  # the base may be an adapter too
@@ -223,7 +225,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
         raise InputError(f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the model's tokenizer files there")
     with _refusing(f"{_found(path)}: no tokenizer can be loaded from it"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(tokenizer("a b").input_ids) > _MOST_TOKENS:  # also raises what a broken vocabulary does
+            raise InputError(
+                f"{path}: its tokenizer makes more than {_MOST_TOKENS} tokens of 'a b'; copy its files again"
+            )
+    return tokenizer
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
@@ -283,7 +290,13 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     """
     base = adapter_base(path)
     if base is not None:
-        return load_config(base, trust_remote_code=trust_remote_code)
+        config = load_config(base, trust_remote_code=trust_remote_code)
+        if quantization_method(config) == "bitsandbytes":
+            raise InputError(
+                f"{path}: adapts a quantized model, into which it cannot be merged exactly; name the model that was "
+                f"quantized as base_model_name_or_path in its {ADAPTER}"
+            )
+        return config
     _check_folder(path)
     with _refusing(f"{_found(path)}: no model config can be loaded from it"):
         written, _ = PretrainedConfig.get_config_dict(path)
