@@ -34,7 +34,7 @@ _FOLLOW = f"import os, iprox.finetune, {__name__} as own; print(flush=True); os.
 
 def processes() -> int:
     """Return the number of processes that work together."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", 1)
 
 
 def is_sharded() -> bool:
@@ -59,7 +59,14 @@ def _asked(name: str) -> bool:
 
 def rank() -> int:
     """Return the number of this process, from 0."""
-    return int(os.environ.get("RANK") or 0) if processes() > 1 else 0
+    return _number("RANK", 0) if processes() > 1 else 0
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise InputError(f"{name}={text} in the environment is not a number of a launcher's; unset it")
+    return int(text)
 
 
 # Whether the other processes wait for a job. If one failed in the middle of a job, they end without being told.

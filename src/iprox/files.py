@@ -38,6 +38,7 @@ def check_path(path: str | Path) -> None:
     """
     try:
         os.stat(path)
+        str(path).encode()
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None)
         if not isinstance(error, OSError) or number in (errno.ENAMETOOLONG, errno.ELOOP):

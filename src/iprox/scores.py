@@ -205,6 +205,20 @@ def read_scores_schema(path: str | Path) -> pa.Schema:
         if missing or not any(name.startswith(TASK_PREFIX) for name in schema.names):
             lacking = repr(missing[0]) if missing else f"{TASK_PREFIX}TASK"
             raise InputError(f"{file}: has no column {lacking}, so it is not a scores table")
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            if schema.names.count(name) > 1:
+                raise InputError(f"{file}: two columns have the name {name!r}; score again")
+            sound = not name.startswith(EXAMPLES_PREFIX) or pa.types.is_fixed_size_list(kind)
+            if name == AGGREGATE or name.startswith(TASK_PREFIX):
+                sound = pa.types.is_floating(kind) or pa.types.is_integer(kind)
+            if not sound:
+                raise InputError(f"{file}: the column {name!r} holds {kind}, which no score is; score again")
+        try:
+            sound = isinstance(scores_metadata(schema), dict)
+        except (ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise InputError(f"{file}: its metadata, which says how it was scored, is damaged; score again")
         return schema
 
 

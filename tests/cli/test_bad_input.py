@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
+import sys
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -582,3 +584,65 @@ def test_a_pool_too_small_to_watch_a_proxy_on_is_refused_before_any_work(place, 
     said = refused("run", place.recipe, "--quiet", "--set", "proxy={fidelity: 0.9, align: false}")
     assert "proxy.fidelity needs 16 rows or more, and the pool has 15" in said
     assert not (place.output / "warmup").exists()
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "2", "RANK": "x"}, {"WORLD_SIZE": "-2"}])
+def test_variables_of_launchers_are_numbers(refused, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = refused("finetune", "--model=m", "--selection=s", "--output=o")
+    assert f"{name}={value} in the environment is not" in said
+
+
+@pytest.mark.parametrize("width", ["0", "1"])
+def test_help_for_a_terminal_of_no_width(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", width)  # rich never ends at 0
+    assert main(["select", "--help"]) == 0
+    assert "--pool" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads(finished, tmp_path, monkeypatch, capfd):
+    read, write = os.pipe()
+    os.close(read)
+    chosen = ["select", "--scores", str(finished.output), "--pool", str(finished.pool), "--count", "4", "--json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", os.fdopen(write, "w"))
+        assert main([*chosen, "--output", str(tmp_path / "s.jsonl")]) == 2
+    assert "iprox: standard output: [Errno 32] Broken pipe; the results are in" in capfd.readouterr().err
+    assert len((tmp_path / "s.jsonl").read_bytes().splitlines()) == 4
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_selection_replaces_no_device_or_folder(finished, tmp_path, refused, make):
+    make(tmp_path / "s.jsonl")
+    chosen = ["select", "--scores", finished.output, "--pool", finished.pool, "--count", "4"]
+    assert "not a regular file" in refused(*chosen, "--output", tmp_path / "s.jsonl")
+    assert not (tmp_path / "s.jsonl").is_file()
+
+
+def test_a_path_that_is_no_text(refused, finished, model):
+    given = ["score", "--model", model, "--pool", finished.pool, "--validation", *finished.tasks()]
+    assert "not a valid path" in refused(*given, "--output", "o\udcff", "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "said"),
+    [
+        ("influence", pa.nulls(200, pa.string()), "the column 'influence' holds string"),
+        ("influence/spelling", pa.nulls(200, pa.bool_()), "the column 'influence/spelling' holds bool"),
+        ("examples/spelling", pa.nulls(200, pa.list_(pa.float64())), "the column 'examples/spelling' holds list"),
+        ("more", pa.nulls(200), "two columns have the name 'more'"),
+        ("", None, "its metadata, which says how it was scored, is damaged"),
+    ],
+)
+def test_a_table_that_was_edited(finished, tmp_path, refused, name, column, said):
+    table = pq.read_table(finished.output / "scores.parquet")
+    if column is None:
+        table = table.replace_schema_metadata({"iprox": "{"})
+    else:
+        table = table.drop_columns([name]) if name in table.column_names else table
+        table = table.append_column(name, column)
+        table = table.append_column(name, column) if name == "more" else table
+    pq.write_table(table, tmp_path / "scores.parquet")
+    pool = ["--pool", finished.pool, "--output", tmp_path / "s.jsonl"]
+    assert said in refused("select", "--scores", tmp_path, "--count", "4", *pool)

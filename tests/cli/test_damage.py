@@ -126,3 +126,10 @@ def test_a_damaged_list_of_checkpoints_is_named(copied, refused, tmp_path, conte
     given = ["--pool", copied.pool, "--validation", *copied.tasks(), "--quiet", "--output", tmp_path / "out"]
     said = refused("score", "--model", *models, *given)
     assert f"{copied.output / 'warmup/checkpoints.json'}: is damaged" in said
+
+
+@pytest.mark.parametrize("output", ["audit/audit.json", "selection.json", "proxy/compression.json", "scores.parquet"])
+def test_a_report_is_made_of_files_as_they_were_written(copied, refused, output):
+    file = copied.output / output
+    file.write_bytes(file.read_bytes() + b" ")
+    assert f"{file}: is not as its stage wrote it" in refused("report", copied.output)

@@ -72,7 +72,7 @@ def test_a_column_that_no_row_has_is_said_with_the_nearest():
     assert session.reporter.take_warnings() == [said]
     here, there = Pool([{"text": "T", "kind": "k"}]), Pool(DOLLY)
     for pool in (here, there):
-        pool.columns = Columns({"output": "response", "source": "knid"})
+        pool.columns = Columns({"input": "context", "output": "response", "source": "knid"})
     session.read(here, {"validation": there})
     assert "column 'knid' to read as source; did you mean 'kind'?" in session.reporter.take_warnings()[0]
     # One that a set which it is judged by has is no mistake.

@@ -63,7 +63,7 @@ def contents(example):
     return [(turn["role"], turn["content"]) for turn in example.messages]
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message", "systemInstruction", "System"])
 @pytest.mark.parametrize(
     "turns",
     [
@@ -117,7 +117,9 @@ def test_a_turn_that_is_masked_does_not_count(key, value):
     assert example.masked == {1}
     assert example.messages == (USER, ASSISTANT, USER, ASSISTANT)  # a template does not see the mark
     assert read({"messages": turns, "system": "S"}).masked == {2}
-    assert read({"prompt": turns[:2], "completion": [USER, *turns[1:]], "system": "S"}).masked == {4}
+    assert read({"prompt": turns[:2], "completion": [{**USER, "content": "R"}, *turns[1:]], "system": "S"}).masked == {
+        4
+    }
     sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A", key: value}]
     assert read({"conversations": [*sharegpt, *sharegpt[:1], {"from": "gpt", "value": "B"}]}).masked == {1}
     refused({"messages": turns[:2]}, "every assistant turn of messages is masked")
@@ -260,6 +262,11 @@ def test_plain_prompt_completion():
     assert (example.prompt, example.completion, example.messages) == ("2+2=", "4", None)
 
 
+SPELLED = ["Assistant", "assistant ", "gpt", "model", "chatgpt", "Bot"]
+MASKS = ["masked", "mask", "loss_weight", "loss_scale", "Train", "supervised", "ignore_loss"]
+LOST = ["thought", "reasoning_details", "refusal", "tool_plan", "tool_responses", "documents", "files", "image_urls"]
+
+
 def test_conversational_prompt_completion_supervises_only_the_completion():
     example = read({"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]})
     assert example.messages == (USER, ASSISTANT, USER, ASSISTANT)
@@ -318,11 +325,31 @@ def test_conversational_prompt_completion_supervises_only_the_completion():
         ({"text": "a", "id": float("inf")}, "id must be text or a whole number"),
         ({"text": "a", "source": ["x"]}, "source must be text"),
         ({"text": "a", None: ["x"]}, "more fields than the header"),
+        *(({"messages": [USER, {"role": role, "content": "B"}, ASSISTANT]}, "write 'assistant'") for role in SPELLED),
+        ({"conversations": [{"from": "Human", "value": "Q"}, ASSISTANT]}, "has the role 'Human'; write 'user'"),
+        *(({"messages": [USER, {**ASSISTANT, key: 0}]}, f"has '{key}', which may mask it") for key in MASKS),
+        *(({"messages": [USER, {**ASSISTANT, key: ["x"]}]}, f"'{key}', which iprox does not read") for key in LOST),
+        ({"messages": [USER, {**ASSISTANT, "value": "B"}]}, "content and value, which differ"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q", "image": "x"}]}]}, "not text: image"),
+        ({"messages": [USER, ASSISTANT], "kto_tag": 0}, "kto_tag is 0, which marks a bad answer"),
+        ({"messages": [USER, ASSISTANT], "label": "Rejected"}, "label is 'Rejected', which marks a bad answer"),
+        ({"prompt": "P", "completion": "C", "label": -1}, "label is -1, which marks a bad answer"),
+        ({"prompt": [USER], "completion": [USER, ASSISTANT]}, "completion repeats the turns of prompt"),
+        ({"instruction": "I", "output": "O", "context": "C"}, "has 'context'.*--set data.columns.input=context"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 10**4000}]}, r"weight .* is \d+\.\.\.\d+: a turn"),
     ],
 )
 def test_bad_rows_say_why(data, reason):
     with pytest.raises(BadRowError, match=reason):
         read(data)
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", float("nan")])
+def test_optional_columns_may_be_empty(empty):
+    row = {"instruction": "I", "output": "O", **dict.fromkeys(("input", "history", "context", "system", "id"), empty)}
+    assert read(row).messages == ({"role": "user", "content": "I"}, {"role": "assistant", "content": "O"})
+    known = {"profile": "p", "tokens": 3, "reasoning_tokens": 3, "timestamp": "t"}
+    assert read({"messages": [{**USER, "masked": True}, {**ASSISTANT, **known}]}).masked == frozenset()
 
 
 def test_tools_are_read_with_their_calls_and_answers():

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.table import InMemoryTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,7 +96,7 @@ def test_compressed_files_are_the_same_examples(tmp_path, name, compression):
 def test_a_compressed_file_that_ends_too_early_is_refused(tmp_path, compression):
     path = compressed(write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(600)]), compression)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"a\.jsonl\.(gz|zst): cannot be read: Truncated .* stream; decompress it"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.(gz|zst): cannot be read: Truncated .* stream; it is not whole"):
         Pool(path).scan()
 
 
@@ -137,6 +138,61 @@ def test_csv_faults_are_rows(tmp_path):
     assert "a.csv:2: text is not valid UTF-8" in summary.bad_row_messages[0]
     assert "a.csv:3: more fields than the header" in summary.bad_row_messages[1]
     assert "a.csv:4: not CSV" in summary.bad_row_messages[2]
+
+
+def test_rows_of_csv_that_are_short_are_bad(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text, source\nbroken\nin two,web\n")
+    with pytest.raises(InputError, match=r"a\.csv:1: fewer fields than the header has"):
+        Pool(tmp_path / "a.csv").scan()
+    assert Pool(tmp_path / "a.csv", on_bad_row="skip").scan().sources == {"web": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "A", "text": "B"}\n', "a.jsonl:1: not JSON: the key 'text' is given twice"),
+        ("a.jsonl", b'{"x": [{"y": 1, "y": 1}], "text": "B"}\n', "the key 'y' is given twice"),
+        ("a.json", b'[{"text": "A"}, {"text": "A", "text": "B"}]', "a.json: element 2: the key 'text' is given twice"),
+        ("a.csv", b"text,source,text\nA,s,B\n", "a.csv: two columns have the name 'text'"),
+        ("a.jsonl", b'{"images": ' + b"[" * 600 + b"]" * 600 + b', "text": "B"}\n', "a.jsonl:1: nested too deep"),
+    ],
+)
+def test_what_is_given_twice_or_nested_too_deep_is_refused(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        Pool(tmp_path / name).scan()
+
+
+OUT_OF_RANGE = {
+    "text": pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"], pa.binary()).buffers()),
+    "time": pa.array([10**15], pa.timestamp("s")),
+    "zone": pa.array([1], pa.timestamp("s", tz="Nowhere/City")),
+    "date": pa.array([10**9], pa.int32()).cast(pa.date32()),
+    "duration": pa.array([2**62], pa.duration("s")),
+    "JSON": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{"])),
+    "deep": pa.ExtensionArray.from_storage(pa.json_(), pa.array(["[" * 9999])),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_RANGE)
+def test_values_of_parquet_that_python_does_not_have_are_bad_rows(tmp_path, kind):
+    column = pa.chunked_array([pa.nulls(1, OUT_OF_RANGE[kind].type), OUT_OF_RANGE[kind]])
+    pq.write_table(pa.table({"text": ["A", "B"], "x": column}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet:2: the column 'x' cannot be read: "):
+        Pool(tmp_path / "a.parquet").scan()
+    assert [each.text for each in Pool(tmp_path / "a.parquet", on_bad_row="skip")] == ["A"]
+
+
+def test_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    pq.write_table(pa.table([pa.array(["A"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="two columns have the name 'text'"):
+        Pool(tmp_path / "a.parquet").scan()
+
+
+def test_values_of_a_saved_data_set_that_python_does_not_have_are_refused(tmp_path):
+    datasets.Dataset(InMemoryTable(pa.table({"text": OUT_OF_RANGE["text"]}))).save_to_disk(tmp_path / "a")
+    with pytest.raises(InputError, match="a:1: cannot be read: 'utf-8'"):
+        Pool(tmp_path / "a").scan()
 
 
 def test_ids_are_made_from_file_and_line(tmp_path):

@@ -204,6 +204,18 @@ def test_a_folder_without_an_index_is_refused(tmp_path):
         GradientIndex.open(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut", "removed", "repeated", "description"])
+def test_a_damaged_index_is_refused(made, tmp_path, damage):
+    write(made[1], tmp_path)
+    file = tmp_path / ("index.json" if damage == "description" else "000001.arrow")
+    content = file.read_bytes()
+    file.unlink() if damage == "removed" else file.write_bytes(content if damage == "repeated" else content[:-9])
+    if damage == "repeated":
+        (tmp_path / "000009.arrow").write_bytes(content)
+    with pytest.raises(InputError, match="index the pool again"):
+        GradientIndex.open(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "removed"])
 def test_a_damaged_window_of_an_interrupted_index_is_made_again(made, tmp_path, damage):
     _, projector = made

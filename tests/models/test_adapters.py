@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 import iprox
 from iprox.errors import InputError
 from iprox.models.adapters import adapter_base, save_adapters, with_lora
-from iprox.models.flops import lora_parameters
+from iprox.models.flops import lora_parameters, parameters
 from iprox.models.layers import compressible_layers
-from iprox.models.loading import checkpoint_fingerprint, load_config, load_model
+from iprox.models.loading import checkpoint_fingerprint, load_config, load_model, skeleton
 from iprox.models.saving import save_model
 from iprox.session import Session
 
@@ -56,6 +56,7 @@ def test_an_adapter_folder_loads_merged(adapter, tiny):
     assert list(compressible_layers(model)) == list(compressible_layers(load_model(base)))
     assert load_config(folder).model_type == "qwen3"
     assert checkpoint_fingerprint(folder) != checkpoint_fingerprint(base)
+    assert parameters(skeleton(folder)) == parameters(skeleton(base))
 
 
 def test_merging_is_said(adapter):
@@ -154,7 +155,7 @@ def cut(folder):
 def described(**changes):
     def change(folder):
         file = folder / "adapter_config.json"
-        told = {key: value.format(folder) for key, value in changes.items()}
+        told = {key: value.format(folder) if isinstance(value, str) else value for key, value in changes.items()}
         file.write_text(json.dumps({**json.loads(file.read_text()), **told}))
 
     return change
@@ -171,6 +172,11 @@ def described(**changes):
             "config.json: is not a JSON object",
         ),
         (described(base_model_name_or_path="{}"), "names itself as base_model_name_or_path"),
+        (
+            described(target_modules=["q_proj"]),
+            "safetensors: has weights for .*, which its adapter_config",
+        ),
+        (described(layers_to_transform=[0]), "which its adapter_config.json does not adapt"),
         (described(base_model_name_or_path="/moved/base"), "adapter: adapts /moved/base, which is missing; correct"),
     ],
 )

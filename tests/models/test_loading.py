@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from iprox.errors import InputError
 from iprox.models.checkpoint import proxy_config
@@ -199,3 +201,24 @@ for commit in ("0" * 40, "1" * 40, "0" * 40):
     assert done.returncode == 0, done.stderr
     first, other, again = done.stdout.split()
     assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalizer", "said"),
+    [
+        (models.WordPiece({"x": 0}, unk_token="[UNK]"), None, "WordPiece error: Missing"),
+        (
+            models.WordLevel({"a": 0}, unk_token="a"),
+            normalizers.Replace(Regex("."), "a " * 1000),
+            "more than 100 tokens",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_is_refused(tmp_path, kind, normalizer, said):
+    core = Tokenizer(kind)
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if normalizer is not None:
+        core.normalizer = normalizer
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=said):
+        load_tokenizer(tmp_path)

@@ -1,14 +1,19 @@
 """Weights that bitsandbytes quantized: what a quantized model gives is what a dense one with its weights gives."""
 
+import shutil
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from iprox.errors import InputError
 from iprox.models import flops
 from iprox.models.checkpoint import limit_depth, proxy_config
 from iprox.models.layers import influence_layers, low_rank_layers, replace_module
-from iprox.models.loading import load_model, skeleton
+from iprox.models.loading import load_config, load_model, skeleton
 from iprox.models.loss import causal_lm_losses
 from iprox.models.observe import frozen, watched_backward
 from iprox.models.quantized import bytes_per_weight, dequantized, is_quantized, plain
@@ -124,3 +129,30 @@ def test_what_is_not_quantized_has_the_dtype_asked_for(folder):
         assert isinstance(embeddings, nn.Embedding)
         assert isinstance(head, nn.Linear)
         assert embeddings.weight.dtype == head.weight.dtype == model.dtype == dtype
+
+
+def test_an_adapter_of_a_quantized_model_is_refused(folder, tmp_path):
+    adapted = get_peft_model(make_model("qwen2", hidden_size=64, intermediate_size=128), LoraConfig(r=2))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for read in (load_model, load_config, skeleton):
+        with pytest.raises(InputError, match="adapter: adapts a quantized model"):
+            read(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("part", ["absmax", "nested_absmax", "quant_map", "nested_quant_map"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "not finite"])
+def test_scales_that_are_damaged_are_refused(folder, bits, tmp_path, part, damage):
+    shutil.copytree(folder, tmp_path / "damaged")
+    file, name = tmp_path / "damaged/model.safetensors", f"{LAYER}.weight.{part}"
+    tensors = load_file(file)
+    if name not in tensors:
+        pytest.skip("weights of 8 bits have none")
+    scales = tensors.pop(name)
+    if damage == "cut":
+        tensors[name] = scales.repeat(2)
+    elif damage == "not finite" and scales.is_floating_point():
+        tensors[name] = scales * float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError):
+        load_model(tmp_path / "damaged")

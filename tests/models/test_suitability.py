@@ -1,6 +1,7 @@
 """Which models are refused before their weights are read, and by which word."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -296,3 +297,39 @@ def test_paths_that_cannot_be_are_refused(tmp_path):
 def test_a_model_type_that_transformers_does_not_know(tmp_path, folder):
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
     assert "from-next-year" in refusal(describe(folder, model_type="from-next-year"))
+
+
+LAYER = "model.layers.0.mlp.down_proj.weight"
+
+
+def rewritten(folder, change):
+    """Change the tensors of a folder as by hand."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.bool, torch.int64, torch.complex64])
+def test_integers_in_place_of_weights_are_refused(folder, kind):
+    rewritten(folder, lambda tensors: tensors.update({LAYER: tensors[LAYER].to(kind)}))
+    with pytest.raises(InputError, match="but its config does not quantize it"):
+        load_model(folder)
+
+
+def test_more_layers_than_the_config_has_are_refused(folder):
+    rewritten(folder, lambda tensors: tensors.update({LAYER.replace(".0.", ".99."): tensors[LAYER].clone()}))
+    with pytest.raises(InputError, match=r"has weights for model\.layers\.99\..* its config has no layer"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["more", LAYER.replace("weight", "bias")])
+def test_tensors_that_are_not_read_are_warned_of(folder, name):
+    rewritten(folder, lambda tensors: tensors.update({name: torch.ones(3)}))
+    with pytest.warns(UserWarning, match=f"has 1 tensors that a model of its config does not have.*first: {name}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-2.safetensors", "chat_template.jinja"])
+def test_pipes_in_a_model_folder_are_refused_rather_than_waited_for(folder, name):
+    os.mkfifo(folder / name)
+    assert f"{name}: is a pipe, not a regular file" in refusal(folder)

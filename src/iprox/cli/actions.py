@@ -13,7 +13,7 @@ from iprox.cli.parser import Request
 from iprox.data.locate import COMPRESSIONS
 from iprox.engine.cluster import check_ray
 from iprox.errors import InputError
-from iprox.files import check_output, expanded
+from iprox.files import check_output, expanded, not_regular
 from iprox.harness import check_harness
 from iprox.influence.index import DESCRIPTION, GradientIndex
 from iprox.influence.job import Checkpoint
@@ -245,6 +245,8 @@ def select(request: Request) -> dict[str, Any]:
     if output.suffix.lower() in (".json", ".parquet", ".csv", *COMPRESSIONS):
         name = output.name.partition(".")[0]
         raise InputError(f"--output {output}: a selection is written as JSON lines; name it {name}.jsonl")
+    if irregular := not_regular(output):
+        raise InputError(f"--output {output}: {irregular.partition(';')[0]}; choose another name")
     _columns_as_scored(settings, scores)
     # Named after the output, so that several selections can be in one folder.
     description = output.with_name(f"{output.stem}.selection.json")

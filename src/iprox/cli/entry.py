@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+NARROWEST = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 2 bad input or usage, 1 a fault of iprox, 130 interrupted.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    _print_anywhere()
     app = build_app()
     if not given:
         app.help_print(console=Console(stderr=True))
@@ -78,6 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
+def _print_anywhere() -> None:
+    """Let text be printed to a terminal without its characters, or of no width, for which rich never ends."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    width = os.environ.get("COLUMNS", "")
+    if width.isdecimal() and int(width) < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+
+
 def _end_like_interrupt() -> dict[int, Any]:
     """Make SIGTERM and SIGHUP end a command as Ctrl-C does, and return the handlers they had.
 
@@ -111,9 +124,13 @@ def _action_of(request: Request, line: str) -> Callable[[Request], Any]:
 
 
 def _print_json(result: Any) -> None:
-    # JSON escapes the control characters of ASCII, but not U+0080 to U+009F, which also control terminals.
-    text = json.dumps(result, ensure_ascii=False)
-    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+    # In ASCII, as U+0080 to U+009F control terminals, and not every terminal has other characters.
+    try:
+        print(json.dumps(result).replace("\x7f", "\\u007f"), flush=True)
+    except OSError as error:  # closed, or a pipe that nobody reads
+        sys.stdout = None  # or Python complains again at its end
+        why = one_line(error) if error.errno in (errno.EPIPE, errno.EBADF) else str(system_refusal(error))
+        raise InputError(f"standard output: {why}; the results are in the output folder") from error
 
 
 def _failed(error: Exception, request: Request | None) -> int:

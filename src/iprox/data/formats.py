@@ -54,8 +54,9 @@ COLUMNS = (
     *(*PAIR, *SYSTEM, "history", "tools", "chat_template_kwargs", "id", "source", "task"),
 )
 """All columns that are read."""
-REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS)
+REFUSED = (*UNREAD_ROW_KEYS, *TURN_MASKS, SPANS, *VERDICTS, "context")
 """Columns that are not read. A row may be refused because of one, unless the user leaves the column unread."""
+_SAME = "chosen and rejected are the same, or one is the start of the other; remove the row"
 # Optional columns of a format.
 _OPTIONAL: dict[tuple[str, ...], tuple[str, ...]] = {("instruction", "output"): ("input", "history")}
 KNOWN_FORMATS = "messages, conversations, instruction + output, prompt + completion, or text"
@@ -200,12 +201,17 @@ def to_example(data: Any, *, row: int, origin: str, default_id: str) -> Example:
             after = read_messages(data["completion"], "completion")
             masked = masked_turns(data["completion"], after, "completion")
             require_assistant(after, "completion", masked)
+            if after[: len(before)] == before:
+                raise BadRowError("completion repeats the turns of prompt; leave them out of one")
             messages, supervised_from = before + after, len(before)
             masked = frozenset(index + len(before) for index in masked)
     elif keys == ("instruction", "output"):
         instruction = text_of(data["instruction"], "instruction")
-        extra = data.get("input")
-        if extra is not None and extra != "":
+        extra, context = data.get("input"), data.get("context")
+        if not is_blank(context) and str(context) not in f"{instruction}{extra}":  # Dolly's name of the input
+            hint = f"--set data.columns.input=context reads it, {leave_unread('context')}"
+            raise BadRowError(f"has 'context', which iprox does not read ({hint})")
+        if not is_blank(extra):
             instruction += "\n\n" + text_of(extra, "input")
         turns = *_history(data.get("history")), (instruction, text_of(data["output"], "output"))
         messages = tuple(
@@ -275,6 +281,8 @@ def to_pair(data: Any, **place: Any) -> Example:
         if not is_blank(prompt) and prompt not in said:
             raise BadRowError("prompt is text, and no turn that chosen and rejected share; give it as a list of turns")
         prompt, whole = whole[0][:shared], [each[shared:] for each in whole]
+    if whole[0] == whole[1]:
+        raise BadRowError(_SAME)
     others = {
         key: value for key, value in data.items() if key not in (*PAIR, *{key for keys in FORMATS for key in keys})
     }
@@ -295,7 +303,7 @@ def _shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
     pairs = zip(chosen, rejected, strict=False)
     count = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
     if count is None:
-        raise BadRowError("chosen and rejected are the same, or one is the start of the other; remove the row")
+        raise BadRowError(_SAME)
     return count - 1 if count and chosen[count - 1] == " " else count
 
 
@@ -343,7 +351,7 @@ def _require_said(system: tuple[str, str] | None, text: str, what: str) -> None:
 
 def _history(value: Any) -> Sequence[tuple[str, str]]:
     """Return Alpaca's earlier turns as pairs of instruction and output."""
-    pairs = [] if value is None else value
+    pairs = [] if is_blank(value) else value
     if not isinstance(pairs, Sequence) or isinstance(pairs, str):
         raise BadRowError(f"history must be a list of pairs, not {kind_of(value)} ({leave_unread('history')})")
     turns: list[tuple[str, str]] = []

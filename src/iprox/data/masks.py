@@ -6,10 +6,12 @@ A turn is left out of the loss by `train`, `training` or `trainable` false (axol
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iprox.data.messages import BadRowError, Message, is_blank, kind_of, leave_unread
+from iprox.errors import shown
 
 _TRAINS = ("train", "training", "trainable")  # on a user's turn, true asks to train on that turn
 TURN_MASKS = (*_TRAINS, "loss", "loss_mask", "weight")
@@ -21,7 +23,10 @@ SPANS = "train_detail"
 VERDICTS = ("label", "kto_tag")
 """Columns of preference data that say whether an answer is good (KTO)."""
 
+# Other keys of a turn that may say whether it counts (torchtune's `masked`).
+_LIKE_MASKS = re.compile(r"mask|loss|train|weight|supervis|ignore|learn", re.IGNORECASE)
 _YES, _NO = ("true", "yes"), ("false", "no")
+_BAD = (*_NO, "bad", "rejected", "undesirable", "undesired")
 
 
 def masked_turns(value: Sequence[Any], messages: Sequence[Message], key: str) -> frozenset[int]:
@@ -71,6 +76,11 @@ def _counts(item: Mapping[Any, Any], where: str, role: str) -> bool:
         raise BadRowError(
             f"{SPANS} of {where} masks a part of the turn, and iprox masks whole turns; remove it or the row"
         )
+    for key in item if role == "assistant" else ():
+        if key not in (*TURN_MASKS, SPANS) and _LIKE_MASKS.search(str(key)) and not is_blank(item[key]):
+            raise BadRowError(
+                f"{where} has {key!r}, which may mask it; iprox reads {', '.join(TURN_MASKS)}; rename or remove it"
+            )
     return counted
 
 
@@ -98,7 +108,9 @@ def refuse_rejected_row(data: Mapping[Any, Any], *, preference: bool) -> None:
     """
     for key in VERDICTS:
         value = data.get(key)
-        says_no = _plain_verdict(value) is False if preference else value is False or _text(value) in _NO
+        says_no = value is False or _text(value) in _BAD
+        if preference or key == "kto_tag":  # elsewhere, 0 and -1 may be classes
+            says_no = says_no or _plain_verdict(value) is False or value == -1
         if says_no:
             raise BadRowError(
                 f"{key} is {value!r}, which marks a bad answer in preference data; remove the row "
@@ -116,7 +128,7 @@ def _verdict(value: Any, what: str, hint: str = "remove it or the row") -> bool 
             return True if value else None
         raise BadRowError(f"{what} masks parts, and iprox masks whole turns; {hint}")
     if isinstance(value, int | float):
-        raise BadRowError(f"{what} is {value!r}: a turn counts with weight 1 or not at all (0); {hint}")
+        raise BadRowError(f"{what} is {shown(value)}: a turn counts with weight 1 or not at all (0); {hint}")
     raise BadRowError(f"{what} must be true or false, or 1 or 0, not {kind_of(value)}; {hint}")
 
 

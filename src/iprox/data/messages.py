@@ -28,8 +28,13 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _MEDIA = ("image", "images", "image_url", "image_path", "audio", "audios", "video", "videos")
 UNREAD_ROW_KEYS = ("functions", *_MEDIA)
 """Columns whose content is not read; rows where one is filled are refused."""
-_UNREAD_MESSAGE_KEYS = ("function_call", *_MEDIA)
-SYSTEM = ("system", "system_prompt", "system_message")
+_READ_MESSAGE_KEYS = ("role", "from", "content", "value", "name", "tool_call_id", "tool_calls", *REASONING)
+# Other keys of a turn that hold a part of it.
+_LOST = re.compile(
+    r"reason|think|thought|refusal|tool|function|image|audio|video|(?<!pro)file|attach|document(?!.*_(id|name)$)", re.I
+)
+SYSTEM = ("system", "system_prompt", "system_message", "system_instruction", "sys_prompt")
+SYSTEM += ("System", "systemPrompt", "systemMessage", "systemInstruction")
 """Columns that hold the system turn of a row."""
 _SYSTEM_ROLES = ("system", "developer")
 # Arguments of `apply_chat_template` itself, which only the encoder sets.
@@ -40,6 +45,9 @@ _RESERVED = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
+# Other spellings of a role, which a chat template would take for a role of its own.
+_SPELLINGS = {each: each for each in ("system", "developer", "user", "assistant", "tool")} | _SHAREGPT_ROLES
+_SPELLINGS |= dict.fromkeys(("ai", "bard", "bing", "bot", "chatbot", "chatgpt", "claude", "model"), "assistant")
 _UNREAD_ROLES = ("function_call", "observation")  # roles of ShareGPT that chat templates do not know by this name
 
 
@@ -215,8 +223,9 @@ def thought_marks(content: str) -> str:
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise BadRowError(f"{where} must be an object with role and content, not {kind_of(item)}")
-    for key in _UNREAD_MESSAGE_KEYS:
-        if _filled(item.get(key)):
+    for key, value in item.items():
+        unread = key not in _READ_MESSAGE_KEYS and not isinstance(value, int | float) and _LOST.search(str(key))
+        if unread and _filled(value):
             raise BadRowError(f"{where} has {key!r}, which iprox does not read; remove it or the row")
     role = item.get("role")
     if role is None and isinstance(item.get("from"), str):
@@ -225,6 +234,8 @@ def _message(item: Any, where: str) -> Message:
         raise BadRowError(f"{where} has no role")
     if role in _UNREAD_ROLES:
         raise BadRowError(f"{where} is a turn of {role!r}, which iprox does not read; remove the row")
+    if (meant := _SPELLINGS.get(role.strip().lower(), role)) != role:
+        raise BadRowError(f"{where} has the role {role!r}; write {meant!r}")
     message: Message = {"role": role, "content": None}
     for key in (*REASONING, "name", "tool_call_id"):
         value = item.get(key)
@@ -249,7 +260,9 @@ def _filled(value: Any) -> bool:
 
 
 def _content(item: Mapping[Any, Any], where: str, role: str, *, calls: bool) -> str | None:
-    content = item.get("content", item.get("value"))
+    content, value = item.get("content", item.get("value")), item.get("value")
+    if not is_blank(value) and value != content:
+        raise BadRowError(f"{where} has content and value, which differ; keep one")
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_part(part, where) for part in content)
     what = f"content of {where} ({role})"
@@ -262,9 +275,11 @@ def _content(item: Mapping[Any, Any], where: str, role: str, *, calls: bool) -> 
 
 
 def _part(part: Any, where: str) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
     what = part.get("type") if isinstance(part, Mapping) else kind_of(part)
+    if isinstance(part, Mapping) and what == "text":
+        what = next((key for key in _MEDIA if _filled(part.get(key))), what)
+        if what == "text" and isinstance(part.get("text"), str):
+            return part["text"]
     raise BadRowError(f"{where} has a part that is not text: {what} (iprox scores text alone)")
 
 

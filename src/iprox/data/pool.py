@@ -239,9 +239,9 @@ class Pool:
                     data = self.columns.read(record.data)
                     read = to_pair if self.pairs else to_example
                     example = read(data, row=row, origin=origin, default_id=default_id)
-                except BadRowError as error:
+                except (BadRowError, RecursionError) as error:
                     if on_bad is not None:
-                        on_bad(origin, str(error))
+                        on_bad(origin, str(error) if isinstance(error, BadRowError) else "nested too deep")
                     continue
                 row += 1
                 yield example, record, reader

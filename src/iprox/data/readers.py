@@ -12,8 +12,8 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from iprox.data.locate import COMPRESSIONS, HUB_PREFIX, extension
-from iprox.errors import InputError, one_line
+from iprox.errors import InputError, one_line, shown
 from iprox.files import not_regular
 
 _CHUNK = 1 << 20
@@ -32,6 +32,9 @@ _PARQUET_ROWS = 256
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST = 64 << 20
 """Most bytes per line, after decompression (characters per element of an array, and per field of CSV)."""
+# Errors of a value in Arrow that Python does not have: text that is not UTF-8, a date after the year 9999.
+_UNREADABLE = (ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
+_SHORT = "fewer fields than the header has; quote fields with line breaks"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _UTF_32, _UTF_16 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -100,8 +103,14 @@ def open_rows(rows: Iterable[Any], label: str, stem: str, file: str | None = Non
     """
 
     def records() -> Iterator[Record]:
-        for row, data in enumerate(rows, start=1):
-            yield Record(row, _unfilled(data) if arrow else data)
+        row = 0
+        try:
+            for row, data in enumerate(rows, start=1):
+                yield Record(row, _unfilled(data) if arrow else data)
+        except _UNREADABLE as error:
+            if not arrow:
+                raise
+            raise InputError(f"{label}:{row + 1}: cannot be read: {one_line(error)}") from error
 
     return Reader(label, stem, file, None, records)
 
@@ -217,6 +226,7 @@ def _guarded(records: Iterator[Record], path: Path) -> Iterator[Record]:
         yield from records
     except OSError as error:
         hint = "; decompress it, and name the result" if path.suffix.lower() in COMPRESSIONS else ""
+        hint = "; it is not whole: copy it again" if "Truncated" in str(error) else hint
         raise InputError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
     except pa.ArrowException as error:
         raise InputError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
@@ -272,7 +282,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if line.isspace():
                 continue
             try:
-                data = json.loads(line.decode())
+                data = _JSON.decode(line.decode())
             except UnicodeDecodeError as error:
                 yield Record(row, None, f"not UTF-8 (byte {error.start + 1} of the line)")
             except (ValueError, RecursionError) as error:
@@ -325,7 +335,7 @@ def _json(path: Path) -> Iterator[Record]:
 def _json_array(file: Any, path: Path) -> Iterator[Record]:
     # Not ijson: it refuses NaN and integers over 64 bits, turns lone surrogates into "?", stops the whole file at a
     # character that is not UTF-8, and its memory for nested brackets is not limited.
-    decode = json.JSONDecoder().raw_decode
+    decode = _JSON.raw_decode
     buffer, row, separator, size = "", 0, "[", _ARRAY_CHUNK
 
     while True:
@@ -347,6 +357,8 @@ def _json_array(file: Any, path: Path) -> Iterator[Record]:
             if not body[end:].lstrip():
                 raise ValueError("the file ends inside the array")
         except (ValueError, RecursionError) as error:
+            if isinstance(error, _RepeatedKeyError):
+                raise InputError(f"{path}: element {row + 1}: {error}") from error
             if isinstance(error, InputError):
                 raise
             if len(buffer) > LONGEST:
@@ -373,13 +385,32 @@ def _parquet(path: Path) -> Iterator[Record]:
     source = path if isinstance(path, Path) else path.open("rb")
     with pq.ParquetFile(source, buffer_size=_CHUNK, pre_buffer=False) as file:
         # `datasets` writes objects of mixed types as Arrow's JSON type.
+        _require_names(path, file.schema_arrow.names)
         encoded = {field.name: field.type for field in file.schema_arrow if "arrow.json" in str(field.type)}
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            for data in batch.to_pylist():
+            try:
+                records = [Record(0, data) for data in _python(batch, encoded)]
+            except _UNREADABLE:
+                records = [_one_row(batch.slice(at, 1), encoded) for at in range(batch.num_rows)]
+            for record in records:
                 row += 1
-                # Nulls are removed before decoding: those inside a JSON column are the user's own.
-                data = _unfilled(data)
-                yield Record(row, data | {key: _decoded(data[key], kind) for key, kind in encoded.items()})
+                yield replace(record, row=row)
+
+
+def _python(batch: pa.RecordBatch, encoded: Mapping[str, pa.DataType]) -> list[dict[str, Any]]:
+    # Nulls are removed before decoding: those inside a JSON column are the user's own.
+    rows = [_unfilled(data) for data in batch.to_pylist()]
+    return [data | {key: _decoded(data[key], kind) for key, kind in encoded.items() if key in data} for data in rows]
+
+
+def _one_row(batch: pa.RecordBatch, encoded: Mapping[str, pa.DataType]) -> Record:
+    row: dict[str, Any] = {}
+    for name in batch.schema.names:
+        try:
+            row |= _python(batch.select([name]), encoded)[0]
+        except _UNREADABLE as error:
+            return Record(0, None, f"the column {name!r} cannot be read: {one_line(error)}")
+    return Record(0, row)
 
 
 def _unfilled(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -414,6 +445,11 @@ def _csv(path: Path) -> Iterator[Record]:
     csv.field_size_limit(LONGEST)  # the default, 131,072 characters, is less than a long document
     with _text(path, newline="") as file:
         reader = csv.DictReader(_lines(file, path), strict=True)
+        try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        except csv.Error as error:
+            raise InputError(f"{path}: not CSV: {error}") from error
+        _require_names(path, [name for name in reader.fieldnames if name])
         row = 0
         while True:
             row += 1
@@ -424,7 +460,30 @@ def _csv(path: Path) -> Iterator[Record]:
                 continue
             if data is None:
                 return
-            yield Record(row, data)
+            short = None in data.values() and None not in data
+            yield Record(row, data, _SHORT if short else None)
+
+
+def _require_names(path: Path, names: Sequence[str]) -> None:
+    """Refuse columns of one name, of which only the last would be read."""
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{path}: two columns have the name {repeated!r}; rename one")
+
+
+class _RepeatedKeyError(ValueError):
+    """A key is given twice in one object, so that one of its values would be lost."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"the key {shown(repeated)} is given twice in one object; keep one")
+    return made
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _json_fault(error: BaseException) -> str:

@@ -27,7 +27,7 @@ from iprox.data import Encoded, Example
 from iprox.engine.shards import IDENTITY, claim
 from iprox.engine.stream import WindowWorker, local_engine
 from iprox.engine.windows import WINDOW, Engine, ScoredWindow, ScoringStats, Windows
-from iprox.errors import InputError
+from iprox.errors import InputError, one_line
 from iprox.files import digest_of, replacing, write_text
 from iprox.influence.estimators.less import adam_steps, check_state
 from iprox.influence.gradients import LayerGradient, TaskGradient
@@ -244,7 +244,17 @@ class GradientIndex:
             begun = (folder / IDENTITY).is_file()
             what = "is incomplete; the same `iprox index` command resumes it" if begun else "is not an index"
             raise InputError(f"{folder}: {what}")
-        return cls(folder, json.loads(file.read_text(encoding="utf-8")))
+        try:
+            described = json.loads(file.read_text(encoding="utf-8"))
+            sound = {"rows", "dimension"} <= described.keys()
+        except (ValueError, RecursionError, AttributeError):
+            sound = False
+        if not sound:
+            raise InputError(f"{file}: is damaged; remove {folder} and index the pool again")
+        index = cls(folder, described)
+        if (rows := sum(map(len, index.windows()))) != index.rows:
+            raise InputError(f"{folder}: holds {rows} rows of {index.rows}; remove it and index the pool again")
+        return index
 
     @property
     def dimension(self) -> int:
@@ -322,7 +332,11 @@ def unit_gradients(table: pa.Table) -> Tensor:
 
 
 def _mapped(file: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+    except (pa.ArrowException, OSError) as error:
+        again = "remove its folder and index the pool again"
+        raise InputError(f"{file}: is damaged ({one_line(error)}); {again}") from error
 
 
 def _counts(window: pa.Table) -> ScoringStats:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -96,7 +97,10 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
             # Otherwise PEFT only warns, and leaves missing weights at zero.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             adapted = peft.PeftModel.from_pretrained(model, str(path), torch_device=str(model.device))
+        _require_all_read(adapted, Path(path) / "adapter_model.safetensors", peft)
         whole = adapted.merge_and_unload()
+    except InputError:
+        raise
     except UserWarning as error:
         raise InputError(f"{path}: is incomplete: it lacks weights of some of the layers that it adapts") from error
     except Exception as error:  # PEFT raises errors of any type for a broken config or weights
@@ -104,6 +108,18 @@ def merged(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
             raise
         raise InputError(f"{path}: does not fit its base model ({_misfit(error)})") from error
     return whole.requires_grad_(True)  # PEFT leaves the base model frozen
+
+
+def _require_all_read(adapted: Any, file: Path, peft: Any) -> None:
+    """Refuse an adapter with weights of layers that its config does not adapt, which PEFT leaves out silently."""
+    with safe_open(file, "pt") as stored:
+        unread = set(stored.keys()) - peft.get_peft_model_state_dict(adapted, save_embedding_layers=True).keys()
+    # PEFT renames the magnitudes that its older versions wrote.
+    if left := sorted(name for name in unread if "magnitude" not in name):
+        raise InputError(
+            f"{file}: has weights for {left[0].removeprefix('base_model.model.')} ({len(left)} tensors in all), which "
+            f"its {ADAPTER} does not adapt; save the adapter again"
+        )
 
 
 def _misfit(error: Exception) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from iprox.models.adapters import ADAPTER, adapter_base, may_be_hub_id, merged
 from iprox.models.checkpoint import make_low_rank, proxy_config, proxy_description
 from iprox.models.experts import split_experts
 from iprox.models.precision import out_of_memory
-from iprox.models.quantized import compute_in, quantization_method, quantization_of, quantized_layers
+from iprox.models.quantized import check_scales, compute_in, quantization_method, quantization_of, quantized_layers
 from iprox.models.suitability import (
     check_config,
     check_layers_by_weights,
@@ -36,8 +38,15 @@ from iprox.models.suitability import (
     follows_order,
     run_attention_here,
 )
-from iprox.models.weight_files import check_hub_index, check_reachable, check_weight_files, count_weights
+from iprox.models.weight_files import (
+    check_hub_index,
+    check_reachable,
+    check_weight_files,
+    count_weights,
+    stored_weights,
+)
 
+_MOST_TOKENS = 100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Files that a model's scores depend on, in addition to weights, templates and code.
 MODEL_FILES = ("config.json", ADAPTER, "model.safetensors.index.json", "special_tokens_map.json", *TOKENIZER_FILES)
@@ -83,6 +92,7 @@ def _whole_model(
 ) -> PreTrainedModel:
     """Load a model to the CPU, with its adapter merged and its experts fused; it will run on `device`."""
     base = adapter_base(path)
+    load_config(path, trust_remote_code=trust_remote_code)  # refuses what cannot be loaded, or merged
     if base is None:
         model = _stored_model(path, dtype, device, trust_remote_code)
     else:  # the base may be an adapter too
@@ -115,6 +125,10 @@ def _stored_model(
         )
     model, found = loaded
     _refuse_random_weights(str(path), found)
+    _check_unexpected(model, str(path), found["unexpected_keys"])
+    if quantized or quantization_method(config) is None:
+        _refuse_integers(model, Path(path))
+    check_scales(model, str(path))
     if quantized:
         compute_in(model, dtype)
     return model
@@ -173,6 +187,30 @@ def _refuse_random_weights(path: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def _check_unexpected(model: PreTrainedModel, path: str, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with more layers than its config says, and warn of other tensors that the model lacks."""
+    ours = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    others = sorted(unexpected)
+    for name in others:
+        if re.sub(r"\d+", "N", name) in ours:
+            raise InputError(f"{path}: has weights for {name}, of which its config has no layer; correct config.json")
+    if others:
+        warnings.warn(
+            f"{path}: has {len(others)} tensors that a model of its config does not have, so they are not read "
+            f"(first: {others[0]})",
+            stacklevel=2,
+        )
+
+
+def _refuse_integers(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse integers stored for weights that are not quantized by the config, which would be taken for the weights."""
+    stored = stored_weights(folder) if folder.exists() else {}
+    for name, parameter in model.named_parameters():
+        kind = stored.get(name, ("F32",))[0]
+        if parameter.is_floating_point() and kind.startswith(("I", "U", "BOOL", "C")):
+            raise InputError(f"{folder}: {name} is stored as {kind}, but its config does not quantize it")
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder or Hub id.
 
@@ -187,7 +225,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> PreT
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
         raise InputError(f"{path}: no tokenizer in it ({TOKENIZER_FILES[0]}); copy the model's tokenizer files there")
     with _refusing(f"{_found(path)}: no tokenizer can be loaded from it"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(tokenizer("a b").input_ids) > _MOST_TOKENS:  # also raises what a broken vocabulary does
+            raise InputError(
+                f"{path}: its tokenizer makes more than {_MOST_TOKENS} tokens of 'a b'; copy its files again"
+            )
+    return tokenizer
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
@@ -247,7 +290,13 @@ def load_config(path: str | Path, *, trust_remote_code: bool = False) -> Pretrai
     """
     base = adapter_base(path)
     if base is not None:
-        return load_config(base, trust_remote_code=trust_remote_code)
+        config = load_config(base, trust_remote_code=trust_remote_code)
+        if quantization_method(config) == "bitsandbytes":
+            raise InputError(
+                f"{path}: adapts a quantized model, into which it cannot be merged exactly; name the model that was "
+                f"quantized as base_model_name_or_path in its {ADAPTER}"
+            )
+        return config
     _check_folder(path)
     with _refusing(f"{_found(path)}: no model config can be loaded from it"):
         written, _ = PretrainedConfig.get_config_dict(path)
@@ -281,7 +330,8 @@ def skeleton(path: str | Path, *, trust_remote_code: bool = False) -> PreTrained
         if proxy is not None:
             make_low_rank(model, proxy.ranks)
             model.config.quantization_config = proxy
-        if Path(path).exists() and (proxy is not None or quantization_of(config) is None):
+        whole = Path(path).exists() and adapter_base(path) is None  # an adapter's own weights are few
+        if whole and (proxy is not None or quantization_of(config) is None):
             check_size_by_weights(model, count_weights(Path(path))[1], str(path))
     return model
 

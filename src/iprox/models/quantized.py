@@ -130,6 +130,24 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_quantized(module)]
 
 
+def check_scales(model: nn.Module, name: str) -> None:
+    """Refuse weights of 4 bits whose scales or codes are not theirs; bitsandbytes would read past them."""
+    for layer_name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and not _fits(state, state.shape.numel(), codes=16):
+            raise InputError(f"{name}: the scales of {layer_name}.weight do not belong to it; quantize the model again")
+
+
+def _fits(state: Any, numbers: int, codes: int) -> bool:
+    """Return whether a state of bitsandbytes has a scale per block of so many numbers, and so many codes."""
+    scales, code = state.absmax, state.code
+    if scales.numel() != -(-numbers // state.blocksize) or code.numel() != codes or not code.isfinite().all():
+        return False
+    if state.nested:
+        return _fits(state.state2, scales.numel(), codes=256)
+    return scales.is_floating_point() and bool(scales.isfinite().all())
+
+
 def dequantized(layer: nn.Module) -> Tensor:
     """Return the weight [m, n] of a layer of bitsandbytes, in float32."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from iprox.errors import InputError, one_line, shown
+from iprox.files import not_regular
 
 SAFETENSORS = ".safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
@@ -31,6 +32,9 @@ def check_weight_files(folder: Path) -> None:
 
     An index may map a tensor to any path, such as a pickle or a file that the folder's fingerprint does not cover.
     """
+    for file in sorted(folder.iterdir()):
+        if not file.is_dir() and (irregular := not_regular(file)):
+            raise InputError(f"{file}: {irregular}")
     if not any(folder.glob(f"*{SAFETENSORS}")):
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
         if pickled:
@@ -81,22 +85,29 @@ def check_hub_index(repo: str) -> None:
 
 
 def count_weights(folder: Path) -> tuple[int, int]:
-    """Return the number of tensors in a folder's weights and of their elements, from the headers of its files.
+    """Return the number of tensors in a folder's weights and of their elements (see `stored_weights`)."""
+    stored = stored_weights(folder)
+    return len(stored), sum(math.prod(shape) for _, shape in stored.values())
+
+
+def stored_weights(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return the type and shape of each tensor in a folder's weights, from the headers of its files.
 
     Raises:
         InputError: a file is not a safetensors file.
     """
-    tensors, numbers = 0, 0
+    found: dict[str, tuple[str, list[int]]] = {}
     for file in sorted(folder.glob(f"*{SAFETENSORS}")):
         try:
             with safe_open(file, framework="pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  not a mapping
-                    tensors, numbers = tensors + 1, numbers + math.prod(stored.get_slice(key).get_shape())
+                    part = stored.get_slice(key)
+                    found[key] = part.get_dtype(), part.get_shape()
         except SafetensorError as error:
             raise InputError(
                 f"{file}: cannot be loaded as a causal language model: incomplete safetensors: {one_line(error)}"
             ) from error
-    return tensors, numbers
+    return found
 
 
 def _named_by(index: Path) -> Iterable[Any]:

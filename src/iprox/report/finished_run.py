@@ -13,8 +13,13 @@ import pyarrow.parquet as pq
 
 from iprox.aggregation import weighted
 from iprox.errors import InputError, one_line
+from iprox.files import digest_of
 from iprox.report.examples import ShadedToken, read_shading
 from iprox.scores import AGGREGATE, SUPERVISED, TASK_PREFIX, read_scores, score_matrix, task_names
+
+# What is read of a run, besides run.json.
+_READ = ("scores.parquet", "selection.json", "attribution.parquet", "audit.json", "audit.parquet", "refine.json")
+_READ += ("compression.json", "checkpoints.json", "history.json", "alignment.json")
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,10 @@ def read_run(path: Path) -> FinishedRun:
     record = _read_json(path / "run.json", dict)
     if record is None:
         raise InputError(f"{path / 'run.json'}: missing; run `iprox run RECIPE.yaml` with this output folder first")
-    done = record.get("stages", {})
+    done = record.get("stages")
+    if not isinstance(done, dict) or not all(isinstance(stage, dict) for stage in done.values()):
+        raise InputError(f"{path / 'run.json'}: is damaged: not the record of a run; run it again")
+    _require_as_written(path, done)
     refined = _read_json(path / "refined" / "refine.json", dict) if "refine" in done else None
     scores_path = path / "scores.parquet"  # also of a refined run: refined scores are of few rows
     if not scores_path.is_file():
@@ -164,6 +172,17 @@ def read_run(path: Path) -> FinishedRun:
     )
 
 
+def _require_as_written(folder: Path, stages: Mapping[str, Any]) -> None:
+    """Refuse files that are not as their stages wrote them, by the checksums in run.json."""
+    written = {name: digest for stage in stages.values() for name, digest in stage.get("files", {}).items()}
+    for name, digest in written.items():
+        file = folder / name
+        if file.name in _READ and not (file.is_file() and digest_of(file) == digest):
+            raise InputError(
+                f"{file}: is not as its stage wrote it; the same `iprox` command in this folder makes it again"
+            )
+
+
 def _read_json(path: Path, kind: type) -> Any:
     if not path.is_file():
         return None
@@ -171,8 +190,8 @@ def _read_json(path: Path, kind: type) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); run its stage again") from None
-    if not isinstance(value, kind):
-        shape = "an object" if kind is dict else "a list"
+    if not isinstance(value, kind) or not all(isinstance(each, dict) for each in (value if kind is list else ())):
+        shape = "an object" if kind is dict else "a list of objects"
         raise InputError(f"{path}: {shape} is expected at the top level; run its stage again")
     return value
 
