@@ -56,7 +56,7 @@ def quickstart(request: Request) -> dict[str, Any]:
     result = run(request)
     if not request.json:
         say_plainly(
-            "The bundled model is tiny: curvature and the output head, where a proxy saves nothing, are most of its cost. "
+            "The bundled model is tiny: curvature and the output head are most of its cost, and a proxy shares them. "
             "`iprox plan RECIPE.yaml` says what a recipe of yours would cost."
         )
     return result
