@@ -37,8 +37,8 @@ def check_path(path: str | Path) -> None:
         InputError: it is such a path. A path that does not exist is fine.
     """
     try:
-        os.stat(path)
         str(path).encode()
+        os.stat(path)
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None)
         if not isinstance(error, OSError) or number in (errno.ENAMETOOLONG, errno.ELOOP):

@@ -408,7 +408,7 @@ def test_a_selection_over_the_pool_itself(finished, tmp_path, refused):
     files = ["--scores", finished.output, "--pool", pool, "--output"]
     assert "is a file of the pool itself" in refused("select", *files, pool, "--count=5")
     assert pool.read_bytes() == finished.pool.read_bytes()
-    assert "is a directory" in refused("select", *files, tmp_path, "--count=5")
+    assert "is a folder" in refused("select", *files, tmp_path, "--count=5")
     assert "choose another place" in refused("select", *files, pool / "out.jsonl", "--count=5")
 
 
