@@ -71,6 +71,13 @@ def test_an_output_that_is_a_file(both, place):
     assert "too long" in both(f"output={'a' * 300}")
 
 
+def test_an_output_with_something_else(both, place):
+    place.output.mkdir()
+    (place.output / "mine.txt").write_text("mine")
+    assert "is not empty and has no run.json" in both()
+    assert (place.output / "mine.txt").read_text() == "mine"
+
+
 def test_a_pool_that_is_judged_by_itself(both, place, refused, model):
     assert "part of both the pool and the validation set of spelling" in both(f"data.validation.spelling={place.pool}")
     link = place.path / "link.jsonl"

@@ -62,6 +62,25 @@ class RunFolder:
         self.recipe = self.path / "recipe.yaml"
         self.run = self.path / RUN
 
+    def earlier(self) -> dict[str, Any]:
+        """Return the `run.json` of an earlier start in this folder, or {}; nothing is written.
+
+        Raises:
+            InputError: the folder is a file, or holds something else than a run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path}: is a file; choose a folder as output")
+        if self.run.is_file():
+            record = read_record(self.run, "choose another output folder")
+            if "command" in record["identity"]:
+                raise InputError(f"{self.path}: it is the output of a single command; choose another output folder")
+            return record
+        if self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
+            raise InputError(
+                f"{self.path}: is not empty and has no run.json, so it is no run folder; choose another output folder"
+            )
+        return {}
+
     def claim(self, identity: Mapping[str, Any], fresh: bool) -> dict[str, Any]:
         """Create and lock the folder, and return the `run.json` of an earlier start of the same run, or {}.
 
@@ -73,17 +92,7 @@ class RunFolder:
         Raises:
             InputError: the folder holds another run or other files, or another process is using it.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path}: is a file; choose a folder as output")
-        earlier: dict[str, Any] = {}
-        if self.run.is_file():
-            earlier = read_record(self.run, "choose another output folder")
-            if "command" in earlier["identity"]:
-                raise InputError(f"{self.path}: it is the output of a single command; choose another output folder")
-        elif self.path.exists() and any(file.name != f"{self.run.name}.partial" for file in self.path.iterdir()):
-            raise InputError(
-                f"{self.path}: is not empty and has no run.json, so it is no run folder; choose another output folder"
-            )
+        earlier = self.earlier()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(self.path)
         try:

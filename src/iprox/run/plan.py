@@ -32,6 +32,7 @@ from iprox.models.quantized import bytes_per_weight
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
 from iprox.run import steps
+from iprox.run.folder import RunFolder
 from iprox.run.runner import Run
 from iprox.run.whole import check_recipe, judging
 from iprox.session import Session, encode_validation, pool_of, refuse_shared_files, share, tasks_of, tokens_of
@@ -72,7 +73,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     Raises:
         InputError: bad input, or something that the run would refuse before its first stage.
     """
-    check_output(recipe.output)
+    RunFolder(check_output(recipe.output)).earlier()
     target = check_recipe(recipe, session)
     pool, validation = pool_of(recipe.data.pool, recipe), tasks_of(recipe.data.validation, recipe)
     tests = tasks_of(recipe.finetune.test, recipe) if recipe.finetune else {}

@@ -93,7 +93,7 @@ def _do(run: Run, stop_after: str | None) -> None:
 
 def open_run(recipe: Recipe, reporter: Reporter, fresh: bool, command: str) -> Run:
     """Check all inputs, claim the folder, and write the resolved recipe."""
-    check_output(recipe.output)
+    RunFolder(check_output(recipe.output)).earlier()
     session = Session.of(recipe, reporter)
     check_recipe(recipe, session)
     pool = pool_of(recipe.data.pool, recipe)
