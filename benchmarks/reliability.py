@@ -102,7 +102,8 @@ def _run(argv: list[str], folder: Path, files: list[Path], before: Callable[[], 
         if before is not None:
             before()
         code = run_iprox(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed after it failed
+            sys.stdout.flush()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:

@@ -1,5 +1,6 @@
 """Weights that bitsandbytes quantized: what a quantized model gives is what a dense one with its weights gives."""
 
+import json
 import shutil
 
 import pytest
@@ -156,3 +157,11 @@ def test_scales_that_are_damaged_are_refused(folder, bits, tmp_path, part, damag
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(InputError):
         load_model(tmp_path / "damaged")
+
+
+def test_weights_that_are_not_quantized_are_not_taken_for_quantized(folder, tmp_path):
+    shutil.copytree(folder.with_name("dense"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"q_proj\.weight has no scales, so bitsandbytes did not quantize it"):
+        load_model(tmp_path / "model")

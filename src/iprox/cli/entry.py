@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
@@ -129,8 +128,8 @@ def _print_json(result: Any) -> None:
         print(json.dumps(result).replace("\x7f", "\\u007f"), flush=True)
     except OSError as error:  # closed, or a pipe that nobody reads
         sys.stdout = None  # or Python complains again at its end
-        why = one_line(error) if error.errno in (errno.EPIPE, errno.EBADF) else str(system_refusal(error))
-        raise InputError(f"standard output: {why}; the results are in the output folder") from error
+        why = error.strerror or one_line(error)
+        raise InputError(f"standard output: {why.lower()}; the results are in the output folder") from error
 
 
 def _failed(error: Exception, request: Request | None) -> int:

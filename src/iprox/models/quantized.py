@@ -131,8 +131,16 @@ def quantized_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def check_scales(model: nn.Module, name: str) -> None:
-    """Refuse weights of 4 bits whose scales or codes are not theirs; bitsandbytes would read past them."""
+    """Refuse weights without scales, and weights of 4 bits whose scales or codes are not theirs.
+
+    bitsandbytes would read past scales that are too few.
+    """
     for layer_name, layer in model.named_modules():
+        if is_quantized(layer) and all(getattr(layer.weight, each, None) is None for each in ("quant_state", "SCB")):
+            raise InputError(
+                f"{name}: {layer_name}.weight has no scales, so bitsandbytes did not quantize it, as its config says; "
+                "remove quantization_config from config.json"
+            )
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None and not _fits(state, state.shape.numel(), codes=16):
             raise InputError(f"{name}: the scales of {layer_name}.weight do not belong to it; quantize the model again")

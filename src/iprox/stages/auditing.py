@@ -54,23 +54,23 @@ def audit(
     job = replace(job_of(session, settings, checkpoints, encoded, encoder, pool), compile=False)
     tables: dict[str, list[pa.Table]] = {"target": [], "proxy": []}
     total, tokens = 0.0, 0
-    with session.reporter.bar("audit", 2 * len(checkpoints) * len(examples), "rows") as progress:
-        for each in checkpoints:
-            proxy, target = (session.model(path) for path in each.read_by)
-            check_belongs(proxy, each.read_by[0], target, each.read_by[1])
-            query = target if takes_target_query(proxy, settings) else None
-            for kind, model, checkpoint, how in (
-                # The target's scores are exact, so that proxy and target share no approximation error.
-                ("target", target, replace(each, model=target, target=None), settings.exact),
-                ("proxy", proxy, replace(each, model=proxy, target=query), settings.of_tasks),
-            ):
-                one = replace(job, checkpoints=[checkpoint], settings=how)
+    for each in checkpoints:
+        proxy, target = (session.model(path) for path in each.read_by)
+        check_belongs(proxy, each.read_by[0], target, each.read_by[1])
+        query = target if takes_target_query(proxy, settings) else None
+        for kind, model, checkpoint, how in (
+            # The target's scores are exact, so that proxy and target share no approximation error.
+            ("target", target, replace(each, model=target, target=None), settings.exact),
+            ("proxy", proxy, replace(each, model=proxy, target=query), settings.of_tasks),
+        ):
+            one = replace(job, checkpoints=[checkpoint], settings=how)
+            with session.reporter.bar(f"audit, {kind}", len(examples), "rows") as progress:  # each has its own rate
                 table, (stats,) = one.score(examples, progress=progress)
-                warn_about_smaller_batches(session, stats)
-                tables[kind].append(table)
-                tokens += stats.tokens
-                total += job.estimator.candidate_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
-                total += job.estimator.query_flops(model if checkpoint.target is None else target, job.read)
+            warn_about_smaller_batches(session, stats)
+            tables[kind].append(table)
+            tokens += stats.tokens
+            total += job.estimator.candidate_flops(model, stats.tokens, stats.supervised, stats.contraction_flops)
+            total += job.estimator.query_flops(model if checkpoint.target is None else target, job.read)
     # The scores are already multiplied by their learning rates.
     proxies, targets = (combine(tables[kind], [1.0] * len(checkpoints)) for kind in ("proxy", "target"))
     report = compare_scores(proxies, targets)
