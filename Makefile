@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all test-oldest lint format docs wheel clean
+.PHONY: quickstart test test-all test-oldest lint format docs dist wheel clean
 
 # The stamp is newer than what it was installed from, so a changed pyproject reinstalls.
 $(VENV)/.installed: pyproject.toml constraints-dev.txt
@@ -40,10 +40,13 @@ format: $(VENV)/.installed
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Build, check and install the wheel in an environment of its own, where it has to pass the quickstart. torch comes from
-# $(VENV), as it has no part in this and is large.
-wheel: $(VENV)/.installed
+# Build and check what is published.
+dist: $(VENV)/.installed
 	rm -rf build dist && $(BIN)/python -m build --quiet && $(BIN)/twine check --strict dist/*
+
+# Install the wheel in an environment of its own, where it has to pass the quickstart. torch comes from $(VENV), as it has
+# no part in this and is large.
+wheel: dist
 	scripts/try_wheel.sh $(BIN)/python dist/*.whl
 
 # Tests of each part with the oldest dependencies that pyproject.toml allows. With `TORCH=` torch is the oldest too; by
