@@ -27,7 +27,7 @@ from iprox.influence.validation_gradients import MEMORY as GRADIENTS
 from iprox.kronecker.moments import MEMORY
 from iprox.metering import memory_now
 from iprox.models import flops
-from iprox.models.loading import skeleton
+from iprox.models.loading import hidden_size, skeleton
 from iprox.models.quantized import bytes_per_weight
 from iprox.proxy import align
 from iprox.proxy.search import most_tries
@@ -41,9 +41,11 @@ from iprox.stages.alignment import ALIGN_TOKENS, keeps_signals
 from iprox.stages.compression import proxy_skeleton
 from iprox.stages.refinement import check_candidates
 
-# Share of the machine's GEMM rate that a stage reaches: an estimate, from the FLOPs and seconds in the `run.json` of a
-# 17 M-parameter model on two CPU cores. Attention, norms, activations, padding and Python take the rest.
+# Share of the machine's GEMM rate that a stage reaches; attention, norms, padding and Python take the rest.
 EFFICIENCY = 0.25
+# What a stage reaches instead at a hidden size d, where that is more: d over the first number, but no more than the
+# second. From `benchmarks/planning.py` on one core, at hidden sizes of 128, 384 and 576.
+BY_WIDTH = {"curvature": (1000, 0.38), **dict.fromkeys(("audit", "score", "attribute"), (800, 0.7))}
 # Numbers kept per token for a backward pass, as a multiple of the inputs and outputs of linear layers.
 ACTIVATIONS = 1.4
 # Bytes that libraries take which are imported after planning, such as trainers, and what the CPU's kernels keep.
@@ -100,7 +102,7 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         name: {
             "tokens": rows * tokens,
             "flops": spent,
-            "seconds": spent / (rate * EFFICIENCY),
+            "seconds": spent / (rate * efficiency(name, recipe, target)),
             "memory_bytes": held + memory,
         }
         for name, rows, spent, memory in costs.stages()
@@ -119,6 +121,13 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
         "total_seconds": sum(stage["seconds"] for stage in stages.values()),
         "relative_score_cost": spent / on_target if on_target else 1.0,
     }
+
+
+def efficiency(stage: str, recipe: Recipe, target: PreTrainedModel) -> float:
+    """Return the share of the GEMM rate that a stage reaches."""
+    thin = stage in ("score", "attribute") and recipe.proxy and recipe.proxy.factorized  # its products are small
+    per, most = (1, 0.0) if thin else BY_WIDTH.get(stage, (1, 0.0))
+    return max(EFFICIENCY, min(most, hidden_size(target.config) / per))
 
 
 def warn_of_memory(run: Run) -> None:
