@@ -44,6 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+MAX_LENGTH = 256
 # Seconds that are left when a prediction of them matters no more.
 SOON = 2.0
 
@@ -98,7 +99,7 @@ def compared(model: Path, rows: int, sections: dict[str, Any]) -> dict[str, Any]
         ):
             with open(source, encoding="utf-8") as lines:
                 path.write_text("".join(islice(lines, count)), encoding="utf-8")
-        data = {"pool": [str(pool)], "validation": {"gsm8k": str(validation)}, "max_length": 256}
+        data = {"pool": [str(pool)], "validation": {"gsm8k": str(validation)}, "max_length": MAX_LENGTH}
         recipe = parse_recipe({"model": str(model), "data": data, "output": f"{folder}/run", **sections})
         time.perf_counter = time.process_time  # read by iprox.metering
         session = Session.of(recipe, Reporter(quiet=True))
@@ -130,7 +131,9 @@ def main() -> None:
     options = parser(__doc__, "output fresh", output=RESULTS / "planning.jsonl")
     options.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     arguments = options.parse_args()
-    results = Results(arguments.output, settings_of(arguments, "only"), fresh=arguments.fresh)
+    results = Results(
+        arguments.output, {**settings_of(arguments, "only"), "max_length": MAX_LENGTH}, fresh=arguments.fresh
+    )
     for name in arguments.only:
         for kind, sections in RECIPES.items():
 
