@@ -24,6 +24,8 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 def check_model(name: str, model: Any) -> None:
     """Refuse what is no loaded model, or one whose layers are not its own.
 
+    The layers of a quantized model are set to multiply in the dtype of its embeddings.
+
     Raises:
         InputError: it is something else, or carries a PEFT adapter.
     """

@@ -28,6 +28,7 @@ from iprox.quickstart import quickstart_recipe
 from iprox.recipe import load_recipe
 
 DONE, OUR_FAULT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# Fewest columns that text is laid out in.
 NARROWEST = 20
 
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_anywhere() -> None:
-    """Let text be printed to a terminal without its characters, or of no width, for which rich never ends."""
+    """Let text be printed where characters are missing, and at a width of 0, at which rich never ends."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -229,6 +229,7 @@ def local_engine(
     make: Callable[[], WindowWorker], windows: Windows, progress: Callable[[int], None] | None = None
 ) -> Iterator[tuple[int, ScoredWindow]]:
     """Process windows in this process, one after the other."""
+    # Maps rather than a loop, so that a reader who follows a row to its score passes one function fewer.
     numbers, contents = itertools.tee(windows)
     work = functools.partial(make(), progress=progress)
     return zip(map(itemgetter(0), numbers), map(work, map(itemgetter(1), contents)), strict=True)

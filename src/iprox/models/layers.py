@@ -185,9 +185,7 @@ def unread_convolutions(model: nn.Module) -> list[str]:
 
 
 def _readable(name: str, layer: nn.Module) -> nn.Module:
-    """Return the layer, and refuse quantized weights, which some subclasses of nn.Linear have, but those of
-    bitsandbytes.
-    """
+    """Return the layer; refuse quantized weights, which some kinds of nn.Linear have, except those of bitsandbytes."""
     weight = layer.weight
     if is_quantized(layer):
         return layer

@@ -46,6 +46,7 @@ from iprox.models.weight_files import (
     stored_weights,
 )
 
+# More tokens than a sound tokenizer makes of two letters; a broken one can make text grow without end.
 _MOST_TOKENS = 100
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Files that a model's scores depend on, in addition to weights, templates and code.
@@ -92,10 +93,10 @@ def _whole_model(
 ) -> PreTrainedModel:
     """Load a model to the CPU, with its adapter merged and its experts fused; it will run on `device`."""
     base = adapter_base(path)
-    load_config(path, trust_remote_code=trust_remote_code)  # refuses what cannot be loaded, or merged
     if base is None:
         model = _stored_model(path, dtype, device, trust_remote_code)
     else:  # the base may be an adapter too
+        load_config(path, trust_remote_code=trust_remote_code)  # refuses an adapter that cannot be merged
         model = merged(_whole_model(base, dtype, device, trust_remote_code), path)
     check_finite(model, str(path))
     return model

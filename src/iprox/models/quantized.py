@@ -46,7 +46,7 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "gguf": (("gguf",), "gguf"),
 }
 # Methods that iprox reads, and those whose weights transformers can dequantize on loading; weights that stay quantized
-# by these are refused later.
+# after that are refused when layers are read.
 _READ = {"bitsandbytes", "compressed-tensors", "fp8", "mxfp8", "mxfp4"}
 
 
@@ -136,12 +136,14 @@ def check_scales(model: nn.Module, name: str) -> None:
     bitsandbytes would read past scales that are too few.
     """
     for layer_name, layer in model.named_modules():
-        if is_quantized(layer) and all(getattr(layer.weight, each, None) is None for each in ("quant_state", "SCB")):
+        if not is_quantized(layer):
+            continue
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None and getattr(layer.weight, "SCB", None) is None:
             raise InputError(
                 f"{name}: {layer_name}.weight has no scales, so bitsandbytes did not quantize it, as its config says; "
                 "remove quantization_config from config.json"
             )
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None and not _fits(state, state.shape.numel(), codes=16):
             raise InputError(f"{name}: the scales of {layer_name}.weight do not belong to it; quantize the model again")
 
@@ -183,7 +185,7 @@ def parameters_of(parameter: nn.Parameter) -> int:
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is not quantized to a dtype, in place, and multiply by what is in it (see `multiply_in_own_dtype`)."""
+    """Cast what is not quantized to a dtype, in place, and let quantized layers multiply in it."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

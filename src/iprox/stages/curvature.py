@@ -90,7 +90,8 @@ class _Counted(Sequence[Any]):
     def __iter__(self) -> Iterator[Any]:
         tokens = [int(batch.lengths.sum()) for batch in self._batches]
         rows = sum(len(batch.indices) for batch in self._batches)
-        done = [rows * count // sum(tokens) for count in accumulate(tokens)]
+        total = sum(tokens)
+        done = [rows * count // total for count in accumulate(tokens)]
         for batch, before, after in zip(self._batches, [0, *done], done, strict=False):
             yield batch
             self._progress(after - before)
