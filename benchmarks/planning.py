@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from common import RESULTS, SHARED, Results, parser, settings_of
+from iprox.models.loading import hidden_size, load_config
 from iprox.progress import Advance, Pace, Reporter
 from iprox.recipe import parse_recipe
-from iprox.run.plan import plan_recipe
+from iprox.run.plan import efficiency, plan_recipe
 from iprox.run.whole import run_recipe
 from iprox.session import Session
 
@@ -113,7 +114,6 @@ def compared(model: Path, rows: int, sections: dict[str, Any]) -> dict[str, Any]
         "left": {name: ratios for name, ratios in watched.ratios.items() if ratios},
         "stages": {
             name: {
-                "predicted_seconds": stage["seconds"],
                 "seconds": done[name]["seconds"],
                 "predicted_bytes": stage["memory_bytes"],
                 "bytes": done[name]["peak_memory_bytes"],
@@ -142,6 +142,10 @@ def main() -> None:
                     return pool.apply(compared, given)
 
             found = results(f"{name}, {kind}", apart)
+            width = hidden_size(load_config(MODELS[name][0]))
+            for stage, each in found["stages"].items():  # by today's shares of the rate, also for what was kept
+                share = efficiency(stage, width, factorized="proxy" in sections)
+                each["predicted_seconds"] = each["predicted_flops"] / (found["rate"] * share)
             print(f"{name}, {kind} ({found['rate'] / 1e9:.1f} GFLOP/s)")
             for stage, each in found["stages"].items():
                 time_ratio, memory_ratio = (each[f"predicted_{of}"] / each[of] for of in ("seconds", "bytes"))
@@ -157,6 +161,9 @@ def main() -> None:
                     f"  {stage:<10} time left: {min(ratios):.2f} to {max(ratios):.2f} of it in {len(ratios)} reports, "
                     f"{near:.0%} within a factor of 1.5"
                 )
+            every = [ratio for ratios in found["left"].values() for ratio in ratios]
+            near = sum(1 / 1.5 <= ratio <= 1.5 for ratio in every) / max(1, len(every))
+            print(f"  in all     time left: {near:.0%} of {len(every)} reports within a factor of 1.5")
             seconds = [sum(each[of] for each in found["stages"].values()) for of in ("predicted_seconds", "seconds")]
             print(f"  in all     {seconds[1]:>8.1f} s, predicted {seconds[0] / seconds[1]:>6.2f} of it")
 

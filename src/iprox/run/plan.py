@@ -97,12 +97,13 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     )
     proxy = recipe.proxy and proxy_skeleton(target, recipe.proxy, trust_remote_code=recipe.trust_remote_code)
     costs = Costs(recipe, target, proxy or target, total, tokens, supervised, read, session)
+    factorized = bool(recipe.proxy and recipe.proxy.factorized)
     held = memory_now(session.device)[0] + libraries(session)
     stages = {
         name: {
             "tokens": rows * tokens,
             "flops": spent,
-            "seconds": spent / (rate * efficiency(name, recipe, target)),
+            "seconds": spent / (rate * efficiency(name, hidden_size(target.config), factorized=factorized)),
             "memory_bytes": held + memory,
         }
         for name, rows, spent, memory in costs.stages()
@@ -123,11 +124,17 @@ def plan_recipe(recipe: Recipe, session: Session, rate: float) -> dict[str, Any]
     }
 
 
-def efficiency(stage: str, recipe: Recipe, target: PreTrainedModel) -> float:
-    """Return the share of the GEMM rate that a stage reaches."""
-    thin = stage in ("score", "attribute") and recipe.proxy and recipe.proxy.factorized  # its products are small
+def efficiency(stage: str, width: int, *, factorized: bool) -> float:
+    """Return the share of the GEMM rate that a stage reaches.
+
+    Args:
+        stage: name of the stage.
+        width: hidden size of the target.
+        factorized: whether rows are scored on a low-rank proxy, whose products are small.
+    """
+    thin = factorized and stage in ("score", "attribute")
     per, most = (1, 0.0) if thin else BY_WIDTH.get(stage, (1, 0.0))
-    return max(EFFICIENCY, min(most, hidden_size(target.config) / per))
+    return max(EFFICIENCY, min(most, width / per))
 
 
 def warn_of_memory(run: Run) -> None:
