@@ -17,6 +17,7 @@ from datasets.table import InMemoryTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import iprox.data.file_types
 import iprox.data.pool
 import iprox.data.readers
 from iprox.data import Overlap, Pool
@@ -374,7 +375,7 @@ def test_json_arrays_read_in_chunks(tmp_path_factory, rows, indent, chunk):
     path = tmp_path_factory.mktemp("j") / "a.json"
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iprox.data.readers, "_ARRAY_CHUNK", chunk)
+        patch.setattr(iprox.data.file_types, "_ARRAY_CHUNK", chunk)
         read = [record.data for record in iprox.data.readers.open_file(path, "a", "a").records()]
     assert read == rows
 
@@ -627,7 +628,7 @@ def test_what_is_no_regular_file_is_refused_rather_than_waited_for(tmp_path, mon
 @pytest.mark.parametrize("compression", [None, "gzip", "zstd"])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "lines.json", "a.csv"])
 def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch, name, compression, skip):
-    monkeypatch.setattr(iprox.data.readers, "LONGEST", 1 << 20)
+    monkeypatch.setattr(iprox.data.file_types, "LONGEST", 1 << 20)
     rows = [{"text": "a"}, {"text": "x" * (1 << 20)}]
     texts = {"a.json": json.dumps(rows), "a.csv": "text\na\n" + "x" * (1 << 21)}
     path = tmp_path / name
@@ -643,7 +644,7 @@ def test_a_line_longer_than_the_limit_is_refused(tmp_path, monkeypatch, name, co
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_small_file_that_is_large_once_decompressed_takes_no_more_memory_than_the_limit(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(iprox.data.readers, "LONGEST", 4 << 20)
+    monkeypatch.setattr(iprox.data.file_types, "LONGEST", 4 << 20)
     path = tmp_path / f"{name}.gz"
     with pa.CompressedOutputStream(str(path), "gzip") as stream:
         stream.write(b'[{"text": "' if name == "a.json" else b'{"text": "' if name == "a.jsonl" else b"text\n")
@@ -684,7 +685,8 @@ def test_fingerprint_is_of_names_and_bytes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_memory_does_not_grow_with_the_pool(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(iprox.data.readers, "_CHUNK", 1 << 14)
+    for module in (iprox.data.file_types, iprox.data.readers):
+        monkeypatch.setattr(module, "_CHUNK", 1 << 14)
 
     def peak(count):
         rows = [{"id": f"row number {i}", "text": "word " * 40} for i in range(count)]
@@ -708,7 +710,7 @@ def test_memory_does_not_grow_with_the_pool(tmp_path, kind, monkeypatch):
 
 
 def test_a_parquet_row_group_is_not_held_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(iprox.data.readers, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(iprox.data.file_types, "_CHUNK", 1 << 14)
     rng = np.random.default_rng(0)
     table = pa.table({"text": [rng.bytes(1000).hex() for _ in range(8000)]})  # 16 MB, not compressible to nothing
     pq.write_table(table, tmp_path / "p.parquet", row_group_size=8000)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from iprox.data.file_types import Record
 from iprox.data.formats import Columns, Example, to_example, to_pair
+from iprox.data.json_line import json_line
 from iprox.data.locate import is_saved_dataset, labels, locate
 from iprox.data.messages import BadRowError
 from iprox.data.readers import (
     Reader,
-    Record,
     hash_file,
-    json_line,
     open_file,
     open_hub,
     open_remote,
